@@ -1,0 +1,153 @@
+//! What can go wrong, always with the path, the range and the operation it went wrong in.
+
+use std::path::{Path, PathBuf};
+
+use crate::block::ByteRange;
+
+/// Result of everything in this crate that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error, with what there is to do about it in [`Error::hint`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A system call failed.
+    #[error("cannot {operation} `{}`{}", path.display(), range.map(|range| format!(", {range}")).unwrap_or_default())]
+    Io {
+        /// What was being done, as a verb.
+        operation: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// To which part of it, if not all.
+        range: Option<ByteRange>,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A path that was named does not exist.
+    #[error("`{}` does not exist", path.display())]
+    NoSuchPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is nothing to work on.
+    #[error("no images found in {}", list(paths))]
+    NoImages {
+        /// Where was looked.
+        paths: Vec<PathBuf>,
+    },
+    /// Extents are shared within one filesystem only.
+    #[error("`{}` and `{}` are on two filesystems", first.display(), second.display())]
+    TwoFilesystems {
+        /// One path.
+        first: PathBuf,
+        /// A path elsewhere.
+        second: PathBuf,
+    },
+    /// The filesystem cannot do what is needed.
+    #[error("`{}` is on {filesystem}, where vmfold cannot share extents", path.display())]
+    NoSharing {
+        /// The path.
+        path: PathBuf,
+        /// Name or magic number of the filesystem.
+        filesystem: String,
+    },
+    /// The filesystem has blocks of another size than 4 KiB.
+    #[error("`{}` is on a btrfs with blocks of {sector_bytes} bytes", path.display())]
+    SectorSize {
+        /// The path.
+        path: PathBuf,
+        /// Bytes of its blocks.
+        sector_bytes: u32,
+    },
+    /// The filesystem is mounted read-only.
+    #[error("`{}` is on a filesystem that is mounted read-only", path.display())]
+    ReadOnly {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Reading extent maps takes `CAP_SYS_ADMIN`.
+    #[error("reading the filesystem's extent maps takes root")]
+    NotRoot,
+    /// The pool has more distinct extents than slots can number.
+    #[error("the images hold more than 16 TiB of distinct extents")]
+    TooLarge,
+    /// The index is locked or cannot be written.
+    #[error("cannot use the index `{}`: {problem}", path.display())]
+    Index {
+        /// Its folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The filesystem ran full. Images are intact, as at any other moment.
+    #[error("no space left while {doing} on the filesystem of `{}`; every image is intact", path.display())]
+    NoSpace {
+        /// What was being done.
+        doing: &'static str,
+        /// A path there.
+        path: PathBuf,
+    },
+    /// A metadata item of the filesystem makes no sense.
+    #[error("the filesystem's metadata of `{}` is not as expected: {problem}", path.display())]
+    Metadata {
+        /// The image, or a path on the filesystem.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The caller asked for something that makes no sense.
+    #[error("{0}")]
+    Usage(String),
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ")
+}
+
+impl Error {
+    /// Makes an [`Error::Io`] for a whole file: `.map_err(Error::io("open", path))`.
+    pub fn io<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
+        move |source| Self::Io { operation, path: path.to_owned(), range: None, source: source.into() }
+    }
+
+    /// Makes an [`Error::Io`] for part of a file.
+    pub fn io_at<E: Into<std::io::Error>>(
+        operation: &'static str,
+        path: &Path,
+        start: u64,
+        length: u64,
+    ) -> impl FnOnce(E) -> Self {
+        let range = Some(ByteRange { start, length });
+        move |source| Self::Io { operation, path: path.to_owned(), range, source: source.into() }
+    }
+
+    /// What the user can do about it, if there is something.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::NoSuchPath { .. } => "check the path",
+            Self::NoImages { .. } => {
+                "name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions"
+            }
+            Self::TwoFilesystems { .. } => "run once for each filesystem",
+            Self::NoSharing { .. } => "vmfold works on btrfs with kernel 5.15 or later",
+            Self::SectorSize { .. } => "vmfold supports blocks of 4096 bytes only",
+            Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
+            Self::NotRoot => "run it with sudo",
+            Self::TooLarge => "run once for each folder",
+            Self::Index { .. } => "name another folder with --index, or delete this one: it is only a cache",
+            Self::NoSpace { .. } => "free some space, or use a smaller --work-space, and run it again: it goes on where it stopped",
+            Self::Metadata { .. } => "run btrfs check on the unmounted filesystem",
+            Self::Io { source, .. } => match source.raw_os_error()? {
+                libc::EIO => "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude",
+                libc::ENOSPC => "free some space and run it again",
+                _ => return None,
+            },
+            Self::Usage(_) => return None,
+        })
+    }
+
+    /// Whether the command line is at fault, rather than the world.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Usage(_) | Self::NoSuchPath { .. } | Self::NoImages { .. } | Self::TwoFilesystems { .. })
+    }
+}

@@ -1,0 +1,221 @@
+//! Runs a plan. Decides nothing: every range is shared as planned, or skipped and counted.
+
+mod donors;
+mod prefetch;
+mod second;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rustix::io::Errno;
+
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
+use crate::error::{Error, Result};
+use crate::facts::{Facts, ImageId};
+use crate::fs::{Outcome, Sharing, SourceFile};
+use crate::monitor::Monitor;
+use crate::plan::{Batch, Op, Plan, Source};
+
+/// Bytes that one call compares at most: btrfs splits longer ones (kernel: `BTRFS_MAX_DEDUPE_LEN`), and both files are locked.
+pub const CALL_BYTES: u64 = 16 << 20;
+
+/// What a run did, range by range.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counts {
+    /// System calls made.
+    pub calls: u64,
+    /// Bytes of images that now share what they were to share.
+    pub shared_bytes: u64,
+    /// Bytes found to differ, and left alone.
+    pub differing_bytes: u64,
+    /// Bytes that the filesystem refused to share, by the name of the error.
+    pub refused_bytes: BTreeMap<String, u64>,
+    /// Bytes of donors written.
+    pub written_bytes: u64,
+    /// Bytes not looked at because someone opened the image meanwhile.
+    pub abandoned_bytes: u64,
+    /// Extents that still were held after their turn, and got a second one.
+    pub second_round_extents: u64,
+    /// Extents that are still held after that.
+    pub extents_still_held: u64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Default)]
+pub struct Ran {
+    /// What was done.
+    pub counts: Counts,
+    /// Images that someone opened during the run; they were left alone from then on.
+    pub opened_meanwhile: BTreeSet<ImageId>,
+    /// Whether the user asked to stop before the end.
+    pub interrupted: bool,
+}
+
+/// Runs a plan to its end, or until the user asks to stop. `ran` tells what was done in either case, and after an error.
+///
+/// # Errors
+/// Reading an image, writing a donor, a full filesystem. Ranges that differ or are refused are no errors.
+pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, ran: &mut Ran) -> Result<()> {
+    let total = plan.batches.iter().map(|batch| batch.compared_bytes).sum::<u64>() + plan.rewritten_bytes();
+    monitor.phase("Sharing", total);
+    let mut run = Run { facts, plan, fs, monitor, ran, donor_files: vec![None; plan.donor_files.len()] };
+    for batch in &plan.batches {
+        run.batch(batch)?;
+        if run.ran.interrupted {
+            break;
+        }
+    }
+    Ok(())
+}
+
+struct Run<'a> {
+    facts: &'a Facts,
+    plan: &'a Plan,
+    fs: &'a dyn Sharing,
+    monitor: &'a dyn Monitor,
+    ran: &'a mut Ran,
+    /// The donor that was made for each of the plan's donor files.
+    donor_files: Vec<Option<usize>>,
+}
+
+/// A range to share, in bytes and with its files resolved.
+#[derive(Debug, Clone, Copy)]
+struct Call {
+    source: SourceFile,
+    source_offset: u64,
+    image: ImageId,
+    offset: u64,
+    length: u64,
+}
+
+impl Run<'_> {
+    fn batch(&mut self, batch: &Batch) -> Result<()> {
+        for file in batch.donor_files.clone() {
+            if self.stop() {
+                return Ok(());
+            }
+            self.donor_files[file] = Some(donors::write(self, &self.plan.donor_files[file])?);
+        }
+        let extents: Vec<u32> = self.plan.eliminations[batch.eliminations.clone()].iter().map(|one| one.extent).collect();
+        let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
+        let donor_files = &self.donor_files;
+        let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
+        let calls = ops.filter_map(|op| call(fs, donor_files, &op));
+        let ran = &mut *self.ran;
+        prefetch::ahead(fs, calls.flat_map(split), |call| {
+            if monitor.interrupted() {
+                ran.interrupted = true;
+                return Ok(false);
+            }
+            share(fs, call, ran)?;
+            monitor.advance(call.length);
+            Ok(true)
+        })?;
+        self.fs.commit()?;
+        if self.ran.interrupted {
+            return Ok(());
+        }
+        second::round(self, &extents)
+    }
+
+    fn stop(&mut self) -> bool {
+        self.ran.interrupted |= self.monitor.interrupted();
+        self.ran.interrupted
+    }
+}
+
+/// The range to share for an op; none if its donor was not written.
+fn call(fs: &dyn Sharing, donor_files: &[Option<usize>], op: &Op) -> Option<Call> {
+    let (source, source_block) = match op.source {
+        Source::Image(image, block) => (SourceFile::Image(image), block),
+        Source::Donor(file, block) => (SourceFile::Donor(donor_files[file as usize]?), block),
+        Source::Hole => (SourceFile::Hole { checksummed: fs.is_checksummed(op.image) }, op.file_block),
+    };
+    Some(Call {
+        source,
+        source_offset: bytes(source_block),
+        image: op.image,
+        offset: bytes(op.file_block),
+        length: bytes(op.blocks),
+    })
+}
+
+/// Cuts a range into calls of at most [`CALL_BYTES`].
+fn split(call: Call) -> impl Iterator<Item = Call> {
+    (0..call.length.div_ceil(CALL_BYTES)).map(move |n| Call {
+        source_offset: call.source_offset + n * CALL_BYTES,
+        offset: call.offset + n * CALL_BYTES,
+        length: CALL_BYTES.min(call.length - n * CALL_BYTES),
+        ..call
+    })
+}
+
+/// Makes one call. Where the bytes differ somewhere, the blocks that are equal are shared all the same.
+fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
+    if !fs.may_touch(call.image) || matches!(call.source, SourceFile::Image(source) if !fs.may_touch(source)) {
+        ran.counts.abandoned_bytes += call.length;
+        ran.opened_meanwhile.extend((!fs.may_touch(call.image)).then_some(call.image));
+        return Ok(());
+    }
+    ran.counts.calls += 1;
+    match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
+        Outcome::Shared => ran.counts.shared_bytes += call.length,
+        Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran)?,
+        Outcome::Differs => ran.counts.differing_bytes += call.length,
+        Outcome::Refused(Errno::NOSPC | Errno::DQUOT) => {
+            return Err(Error::NoSpace { doing: "sharing blocks", path: fs.path(call.image).to_owned() });
+        }
+        Outcome::Refused(errno) => {
+            *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
+        }
+    }
+    Ok(())
+}
+
+/// Shares the runs of blocks of a range that are equal, and counts those that are not.
+fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
+    /// Bytes compared at a time.
+    const WINDOW_BYTES: u64 = 1 << 20;
+    let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+    let mut equal: Option<Call> = None;
+    let flush = |equal: &mut Option<Call>, ran: &mut Ran| {
+        let Some(call) = equal.take() else { return };
+        ran.counts.calls += 1;
+        match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
+            Outcome::Shared => ran.counts.shared_bytes += call.length,
+            // It changed since it was read a moment ago. Whatever holds the extent gets its second turn.
+            Outcome::Differs => ran.counts.differing_bytes += call.length,
+            Outcome::Refused(errno) => {
+                *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
+            }
+        }
+    };
+    let mut done = 0;
+    while done < call.length {
+        let length = WINDOW_BYTES.min(call.length - done);
+        let size = usize::try_from(length).unwrap_or(usize::MAX);
+        (theirs.resize(size, 0), ours.resize(size, 0));
+        fs.read(call.source, call.source_offset + done, &mut theirs)?;
+        fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours)?;
+        for (block, at) in theirs.chunks(BLOCK_LEN).zip(ours.chunks(BLOCK_LEN)).zip((done..).step_by(BLOCK_LEN)) {
+            if block.0 == block.1 {
+                let grown = equal.get_or_insert(Call {
+                    source_offset: call.source_offset + at,
+                    offset: call.offset + at,
+                    length: 0,
+                    ..call
+                });
+                grown.length += BLOCK_BYTES;
+            } else {
+                flush(&mut equal, ran);
+                ran.counts.differing_bytes += BLOCK_BYTES;
+            }
+        }
+        done += length;
+    }
+    flush(&mut equal, ran);
+    Ok(())
+}
+
+fn name_of(errno: Errno) -> String {
+    std::io::Error::from(errno).to_string()
+}

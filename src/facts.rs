@@ -1,0 +1,261 @@
+//! What is known of a pool before anything is planned: extents, references, fingerprints. Plain data, no I/O.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::block::{Slot, SlotSet};
+
+/// An image, by its place in the list of images a run works on.
+pub type ImageId = u32;
+
+/// How an extent's bytes lie on disk, which decides what a donor that takes them over must be like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Compression {
+    /// As they are.
+    None,
+    /// btrfs compression type 1.
+    Zlib,
+    /// btrfs compression type 2.
+    Lzo,
+    /// btrfs compression type 3.
+    Zstd,
+}
+
+/// What two extents must have in common for the kernel to let a file refer to both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Class {
+    /// Whether the filesystem keeps checksums of the data. `FIDEDUPERANGE` refuses two files that differ in it.
+    pub checksummed: bool,
+    /// How the bytes lie on disk. Extents of any compression may share with each other.
+    pub compression: Compression,
+}
+
+/// One physical allocation of the filesystem. It is freed only as a whole, once nothing refers to any part of it.
+#[derive(Debug, Clone)]
+pub struct Extent {
+    /// Logical address in the filesystem, in bytes.
+    pub address: u64,
+    /// Bytes it takes on disk.
+    pub disk_bytes: u64,
+    /// The transaction that wrote it: together with the address it tells an extent from a later one at the same place.
+    pub generation: u64,
+    /// Its first block's slot.
+    pub first_slot: Slot,
+    /// Its length in blocks, uncompressed.
+    pub blocks: u32,
+    /// What may share with it.
+    pub class: Class,
+    /// Why it must stay where it is, if it must.
+    pub pinned: Option<Pinned>,
+}
+
+/// Why an extent cannot be eliminated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pinned {
+    /// Something outside the given paths (another file, a snapshot) or an image that is left alone refers to it.
+    HeldByOthers,
+    /// It holds the last block of an image whose size is not a multiple of 4 KiB.
+    UnalignedTail,
+    /// A part of it is preallocated, and that is to stay so.
+    Preallocated,
+}
+
+impl Extent {
+    /// Its slots.
+    pub fn slots(&self) -> Range<Slot> {
+        self.first_slot..self.first_slot + self.blocks
+    }
+
+    /// Bytes on disk that `blocks` of its blocks take, as a share of the whole.
+    pub fn disk_share(&self, blocks: u32) -> u64 {
+        let share = u128::from(self.disk_bytes) * u128::from(blocks) / u128::from(self.blocks.max(1));
+        u64::try_from(share).unwrap_or(self.disk_bytes)
+    }
+}
+
+/// A range of an image that maps part of an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reference {
+    /// The image.
+    pub image: ImageId,
+    /// First block in the image.
+    pub file_block: u32,
+    /// First slot it maps.
+    pub slot: Slot,
+    /// Blocks.
+    pub blocks: u32,
+    /// Place of the extent in [`Facts::extents`].
+    pub extent: u32,
+    /// Whether the range is preallocated: it reads as zeros, whatever the extent holds there.
+    pub preallocated: bool,
+}
+
+impl Reference {
+    /// The slots it maps.
+    pub fn slots(&self) -> Range<Slot> {
+        self.slot..self.slot + self.blocks
+    }
+}
+
+/// Everything that a plan follows from.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    /// Extents by address; slots follow this order.
+    pub extents: Vec<Extent>,
+    /// References, by extent, then slot, then image and place in it.
+    pub references: Vec<Reference>,
+    /// For each extent, and one past the last, where its references begin.
+    first_reference: Vec<u32>,
+    /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
+    pub fingerprints: Vec<u32>,
+    /// Fingerprint of a block of zeros.
+    pub zero_fingerprint: u32,
+    /// Strong hashes of the few blocks that were read because their fingerprint alone does not prove equality.
+    pub proofs: HashMap<Slot, Proof>,
+    /// Slots that some reference that is not preallocated reaches.
+    live: SlotSet,
+    /// For each slot range that is reachable, a reference to read it through; by slot, without overlap.
+    cover: Vec<Cover>,
+}
+
+/// What a block was found to hold when it was read.
+pub type Proof = [u8; 16];
+
+/// A range of slots and the reference it is read through.
+#[derive(Debug, Clone, Copy)]
+struct Cover {
+    slot: Slot,
+    blocks: u32,
+    reference: u32,
+}
+
+/// A place in an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The image.
+    pub image: ImageId,
+    /// First block in it.
+    pub file_block: u32,
+    /// Blocks that follow there and in the extent alike.
+    pub blocks: u32,
+}
+
+impl Facts {
+    /// Puts extents (by address, slots in that order) and references together; fingerprints are still to be filled in.
+    pub fn new(extents: Vec<Extent>, mut references: Vec<Reference>, zero_fingerprint: u32) -> Self {
+        let slots = extents.last().map_or(0, |last| last.slots().end as usize);
+        references.sort_unstable_by_key(|r| (r.extent, r.slot, r.image, r.file_block));
+        let mut first_reference = Vec::with_capacity(extents.len() + 1);
+        let mut live = SlotSet::new(slots);
+        let mut cover: Vec<Cover> = Vec::new();
+        let mut at = 0;
+        for extent in 0..u32::try_from(extents.len()).unwrap_or(u32::MAX) {
+            first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
+            let mut covered = extents[extent as usize].first_slot;
+            while let Some(reference) = references.get(at).filter(|r| r.extent == extent) {
+                let end = reference.slots().end;
+                if !reference.preallocated && end > covered {
+                    let start = covered.max(reference.slot);
+                    live.insert_range(start..end);
+                    cover.push(Cover { slot: start, blocks: end - start, reference: u32::try_from(at).unwrap_or(u32::MAX) });
+                    covered = end;
+                }
+                at += 1;
+            }
+        }
+        first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
+        Self {
+            extents,
+            references,
+            first_reference,
+            fingerprints: vec![0; slots],
+            zero_fingerprint,
+            proofs: HashMap::new(),
+            live,
+            cover,
+        }
+    }
+
+    /// Slots in all.
+    pub fn slots(&self) -> Slot {
+        self.extents.last().map_or(0, |last| last.slots().end)
+    }
+
+    /// The references to one extent.
+    pub fn references_to(&self, extent: u32) -> &[Reference] {
+        let at = |extent: usize| self.first_reference.get(extent).copied().unwrap_or_default() as usize;
+        &self.references[at(extent as usize)..at(extent as usize + 1)]
+    }
+
+    /// The extent that `slot` belongs to.
+    pub fn extent_of(&self, slot: Slot) -> u32 {
+        let after = self.extents.partition_point(|extent| extent.first_slot <= slot);
+        u32::try_from(after.saturating_sub(1)).unwrap_or(u32::MAX)
+    }
+
+    /// The slots that some image can reach.
+    pub fn live(&self) -> &SlotSet {
+        &self.live
+    }
+
+    /// Where a range of live slots can be read or shared from: the place of its beginning, and how far that place holds.
+    pub fn place_of(&self, slots: Range<Slot>) -> Option<Place> {
+        let after = self.cover.partition_point(|cover| cover.slot <= slots.start);
+        let cover = self.cover.get(after.checked_sub(1)?)?;
+        let end = (cover.slot + cover.blocks).min(slots.end);
+        let reference = self.references.get(cover.reference as usize)?;
+        (slots.start < end).then(|| Place {
+            image: reference.image,
+            file_block: reference.file_block + (slots.start - reference.slot),
+            blocks: end - slots.start,
+        })
+    }
+
+    /// The same for a whole range, place after place.
+    pub fn places_of(&self, slots: Range<Slot>) -> impl Iterator<Item = (Slot, Place)> + '_ {
+        let mut at = slots.start;
+        std::iter::from_fn(move || {
+            let place = self.place_of(at..slots.end)?;
+            let slot = at;
+            at += place.blocks;
+            Some((slot, place))
+        })
+    }
+
+    /// Whether the block at `slot` reads as zeros, as far as fingerprints and proofs tell.
+    pub fn is_zero(&self, slot: Slot) -> bool {
+        self.fingerprints[slot as usize] == self.zero_fingerprint
+    }
+}
+
+/// What is known of single blocks.
+impl Facts {
+    /// Remembers what blocks were found to hold.
+    pub fn add_proofs(&mut self, proofs: impl IntoIterator<Item = (Slot, Proof)>) {
+        self.proofs.extend(proofs);
+    }
+
+    /// Whether two blocks may be equal: alike in fingerprint, and not known to differ.
+    pub fn may_be_equal(&self, one: Slot, other: Slot) -> bool {
+        self.fingerprints[one as usize] == self.fingerprints[other as usize]
+            && (self.proofs.is_empty() || self.proved_equal(one, other).unwrap_or(true))
+    }
+
+    /// Whether two blocks are equal, if both were read.
+    pub fn proved_equal(&self, one: Slot, other: Slot) -> Option<bool> {
+        Some(self.proofs.get(&one)? == self.proofs.get(&other)?)
+    }
+
+    /// Whether a block is all zeros, if it was read.
+    pub fn proved_zero(&self, slot: Slot) -> Option<bool> {
+        self.proofs.get(&slot).map(|proof| *proof == proof_of(&[0; crate::block::BLOCK_LEN]))
+    }
+}
+
+/// The strong hash of a block: the first half of its BLAKE3.
+pub fn proof_of(block: &[u8]) -> Proof {
+    let mut proof = Proof::default();
+    proof.copy_from_slice(&blake3::hash(block).as_bytes()[..size_of::<Proof>()]);
+    proof
+}

@@ -1,0 +1,55 @@
+//! Fingerprints of blocks: 32 bits that propose equality and never prove it.
+//!
+//! On btrfs they are the filesystem's own checksums, cut to 32 bits where those are longer, so that most of a pool needs no
+//! reading; where there is no usable checksum (compressed extents, files without checksums) the same function is computed
+//! from the data. Checksum types: btrfs-progs, `Documentation/Checksumming.rst`; on disk a checksum is little-endian.
+
+use crate::block::BLOCK_LEN;
+
+/// The function that turns a block into its fingerprint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Function {
+    /// CRC32C, btrfs's default.
+    Crc32c,
+    /// The low half of xxhash64 with seed 0.
+    Xxhash64,
+}
+
+impl Function {
+    /// The fingerprint of one block.
+    pub fn of(self, block: &[u8]) -> u32 {
+        match self {
+            Self::Crc32c => crc32c::crc32c(block),
+            #[expect(clippy::cast_possible_truncation, reason = "the low half is what is wanted")]
+            Self::Xxhash64 => xxhash_rust::xxh64::xxh64(block, 0) as u32,
+        }
+    }
+
+    /// The fingerprint of a block of zeros.
+    pub fn of_zeros(self) -> u32 {
+        self.of(&[0; BLOCK_LEN])
+    }
+
+    /// A name for messages and the index.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Crc32c => "crc32c",
+            Self::Xxhash64 => "xxhash64",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_values() {
+        // CRC32C of "123456789" stands in RFC 3720's successor tables; of 4 KiB of zeros, in any btrfs checksum tree.
+        assert_eq!(Function::Crc32c.of(b"123456789"), 0xe306_9283);
+        assert_eq!(Function::Crc32c.of_zeros(), 0x98f9_4189);
+        // xxhash64 of nothing, from the reference implementation: ef46db3751d8e999.
+        assert_eq!(Function::Xxhash64.of(b""), 0x51d8_e999);
+    }
+}

@@ -1,0 +1,111 @@
+//! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
+
+//TMP pub mod btrfs;
+pub mod simulated;
+
+use std::path::Path;
+
+use rustix::io::Errno;
+
+use crate::error::Result;
+use crate::facts::{Class, ImageId};
+
+/// A file that blocks can be shared from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SourceFile {
+    /// An image.
+    Image(ImageId),
+    /// A donor, by the number [`Sharing::create_donor`] gave it.
+    Donor(usize),
+    /// A file without data, checksummed or not, as large as the largest image.
+    Hole {
+        /// Whether its inode has checksums; both sides of a call must agree.
+        checksummed: bool,
+    },
+}
+
+/// What one call did with one range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The range maps the source's blocks now, or did before.
+    Shared,
+    /// The bytes differ. Nothing was changed.
+    Differs,
+    /// The filesystem refused.
+    Refused(Errno),
+}
+
+/// A range of an image that refers to an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldRange {
+    /// First block in the image.
+    pub file_block: u32,
+    /// First block in the extent.
+    pub extent_block: u32,
+    /// Blocks.
+    pub blocks: u32,
+    /// Whether it reads as zeros, whatever the extent holds.
+    pub preallocated: bool,
+}
+
+/// Everything a run does to a filesystem.
+///
+/// The byte ranges of [`Sharing::share`] are multiples of a block.
+pub trait Sharing: Sync {
+    /// Whether an image may still be touched: false once someone else wants it.
+    fn may_touch(&self, image: ImageId) -> bool;
+
+    /// Whether an image's blocks have checksums.
+    fn is_checksummed(&self, image: ImageId) -> bool;
+
+    /// Reads all of `buffer` from an image.
+    ///
+    /// # Errors
+    /// With the path and the range; `EIO` where a checksum fails.
+    fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// Starts reading a range into memory, as a hint.
+    fn read_ahead(&self, file: SourceFile, offset: u64, length: u64);
+
+    /// Makes an empty donor that vanishes with this process, its blocks staying only where an image shares them.
+    ///
+    /// # Errors
+    /// Where no such file can be made.
+    fn create_donor(&self, class: Class) -> Result<usize>;
+
+    /// Appends one extent to a donor.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::NoSpace`] among others.
+    fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()>;
+
+    /// Waits until all of a donor is on disk.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::NoSpace`] among others.
+    fn settle_donor(&self, donor: usize) -> Result<()>;
+
+    /// Makes a range of an image share a range of another file, if the bytes are equal. One system call.
+    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome;
+
+    /// Makes everything durable and freed blocks available.
+    ///
+    /// # Errors
+    /// Those of the system call.
+    fn commit(&self) -> Result<()>;
+
+    /// Whether the extent that was at `address` when the facts were taken is still there.
+    ///
+    /// # Errors
+    /// Those of reading the filesystem's metadata.
+    fn is_allocated(&self, address: u64, generation: u64) -> Result<bool>;
+
+    /// The ranges of an image that refer to the extent at `address`.
+    ///
+    /// # Errors
+    /// Those of reading the filesystem's metadata.
+    fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>>;
+
+    /// Where an image lies, for messages.
+    fn path(&self, image: ImageId) -> &Path;
+}

@@ -1,0 +1,376 @@
+//! A btrfs in memory: extents with reference counts that are freed only whole, files that map parts of them, and faults on
+//! demand. It keeps the rules of the real one (comparison before sharing, no sharing across checksum settings, extents whole),
+//! so that planning and executing can be tested by the thousand.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustix::io::Errno;
+
+use super::{HeldRange, Outcome, Sharing, SourceFile};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
+use crate::error::{Error, Result};
+use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+
+/// A block's content: the number that its bytes repeat; 0 for zeros.
+pub type Content = u64;
+
+/// What a block of a file maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Mapped {
+    extent: usize,
+    at: u32,
+    preallocated: bool,
+}
+
+#[derive(Debug, Clone)]
+struct File {
+    checksummed: bool,
+    blocks: Vec<Option<Mapped>>,
+}
+
+#[derive(Debug, Clone)]
+struct Allocation {
+    content: Vec<Content>,
+    class: Class,
+    outside: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+struct State {
+    allocations: Vec<Allocation>,
+    images: Vec<File>,
+    donors: Vec<(Class, File)>,
+    opened: BTreeSet<ImageId>,
+    calls: u64,
+    peak_bytes: u64,
+}
+
+/// The filesystem.
+#[derive(Debug, Default)]
+pub struct Simulated {
+    state: Mutex<State>,
+    /// Faults to inject.
+    pub faults: Faults,
+    path: PathBuf,
+}
+
+/// What is to go wrong.
+#[derive(Debug, Clone, Default)]
+pub struct Faults {
+    /// Bits of a block's content that its fingerprint depends on: fewer make different blocks look alike. 0 stands for all.
+    pub fingerprint_bits: u32,
+    /// From this call on, someone has this image open.
+    pub opened: Option<(u64, ImageId)>,
+    /// From this call on, the process is as good as killed: nothing works.
+    pub killed_at: Option<u64>,
+    /// Calls that the filesystem refuses, every n-th.
+    pub refuse_every: Option<u64>,
+    /// Donors fail beyond so many bytes.
+    pub space_bytes: Option<u64>,
+}
+
+impl Simulated {
+    /// Adds an extent with this content and returns its number.
+    pub fn allocate(&self, class: Class, content: Vec<Content>) -> usize {
+        self.with(|state| {
+            state.allocations.push(Allocation { content, class, outside: false });
+            state.allocations.len() - 1
+        })
+    }
+
+    /// Makes something outside the images refer to an extent.
+    pub fn hold_from_outside(&self, extent: usize) {
+        self.with(|state| state.allocations[extent].outside = true);
+    }
+
+    /// Adds an image without data.
+    pub fn add_image(&self, checksummed: bool, blocks: usize) -> ImageId {
+        self.with(|state| {
+            state.images.push(File { checksummed, blocks: vec![None; blocks] });
+            ImageId::try_from(state.images.len() - 1).unwrap_or(ImageId::MAX)
+        })
+    }
+
+    /// Makes a range of an image map part of an extent.
+    pub fn map(&self, image: ImageId, file_block: u32, extent: usize, at: u32, blocks: u32, preallocated: bool) {
+        self.with(|state| {
+            for n in 0..blocks {
+                let mapped = Mapped { extent, at: at + n, preallocated };
+                state.images[image as usize].blocks[(file_block + n) as usize] = Some(mapped);
+            }
+        });
+    }
+
+    /// Adds an image that shares all its data with another.
+    pub fn reflink(&self, image: ImageId) -> ImageId {
+        self.with(|state| {
+            state.images.push(state.images[image as usize].clone());
+            ImageId::try_from(state.images.len() - 1).unwrap_or(ImageId::MAX)
+        })
+    }
+
+    /// Removes a range of an image's data.
+    pub fn punch(&self, image: ImageId, file_block: u32, blocks: u32) {
+        self.with(|state| state.images[image as usize].blocks[file_block as usize..][..blocks as usize].fill(None));
+    }
+
+    /// How many extents were ever allocated.
+    pub fn extents(&self) -> usize {
+        self.with(|state| state.allocations.len())
+    }
+
+    /// Makes everyone else close the images they have open.
+    pub fn close_everyone_else(&self) {
+        self.with(|state| state.opened.clear());
+    }
+
+    /// What each image holds.
+    pub fn contents(&self) -> Vec<Vec<Content>> {
+        self.with(|state| {
+            let read = |file: &File| (0..file.blocks.len()).map(|at| state.content(file, at)).collect();
+            state.images.iter().map(read).collect()
+        })
+    }
+
+    /// Bytes of extents that anything refers to, donors too.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.with(|state| state.allocated_bytes())
+    }
+
+    /// The greatest number of bytes that were allocated at any call.
+    pub fn peak_bytes(&self) -> u64 {
+        self.with(|state| state.peak_bytes)
+    }
+
+    /// Closes all donors, as the end of the process does.
+    pub fn close_donors(&self) {
+        self.with(|state| state.donors.clear());
+    }
+
+    /// What a scan would find.
+    pub fn facts(&self) -> Facts {
+        self.with(|state| {
+            let used = state.used();
+            let mut place = BTreeMap::new();
+            let (mut extents, mut fingerprints, mut slot) = (Vec::new(), Vec::new(), 0);
+            for (number, allocation) in state.allocations.iter().enumerate().filter(|(number, _)| used.contains(number)) {
+                let blocks = u32::try_from(allocation.content.len()).unwrap_or(u32::MAX);
+                place.insert(number, (u32::try_from(extents.len()).unwrap_or(u32::MAX), slot));
+                extents.push(Extent {
+                    address: State::address(number),
+                    disk_bytes: bytes(blocks),
+                    generation: 1,
+                    first_slot: slot,
+                    blocks,
+                    class: allocation.class,
+                    pinned: allocation.outside.then_some(Pinned::HeldByOthers),
+                });
+                slot += blocks;
+                fingerprints.extend(allocation.content.iter().map(|content| self.fingerprint(*content)));
+            }
+            let mut references = Vec::new();
+            for (image, file) in (0u32..).zip(&state.images) {
+                for range in State::ranges(file) {
+                    let (extent, first_slot) = place[&range.0];
+                    let HeldRange { file_block, extent_block, blocks, preallocated } = range.1;
+                    references.push(Reference { image, file_block, slot: first_slot + extent_block, blocks, extent, preallocated });
+                }
+            }
+            let mut facts = Facts::new(extents, references, self.fingerprint(0));
+            facts.fingerprints = fingerprints;
+            facts
+        })
+    }
+
+    fn fingerprint(&self, content: Content) -> u32 {
+        let bits = if self.faults.fingerprint_bits == 0 { 32 } else { self.faults.fingerprint_bits };
+        u32::try_from(content & ((1 << bits) - 1)).unwrap_or(u32::MAX)
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        work(&mut state)
+    }
+
+    fn is_dead(&self, state: &State) -> bool {
+        self.faults.killed_at.is_some_and(|at| state.calls >= at)
+    }
+}
+
+impl State {
+    fn address(number: usize) -> u64 {
+        (number as u64 + 1) << 30
+    }
+
+    fn content(&self, file: &File, at: usize) -> Content {
+        match file.blocks.get(at).copied().flatten() {
+            Some(mapped) if !mapped.preallocated => self.allocations[mapped.extent].content[mapped.at as usize],
+            _ => 0,
+        }
+    }
+
+    fn used(&self) -> BTreeSet<usize> {
+        let files = self.images.iter().chain(self.donors.iter().map(|(_, file)| file));
+        let mut used: BTreeSet<usize> = files.flat_map(|file| file.blocks.iter().flatten().map(|mapped| mapped.extent)).collect();
+        used.extend((0..self.allocations.len()).filter(|number| self.allocations[*number].outside));
+        used
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.used().iter().map(|number| self.allocations[*number].content.len() as u64 * BLOCK_BYTES).sum()
+    }
+
+    fn ranges(file: &File) -> Vec<(usize, HeldRange)> {
+        let mut ranges: Vec<(usize, HeldRange)> = Vec::new();
+        for (file_block, mapped) in (0u32..).zip(&file.blocks) {
+            let Some(mapped) = mapped else { continue };
+            match ranges.last_mut() {
+                Some((extent, last))
+                    if *extent == mapped.extent
+                        && last.preallocated == mapped.preallocated
+                        && last.file_block + last.blocks == file_block
+                        && last.extent_block + last.blocks == mapped.at =>
+                {
+                    last.blocks += 1;
+                }
+                _ => ranges.push((
+                    mapped.extent,
+                    HeldRange { file_block, extent_block: mapped.at, blocks: 1, preallocated: mapped.preallocated },
+                )),
+            }
+        }
+        ranges
+    }
+
+    fn file(&self, file: SourceFile) -> Option<&File> {
+        match file {
+            SourceFile::Image(image) => self.images.get(image as usize),
+            SourceFile::Donor(donor) => self.donors.get(donor).map(|(_, file)| file),
+            SourceFile::Hole { .. } => None,
+        }
+    }
+}
+
+fn block_at(offset: u64) -> usize {
+    usize::try_from(offset / BLOCK_BYTES).unwrap_or(usize::MAX)
+}
+
+impl Sharing for Simulated {
+    fn may_touch(&self, image: ImageId) -> bool {
+        self.with(|state| {
+            if let Some((at, opened)) = self.faults.opened
+                && state.calls >= at
+            {
+                state.opened.insert(opened);
+            }
+            !state.opened.contains(&image)
+        })
+    }
+
+    fn is_checksummed(&self, image: ImageId) -> bool {
+        self.with(|state| state.images[image as usize].checksummed)
+    }
+
+    fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.with(|state| {
+            for (n, block) in buffer.chunks_mut(BLOCK_LEN).enumerate() {
+                let content = state.file(file).map_or(0, |file| state.content(file, block_at(offset) + n));
+                block.chunks_mut(8).for_each(|bytes| bytes.copy_from_slice(&content.to_le_bytes()[..bytes.len()]));
+            }
+        });
+        Ok(())
+    }
+
+    fn read_ahead(&self, _: SourceFile, _: u64, _: u64) {}
+
+    fn create_donor(&self, class: Class) -> Result<usize> {
+        self.with(|state| {
+            state.donors.push((class, File { checksummed: class.checksummed, blocks: Vec::new() }));
+            Ok(state.donors.len() - 1)
+        })
+    }
+
+    fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()> {
+        self.with(|state| {
+            state.calls += 1;
+            let full = self.faults.space_bytes.is_some_and(|space| state.allocated_bytes() + content.len() as u64 > space);
+            if full || self.is_dead(state) {
+                return Err(Error::NoSpace { doing: "writing a donor", path: self.path.clone() });
+            }
+            let content: Vec<Content> = content
+                .chunks(BLOCK_LEN)
+                .map(|block| {
+                    let mut number = [0; 8];
+                    number.copy_from_slice(&block[..8]);
+                    Content::from_le_bytes(number)
+                })
+                .collect();
+            let (extent, blocks) = (state.allocations.len(), u32::try_from(content.len()).unwrap_or(u32::MAX));
+            let class = state.donors[donor].0;
+            state.allocations.push(Allocation { content, class, outside: false });
+            state.donors[donor].1.blocks.extend((0..blocks).map(|at| Some(Mapped { extent, at, preallocated: false })));
+            state.peak_bytes = state.peak_bytes.max(state.allocated_bytes());
+            Ok(())
+        })
+    }
+
+    fn settle_donor(&self, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
+        self.with(|state| {
+            state.calls += 1;
+            if self.is_dead(state) {
+                return Outcome::Refused(Errno::IO);
+            }
+            if self.faults.refuse_every.is_some_and(|every| state.calls.is_multiple_of(every)) {
+                return Outcome::Refused(Errno::AGAIN);
+            }
+            let checksummed = match source {
+                SourceFile::Hole { checksummed } => checksummed,
+                file => state.file(file).is_some_and(|file| file.checksummed),
+            };
+            let aligned = [source_offset, offset, length].iter().all(|number| number.is_multiple_of(BLOCK_BYTES));
+            if !aligned || checksummed != state.images[image as usize].checksummed {
+                return Outcome::Refused(Errno::INVAL);
+            }
+            let at = |n: usize| (block_at(source_offset) + n, block_at(offset) + n);
+            let blocks = block_at(length);
+            let read = |state: &State, n| state.file(source).map_or(0, |file| state.content(file, n));
+            let image = image as usize;
+            if (0..blocks).any(|n| read(state, at(n).0) != state.content(&state.images[image], at(n).1)) {
+                return Outcome::Differs;
+            }
+            for n in 0..blocks {
+                let mapped = state.file(source).and_then(|file| file.blocks.get(at(n).0).copied().flatten());
+                state.images[image].blocks[at(n).1] = mapped;
+            }
+            Outcome::Shared
+        })
+    }
+
+    fn commit(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn is_allocated(&self, address: u64, _: u64) -> Result<bool> {
+        Ok(self.with(|state| state.used().iter().any(|number| State::address(*number) == address)))
+    }
+
+    fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>> {
+        Ok(self.with(|state| {
+            let ranges = State::ranges(&state.images[image as usize]).into_iter();
+            ranges.filter(|(extent, _)| State::address(*extent) == address).map(|(_, range)| range).collect()
+        }))
+    }
+
+    fn path(&self, _: ImageId) -> &Path {
+        &self.path
+    }
+}
+
+/// The class of a plain extent.
+pub const PLAIN: Class = Class { checksummed: true, compression: Compression::None };

@@ -1,0 +1,37 @@
+//! How the library tells whoever called it what it is doing, and asks whether to go on. The library never prints.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A listener. Every method may be called from any thread.
+pub trait Monitor: Sync {
+    /// A phase begins; `total_bytes` is what [`Monitor::advance`] will add up to, or 0 where that is not known.
+    fn phase(&self, name: &str, total_bytes: u64);
+    /// So many bytes more are done.
+    fn advance(&self, bytes: u64);
+    /// Something that is not an error of the run, but that the user should know.
+    fn note(&self, message: &str);
+    /// Whether the user asked to stop. Looked at between system calls.
+    fn interrupted(&self) -> bool;
+}
+
+/// Says nothing; can be told to stop.
+#[derive(Debug, Default)]
+pub struct Silent {
+    stop: AtomicBool,
+}
+
+impl Silent {
+    /// Makes [`Monitor::interrupted`] true.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Monitor for Silent {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn interrupted(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}

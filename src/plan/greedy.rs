@@ -1,0 +1,259 @@
+//! One pass over all extents: what stays, and where the blocks of what goes are found.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::layout::{Run, Target};
+use super::table::Table;
+use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, donor_bytes};
+use crate::block::{Slot, SlotSet};
+use crate::facts::{Extent, Facts, Pinned};
+
+/// An extent that is to go, and where its blocks are found. What no run covers is left over.
+#[derive(Debug)]
+pub(super) struct Decision {
+    pub(super) extent: u32,
+    pub(super) runs: Vec<Run>,
+}
+
+/// What a pass found.
+#[derive(Debug, Default)]
+pub(super) struct Decisions {
+    pub(super) decisions: Vec<Decision>,
+    pub(super) unproved: Vec<Slot>,
+    pub(super) pinned: BTreeMap<Pinned, u64>,
+}
+
+/// Runs of one repeated block are cut no shorter: a few blocks that a whole extent refers to thousands of times
+/// would make every later look at them slow.
+const REPEATED_RUN_BLOCKS: u32 = 32;
+
+/// Decides for every extent. `rewritten_anyway` tells extents that exist only in a plan, which cost nothing to write otherwise.
+pub(super) fn decide(facts: &Facts, options: &Options, rewritten_anyway: impl Fn(u32) -> bool) -> Decisions {
+    let slots = facts.slots() as usize;
+    let mut pass = Pass {
+        facts,
+        options,
+        table: Table::new(slots),
+        homes: SlotSet::new(slots),
+        found: Decisions::default(),
+    };
+    for extent in order(facts, options) {
+        pass.look_at(extent, rewritten_anyway(extent));
+    }
+    pass.found
+}
+
+/// Extents that stay anyhow first, then those that are used best, then the large: what is looked at early is likely to stay.
+/// Addresses come last, for extents that hold the same: they differ between a plan and what became of it.
+fn order(facts: &Facts, options: &Options) -> Vec<u32> {
+    /// An extent with this share of it unreachable is better not built upon, in 1/16.
+    const UNREACHABLE_SIXTEENTHS: u32 = 1;
+    let mut order: Vec<_> = (0u32..).zip(&facts.extents).collect();
+    order.sort_by_cached_key(|(place, extent)| {
+        let live: usize = facts.live().runs(extent.slots()).map(|run| run.len()).sum();
+        let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
+        let content = &facts.fingerprints[extent.first_slot as usize..extent.slots().end as usize];
+        (
+            is_pinned(facts, options, *place).is_none(),
+            u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS),
+            Reverse(extent.blocks),
+            live_hash(facts, extent, content),
+            extent.address,
+        )
+    });
+    order.into_iter().map(|(place, _)| place).collect()
+}
+
+/// A hash of what can be reached of an extent.
+fn live_hash(facts: &Facts, extent: &Extent, content: &[u32]) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    for run in facts.live().runs(extent.slots()) {
+        let start = run.start - extent.first_slot;
+        for fingerprint in &content[start as usize..(run.end - extent.first_slot) as usize] {
+            hash.update(&fingerprint.to_le_bytes());
+        }
+        hash.update(&start.to_le_bytes());
+    }
+    hash.digest()
+}
+
+/// Why an extent must stay, if it must.
+fn is_pinned(facts: &Facts, options: &Options, extent: u32) -> Option<Pinned> {
+    facts.extents[extent as usize].pinned.or_else(|| {
+        let preallocated =
+            options.keep_preallocated && facts.references_to(extent).iter().any(|reference| reference.preallocated);
+        preallocated.then_some(Pinned::Preallocated)
+    })
+}
+
+struct Pass<'a> {
+    facts: &'a Facts,
+    options: &'a Options,
+    table: Table,
+    /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
+    homes: SlotSet,
+    found: Decisions,
+}
+
+/// What eliminating one extent would do.
+struct Match {
+    runs: Vec<Run>,
+    left_over: u32,
+    unproved: Vec<Slot>,
+}
+
+impl Pass<'_> {
+    fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
+        let facts = self.facts;
+        let (this, live) = (&facts.extents[extent as usize], facts.live());
+        let pinned = is_pinned(facts, self.options, extent);
+        let found = self.match_extent(this);
+        let frees = this.disk_bytes.saturating_sub(donor_bytes(this.class, found.left_over, this.disk_share(found.left_over)));
+        let goes = pinned.is_none() && self.pays(extent, &found, frees, rewritten_anyway);
+        if goes {
+            self.found.unproved.extend(found.unproved);
+            self.found.decisions.push(Decision { extent, runs: found.runs });
+            return;
+        }
+        if let Some(why) = pinned.filter(|_| frees > 0 && (!found.runs.is_empty() || this.pinned.is_none())) {
+            *self.found.pinned.entry(why).or_default() += frees;
+        }
+        for run in live.runs(this.slots()) {
+            self.homes.insert_range(run.clone());
+            run.filter(|slot| !facts.is_zero(*slot)).for_each(|slot| self.table.enter(slot, &facts.fingerprints));
+        }
+    }
+
+    /// Whether eliminating `extent` frees at least what it costs.
+    fn pays(&self, extent: u32, found: &Match, frees: u64, rewritten_anyway: bool) -> bool {
+        let this = &self.facts.extents[extent as usize];
+        let rewritten = this.disk_bytes - frees;
+        let rewriting = if rewritten_anyway { 0 } else { rewritten / 256 * self.options.rewrite_weight() };
+        frees > 0
+            && rewritten <= self.options.work_space_bytes
+            && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * self.new_references(extent, &found.runs)
+    }
+
+    /// How many more references there would be.
+    fn new_references(&self, extent: u32, runs: &[Run]) -> u64 {
+        let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
+        edges.dedup();
+        let references = self.facts.references_to(extent).iter().filter(|reference| !reference.preallocated);
+        references
+            .map(|reference| {
+                let inside = reference.slots();
+                let first = edges.partition_point(|edge| *edge <= inside.start);
+                let last = edges.partition_point(|edge| *edge < inside.end);
+                last.saturating_sub(first) as u64
+            })
+            .sum()
+    }
+
+    /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
+    fn match_extent(&mut self, extent: &Extent) -> Match {
+        let facts = self.facts;
+        let mut found = Match { runs: Vec::new(), left_over: 0, unproved: Vec::new() };
+        for segment in facts.live().runs(extent.slots()) {
+            let mut at = segment.start;
+            while at < segment.end {
+                if let Some(run) = self.zeros(at, &segment).or_else(|| self.longest(extent, at, &segment)) {
+                    if run.blocks <= UNPROVED_BLOCKS {
+                        self.question(&run, &mut found.unproved);
+                    }
+                    at += run.blocks;
+                    found.runs.push(run);
+                } else {
+                    self.homes.insert(at);
+                    self.table.enter(at, &facts.fingerprints);
+                    found.left_over += 1;
+                    at += 1;
+                }
+            }
+        }
+        found
+    }
+
+    /// The run of zeros that begins at `at`, if it is worth a hole.
+    fn zeros(&self, at: Slot, segment: &Range<Slot>) -> Option<Run> {
+        if self.options.keep_zeros || !self.facts.is_zero(at) {
+            return None;
+        }
+        let end = (at..segment.end).find(|slot| !self.facts.is_zero(*slot)).unwrap_or(segment.end);
+        let run = Run { slot: at, blocks: end - at, target: Target::Hole };
+        (self.is_long_enough(&run, segment, false) && self.may_count(&run)).then_some(run)
+    }
+
+    /// The longest run that begins at `at` and is found in a home, if it is worth a reference.
+    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>) -> Option<Run> {
+        let facts = self.facts;
+        let fingerprint = facts.fingerprints[at as usize];
+        let mut best: Option<Run> = None;
+        for home in self.table.candidates(fingerprint, &facts.fingerprints) {
+            if !self.homes.contains(home) || home == at {
+                continue;
+            }
+            let other = &facts.extents[facts.extent_of(home) as usize];
+            if other.class.checksummed != extent.class.checksummed {
+                continue;
+            }
+            let room = (segment.end - at).min(other.slots().end - home);
+            let blocks = (0..room)
+                .take_while(|n| self.homes.contains(home + n) && facts.may_be_equal(at + n, home + n))
+                .count();
+            let blocks = u32::try_from(blocks).unwrap_or(room);
+            let run = Run { slot: at, blocks, target: Target::Home(home) };
+            if blocks > best.map_or(0, |best| best.blocks)
+                && self.is_long_enough(&run, segment, self.is_repeated(&run))
+                && self.may_count(&run)
+            {
+                best = Some(run);
+            }
+        }
+        best
+    }
+
+    /// Whether all blocks of a run are alike.
+    fn is_repeated(&self, run: &Run) -> bool {
+        let content = &self.facts.fingerprints[run.slot as usize..(run.slot + run.blocks) as usize];
+        content.len() > 1 && content.iter().all(|fingerprint| *fingerprint == content[0])
+    }
+
+    /// Long enough to be worth a reference, or all there is, so that it takes no more references than before.
+    fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, repeated: bool) -> bool {
+        let least = if repeated { self.options.min_run_blocks.max(REPEATED_RUN_BLOCKS) } else { self.options.min_run_blocks };
+        run.blocks >= least || run.blocks as usize == segment.len()
+    }
+
+    /// Whether a run is proved, or may count until it is.
+    fn may_count(&self, run: &Run) -> bool {
+        run.blocks > UNPROVED_BLOCKS
+            || (0..run.blocks).all(|n| {
+                let known = match run.target {
+                    Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
+                    Target::Hole => self.facts.proved_zero(run.slot + n),
+                };
+                known.unwrap_or(self.options.trust_unproved)
+            })
+    }
+
+    /// Lists what must be read before a short run counts.
+    fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
+        for n in 0..run.blocks {
+            let slots = match run.target {
+                Target::Home(home) => [run.slot + n, home + n],
+                Target::Hole => [run.slot + n; 2],
+            };
+            unproved.extend(slots.into_iter().filter(|slot| !self.facts.proofs.contains_key(slot)));
+        }
+    }
+}
+
+/// Blocks of the runs that go to a hole, and of those that go to homes.
+pub(super) fn matched_blocks(runs: &[Run]) -> (u32, u32) {
+    runs.iter().fold((0, 0), |(zeros, duplicates), run| match run.target {
+        Target::Hole => (zeros + run.blocks, duplicates),
+        Target::Home(_) => (zeros, duplicates + run.blocks),
+    })
+}

@@ -1,0 +1,251 @@
+//! Where every block is to be: which extents go, where their blocks are found, and which donors take what is left over.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::Options;
+use super::greedy::Decision;
+use crate::block::Slot;
+use crate::facts::{Class, Compression, Facts};
+
+/// Where a run of blocks is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    /// In the slots from here on. They may move on in turn; [`Layout::resolve`] follows.
+    Home(Slot),
+    /// Nowhere: they are zeros.
+    Hole,
+}
+
+/// Blocks of an extent that goes, and where they are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) slot: Slot,
+    pub(super) blocks: u32,
+    pub(super) target: Target,
+}
+
+/// Where blocks end up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Final {
+    /// Where no data is.
+    Hole,
+    /// In an extent that stays, from this slot on.
+    Kept(Slot),
+    /// In a donor: which donor extent, and from which of its blocks on.
+    Donor(u32, u32),
+}
+
+/// A donor's extent: written in one go, so that the filesystem allocates it as one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DonorExtent {
+    /// Like the extents whose blocks it takes over.
+    pub class: Class,
+    /// The slots it takes over, in order.
+    pub pieces: Vec<Range<Slot>>,
+    /// Its blocks.
+    pub blocks: u32,
+    /// Bytes that those blocks took on disk where they were.
+    pub share_bytes: u64,
+    /// The batch it is written in.
+    pub batch: u32,
+}
+
+/// Left over slots and where in the donors they go.
+#[derive(Debug, Clone, Copy)]
+struct Leftover {
+    slot: Slot,
+    blocks: u32,
+    donor: u32,
+    at: u32,
+}
+
+/// Where every block is to be.
+#[derive(Debug, Clone, Default)]
+pub struct Layout {
+    /// Extents that go, in the order in which that was decided, each with its runs by slot.
+    order: Vec<u32>,
+    runs: BTreeMap<u32, Vec<Run>>,
+    leftovers: Vec<Leftover>,
+    donors: Vec<DonorExtent>,
+}
+
+impl Layout {
+    /// The extents that go, in the order in which that was decided.
+    pub fn gone(&self) -> &[u32] {
+        &self.order
+    }
+
+    /// Whether an extent goes.
+    pub fn is_gone(&self, extent: u32) -> bool {
+        self.runs.contains_key(&extent)
+    }
+
+    /// The donors to write.
+    pub fn donors(&self) -> &[DonorExtent] {
+        &self.donors
+    }
+
+    pub(super) fn runs_of(&self, extent: u32) -> &[Run] {
+        self.runs.get(&extent).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Adds decisions that were made on the pool as this layout would leave it. `origin` tells which slot a slot there was,
+    /// and `kept` which extent an extent there was, if it is no donor's.
+    pub(super) fn compose(
+        &mut self,
+        facts: &Facts,
+        decisions: &[Decision],
+        origin: impl Fn(Slot) -> Slot,
+        kept: impl Fn(u32) -> Option<u32>,
+    ) {
+        for decision in decisions {
+            if let Some(extent) = kept(decision.extent) {
+                self.order.push(extent);
+                self.runs.entry(extent).or_default();
+            }
+        }
+        for run in decisions.iter().flat_map(|decision| &decision.runs) {
+            let mut done = 0;
+            while done < run.blocks {
+                let slot = origin(run.slot + done);
+                let target = |n| match run.target {
+                    Target::Home(home) => Target::Home(origin(home + n)),
+                    Target::Hole => Target::Hole,
+                };
+                let first = target(done);
+                let follows = |n: u32| {
+                    origin(run.slot + done + n) == slot + n
+                        && match (first, target(done + n)) {
+                            (Target::Home(first), Target::Home(this)) => this == first + n,
+                            _ => true,
+                        }
+                };
+                let extent = facts.extent_of(slot);
+                let room = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
+                let blocks = (1..room).find(|n| !follows(*n)).unwrap_or(room);
+                self.runs.entry(extent).or_default().push(Run { slot, blocks, target: first });
+                done += blocks;
+            }
+        }
+        for runs in self.runs.values_mut() {
+            runs.sort_unstable_by_key(|run| run.slot);
+        }
+    }
+
+    /// Lays out the donors for what no run covers, batch by batch.
+    pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &Options) {
+        self.leftovers.clear();
+        self.donors.clear();
+        let (mut batch, mut batch_bytes) = (0, 0);
+        // The donor extent that is being filled, for each class.
+        let mut open: BTreeMap<Class, u32> = BTreeMap::new();
+        for extent in &self.order {
+            let this = &facts.extents[*extent as usize];
+            let pieces = left_over(facts, this.slots(), self.runs_of(*extent));
+            let blocks = pieces.iter().map(|piece| piece.end - piece.start).sum();
+            let share = this.disk_share(blocks);
+            if batch_bytes > 0 && batch_bytes + share > options.work_space_bytes {
+                (batch, batch_bytes) = (batch + 1, 0);
+                open.clear();
+            }
+            batch_bytes += share;
+            for piece in pieces {
+                let mut from = piece.start;
+                while from < piece.end {
+                    let donor = *open.entry(this.class).or_insert_with(|| {
+                        let empty = DonorExtent { class: this.class, pieces: Vec::new(), blocks: 0, share_bytes: 0, batch };
+                        self.donors.push(empty);
+                        u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX)
+                    });
+                    let filled = &mut self.donors[donor as usize];
+                    let blocks = (piece.end - from).min(extent_blocks_max(this.class) - filled.blocks);
+                    self.leftovers.push(Leftover { slot: from, blocks, donor, at: filled.blocks });
+                    filled.pieces.push(from..from + blocks);
+                    filled.blocks += blocks;
+                    filled.share_bytes += this.disk_share(blocks);
+                    if filled.blocks == extent_blocks_max(this.class) {
+                        open.remove(&this.class);
+                    }
+                    from += blocks;
+                }
+            }
+        }
+        self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
+    }
+
+    /// Where a range of live slots ends up: the beginning of it, and for how many blocks.
+    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, Final) {
+        let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);
+        // Each step leads to a slot that was a home when the step was decided and never becomes one again, so this ends.
+        loop {
+            let extent = facts.extent_of(slot);
+            let Some(runs) = self.runs.get(&extent) else {
+                let end = facts.extents[extent as usize].slots().end;
+                return (blocks.min(end - slot), Final::Kept(slot));
+            };
+            let after = runs.partition_point(|run| run.slot <= slot);
+            if let Some(run) = after.checked_sub(1).map(|at| runs[at]).filter(|run| slot < run.slot + run.blocks) {
+                blocks = blocks.min(run.slot + run.blocks - slot);
+                match run.target {
+                    Target::Hole => return (blocks, Final::Hole),
+                    Target::Home(home) => slot = home + (slot - run.slot),
+                }
+                continue;
+            }
+            let place = self.leftovers.partition_point(|leftover| leftover.slot <= slot);
+            let leftover = self.leftovers[place - 1];
+            debug_assert!(slot < leftover.slot + leftover.blocks, "every live slot has a place");
+            blocks = blocks.min(leftover.slot + leftover.blocks - slot);
+            return (blocks, Final::Donor(leftover.donor, leftover.at + (slot - leftover.slot)));
+        }
+    }
+
+    /// The same for a whole range, piece after piece.
+    pub fn resolve_all<'a>(
+        &'a self,
+        facts: &'a Facts,
+        slots: Range<Slot>,
+    ) -> impl Iterator<Item = (Range<Slot>, Final)> + 'a {
+        let mut at = slots.start;
+        std::iter::from_fn(move || {
+            (at < slots.end).then(|| {
+                let (blocks, found) = self.resolve(facts, at..slots.end);
+                let piece = at..at + blocks;
+                at += blocks;
+                (piece, found)
+            })
+        })
+    }
+}
+
+/// Blocks of a donor's extent at most. Small enough that one image's deletion does not leave much behind; compressed
+/// extents are no larger than 128 KiB in any case (kernel: `BTRFS_MAX_UNCOMPRESSED`).
+fn extent_blocks_max(class: Class) -> u32 {
+    match class.compression {
+        Compression::None => 4096,
+        _ => 32,
+    }
+}
+
+/// The live slots that no run covers.
+pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[Run]) -> Vec<Range<Slot>> {
+    let mut pieces = Vec::new();
+    let mut runs = runs.iter().peekable();
+    for live in facts.live().runs(slots) {
+        let mut from = live.start;
+        while from < live.end {
+            while runs.peek().is_some_and(|run| run.slot + run.blocks <= from) {
+                let _ = runs.next();
+            }
+            let next = runs.peek().map_or(live.end, |run| run.slot.min(live.end));
+            if from < next {
+                pieces.push(from..next);
+                from = next;
+            } else {
+                from = runs.peek().map_or(live.end, |run| (run.slot + run.blocks).min(live.end));
+            }
+        }
+    }
+    pieces
+}

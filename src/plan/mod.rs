@@ -1,0 +1,196 @@
+//! Planning: from what is known of a pool to what is to be done with it. Pure: no I/O, no clock, the same every time.
+//!
+//! btrfs frees an extent only whole, so a plan is made extent by extent. Extents are looked at in an order that does not
+//! depend on where they lie; each is matched, block by block, against what is to stay ([`greedy`]). Where eliminating it frees
+//! more than it costs, its references move: to equal blocks that stay (*homes*), to holes, and what is found nowhere else is
+//! *left over* and goes to a donor. That is done again on the pool as it would then be, until nothing more is found, so
+//! that a second run has nothing to do.
+
+mod apply;
+mod greedy;
+mod layout;
+mod ops;
+mod table;
+
+use std::collections::BTreeMap;
+
+pub use apply::{Applied, apply};
+pub use layout::{DonorExtent, Final, Layout};
+pub use ops::{Batch, DonorFile, Op, Source};
+
+use crate::block::{Slot, bytes};
+use crate::facts::{Class, Facts, Pinned, Proof};
+
+/// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
+/// (37, rounded up for half-filled leaves), in two copies as btrfs keeps metadata by default.
+pub const METADATA_BYTES_PER_REFERENCE: u64 = 256;
+
+/// Longest run that a fingerprint alone does not prove: guests keep blocks that end in their own CRC32C, and all of
+/// those have the same checksum. Two neighbours of that kind happen; more do not.
+pub const UNPROVED_BLOCKS: u32 = 2;
+
+/// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual.
+const ROUNDS_MAX: usize = 12;
+
+/// What the user may choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Shortest run of blocks worth a reference of its own.
+    pub min_run_blocks: u32,
+    /// Leave blocks of zeros as data.
+    pub keep_zeros: bool,
+    /// Leave preallocated ranges allocated.
+    pub keep_preallocated: bool,
+    /// Bytes that donors may take before what they replace is freed.
+    pub work_space_bytes: u64,
+    /// Whether to count on short runs that are not proved yet. The plan then lists what to read ([`Plan::unproved`]).
+    pub trust_unproved: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            min_run_blocks: 4,
+            keep_zeros: false,
+            keep_preallocated: false,
+            work_space_bytes: 1 << 30,
+            trust_unproved: false,
+        }
+    }
+}
+
+impl Options {
+    /// Bytes to be freed for each byte rewritten, in 1/256: the smaller the runs someone accepts, the more rewriting they do.
+    fn rewrite_weight(&self) -> u64 {
+        u64::from(self.min_run_blocks.min(64))
+    }
+}
+
+/// Why an extent goes, by what most of it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// Its blocks are found elsewhere.
+    Duplicate,
+    /// Its blocks are zeros.
+    Zeros,
+    /// No image reaches it.
+    Unreachable,
+    /// It was allocated and never written.
+    Preallocated,
+}
+
+/// Bytes on disk, by why they are freed.
+pub type BytesByReason = BTreeMap<Reason, u64>;
+
+/// An extent that is to be eliminated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Elimination {
+    /// Place in [`Facts::extents`].
+    pub extent: u32,
+    /// What most of the freed bytes are.
+    pub reason: Reason,
+    /// Bytes on disk that are freed, net of what is rewritten.
+    pub freed_bytes: u64,
+    /// Bytes on disk that are copied to a donor.
+    pub rewritten_bytes: u64,
+    /// Bytes of metadata that the references it leaves behind cost more than those it had.
+    pub metadata_bytes: u64,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// Where every block is to be.
+    pub layout: Layout,
+    /// Extents to eliminate, in the order of their batches.
+    pub eliminations: Vec<Elimination>,
+    /// What is done one after the other, each within the work space.
+    pub batches: Vec<Batch>,
+    /// Donor files to write, by batch.
+    pub donor_files: Vec<DonorFile>,
+    /// For each donor extent, the donor file it is in and the block it begins at there.
+    donor_places: Vec<(u32, u32)>,
+    /// Bytes on disk that will be freed, net, by reason.
+    pub freed: BytesByReason,
+    /// Slots to read and prove before the plan can be relied upon; empty unless [`Options::trust_unproved`].
+    pub unproved: Vec<Slot>,
+    /// Bytes of extents that stay although something in them could go, by why.
+    pub pinned: BTreeMap<Pinned, u64>,
+    /// Greatest number of bytes that donors take before what they replace is freed.
+    pub peak_bytes: u64,
+}
+
+impl Plan {
+    /// Bytes on disk that will be freed, net.
+    pub fn freed_bytes(&self) -> u64 {
+        self.freed.values().sum()
+    }
+
+    /// Bytes on disk that will be rewritten.
+    pub fn rewritten_bytes(&self) -> u64 {
+        self.eliminations.iter().map(|elimination| elimination.rewritten_bytes).sum()
+    }
+
+    /// Bytes of metadata that the new references are estimated to cost.
+    pub fn metadata_bytes(&self) -> u64 {
+        self.eliminations.iter().map(|elimination| elimination.metadata_bytes).sum()
+    }
+}
+
+/// Makes a plan.
+pub fn plan(facts: &Facts, options: &Options) -> Plan {
+    let mut layout = Layout::default();
+    let mut unproved = Vec::new();
+    let mut first = greedy::decide(facts, options, |_| false);
+    unproved.append(&mut first.unproved);
+    let pinned = std::mem::take(&mut first.pinned);
+    layout.compose(facts, &first.decisions, |slot| slot, Some);
+    for _ in 1..ROUNDS_MAX {
+        layout.place_leftovers(facts, options);
+        let applied = apply(facts, &layout);
+        let mut again = greedy::decide(&applied.facts, options, |extent| extent as usize >= applied.kept.len());
+        unproved.extend(again.unproved.drain(..).map(|slot| applied.origin[slot as usize]));
+        if again.decisions.is_empty() {
+            break;
+        }
+        let kept = |extent: u32| applied.kept.get(extent as usize).copied();
+        layout.compose(facts, &again.decisions, |slot| applied.origin[slot as usize], kept);
+    }
+    layout.place_leftovers(facts, options);
+    unproved.sort_unstable();
+    unproved.dedup();
+    let mut plan = Plan { layout, unproved, pinned, ..Plan::default() };
+    ops::schedule(facts, &mut plan);
+    plan
+}
+
+/// Makes a plan that rests on no short run that was not proved: `prove` reads slots and says what they hold.
+///
+/// # Errors
+/// Whatever `prove` fails with.
+pub fn plan_proved<E>(
+    facts: &mut Facts,
+    options: &Options,
+    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
+) -> Result<Plan, E> {
+    /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
+    const QUESTIONS_MAX: usize = 6;
+    for _ in 0..QUESTIONS_MAX {
+        let draft = plan(facts, &Options { trust_unproved: true, ..*options });
+        if draft.unproved.is_empty() {
+            return Ok(draft);
+        }
+        let proofs = prove(facts, &draft.unproved)?;
+        facts.add_proofs(proofs);
+    }
+    Ok(plan(facts, &Options { trust_unproved: false, ..*options }))
+}
+
+/// Bytes that `blocks` of a new donor of this class take, if they come from extents that take `share` bytes for them.
+fn donor_bytes(class: Class, blocks: u32, share: u64) -> u64 {
+    match class.compression {
+        crate::facts::Compression::None => bytes(blocks),
+        _ => share.min(bytes(blocks)),
+    }
+}

@@ -1,0 +1,205 @@
+//! The layout as a list of ops: what is copied, and which range of which image is shared with what.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::greedy::matched_blocks;
+use super::layout::{Final, left_over};
+use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason, donor_bytes};
+use crate::block::{Slot, bytes};
+use crate::facts::{Class, Facts, ImageId};
+
+/// A file that holds the donor extents of one batch and class, one after the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DonorFile {
+    /// The batch it is written in.
+    pub batch: u32,
+    /// What the file must be like.
+    pub class: Class,
+    /// Its extents, as places in [`super::Layout::donors`].
+    pub extents: Vec<u32>,
+}
+
+/// Extents that are eliminated together.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Their places in [`Plan::eliminations`].
+    pub eliminations: Range<usize>,
+    /// The donor files to write first, as places in [`Plan::donor_files`].
+    pub donor_files: Range<usize>,
+    /// Bytes of images that the kernel will compare.
+    pub compared_bytes: u64,
+}
+
+/// What a range of an image is to share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A range of an image that stays as it is, from this block on.
+    Image(ImageId, u32),
+    /// A range of a donor file, from this block on.
+    Donor(u32, u32),
+    /// No data at all.
+    Hole,
+}
+
+/// One range of an image that is to share another's blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Op {
+    /// The image.
+    pub image: ImageId,
+    /// Its first block.
+    pub file_block: u32,
+    /// Blocks.
+    pub blocks: u32,
+    /// What it is to share.
+    pub source: Source,
+    /// The extent that this takes a reference from, as a place in [`Facts::extents`].
+    pub extent: u32,
+}
+
+/// Puts extents into batches, in an order in which everything an extent needs is there when its turn comes, and counts.
+pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
+    let layout = &plan.layout;
+    let mut files: BTreeMap<(u32, Class), Vec<u32>> = BTreeMap::new();
+    for (place, donor) in (0u32..).zip(layout.donors()) {
+        files.entry((donor.batch, donor.class)).or_default().push(place);
+    }
+    plan.donor_files =
+        files.into_iter().map(|((batch, class), extents)| DonorFile { batch, class, extents }).collect();
+    plan.donor_places = vec![(0, 0); layout.donors().len()];
+    for (file, extents) in (0u32..).zip(plan.donor_files.iter().map(|file| &file.extents)) {
+        let mut at = 0;
+        for donor in extents {
+            plan.donor_places[*donor as usize] = (file, at);
+            at += layout.donors()[*donor as usize].blocks;
+        }
+    }
+    let mut by_batch: BTreeMap<u32, Vec<Elimination>> = BTreeMap::new();
+    for extent in layout.gone() {
+        let (elimination, freed, batch) = eliminate(facts, plan, *extent);
+        for (reason, bytes) in freed {
+            *plan.freed.entry(reason).or_default() += bytes;
+        }
+        by_batch.entry(batch).or_default().push(elimination);
+    }
+    let last = by_batch.keys().chain(plan.donor_files.iter().map(|file| &file.batch)).max().copied();
+    let (mut held, mut file) = (0u64, 0);
+    for number in 0..last.map_or(0, |last| last + 1) {
+        let first = plan.eliminations.len();
+        plan.eliminations.extend(by_batch.remove(&number).unwrap_or_default());
+        let files = file..file + plan.donor_files[file..].iter().take_while(|file| file.batch == number).count();
+        file = files.end;
+        let written: u64 = plan.donor_files[files.clone()]
+            .iter()
+            .flat_map(|file| &file.extents)
+            .map(|donor| &layout.donors()[*donor as usize])
+            .map(|donor| donor_bytes(donor.class, donor.blocks, donor.share_bytes))
+            .sum();
+        held += written;
+        plan.peak_bytes = plan.peak_bytes.max(held);
+        let batch = &plan.eliminations[first..];
+        let released: u64 = batch.iter().map(|one| facts.extents[one.extent as usize].disk_bytes).sum();
+        held = held.saturating_sub(released);
+        let compared = batch
+            .iter()
+            .flat_map(|one| facts.references_to(one.extent))
+            .map(|reference| bytes(reference.blocks))
+            .sum();
+        plan.batches.push(Batch {
+            eliminations: first..plan.eliminations.len(),
+            donor_files: files,
+            compared_bytes: compared,
+        });
+    }
+}
+
+/// What eliminating one extent frees, why, and the first batch after which all its blocks are elsewhere.
+fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, u32) {
+    let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
+    let runs = layout.runs_of(extent);
+    let pieces = left_over(facts, this.slots(), runs);
+    let left_over_blocks: u32 = pieces.iter().map(|piece| piece.end - piece.start).sum();
+    let rewritten_bytes = donor_bytes(this.class, left_over_blocks, this.disk_share(left_over_blocks));
+    let freed_bytes = this.disk_bytes.saturating_sub(rewritten_bytes);
+
+    // What is found elsewhere is rounded down and the rest given to what nothing reaches, so that the sum is exact.
+    let (zeros, duplicates) = matched_blocks(runs);
+    let zeros = this.disk_share(zeros).min(freed_bytes);
+    let duplicates = this.disk_share(duplicates).min(freed_bytes - zeros);
+    let nothing = freed_bytes - zeros - duplicates;
+    let references = facts.references_to(extent);
+    let preallocated = references.iter().any(|reference| reference.preallocated);
+    let nothing = (if preallocated { Reason::Preallocated } else { Reason::Unreachable }, nothing);
+    let mut freed = vec![(Reason::Zeros, zeros), (Reason::Duplicate, duplicates), nothing];
+    let reason = freed.iter().max_by_key(|(_, bytes)| *bytes).map_or(Reason::Unreachable, |(reason, _)| *reason);
+    freed.retain(|(_, bytes)| *bytes > 0);
+
+    let (mut batch, mut ops) = (0, 0);
+    for op in plan.ops(facts, extent) {
+        if let Source::Donor(file, _) = op.source {
+            batch = batch.max(plan.donor_files[file as usize].batch);
+        }
+        ops += 1;
+    }
+    let metadata_bytes = u64::saturating_sub(ops, references.len() as u64) * METADATA_BYTES_PER_REFERENCE;
+    (Elimination { extent, reason, freed_bytes, rewritten_bytes, metadata_bytes }, freed, batch)
+}
+
+impl Plan {
+    /// The ops that eliminate one extent, reference by reference.
+    pub fn ops<'a>(&'a self, facts: &'a Facts, extent: u32) -> impl Iterator<Item = Op> + 'a {
+        let ops = facts.references_to(extent).iter().flat_map(move |reference| {
+            let op = move |slot: Slot, blocks, source| Op {
+                image: reference.image,
+                file_block: reference.file_block + (slot - reference.slot),
+                blocks,
+                source,
+                extent,
+            };
+            if reference.preallocated {
+                return vec![op(reference.slot, reference.blocks, Source::Hole)];
+            }
+            let pieces = self.layout.resolve_all(facts, reference.slots());
+            pieces
+                .flat_map(|(piece, found)| match found {
+                    Final::Hole => vec![op(piece.start, piece.end - piece.start, Source::Hole)],
+                    Final::Donor(donor, at) => {
+                        let (file, first) = self.donor_places[donor as usize];
+                        vec![op(piece.start, piece.end - piece.start, Source::Donor(file, first + at))]
+                    }
+                    Final::Kept(home) => facts
+                        .places_of(home..home + (piece.end - piece.start))
+                        .map(|(slot, place)| {
+                            op(piece.start + (slot - home), place.blocks, Source::Image(place.image, place.file_block))
+                        })
+                        .collect(),
+                })
+                .collect()
+        });
+        join(ops)
+    }
+}
+
+/// Joins ops that follow each other on both sides.
+fn join(ops: impl Iterator<Item = Op>) -> impl Iterator<Item = Op> {
+    let mut ops = ops.peekable();
+    std::iter::from_fn(move || {
+        let mut op = ops.next()?;
+        while let Some(next) = ops.next_if(|next| follows(&op, next)) {
+            op.blocks += next.blocks;
+        }
+        Some(op)
+    })
+}
+
+fn follows(op: &Op, next: &Op) -> bool {
+    next.image == op.image
+        && next.file_block == op.file_block + op.blocks
+        && match (op.source, next.source) {
+            (Source::Hole, Source::Hole) => true,
+            (Source::Image(a, at), Source::Image(b, to)) | (Source::Donor(a, at), Source::Donor(b, to)) => {
+                a == b && to == at + op.blocks
+            }
+            _ => false,
+        }
+}

@@ -1,0 +1,36 @@
+//! `F_SETLEASE`: finds out whether anyone else has an image open, and whether someone wants it while we work on it.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::io::Errno;
+
+/// Takes a write lease on a file: granted only while this descriptor is the only one open on the inode, loop devices included.
+/// From then on whoever opens the file waits until [`release`] or `/proc/sys/fs/lease-break-time`.
+///
+/// # Errors
+/// `EAGAIN` if someone else has the file open; `EINVAL` where the filesystem has no leases.
+pub fn take(fd: impl AsFd) -> Result<(), Errno> {
+    set(fd, libc::F_WRLCK)
+}
+
+/// Gives the lease back and lets a waiting opener go on.
+///
+/// # Errors
+/// `EAGAIN` if there was no lease.
+pub fn release(fd: impl AsFd) -> Result<(), Errno> {
+    set(fd, libc::F_UNLCK)
+}
+
+/// Whether the lease is still wholly ours: the kernel answers with the type it is to become once someone waits.
+pub fn is_held(fd: impl AsFd) -> bool {
+    // SAFETY: F_GETLEASE takes no argument.
+    unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETLEASE) == libc::F_WRLCK }
+}
+
+fn set(fd: impl AsFd, kind: i32) -> Result<(), Errno> {
+    // SAFETY: F_SETLEASE takes the lease type as an integer.
+    match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLEASE, kind) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error().raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error)),
+    }
+}

@@ -1,0 +1,102 @@
+//! `BTRFS_IOC_LOGICAL_INO_V2` and `BTRFS_IOC_INO_PATHS`: who refers to an extent, snapshots included.
+
+use std::os::fd::AsFd;
+
+use linux_raw_sys::btrfs::{btrfs_ioctl_ino_lookup_args, btrfs_ioctl_logical_ino_args};
+use rustix::io::Result;
+use rustix::ioctl::{Opcode, Updater, ioctl};
+
+#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
+const BTRFS_IOC_LOGICAL_INO_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_LOGICAL_INO_V2 as Opcode;
+#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
+const BTRFS_IOC_INO_LOOKUP: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_INO_LOOKUP as Opcode;
+/// `BTRFS_LOGICAL_INO_ARGS_IGNORE_OFFSET` (uapi/linux/btrfs.h): references to any part of the extent, not to one block.
+const IGNORE_OFFSET: u64 = 1;
+const BUFFER_WORDS: usize = 8 << 10;
+/// Words of `struct btrfs_data_container`: two of counters, then the values.
+const CONTAINER_WORDS: usize = 2;
+
+/// One reference to an extent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Holder {
+    /// The subvolume's tree.
+    pub root: u64,
+    /// The inode in it.
+    pub inode: u64,
+    /// Byte offset in the file of the block asked for, or of the reference.
+    pub offset: u64,
+}
+
+/// Lists the references to the extent that starts at logical address `address`; `None` if there are more than fit.
+///
+/// # Errors
+/// `ENOENT` if nothing refers to it, `EPERM` without `CAP_SYS_ADMIN`.
+pub fn holders(fd: impl AsFd, address: u64) -> Result<Option<Vec<Holder>>> {
+    let mut buffer = vec![0u64; BUFFER_WORDS];
+    let mut args = btrfs_ioctl_logical_ino_args {
+        logical: address,
+        size: (BUFFER_WORDS * 8) as u64,
+        reserved: [0; 3],
+        flags: IGNORE_OFFSET,
+        inodes: buffer.as_mut_ptr() as u64,
+    };
+    // SAFETY: `inodes` points to `size` writable bytes that outlive the call.
+    unsafe { ioctl(fd, Updater::<BTRFS_IOC_LOGICAL_INO_V2, _>::new(&mut args)) }?;
+    // struct btrfs_data_container: bytes_left u32, bytes_missing u32, elem_cnt u32, elem_missed u32, val[].
+    let [_, counts, values @ ..] = &buffer[..] else { return Ok(None) };
+    let (count, missed) = ((counts & 0xffff_ffff) as usize, counts >> 32);
+    if missed != 0 || count > BUFFER_WORDS - CONTAINER_WORDS {
+        return Ok(None);
+    }
+    Ok(Some(
+        values[..count]
+            .chunks_exact(3)
+            .map(|entry| Holder { inode: entry[0], offset: entry[1], root: entry[2] })
+            .collect(),
+    ))
+}
+
+/// The number of the subvolume that `fd` lies in.
+///
+/// # Errors
+/// `ENOTTY` off btrfs.
+pub fn subvolume_of(fd: impl AsFd) -> Result<u64> {
+    /// `BTRFS_FIRST_FREE_OBJECTID`: the root directory of every subvolume.
+    const FIRST_FREE_OBJECT: u64 = 256;
+    let mut args = lookup_args(0, FIRST_FREE_OBJECT);
+    // SAFETY: the opcode takes a pointer to exactly this structure.
+    unsafe { ioctl(fd, Updater::<BTRFS_IOC_INO_LOOKUP, _>::new(&mut args)) }?;
+    Ok(args.treeid)
+}
+
+fn lookup_args(treeid: u64, objectid: u64) -> btrfs_ioctl_ino_lookup_args {
+    btrfs_ioctl_ino_lookup_args { treeid, objectid, name: [0; 4080] }
+}
+
+/// A path of `inode` in subvolume `root`, relative to that subvolume.
+///
+/// # Errors
+/// `ENOENT` if there is none.
+pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<String> {
+    /// `BTRFS_INODE_REF_KEY`: its offset is the parent directory, its data an index (u64), a length (u16) and the name, for each link.
+    const INODE_REF: u8 = 12;
+    use super::tree_search::{Key, tree_search};
+    let (mut parent, mut name) = (None, Vec::new());
+    let key = |offset| Key { object: inode, kind: INODE_REF, offset };
+    tree_search(&fd, root, key(0), key(u64::MAX), |found, data| {
+        if parent.is_none() && found.kind == INODE_REF {
+            parent = Some(found.offset);
+            let length = data.get(8..10).map_or(0, |bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]])));
+            name = data.get(10..10 + length).unwrap_or_default().to_vec();
+        }
+        None
+    })?;
+    let parent = parent.ok_or(rustix::io::Errno::NOENT)?;
+    let mut args = lookup_args(root, parent);
+    // SAFETY: the opcode takes a pointer to exactly this structure.
+    unsafe { ioctl(fd, Updater::<BTRFS_IOC_INO_LOOKUP, _>::new(&mut args)) }?;
+    // The kernel ends the directory's path with a slash.
+    let mut path: Vec<u8> = args.name.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
+    path.extend_from_slice(&name);
+    Ok(String::from_utf8_lossy(&path).into_owned())
+}

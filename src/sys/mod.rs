@@ -1,0 +1,14 @@
+//! Every system call that the standard library does not offer, one file per call, each behind a safe function.
+//!
+//! This is the only folder with `unsafe` code. Nothing here decides anything: a function makes its call and
+//! returns what the kernel said.
+#![expect(unsafe_code, reason = "ioctl and fcntl are made here and nowhere else")]
+
+pub mod dedupe;
+pub mod fs_info;
+pub mod inode_flags;
+pub mod lease;
+pub mod logical_ino;
+pub mod readahead;
+pub mod signals;
+pub mod tree_search;

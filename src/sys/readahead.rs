@@ -1,0 +1,31 @@
+//! `readahead`: fills the page cache before the kernel's compare asks for it page by page.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Starts reading `length` bytes from `offset` into the page cache. A hint: what fails here fails again, and is reported,
+/// where the data is needed.
+pub fn readahead(fd: impl AsFd, offset: u64, length: u64) {
+    let (Ok(offset), Ok(length)) = (i64::try_from(offset), usize::try_from(length)) else { return };
+    // SAFETY: the call takes plain integers and an open descriptor.
+    unsafe { libc::readahead(fd.as_fd().as_raw_fd(), offset, length) };
+}
+
+/// Starts writing dirty pages of the range to disk and, if `wait`, waits for them, so that the filesystem allocates
+/// the range as an extent of its own.
+///
+/// # Errors
+/// `ENOSPC`, `EIO` and the like from writing.
+pub fn write_out(fd: impl AsFd, offset: u64, length: u64, wait: bool) -> std::io::Result<()> {
+    let (Ok(offset), Ok(length)) = (i64::try_from(offset), i64::try_from(length)) else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    let mut flags = libc::SYNC_FILE_RANGE_WRITE;
+    if wait {
+        flags |= libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    }
+    // SAFETY: the call takes plain integers and an open descriptor.
+    match unsafe { libc::sync_file_range(fd.as_fd().as_raw_fd(), offset, length, flags) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,108 @@
+//! `BTRFS_IOC_TREE_SEARCH_V2`: reads items of any btrfs tree, in key order.
+
+use std::os::fd::AsFd;
+
+use linux_raw_sys::btrfs::btrfs_ioctl_search_key;
+use rustix::io::{Errno, Result};
+use rustix::ioctl::{Opcode, Updater, ioctl};
+
+#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
+const BTRFS_IOC_TREE_SEARCH_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_TREE_SEARCH_V2 as Opcode;
+const BUFFER_BYTES: usize = 256 << 10;
+/// `struct btrfs_ioctl_search_header`: transid, objectid, offset, type, length.
+const HEADER_BYTES: usize = 32;
+
+#[repr(C)]
+struct SearchArgs {
+    key: btrfs_ioctl_search_key,
+    buf_size: u64,
+    buf: [u8; BUFFER_BYTES],
+}
+
+/// A key of a btrfs tree; keys are ordered by object, then type, then offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    /// What the item belongs to: an inode, a logical address, ….
+    pub object: u64,
+    /// The item's type.
+    pub kind: u8,
+    /// What the type makes of it: a file offset, a length, ….
+    pub offset: u64,
+}
+
+impl Key {
+    fn successor(self) -> Option<Self> {
+        if let Some(offset) = self.offset.checked_add(1) {
+            return Some(Self { offset, ..self });
+        }
+        if let Some(kind) = self.kind.checked_add(1) {
+            return Some(Self { kind, offset: 0, ..self });
+        }
+        self.object.checked_add(1).map(|object| Self { object, kind: 0, offset: 0 })
+    }
+}
+
+/// Calls `visit` with each item of tree `tree` (0: the subvolume `fd` lies in) from `first` to `last`, both included.
+///
+/// `visit` returns the key to go on from, if not the next one: whoever looks for few items in a large tree skips with it.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN`, `ENOENT` for a tree that does not exist, `ENOTTY` off btrfs.
+pub fn tree_search(
+    fd: impl AsFd,
+    tree: u64,
+    first: Key,
+    last: Key,
+    mut visit: impl FnMut(Key, &[u8]) -> Option<Key>,
+) -> Result<()> {
+    // SAFETY: the structure is plain integers, for which all zeros are valid; it is made on the heap by the allocator.
+    let mut args: Box<SearchArgs> = unsafe { Box::<SearchArgs>::new_zeroed().assume_init() };
+    let mut next = Some(first);
+    while let Some(from) = next.filter(|from| *from <= last) {
+        args.key.tree_id = tree;
+        (args.key.min_objectid, args.key.max_objectid) = (from.object, last.object);
+        (args.key.min_type, args.key.max_type) = (u32::from(from.kind), u32::from(last.kind));
+        (args.key.min_offset, args.key.max_offset) = (from.offset, last.offset);
+        (args.key.min_transid, args.key.max_transid) = (0, u64::MAX);
+        args.key.nr_items = u32::MAX;
+        args.buf_size = BUFFER_BYTES as u64;
+        // SAFETY: the opcode takes a pointer to this header, followed by `buf_size` bytes to write to.
+        unsafe { ioctl(&fd, Updater::<BTRFS_IOC_TREE_SEARCH_V2, _>::new(&mut *args)) }?;
+        if args.key.nr_items == 0 {
+            return Ok(());
+        }
+        let (mut rest, mut reached, mut jump) = (&args.buf[..], from, None);
+        for _ in 0..args.key.nr_items {
+            let (key, data, after) = split_item(rest).ok_or(Errno::IO)?;
+            (reached, rest) = (key, after);
+            if jump.is_some_and(|to| key < to) {
+                continue;
+            }
+            jump = visit(key, data);
+        }
+        next = jump.filter(|to| *to > reached).or_else(|| reached.successor());
+    }
+    Ok(())
+}
+
+#[expect(clippy::host_endian_bytes, reason = "the kernel hands the header over as a C structure")]
+fn split_item(buffer: &[u8]) -> Option<(Key, &[u8], &[u8])> {
+    let (header, rest) = buffer.split_at_checked(HEADER_BYTES)?;
+    let word = |at: usize| Some(u64::from_ne_bytes(header.get(at..at + 8)?.try_into().ok()?));
+    let half = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
+    let key = Key { object: word(8)?, kind: u8::try_from(half(24)?).ok()?, offset: word(16)? };
+    let (data, rest) = rest.split_at_checked(half(28)? as usize)?;
+    Some((key, data, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn successor_carries_into_type_and_object() {
+        let key = Key { object: 5, kind: 255, offset: u64::MAX };
+        assert_eq!(key.successor(), Some(Key { object: 6, kind: 0, offset: 0 }));
+        assert_eq!(Key { object: u64::MAX, ..key }.successor(), None);
+    }
+}

@@ -1,0 +1,211 @@
+//! Goal: plans and their execution are right for any pool. Method: random images, revisions and extents on a simulated
+//! btrfs with reference counts, where content, freed bytes and the next plan are compared with what was promised.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use vmfold::exec::{Ran, run};
+use vmfold::facts::{Class, Compression, Facts, proof_of};
+use vmfold::fs::simulated::{Content, Faults, PLAIN, Simulated};
+use vmfold::fs::{Sharing, SourceFile};
+use vmfold::monitor::Silent;
+use vmfold::plan::{Options, Plan, plan_proved};
+
+/// A step in the life of a pool.
+#[derive(Debug, Clone)]
+enum Step {
+    /// A new image, written in extents of these lengths.
+    Write { content: Vec<Content>, extent_blocks: usize, nodatasum: bool },
+    /// A reflink of an image.
+    Revision { of: prop::sample::Index },
+    /// An image is overwritten somewhere.
+    Overwrite { image: prop::sample::Index, at: prop::sample::Index, content: Vec<Content> },
+    /// A range is preallocated.
+    Preallocate { image: prop::sample::Index, at: prop::sample::Index, blocks: u32 },
+    /// A range is punched out.
+    Punch { image: prop::sample::Index, at: prop::sample::Index, blocks: u32 },
+}
+
+fn content() -> impl Strategy<Value = Vec<Content>> {
+    let stretch = prop_oneof![
+        // From a common population, in order, so that runs recur.
+        6 => (0u64..200, 1u64..40).prop_map(|(from, length)| (from..from + length).map(|n| 1 + n * 0x1_0001).collect::<Vec<_>>()),
+        1 => (1usize..20).prop_map(|length| vec![0; length]),
+        1 => (1u64..5, 1usize..60).prop_map(|(value, length)| vec![value; length]),
+        2 => prop::collection::vec(1_000_000u64..9_000_000, 1..10),
+    ];
+    prop::collection::vec(stretch, 1..5).prop_map(|stretches| stretches.concat())
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let index = any::<prop::sample::Index>;
+    prop_oneof![
+        3 => (content(), 1usize..80, prop::bool::weighted(0.1))
+            .prop_map(|(content, extent_blocks, nodatasum)| Step::Write { content, extent_blocks, nodatasum }),
+        2 => index().prop_map(|of| Step::Revision { of }),
+        3 => (index(), index(), content()).prop_map(|(image, at, content)| Step::Overwrite { image, at, content }),
+        1 => (index(), index(), 1u32..20).prop_map(|(image, at, blocks)| Step::Preallocate { image, at, blocks }),
+        1 => (index(), index(), 1u32..20).prop_map(|(image, at, blocks)| Step::Punch { image, at, blocks }),
+    ]
+}
+
+const IMAGE_BLOCKS: usize = 256;
+
+fn build(steps: &[Step], faults: Faults) -> Simulated {
+    let mut fs = Simulated::default();
+    fs.faults = faults;
+    let mut classes: Vec<Class> = Vec::new();
+    for step in steps {
+        match step {
+            Step::Write { content, extent_blocks, nodatasum } => {
+                let class = Class { checksummed: !nodatasum, compression: Compression::None };
+                let image = fs.add_image(class.checksummed, IMAGE_BLOCKS);
+                classes.push(class);
+                let content = &content[..content.len().min(IMAGE_BLOCKS)];
+                for (n, piece) in content.chunks(*extent_blocks).enumerate() {
+                    let extent = fs.allocate(class, piece.to_vec());
+                    fs.map(image, u32::try_from(n * extent_blocks).unwrap(), extent, 0, u32::try_from(piece.len()).unwrap(), false);
+                }
+            }
+            _ if classes.is_empty() => {}
+            Step::Revision { of } => {
+                let of = of.index(classes.len());
+                fs.reflink(u32::try_from(of).unwrap());
+                classes.push(classes[of]);
+            }
+            Step::Overwrite { image, at, content } => {
+                let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
+                let content = &content[..content.len().min(IMAGE_BLOCKS - at)];
+                let extent = fs.allocate(classes[image], content.to_vec());
+                fs.map(u32::try_from(image).unwrap(), u32::try_from(at).unwrap(), extent, 0, u32::try_from(content.len()).unwrap(), false);
+            }
+            Step::Preallocate { image, at, blocks } => {
+                let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
+                let blocks = (*blocks).min(u32::try_from(IMAGE_BLOCKS - at).unwrap());
+                let extent = fs.allocate(classes[image], vec![0; blocks as usize]);
+                fs.map(u32::try_from(image).unwrap(), u32::try_from(at).unwrap(), extent, 0, blocks, true);
+            }
+            Step::Punch { image, at, blocks } => {
+                let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
+                let blocks = (*blocks).min(u32::try_from(IMAGE_BLOCKS - at).unwrap());
+                fs.punch(u32::try_from(image).unwrap(), u32::try_from(at).unwrap(), blocks);
+            }
+        }
+    }
+    fs
+}
+
+fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
+    let mut facts = fs.facts();
+    let plan = plan_proved(&mut facts, options, |facts, slots| {
+        let mut block = vec![0; 4096];
+        Ok::<_, vmfold::error::Error>(
+            slots
+                .iter()
+                .map(|slot| {
+                    let place = facts.place_of(*slot..*slot + 1).unwrap();
+                    fs.read(SourceFile::Image(place.image), u64::from(place.file_block) * 4096, &mut block).unwrap();
+                    (*slot, proof_of(&block))
+                })
+                .collect(),
+        )
+    })
+    .unwrap();
+    (facts, plan)
+}
+
+fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
+    let (facts, plan) = planned(fs, options);
+    let mut ran = Ran::default();
+    let _ = run(&facts, &plan, fs, &Silent::default(), &mut ran);
+    fs.close_donors();
+    (plan, ran)
+}
+
+fn options() -> impl Strategy<Value = Options> {
+    (1u32..10, any::<bool>(), any::<bool>(), prop_oneof![Just(1u64 << 30), 4096u64..600_000]).prop_map(
+        |(min_run_blocks, keep_zeros, keep_preallocated, work_space_bytes)| Options {
+            min_run_blocks,
+            keep_zeros,
+            keep_preallocated,
+            work_space_bytes,
+            ..Options::default()
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+
+    #[test]
+    fn reclaim_frees_what_was_predicted_and_nothing_the_second_time(
+        steps in prop::collection::vec(step(), 1..12),
+        options in options(),
+        held in prop::option::of(0usize..20),
+    ) {
+        let fs = build(&steps, Faults::default());
+        if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
+            fs.hold_from_outside(extent);
+        }
+        let (content, before) = (fs.contents(), fs.allocated_bytes());
+        let (plan, ran) = reclaim(&fs, &options);
+        prop_assert_eq!(fs.contents(), content);
+        prop_assert_eq!(before - fs.allocated_bytes(), plan.freed_bytes());
+        prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
+        prop_assert!(fs.peak_bytes().saturating_sub(before) <= plan.peak_bytes);
+        let (_, again) = planned(&fs, &options);
+        prop_assert_eq!(&again.eliminations, &[]);
+    }
+
+    #[test]
+    fn blocks_that_only_look_alike_cost_nothing_but_time(
+        steps in prop::collection::vec(step(), 1..12),
+        options in options(),
+        bits in 3u32..16,
+    ) {
+        let fs = build(&steps, Faults { fingerprint_bits: bits, ..Faults::default() });
+        let (content, before) = (fs.contents(), fs.allocated_bytes());
+        let _ = reclaim(&fs, &options);
+        prop_assert_eq!(fs.contents(), content);
+        prop_assert!(fs.allocated_bytes() <= before);
+    }
+
+    #[test]
+    fn whatever_goes_wrong_images_stay_as_they_are(
+        steps in prop::collection::vec(step(), 1..12),
+        options in options(),
+        killed_at in prop::option::of(0u64..60),
+        refuse_every in prop::option::of(1u64..5),
+        opened in prop::option::of((0u64..30, 0u32..4)),
+        space in prop::option::of(0u64..2_000_000),
+    ) {
+        let mut fs = build(&steps, Faults { killed_at, refuse_every, opened, space_bytes: space, ..Faults::default() });
+        let content = fs.contents();
+        let _ = reclaim(&fs, &options);
+        prop_assert_eq!(&fs.contents(), &content);
+        fs.faults = Faults::default();
+        fs.close_everyone_else();
+        // Once nothing goes wrong any more, a run completes whatever was left.
+        let (_, ran) = reclaim(&fs, &options);
+        prop_assert_eq!(&fs.contents(), &content);
+        prop_assert_eq!(ran.counts.extents_still_held, 0);
+        let (_, again) = planned(&fs, &options);
+        prop_assert_eq!(&again.eliminations, &[]);
+    }
+}
+
+#[test]
+fn plan_is_the_same_every_time() {
+    let fs = Simulated::default();
+    let content: Vec<Content> = (1..200).collect();
+    for shift in 0..4u32 {
+        let image = fs.add_image(true, IMAGE_BLOCKS);
+        let extent = fs.allocate(PLAIN, content.clone());
+        fs.map(image, shift, extent, 0, 199, false);
+    }
+    let counts: BTreeMap<u64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
+        *counts.entry(planned(&fs, &Options::default()).1.freed_bytes()).or_default() += 1;
+        counts
+    });
+    assert_eq!(counts, BTreeMap::from([(3 * 199 * 4096, 5)]));
+}
