@@ -96,6 +96,18 @@ impl Reference {
     pub fn slots(&self) -> Range<Slot> {
         self.slot..self.slot + self.blocks
     }
+
+    /// Takes in a reference that follows this one in the image and in the extent. Whether the filesystem keeps one item or
+    /// two for such a range depends on how it came about, and nothing may depend on that.
+    fn absorb(&mut self, next: &Self) -> bool {
+        let follows = (next.image, next.extent, next.preallocated) == (self.image, self.extent, self.preallocated)
+            && next.file_block == self.file_block + self.blocks
+            && next.slot == self.slots().end;
+        if follows {
+            self.blocks += next.blocks;
+        }
+        follows
+    }
 }
 
 /// Everything that a plan follows from.
@@ -145,6 +157,8 @@ impl Facts {
     /// Puts extents (by address, slots in that order) and references together; fingerprints are still to be filled in.
     pub fn new(extents: Vec<Extent>, mut references: Vec<Reference>, zero_fingerprint: u32) -> Self {
         let slots = extents.last().map_or(0, |last| last.slots().end as usize);
+        references.sort_unstable_by_key(|r| (r.extent, r.image, r.file_block));
+        references.dedup_by(|next, last| last.absorb(next));
         references.sort_unstable_by_key(|r| (r.extent, r.slot, r.image, r.file_block));
         let mut first_reference = Vec::with_capacity(extents.len() + 1);
         let mut live = SlotSet::new(slots);

@@ -72,7 +72,7 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
                 preallocated: false,
             })
         });
-        join(pieces)
+        pieces.collect()
     });
     let references = references.collect();
     let mut after = Facts::new(extents, references, facts.zero_fingerprint);
@@ -85,17 +85,4 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
         after.add_proofs(proved);
     }
     Applied { facts: after, origin, kept }
-}
-
-/// Joins references that follow each other in the file and in the extent, as one call to the kernel makes one of them.
-fn join(pieces: impl Iterator<Item = Reference>) -> Vec<Reference> {
-    let mut joined: Vec<Reference> = Vec::new();
-    for piece in pieces {
-        match joined.last_mut() {
-            Some(last) if last.extent == piece.extent && last.slots().end == piece.slot
-                && last.file_block + last.blocks == piece.file_block => last.blocks += piece.blocks,
-            _ => joined.push(piece),
-        }
-    }
-    joined
 }

@@ -205,7 +205,7 @@ impl Pass<'_> {
             let blocks = u32::try_from(blocks).unwrap_or(room);
             let run = Run { slot: at, blocks, target: Target::Home(home) };
             if blocks > best.map_or(0, |best| best.blocks)
-                && self.is_long_enough(&run, segment, self.is_repeated(&run))
+                && self.is_long_enough(&run, segment, self.is_repeated(&run, segment))
                 && self.may_count(&run)
             {
                 best = Some(run);
@@ -214,10 +214,13 @@ impl Pass<'_> {
         best
     }
 
-    /// Whether all blocks of a run are alike.
-    fn is_repeated(&self, run: &Run) -> bool {
-        let content = &self.facts.fingerprints[run.slot as usize..(run.slot + run.blocks) as usize];
-        content.len() > 1 && content.iter().all(|fingerprint| *fingerprint == content[0])
+    /// Whether a run is part of one block's repetition.
+    fn is_repeated(&self, run: &Run, segment: &Range<Slot>) -> bool {
+        let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
+        let content = |slots: Range<Slot>| &self.facts.fingerprints[slots.start as usize..slots.end as usize];
+        let first = self.facts.fingerprints[run.slot as usize];
+        let alike = content(run.slot..run.slot + run.blocks).iter().all(|fingerprint| *fingerprint == first);
+        alike && content(around).iter().filter(|fingerprint| **fingerprint == first).count() > 1
     }
 
     /// Long enough to be worth a reference, or all there is, so that it takes no more references than before.
@@ -238,14 +241,14 @@ impl Pass<'_> {
             })
     }
 
-    /// Lists what must be read before a short run counts.
+    /// Lists what must be read before a short run counts: its blocks, and all that look like them, since another of those may
+    /// be the one that is equal.
     fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
-        for n in 0..run.blocks {
-            let slots = match run.target {
-                Target::Home(home) => [run.slot + n, home + n],
-                Target::Hole => [run.slot + n; 2],
-            };
-            unproved.extend(slots.into_iter().filter(|slot| !self.facts.proofs.contains_key(slot)));
+        let fingerprints = &self.facts.fingerprints;
+        for slot in run.slot..run.slot + run.blocks {
+            let alike = self.table.candidates(fingerprints[slot as usize], fingerprints);
+            let slots = alike.filter(|_| run.target != Target::Hole).chain([slot]);
+            unproved.extend(slots.filter(|slot| !self.facts.proofs.contains_key(slot)));
         }
     }
 }

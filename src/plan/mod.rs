@@ -175,7 +175,7 @@ pub fn plan_proved<E>(
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
 ) -> Result<Plan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
-    const QUESTIONS_MAX: usize = 6;
+    const QUESTIONS_MAX: usize = 40;
     for _ in 0..QUESTIONS_MAX {
         let draft = plan(facts, &Options { trust_unproved: true, ..*options });
         if draft.unproved.is_empty() {
