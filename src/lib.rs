@@ -21,16 +21,16 @@
 
 pub mod block;
 pub mod chunk;
-//TMP pub mod cli;
+pub mod cli;
 pub mod error;
 pub mod exec;
 pub mod facts;
 pub mod fingerprint;
 pub mod fs;
-//TMP pub mod index;
+pub mod index;
 pub mod monitor;
-//TMP pub mod ops;
+pub mod ops;
 pub mod plan;
-//TMP pub mod pool;
-//TMP pub mod report;
+pub mod pool;
+pub mod report;
 pub mod sys;

@@ -1,6 +1,6 @@
 //! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
 
-//TMP pub mod btrfs;
+pub mod btrfs;
 pub mod simulated;
 
 use std::path::Path;

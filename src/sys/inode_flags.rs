@@ -21,3 +21,12 @@ pub fn add_inode_flags(fd: impl AsFd, flags: IFlags) -> Result<()> {
     let present = ioctl_getflags(&fd)?;
     ioctl_setflags(fd, present | flags)
 }
+
+/// Takes attributes away from a new, empty file.
+///
+/// # Errors
+/// As for [`add_inode_flags`].
+pub fn remove_inode_flags(fd: impl AsFd, flags: IFlags) -> Result<()> {
+    let present = ioctl_getflags(&fd)?;
+    ioctl_setflags(fd, present - flags)
+}

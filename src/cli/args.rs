@@ -1,0 +1,111 @@
+//! Arguments.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::index::DEFAULT_FOLDER;
+use crate::ops::Scope;
+
+/// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
+///
+/// Works on the images of shut-down machines on btrfs. Images keep every byte, their times, inodes, links, mode and owner;
+/// images that someone has open are left alone.
+///
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 130 interrupted.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, propagate_version = true)]
+pub(super) struct Args {
+    /// Print one JSON document instead of text
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Share what images have in common, and free the rest
+    Reclaim(Reclaim),
+    /// Show what each image holds, and what deleting it would free
+    Report(Named),
+    /// Fill the index only
+    Scan(Named),
+    /// Show what the index knows
+    Status(Status),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Named {
+    /// Image files, and folders to search for images, all on one filesystem
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// Leave out what matches this pattern; may be given more than once
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// Folder for the index, which is only a cache
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
+    index: PathBuf,
+}
+
+impl Named {
+    pub(super) fn scope(&self) -> Scope {
+        Scope { paths: self.paths.clone(), exclude: self.exclude.clone(), index: self.index.clone() }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Reclaim {
+    #[command(flatten)]
+    pub(super) scope: Named,
+    /// Only say what would be done
+    #[arg(long, short = 'n')]
+    pub(super) dry_run: bool,
+    /// Shortest run of equal data worth sharing: less frees more, and makes more fragments
+    #[arg(long, value_name = "SIZE", default_value = "16KiB", value_parser = parse_size)]
+    pub(super) min_run: u64,
+    /// Leave blocks of zeros as data instead of making them holes
+    #[arg(long)]
+    pub(super) keep_zeros: bool,
+    /// Leave preallocated ranges allocated instead of making them holes
+    #[arg(long)]
+    pub(super) keep_prealloc: bool,
+    /// Extra disk space that may be used on the way
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
+    pub(super) work_space: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    /// Folder of the index
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
+    pub(super) index: PathBuf,
+}
+
+/// A size as people write it. As with other tools that count blocks, `16K` and `16k` mean 16 KiB.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').trim();
+    let binary = match unit.to_ascii_uppercase().as_str() {
+        "K" | "M" | "G" | "T" => format!("{text}iB"),
+        _ => text.to_owned(),
+    };
+    binary.parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("`{text}` is no size such as 16K or 1GiB"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_sound() {
+        <Args as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_binary() {
+        for (text, bytes) in [("16K", 16384), ("4k", 4096), ("1GiB", 1 << 30), ("2 M", 2 << 20), ("4096", 4096), ("16KB", 16000)] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        assert!(parse_size("lots").is_err());
+    }
+}

@@ -1,0 +1,155 @@
+//! The command line: arguments, progress, printing, exit codes. Data goes to stdout, all else to stderr.
+#![expect(clippy::print_stderr, reason = "this is where messages are printed")]
+
+mod args;
+mod progress;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use serde::Serialize;
+
+use args::{Args, Command};
+use progress::Terminal;
+
+use crate::error::{Error, Result};
+use crate::index;
+use crate::monitor::Monitor;
+use crate::ops::{self, describe, reclaim::reclaim, report::report, scan::scan};
+
+/// How a command ended; the numbers are part of what scripts rely on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    Done = 0,
+    Failed = 1,
+    Usage = 2,
+    SomeSkipped = 3,
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let terminal = Terminal::new();
+    let outcome = run(&args, &terminal);
+    terminal.finish();
+    match outcome {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            print_error(&error);
+            if error.is_usage() { Exit::Usage.into() } else { Exit::Failed.into() }
+        }
+    }
+}
+
+fn print_error(error: &Error) {
+    let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
+    eprintln!("error: {}{hint}", describe(error));
+}
+
+fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
+    match &args.command {
+        Command::Reclaim(command) => {
+            let mut found = reclaim(&command.options()?, terminal)?;
+            terminal.finish();
+            print("reclaim", &found, args.json)?;
+            if let Some(error) = found.failed.take() {
+                return Err(error);
+            }
+            let held = found.done.as_ref().is_some_and(|done| done.counts.extents_still_held > 0);
+            Ok(exit(found.interrupted, !found.skipped.is_empty() || held))
+        }
+        Command::Report(command) => {
+            let found = report(&command.scope(), terminal)?;
+            terminal.finish();
+            print("report", &found, args.json)?;
+            Ok(exit(terminal.interrupted(), !found.skipped.is_empty()))
+        }
+        Command::Scan(command) => {
+            let found = scan(&command.scope(), terminal)?;
+            terminal.finish();
+            print("scan", &found, args.json)?;
+            Ok(exit(found.interrupted, !found.skipped.is_empty()))
+        }
+        Command::Status(command) => {
+            let found = index::all_in(&command.index, terminal)?;
+            if found.is_empty() && !args.json {
+                terminal.note(&format!("There is no index in `{}` yet: run vmfold scan or reclaim", command.index.display()));
+            }
+            print("status", &Statuses { indexes: found }, args.json)?;
+            Ok(Exit::Done)
+        }
+    }
+}
+
+fn exit(interrupted: bool, some_skipped: bool) -> Exit {
+    match (interrupted, some_skipped) {
+        (true, _) => Exit::Interrupted,
+        (_, true) => Exit::SomeSkipped,
+        _ => Exit::Done,
+    }
+}
+
+#[derive(Serialize)]
+struct Statuses {
+    indexes: Vec<index::Status>,
+}
+
+impl std::fmt::Display for Statuses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.indexes.iter().try_for_each(|status| write!(f, "{status}"))
+    }
+}
+
+/// A document of `--json`: which one, in which version, and what it says.
+#[derive(Serialize)]
+struct Document<'a, T> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    version: u32,
+    #[serde(flatten)]
+    content: &'a T,
+}
+
+fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) -> Result<()> {
+    let text = if json {
+        let document = serde_json::to_string_pretty(&Document { kind, version: 1, content });
+        format!("{}\n", document.map_err(|error| Error::Usage(format!("cannot write JSON: {error}")))?)
+    } else {
+        content.to_string()
+    };
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        // Whoever reads us has enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.map_err(Error::io("write to", std::path::Path::new("stdout"))),
+    }
+}
+
+/// The options of a command as the library wants them.
+impl args::Reclaim {
+    fn options(&self) -> Result<ops::reclaim::Options> {
+        let blocks = self.min_run.div_ceil(crate::block::BLOCK_BYTES);
+        let min_run_blocks = u32::try_from(blocks).ok().filter(|blocks| (1..=1 << 20).contains(blocks));
+        let min_run_blocks =
+            min_run_blocks.ok_or_else(|| Error::Usage("--min-run must be between 4K and 4G".into()))?;
+        Ok(ops::reclaim::Options {
+            scope: self.scope.scope(),
+            plan: crate::plan::Options {
+                min_run_blocks,
+                keep_zeros: self.keep_zeros,
+                keep_preallocated: self.keep_prealloc,
+                work_space_bytes: self.work_space,
+                trust_unproved: false,
+            },
+            dry_run: self.dry_run,
+        })
+    }
+}

@@ -1,0 +1,166 @@
+//! Fingerprints of every block: from the checksum tree where it serves, from the index where they are known, and by reading
+//! for the rest.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
+
+use super::{Btrfs, CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
+use crate::error::Result;
+use crate::facts::{Compression, Facts};
+use crate::fs::{Sharing, SourceFile};
+use crate::index::Index;
+use crate::monitor::Monitor;
+use crate::sys::tree_search::Key;
+
+/// Where fingerprints came from, in bytes of images.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Fingerprinted {
+    /// From the filesystem's checksums.
+    pub from_checksums: u64,
+    /// From the index.
+    pub from_index: u64,
+    /// By reading.
+    pub read: u64,
+}
+
+/// Bytes read by one thread at a time.
+const READ_BLOCKS: u32 = 256;
+
+/// Fills in the fingerprints of all live slots, and brings the index up to date.
+///
+/// # Errors
+/// Those of reading metadata or images, and of the index. A user who stops it is no error: the caller asks the monitor.
+pub fn fingerprint(fs: &Btrfs, facts: &mut Facts, index: &mut Index, monitor: &dyn Monitor) -> Result<Fingerprinted> {
+    let mut found = Fingerprinted::default();
+    let mut known = SlotSet::new(facts.slots() as usize);
+    if fs.has_usable_checksums() {
+        monitor.phase("Reading checksums", 0);
+        found.from_checksums = from_checksums(fs, facts, &mut known)?;
+    }
+    let before = count(facts, &known);
+    index.look_up(facts, &mut known)?;
+    found.from_index = bytes(count(facts, &known) - before);
+    let unknown: Vec<std::ops::Range<Slot>> = (0..facts.extents.len())
+        .flat_map(|extent| unknown_runs(facts, &known, extent))
+        .collect();
+    let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
+    if total > 0 {
+        monitor.phase("Reading images", total);
+        found.read = by_reading(fs, facts, &unknown, monitor)?;
+        unknown.iter().for_each(|run| known.insert_range(run.clone()));
+    }
+    if !monitor.interrupted() {
+        monitor.phase("Updating the index", 0);
+        index.update(facts)?;
+    }
+    Ok(found)
+}
+
+fn count(facts: &Facts, known: &SlotSet) -> u32 {
+    facts
+        .extents
+        .iter()
+        .flat_map(|extent| facts.live().runs(extent.slots()))
+        .map(|run| u32::try_from(run.filter(|slot| known.contains(*slot)).count()).unwrap_or(u32::MAX))
+        .sum()
+}
+
+/// Live slots of an extent that have no fingerprint yet, in pieces that one read takes.
+fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::Range<Slot>> {
+    let mut runs: Vec<std::ops::Range<Slot>> = Vec::new();
+    for live in facts.live().runs(facts.extents[extent].slots()) {
+        for slot in live.filter(|slot| !known.contains(*slot)) {
+            match runs.last_mut() {
+                Some(last) if last.end == slot && last.end - last.start < READ_BLOCKS => last.end += 1,
+                _ => runs.push(slot..slot + 1),
+            }
+        }
+    }
+    runs
+}
+
+/// Copies checksums of uncompressed extents. Returns how many bytes of live blocks they cover.
+fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<u64> {
+    /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
+    const ITEM_COVERS_MAX: u64 = 64 << 20;
+    let width = usize::from(fs.info.checksum_bytes);
+    let usable = |facts: &Facts, place: usize| {
+        facts.extents.get(place).filter(|extent| extent.class.compression == Compression::None).map(|extent| extent.address)
+    };
+    let Some(first) = facts.extents.first() else { return Ok(0) };
+    let last = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
+    let key = |offset| Key { object: CHECKSUM_OBJECT, kind: EXTENT_CSUM, offset };
+    let mut place = 0;
+    let from = key(first.address.saturating_sub(ITEM_COVERS_MAX));
+    let mut sums = std::mem::take(&mut facts.fingerprints);
+    let searched = fs.search(CHECKSUM_TREE, from, key(last), |found, item| {
+        let end = found.offset + (item.len() / width) as u64 * BLOCK_BYTES;
+        while facts.extents.get(place).is_some_and(|extent| extent.address + extent.disk_bytes <= found.offset) {
+            place += 1;
+        }
+        let mut at = place;
+        while let Some(extent) = facts.extents.get(at).filter(|extent| extent.address < end) {
+            if usable(facts, at).is_some() {
+                let from = extent.address.max(found.offset);
+                let to = (extent.address + extent.disk_bytes).min(end);
+                for address in (from..to).step_by(BLOCK_LEN) {
+                    let index = usize::try_from((address - found.offset) / BLOCK_BYTES).unwrap_or(usize::MAX) * width;
+                    let Some(sum) = item.get(index..index + 4).and_then(|sum| sum.try_into().ok()) else { continue };
+                    let block = (address - extent.address) / BLOCK_BYTES;
+                    let slot = extent.first_slot + u32::try_from(block).unwrap_or(u32::MAX);
+                    sums[slot as usize] = u32::from_le_bytes(sum);
+                    known.insert(slot);
+                }
+            }
+            at += 1;
+        }
+        // Between two extents may lie a lot that is not ours.
+        let next = facts.extents.get(place).map_or(u64::MAX, |extent| extent.address);
+        (next > end.saturating_add(ITEM_COVERS_MAX)).then(|| key(next.saturating_sub(ITEM_COVERS_MAX)))
+    });
+    facts.fingerprints = sums;
+    searched?;
+    Ok(bytes(count(facts, known)))
+}
+
+/// Reads blocks in the order they lie on disk, on all cores.
+fn by_reading(fs: &Btrfs, facts: &mut Facts, runs: &[std::ops::Range<Slot>], monitor: &dyn Monitor) -> Result<u64> {
+    /// Pieces handed out at a time; between them the user may stop.
+    const PIECES: usize = 1024;
+    let function = fs.function();
+    let read = AtomicU64::new(0);
+    let mut sums = std::mem::take(&mut facts.fingerprints);
+    let mut result = Ok(());
+    for runs in runs.chunks(PIECES) {
+        if monitor.interrupted() || result.is_err() {
+            break;
+        }
+        let pieces: Result<Vec<_>> = runs
+            .par_iter()
+            .map_init(Vec::new, |buffer, run| {
+                buffer.resize((run.end - run.start) as usize * BLOCK_LEN, 0);
+                let mut rest = &mut buffer[..];
+                for (_, place) in facts.places_of(run.clone()) {
+                    let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
+                    fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
+                    rest = after;
+                }
+                monitor.advance(buffer.len() as u64);
+                read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+                Ok(buffer.chunks(BLOCK_LEN).map(|block| function.of(block)).collect::<Vec<_>>())
+            })
+            .collect();
+        match pieces {
+            Ok(pieces) => {
+                for (run, found) in runs.iter().zip(pieces) {
+                    sums[run.start as usize..run.end as usize].copy_from_slice(&found);
+                }
+            }
+            Err(error) => result = Err(error),
+        }
+    }
+    facts.fingerprints = sums;
+    result.map(|()| read.into_inner())
+}

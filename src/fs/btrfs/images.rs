@@ -1,0 +1,227 @@
+//! Opening images, each with a lease that tells whether anyone else uses it, now or later.
+
+use std::collections::BTreeSet;
+use std::fs::{File, Metadata, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::fs::IFlags;
+use rustix::io::Errno;
+
+use super::INODE_ITEM;
+use crate::error::{Error, Result};
+use crate::pool::{Found, Skip, Skipped};
+use crate::sys::fs_info::{FsInfo, fs_info};
+use crate::sys::inode_flags::inode_flags;
+use crate::sys::tree_search::{Key, tree_search};
+use crate::sys::{lease, logical_ino, signals};
+
+/// How often leases are looked at. Whoever opens an image waits no longer than this, and one system call.
+const LEASE_POLL: Duration = Duration::from_millis(20);
+
+/// What images are opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To read extent maps and data only; whoever else uses them does not matter.
+    Look,
+    /// To share extents: only images that nobody else has open.
+    Change,
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct Image {
+    /// Its path.
+    pub path: PathBuf,
+    /// Bytes, holes included.
+    pub size: u64,
+    /// The subvolume's tree.
+    pub root: u64,
+    /// Its inode there.
+    pub inode: u64,
+    /// Whether the filesystem keeps checksums of its data.
+    pub checksummed: bool,
+    pub(super) file: Arc<File>,
+    stamp: Stamp,
+    revoked: Arc<AtomicBool>,
+}
+
+/// What must stay as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    inode: (u64, u64),
+    size: u64,
+    mtime: (i64, i64),
+    ctime: (i64, i64),
+    links: u64,
+    mode: u32,
+    owner: (u32, u32),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: (metadata.dev(), metadata.ino()),
+            size: metadata.len(),
+            mtime: (metadata.mtime(), metadata.mtime_nsec()),
+            ctime: (metadata.ctime(), metadata.ctime_nsec()),
+            links: metadata.nlink(),
+            mode: metadata.mode(),
+            owner: (metadata.uid(), metadata.gid()),
+        }
+    }
+}
+
+impl Image {
+    /// Whether nobody else wanted it since it was opened.
+    pub fn may_touch(&self) -> bool {
+        !self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Whether size, times, links, mode and owner are what they were when it was opened.
+    pub fn is_unchanged(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
+    }
+}
+
+/// Opens images; those that are left alone are returned with the reason.
+pub(super) fn open(
+    found: &[Found],
+    info: &FsInfo,
+    purpose: Purpose,
+) -> Result<(Vec<Image>, Vec<Skipped>, Option<LeaseKeeper>)> {
+    raise_file_limit(found.len());
+    signals::ignore_sigio();
+    let (mut images, mut skipped, mut busy) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for image in found {
+        match open_one(image, info, purpose)? {
+            Ok(opened) => images.push((opened, image.machine.clone())),
+            Err(reason) => {
+                if reason == Skip::InUse {
+                    busy.insert(image.machine.clone());
+                }
+                skipped.push(Skipped { path: image.path.clone(), reason });
+            }
+        }
+    }
+    let (images, idle): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, machine)| !busy.contains(machine));
+    skipped.extend(idle.into_iter().map(|(image, _)| Skipped { path: image.path, reason: Skip::MachineInUse }));
+    skipped.sort_by(|a, b| a.path.cmp(&b.path));
+    let images: Vec<Image> = images.into_iter().map(|(image, _)| image).collect();
+    let keeper = (purpose == Purpose::Change).then(|| LeaseKeeper::new(&images));
+    Ok((images, skipped, keeper))
+}
+
+fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::result::Result<Image, Skip>> {
+    let path = &found.path;
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NOATIME | libc::O_NONBLOCK | libc::O_NOFOLLOW);
+    let file = match options.open(path) {
+        Ok(file) => file,
+        // Someone else holds a lease and must give it up first: a second run, or a file server.
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(Err(Skip::InUse)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Err(Skip::Changed)),
+        Err(error) => return Err(Error::io("open", path)(error)),
+    };
+    let its_info = fs_info(&file).map_err(Error::io("look at the filesystem of", path))?;
+    if its_info.uuid != info.uuid {
+        return Err(Error::TwoFilesystems { first: path.parent().unwrap_or(path).to_owned(), second: path.clone() });
+    }
+    let metadata = file.metadata().map_err(Error::io("look at", path))?;
+    if !metadata.is_file() || (metadata.dev(), metadata.len()) == (0, 0) {
+        return Ok(Err(Skip::Changed));
+    }
+    let flags = inode_flags(&file).map_err(Error::io("look at", path))?;
+    if purpose == Purpose::Change {
+        if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
+            return Ok(Err(Skip::Immutable));
+        }
+        match lease::take(&file) {
+            Ok(()) => {}
+            Err(Errno::AGAIN) => return Ok(Err(Skip::InUse)),
+            Err(errno) => return Err(Error::io("take a lease on", path)(errno)),
+        }
+    }
+    let root = logical_ino::subvolume_of(&file).map_err(Error::io("look at the subvolume of", path))?;
+    let checksummed = !has_no_checksums(&file, metadata.ino(), path)?;
+    Ok(Ok(Image {
+        path: path.clone(),
+        size: metadata.len(),
+        root,
+        inode: metadata.ino(),
+        checksummed,
+        file: Arc::new(file),
+        stamp: Stamp::of(&metadata),
+        revoked: Arc::default(),
+    }))
+}
+
+/// Whether the inode has `BTRFS_INODE_NODATASUM` (bit 0 of the inode item's flags, at byte 64 of the item).
+fn has_no_checksums(file: &File, inode: u64, path: &std::path::Path) -> Result<bool> {
+    const FLAGS_AT: usize = 64;
+    let key = Key { object: inode, kind: INODE_ITEM, offset: 0 };
+    let mut flags = None;
+    tree_search(file, 0, key, key, |_, item| {
+        flags = item.get(FLAGS_AT..FLAGS_AT + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
+        None
+    })
+    .map_err(Error::io("read the extent map of", path))?;
+    let flags = flags.ok_or_else(|| Error::Metadata { path: path.to_owned(), problem: "no inode item".into() })?;
+    Ok(flags & 1 != 0)
+}
+
+/// Every image stays open for the whole run, for its lease; the usual limit of 1024 files is too low for a large pool.
+fn raise_file_limit(images: usize) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = images as u64 + 256;
+    if limit.current.is_some_and(|current| current < wanted) {
+        let current = Some(limit.maximum.map_or(wanted, |maximum| maximum.min(wanted)));
+        // Where this fails, opening fails and says so.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum: limit.maximum });
+    }
+}
+
+/// Looks after the leases: gives one back as soon as someone waits for it.
+#[derive(Debug)]
+pub(super) struct LeaseKeeper {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LeaseKeeper {
+    fn new(images: &[Image]) -> Self {
+        let mut held: Vec<_> = images.iter().map(|image| (image.file.clone(), image.revoked.clone())).collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Acquire) {
+                held.retain(|(file, revoked)| {
+                    let mine = lease::is_held(&**file);
+                    if !mine {
+                        // First no call begins any more, then the opener goes on.
+                        revoked.store(true, Ordering::Release);
+                        let _ = lease::release(&**file);
+                    }
+                    mine
+                });
+                std::thread::park_timeout(LEASE_POLL);
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for LeaseKeeper {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! What images map: file extents from their subvolumes' trees, reference counts from the extent tree, other holders from
+//! back references.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, ROOT_ITEM, ROOT_TREE};
+use crate::block::BLOCK_BYTES;
+use crate::error::{Error, Result};
+use crate::facts::{Class, Compression, Extent, Facts, Pinned, Reference};
+use crate::fs::HeldRange;
+use crate::sys::logical_ino;
+use crate::sys::tree_search::{Key, tree_search};
+
+/// Facts without fingerprints, and what goes with them.
+#[derive(Debug)]
+pub struct Mapped {
+    /// Extents and references.
+    pub facts: Facts,
+    /// Bytes that lie in metadata, beside their inodes.
+    pub inline_bytes: u64,
+}
+
+/// A file extent item, `struct btrfs_file_extent_item` (uapi/linux/btrfs_tree.h).
+#[derive(Debug, Clone, Copy)]
+struct FileExtent {
+    file_offset: u64,
+    address: u64,
+    disk_bytes: u64,
+    ram_bytes: u64,
+    offset: u64,
+    length: u64,
+    compression: Compression,
+    preallocated: bool,
+}
+
+/// What such an item can be.
+enum Item {
+    Data(FileExtent),
+    Hole,
+    Inline(u64),
+}
+
+/// Reads a little-endian number of an item.
+pub(super) fn number(item: &[u8], at: usize) -> Option<u64> {
+    item.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes)
+}
+
+fn parse(file_offset: u64, item: &[u8]) -> std::result::Result<Item, &'static str> {
+    const SHORT: &str = "a file extent item is too short";
+    let [compression, encryption, other, other_high, kind] = *item.get(16..21).ok_or(SHORT)? else { return Err(SHORT) };
+    if encryption != 0 || other != 0 || other_high != 0 {
+        return Err("a file extent item is encoded in a way not known");
+    }
+    let compression = match compression {
+        0 => Compression::None,
+        1 => Compression::Zlib,
+        2 => Compression::Lzo,
+        3 => Compression::Zstd,
+        _ => return Err("a file extent item has a compression not known"),
+    };
+    let ram_bytes = number(item, 8).ok_or(SHORT)?;
+    if kind == 0 {
+        return Ok(Item::Inline(ram_bytes));
+    }
+    let at = |at| number(item, at).ok_or(SHORT);
+    let (address, disk_bytes, offset, length) = (at(21)?, at(29)?, at(37)?, at(45)?);
+    if address == 0 {
+        return Ok(Item::Hole);
+    }
+    let whole = [file_offset, disk_bytes, ram_bytes, offset, length].iter().all(|number| number.is_multiple_of(BLOCK_BYTES));
+    if !whole || length == 0 || offset.checked_add(length).is_none_or(|end| end > ram_bytes) {
+        return Err("a file extent item reaches beyond its extent");
+    }
+    let preallocated = kind == 2;
+    Ok(Item::Data(FileExtent { file_offset, address, disk_bytes, ram_bytes, offset, length, compression, preallocated }))
+}
+
+/// Calls `visit` with each file extent of an image.
+fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Result<()> {
+    let key = |offset| Key { object: image.inode, kind: EXTENT_DATA, offset };
+    let mut problem = None;
+    tree_search(&*image.file, 0, key(0), key(u64::MAX), |key, item| {
+        let parsed = parse(key.offset, item);
+        let done = parsed
+            .map_err(|problem| Error::Metadata { path: image.path.clone(), problem: format!("{problem} at byte {}", key.offset) })
+            .and_then(&mut visit);
+        if let Err(error) = done {
+            problem.get_or_insert(error);
+        }
+        None
+    })
+    .map_err(Error::io("read the extent map of", &image.path))?;
+    problem.map_or(Ok(()), Err)
+}
+
+/// `u32` block numbers hold files and extents up to 16 TiB.
+fn blocks(bytes: u64) -> Result<u32> {
+    u32::try_from(bytes / BLOCK_BYTES).map_err(|_| Error::TooLarge)
+}
+
+/// The ranges of an image that refer to one extent.
+pub(super) fn ranges_in(image: &Image, address: u64) -> Result<Vec<HeldRange>> {
+    let mut ranges = Vec::new();
+    file_extents(image, |item| {
+        if let Item::Data(extent) = item
+            && extent.address == address
+        {
+            ranges.push(HeldRange {
+                file_block: blocks(extent.file_offset)?,
+                extent_block: blocks(extent.offset)?,
+                blocks: blocks(extent.length)?,
+                preallocated: extent.preallocated,
+            });
+        }
+        Ok(())
+    })?;
+    Ok(ranges)
+}
+
+/// An item of the extent tree, `struct btrfs_extent_item`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExtentItem {
+    references: u64,
+    pub(super) generation: u64,
+}
+
+/// Parses an item of the extent tree, if it is a data extent's.
+pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
+    const FLAG_DATA: u64 = 1;
+    (number(item, 16)? & FLAG_DATA != 0).then_some(ExtentItem { references: number(item, 0)?, generation: number(item, 8)? })
+}
+
+impl Btrfs {
+    /// Reads the extent maps of all images.
+    ///
+    /// # Errors
+    /// Those of reading metadata, or if it makes no sense.
+    pub fn map(&self) -> Result<Mapped> {
+        let mut extents: BTreeMap<u64, Extent> = BTreeMap::new();
+        let mut references: Vec<(u64, Reference)> = Vec::new();
+        let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut inline_bytes = 0;
+        for (number, image) in (0u32..).zip(&self.images) {
+            file_extents(image, |item| {
+                let extent = match item {
+                    Item::Data(extent) => extent,
+                    Item::Hole => return Ok(()),
+                    Item::Inline(bytes) => {
+                        inline_bytes += bytes;
+                        return Ok(());
+                    }
+                };
+                let class = Class { checksummed: image.checksummed, compression: extent.compression };
+                let known = extents.entry(extent.address).or_insert(Extent {
+                    address: extent.address,
+                    disk_bytes: extent.disk_bytes,
+                    generation: 0,
+                    first_slot: 0,
+                    blocks: blocks(extent.ram_bytes)?,
+                    class,
+                    pinned: None,
+                });
+                if known.disk_bytes != extent.disk_bytes || known.blocks != blocks(extent.ram_bytes)? {
+                    let problem = format!("two items disagree about the extent at {}", extent.address);
+                    return Err(Error::Metadata { path: image.path.clone(), problem });
+                }
+                // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
+                let end = extent.file_offset + extent.length;
+                if end > image.size && !extent.preallocated {
+                    known.pinned = Some(Pinned::UnalignedTail);
+                }
+                *counts.entry(extent.address).or_default() += 1;
+                // What is preallocated beyond the end of a file cannot be reached by any call.
+                if extent.file_offset >= image.size.next_multiple_of(BLOCK_BYTES) {
+                    known.pinned = Some(Pinned::Preallocated);
+                    return Ok(());
+                }
+                let within = extent.length.min(image.size.next_multiple_of(BLOCK_BYTES) - extent.file_offset);
+                if within < extent.length {
+                    known.pinned = Some(Pinned::Preallocated);
+                }
+                references.push((
+                    extent.address,
+                    Reference {
+                        image: number,
+                        file_block: blocks(extent.file_offset)?,
+                        slot: blocks(extent.offset)?,
+                        blocks: blocks(within)?,
+                        extent: 0,
+                        preallocated: extent.preallocated,
+                    },
+                ));
+                Ok(())
+            })?;
+        }
+        self.count_references(&mut extents, &counts)?;
+        let mut slot = 0u32;
+        let mut places = BTreeMap::new();
+        for (place, extent) in (0u32..).zip(extents.values_mut()) {
+            extent.first_slot = slot;
+            slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
+            places.insert(extent.address, (place, extent.first_slot));
+        }
+        let references = references.into_iter().map(|(address, reference)| {
+            let (extent, first_slot) = places[&address];
+            Reference { extent, slot: first_slot + reference.slot, ..reference }
+        });
+        let references = references.collect();
+        let facts = Facts::new(extents.into_values().collect(), references, self.function().of_zeros());
+        Ok(Mapped { facts, inline_bytes })
+    }
+
+    /// Fills in generations, and pins what is referred to from elsewhere.
+    fn count_references(&self, extents: &mut BTreeMap<u64, Extent>, counts: &BTreeMap<u64, u64>) -> Result<()> {
+        let (Some((first, _)), Some((last, _))) = (extents.first_key_value(), extents.last_key_value()) else { return Ok(()) };
+        let key = |object, offset| Key { object, kind: EXTENT_ITEM, offset };
+        let (first, last) = (key(*first, 0), key(*last, u64::MAX));
+        let mut total: BTreeMap<u64, u64> = BTreeMap::new();
+        self.search(EXTENT_TREE, first, last, |found, item| {
+            if found.kind == EXTENT_ITEM
+                && let Some(item) = extent_item(item)
+                && let Some(extent) = extents.get_mut(&found.object)
+            {
+                extent.generation = item.generation;
+                total.insert(found.object, item.references);
+            }
+            extents.range(found.object + 1..).next().map(|(address, _)| key(*address, 0))
+        })?;
+        let snapshots = self.have_snapshots()?;
+        let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
+        for (address, extent) in extents.iter_mut() {
+            let held = total.get(address).is_none_or(|total| *total > counts[address]);
+            if held || (snapshots && self.is_held_elsewhere(*address, &mine)?) {
+                extent.pinned = Some(Pinned::HeldByOthers);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a snapshot was ever taken of a subvolume that images lie in. If none was, each reference to an extent is
+    /// counted in the extent tree; if one was, whole leaves of references may be shared, and count only once.
+    fn have_snapshots(&self) -> Result<bool> {
+        /// `last_snapshot` of `struct btrfs_root_item`, behind the inode item (160 bytes) and five numbers.
+        const LAST_SNAPSHOT_AT: usize = 200;
+        let roots: HashSet<u64> = self.images.iter().map(|image| image.root).collect();
+        let mut snapshots = false;
+        for root in roots {
+            let key = |offset| Key { object: root, kind: ROOT_ITEM, offset };
+            self.search(ROOT_TREE, key(0), key(u64::MAX), |_, item| {
+                snapshots |= number(item, LAST_SNAPSHOT_AT).is_none_or(|transaction| transaction != 0);
+                None
+            })?;
+        }
+        Ok(snapshots)
+    }
+
+    /// Whether anything but the images refers to an extent. Where the kernel cannot tell, it counts as held.
+    fn is_held_elsewhere(&self, address: u64, mine: &HashSet<(u64, u64)>) -> Result<bool> {
+        let holders = logical_ino::holders(&*self.images[0].file, address)
+            .map_err(Error::io("look for holders of extents of", &self.scratch))?;
+        Ok(holders.is_none_or(|holders| holders.iter().any(|holder| !mine.contains(&(holder.root, holder.inode)))))
+    }
+
+    /// Names of files outside the pool that hold extents, the largest extents first, with the bytes they hold.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    pub fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
+        /// Extents asked for: enough to name who matters.
+        const EXTENTS_MAX: usize = 64;
+        let mut held: Vec<&Extent> =
+            facts.extents.iter().filter(|extent| extent.pinned == Some(Pinned::HeldByOthers)).collect();
+        held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
+        let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
+        let (mut bytes, mut names) = (BTreeMap::new(), BTreeMap::new());
+        for extent in held.into_iter().take(EXTENTS_MAX) {
+            let holders = logical_ino::holders(&*self.images[0].file, extent.address).ok().flatten().unwrap_or_default();
+            let others: HashSet<_> = holders.iter().map(|holder| (holder.root, holder.inode)).filter(|one| !mine.contains(one)).collect();
+            for other in others {
+                *bytes.entry(other).or_insert(0u64) += extent.disk_bytes;
+            }
+        }
+        let fd = self.any_fd()?;
+        for ((root, inode), bytes) in bytes {
+            let name = logical_ino::path_in_subvolume(&fd, root, inode)
+                .map_or_else(|_| format!("inode {inode} of subvolume {root}"), |path| format!("{path} (subvolume {root})"));
+            *names.entry(name).or_insert(0) += bytes;
+        }
+        Ok(names)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An item as the kernel lays it out.
+    fn item(compression: u8, kind: u8, numbers: [u64; 4]) -> Vec<u8> {
+        let mut item = [7u64.to_le_bytes(), 8192u64.to_le_bytes()].concat();
+        item.extend([compression, 0, 0, 0, kind]);
+        numbers.iter().for_each(|number| item.extend(number.to_le_bytes()));
+        item
+    }
+
+    #[test]
+    fn items_that_make_no_sense_are_refused() {
+        assert!(matches!(parse(0, &item(0, 1, [4096, 8192, 0, 8192])), Ok(Item::Data(_))));
+        assert!(matches!(parse(0, &item(0, 1, [0, 0, 0, 8192])), Ok(Item::Hole)));
+        assert!(matches!(parse(0, &item(0, 0, [0; 4])), Ok(Item::Inline(8192))));
+        for bad in [item(9, 1, [4096, 8192, 0, 8192]), item(0, 1, [4096, 8192, 4096, 8192]), item(0, 1, [4096, 8192, u64::MAX - 4095, 8192]), item(0, 1, [4096, 8192, 0, 100]), vec![0; 20]] {
+            assert!(parse(0, &bad).is_err());
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_item_is_too_strange(offset: u64, bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..60)) {
+            let _ = parse(offset, &bytes);
+            let _ = extent_item(&bytes);
+        }
+    }
+}

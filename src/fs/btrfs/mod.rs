@@ -1,0 +1,380 @@
+//! btrfs: extents and checksums from its trees, sharing by `FIDEDUPERANGE`.
+
+mod accounting;
+mod fingerprints;
+mod images;
+mod map;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{IFlags, Mode, OFlags, XattrFlags};
+use rustix::io::Errno;
+
+pub use accounting::{Physical, freed_bytes};
+pub use fingerprints::{Fingerprinted, fingerprint};
+pub use images::{Image, Purpose};
+pub use map::Mapped;
+
+use super::{HeldRange, Outcome, Sharing, SourceFile};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN};
+use crate::error::{Error, Result};
+use crate::facts::{Class, Compression, ImageId, Proof, proof_of};
+use crate::fingerprint::Function;
+use crate::pool::{Found, Skipped};
+use crate::sys::dedupe::{Deduped, dedupe_range};
+use crate::sys::fs_info::{FsInfo, fs_info};
+use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
+use crate::sys::readahead::{readahead, write_out};
+use crate::sys::tree_search::{Key, tree_search};
+
+/// Trees and item types (btrfs-progs, `Documentation/dev/On-disk-format.rst`).
+const EXTENT_TREE: u64 = 2;
+const CHECKSUM_TREE: u64 = 7;
+const ROOT_TREE: u64 = 1;
+const INODE_ITEM: u8 = 1;
+const EXTENT_DATA: u8 = 108;
+const EXTENT_CSUM: u8 = 128;
+const ROOT_ITEM: u8 = 132;
+const EXTENT_ITEM: u8 = 168;
+/// `BTRFS_EXTENT_CSUM_OBJECTID`: -10.
+const CHECKSUM_OBJECT: u64 = u64::MAX - 9;
+
+/// A pool on one btrfs, with its images open.
+#[derive(Debug)]
+pub struct Btrfs {
+    info: FsInfo,
+    images: Vec<Image>,
+    /// A folder on the filesystem where donors are made; they have no name there.
+    scratch: PathBuf,
+    donors: Mutex<Vec<Donor>>,
+    holes: Mutex<[Option<std::sync::Arc<File>>; 2]>,
+    _leases: Option<images::LeaseKeeper>,
+}
+
+#[derive(Debug)]
+struct Donor {
+    file: std::sync::Arc<File>,
+    length: u64,
+}
+
+impl Btrfs {
+    /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards.
+    ///
+    /// # Errors
+    /// Off btrfs, without root, or where images lie on two filesystems.
+    pub fn open(images: &[Found], named: &[PathBuf], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
+        let info = same_filesystem(named)?;
+        if !rustix::process::geteuid().is_root() {
+            return Err(Error::NotRoot);
+        }
+        let first = images.first().map_or(&named[0], |image| &image.path);
+        let scratch = if first.is_dir() { first.as_path() } else { first.parent().unwrap_or(first) };
+        let folder = File::open(scratch).map_err(Error::io("open", scratch))?;
+        if purpose == Purpose::Change {
+            let mount = rustix::fs::fstatvfs(&folder).map_err(Error::io("look at", scratch))?;
+            if mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+                return Err(Error::ReadOnly { path: scratch.to_owned() });
+            }
+        }
+        let (images, skipped, leases) = images::open(images, &info, purpose)?;
+        let opened = Self {
+            info,
+            images,
+            scratch: scratch.to_owned(),
+            donors: Mutex::default(),
+            holes: Mutex::default(),
+            _leases: leases,
+        };
+        opened.sync()?;
+        Ok((opened, skipped))
+    }
+
+    /// The images, by their numbers.
+    pub fn images(&self) -> &[Image] {
+        &self.images
+    }
+
+    /// The filesystem's UUID.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.info.uuid
+    }
+
+    /// The function that fingerprints are made with.
+    pub fn function(&self) -> Function {
+        match self.info.checksum_type {
+            Some(1) => Function::Xxhash64,
+            _ => Function::Crc32c,
+        }
+    }
+
+    /// Whether the filesystem's own checksums begin with that function's fingerprint.
+    fn has_usable_checksums(&self) -> bool {
+        matches!((self.info.checksum_type, self.info.checksum_bytes), (Some(0), 4) | (Some(1), 8))
+    }
+
+    /// Closes all donors: what of them no image shares is free from the next commit on.
+    ///
+    /// # Errors
+    /// Those of the commit.
+    pub fn close_donors(&self) -> Result<()> {
+        lock(&self.donors).clear();
+        self.sync()
+    }
+
+    /// Reads blocks and says what they hold.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn prove(&self, facts: &crate::facts::Facts, slots: &[u32]) -> Result<Vec<(u32, Proof)>> {
+        use rayon::prelude::*;
+        let read = |slot: &u32| {
+            let mut block = [0; BLOCK_LEN];
+            let place = facts.place_of(*slot..*slot + 1).ok_or_else(|| Error::Metadata {
+                path: self.scratch.clone(),
+                problem: format!("no image reaches block {slot}"),
+            })?;
+            self.read(SourceFile::Image(place.image), u64::from(place.file_block) * BLOCK_BYTES, &mut block)?;
+            Ok((*slot, proof_of(&block)))
+        };
+        slots.par_iter().map(read).collect()
+    }
+
+    fn any_fd(&self) -> Result<File> {
+        File::open(&self.scratch).map_err(Error::io("open", &self.scratch))
+    }
+
+    fn sync(&self) -> Result<()> {
+        rustix::fs::syncfs(self.any_fd()?).map_err(Error::io("sync the filesystem of", &self.scratch))
+    }
+
+    fn search(&self, tree: u64, first: Key, last: Key, visit: impl FnMut(Key, &[u8]) -> Option<Key>) -> Result<()> {
+        tree_search(self.any_fd()?, tree, first, last, visit).map_err(Error::io("read the extent map of", &self.scratch))
+    }
+
+    fn unnamed_file(&self) -> Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = rustix::fs::open(&self.scratch, flags, Mode::RUSR | Mode::WUSR);
+        file.map(File::from).map_err(Error::io("make a donor in", &self.scratch))
+    }
+
+    /// A file without data, as long as the largest image.
+    fn hole(&self, checksummed: bool) -> Result<std::sync::Arc<File>> {
+        let mut holes = lock(&self.holes);
+        let slot = &mut holes[usize::from(checksummed)];
+        if let Some(file) = slot {
+            return Ok(file.clone());
+        }
+        let file = self.unnamed_file()?;
+        set_class(&file, Class { checksummed, compression: Compression::None })
+            .map_err(Error::io("make a donor in", &self.scratch))?;
+        let size = self.images.iter().map(|image| image.size).max().unwrap_or(0).next_multiple_of(BLOCK_BYTES);
+        file.set_len(size).map_err(Error::io("make a donor in", &self.scratch))?;
+        Ok(slot.insert(std::sync::Arc::new(file)).clone())
+    }
+
+    fn with_file<T>(&self, file: SourceFile, work: impl FnOnce(&File, &Path) -> Result<T>) -> Result<T> {
+        match file {
+            SourceFile::Image(image) => {
+                let image = &self.images[image as usize];
+                work(&image.file, &image.path)
+            }
+            SourceFile::Donor(donor) => {
+                let file = lock(&self.donors)[donor].file.clone();
+                work(&file, &self.scratch)
+            }
+            SourceFile::Hole { checksummed } => work(&*self.hole(checksummed)?, &self.scratch),
+        }
+    }
+}
+
+/// `FS_NOCOMP_FL` (uapi/linux/fs.h): the filesystem's own compression is not for this file.
+const NOCOMP: IFlags = IFlags::from_bits_retain(0x400);
+
+/// Sets a new, empty file up so that its blocks may be shared with files of a class and lie on disk alike.
+fn set_class(file: &File, class: Class) -> rustix::io::Result<()> {
+    if !class.checksummed {
+        return add_inode_flags(file, IFlags::NOCOW);
+    }
+    // The folder may be set to NOCOW or to another compression, which a new file takes over.
+    if inode_flags(file)?.contains(IFlags::NOCOW) {
+        remove_inode_flags(file, IFlags::NOCOW)?;
+    }
+    let property: &[u8] = match class.compression {
+        Compression::None => return add_inode_flags(file, NOCOMP),
+        Compression::Zlib => b"zlib",
+        Compression::Lzo => b"lzo",
+        Compression::Zstd => b"zstd",
+    };
+    rustix::fs::fsetxattr(file, "btrfs.compression", property, XattrFlags::empty())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Checks that all paths lie on one btrfs that vmfold can work on.
+fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
+    let mut first: Option<(&PathBuf, FsInfo)> = None;
+    for path in named {
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let info = match fs_info(&file) {
+            Ok(info) => info,
+            Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => {
+                let magic = rustix::fs::fstatfs(&file).map_err(Error::io("look at", path))?.f_type;
+                return Err(Error::NoSharing { path: path.clone(), filesystem: name_of_magic(magic) });
+            }
+            Err(errno) => return Err(Error::io("look at the filesystem of", path)(errno)),
+        };
+        if info.sector_bytes != 4096 {
+            return Err(Error::SectorSize { path: path.clone(), sector_bytes: info.sector_bytes });
+        }
+        match first {
+            Some((other, known)) if known.uuid != info.uuid => {
+                return Err(Error::TwoFilesystems { first: other.clone(), second: path.clone() });
+            }
+            Some(_) => {}
+            None => first = Some((path, info)),
+        }
+    }
+    first.map(|(_, info)| info).ok_or_else(|| Error::Usage("name at least one path".into()))
+}
+
+/// Names of filesystems by their magic number (linux/magic.h), for messages.
+fn name_of_magic(magic: i64) -> String {
+    match magic {
+        0xef53 => "ext4".into(),
+        0x5846_5342 => "XFS".into(),
+        0x0102_1994 => "tmpfs".into(),
+        0x2fc1_2fc1 => "ZFS".into(),
+        0x6969 => "NFS".into(),
+        0x794c_7630 => "overlayfs".into(),
+        0xca45_1a4e => "bcachefs".into(),
+        other => format!("a filesystem with magic number {other:#x}"),
+    }
+}
+
+impl Sharing for Btrfs {
+    fn may_touch(&self, image: ImageId) -> bool {
+        self.images[image as usize].may_touch()
+    }
+
+    fn is_checksummed(&self, image: ImageId) -> bool {
+        self.images[image as usize].checksummed
+    }
+
+    fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let length = buffer.len() as u64;
+        self.with_file(file, |file, path| {
+            // The last block of an image may be a partial one; what is missing is zeros on disk.
+            let mut at = 0;
+            while at < buffer.len() {
+                let here = offset + at as u64;
+                match file.read_at(&mut buffer[at..], here) {
+                    Ok(0) => break,
+                    Ok(read) => at += read,
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(Error::io_at("read", path, here, offset + length - here)(error)),
+                }
+            }
+            buffer[at..].fill(0);
+            Ok(())
+        })
+    }
+
+    fn read_ahead(&self, file: SourceFile, offset: u64, length: u64) {
+        let _ = self.with_file(file, |file, _| {
+            readahead(file, offset, length);
+            Ok(())
+        });
+    }
+
+    fn create_donor(&self, class: Class) -> Result<usize> {
+        let file = self.unnamed_file()?;
+        set_class(&file, class).map_err(Error::io("make a donor in", &self.scratch))?;
+        let mut donors = lock(&self.donors);
+        donors.push(Donor { file: std::sync::Arc::new(file), length: 0 });
+        Ok(donors.len() - 1)
+    }
+
+    fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()> {
+        let (file, at) = {
+            let mut donors = lock(&self.donors);
+            let donor = &mut donors[donor];
+            let at = donor.length;
+            donor.length += content.len() as u64;
+            (donor.file.clone(), at)
+        };
+        let written = file.write_all_at(content, at).and_then(|()| write_out(&*file, at, content.len() as u64, false));
+        written.map_err(|error| self.donor_error(error))
+    }
+
+    fn settle_donor(&self, donor: usize) -> Result<()> {
+        let file = lock(&self.donors)[donor].file.clone();
+        file.sync_data().map_err(|error| self.donor_error(error))
+    }
+
+    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
+        let destination = &self.images[image as usize].file;
+        let called = self.with_file(source, |file, path| {
+            dedupe_range(file, source_offset, destination, offset, length).map_err(Error::io("share blocks of", path))
+        });
+        match called {
+            // A success without progress is none: the range would be asked for for ever.
+            Ok(Deduped::Same(0)) => Outcome::Refused(Errno::IO),
+            Ok(Deduped::Same(_)) => Outcome::Shared,
+            Ok(Deduped::Differs) => Outcome::Differs,
+            Ok(Deduped::Refused(errno)) => Outcome::Refused(errno),
+            Err(error) => Outcome::Refused(errno_of(&error)),
+        }
+    }
+
+    fn commit(&self) -> Result<()> {
+        self.sync()
+    }
+
+    fn is_allocated(&self, address: u64, generation: u64) -> Result<bool> {
+        let mut found = false;
+        let key = |offset| Key { object: address, kind: EXTENT_ITEM, offset };
+        self.search(EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
+            found |= key.object == address && map::extent_item(item).is_some_and(|extent| extent.generation == generation);
+            None
+        })?;
+        Ok(found)
+    }
+
+    fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>> {
+        map::ranges_in(&self.images[image as usize], address)
+    }
+
+    fn path(&self, image: ImageId) -> &Path {
+        &self.images[image as usize].path
+    }
+}
+
+impl Btrfs {
+    fn donor_error(&self, error: std::io::Error) -> Error {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace { doing: "writing a donor", path: self.scratch.clone() },
+            _ => Error::io("write a donor in", &self.scratch)(error),
+        }
+    }
+}
+
+fn errno_of(error: &Error) -> Errno {
+    match error {
+        Error::Io { source, .. } => source.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error),
+        _ => Errno::IO,
+    }
+}
+
+/// The release of the running kernel, as (major, minor).
+pub fn kernel_release() -> (u32, u32) {
+    let mut text = String::new();
+    let _ = File::open("/proc/sys/kernel/osrelease").and_then(|mut file| file.read_to_string(&mut text));
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}

@@ -1,0 +1,286 @@
+//! The index: fingerprints and chunks of extents, remembered across runs in sled. A cache and nothing more.
+//!
+//! What it holds is specified in `formats/index-v1.md`. An entry is keyed by an extent's address *and* the transaction that
+//! wrote it, so that it is never taken for a later extent at the same place; every record carries its own hash. A damaged
+//! index is thrown away and filled again; deleting it costs time and nothing else.
+
+mod record;
+
+use std::collections::{BTreeMap, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use record::Entry;
+
+use crate::block::SlotSet;
+use crate::chunk::{self, Chunker};
+use crate::error::{Error, Result};
+use crate::facts::Facts;
+use crate::fingerprint::Function;
+use crate::monitor::Monitor;
+
+/// Memory that sled may use for its pages.
+const CACHE_BYTES: u64 = 8 << 20;
+/// Address space that one record covers: one record for each extent would cost more than what it holds.
+const SEGMENT_BYTES: u64 = 32 << 20;
+
+/// What the names of trees begin with.
+const TREE_PREFIX: &str = "extents-";
+
+/// Where indexes are kept unless the user names a folder.
+pub const DEFAULT_FOLDER: &str = "/var/cache/vmfold";
+
+/// An index of one filesystem.
+#[derive(Debug)]
+pub struct Index {
+    folder: PathBuf,
+    tree: sled::Tree,
+    db: sled::Db,
+    /// Extents, by place in the facts last looked up, whose entry is as it should be.
+    current: Vec<bool>,
+}
+
+/// What an index knows.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Status {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What it holds, by the function and the chunking it was made with.
+    pub name: String,
+    /// Extents in it.
+    pub extents: u64,
+    /// Bytes of their blocks.
+    pub bytes: u64,
+    /// Bytes of blocks whose fingerprint had to be read and is remembered.
+    pub fingerprint_bytes: u64,
+    /// Chunks in it.
+    pub chunks: u64,
+    /// Different chunks, estimated from one in sixty-four.
+    pub distinct_chunks: u64,
+    /// Bytes it takes on disk.
+    pub disk_bytes: u64,
+}
+
+impl Index {
+    /// Opens the index of the filesystem with this UUID, or makes it, for fingerprints of a function; without one, whatever it
+    /// holds. What is damaged is thrown away, with a note.
+    ///
+    /// # Errors
+    /// If another process uses it, or the folder cannot be written.
+    pub fn open(folder: &Path, uuid: [u8; 16], function: Option<Function>, monitor: &dyn Monitor) -> Result<Self> {
+        let folder = folder.join(hex(&uuid));
+        std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
+        let problem = match open_sled(&folder, function) {
+            Ok(index) => return Ok(index),
+            Err(Opening::Busy) => {
+                return Err(Error::Index { path: folder, problem: "another vmfold is using it".into() });
+            }
+            Err(Opening::Io(error)) => return Err(Error::io("open the index", &folder)(error)),
+            Err(Opening::Damaged(problem)) => problem,
+        };
+        monitor.note(&format!("The index `{}` is damaged and is made anew: {problem}", folder.display()));
+        std::fs::remove_dir_all(&folder).map_err(Error::io("remove the damaged index", &folder))?;
+        std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
+        open_sled(&folder, function).map_err(|_| Error::Index { path: folder, problem: "it cannot be made anew".into() })
+    }
+
+    /// Fills in fingerprints that are remembered and not `known` yet.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
+        self.current = vec![false; facts.extents.len()];
+        let mut at = 0;
+        while at < facts.extents.len() {
+            let segment = facts.extents[at].address / SEGMENT_BYTES;
+            let end = at + facts.extents[at..].partition_point(|extent| extent.address / SEGMENT_BYTES == segment);
+            let entries: HashMap<(u64, u64), Entry> =
+                self.read(segment)?.into_iter().map(|entry| ((entry.address, entry.generation), entry)).collect();
+            for place in at..end {
+                let extent = &facts.extents[place];
+                let Some(entry) = entries.get(&(extent.address, extent.generation)) else { continue };
+                if entry.blocks != extent.blocks {
+                    continue;
+                }
+                let first = extent.first_slot;
+                for (run, fingerprints) in entry.fingerprints() {
+                    for (block, fingerprint) in run.zip(fingerprints) {
+                        if !known.contains(first + block) {
+                            facts.fingerprints[(first + block) as usize] = *fingerprint;
+                            known.insert(first + block);
+                        }
+                    }
+                }
+                let slots = extent.slots();
+                self.current[place] = facts.live().runs(slots).all(|mut run| run.all(|slot| known.contains(slot)))
+                    && entry.covers(facts.live().runs(extent.slots()).map(|run| run.start - first..run.end - first));
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Enters what is not remembered yet. Entries of extents that are no longer there go.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn update(&mut self, facts: &Facts) -> Result<()> {
+        let mut changed: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+        for (place, extent) in facts.extents.iter().enumerate() {
+            if !self.current.get(place).copied().unwrap_or(false) {
+                changed.entry(extent.address / SEGMENT_BYTES).or_default().push(place);
+            }
+        }
+        let mut chunker = Chunker::default();
+        for (segment, places) in changed {
+            let mut entries = self.read(segment)?;
+            for place in places {
+                let new = Entry::of(facts, place, &mut chunker);
+                entries.retain(|old| old.end() <= new.address || new.end() <= old.address);
+                entries.push(new);
+            }
+            entries.sort_by_key(|entry| entry.address);
+            let record = record::encode(&entries);
+            self.tree.insert(segment.to_be_bytes(), record).map_err(|error| self.error(&error))?;
+        }
+        self.db.flush().map_err(|error| self.error(&error))?;
+        Ok(())
+    }
+
+    /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
+    fn read(&self, segment: u64) -> Result<Vec<Entry>> {
+        let record = self.tree.get(segment.to_be_bytes()).map_err(|error| self.error(&error))?;
+        Ok(record.and_then(|record| record::decode(&record)).unwrap_or_default())
+    }
+
+    fn error(&self, error: &sled::Error) -> Error {
+        Error::Index { path: self.folder.clone(), problem: error.to_string() }
+    }
+
+    /// What it knows.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn status(&self) -> Result<Status> {
+        /// One id in so many is remembered to count different ones.
+        const SAMPLE: u64 = 64;
+        let mut status = Status {
+            folder: self.folder.clone(),
+            name: String::from_utf8_lossy(&self.tree.name()).into_owned(),
+            extents: 0,
+            bytes: 0,
+            fingerprint_bytes: 0,
+            chunks: 0,
+            distinct_chunks: 0,
+            disk_bytes: self.db.size_on_disk().map_err(|error| self.error(&error))?,
+        };
+        let mut seen = std::collections::HashSet::new();
+        for record in &self.tree {
+            let (_, record) = record.map_err(|error| self.error(&error))?;
+            for entry in record::decode(&record).unwrap_or_default() {
+                status.extents += 1;
+                status.bytes += entry.chunks.iter().map(|chunk| crate::block::bytes(chunk.blocks.into())).sum::<u64>();
+                status.fingerprint_bytes += entry.fingerprints().map(|(run, _)| crate::block::bytes(run.end - run.start)).sum::<u64>();
+                status.chunks += entry.chunks.len() as u64;
+                seen.extend(entry.chunks.iter().map(|chunk| chunk.weak_id).filter(|id| id % SAMPLE == 0));
+            }
+        }
+        status.distinct_chunks = (seen.len() as u64 * SAMPLE).min(status.chunks);
+        Ok(status)
+    }
+}
+
+enum Opening {
+    Busy,
+    Io(std::io::Error),
+    Damaged(String),
+}
+
+/// The tree for fingerprints of a function and the chunking of this version.
+fn tree_name(function: Function) -> String {
+    let parameters = chunk::PARAMETERS;
+    format!(
+        "{TREE_PREFIX}v{}-{}-{}-{}-{}-cuts-v{}",
+        record::VERSION,
+        function.name(),
+        parameters.min_blocks,
+        parameters.average_blocks,
+        parameters.max_blocks,
+        chunk::VERSION
+    )
+}
+
+/// Opens sled, whose own checks are partly panics. Without a function, whatever tree is there.
+fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<Index, Opening> {
+    let open = || -> std::result::Result<Index, sled::Error> {
+        let db = sled::Config::new()
+            .path(folder.join("sled"))
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .mode(sled::Mode::LowSpace)
+            .open()?;
+        let is_extents = |name: &sled::IVec| name.starts_with(TREE_PREFIX.as_bytes());
+        let present = db.tree_names().into_iter().find(is_extents).map(|name| name.to_vec());
+        let name = function.map(|function| tree_name(function).into_bytes()).or(present).unwrap_or(TREE_PREFIX.into());
+        // Chunks cut in another way are of no use any more.
+        for other in db.tree_names().iter().filter(|other| is_extents(other) && other[..] != name[..]) {
+            db.drop_tree(other)?;
+        }
+        let tree = db.open_tree(&name)?;
+        // Every record is read once: a damaged page shows now, not in the middle of a run.
+        for record in &tree {
+            let _ = record?;
+        }
+        Ok(Index { folder: folder.to_owned(), tree, db, current: Vec::new() })
+    };
+    let quiet = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let opened = catch_unwind(AssertUnwindSafe(open));
+    std::panic::set_hook(quiet);
+    match opened {
+        Ok(Ok(index)) => Ok(index),
+        Ok(Err(sled::Error::Io(error))) if error.to_string().contains("could not acquire lock") => Err(Opening::Busy),
+        Ok(Err(sled::Error::Io(error)))
+            if matches!(error.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::StorageFull | std::io::ErrorKind::ReadOnlyFilesystem) =>
+        {
+            Err(Opening::Io(error))
+        }
+        Ok(Err(error)) => Err(Opening::Damaged(error.to_string())),
+        Err(_) => Err(Opening::Damaged("its pages make no sense".into())),
+    }
+}
+
+/// Finds the indexes in a folder.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
+    let mut found = Vec::new();
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+        Err(error) => return Err(Error::io("look into", folder)(error)),
+    };
+    let mut names: Vec<_> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    for name in names {
+        let Some(uuid) = parse_hex(&name) else { continue };
+        found.push(Index::open(folder, uuid, None, monitor)?.status()?);
+    }
+    Ok(found)
+}
+
+fn hex(uuid: &[u8; 16]) -> String {
+    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn parse_hex(name: &str) -> Option<[u8; 16]> {
+    let mut uuid = [0; 16];
+    if name.len() != 32 || !name.is_ascii() {
+        return None;
+    }
+    for (at, byte) in uuid.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(name.get(2 * at..2 * at + 2)?, 16).ok()?;
+    }
+    Some(uuid)
+}

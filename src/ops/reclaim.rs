@@ -1,0 +1,76 @@
+//! `reclaim`: shares what images have in common, and counts what that freed.
+
+use super::{Prepared, Scope, prepare};
+use crate::block::bytes;
+use crate::error::Result;
+use crate::exec::{self, Ran};
+use crate::fs::btrfs::{Physical, Purpose, freed_bytes};
+use crate::fs::Sharing;
+use crate::monitor::Monitor;
+use crate::plan::{self, plan_proved};
+use crate::pool::{Skip, Skipped};
+use crate::report::{Done, Planned, PoolBytes, Reclaimed};
+
+/// What the user chose.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What to work on.
+    pub scope: Scope,
+    /// How to plan.
+    pub plan: plan::Options,
+    /// Stop after planning.
+    pub dry_run: bool,
+}
+
+/// Reclaims a pool, or says what that would do.
+///
+/// # Errors
+/// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
+/// did until then is in the result, with the error.
+pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    let Prepared { fs, mut facts, skipped, fingerprinted, .. } = prepare(&options.scope, Purpose::Change, monitor)?;
+    let before = Physical::of(&facts);
+    let mut result = Reclaimed {
+        images: fs.images().len() as u64,
+        pool: PoolBytes::of(&fs, &facts),
+        fingerprinted,
+        skipped,
+        dry_run: options.dry_run,
+        interrupted: monitor.interrupted(),
+        ..Reclaimed::default()
+    };
+    if result.interrupted {
+        return Ok(result);
+    }
+    monitor.phase("Planning", 0);
+    let mut proved = 0;
+    let plan = plan_proved(&mut facts, &options.plan, |facts, slots| {
+        proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
+        fs.prove(facts, slots)
+    })?;
+    result.planned = Planned::of(&plan, proved);
+    result.held_by = if plan.pinned.is_empty() { Default::default() } else { fs.names_of_holders(&facts)? };
+    if options.dry_run {
+        return Ok(result);
+    }
+    let mut ran = Ran::default();
+    let outcome = if plan.eliminations.is_empty() {
+        Ok(())
+    } else {
+        exec::run(&facts, &plan, &fs, monitor, &mut ran)
+    };
+    monitor.phase("Counting", 0);
+    fs.close_donors()?;
+    let (freed, mapped) = freed_bytes(&fs, &before)?;
+    result.interrupted = ran.interrupted;
+    for image in ran.opened_meanwhile {
+        result.skipped.push(Skipped { path: fs.path(image).to_owned(), reason: Skip::OpenedMeanwhile });
+    }
+    for image in fs.images().iter().filter(|image| image.may_touch() && !image.is_unchanged()) {
+        result.skipped.push(Skipped { path: image.path.clone(), reason: Skip::Changed });
+    }
+    let done = Done { freed_bytes: freed, after: PoolBytes::of(&fs, &mapped.facts), counts: ran.counts };
+    result.done = Some(done);
+    result.failed = outcome.err();
+    Ok(result)
+}

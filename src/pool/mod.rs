@@ -1,0 +1,212 @@
+//! Which files are images, which machine each belongs to, and why one is left alone.
+
+mod naming;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use walkdir::WalkDir;
+
+pub use naming::{Kind, kind_of, machine_of};
+
+use crate::error::{Error, Result};
+
+/// An image as found by name; nothing of it was opened yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Its path: of several names of one inode, the first.
+    pub path: PathBuf,
+    /// Bytes, holes included.
+    pub size: u64,
+    /// What makes a machine of several images: all are left alone while one is in use.
+    pub machine: PathBuf,
+}
+
+/// Why an image is left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Skip {
+    /// Someone has it open: a running machine, a loop device, a backup.
+    InUse,
+    /// Another image of the same machine is in use.
+    MachineInUse,
+    /// A restore or an import of its machine is going on.
+    ImportInProgress,
+    /// It lives only as long as its machine runs.
+    Volatile,
+    /// `chattr +i` or `+a`: the kernel allows no change of its extents.
+    Immutable,
+    /// An active swap file.
+    Swap,
+    /// Someone opened it while it was worked on.
+    OpenedMeanwhile,
+    /// It changed while it was worked on.
+    Changed,
+    /// It could not be opened or read.
+    Unreadable,
+}
+
+impl Skip {
+    /// What to tell the user.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::InUse => "in use: shut the machine down, or detach the loop device",
+            Self::MachineInUse => "another image of its machine is in use",
+            Self::ImportInProgress => "an import of its machine is in progress",
+            Self::Volatile => "it exists only while its machine runs",
+            Self::Immutable => "immutable or append-only: see lsattr",
+            Self::Swap => "an active swap file",
+            Self::OpenedMeanwhile => "someone opened it during the run",
+            Self::Changed => "it changed during the run",
+            Self::Unreadable => "it could not be read",
+        }
+    }
+}
+
+/// An image that is left alone, and why.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Skipped {
+    /// The image.
+    pub path: PathBuf,
+    /// Why.
+    pub reason: Skip,
+}
+
+/// What was found below the paths that were named.
+#[derive(Debug, Clone, Default)]
+pub struct Pool {
+    /// Images, by path.
+    pub images: Vec<Found>,
+    /// Images that are left alone for their name.
+    pub skipped: Vec<Skipped>,
+    /// Folders and files that could not be looked at.
+    pub unreadable: Vec<(PathBuf, String)>,
+}
+
+/// Looks for images in files and folders. Folders are searched through, without following symbolic links; in them only files
+/// with an image's name count. A file that is named itself always counts.
+///
+/// # Errors
+/// [`Error::NoSuchPath`], [`Error::NoImages`], or a pattern that makes no sense.
+pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
+    let exclude = patterns(exclude)?;
+    let mut pool = Pool::default();
+    let mut found: BTreeMap<(u64, u64), Found> = BTreeMap::new();
+    let mut importing = BTreeSet::new();
+    let mut add = |path: &Path, metadata: &std::fs::Metadata, pool: &mut Pool| {
+        let machine = machine_of(path);
+        match kind_of(path) {
+            Kind::Image => {
+                let new = Found { path: path.to_owned(), size: metadata.len(), machine };
+                let known = found.entry((metadata.dev(), metadata.ino())).or_insert_with(|| new.clone());
+                if new.path < known.path {
+                    *known = new;
+                }
+            }
+            Kind::Import => {
+                importing.insert(machine);
+                pool.skipped.push(Skipped { path: path.to_owned(), reason: Skip::ImportInProgress });
+            }
+            Kind::Volatile => pool.skipped.push(Skipped { path: path.to_owned(), reason: Skip::Volatile }),
+            Kind::Temporary => {}
+        }
+    };
+    for path in paths {
+        let metadata = match path.metadata() {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::NoSuchPath { path: path.clone() });
+            }
+            Err(error) => return Err(Error::io("look at", path)(error)),
+        };
+        let full = path.canonicalize().map_err(Error::io("look at", path))?;
+        if metadata.is_file() {
+            add(&full, &metadata, &mut pool);
+            continue;
+        }
+        let is_left_out = |path: &Path| exclude.is_match(path.strip_prefix(&full).unwrap_or(path)) || exclude.is_match(path);
+        for entry in WalkDir::new(&full).sort_by_file_name().into_iter().filter_entry(|entry| !is_left_out(entry.path())) {
+            match entry.and_then(|entry| entry.metadata().map(|metadata| (entry, metadata))) {
+                Ok((entry, metadata)) => {
+                    if metadata.is_file() && naming::looks_like_image(entry.path(), metadata.len()) {
+                        add(entry.path(), &metadata, &mut pool);
+                    }
+                }
+                Err(error) => {
+                    let path = error.path().unwrap_or(&full).to_owned();
+                    pool.unreadable.push((path, error.to_string()));
+                }
+            }
+        }
+    }
+    let (importing, images): (Vec<_>, Vec<_>) = found.into_values().partition(|image| importing.contains(&image.machine));
+    pool.skipped.extend(importing.into_iter().map(|image| Skipped { path: image.path, reason: Skip::ImportInProgress }));
+    pool.images = images.into_iter().filter(|image| image.size > 0).collect();
+    pool.images.sort_by(|a, b| a.path.cmp(&b.path));
+    if pool.images.is_empty() && pool.skipped.is_empty() {
+        return Err(Error::NoImages { paths: paths.to_vec() });
+    }
+    Ok(pool)
+}
+
+fn patterns(exclude: &[String]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in exclude {
+        let bad = |error: globset::Error| Error::Usage(format!("--exclude `{pattern}` is no pattern: {error}"));
+        set.add(Glob::new(pattern).map_err(bad)?);
+        // As with other tools, a pattern without a slash holds at any depth.
+        if !pattern.contains('/') {
+            set.add(Glob::new(&format!("**/{pattern}")).map_err(bad)?);
+        }
+    }
+    set.build().map_err(|error| Error::Usage(format!("--exclude: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(pool: &Pool, root: &Path) -> Vec<String> {
+        pool.images.iter().map(|image| image.path.strip_prefix(root).unwrap().display().to_string()).collect()
+    }
+
+    #[test]
+    fn finds_images_and_leaves_out_the_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        for (name, size) in [
+            ("appvms/work/private.img", 5),
+            ("appvms/work/private.img.3@2026-01-02T03:04:05Z", 5),
+            ("appvms/work/private.img~abc", 5),
+            ("appvms/work/volatile-dirty.img", 5),
+            ("appvms/new/private.img", 5),
+            ("appvms/new/private-import.img", 5),
+            ("appvms/work/firewall.xml", 5),
+            ("images/100/vm-100-disk-0.raw", 5),
+            ("images/100/empty.raw", 0),
+            ("notes.txt", 5),
+        ] {
+            let path = root.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, vec![1; size]).unwrap();
+        }
+        std::fs::hard_link(root.join("appvms/work/private.img"), root.join("appvms/work/private2.img")).unwrap();
+        let pool = discover(std::slice::from_ref(&root), &[]).unwrap();
+        assert_eq!(
+            names(&pool, &root),
+            ["appvms/work/private.img", "appvms/work/private.img.3@2026-01-02T03:04:05Z", "images/100/vm-100-disk-0.raw"]
+        );
+        let skipped: Vec<_> = pool.skipped.iter().map(|skipped| skipped.reason).collect();
+        assert_eq!(skipped, [Skip::ImportInProgress, Skip::Volatile, Skip::ImportInProgress]);
+        let fewer = discover(std::slice::from_ref(&root), &["*.img*".into()]).unwrap();
+        assert_eq!(names(&fewer, &root), ["images/100/vm-100-disk-0.raw"]);
+        let fewer = discover(std::slice::from_ref(&root), &["appvms/**".into()]).unwrap();
+        assert_eq!(names(&fewer, &root), ["images/100/vm-100-disk-0.raw"]);
+        assert_eq!(names(&discover(&[root.join("notes.txt")], &[]).unwrap(), &root), ["notes.txt"]);
+        assert!(matches!(discover(&[root.join("absent")], &[]), Err(Error::NoSuchPath { .. })));
+        assert!(matches!(discover(&[root.clone()], &["*".into()]), Err(Error::NoImages { .. })));
+        assert!(matches!(discover(&[root], &["[".into()]), Err(Error::Usage(_))));
+    }
+}

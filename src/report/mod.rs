@@ -1,0 +1,172 @@
+//! What the verbs found and did, as data: for programs as JSON (`formats/report-v1.schema.json`), for people as text.
+
+mod text;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+pub use text::size;
+
+use crate::block::bytes;
+use crate::error::Error;
+use crate::exec::Counts;
+use crate::facts::{Facts, Pinned};
+use crate::fs::btrfs::{Btrfs, Fingerprinted, Physical};
+use crate::plan::{BytesByReason, Plan};
+use crate::pool::Skipped;
+
+/// Totals of a pool, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PoolBytes {
+    /// Sizes of the images, holes included.
+    pub logical_bytes: u64,
+    /// What the images refer to, each reference counted.
+    pub referenced_bytes: u64,
+    /// The distinct extents they refer to, on disk.
+    pub physical_bytes: u64,
+    /// Distinct extents.
+    pub extents: u64,
+    /// References to them.
+    pub references: u64,
+}
+
+impl PoolBytes {
+    /// Adds a pool up.
+    pub fn of(fs: &Btrfs, facts: &Facts) -> Self {
+        Self {
+            logical_bytes: fs.images().iter().map(|image| image.size).sum(),
+            referenced_bytes: facts.references.iter().map(|reference| bytes(reference.blocks)).sum(),
+            physical_bytes: Physical::of(facts).bytes,
+            extents: facts.extents.len() as u64,
+            references: facts.references.len() as u64,
+        }
+    }
+}
+
+/// A plan's summary, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Planned {
+    /// What will be freed on disk, net.
+    pub freed_bytes: u64,
+    /// The same, by why.
+    pub freed_by_reason: BytesByReason,
+    /// What will be copied to donors.
+    pub rewritten_bytes: u64,
+    /// What the new references are estimated to cost in metadata.
+    pub metadata_bytes: u64,
+    /// What donors take at most before what they replace is freed.
+    pub peak_bytes: u64,
+    /// What the kernel will compare.
+    pub compared_bytes: u64,
+    /// What was read to prove that blocks are equal.
+    pub proved_bytes: u64,
+    /// Extents that will go.
+    pub extents: u64,
+    /// What could be freed if nothing held it, by what does.
+    pub pinned: BTreeMap<Pinned, u64>,
+}
+
+impl Planned {
+    /// Sums a plan up.
+    pub fn of(plan: &Plan, proved_bytes: u64) -> Self {
+        Self {
+            freed_bytes: plan.freed_bytes(),
+            freed_by_reason: plan.freed.clone(),
+            rewritten_bytes: plan.rewritten_bytes(),
+            metadata_bytes: plan.metadata_bytes(),
+            peak_bytes: plan.peak_bytes,
+            compared_bytes: plan.batches.iter().map(|batch| batch.compared_bytes).sum(),
+            proved_bytes,
+            extents: plan.eliminations.len() as u64,
+            pinned: plan.pinned.clone(),
+        }
+    }
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Done {
+    /// What was freed on disk: extents counted before and after. Negative if the pool grew.
+    pub freed_bytes: i64,
+    /// The pool afterwards.
+    pub after: PoolBytes,
+    /// Range by range.
+    pub counts: Counts,
+}
+
+/// What `reclaim` found and did.
+#[derive(Debug, Default, Serialize)]
+pub struct Reclaimed {
+    /// Images worked on.
+    pub images: u64,
+    /// Images left alone.
+    pub skipped: Vec<Skipped>,
+    /// Nothing was to be changed.
+    pub dry_run: bool,
+    /// The user stopped it.
+    pub interrupted: bool,
+    /// The pool before.
+    pub pool: PoolBytes,
+    /// Where fingerprints came from.
+    pub fingerprinted: Fingerprinted,
+    /// What was planned.
+    pub planned: Planned,
+    /// What was done; none in a dry run.
+    pub done: Option<Done>,
+    /// Files outside the paths that hold extents, with the bytes they hold.
+    pub held_by: BTreeMap<String, u64>,
+    /// Why the run ended early, if it failed.
+    #[serde(skip)]
+    pub failed: Option<Error>,
+}
+
+/// What `scan` found.
+#[derive(Debug, Default, Serialize)]
+pub struct Scanned {
+    /// Images read.
+    pub images: u64,
+    /// Images left alone.
+    pub skipped: Vec<Skipped>,
+    /// The pool.
+    pub pool: PoolBytes,
+    /// Where fingerprints came from.
+    pub fingerprinted: Fingerprinted,
+    /// The user stopped it.
+    pub interrupted: bool,
+}
+
+/// An image's part of a pool, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ImageBytes {
+    /// The image.
+    pub path: PathBuf,
+    /// Its size, holes included.
+    pub size: u64,
+    /// What it maps.
+    pub data_bytes: u64,
+    /// What deleting it would free on disk.
+    pub exclusive_bytes: u64,
+    /// Extents it has in common with others, on disk.
+    pub shared_bytes: u64,
+    /// Parts of its extents that nothing reaches, and that stay as long as the extents do.
+    pub unreachable_bytes: u64,
+}
+
+/// What `report` found.
+#[derive(Debug, Default, Serialize)]
+pub struct Reported {
+    /// The pool.
+    pub pool: PoolBytes,
+    /// Parts of extents that nothing reaches.
+    pub unreachable_bytes: u64,
+    /// Data that lies in metadata.
+    pub inline_bytes: u64,
+    /// Image by image.
+    pub images: Vec<ImageBytes>,
+    /// Images left out.
+    pub skipped: Vec<Skipped>,
+    /// Files outside the paths that hold extents, with the bytes they hold.
+    pub held_by: BTreeMap<String, u64>,
+}

@@ -1,0 +1,146 @@
+//! Reports as text for people.
+
+use std::fmt::{Display, Formatter, Result};
+
+use super::{PoolBytes, Reclaimed, Reported, Scanned};
+use crate::index::Status;
+use crate::plan::Reason;
+use crate::pool::Skipped;
+
+/// A number of bytes as people read it.
+pub fn size(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().iec().to_string()
+}
+
+fn signed_size(bytes: i64) -> String {
+    format!("{}{}", if bytes < 0 { "-" } else { "" }, size(bytes.unsigned_abs()))
+}
+
+fn reason(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Duplicate => "duplicates",
+        Reason::Zeros => "zeros",
+        Reason::Unreachable => "unreachable",
+        Reason::Preallocated => "preallocated",
+    }
+}
+
+impl Display for PoolBytes {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        write!(
+            f,
+            "{} on disk for {} of data in {} of images ({} extents, {} references)",
+            size(self.physical_bytes),
+            size(self.referenced_bytes),
+            size(self.logical_bytes),
+            self.extents,
+            self.references
+        )
+    }
+}
+
+fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
+    skipped.iter().try_for_each(|one| writeln!(f, "Left alone: {}: {}", one.path.display(), one.reason.reason()))
+}
+
+fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>) -> Result {
+    /// Names shown; the rest is in the JSON.
+    const NAMES_MAX: usize = 8;
+    let mut names: Vec<_> = held_by.iter().collect();
+    names.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
+    names.iter().take(NAMES_MAX).try_for_each(|(name, bytes)| writeln!(f, "Held by: {name}: {}", size(**bytes)))
+}
+
+impl Display for Reclaimed {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(f, "{} images: {}", self.images, self.pool)?;
+        let planned = &self.planned;
+        let would = if self.dry_run { "Would free" } else { "Planned" };
+        write!(f, "{would} {} in {} extents", size(planned.freed_bytes), planned.extents)?;
+        let reasons = planned.freed_by_reason.iter().map(|(why, bytes)| format!("{} {}", reason(*why), size(*bytes)));
+        let reasons = reasons.collect::<Vec<_>>().join(", ");
+        writeln!(f, "{}", if reasons.is_empty() { String::new() } else { format!(" ({reasons})") })?;
+        if planned.extents > 0 {
+            writeln!(
+                f,
+                "To do so: {} compared, {} rewritten, about {} of metadata, up to {} of extra space on the way",
+                size(planned.compared_bytes),
+                size(planned.rewritten_bytes),
+                size(planned.metadata_bytes),
+                size(planned.peak_bytes)
+            )?;
+        }
+        for (why, bytes) in &planned.pinned {
+            let why = match why {
+                crate::facts::Pinned::HeldByOthers => "files or snapshots outside the given paths hold",
+                crate::facts::Pinned::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
+                crate::facts::Pinned::Preallocated => "preallocated ranges that are to stay hold",
+            };
+            writeln!(f, "Not freed: {} that {why}", size(*bytes))?;
+        }
+        held(f, &self.held_by)?;
+        if let Some(done) = &self.done {
+            writeln!(f, "Freed {}: now {}", signed_size(done.freed_bytes), done.after)?;
+            let counts = &done.counts;
+            if counts.differing_bytes > 0 {
+                writeln!(f, "{} looked equal and were not; they were left as they are", size(counts.differing_bytes))?;
+            }
+            for (error, bytes) in &counts.refused_bytes {
+                writeln!(f, "The filesystem refused to share {}: {error}", size(*bytes))?;
+            }
+            if counts.extents_still_held > 0 {
+                writeln!(f, "{} extents could not be freed; run it again later", counts.extents_still_held)?;
+            }
+        }
+        if self.interrupted {
+            writeln!(f, "Stopped before the end: every image is intact, and the next run goes on from here")?;
+        }
+        skipped(f, &self.skipped)
+    }
+}
+
+impl Display for Scanned {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(f, "{} images: {}", self.images, self.pool)?;
+        let from = &self.fingerprinted;
+        writeln!(
+            f,
+            "Fingerprints: {} from the filesystem's checksums, {} from the index, {} read",
+            size(from.from_checksums),
+            size(from.from_index),
+            size(from.read)
+        )?;
+        skipped(f, &self.skipped)
+    }
+}
+
+impl Display for Reported {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(f, "{:>11} {:>11} {:>11} {:>11} {:>11}  Image", "Size", "Data", "Exclusive", "Shared", "Unreachable")?;
+        for image in &self.images {
+            writeln!(
+                f,
+                "{:>11} {:>11} {:>11} {:>11} {:>11}  {}",
+                size(image.size),
+                size(image.data_bytes),
+                size(image.exclusive_bytes),
+                size(image.shared_bytes),
+                size(image.unreachable_bytes),
+                image.path.display()
+            )?;
+        }
+        writeln!(f, "{} images: {}", self.images.len(), self.pool)?;
+        writeln!(f, "Unreachable parts of extents: {}", size(self.unreachable_bytes))?;
+        held(f, &self.held_by)?;
+        skipped(f, &self.skipped)
+    }
+}
+
+impl Display for Status {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(f, "{}", self.folder.display())?;
+        writeln!(f, "  {} extents, {} of blocks, {} of them with fingerprints that had to be read", self.extents, size(self.bytes), size(self.fingerprint_bytes))?;
+        writeln!(f, "  {} chunks, about {} different", self.chunks, self.distinct_chunks)?;
+        writeln!(f, "  {} on disk ({})", size(self.disk_bytes), self.name)
+    }
+}
