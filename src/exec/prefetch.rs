@@ -1,5 +1,6 @@
 //! Reads both sides of every comparison ahead of it: the kernel compares page by page and waits for each.
 
+use std::collections::VecDeque;
 use std::sync::mpsc;
 
 use super::Call;
@@ -8,6 +9,8 @@ use crate::fs::{Sharing, SourceFile};
 
 /// Bytes of images in a window. One is worked on while the next is being read.
 const WINDOW_BYTES: u64 = 32 << 20;
+/// Bytes of sources that stay in memory after they were compared.
+const BEHIND_BYTES: u64 = 256 << 20;
 /// Calls in a window, where they are short.
 const WINDOW_CALLS: usize = 4096;
 
@@ -38,6 +41,7 @@ pub(super) fn ahead(
             }
             window
         };
+        let mut behind = Behind::default();
         let mut outstanding = 0;
         let first = next_window();
         if !first.is_empty() && requests.send(first).is_ok() {
@@ -50,35 +54,59 @@ pub(super) fn ahead(
             if !next.is_empty() && requests.send(next).is_ok() {
                 outstanding += 1;
             }
-            for call in window {
-                if !work(call)? {
+            for call in &window {
+                if !work(*call)? {
                     return Ok(());
                 }
             }
+            behind.done(fs, &window);
         }
         Ok(())
     })
 }
 
-/// Asks for both sides of each call, joining what lies next to each other.
+/// Drops what was compared from memory, so that a run takes no more of it than a few windows. Sources stay for a while: the
+/// next revision of an image is compared with the same ones.
+#[derive(Default)]
+struct Behind {
+    ranges: VecDeque<(SourceFile, u64, u64)>,
+    bytes: u64,
+}
+
+impl Behind {
+    fn done(&mut self, fs: &dyn Sharing, window: &[Call]) {
+        for (file, offset, length) in joined(window.iter().map(|call| (SourceFile::Image(call.image), call.offset, call.length))) {
+            fs.drop_behind(file, offset, length);
+        }
+        for call in window.iter().filter(|call| !matches!(call.source, SourceFile::Hole { .. })) {
+            self.ranges.push_back((call.source, call.source_offset, call.length));
+            self.bytes += call.length;
+        }
+        while self.bytes > BEHIND_BYTES {
+            let Some((file, offset, length)) = self.ranges.pop_front() else { break };
+            fs.drop_behind(file, offset, length);
+            self.bytes -= length;
+        }
+    }
+}
+
+/// Asks for both sides of each call.
 fn read_ahead(fs: &dyn Sharing, window: &[Call]) {
-    let mut pending: Option<(SourceFile, u64, u64)> = None;
     let sources = window.iter().map(|call| (call.source, call.source_offset, call.length));
     let images = window.iter().map(|call| (SourceFile::Image(call.image), call.offset, call.length));
-    for (file, offset, length) in images.chain(sources) {
-        if matches!(file, SourceFile::Hole { .. }) {
-            continue;
-        }
-        match &mut pending {
-            Some((same, start, so_far)) if *same == file && *start + *so_far == offset => *so_far += length,
-            _ => {
-                if let Some((file, offset, length)) = pending.replace((file, offset, length)) {
-                    fs.read_ahead(file, offset, length);
-                }
-            }
-        }
-    }
-    if let Some((file, offset, length)) = pending {
+    for (file, offset, length) in joined(images.chain(sources)) {
         fs.read_ahead(file, offset, length);
     }
+}
+
+/// Joins ranges of files that lie next to each other; holes have nothing to read.
+fn joined(ranges: impl Iterator<Item = (SourceFile, u64, u64)>) -> impl Iterator<Item = (SourceFile, u64, u64)> {
+    let mut ranges = ranges.filter(|(file, ..)| !matches!(file, SourceFile::Hole { .. })).peekable();
+    std::iter::from_fn(move || {
+        let (file, offset, mut length) = ranges.next()?;
+        while let Some((_, _, more)) = ranges.next_if(|next| next.0 == file && next.1 == offset + length) {
+            length += more;
+        }
+        Some((file, offset, length))
+    })
 }

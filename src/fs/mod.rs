@@ -67,6 +67,9 @@ pub trait Sharing: Sync {
     /// Starts reading a range into memory, as a hint.
     fn read_ahead(&self, file: SourceFile, offset: u64, length: u64);
 
+    /// Says that a range is not needed in memory any more.
+    fn drop_behind(&self, file: SourceFile, offset: u64, length: u64);
+
     /// Makes an empty donor that vanishes with this process, its blocks staying only where an image shares them.
     ///
     /// # Errors

@@ -285,6 +285,8 @@ impl Sharing for Simulated {
 
     fn read_ahead(&self, _: SourceFile, _: u64, _: u64) {}
 
+    fn drop_behind(&self, _: SourceFile, _: u64, _: u64) {}
+
     fn create_donor(&self, class: Class) -> Result<usize> {
         self.with(|state| {
             state.donors.push((class, File { checksummed: class.checksummed, blocks: Vec::new() }));

@@ -32,6 +32,10 @@ pub const UNPROVED_BLOCKS: u32 = 2;
 /// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual.
 const ROUNDS_MAX: usize = 12;
 
+/// Bytes of donors written before what they replace is freed, unless one extent leaves more. Little enough that they are
+/// still in memory when they are compared, and that little extra space is needed.
+pub const BATCH_BYTES: u64 = 128 << 20;
+
 /// What the user may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
@@ -60,9 +64,10 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Bytes to be freed for each byte rewritten, in 1/256: the smaller the runs someone accepts, the more rewriting they do.
+    /// Bytes to be freed for each byte rewritten, in 1/256: a sixteenth at the default of 16 KiB, and the less the smaller the
+    /// runs are that someone accepts, who asks for more rewriting by that.
     fn rewrite_weight(&self) -> u64 {
-        u64::from(self.min_run_blocks.min(64))
+        u64::from(self.min_run_blocks.min(64)) * 4
     }
 }
 

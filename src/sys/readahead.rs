@@ -2,12 +2,21 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+/// Bytes asked for in one call: the kernel silently cuts a longer one to the device's readahead size or largest request,
+/// whichever is more (`force_page_cache_ra` in mm/readahead.c); 512 KiB is below that everywhere that matters.
+const PIECE_BYTES: u64 = 512 << 10;
+
 /// Starts reading `length` bytes from `offset` into the page cache. A hint: what fails here fails again, and is reported,
 /// where the data is needed.
 pub fn readahead(fd: impl AsFd, offset: u64, length: u64) {
-    let (Ok(offset), Ok(length)) = (i64::try_from(offset), usize::try_from(length)) else { return };
-    // SAFETY: the call takes plain integers and an open descriptor.
-    unsafe { libc::readahead(fd.as_fd().as_raw_fd(), offset, length) };
+    let fd = fd.as_fd().as_raw_fd();
+    for piece in (0..length.div_ceil(PIECE_BYTES)).map(|n| n * PIECE_BYTES) {
+        let (Ok(at), Ok(bytes)) = (i64::try_from(offset + piece), usize::try_from(PIECE_BYTES.min(length - piece))) else {
+            return;
+        };
+        // SAFETY: the call takes plain integers and an open descriptor.
+        unsafe { libc::readahead(fd, at, bytes) };
+    }
 }
 
 /// Starts writing dirty pages of the range to disk and, if `wait`, waits for them, so that the filesystem allocates

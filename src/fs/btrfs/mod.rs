@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{IFlags, Mode, OFlags, XattrFlags};
+use rustix::fs::{Advice, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{Physical, freed_bytes};
@@ -288,6 +288,13 @@ impl Sharing for Btrfs {
     fn read_ahead(&self, file: SourceFile, offset: u64, length: u64) {
         let _ = self.with_file(file, |file, _| {
             readahead(file, offset, length);
+            Ok(())
+        });
+    }
+
+    fn drop_behind(&self, file: SourceFile, offset: u64, length: u64) {
+        let _ = self.with_file(file, |file, _| {
+            let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
             Ok(())
         });
     }
