@@ -57,14 +57,37 @@ pub struct Ran {
 pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, ran: &mut Ran) -> Result<()> {
     let total = plan.batches.iter().map(|batch| batch.compared_bytes).sum::<u64>() + plan.rewritten_bytes();
     monitor.phase("Sharing", total);
-    let mut run = Run { facts, plan, fs, monitor, ran, donor_files: vec![None; plan.donor_files.len()] };
-    for batch in &plan.batches {
-        run.batch(batch)?;
-        if run.ran.interrupted {
-            break;
+    let mut run = Run { facts, plan, fs, monitor, ran };
+    std::thread::scope(|scope| {
+        // The donors of the next batch are written while one is shared; a rendezvous, so that it is never more than one.
+        let (written, batches) = std::sync::mpsc::sync_channel(0);
+        scope.spawn(move || {
+            let mut donor_files = vec![None; plan.donor_files.len()];
+            for batch in &plan.batches {
+                let mut outcome = Ok(0);
+                for file in batch.donor_files.clone() {
+                    let donor = donors::write(facts, plan, &plan.donor_files[file], fs, monitor);
+                    outcome = outcome.and_then(|before| donor.map(|donor| {
+                        donor_files[file] = Some(donor.number);
+                        before + donor.bytes
+                    }));
+                }
+                let failed = outcome.is_err();
+                if written.send(outcome.map(|bytes| (batch, bytes, donor_files.clone()))).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        for batch in batches {
+            let (batch, bytes, donor_files) = batch?;
+            run.ran.counts.written_bytes += bytes;
+            run.batch(batch, &donor_files)?;
+            if run.ran.interrupted {
+                break;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 struct Run<'a> {
@@ -73,8 +96,6 @@ struct Run<'a> {
     fs: &'a dyn Sharing,
     monitor: &'a dyn Monitor,
     ran: &'a mut Ran,
-    /// The donor that was made for each of the plan's donor files.
-    donor_files: Vec<Option<usize>>,
 }
 
 /// A range to share, in bytes and with its files resolved.
@@ -88,16 +109,13 @@ struct Call {
 }
 
 impl Run<'_> {
-    fn batch(&mut self, batch: &Batch) -> Result<()> {
-        for file in batch.donor_files.clone() {
-            if self.stop() {
-                return Ok(());
-            }
-            self.donor_files[file] = Some(donors::write(self, &self.plan.donor_files[file])?);
+    /// Shares what a batch is about; `donor_files` are the donors that were made for the plan's donor files.
+    fn batch(&mut self, batch: &Batch, donor_files: &[Option<usize>]) -> Result<()> {
+        if self.stop() {
+            return Ok(());
         }
         let extents: Vec<u32> = self.plan.eliminations[batch.eliminations.clone()].iter().map(|one| one.extent).collect();
         let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
-        let donor_files = &self.donor_files;
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let ran = &mut *self.ran;

@@ -30,7 +30,6 @@ struct Prepared {
     facts: Facts,
     skipped: Vec<Skipped>,
     fingerprinted: Fingerprinted,
-    inline_bytes: u64,
 }
 
 /// Opens a pool and fingerprints it. An image that cannot be read is left alone, with a note.
@@ -64,7 +63,7 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
         let mut index = Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor)?;
         fingerprint(&fs, &mut facts, &mut index, monitor)?
     };
-    Ok(Prepared { fs, facts, skipped, fingerprinted, inline_bytes: mapped.inline_bytes })
+    Ok(Prepared { fs, facts, skipped, fingerprinted })
 }
 
 /// Looks for images, and notes what could not be looked at.

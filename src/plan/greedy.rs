@@ -58,7 +58,7 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
         (
             is_pinned(facts, options, *place).is_none(),
             u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS),
-            Reverse(extent.blocks),
+            Reverse(facts.references_to(*place).iter().map(|reference| u64::from(reference.blocks)).sum::<u64>()),
             live_hash(facts, extent, content),
             extent.address,
         )
@@ -132,7 +132,7 @@ impl Pass<'_> {
         let rewritten = this.disk_bytes - frees;
         let rewriting = if rewritten_anyway { 0 } else { rewritten / 256 * self.options.rewrite_weight() };
         frees > 0
-            && rewritten <= self.options.work_space_bytes
+            && rewritten <= self.options.work_space_bytes / 2
             && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * self.new_references(extent, &found.runs)
     }
 

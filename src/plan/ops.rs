@@ -83,7 +83,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         by_batch.entry(batch).or_default().push(elimination);
     }
     let last = by_batch.keys().chain(plan.donor_files.iter().map(|file| &file.batch)).max().copied();
-    let (mut held, mut file) = (0u64, 0);
+    let (mut held, mut released, mut file) = (0u64, 0u64, 0);
     for number in 0..last.map_or(0, |last| last + 1) {
         let first = plan.eliminations.len();
         plan.eliminations.extend(by_batch.remove(&number).unwrap_or_default());
@@ -95,11 +95,12 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
             .map(|donor| &layout.donors()[*donor as usize])
             .map(|donor| donor_bytes(donor.class, donor.blocks, donor.share_bytes))
             .sum();
-        held += written;
-        plan.peak_bytes = plan.peak_bytes.max(held);
+        // The donors of a batch are written while the one before is shared.
+        plan.peak_bytes = plan.peak_bytes.max(held + written);
+        held = (held + written).saturating_sub(released);
+        released = 0;
         let batch = &plan.eliminations[first..];
-        let released: u64 = batch.iter().map(|one| facts.extents[one.extent as usize].disk_bytes).sum();
-        held = held.saturating_sub(released);
+        released += batch.iter().map(|one| facts.extents[one.extent as usize].disk_bytes).sum::<u64>();
         let compared = batch
             .iter()
             .flat_map(|one| facts.references_to(one.extent))
