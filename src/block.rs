@@ -40,12 +40,16 @@ pub struct SlotSet {
 impl SlotSet {
     /// An empty set with room for `slots` slots.
     pub fn new(slots: usize) -> Self {
-        Self { words: vec![0; slots.div_ceil(64)] }
+        Self {
+            words: vec![0; slots.div_ceil(64)],
+        }
     }
 
     /// Whether `slot` is in the set.
     pub fn contains(&self, slot: Slot) -> bool {
-        self.words.get(slot as usize / 64).is_some_and(|word| word >> (slot % 64) & 1 == 1)
+        self.words
+            .get(slot as usize / 64)
+            .is_some_and(|word| word >> (slot % 64) & 1 == 1)
     }
 
     /// Puts `slot` in.

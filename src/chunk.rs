@@ -18,7 +18,11 @@ pub struct Parameters {
 }
 
 /// What reclaim, export and import cut with: 16 KiB on average.
-pub const PARAMETERS: Parameters = Parameters { min_blocks: 1, average_blocks: 4, max_blocks: 16 };
+pub const PARAMETERS: Parameters = Parameters {
+    min_blocks: 1,
+    average_blocks: 4,
+    max_blocks: 16,
+};
 
 /// Version of the cutting: changes whenever the same blocks would be cut otherwise.
 pub const VERSION: u32 = 1;
@@ -68,7 +72,10 @@ impl Chunker {
                 hash.update(&fingerprint.to_le_bytes());
             }
             let blocks = u16::try_from(end - start).unwrap_or(PARAMETERS.max_blocks);
-            emit(Chunk { blocks, weak_id: hash.digest() });
+            emit(Chunk {
+                blocks,
+                weak_id: hash.digest(),
+            });
             start = end;
         }
     }
@@ -100,7 +107,11 @@ mod tests {
         let mut state = 42;
         #[expect(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
         let stream: Vec<u32> = (0..4000).map(|_| split_mix(&mut state) as u32).collect();
-        let found = lengths(&stream).iter().map(u16::to_string).collect::<Vec<_>>().join(" ");
+        let found = lengths(&stream)
+            .iter()
+            .map(u16::to_string)
+            .collect::<Vec<_>>()
+            .join(" ");
         assert_eq!(found, include_str!("../testdata/cuts-v1.txt").trim());
     }
 

@@ -101,13 +101,22 @@ pub enum Error {
 }
 
 fn list(paths: &[PathBuf]) -> String {
-    paths.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ")
+    paths
+        .iter()
+        .map(|path| format!("`{}`", path.display()))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 impl Error {
     /// Makes an [`Error::Io`] for a whole file: `.map_err(Error::io("open", path))`.
     pub fn io<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
-        move |source| Self::Io { operation, path: path.to_owned(), range: None, source: source.into() }
+        move |source| Self::Io {
+            operation,
+            path: path.to_owned(),
+            range: None,
+            source: source.into(),
+        }
     }
 
     /// Makes an [`Error::Io`] for part of a file.
@@ -118,7 +127,12 @@ impl Error {
         length: u64,
     ) -> impl FnOnce(E) -> Self {
         let range = Some(ByteRange { start, length });
-        move |source| Self::Io { operation, path: path.to_owned(), range, source: source.into() }
+        move |source| Self::Io {
+            operation,
+            path: path.to_owned(),
+            range,
+            source: source.into(),
+        }
     }
 
     /// What the user can do about it, if there is something.
@@ -135,10 +149,14 @@ impl Error {
             Self::NotRoot => "run it with sudo",
             Self::TooLarge => "run once for each folder",
             Self::Index { .. } => "name another folder with --index, or delete this one: it is only a cache",
-            Self::NoSpace { .. } => "free some space, or use a smaller --work-space, and run it again: it goes on where it stopped",
+            Self::NoSpace { .. } => {
+                "free some space, or use a smaller --work-space, and run it again: it goes on where it stopped"
+            }
             Self::Metadata { .. } => "run btrfs check on the unmounted filesystem",
             Self::Io { source, .. } => match source.raw_os_error()? {
-                libc::EIO => "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude",
+                libc::EIO => {
+                    "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude"
+                }
                 libc::ENOSPC => "free some space and run it again",
                 _ => return None,
             },
@@ -148,6 +166,9 @@ impl Error {
 
     /// Whether the command line is at fault, rather than the world.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Usage(_) | Self::NoSuchPath { .. } | Self::NoImages { .. } | Self::TwoFilesystems { .. })
+        matches!(
+            self,
+            Self::Usage(_) | Self::NoSuchPath { .. } | Self::NoImages { .. } | Self::TwoFilesystems { .. }
+        )
     }
 }

@@ -172,7 +172,11 @@ impl Facts {
                 if !reference.preallocated && end > covered {
                     let start = covered.max(reference.slot);
                     live.insert_range(start..end);
-                    cover.push(Cover { slot: start, blocks: end - start, reference: u32::try_from(at).unwrap_or(u32::MAX) });
+                    cover.push(Cover {
+                        slot: start,
+                        blocks: end - start,
+                        reference: u32::try_from(at).unwrap_or(u32::MAX),
+                    });
                     covered = end;
                 }
                 at += 1;
@@ -263,7 +267,9 @@ impl Facts {
 
     /// Whether a block is all zeros, if it was read.
     pub fn proved_zero(&self, slot: Slot) -> Option<bool> {
-        self.proofs.get(&slot).map(|proof| *proof == proof_of(&[0; crate::block::BLOCK_LEN]))
+        self.proofs
+            .get(&slot)
+            .map(|proof| *proof == proof_of(&[0; crate::block::BLOCK_LEN]))
     }
 }
 

@@ -1,6 +1,13 @@
 //! Goal: plans and their execution are right for any pool. Method: random images, revisions and extents on a simulated
 //! btrfs with reference counts, where content, freed bytes and the next plan are compared with what was promised.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that cannot go on has failed"
+)]
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
@@ -15,15 +22,31 @@ use vmfold::plan::{Options, Plan, plan_proved};
 #[derive(Debug, Clone)]
 enum Step {
     /// A new image, written in extents of these lengths.
-    Write { content: Vec<Content>, extent_blocks: usize, nodatasum: bool },
+    Write {
+        content: Vec<Content>,
+        extent_blocks: usize,
+        nodatasum: bool,
+    },
     /// A reflink of an image.
     Revision { of: prop::sample::Index },
     /// An image is overwritten somewhere.
-    Overwrite { image: prop::sample::Index, at: prop::sample::Index, content: Vec<Content> },
+    Overwrite {
+        image: prop::sample::Index,
+        at: prop::sample::Index,
+        content: Vec<Content>,
+    },
     /// A range is preallocated.
-    Preallocate { image: prop::sample::Index, at: prop::sample::Index, blocks: u32 },
+    Preallocate {
+        image: prop::sample::Index,
+        at: prop::sample::Index,
+        blocks: u32,
+    },
     /// A range is punched out.
-    Punch { image: prop::sample::Index, at: prop::sample::Index, blocks: u32 },
+    Punch {
+        image: prop::sample::Index,
+        at: prop::sample::Index,
+        blocks: u32,
+    },
 }
 
 fn content() -> impl Strategy<Value = Vec<Content>> {
@@ -57,14 +80,28 @@ fn build(steps: &[Step], faults: Faults) -> Simulated {
     let mut classes: Vec<Class> = Vec::new();
     for step in steps {
         match step {
-            Step::Write { content, extent_blocks, nodatasum } => {
-                let class = Class { checksummed: !nodatasum, compression: Compression::None };
+            Step::Write {
+                content,
+                extent_blocks,
+                nodatasum,
+            } => {
+                let class = Class {
+                    checksummed: !nodatasum,
+                    compression: Compression::None,
+                };
                 let image = fs.add_image(class.checksummed, IMAGE_BLOCKS);
                 classes.push(class);
                 let content = &content[..content.len().min(IMAGE_BLOCKS)];
                 for (n, piece) in content.chunks(*extent_blocks).enumerate() {
                     let extent = fs.allocate(class, piece.to_vec());
-                    fs.map(image, u32::try_from(n * extent_blocks).unwrap(), extent, 0, u32::try_from(piece.len()).unwrap(), false);
+                    fs.map(
+                        image,
+                        u32::try_from(n * extent_blocks).unwrap(),
+                        extent,
+                        0,
+                        u32::try_from(piece.len()).unwrap(),
+                        false,
+                    );
                 }
             }
             _ if classes.is_empty() => {}
@@ -77,13 +114,27 @@ fn build(steps: &[Step], faults: Faults) -> Simulated {
                 let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
                 let content = &content[..content.len().min(IMAGE_BLOCKS - at)];
                 let extent = fs.allocate(classes[image], content.to_vec());
-                fs.map(u32::try_from(image).unwrap(), u32::try_from(at).unwrap(), extent, 0, u32::try_from(content.len()).unwrap(), false);
+                fs.map(
+                    u32::try_from(image).unwrap(),
+                    u32::try_from(at).unwrap(),
+                    extent,
+                    0,
+                    u32::try_from(content.len()).unwrap(),
+                    false,
+                );
             }
             Step::Preallocate { image, at, blocks } => {
                 let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
                 let blocks = (*blocks).min(u32::try_from(IMAGE_BLOCKS - at).unwrap());
                 let extent = fs.allocate(classes[image], vec![0; blocks as usize]);
-                fs.map(u32::try_from(image).unwrap(), u32::try_from(at).unwrap(), extent, 0, blocks, true);
+                fs.map(
+                    u32::try_from(image).unwrap(),
+                    u32::try_from(at).unwrap(),
+                    extent,
+                    0,
+                    blocks,
+                    true,
+                );
             }
             Step::Punch { image, at, blocks } => {
                 let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
@@ -104,7 +155,12 @@ fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
                 .iter()
                 .map(|slot| {
                     let place = facts.place_of(*slot..*slot + 1).unwrap();
-                    fs.read(SourceFile::Image(place.image), u64::from(place.file_block) * 4096, &mut block).unwrap();
+                    fs.read(
+                        SourceFile::Image(place.image),
+                        u64::from(place.file_block) * 4096,
+                        &mut block,
+                    )
+                    .unwrap();
                     (*slot, proof_of(&block))
                 })
                 .collect(),
@@ -123,15 +179,21 @@ fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
 }
 
 fn options() -> impl Strategy<Value = Options> {
-    (1u32..10, any::<bool>(), any::<bool>(), prop_oneof![Just(1u64 << 30), 4096u64..600_000]).prop_map(
-        |(min_run_blocks, keep_zeros, keep_preallocated, work_space_bytes)| Options {
-            min_run_blocks,
-            keep_zeros,
-            keep_preallocated,
-            work_space_bytes,
-            ..Options::default()
-        },
+    (
+        1u32..10,
+        any::<bool>(),
+        any::<bool>(),
+        prop_oneof![Just(1u64 << 30), 4096u64..600_000],
     )
+        .prop_map(
+            |(min_run_blocks, keep_zeros, keep_preallocated, work_space_bytes)| Options {
+                min_run_blocks,
+                keep_zeros,
+                keep_preallocated,
+                work_space_bytes,
+                ..Options::default()
+            },
+        )
 }
 
 proptest! {
@@ -204,7 +266,9 @@ fn plan_is_the_same_every_time() {
         fs.map(image, shift, extent, 0, 199, false);
     }
     let counts: BTreeMap<u64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
-        *counts.entry(planned(&fs, &Options::default()).1.freed_bytes()).or_default() += 1;
+        *counts
+            .entry(planned(&fs, &Options::default()).1.freed_bytes())
+            .or_default() += 1;
         counts
     });
     assert_eq!(counts, BTreeMap::from([(3 * 199 * 4096, 5)]));

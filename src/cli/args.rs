@@ -50,7 +50,11 @@ pub(super) struct Named {
 
 impl Named {
     pub(super) fn scope(&self) -> Scope {
-        Scope { paths: self.paths.clone(), exclude: self.exclude.clone(), index: self.index.clone() }
+        Scope {
+            paths: self.paths.clone(),
+            exclude: self.exclude.clone(),
+            index: self.index.clone(),
+        }
     }
 }
 
@@ -89,7 +93,10 @@ fn parse_size(text: &str) -> Result<u64, String> {
         "K" | "M" | "G" | "T" => format!("{text}iB"),
         _ => text.to_owned(),
     };
-    binary.parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("`{text}` is no size such as 16K or 1GiB"))
+    binary
+        .parse::<bytesize::ByteSize>()
+        .map(|size| size.as_u64())
+        .map_err(|_| format!("`{text}` is no size such as 16K or 1GiB"))
 }
 
 #[cfg(test)]
@@ -103,7 +110,14 @@ mod tests {
 
     #[test]
     fn sizes_are_binary() {
-        for (text, bytes) in [("16K", 16384), ("4k", 4096), ("1GiB", 1 << 30), ("2 M", 2 << 20), ("4096", 4096), ("16KB", 16000)] {
+        for (text, bytes) in [
+            ("16K", 16384),
+            ("4k", 4096),
+            ("1GiB", 1 << 30),
+            ("2 M", 2 << 20),
+            ("4096", 4096),
+            ("16KB", 16000),
+        ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         assert!(parse_size("lots").is_err());

@@ -44,7 +44,11 @@ pub fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             print_error(&error);
-            if error.is_usage() { Exit::Usage.into() } else { Exit::Failed.into() }
+            if error.is_usage() {
+                Exit::Usage.into()
+            } else {
+                Exit::Failed.into()
+            }
         }
     }
 }
@@ -63,7 +67,10 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             if let Some(error) = found.failed.take() {
                 return Err(error);
             }
-            let held = found.done.as_ref().is_some_and(|done| done.counts.extents_still_held > 0);
+            let held = found
+                .done
+                .as_ref()
+                .is_some_and(|done| done.counts.extents_still_held > 0);
             Ok(exit(found.interrupted, !found.skipped.is_empty() || held))
         }
         Command::Report(command) => {
@@ -81,7 +88,10 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
         Command::Status(command) => {
             let found = index::all_in(&command.index, terminal)?;
             if found.is_empty() && !args.json {
-                terminal.note(&format!("There is no index in `{}` yet: run vmfold scan or reclaim", command.index.display()));
+                terminal.note(&format!(
+                    "There is no index in `{}` yet: run vmfold scan or reclaim",
+                    command.index.display()
+                ));
             }
             print("status", &Statuses { indexes: found }, args.json)?;
             Ok(Exit::Done)
@@ -120,8 +130,15 @@ struct Document<'a, T> {
 
 fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) -> Result<()> {
     let text = if json {
-        let document = serde_json::to_string_pretty(&Document { kind, version: 1, content });
-        format!("{}\n", document.map_err(|error| Error::Usage(format!("cannot write JSON: {error}")))?)
+        let document = serde_json::to_string_pretty(&Document {
+            kind,
+            version: 1,
+            content,
+        });
+        format!(
+            "{}\n",
+            document.map_err(|error| Error::Usage(format!("cannot write JSON: {error}")))?
+        )
     } else {
         content.to_string()
     };
@@ -137,7 +154,9 @@ fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) 
 impl args::Reclaim {
     fn options(&self) -> Result<ops::reclaim::Options> {
         let blocks = self.min_run.div_ceil(crate::block::BLOCK_BYTES);
-        let min_run_blocks = u32::try_from(blocks).ok().filter(|blocks| (1..=1 << 20).contains(blocks));
+        let min_run_blocks = u32::try_from(blocks)
+            .ok()
+            .filter(|blocks| (1..=1 << 20).contains(blocks));
         let min_run_blocks =
             min_run_blocks.ok_or_else(|| Error::Usage("--min-run must be between 4K and 4G".into()))?;
         Ok(ops::reclaim::Options {

@@ -27,7 +27,11 @@ impl Terminal {
             let _ = signal_hook::flag::register_conditional_shutdown(signal, 130, interrupted.clone());
             let _ = signal_hook::flag::register(signal, interrupted.clone());
         }
-        Self { bar: Mutex::new(None), interrupted, shows: std::io::stderr().is_terminal() }
+        Self {
+            bar: Mutex::new(None),
+            interrupted,
+            shows: std::io::stderr().is_terminal(),
+        }
     }
 
     /// Takes the progress away.
@@ -47,7 +51,8 @@ impl Monitor for Terminal {
         let (bar, template) = if total_bytes == 0 {
             (ProgressBar::new_spinner(), "{spinner} {msg} {elapsed}")
         } else {
-            let template = "{msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+            let template =
+                "{msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
             (ProgressBar::new(total_bytes), template)
         };
         bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(10));

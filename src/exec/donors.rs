@@ -14,17 +14,38 @@ pub(super) struct Donor {
 }
 
 /// Writes one donor file. If the user asks to stop, it stays incomplete, and nothing will be shared with it.
-pub(super) fn write(facts: &Facts, plan: &Plan, file: &DonorFile, fs: &dyn Sharing, monitor: &dyn Monitor) -> Result<Donor> {
-    let mut donor = Donor { number: fs.create_donor(file.class)?, bytes: 0 };
-    let extents = || file.extents.iter().map(|extent| &plan.layout.donors()[*extent as usize]);
+pub(super) fn write(
+    facts: &Facts,
+    plan: &Plan,
+    file: &DonorFile,
+    fs: &dyn Sharing,
+    monitor: &dyn Monitor,
+) -> Result<Donor> {
+    let mut donor = Donor {
+        number: fs.create_donor(file.class)?,
+        bytes: 0,
+    };
+    let extents = || {
+        file.extents
+            .iter()
+            .map(|extent| &plan.layout.donors()[*extent as usize])
+    };
     let places = |pieces: &[std::ops::Range<u32>]| {
-        pieces.iter().flat_map(|piece| facts.places_of(piece.clone())).map(|(_, place)| place).collect::<Vec<_>>()
+        pieces
+            .iter()
+            .flat_map(|piece| facts.places_of(piece.clone()))
+            .map(|(_, place)| place)
+            .collect::<Vec<_>>()
     };
     let mut content = Vec::new();
     let mut next = extents().skip(1);
     for extent in extents() {
         for place in next.next().map(|next| places(&next.pieces)).unwrap_or_default() {
-            fs.read_ahead(SourceFile::Image(place.image), bytes(place.file_block), bytes(place.blocks));
+            fs.read_ahead(
+                SourceFile::Image(place.image),
+                bytes(place.file_block),
+                bytes(place.blocks),
+            );
         }
         content.resize(extent.blocks as usize * BLOCK_LEN, 0);
         let mut rest = &mut content[..];

@@ -57,7 +57,13 @@ pub struct Ran {
 pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, ran: &mut Ran) -> Result<()> {
     let total = plan.batches.iter().map(|batch| batch.compared_bytes).sum::<u64>() + plan.rewritten_bytes();
     monitor.phase("Sharing", total);
-    let mut run = Run { facts, plan, fs, monitor, ran };
+    let mut run = Run {
+        facts,
+        plan,
+        fs,
+        monitor,
+        ran,
+    };
     std::thread::scope(|scope| {
         // The donors of the next batch are written while one is shared; a rendezvous, so that it is never more than one.
         let (written, batches) = std::sync::mpsc::sync_channel(0);
@@ -67,13 +73,19 @@ pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, 
                 let mut outcome = Ok(0);
                 for file in batch.donor_files.clone() {
                     let donor = donors::write(facts, plan, &plan.donor_files[file], fs, monitor);
-                    outcome = outcome.and_then(|before| donor.map(|donor| {
-                        donor_files[file] = Some(donor.number);
-                        before + donor.bytes
-                    }));
+                    outcome = outcome.and_then(|before| {
+                        donor.map(|donor| {
+                            donor_files[file] = Some(donor.number);
+                            before + donor.bytes
+                        })
+                    });
                 }
                 let failed = outcome.is_err();
-                if written.send(outcome.map(|bytes| (batch, bytes, donor_files.clone()))).is_err() || failed {
+                if written
+                    .send(outcome.map(|bytes| (batch, bytes, donor_files.clone())))
+                    .is_err()
+                    || failed
+                {
                     return;
                 }
             }
@@ -114,7 +126,10 @@ impl Run<'_> {
         if self.stop() {
             return Ok(());
         }
-        let extents: Vec<u32> = self.plan.eliminations[batch.eliminations.clone()].iter().map(|one| one.extent).collect();
+        let extents: Vec<u32> = self.plan.eliminations[batch.eliminations.clone()]
+            .iter()
+            .map(|one| one.extent)
+            .collect();
         let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
@@ -146,7 +161,12 @@ fn call(fs: &dyn Sharing, donor_files: &[Option<usize>], op: &Op) -> Option<Call
     let (source, source_block) = match op.source {
         Source::Image(image, block) => (SourceFile::Image(image), block),
         Source::Donor(file, block) => (SourceFile::Donor(donor_files[file as usize]?), block),
-        Source::Hole => (SourceFile::Hole { checksummed: fs.is_checksummed(op.image) }, op.file_block),
+        Source::Hole => (
+            SourceFile::Hole {
+                checksummed: fs.is_checksummed(op.image),
+            },
+            op.file_block,
+        ),
     };
     Some(Call {
         source,
@@ -171,7 +191,8 @@ fn split(call: Call) -> impl Iterator<Item = Call> {
 fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
     if !fs.may_touch(call.image) || matches!(call.source, SourceFile::Image(source) if !fs.may_touch(source)) {
         ran.counts.abandoned_bytes += call.length;
-        ran.opened_meanwhile.extend((!fs.may_touch(call.image)).then_some(call.image));
+        ran.opened_meanwhile
+            .extend((!fs.may_touch(call.image)).then_some(call.image));
         return Ok(());
     }
     ran.counts.calls += 1;
@@ -180,7 +201,10 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
         Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran)?,
         Outcome::Differs => ran.counts.differing_bytes += call.length,
         Outcome::Refused(Errno::NOSPC | Errno::DQUOT) => {
-            return Err(Error::NoSpace { doing: "sharing blocks", path: fs.path(call.image).to_owned() });
+            return Err(Error::NoSpace {
+                doing: "sharing blocks",
+                path: fs.path(call.image).to_owned(),
+            });
         }
         Outcome::Refused(errno) => {
             *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
@@ -211,10 +235,15 @@ fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()>
     while done < call.length {
         let length = WINDOW_BYTES.min(call.length - done);
         let size = usize::try_from(length).unwrap_or(usize::MAX);
-        (theirs.resize(size, 0), ours.resize(size, 0));
+        theirs.resize(size, 0);
+        ours.resize(size, 0);
         fs.read(call.source, call.source_offset + done, &mut theirs)?;
         fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours)?;
-        for (block, at) in theirs.chunks(BLOCK_LEN).zip(ours.chunks(BLOCK_LEN)).zip((done..).step_by(BLOCK_LEN)) {
+        for (block, at) in theirs
+            .chunks(BLOCK_LEN)
+            .zip(ours.chunks(BLOCK_LEN))
+            .zip((done..).step_by(BLOCK_LEN))
+        {
             if block.0 == block.1 {
                 let grown = equal.get_or_insert(Call {
                     source_offset: call.source_offset + at,

@@ -38,7 +38,9 @@ pub(super) fn ahead(
         });
         scope.spawn(move || {
             let mut behind = Behind::default();
-            to_drop.into_iter().for_each(|window| behind.done(fs, &window));
+            for window in to_drop {
+                behind.done(fs, &window);
+            }
         });
         for window in windows {
             for call in &window {
@@ -88,7 +90,9 @@ impl Behind {
             self.sources.push_back(range);
         }
         while self.bytes > BEHIND_BYTES {
-            let Some((file, offset, length)) = self.sources.pop_front() else { break };
+            let Some((file, offset, length)) = self.sources.pop_front() else {
+                break;
+            };
             fs.drop_behind(file, offset, length);
             self.bytes -= length;
         }

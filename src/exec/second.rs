@@ -43,13 +43,23 @@ pub(super) fn round(run: &mut Run<'_>, extents: &[u32]) -> Result<()> {
 /// Moves what images still refer to of one extent.
 fn move_rest(run: &mut Run<'_>, extent: u32) -> Result<()> {
     let this = &run.facts.extents[extent as usize];
-    let images: BTreeSet<ImageId> = run.facts.references_to(extent).iter().map(|reference| reference.image).collect();
+    let images: BTreeSet<ImageId> = run
+        .facts
+        .references_to(extent)
+        .iter()
+        .map(|reference| reference.image)
+        .collect();
     let mut rest = Vec::new();
     for image in images {
         if !run.fs.may_touch(image) {
             return Ok(());
         }
-        rest.extend(run.fs.ranges_in(image, this.address)?.into_iter().map(|range| (image, range)));
+        rest.extend(
+            run.fs
+                .ranges_in(image, this.address)?
+                .into_iter()
+                .map(|range| (image, range)),
+        );
     }
     // Each block of the extent is copied once, however many images refer to it: where in the donor, by its place in the extent.
     let mut copies: BTreeMap<u32, u64> = BTreeMap::new();
@@ -60,7 +70,11 @@ fn move_rest(run: &mut Run<'_>, extent: u32) -> Result<()> {
                 let at = content.len();
                 copy.insert(at as u64);
                 content.resize(at + BLOCK_LEN, 0);
-                run.fs.read(SourceFile::Image(*image), bytes(range.file_block + n), &mut content[at..])?;
+                run.fs.read(
+                    SourceFile::Image(*image),
+                    bytes(range.file_block + n),
+                    &mut content[at..],
+                )?;
             }
         }
         if copies.len() > ROUND_BLOCKS_MAX || copies.len() >= this.blocks as usize {
@@ -74,9 +88,17 @@ fn move_rest(run: &mut Run<'_>, extent: u32) -> Result<()> {
         run.ran.counts.written_bytes += content.len() as u64;
     }
     for (image, range) in rest {
-        let call = |n, source, source_offset, length| Call { source, source_offset, image, offset: bytes(range.file_block + n), length };
+        let call = |n, source, source_offset, length| Call {
+            source,
+            source_offset,
+            image,
+            offset: bytes(range.file_block + n),
+            length,
+        };
         if range.preallocated {
-            let hole = SourceFile::Hole { checksummed: run.fs.is_checksummed(image) };
+            let hole = SourceFile::Hole {
+                checksummed: run.fs.is_checksummed(image),
+            };
             for call in split(call(0, hole, bytes(range.file_block), bytes(range.blocks))) {
                 share(run.fs, call, run.ran)?;
             }

@@ -75,7 +75,11 @@ impl Simulated {
     /// Adds an extent with this content and returns its number.
     pub fn allocate(&self, class: Class, content: Vec<Content>) -> usize {
         self.with(|state| {
-            state.allocations.push(Allocation { content, class, outside: false });
+            state.allocations.push(Allocation {
+                content,
+                class,
+                outside: false,
+            });
             state.allocations.len() - 1
         })
     }
@@ -88,7 +92,10 @@ impl Simulated {
     /// Adds an image without data.
     pub fn add_image(&self, checksummed: bool, blocks: usize) -> ImageId {
         self.with(|state| {
-            state.images.push(File { checksummed, blocks: vec![None; blocks] });
+            state.images.push(File {
+                checksummed,
+                blocks: vec![None; blocks],
+            });
             ImageId::try_from(state.images.len() - 1).unwrap_or(ImageId::MAX)
         })
     }
@@ -97,7 +104,11 @@ impl Simulated {
     pub fn map(&self, image: ImageId, file_block: u32, extent: usize, at: u32, blocks: u32, preallocated: bool) {
         self.with(|state| {
             for n in 0..blocks {
-                let mapped = Mapped { extent, at: at + n, preallocated };
+                let mapped = Mapped {
+                    extent,
+                    at: at + n,
+                    preallocated,
+                };
                 state.images[image as usize].blocks[(file_block + n) as usize] = Some(mapped);
             }
         });
@@ -155,7 +166,12 @@ impl Simulated {
             let used = state.used();
             let mut place = BTreeMap::new();
             let (mut extents, mut fingerprints, mut slot) = (Vec::new(), Vec::new(), 0);
-            for (number, allocation) in state.allocations.iter().enumerate().filter(|(number, _)| used.contains(number)) {
+            for (number, allocation) in state
+                .allocations
+                .iter()
+                .enumerate()
+                .filter(|(number, _)| used.contains(number))
+            {
                 let blocks = u32::try_from(allocation.content.len()).unwrap_or(u32::MAX);
                 place.insert(number, (u32::try_from(extents.len()).unwrap_or(u32::MAX), slot));
                 extents.push(Extent {
@@ -174,8 +190,20 @@ impl Simulated {
             for (image, file) in (0u32..).zip(&state.images) {
                 for range in State::ranges(file) {
                     let (extent, first_slot) = place[&range.0];
-                    let HeldRange { file_block, extent_block, blocks, preallocated } = range.1;
-                    references.push(Reference { image, file_block, slot: first_slot + extent_block, blocks, extent, preallocated });
+                    let HeldRange {
+                        file_block,
+                        extent_block,
+                        blocks,
+                        preallocated,
+                    } = range.1;
+                    references.push(Reference {
+                        image,
+                        file_block,
+                        slot: first_slot + extent_block,
+                        blocks,
+                        extent,
+                        preallocated,
+                    });
                 }
             }
             let mut facts = Facts::new(extents, references, self.fingerprint(0));
@@ -185,7 +213,11 @@ impl Simulated {
     }
 
     fn fingerprint(&self, content: Content) -> u32 {
-        let bits = if self.faults.fingerprint_bits == 0 { 32 } else { self.faults.fingerprint_bits };
+        let bits = if self.faults.fingerprint_bits == 0 {
+            32
+        } else {
+            self.faults.fingerprint_bits
+        };
         u32::try_from(content & ((1 << bits) - 1)).unwrap_or(u32::MAX)
     }
 
@@ -213,13 +245,18 @@ impl State {
 
     fn used(&self) -> BTreeSet<usize> {
         let files = self.images.iter().chain(self.donors.iter().map(|(_, file)| file));
-        let mut used: BTreeSet<usize> = files.flat_map(|file| file.blocks.iter().flatten().map(|mapped| mapped.extent)).collect();
+        let mut used: BTreeSet<usize> = files
+            .flat_map(|file| file.blocks.iter().flatten().map(|mapped| mapped.extent))
+            .collect();
         used.extend((0..self.allocations.len()).filter(|number| self.allocations[*number].outside));
         used
     }
 
     fn allocated_bytes(&self) -> u64 {
-        self.used().iter().map(|number| self.allocations[*number].content.len() as u64 * BLOCK_BYTES).sum()
+        self.used()
+            .iter()
+            .map(|number| self.allocations[*number].content.len() as u64 * BLOCK_BYTES)
+            .sum()
     }
 
     fn ranges(file: &File) -> Vec<(usize, HeldRange)> {
@@ -237,7 +274,12 @@ impl State {
                 }
                 _ => ranges.push((
                     mapped.extent,
-                    HeldRange { file_block, extent_block: mapped.at, blocks: 1, preallocated: mapped.preallocated },
+                    HeldRange {
+                        file_block,
+                        extent_block: mapped.at,
+                        blocks: 1,
+                        preallocated: mapped.preallocated,
+                    },
                 )),
             }
         }
@@ -276,8 +318,12 @@ impl Sharing for Simulated {
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.with(|state| {
             for (n, block) in buffer.chunks_mut(BLOCK_LEN).enumerate() {
-                let content = state.file(file).map_or(0, |file| state.content(file, block_at(offset) + n));
-                block.chunks_mut(8).for_each(|bytes| bytes.copy_from_slice(&content.to_le_bytes()[..bytes.len()]));
+                let content = state
+                    .file(file)
+                    .map_or(0, |file| state.content(file, block_at(offset) + n));
+                block
+                    .chunks_mut(8)
+                    .for_each(|bytes| bytes.copy_from_slice(&content.to_le_bytes()[..bytes.len()]));
             }
         });
         Ok(())
@@ -289,7 +335,13 @@ impl Sharing for Simulated {
 
     fn create_donor(&self, class: Class) -> Result<usize> {
         self.with(|state| {
-            state.donors.push((class, File { checksummed: class.checksummed, blocks: Vec::new() }));
+            state.donors.push((
+                class,
+                File {
+                    checksummed: class.checksummed,
+                    blocks: Vec::new(),
+                },
+            ));
             Ok(state.donors.len() - 1)
         })
     }
@@ -297,9 +349,15 @@ impl Sharing for Simulated {
     fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()> {
         self.with(|state| {
             state.calls += 1;
-            let full = self.faults.space_bytes.is_some_and(|space| state.allocated_bytes() + content.len() as u64 > space);
+            let full = self
+                .faults
+                .space_bytes
+                .is_some_and(|space| state.allocated_bytes() + content.len() as u64 > space);
             if full || self.is_dead(state) {
-                return Err(Error::NoSpace { doing: "writing a donor", path: self.path.clone() });
+                return Err(Error::NoSpace {
+                    doing: "writing a donor",
+                    path: self.path.clone(),
+                });
             }
             let content: Vec<Content> = content
                 .chunks(BLOCK_LEN)
@@ -309,10 +367,23 @@ impl Sharing for Simulated {
                     Content::from_le_bytes(number)
                 })
                 .collect();
-            let (extent, blocks) = (state.allocations.len(), u32::try_from(content.len()).unwrap_or(u32::MAX));
+            let (extent, blocks) = (
+                state.allocations.len(),
+                u32::try_from(content.len()).unwrap_or(u32::MAX),
+            );
             let class = state.donors[donor].0;
-            state.allocations.push(Allocation { content, class, outside: false });
-            state.donors[donor].1.blocks.extend((0..blocks).map(|at| Some(Mapped { extent, at, preallocated: false })));
+            state.allocations.push(Allocation {
+                content,
+                class,
+                outside: false,
+            });
+            state.donors[donor].1.blocks.extend((0..blocks).map(|at| {
+                Some(Mapped {
+                    extent,
+                    at,
+                    preallocated: false,
+                })
+            }));
             state.peak_bytes = state.peak_bytes.max(state.allocated_bytes());
             Ok(())
         })
@@ -328,14 +399,20 @@ impl Sharing for Simulated {
             if self.is_dead(state) {
                 return Outcome::Refused(Errno::IO);
             }
-            if self.faults.refuse_every.is_some_and(|every| state.calls.is_multiple_of(every)) {
+            if self
+                .faults
+                .refuse_every
+                .is_some_and(|every| state.calls.is_multiple_of(every))
+            {
                 return Outcome::Refused(Errno::AGAIN);
             }
             let checksummed = match source {
                 SourceFile::Hole { checksummed } => checksummed,
                 file => state.file(file).is_some_and(|file| file.checksummed),
             };
-            let aligned = [source_offset, offset, length].iter().all(|number| number.is_multiple_of(BLOCK_BYTES));
+            let aligned = [source_offset, offset, length]
+                .iter()
+                .all(|number| number.is_multiple_of(BLOCK_BYTES));
             if !aligned || checksummed != state.images[image as usize].checksummed {
                 return Outcome::Refused(Errno::INVAL);
             }
@@ -347,7 +424,9 @@ impl Sharing for Simulated {
                 return Outcome::Differs;
             }
             for n in 0..blocks {
-                let mapped = state.file(source).and_then(|file| file.blocks.get(at(n).0).copied().flatten());
+                let mapped = state
+                    .file(source)
+                    .and_then(|file| file.blocks.get(at(n).0).copied().flatten());
                 state.images[image].blocks[at(n).1] = mapped;
             }
             Outcome::Shared
@@ -365,7 +444,10 @@ impl Sharing for Simulated {
     fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>> {
         Ok(self.with(|state| {
             let ranges = State::ranges(&state.images[image as usize]).into_iter();
-            ranges.filter(|(extent, _)| State::address(*extent) == address).map(|(_, range)| range).collect()
+            ranges
+                .filter(|(extent, _)| State::address(*extent) == address)
+                .map(|(_, range)| range)
+                .collect()
         }))
     }
 
@@ -375,4 +457,7 @@ impl Sharing for Simulated {
 }
 
 /// The class of a plain extent.
-pub const PLAIN: Class = Class { checksummed: true, compression: Compression::None };
+pub const PLAIN: Class = Class {
+    checksummed: true,
+    compression: Compression::None,
+};

@@ -73,15 +73,24 @@ impl Index {
         let problem = match open_sled(&folder, function) {
             Ok(index) => return Ok(index),
             Err(Opening::Busy) => {
-                return Err(Error::Index { path: folder, problem: "another vmfold is using it".into() });
+                return Err(Error::Index {
+                    path: folder,
+                    problem: "another vmfold is using it".into(),
+                });
             }
             Err(Opening::Io(error)) => return Err(Error::io("open the index", &folder)(error)),
             Err(Opening::Damaged(problem)) => problem,
         };
-        monitor.note(&format!("The index `{}` is damaged and is made anew: {problem}", folder.display()));
+        monitor.note(&format!(
+            "The index `{}` is damaged and is made anew: {problem}",
+            folder.display()
+        ));
         std::fs::remove_dir_all(&folder).map_err(Error::io("remove the damaged index", &folder))?;
         std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
-        open_sled(&folder, function).map_err(|_| Error::Index { path: folder, problem: "it cannot be made anew".into() })
+        open_sled(&folder, function).map_err(|_| Error::Index {
+            path: folder,
+            problem: "it cannot be made anew".into(),
+        })
     }
 
     /// Fills in fingerprints that are remembered and not `known` yet.
@@ -94,11 +103,16 @@ impl Index {
         while at < facts.extents.len() {
             let segment = facts.extents[at].address / SEGMENT_BYTES;
             let end = at + facts.extents[at..].partition_point(|extent| extent.address / SEGMENT_BYTES == segment);
-            let entries: HashMap<(u64, u64), Entry> =
-                self.read(segment)?.into_iter().map(|entry| ((entry.address, entry.generation), entry)).collect();
+            let entries: HashMap<(u64, u64), Entry> = self
+                .read(segment)?
+                .into_iter()
+                .map(|entry| ((entry.address, entry.generation), entry))
+                .collect();
             for place in at..end {
                 let extent = &facts.extents[place];
-                let Some(entry) = entries.get(&(extent.address, extent.generation)) else { continue };
+                let Some(entry) = entries.get(&(extent.address, extent.generation)) else {
+                    continue;
+                };
                 if entry.blocks != extent.blocks {
                     continue;
                 }
@@ -112,8 +126,16 @@ impl Index {
                     }
                 }
                 let slots = extent.slots();
-                self.current[place] = facts.live().runs(slots).all(|mut run| run.all(|slot| known.contains(slot)))
-                    && entry.covers(facts.live().runs(extent.slots()).map(|run| run.start - first..run.end - first));
+                self.current[place] = facts
+                    .live()
+                    .runs(slots)
+                    .all(|mut run| run.all(|slot| known.contains(slot)))
+                    && entry.covers(
+                        facts
+                            .live()
+                            .runs(extent.slots())
+                            .map(|run| run.start - first..run.end - first),
+                    );
             }
             at = end;
         }
@@ -141,7 +163,9 @@ impl Index {
             }
             entries.sort_by_key(|entry| entry.address);
             let record = record::encode(&entries);
-            self.tree.insert(segment.to_be_bytes(), record).map_err(|error| self.error(&error))?;
+            self.tree
+                .insert(segment.to_be_bytes(), record)
+                .map_err(|error| self.error(&error))?;
         }
         self.db.flush().map_err(|error| self.error(&error))?;
         Ok(())
@@ -149,12 +173,18 @@ impl Index {
 
     /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
     fn read(&self, segment: u64) -> Result<Vec<Entry>> {
-        let record = self.tree.get(segment.to_be_bytes()).map_err(|error| self.error(&error))?;
+        let record = self
+            .tree
+            .get(segment.to_be_bytes())
+            .map_err(|error| self.error(&error))?;
         Ok(record.and_then(|record| record::decode(&record)).unwrap_or_default())
     }
 
     fn error(&self, error: &sled::Error) -> Error {
-        Error::Index { path: self.folder.clone(), problem: error.to_string() }
+        Error::Index {
+            path: self.folder.clone(),
+            problem: error.to_string(),
+        }
     }
 
     /// What it knows.
@@ -179,10 +209,23 @@ impl Index {
             let (_, record) = record.map_err(|error| self.error(&error))?;
             for entry in record::decode(&record).unwrap_or_default() {
                 status.extents += 1;
-                status.bytes += entry.chunks.iter().map(|chunk| crate::block::bytes(chunk.blocks.into())).sum::<u64>();
-                status.fingerprint_bytes += entry.fingerprints().map(|(run, _)| crate::block::bytes(run.end - run.start)).sum::<u64>();
+                status.bytes += entry
+                    .chunks
+                    .iter()
+                    .map(|chunk| crate::block::bytes(chunk.blocks.into()))
+                    .sum::<u64>();
+                status.fingerprint_bytes += entry
+                    .fingerprints()
+                    .map(|(run, _)| crate::block::bytes(run.end - run.start))
+                    .sum::<u64>();
                 status.chunks += entry.chunks.len() as u64;
-                seen.extend(entry.chunks.iter().map(|chunk| chunk.weak_id).filter(|id| id % SAMPLE == 0));
+                seen.extend(
+                    entry
+                        .chunks
+                        .iter()
+                        .map(|chunk| chunk.weak_id)
+                        .filter(|id| id % SAMPLE == 0),
+                );
             }
         }
         status.distinct_chunks = (seen.len() as u64 * SAMPLE).min(status.chunks);
@@ -221,9 +264,16 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
             .open()?;
         let is_extents = |name: &sled::IVec| name.starts_with(TREE_PREFIX.as_bytes());
         let present = db.tree_names().into_iter().find(is_extents).map(|name| name.to_vec());
-        let name = function.map(|function| tree_name(function).into_bytes()).or(present).unwrap_or(TREE_PREFIX.into());
+        let name = function
+            .map(|function| tree_name(function).into_bytes())
+            .or(present)
+            .unwrap_or(TREE_PREFIX.into());
         // Chunks cut in another way are of no use any more.
-        for other in db.tree_names().iter().filter(|other| is_extents(other) && other[..] != name[..]) {
+        for other in db
+            .tree_names()
+            .iter()
+            .filter(|other| is_extents(other) && other[..] != name[..])
+        {
             db.drop_tree(other)?;
         }
         let tree = db.open_tree(&name)?;
@@ -231,7 +281,12 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
         for record in &tree {
             let _ = record?;
         }
-        Ok(Index { folder: folder.to_owned(), tree, db, current: Vec::new() })
+        Ok(Index {
+            folder: folder.to_owned(),
+            tree,
+            db,
+            current: Vec::new(),
+        })
     };
     let quiet = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
@@ -241,7 +296,12 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
         Ok(Ok(index)) => Ok(index),
         Ok(Err(sled::Error::Io(error))) if error.to_string().contains("could not acquire lock") => Err(Opening::Busy),
         Ok(Err(sled::Error::Io(error)))
-            if matches!(error.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::StorageFull | std::io::ErrorKind::ReadOnlyFilesystem) =>
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::PermissionDenied
+                    | std::io::ErrorKind::StorageFull
+                    | std::io::ErrorKind::ReadOnlyFilesystem
+            ) =>
         {
             Err(Opening::Io(error))
         }
@@ -261,7 +321,9 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(found),
         Err(error) => return Err(Error::io("look into", folder)(error)),
     };
-    let mut names: Vec<_> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    let mut names: Vec<_> = entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
     names.sort();
     for name in names {
         let Some(uuid) = parse_hex(&name) else { continue };
@@ -271,7 +333,8 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
 }
 
 fn hex(uuid: &[u8; 16]) -> String {
-    uuid.iter().map(|byte| format!("{byte:02x}")).collect()
+    uuid.iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 fn parse_hex(name: &str) -> Option<[u8; 16]> {

@@ -28,8 +28,13 @@ impl Entry {
     pub(super) fn of(facts: &Facts, place: usize, chunker: &mut Chunker) -> Self {
         let extent = &facts.extents[place];
         let first = extent.first_slot;
-        let mut entry =
-            Self { address: extent.address, generation: extent.generation, disk_bytes: extent.disk_bytes, blocks: extent.blocks, ..Self::default() };
+        let mut entry = Self {
+            address: extent.address,
+            generation: extent.generation,
+            disk_bytes: extent.disk_bytes,
+            blocks: extent.blocks,
+            ..Self::default()
+        };
         // Checksums of plain extents are read from the filesystem faster than from here.
         let is_computed = extent.class.compression != Compression::None || !extent.class.checksummed;
         for run in facts.live().runs(extent.slots()) {
@@ -51,16 +56,23 @@ impl Entry {
     /// The remembered fingerprints, by range of blocks.
     pub(super) fn fingerprints(&self) -> impl Iterator<Item = (Range<u32>, &[u32])> {
         let mut rest = &self.computed[..];
-        self.live.iter().filter(|_| !self.computed.is_empty()).map_while(move |run| {
-            let (fingerprints, after) = rest.split_at_checked(run.len())?;
-            rest = after;
-            Some((run.clone(), fingerprints))
-        })
+        self.live
+            .iter()
+            .filter(|_| !self.computed.is_empty())
+            .map_while(move |run| {
+                let (fingerprints, after) = rest.split_at_checked(run.len())?;
+                rest = after;
+                Some((run.clone(), fingerprints))
+            })
     }
 
     /// Whether all these ranges are in it.
     pub(super) fn covers(&self, mut ranges: impl Iterator<Item = Range<u32>>) -> bool {
-        ranges.all(|range| self.live.iter().any(|live| live.start <= range.start && range.end <= live.end))
+        ranges.all(|range| {
+            self.live
+                .iter()
+                .any(|live| live.start <= range.start && range.end <= live.end)
+        })
     }
 }
 
@@ -80,7 +92,10 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
             record.extend(run.end.to_le_bytes());
         }
         record.extend(count(entry.computed.len()));
-        entry.computed.iter().for_each(|fingerprint| record.extend(fingerprint.to_le_bytes()));
+        entry
+            .computed
+            .iter()
+            .for_each(|fingerprint| record.extend(fingerprint.to_le_bytes()));
         record.extend(count(entry.chunks.len()));
         for chunk in &entry.chunks {
             record.extend(chunk.blocks.to_le_bytes());
@@ -122,9 +137,22 @@ pub(super) fn decode(record: &[u8]) -> Option<Vec<Entry>> {
         let chunks = reader.u32()?;
         let _ = reader.at_most(chunks, 10)?;
         let chunks = (0..chunks)
-            .map(|_| Some(Chunk { blocks: reader.u16()?, weak_id: reader.u64()? }))
+            .map(|_| {
+                Some(Chunk {
+                    blocks: reader.u16()?,
+                    weak_id: reader.u64()?,
+                })
+            })
             .collect::<Option<Vec<_>>>()?;
-        entries.push(Entry { address, generation, disk_bytes, blocks, live, computed, chunks });
+        entries.push(Entry {
+            address,
+            generation,
+            disk_bytes,
+            blocks,
+            live,
+            computed,
+            chunks,
+        });
     }
     reader.0.is_empty().then_some(entries)
 }
@@ -162,15 +190,20 @@ mod tests {
 
     fn entry() -> impl Strategy<Value = Entry> {
         let chunks = prop::collection::vec((any::<u16>(), any::<u64>()), 0..5);
-        (any::<u32>(), any::<u64>(), 1u32..50, any::<bool>(), chunks).prop_map(|(address, generation, blocks, computed, chunks)| Entry {
-            address: address.into(),
-            generation,
-            disk_bytes: u64::from(blocks) * 4096,
-            blocks,
-            live: vec![0..blocks],
-            computed: if computed { (0..blocks).collect() } else { Vec::new() },
-            chunks: chunks.into_iter().map(|(blocks, weak_id)| Chunk { blocks, weak_id }).collect(),
-        })
+        (any::<u32>(), any::<u64>(), 1u32..50, any::<bool>(), chunks).prop_map(
+            |(address, generation, blocks, computed, chunks)| Entry {
+                address: address.into(),
+                generation,
+                disk_bytes: u64::from(blocks) * 4096,
+                blocks,
+                live: std::iter::once(0..blocks).collect(),
+                computed: if computed { (0..blocks).collect() } else { Vec::new() },
+                chunks: chunks
+                    .into_iter()
+                    .map(|(blocks, weak_id)| Chunk { blocks, weak_id })
+                    .collect(),
+            },
+        )
     }
 
     proptest! {

@@ -45,10 +45,22 @@ fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Pre
                 return Ok(prepared);
             }
             Err(error) => {
-                let Error::Io { operation: "read", path, .. } = &error else { return Err(error) };
-                let Some(at) = images.iter().position(|image: &Found| image.path == *path) else { return Err(error) };
+                let Error::Io {
+                    operation: "read",
+                    path,
+                    ..
+                } = &error
+                else {
+                    return Err(error);
+                };
+                let Some(at) = images.iter().position(|image: &Found| image.path == *path) else {
+                    return Err(error);
+                };
                 monitor.note(&describe(&error));
-                left_alone.push(Skipped { path: images.remove(at).path, reason: Skip::Unreadable });
+                left_alone.push(Skipped {
+                    path: images.remove(at).path,
+                    reason: Skip::Unreadable,
+                });
             }
         }
     }
@@ -63,7 +75,12 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
         let mut index = Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor)?;
         fingerprint(&fs, &mut facts, &mut index, monitor)?
     };
-    Ok(Prepared { fs, facts, skipped, fingerprinted })
+    Ok(Prepared {
+        fs,
+        facts,
+        skipped,
+        fingerprinted,
+    })
 }
 
 /// Looks for images, and notes what could not be looked at.

@@ -1,11 +1,13 @@
 //! `reclaim`: shares what images have in common, and counts what that freed.
 
+use std::collections::BTreeMap;
+
 use super::{Prepared, Scope, prepare};
 use crate::block::bytes;
 use crate::error::Result;
 use crate::exec::{self, Ran};
-use crate::fs::btrfs::{Physical, Purpose, freed_bytes};
 use crate::fs::Sharing;
+use crate::fs::btrfs::{Physical, Purpose, freed_bytes};
 use crate::monitor::Monitor;
 use crate::plan::{self, plan_proved};
 use crate::pool::{Skip, Skipped};
@@ -28,7 +30,13 @@ pub struct Options {
 /// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
 /// did until then is in the result, with the error.
 pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
-    let Prepared { fs, mut facts, skipped, fingerprinted, .. } = prepare(&options.scope, Purpose::Change, monitor)?;
+    let Prepared {
+        fs,
+        mut facts,
+        skipped,
+        fingerprinted,
+        ..
+    } = prepare(&options.scope, Purpose::Change, monitor)?;
     let before = Physical::of(&facts);
     let mut result = Reclaimed {
         images: fs.images().len() as u64,
@@ -49,7 +57,11 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
         fs.prove(facts, slots)
     })?;
     result.planned = Planned::of(&plan, proved);
-    result.held_by = if plan.pinned.is_empty() { Default::default() } else { fs.names_of_holders(&facts)? };
+    result.held_by = if plan.pinned.is_empty() {
+        BTreeMap::new()
+    } else {
+        fs.names_of_holders(&facts)?
+    };
     if options.dry_run {
         return Ok(result);
     }
@@ -64,12 +76,26 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
     let (freed, mapped) = freed_bytes(&fs, &before)?;
     result.interrupted = ran.interrupted;
     for image in ran.opened_meanwhile {
-        result.skipped.push(Skipped { path: fs.path(image).to_owned(), reason: Skip::OpenedMeanwhile });
+        result.skipped.push(Skipped {
+            path: fs.path(image).to_owned(),
+            reason: Skip::OpenedMeanwhile,
+        });
     }
-    for image in fs.images().iter().filter(|image| image.may_touch() && !image.is_unchanged()) {
-        result.skipped.push(Skipped { path: image.path.clone(), reason: Skip::Changed });
+    for image in fs
+        .images()
+        .iter()
+        .filter(|image| image.may_touch() && !image.is_unchanged())
+    {
+        result.skipped.push(Skipped {
+            path: image.path.clone(),
+            reason: Skip::Changed,
+        });
     }
-    let done = Done { freed_bytes: freed, after: PoolBytes::of(&fs, &mapped.facts), counts: ran.counts };
+    let done = Done {
+        freed_bytes: freed,
+        after: PoolBytes::of(&fs, &mapped.facts),
+        counts: ran.counts,
+    };
     result.done = Some(done);
     result.failed = outcome.err();
     Ok(result)

@@ -23,7 +23,11 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let mut images: Vec<ImageBytes> = fs
         .images()
         .iter()
-        .map(|image| ImageBytes { path: image.path.clone(), size: image.size, ..ImageBytes::default() })
+        .map(|image| ImageBytes {
+            path: image.path.clone(),
+            size: image.size,
+            ..ImageBytes::default()
+        })
         .collect();
     let mut unreachable = 0;
     for (place, extent) in (0u32..).zip(&mapped.facts.extents) {
@@ -66,7 +70,11 @@ fn dead_bytes(facts: &Facts, extent: u32) -> u64 {
     if this.pinned == Some(Pinned::HeldByOthers) {
         return 0;
     }
-    let mut reached: Vec<_> = facts.references_to(extent).iter().map(crate::facts::Reference::slots).collect();
+    let mut reached: Vec<_> = facts
+        .references_to(extent)
+        .iter()
+        .map(crate::facts::Reference::slots)
+        .collect();
     reached.sort_unstable_by_key(|slots| slots.start);
     let (mut end, mut dead) = (this.first_slot, 0);
     for slots in reached {

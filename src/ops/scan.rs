@@ -11,7 +11,13 @@ use crate::report::{PoolBytes, Scanned};
 /// # Errors
 /// Those of reading.
 pub fn scan(scope: &Scope, monitor: &dyn Monitor) -> Result<Scanned> {
-    let Prepared { fs, facts, skipped, fingerprinted, .. } = prepare(scope, Purpose::Look, monitor)?;
+    let Prepared {
+        fs,
+        facts,
+        skipped,
+        fingerprinted,
+        ..
+    } = prepare(scope, Purpose::Look, monitor)?;
     Ok(Scanned {
         images: fs.images().len() as u64,
         pool: PoolBytes::of(&fs, &facts),

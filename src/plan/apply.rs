@@ -25,7 +25,10 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
         new_place[old as usize] = u32::try_from(kept.len()).unwrap_or(u32::MAX);
         kept.push(old);
         origin.extend(extent.slots());
-        extents.push(Extent { first_slot: slot, ..extent.clone() });
+        extents.push(Extent {
+            first_slot: slot,
+            ..extent.clone()
+        });
         slot += extent.blocks;
     }
     let mut address = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
@@ -49,29 +52,35 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
         if let Some(extent) = Some(new_place[reference.extent as usize]).filter(|extent| *extent != u32::MAX) {
             let slot = extents[extent as usize].first_slot
                 + (reference.slot - facts.extents[reference.extent as usize].first_slot);
-            return vec![Reference { slot, extent, ..*reference }];
+            return vec![Reference {
+                slot,
+                extent,
+                ..*reference
+            }];
         }
         if reference.preallocated {
             return Vec::new();
         }
-        let pieces = layout.resolve_all(facts, reference.slots()).filter_map(|(piece, found)| {
-            let (extent, offset) = match found {
-                Final::Hole => return None,
-                Final::Kept(slot) => {
-                    let old = facts.extent_of(slot);
-                    (new_place[old as usize], slot - facts.extents[old as usize].first_slot)
-                }
-                Final::Donor(donor, at) => (u32::try_from(first_donor).unwrap_or(u32::MAX) + donor, at),
-            };
-            Some(Reference {
-                image: reference.image,
-                file_block: reference.file_block + (piece.start - reference.slot),
-                slot: extents[extent as usize].first_slot + offset,
-                blocks: piece.end - piece.start,
-                extent,
-                preallocated: false,
-            })
-        });
+        let pieces = layout
+            .resolve_all(facts, reference.slots())
+            .filter_map(|(piece, found)| {
+                let (extent, offset) = match found {
+                    Final::Hole => return None,
+                    Final::Kept(slot) => {
+                        let old = facts.extent_of(slot);
+                        (new_place[old as usize], slot - facts.extents[old as usize].first_slot)
+                    }
+                    Final::Donor(donor, at) => (u32::try_from(first_donor).unwrap_or(u32::MAX) + donor, at),
+                };
+                Some(Reference {
+                    image: reference.image,
+                    file_block: reference.file_block + (piece.start - reference.slot),
+                    slot: extents[extent as usize].first_slot + offset,
+                    blocks: piece.end - piece.start,
+                    extent,
+                    preallocated: false,
+                })
+            });
         pieces.collect()
     });
     let references = references.collect();
@@ -80,9 +89,15 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
         after.fingerprints[slot] = facts.fingerprints[*old as usize];
     }
     if !facts.proofs.is_empty() {
-        let proved = (0u32..).zip(&origin).filter_map(|(slot, old)| Some((slot, *facts.proofs.get(old)?)));
+        let proved = (0u32..)
+            .zip(&origin)
+            .filter_map(|(slot, old)| Some((slot, *facts.proofs.get(old)?)));
         let proved: Vec<_> = proved.collect();
         after.add_proofs(proved);
     }
-    Applied { facts: after, origin, kept }
+    Applied {
+        facts: after,
+        origin,
+        kept,
+    }
 }

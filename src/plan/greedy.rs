@@ -20,7 +20,7 @@ pub(super) struct Decision {
 /// What a pass found.
 #[derive(Debug, Default)]
 pub(super) struct Decisions {
-    pub(super) decisions: Vec<Decision>,
+    pub(super) gone: Vec<Decision>,
     pub(super) unproved: Vec<Slot>,
     pub(super) pinned: BTreeMap<Pinned, u64>,
 }
@@ -58,7 +58,13 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
         (
             is_pinned(facts, options, *place).is_none(),
             u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS),
-            Reverse(facts.references_to(*place).iter().map(|reference| u64::from(reference.blocks)).sum::<u64>()),
+            Reverse(
+                facts
+                    .references_to(*place)
+                    .iter()
+                    .map(|reference| u64::from(reference.blocks))
+                    .sum::<u64>(),
+            ),
             live_hash(facts, extent, content),
             extent.address,
         )
@@ -82,8 +88,11 @@ fn live_hash(facts: &Facts, extent: &Extent, content: &[u32]) -> u64 {
 /// Why an extent must stay, if it must.
 fn is_pinned(facts: &Facts, options: &Options, extent: u32) -> Option<Pinned> {
     facts.extents[extent as usize].pinned.or_else(|| {
-        let preallocated =
-            options.keep_preallocated && facts.references_to(extent).iter().any(|reference| reference.preallocated);
+        let preallocated = options.keep_preallocated
+            && facts
+                .references_to(extent)
+                .iter()
+                .any(|reference| reference.preallocated);
         preallocated.then_some(Pinned::Preallocated)
     })
 }
@@ -110,11 +119,18 @@ impl Pass<'_> {
         let (this, live) = (&facts.extents[extent as usize], facts.live());
         let pinned = is_pinned(facts, self.options, extent);
         let found = self.match_extent(this);
-        let frees = this.disk_bytes.saturating_sub(donor_bytes(this.class, found.left_over, this.disk_share(found.left_over)));
+        let frees = this.disk_bytes.saturating_sub(donor_bytes(
+            this.class,
+            found.left_over,
+            this.disk_share(found.left_over),
+        ));
         let goes = pinned.is_none() && self.pays(extent, &found, frees, rewritten_anyway);
         if goes {
             self.found.unproved.extend(found.unproved);
-            self.found.decisions.push(Decision { extent, runs: found.runs });
+            self.found.gone.push(Decision {
+                extent,
+                runs: found.runs,
+            });
             return;
         }
         if let Some(why) = pinned.filter(|_| frees > 0 && (!found.runs.is_empty() || this.pinned.is_none())) {
@@ -122,7 +138,14 @@ impl Pass<'_> {
         }
         for run in live.runs(this.slots()) {
             self.homes.insert_range(run.clone());
-            run.filter(|slot| !facts.is_zero(*slot)).for_each(|slot| self.table.enter(slot, &facts.fingerprints));
+            run.for_each(|slot| self.enter(slot));
+        }
+    }
+
+    /// Enters a home into the table. Zeros are found in holes, or are to stay; they are shared only amid other data.
+    fn enter(&mut self, slot: Slot) {
+        if !self.facts.is_zero(slot) {
+            self.table.enter(slot, &self.facts.fingerprints);
         }
     }
 
@@ -130,7 +153,11 @@ impl Pass<'_> {
     fn pays(&self, extent: u32, found: &Match, frees: u64, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
         let rewritten = this.disk_bytes - frees;
-        let rewriting = if rewritten_anyway { 0 } else { rewritten / 256 * self.options.rewrite_weight() };
+        let rewriting = if rewritten_anyway {
+            0
+        } else {
+            rewritten / 256 * self.options.rewrite_weight()
+        };
         frees > 0
             && rewritten <= self.options.work_space_bytes / 2
             && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * self.new_references(extent, &found.runs)
@@ -140,7 +167,11 @@ impl Pass<'_> {
     fn new_references(&self, extent: u32, runs: &[Run]) -> u64 {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
-        let references = self.facts.references_to(extent).iter().filter(|reference| !reference.preallocated);
+        let references = self
+            .facts
+            .references_to(extent)
+            .iter()
+            .filter(|reference| !reference.preallocated);
         references
             .map(|reference| {
                 let inside = reference.slots();
@@ -154,7 +185,11 @@ impl Pass<'_> {
     /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
     fn match_extent(&mut self, extent: &Extent) -> Match {
         let facts = self.facts;
-        let mut found = Match { runs: Vec::new(), left_over: 0, unproved: Vec::new() };
+        let mut found = Match {
+            runs: Vec::new(),
+            left_over: 0,
+            unproved: Vec::new(),
+        };
         for segment in facts.live().runs(extent.slots()) {
             let mut at = segment.start;
             while at < segment.end {
@@ -166,7 +201,7 @@ impl Pass<'_> {
                     found.runs.push(run);
                 } else {
                     self.homes.insert(at);
-                    self.table.enter(at, &facts.fingerprints);
+                    self.enter(at);
                     found.left_over += 1;
                     at += 1;
                 }
@@ -180,8 +215,14 @@ impl Pass<'_> {
         if self.options.keep_zeros || !self.facts.is_zero(at) {
             return None;
         }
-        let end = (at..segment.end).find(|slot| !self.facts.is_zero(*slot)).unwrap_or(segment.end);
-        let run = Run { slot: at, blocks: end - at, target: Target::Hole };
+        let end = (at..segment.end)
+            .find(|slot| !self.facts.is_zero(*slot))
+            .unwrap_or(segment.end);
+        let run = Run {
+            slot: at,
+            blocks: end - at,
+            target: Target::Hole,
+        };
         (self.is_long_enough(&run, segment, false) && self.may_count(&run)).then_some(run)
     }
 
@@ -203,7 +244,11 @@ impl Pass<'_> {
                 .take_while(|n| self.homes.contains(home + n) && facts.may_be_equal(at + n, home + n))
                 .count();
             let blocks = u32::try_from(blocks).unwrap_or(room);
-            let run = Run { slot: at, blocks, target: Target::Home(home) };
+            let run = Run {
+                slot: at,
+                blocks,
+                target: Target::Home(home),
+            };
             if blocks > best.map_or(0, |best| best.blocks)
                 && self.is_long_enough(&run, segment, self.is_repeated(&run, segment))
                 && self.may_count(&run)
@@ -219,13 +264,24 @@ impl Pass<'_> {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
         let content = |slots: Range<Slot>| &self.facts.fingerprints[slots.start as usize..slots.end as usize];
         let first = self.facts.fingerprints[run.slot as usize];
-        let alike = content(run.slot..run.slot + run.blocks).iter().all(|fingerprint| *fingerprint == first);
-        alike && content(around).iter().filter(|fingerprint| **fingerprint == first).count() > 1
+        let alike = content(run.slot..run.slot + run.blocks)
+            .iter()
+            .all(|fingerprint| *fingerprint == first);
+        alike
+            && content(around)
+                .iter()
+                .filter(|fingerprint| **fingerprint == first)
+                .count()
+                > 1
     }
 
     /// Long enough to be worth a reference, or all there is, so that it takes no more references than before.
     fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, repeated: bool) -> bool {
-        let least = if repeated { self.options.min_run_blocks.max(REPEATED_RUN_BLOCKS) } else { self.options.min_run_blocks };
+        let least = if repeated {
+            self.options.min_run_blocks.max(REPEATED_RUN_BLOCKS)
+        } else {
+            self.options.min_run_blocks
+        };
         run.blocks >= least || run.blocks as usize == segment.len()
     }
 

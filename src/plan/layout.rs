@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::{BATCH_BYTES, Options};
 use super::greedy::Decision;
+use super::{BATCH_BYTES, Options};
 use crate::block::Slot;
 use crate::facts::{Class, Compression, Facts};
 
@@ -124,7 +124,11 @@ impl Layout {
                 let extent = facts.extent_of(slot);
                 let room = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
                 let blocks = (1..room).find(|n| !follows(*n)).unwrap_or(room);
-                self.runs.entry(extent).or_default().push(Run { slot, blocks, target: first });
+                self.runs.entry(extent).or_default().push(Run {
+                    slot,
+                    blocks,
+                    target: first,
+                });
                 done += blocks;
             }
         }
@@ -154,13 +158,24 @@ impl Layout {
                 let mut from = piece.start;
                 while from < piece.end {
                     let donor = *open.entry(this.class).or_insert_with(|| {
-                        let empty = DonorExtent { class: this.class, pieces: Vec::new(), blocks: 0, share_bytes: 0, batch };
+                        let empty = DonorExtent {
+                            class: this.class,
+                            pieces: Vec::new(),
+                            blocks: 0,
+                            share_bytes: 0,
+                            batch,
+                        };
                         self.donors.push(empty);
                         u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX)
                     });
                     let filled = &mut self.donors[donor as usize];
                     let blocks = (piece.end - from).min(extent_blocks_max(this.class) - filled.blocks);
-                    self.leftovers.push(Leftover { slot: from, blocks, donor, at: filled.blocks });
+                    self.leftovers.push(Leftover {
+                        slot: from,
+                        blocks,
+                        donor,
+                        at: filled.blocks,
+                    });
                     filled.pieces.push(from..from + blocks);
                     filled.blocks += blocks;
                     filled.share_bytes += this.disk_share(blocks);
@@ -185,7 +200,11 @@ impl Layout {
                 return (blocks.min(end - slot), Final::Kept(slot));
             };
             let after = runs.partition_point(|run| run.slot <= slot);
-            if let Some(run) = after.checked_sub(1).map(|at| runs[at]).filter(|run| slot < run.slot + run.blocks) {
+            if let Some(run) = after
+                .checked_sub(1)
+                .map(|at| runs[at])
+                .filter(|run| slot < run.slot + run.blocks)
+            {
                 blocks = blocks.min(run.slot + run.blocks - slot);
                 match run.target {
                     Target::Hole => return (blocks, Final::Hole),
@@ -197,7 +216,10 @@ impl Layout {
             let leftover = self.leftovers[place - 1];
             debug_assert!(slot < leftover.slot + leftover.blocks, "every live slot has a place");
             blocks = blocks.min(leftover.slot + leftover.blocks - slot);
-            return (blocks, Final::Donor(leftover.donor, leftover.at + (slot - leftover.slot)));
+            return (
+                blocks,
+                Final::Donor(leftover.donor, leftover.at + (slot - leftover.slot)),
+            );
         }
     }
 
@@ -243,7 +265,9 @@ pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[Run]) -> Vec<
                 pieces.push(from..next);
                 from = next;
             } else {
-                from = runs.peek().map_or(live.end, |run| (run.slot + run.blocks).min(live.end));
+                from = runs
+                    .peek()
+                    .map_or(live.end, |run| (run.slot + run.blocks).min(live.end));
             }
         }
     }

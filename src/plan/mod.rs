@@ -134,12 +134,18 @@ impl Plan {
 
     /// Bytes on disk that will be rewritten.
     pub fn rewritten_bytes(&self) -> u64 {
-        self.eliminations.iter().map(|elimination| elimination.rewritten_bytes).sum()
+        self.eliminations
+            .iter()
+            .map(|elimination| elimination.rewritten_bytes)
+            .sum()
     }
 
     /// Bytes of metadata that the new references are estimated to cost.
     pub fn metadata_bytes(&self) -> u64 {
-        self.eliminations.iter().map(|elimination| elimination.metadata_bytes).sum()
+        self.eliminations
+            .iter()
+            .map(|elimination| elimination.metadata_bytes)
+            .sum()
     }
 }
 
@@ -150,22 +156,27 @@ pub fn plan(facts: &Facts, options: &Options) -> Plan {
     let mut first = greedy::decide(facts, options, |_| false);
     unproved.append(&mut first.unproved);
     let pinned = std::mem::take(&mut first.pinned);
-    layout.compose(facts, &first.decisions, |slot| slot, Some);
+    layout.compose(facts, &first.gone, |slot| slot, Some);
     for _ in 1..ROUNDS_MAX {
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
         let mut again = greedy::decide(&applied.facts, options, |extent| extent as usize >= applied.kept.len());
         unproved.extend(again.unproved.drain(..).map(|slot| applied.origin[slot as usize]));
-        if again.decisions.is_empty() {
+        if again.gone.is_empty() {
             break;
         }
         let kept = |extent: u32| applied.kept.get(extent as usize).copied();
-        layout.compose(facts, &again.decisions, |slot| applied.origin[slot as usize], kept);
+        layout.compose(facts, &again.gone, |slot| applied.origin[slot as usize], kept);
     }
     layout.place_leftovers(facts, options);
     unproved.sort_unstable();
     unproved.dedup();
-    let mut plan = Plan { layout, unproved, pinned, ..Plan::default() };
+    let mut plan = Plan {
+        layout,
+        unproved,
+        pinned,
+        ..Plan::default()
+    };
     ops::schedule(facts, &mut plan);
     plan
 }
@@ -182,14 +193,26 @@ pub fn plan_proved<E>(
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
     const QUESTIONS_MAX: usize = 40;
     for _ in 0..QUESTIONS_MAX {
-        let draft = plan(facts, &Options { trust_unproved: true, ..*options });
+        let draft = plan(
+            facts,
+            &Options {
+                trust_unproved: true,
+                ..*options
+            },
+        );
         if draft.unproved.is_empty() {
             return Ok(draft);
         }
         let proofs = prove(facts, &draft.unproved)?;
         facts.add_proofs(proofs);
     }
-    Ok(plan(facts, &Options { trust_unproved: false, ..*options }))
+    Ok(plan(
+        facts,
+        &Options {
+            trust_unproved: false,
+            ..*options
+        },
+    ))
 }
 
 /// Bytes that `blocks` of a new donor of this class take, if they come from extents that take `share` bytes for them.

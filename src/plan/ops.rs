@@ -64,8 +64,10 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
     for (place, donor) in (0u32..).zip(layout.donors()) {
         files.entry((donor.batch, donor.class)).or_default().push(place);
     }
-    plan.donor_files =
-        files.into_iter().map(|((batch, class), extents)| DonorFile { batch, class, extents }).collect();
+    plan.donor_files = files
+        .into_iter()
+        .map(|((batch, class), extents)| DonorFile { batch, class, extents })
+        .collect();
     plan.donor_places = vec![(0, 0); layout.donors().len()];
     for (file, extents) in (0u32..).zip(plan.donor_files.iter().map(|file| &file.extents)) {
         let mut at = 0;
@@ -82,12 +84,20 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         }
         by_batch.entry(batch).or_default().push(elimination);
     }
-    let last = by_batch.keys().chain(plan.donor_files.iter().map(|file| &file.batch)).max().copied();
+    let last = by_batch
+        .keys()
+        .chain(plan.donor_files.iter().map(|file| &file.batch))
+        .max()
+        .copied();
     let (mut held, mut released, mut file) = (0u64, 0u64, 0);
     for number in 0..last.map_or(0, |last| last + 1) {
         let first = plan.eliminations.len();
         plan.eliminations.extend(by_batch.remove(&number).unwrap_or_default());
-        let files = file..file + plan.donor_files[file..].iter().take_while(|file| file.batch == number).count();
+        let files = file..file
+            + plan.donor_files[file..]
+                .iter()
+                .take_while(|file| file.batch == number)
+                .count();
         file = files.end;
         let written: u64 = plan.donor_files[files.clone()]
             .iter()
@@ -100,7 +110,10 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         held = (held + written).saturating_sub(released);
         released = 0;
         let batch = &plan.eliminations[first..];
-        released += batch.iter().map(|one| facts.extents[one.extent as usize].disk_bytes).sum::<u64>();
+        released += batch
+            .iter()
+            .map(|one| facts.extents[one.extent as usize].disk_bytes)
+            .sum::<u64>();
         let compared = batch
             .iter()
             .flat_map(|one| facts.references_to(one.extent))
@@ -130,9 +143,19 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     let nothing = freed_bytes - zeros - duplicates;
     let references = facts.references_to(extent);
     let preallocated = references.iter().any(|reference| reference.preallocated);
-    let nothing = (if preallocated { Reason::Preallocated } else { Reason::Unreachable }, nothing);
+    let nothing = (
+        if preallocated {
+            Reason::Preallocated
+        } else {
+            Reason::Unreachable
+        },
+        nothing,
+    );
     let mut freed = vec![(Reason::Zeros, zeros), (Reason::Duplicate, duplicates), nothing];
-    let reason = freed.iter().max_by_key(|(_, bytes)| *bytes).map_or(Reason::Unreachable, |(reason, _)| *reason);
+    let reason = freed
+        .iter()
+        .max_by_key(|(_, bytes)| *bytes)
+        .map_or(Reason::Unreachable, |(reason, _)| *reason);
     freed.retain(|(_, bytes)| *bytes > 0);
 
     let (mut batch, mut ops) = (0, 0);
@@ -143,7 +166,17 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
         ops += 1;
     }
     let metadata_bytes = u64::saturating_sub(ops, references.len() as u64) * METADATA_BYTES_PER_REFERENCE;
-    (Elimination { extent, reason, freed_bytes, rewritten_bytes, metadata_bytes }, freed, batch)
+    (
+        Elimination {
+            extent,
+            reason,
+            freed_bytes,
+            rewritten_bytes,
+            metadata_bytes,
+        },
+        freed,
+        batch,
+    )
 }
 
 impl Plan {
@@ -166,12 +199,20 @@ impl Plan {
                     Final::Hole => vec![op(piece.start, piece.end - piece.start, Source::Hole)],
                     Final::Donor(donor, at) => {
                         let (file, first) = self.donor_places[donor as usize];
-                        vec![op(piece.start, piece.end - piece.start, Source::Donor(file, first + at))]
+                        vec![op(
+                            piece.start,
+                            piece.end - piece.start,
+                            Source::Donor(file, first + at),
+                        )]
                     }
                     Final::Kept(home) => facts
                         .places_of(home..home + (piece.end - piece.start))
                         .map(|(slot, place)| {
-                            op(piece.start + (slot - home), place.blocks, Source::Image(place.image, place.file_block))
+                            op(
+                                piece.start + (slot - home),
+                                place.blocks,
+                                Source::Image(place.image, place.file_block),
+                            )
                         })
                         .collect(),
                 })

@@ -22,7 +22,11 @@ impl Table {
 
     pub(super) fn new(slots: usize) -> Self {
         let buckets = slots.max(16).next_power_of_two();
-        Self { heads: vec![NONE; buckets], next: vec![NONE; slots], entered: SlotSet::new(slots) }
+        Self {
+            heads: vec![NONE; buckets],
+            next: vec![NONE; slots],
+            entered: SlotSet::new(slots),
+        }
     }
 
     fn bucket(&self, fingerprint: u32) -> usize {
@@ -30,7 +34,11 @@ impl Table {
     }
 
     /// The slots entered for a fingerprint, latest first.
-    pub(super) fn candidates<'a>(&'a self, fingerprint: u32, fingerprints: &'a [u32]) -> impl Iterator<Item = Slot> + 'a {
+    pub(super) fn candidates<'a>(
+        &'a self,
+        fingerprint: u32,
+        fingerprints: &'a [u32],
+    ) -> impl Iterator<Item = Slot> + 'a {
         let mut at = self.heads[self.bucket(fingerprint)];
         std::iter::from_fn(move || {
             let slot = (at != NONE).then_some(at)?;

@@ -20,8 +20,9 @@ pub struct Found {
     pub path: PathBuf,
     /// Bytes, holes included.
     pub size: u64,
-    /// What makes a machine of several images: all are left alone while one is in use.
-    pub machine: PathBuf,
+    /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
+    /// machine are left alone while one is in use.
+    pub machines: BTreeSet<PathBuf>,
 }
 
 /// Why an image is left alone.
@@ -99,17 +100,27 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         let machine = machine_of(path);
         match kind_of(path) {
             Kind::Image => {
-                let new = Found { path: path.to_owned(), size: metadata.len(), machine };
-                let known = found.entry((metadata.dev(), metadata.ino())).or_insert_with(|| new.clone());
-                if new.path < known.path {
-                    *known = new;
+                let known = found.entry((metadata.dev(), metadata.ino())).or_insert_with(|| Found {
+                    path: path.to_owned(),
+                    size: metadata.len(),
+                    machines: BTreeSet::new(),
+                });
+                known.machines.insert(machine);
+                if *path < *known.path {
+                    path.clone_into(&mut known.path);
                 }
             }
             Kind::Import => {
                 importing.insert(machine);
-                pool.skipped.push(Skipped { path: path.to_owned(), reason: Skip::ImportInProgress });
+                pool.skipped.push(Skipped {
+                    path: path.to_owned(),
+                    reason: Skip::ImportInProgress,
+                });
             }
-            Kind::Volatile => pool.skipped.push(Skipped { path: path.to_owned(), reason: Skip::Volatile }),
+            Kind::Volatile => pool.skipped.push(Skipped {
+                path: path.to_owned(),
+                reason: Skip::Volatile,
+            }),
             Kind::Temporary => {}
         }
     };
@@ -126,8 +137,13 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
             add(&full, &metadata, &mut pool);
             continue;
         }
-        let is_left_out = |path: &Path| exclude.is_match(path.strip_prefix(&full).unwrap_or(path)) || exclude.is_match(path);
-        for entry in WalkDir::new(&full).sort_by_file_name().into_iter().filter_entry(|entry| !is_left_out(entry.path())) {
+        let is_left_out =
+            |path: &Path| exclude.is_match(path.strip_prefix(&full).unwrap_or(path)) || exclude.is_match(path);
+        for entry in WalkDir::new(&full)
+            .sort_by_file_name()
+            .into_iter()
+            .filter_entry(|entry| !is_left_out(entry.path()))
+        {
             match entry.and_then(|entry| entry.metadata().map(|metadata| (entry, metadata))) {
                 Ok((entry, metadata)) => {
                     if metadata.is_file() && naming::looks_like_image(entry.path(), metadata.len()) {
@@ -141,8 +157,13 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
             }
         }
     }
-    let (importing, images): (Vec<_>, Vec<_>) = found.into_values().partition(|image| importing.contains(&image.machine));
-    pool.skipped.extend(importing.into_iter().map(|image| Skipped { path: image.path, reason: Skip::ImportInProgress }));
+    let (importing, images): (Vec<_>, Vec<_>) = found
+        .into_values()
+        .partition(|image| !importing.is_disjoint(&image.machines));
+    pool.skipped.extend(importing.into_iter().map(|image| Skipped {
+        path: image.path,
+        reason: Skip::ImportInProgress,
+    }));
     pool.images = images.into_iter().filter(|image| image.size > 0).collect();
     pool.images.sort_by(|a, b| a.path.cmp(&b.path));
     if pool.images.is_empty() && pool.skipped.is_empty() {
@@ -169,7 +190,10 @@ mod tests {
     use super::*;
 
     fn names(pool: &Pool, root: &Path) -> Vec<String> {
-        pool.images.iter().map(|image| image.path.strip_prefix(root).unwrap().display().to_string()).collect()
+        pool.images
+            .iter()
+            .map(|image| image.path.strip_prefix(root).unwrap().display().to_string())
+            .collect()
     }
 
     #[test]
@@ -192,21 +216,41 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, vec![1; size]).unwrap();
         }
-        std::fs::hard_link(root.join("appvms/work/private.img"), root.join("appvms/work/private2.img")).unwrap();
+        std::fs::hard_link(
+            root.join("appvms/work/private.img"),
+            root.join("appvms/work/private2.img"),
+        )
+        .unwrap();
         let pool = discover(std::slice::from_ref(&root), &[]).unwrap();
         assert_eq!(
             names(&pool, &root),
-            ["appvms/work/private.img", "appvms/work/private.img.3@2026-01-02T03:04:05Z", "images/100/vm-100-disk-0.raw"]
+            [
+                "appvms/work/private.img",
+                "appvms/work/private.img.3@2026-01-02T03:04:05Z",
+                "images/100/vm-100-disk-0.raw"
+            ]
         );
         let skipped: Vec<_> = pool.skipped.iter().map(|skipped| skipped.reason).collect();
-        assert_eq!(skipped, [Skip::ImportInProgress, Skip::Volatile, Skip::ImportInProgress]);
+        assert_eq!(
+            skipped,
+            [Skip::ImportInProgress, Skip::Volatile, Skip::ImportInProgress]
+        );
         let fewer = discover(std::slice::from_ref(&root), &["*.img*".into()]).unwrap();
         assert_eq!(names(&fewer, &root), ["images/100/vm-100-disk-0.raw"]);
         let fewer = discover(std::slice::from_ref(&root), &["appvms/**".into()]).unwrap();
         assert_eq!(names(&fewer, &root), ["images/100/vm-100-disk-0.raw"]);
-        assert_eq!(names(&discover(&[root.join("notes.txt")], &[]).unwrap(), &root), ["notes.txt"]);
-        assert!(matches!(discover(&[root.join("absent")], &[]), Err(Error::NoSuchPath { .. })));
-        assert!(matches!(discover(&[root.clone()], &["*".into()]), Err(Error::NoImages { .. })));
+        assert_eq!(
+            names(&discover(&[root.join("notes.txt")], &[]).unwrap(), &root),
+            ["notes.txt"]
+        );
+        assert!(matches!(
+            discover(&[root.join("absent")], &[]),
+            Err(Error::NoSuchPath { .. })
+        ));
+        assert!(matches!(
+            discover(std::slice::from_ref(&root), &["*".into()]),
+            Err(Error::NoImages { .. })
+        ));
         assert!(matches!(discover(&[root], &["[".into()]), Err(Error::Usage(_))));
     }
 }

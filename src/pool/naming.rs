@@ -16,7 +16,9 @@ pub enum Kind {
 }
 
 /// File types that hold a disk, by their extension.
-const EXTENSIONS: [&str; 10] = ["img", "raw", "qcow2", "qcow", "vmdk", "vdi", "vhd", "vhdx", "hdd", "iso"];
+const EXTENSIONS: [&str; 10] = [
+    "img", "raw", "qcow2", "qcow", "vmdk", "vdi", "vhd", "vhdx", "hdd", "iso",
+];
 
 /// Bytes from which a file without extension is taken for an image, as libvirt names them: smaller disks are not worth it.
 const NAMELESS_BYTES_MIN: u64 = 16 << 20;
@@ -49,11 +51,15 @@ pub(super) fn looks_like_image(path: &Path, size: u64) -> bool {
 /// What an image belongs to: the folder of a Qubes machine or of a Proxmox guest, or else the image alone.
 pub fn machine_of(path: &Path) -> PathBuf {
     let is = |folder: &Path, names: &[&str]| {
-        folder.file_name().is_some_and(|name| names.iter().any(|known| name == std::ffi::OsStr::new(known)))
+        folder
+            .file_name()
+            .is_some_and(|name| names.iter().any(|known| name == std::ffi::OsStr::new(known)))
     };
     for folder in path.ancestors().skip(1) {
         let Some(above) = folder.parent() else { break };
-        let number = folder.file_name().is_some_and(|name| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()));
+        let number = folder
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()));
         if is(above, &["appvms", "vm-templates"]) || (number && is(above, &["images"])) {
             return folder.to_owned();
         }
@@ -68,15 +74,35 @@ mod tests {
     #[test]
     fn machines_of_known_layouts() {
         let machine = |path: &str| machine_of(Path::new(path)).display().to_string();
-        assert_eq!(machine("/var/lib/qubes/appvms/work/private.img"), "/var/lib/qubes/appvms/work");
-        assert_eq!(machine("/var/lib/vz/images/100/vm-100-disk-0.raw"), "/var/lib/vz/images/100");
-        assert_eq!(machine("/mnt/images/101/vm-101-disk-0@snap/disk.raw"), "/mnt/images/101");
-        assert_eq!(machine("/var/lib/libvirt/images/debian.qcow2"), "/var/lib/libvirt/images/debian.qcow2");
+        assert_eq!(
+            machine("/var/lib/qubes/appvms/work/private.img"),
+            "/var/lib/qubes/appvms/work"
+        );
+        assert_eq!(
+            machine("/var/lib/vz/images/100/vm-100-disk-0.raw"),
+            "/var/lib/vz/images/100"
+        );
+        assert_eq!(
+            machine("/mnt/images/101/vm-101-disk-0@snap/disk.raw"),
+            "/mnt/images/101"
+        );
+        assert_eq!(
+            machine("/var/lib/libvirt/images/debian.qcow2"),
+            "/var/lib/libvirt/images/debian.qcow2"
+        );
     }
 
     #[test]
     fn names_of_images() {
-        for name in ["a.img", "a.img.7@2026-01-02T03:04:05Z", "root.img@2018-01-01T00:00:00Z", "a.IMG.wyng1", "disk.raw", "x.qcow2", "base-100-disk-0.raw"] {
+        for name in [
+            "a.img",
+            "a.img.7@2026-01-02T03:04:05Z",
+            "root.img@2018-01-01T00:00:00Z",
+            "a.IMG.wyng1",
+            "disk.raw",
+            "x.qcow2",
+            "base-100-disk-0.raw",
+        ] {
             assert!(looks_like_image(Path::new(name), 4096), "{name}");
         }
         for name in ["a.xml", "img", "a.txt", "a.imgx"] {

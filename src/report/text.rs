@@ -40,7 +40,9 @@ impl Display for PoolBytes {
 }
 
 fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
-    skipped.iter().try_for_each(|one| writeln!(f, "Left alone: {}: {}", one.path.display(), one.reason.reason()))
+    skipped
+        .iter()
+        .try_for_each(|one| writeln!(f, "Left alone: {}: {}", one.path.display(), one.reason.reason()))
 }
 
 fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>) -> Result {
@@ -48,7 +50,10 @@ fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>
     const NAMES_MAX: usize = 8;
     let mut names: Vec<_> = held_by.iter().collect();
     names.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
-    names.iter().take(NAMES_MAX).try_for_each(|(name, bytes)| writeln!(f, "Held by: {name}: {}", size(**bytes)))
+    names
+        .iter()
+        .take(NAMES_MAX)
+        .try_for_each(|(name, bytes)| writeln!(f, "Held by: {name}: {}", size(**bytes)))
 }
 
 impl Display for Reclaimed {
@@ -56,10 +61,26 @@ impl Display for Reclaimed {
         writeln!(f, "{} images: {}", self.images, self.pool)?;
         let planned = &self.planned;
         let would = if self.dry_run { "Would free" } else { "Planned" };
-        write!(f, "{would} {} in {} extents", size(planned.freed_bytes), planned.extents)?;
-        let reasons = planned.freed_by_reason.iter().map(|(why, bytes)| format!("{} {}", reason(*why), size(*bytes)));
+        write!(
+            f,
+            "{would} {} in {} extents",
+            size(planned.freed_bytes),
+            planned.extents
+        )?;
+        let reasons = planned
+            .freed_by_reason
+            .iter()
+            .map(|(why, bytes)| format!("{} {}", reason(*why), size(*bytes)));
         let reasons = reasons.collect::<Vec<_>>().join(", ");
-        writeln!(f, "{}", if reasons.is_empty() { String::new() } else { format!(" ({reasons})") })?;
+        writeln!(
+            f,
+            "{}",
+            if reasons.is_empty() {
+                String::new()
+            } else {
+                format!(" ({reasons})")
+            }
+        )?;
         if planned.extents > 0 {
             writeln!(
                 f,
@@ -83,17 +104,28 @@ impl Display for Reclaimed {
             writeln!(f, "Freed {}: now {}", signed_size(done.freed_bytes), done.after)?;
             let counts = &done.counts;
             if counts.differing_bytes > 0 {
-                writeln!(f, "{} looked equal and were not; they were left as they are", size(counts.differing_bytes))?;
+                writeln!(
+                    f,
+                    "{} looked equal and were not; they were left as they are",
+                    size(counts.differing_bytes)
+                )?;
             }
             for (error, bytes) in &counts.refused_bytes {
                 writeln!(f, "The filesystem refused to share {}: {error}", size(*bytes))?;
             }
             if counts.extents_still_held > 0 {
-                writeln!(f, "{} extents could not be freed; run it again later", counts.extents_still_held)?;
+                writeln!(
+                    f,
+                    "{} extents could not be freed; run it again later",
+                    counts.extents_still_held
+                )?;
             }
         }
         if self.interrupted {
-            writeln!(f, "Stopped before the end: every image is intact, and the next run goes on from here")?;
+            writeln!(
+                f,
+                "Stopped before the end: every image is intact, and the next run goes on from here"
+            )?;
         }
         skipped(f, &self.skipped)
     }
@@ -116,7 +148,11 @@ impl Display for Scanned {
 
 impl Display for Reported {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        writeln!(f, "{:>11} {:>11} {:>11} {:>11} {:>11}  Image", "Size", "Data", "Exclusive", "Shared", "Unreachable")?;
+        writeln!(
+            f,
+            "{:>11} {:>11} {:>11} {:>11} {:>11}  Image",
+            "Size", "Data", "Exclusive", "Shared", "Unreachable"
+        )?;
         for image in &self.images {
             writeln!(
                 f,
@@ -139,7 +175,13 @@ impl Display for Reported {
 impl Display for Status {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         writeln!(f, "{}", self.folder.display())?;
-        writeln!(f, "  {} extents, {} of blocks, {} of them with fingerprints that had to be read", self.extents, size(self.bytes), size(self.fingerprint_bytes))?;
+        writeln!(
+            f,
+            "  {} extents, {} of blocks, {} of them with fingerprints that had to be read",
+            self.extents,
+            size(self.bytes),
+            size(self.fingerprint_bytes)
+        )?;
         writeln!(f, "  {} chunks, about {} different", self.chunks, self.distinct_chunks)?;
         writeln!(f, "  {} on disk ({})", size(self.disk_bytes), self.name)
     }

@@ -17,7 +17,6 @@ struct OneDestination {
     info: file_dedupe_range_info,
 }
 
-#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
 const FIDEDUPERANGE: Opcode = linux_raw_sys::ioctl::FIDEDUPERANGE as Opcode;
 
 /// What the kernel said of one range.

@@ -6,7 +6,6 @@ use linux_raw_sys::btrfs::btrfs_ioctl_fs_info_args;
 use rustix::io::Result;
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
-#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
 const BTRFS_IOC_FS_INFO: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_FS_INFO as Opcode;
 /// `BTRFS_FS_INFO_FLAG_CSUM_INFO` (uapi/linux/btrfs.h): asks for the type and size of checksums; Linux 5.9 and later answer.
 const FLAG_CSUM_INFO: u64 = 1;
@@ -18,7 +17,7 @@ pub struct FsInfo {
     pub uuid: [u8; 16],
     /// Bytes of a data block.
     pub sector_bytes: u32,
-    /// `csum_type` of the superblock: 0 CRC32C, 1 xxhash64, 2 SHA-256, 3 BLAKE2b; none if the kernel is too old to say.
+    /// `csum_type` of the superblock: 0 CRC32C, 1 xxhash64, 2 SHA-256, 3 `BLAKE2b`; none if the kernel is too old to say.
     pub checksum_type: Option<u16>,
     /// Bytes of one block's checksum.
     pub checksum_bytes: u16,

@@ -31,6 +31,8 @@ fn set(fd: impl AsFd, kind: i32) -> Result<(), Errno> {
     // SAFETY: F_SETLEASE takes the lease type as an integer.
     match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLEASE, kind) } {
         0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error().raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error)),
+        _ => Err(std::io::Error::last_os_error()
+            .raw_os_error()
+            .map_or(Errno::IO, Errno::from_raw_os_error)),
     }
 }

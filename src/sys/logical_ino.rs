@@ -6,9 +6,7 @@ use linux_raw_sys::btrfs::{btrfs_ioctl_ino_lookup_args, btrfs_ioctl_logical_ino_
 use rustix::io::Result;
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
-#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
 const BTRFS_IOC_LOGICAL_INO_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_LOGICAL_INO_V2 as Opcode;
-#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
 const BTRFS_IOC_INO_LOOKUP: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_INO_LOOKUP as Opcode;
 /// `BTRFS_LOGICAL_INO_ARGS_IGNORE_OFFSET` (uapi/linux/btrfs.h): references to any part of the extent, not to one block.
 const IGNORE_OFFSET: u64 = 1;
@@ -43,7 +41,9 @@ pub fn holders(fd: impl AsFd, address: u64) -> Result<Option<Vec<Holder>>> {
     // SAFETY: `inodes` points to `size` writable bytes that outlive the call.
     unsafe { ioctl(fd, Updater::<BTRFS_IOC_LOGICAL_INO_V2, _>::new(&mut args)) }?;
     // struct btrfs_data_container: bytes_left u32, bytes_missing u32, elem_cnt u32, elem_missed u32, val[].
-    let [_, counts, values @ ..] = &buffer[..] else { return Ok(None) };
+    let [_, counts, values @ ..] = &buffer[..] else {
+        return Ok(None);
+    };
     let (count, missed) = ((counts & 0xffff_ffff) as usize, counts >> 32);
     if missed != 0 || count > BUFFER_WORDS - CONTAINER_WORDS {
         return Ok(None);
@@ -51,7 +51,11 @@ pub fn holders(fd: impl AsFd, address: u64) -> Result<Option<Vec<Holder>>> {
     Ok(Some(
         values[..count]
             .chunks_exact(3)
-            .map(|entry| Holder { inode: entry[0], offset: entry[1], root: entry[2] })
+            .map(|entry| Holder {
+                inode: entry[0],
+                offset: entry[1],
+                root: entry[2],
+            })
             .collect(),
     ))
 }
@@ -70,7 +74,11 @@ pub fn subvolume_of(fd: impl AsFd) -> Result<u64> {
 }
 
 fn lookup_args(treeid: u64, objectid: u64) -> btrfs_ioctl_ino_lookup_args {
-    btrfs_ioctl_ino_lookup_args { treeid, objectid, name: [0; 4080] }
+    btrfs_ioctl_ino_lookup_args {
+        treeid,
+        objectid,
+        name: [0; 4080],
+    }
 }
 
 /// A path of `inode` in subvolume `root`, relative to that subvolume.
@@ -82,11 +90,17 @@ pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<String>
     const INODE_REF: u8 = 12;
     use super::tree_search::{Key, tree_search};
     let (mut parent, mut name) = (None, Vec::new());
-    let key = |offset| Key { object: inode, kind: INODE_REF, offset };
+    let key = |offset| Key {
+        object: inode,
+        kind: INODE_REF,
+        offset,
+    };
     tree_search(&fd, root, key(0), key(u64::MAX), |found, data| {
         if parent.is_none() && found.kind == INODE_REF {
             parent = Some(found.offset);
-            let length = data.get(8..10).map_or(0, |bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]])));
+            let length = data
+                .get(8..10)
+                .map_or(0, |bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]])));
             name = data.get(10..10 + length).unwrap_or_default().to_vec();
         }
         None
@@ -96,7 +110,12 @@ pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<String>
     // SAFETY: the opcode takes a pointer to exactly this structure.
     unsafe { ioctl(fd, Updater::<BTRFS_IOC_INO_LOOKUP, _>::new(&mut args)) }?;
     // The kernel ends the directory's path with a slash.
-    let mut path: Vec<u8> = args.name.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
+    let mut path: Vec<u8> = args
+        .name
+        .iter()
+        .map(|byte| byte.cast_unsigned())
+        .take_while(|byte| *byte != 0)
+        .collect();
     path.extend_from_slice(&name);
     Ok(String::from_utf8_lossy(&path).into_owned())
 }

@@ -11,7 +11,10 @@ const PIECE_BYTES: u64 = 512 << 10;
 pub fn readahead(fd: impl AsFd, offset: u64, length: u64) {
     let fd = fd.as_fd().as_raw_fd();
     for piece in (0..length.div_ceil(PIECE_BYTES)).map(|n| n * PIECE_BYTES) {
-        let (Ok(at), Ok(bytes)) = (i64::try_from(offset + piece), usize::try_from(PIECE_BYTES.min(length - piece))) else {
+        let (Ok(at), Ok(bytes)) = (
+            i64::try_from(offset + piece),
+            usize::try_from(PIECE_BYTES.min(length - piece)),
+        ) else {
             return;
         };
         // SAFETY: the call takes plain integers and an open descriptor.

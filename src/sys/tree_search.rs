@@ -6,7 +6,6 @@ use linux_raw_sys::btrfs::btrfs_ioctl_search_key;
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
-#[expect(clippy::cast_lossless, reason = "the width of an opcode differs between C libraries")]
 const BTRFS_IOC_TREE_SEARCH_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_TREE_SEARCH_V2 as Opcode;
 const BUFFER_BYTES: usize = 256 << 10;
 /// `struct btrfs_ioctl_search_header`: transid, objectid, offset, type, length.
@@ -36,9 +35,17 @@ impl Key {
             return Some(Self { offset, ..self });
         }
         if let Some(kind) = self.kind.checked_add(1) {
-            return Some(Self { kind, offset: 0, ..self });
+            return Some(Self {
+                kind,
+                offset: 0,
+                ..self
+            });
         }
-        self.object.checked_add(1).map(|object| Self { object, kind: 0, offset: 0 })
+        self.object.checked_add(1).map(|object| Self {
+            object,
+            kind: 0,
+            offset: 0,
+        })
     }
 }
 
@@ -85,12 +92,19 @@ pub fn tree_search(
     Ok(())
 }
 
-#[expect(clippy::host_endian_bytes, reason = "the kernel hands the header over as a C structure")]
+#[expect(
+    clippy::host_endian_bytes,
+    reason = "the kernel hands the header over as a C structure"
+)]
 fn split_item(buffer: &[u8]) -> Option<(Key, &[u8], &[u8])> {
     let (header, rest) = buffer.split_at_checked(HEADER_BYTES)?;
     let word = |at: usize| Some(u64::from_ne_bytes(header.get(at..at + 8)?.try_into().ok()?));
     let half = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
-    let key = Key { object: word(8)?, kind: u8::try_from(half(24)?).ok()?, offset: word(16)? };
+    let key = Key {
+        object: word(8)?,
+        kind: u8::try_from(half(24)?).ok()?,
+        offset: word(16)?,
+    };
     let (data, rest) = rest.split_at_checked(half(28)? as usize)?;
     Some((key, data, rest))
 }
@@ -101,8 +115,26 @@ mod tests {
 
     #[test]
     fn successor_carries_into_type_and_object() {
-        let key = Key { object: 5, kind: 255, offset: u64::MAX };
-        assert_eq!(key.successor(), Some(Key { object: 6, kind: 0, offset: 0 }));
-        assert_eq!(Key { object: u64::MAX, ..key }.successor(), None);
+        let key = Key {
+            object: 5,
+            kind: 255,
+            offset: u64::MAX,
+        };
+        assert_eq!(
+            key.successor(),
+            Some(Key {
+                object: 6,
+                kind: 0,
+                offset: 0
+            })
+        );
+        assert_eq!(
+            Key {
+                object: u64::MAX,
+                ..key
+            }
+            .successor(),
+            None
+        );
     }
 }

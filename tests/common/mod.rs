@@ -1,5 +1,11 @@
 //! What tests on real filesystems have in common: loop devices, image data, and what must not change.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "each test binary uses a part"
+)]
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -10,14 +16,20 @@ use std::process::{Command, Output};
 /// Whether tests on real filesystems can run here. Where they cannot, they say so, and fail if this is a CI run.
 pub fn can_mount() -> bool {
     let missing = ["mkfs.btrfs", "btrfs", "losetup", "filefrag"].into_iter().find(|tool| {
-        !Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().is_ok_and(|found| found.status.success())
+        !Command::new("sh")
+            .args(["-c", &format!("command -v {tool}")])
+            .output()
+            .is_ok_and(|found| found.status.success())
     });
     let problem = match missing {
         Some(tool) => format!("{tool} is not installed"),
         None if !rustix::process::geteuid().is_root() => "it takes root".to_owned(),
         None => return true,
     };
-    assert!(std::env::var_os("CI").is_none(), "tests on real filesystems cannot run: {problem}");
+    assert!(
+        std::env::var_os("CI").is_none(),
+        "tests on real filesystems cannot run: {problem}"
+    );
     println!("NOT RUN: {problem}");
     false
 }
@@ -26,7 +38,12 @@ pub fn can_mount() -> bool {
 pub fn sh(command: &str) -> String {
     let output = Command::new("sh").args(["-ec", command]).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{command}: {}{}", text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command}: {}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     text(&output.stdout)
 }
 
@@ -43,7 +60,11 @@ impl Mounted {
         File::create(&image).unwrap().set_len(mib << 20).unwrap();
         std::fs::create_dir(&mount).unwrap();
         sh(&format!("{mkfs} {} 2>&1", image.display()));
-        sh(&format!("mount -o loop{options} {} {}", image.display(), mount.display()));
+        sh(&format!(
+            "mount -o loop{options} {} {}",
+            image.display(),
+            mount.display()
+        ));
         let mounted = Self { folder, mount };
         std::fs::create_dir(mounted.pool()).unwrap();
         mounted
@@ -66,7 +87,9 @@ impl Mounted {
     /// Bytes of data in use, as the filesystem counts them.
     pub fn used(&self) -> u64 {
         let mount = self.mount.display();
-        let text = sh(&format!("sync -f {mount}; btrfs filesystem sync {mount} >/dev/null; btrfs filesystem df -b {mount}"));
+        let text = sh(&format!(
+            "sync -f {mount}; btrfs filesystem sync {mount} >/dev/null; btrfs filesystem df -b {mount}"
+        ));
         let data = text.lines().find(|line| line.starts_with("Data")).unwrap();
         data.split("used=").nth(1).unwrap().trim().parse().unwrap()
     }
@@ -74,7 +97,11 @@ impl Mounted {
     /// Runs vmfold on the pool.
     pub fn vmfold(&self, arguments: &str) -> Output {
         let mut command = self.command();
-        command.args(arguments.split_whitespace()).arg("--index").arg(self.index()).arg(self.pool());
+        command
+            .args(arguments.split_whitespace())
+            .arg("--index")
+            .arg(self.index())
+            .arg(self.pool());
         command.output().unwrap()
     }
 
@@ -99,7 +126,12 @@ impl Mounted {
         sh(&format!("umount {mount}"));
         let all = std::fs::read(&device).unwrap();
         let at = all.chunks(4096).position(|candidate| candidate == block).unwrap() as u64 * 4096;
-        File::options().write(true).open(&device).unwrap().write_all_at(&[0xa5; 4096], at).unwrap();
+        File::options()
+            .write(true)
+            .open(&device)
+            .unwrap()
+            .write_all_at(&[0xa5; 4096], at)
+            .unwrap();
         sh(&format!("mount -o loop {} {mount}", device.display()));
     }
 
@@ -107,7 +139,10 @@ impl Mounted {
     pub fn check(&self) {
         let mount = self.mount.display();
         sh(&format!("btrfs scrub start -B {mount}"));
-        sh(&format!("umount {mount}; btrfs check {} 2>&1", self.folder.path().join("fs").display()));
+        sh(&format!(
+            "umount {mount}; btrfs check {} 2>&1",
+            self.folder.path().join("fs").display()
+        ));
     }
 }
 
@@ -121,7 +156,11 @@ impl Drop for Mounted {
 /// Everything about images that must stay as it is.
 pub fn state_of(folder: &Path) -> BTreeMap<PathBuf, String> {
     let mut state = BTreeMap::new();
-    for entry in walkdir::WalkDir::new(folder).into_iter().map(Result::unwrap).filter(|entry| entry.file_type().is_file()) {
+    for entry in walkdir::WalkDir::new(folder)
+        .into_iter()
+        .map(Result::unwrap)
+        .filter(|entry| entry.file_type().is_file())
+    {
         let metadata = entry.metadata().unwrap();
         let digest = sh(&format!("sha256sum < '{}'", entry.path().display()));
         let rest = format!(
@@ -161,7 +200,13 @@ impl Random {
     /// Data of which about half can be compressed.
     pub fn data(&mut self, length: usize) -> Vec<u8> {
         (0..length / 8)
-            .flat_map(|n| if n / 256 % 2 == 0 { self.next().to_le_bytes() } else { (n as u64 % 7).to_le_bytes() })
+            .flat_map(|n| {
+                if n / 256 % 2 == 0 {
+                    self.next().to_le_bytes()
+                } else {
+                    (n as u64 % 7).to_le_bytes()
+                }
+            })
             .collect()
     }
 }
@@ -170,7 +215,12 @@ const MIB: u64 = 1 << 20;
 
 /// Files of a guest: a population from which images take what they need, at places of their own.
 pub fn population(random: &mut Random) -> Vec<Vec<u8>> {
-    (0..120).map(|_| { let blocks = 1 + random.below(60); random.data(usize::try_from(blocks * 4096).unwrap()) }).collect()
+    (0..120)
+        .map(|_| {
+            let blocks = 1 + random.below(60);
+            random.data(usize::try_from(blocks * 4096).unwrap())
+        })
+        .collect()
 }
 
 /// Writes an image: files of the population in an order of its own, some free blocks between them, data of its own.
@@ -226,11 +276,20 @@ pub fn build_pool(pool: &Path, seed: u64) {
     churn(&template, &mut random, &population, 60);
     write_image(&pool.join("vm-templates/b/root.img"), &mut random, &population, 40);
     let restored = pool.join("standalones/restored.img");
-    sh(&format!("dd if='{}' of='{}' bs=1M conv=sparse status=none", template.display(), restored.display()));
+    sh(&format!(
+        "dd if='{}' of='{}' bs=1M conv=sparse status=none",
+        template.display(),
+        restored.display()
+    ));
     let home = pool.join("appvms/work/private.img");
     write_image(&home, &mut random, &population, 32);
     for revision in 1..4 {
-        reflink(&home, &pool.join(format!("appvms/work/private.img.{revision}@2026-01-0{revision}T00:00:00Z")));
+        reflink(
+            &home,
+            &pool.join(format!(
+                "appvms/work/private.img.{revision}@2026-01-0{revision}T00:00:00Z"
+            )),
+        );
         churn(&home, &mut random, &population, 25);
     }
     sh(&format!("fallocate -o 33554432 -l 4194304 '{}'", home.display()));

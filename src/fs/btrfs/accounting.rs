@@ -18,9 +18,15 @@ pub struct Physical {
 impl Physical {
     /// Counts the extents of a map.
     pub fn of(facts: &Facts) -> Self {
-        let extents = facts.extents.iter().map(|extent| (extent.address, (extent.generation, extent.disk_bytes)));
+        let extents = facts
+            .extents
+            .iter()
+            .map(|extent| (extent.address, (extent.generation, extent.disk_bytes)));
         let extents: BTreeMap<_, _> = extents.collect();
-        Self { bytes: extents.values().map(|(_, bytes)| bytes).sum(), extents }
+        Self {
+            bytes: extents.values().map(|(_, bytes)| bytes).sum(),
+            extents,
+        }
     }
 }
 

@@ -49,7 +49,9 @@ pub fn fingerprint(fs: &Btrfs, facts: &mut Facts, index: &mut Index, monitor: &d
     if total > 0 {
         monitor.phase("Reading images", total);
         found.read = by_reading(fs, facts, &unknown, monitor)?;
-        unknown.iter().for_each(|run| known.insert_range(run.clone()));
+        for run in &unknown {
+            known.insert_range(run.clone());
+        }
     }
     if !monitor.interrupted() {
         monitor.phase("Updating the index", 0);
@@ -87,17 +89,31 @@ fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<
     const ITEM_COVERS_MAX: u64 = 64 << 20;
     let width = usize::from(fs.info.checksum_bytes);
     let usable = |facts: &Facts, place: usize| {
-        facts.extents.get(place).filter(|extent| extent.class.compression == Compression::None).map(|extent| extent.address)
+        facts
+            .extents
+            .get(place)
+            .filter(|extent| extent.class.compression == Compression::None)
+            .map(|extent| extent.address)
     };
-    let Some(first) = facts.extents.first() else { return Ok(0) };
+    let Some(first) = facts.extents.first() else {
+        return Ok(0);
+    };
     let last = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
-    let key = |offset| Key { object: CHECKSUM_OBJECT, kind: EXTENT_CSUM, offset };
+    let key = |offset| Key {
+        object: CHECKSUM_OBJECT,
+        kind: EXTENT_CSUM,
+        offset,
+    };
     let mut place = 0;
     let from = key(first.address.saturating_sub(ITEM_COVERS_MAX));
     let mut sums = std::mem::take(&mut facts.fingerprints);
     let searched = fs.search(CHECKSUM_TREE, from, key(last), |found, item| {
         let end = found.offset + (item.len() / width) as u64 * BLOCK_BYTES;
-        while facts.extents.get(place).is_some_and(|extent| extent.address + extent.disk_bytes <= found.offset) {
+        while facts
+            .extents
+            .get(place)
+            .is_some_and(|extent| extent.address + extent.disk_bytes <= found.offset)
+        {
             place += 1;
         }
         let mut at = place;
@@ -107,7 +123,9 @@ fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<
                 let to = (extent.address + extent.disk_bytes).min(end);
                 for address in (from..to).step_by(BLOCK_LEN) {
                     let index = usize::try_from((address - found.offset) / BLOCK_BYTES).unwrap_or(usize::MAX) * width;
-                    let Some(sum) = item.get(index..index + 4).and_then(|sum| sum.try_into().ok()) else { continue };
+                    let Some(sum) = item.get(index..index + 4).and_then(|sum| sum.try_into().ok()) else {
+                        continue;
+                    };
                     let block = (address - extent.address) / BLOCK_BYTES;
                     let slot = extent.first_slot + u32::try_from(block).unwrap_or(u32::MAX);
                     sums[slot as usize] = u32::from_le_bytes(sum);
@@ -149,7 +167,10 @@ fn by_reading(fs: &Btrfs, facts: &mut Facts, runs: &[std::ops::Range<Slot>], mon
                 }
                 monitor.advance(buffer.len() as u64);
                 read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-                Ok(buffer.chunks(BLOCK_LEN).map(|block| function.of(block)).collect::<Vec<_>>())
+                Ok(buffer
+                    .chunks(BLOCK_LEN)
+                    .map(|block| function.of(block))
+                    .collect::<Vec<_>>())
             })
             .collect();
         match pieces {

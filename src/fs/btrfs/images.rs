@@ -84,7 +84,9 @@ impl Image {
 
     /// Whether size, times, links, mode and owner are what they were when it was opened.
     pub fn is_unchanged(&self) -> bool {
-        self.file.metadata().is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
+        self.file
+            .metadata()
+            .is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
     }
 }
 
@@ -99,17 +101,25 @@ pub(super) fn open(
     let (mut images, mut skipped, mut busy) = (Vec::new(), Vec::new(), BTreeSet::new());
     for image in found {
         match open_one(image, info, purpose)? {
-            Ok(opened) => images.push((opened, image.machine.clone())),
+            Ok(opened) => images.push((opened, &image.machines)),
             Err(reason) => {
                 if reason == Skip::InUse {
-                    busy.insert(image.machine.clone());
+                    busy.extend(&image.machines);
                 }
-                skipped.push(Skipped { path: image.path.clone(), reason });
+                skipped.push(Skipped {
+                    path: image.path.clone(),
+                    reason,
+                });
             }
         }
     }
-    let (images, idle): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, machine)| !busy.contains(machine));
-    skipped.extend(idle.into_iter().map(|(image, _)| Skipped { path: image.path, reason: Skip::MachineInUse }));
+    let (images, idle): (Vec<_>, Vec<_>) = images
+        .into_iter()
+        .partition(|(_, machines)| machines.iter().all(|machine| !busy.contains(machine)));
+    skipped.extend(idle.into_iter().map(|(image, _)| Skipped {
+        path: image.path,
+        reason: Skip::MachineInUse,
+    }));
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
     let images: Vec<Image> = images.into_iter().map(|(image, _)| image).collect();
     let keeper = (purpose == Purpose::Change).then(|| LeaseKeeper::new(&images));
@@ -119,7 +129,9 @@ pub(super) fn open(
 fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::result::Result<Image, Skip>> {
     let path = &found.path;
     let mut options = OpenOptions::new();
-    options.read(true).custom_flags(libc::O_NOATIME | libc::O_NONBLOCK | libc::O_NOFOLLOW);
+    options
+        .read(true)
+        .custom_flags(libc::O_NOATIME | libc::O_NONBLOCK | libc::O_NOFOLLOW);
     let file = match options.open(path) {
         Ok(file) => file,
         // Someone else holds a lease and must give it up first: a second run, or a file server.
@@ -129,7 +141,10 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
     };
     let its_info = fs_info(&file).map_err(Error::io("look at the filesystem of", path))?;
     if its_info.uuid != info.uuid {
-        return Err(Error::TwoFilesystems { first: path.parent().unwrap_or(path).to_owned(), second: path.clone() });
+        return Err(Error::TwoFilesystems {
+            first: path.parent().unwrap_or(path).to_owned(),
+            second: path.clone(),
+        });
     }
     let metadata = file.metadata().map_err(Error::io("look at", path))?;
     if !metadata.is_file() || (metadata.dev(), metadata.len()) == (0, 0) {
@@ -163,14 +178,24 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
 /// Whether the inode has `BTRFS_INODE_NODATASUM` (bit 0 of the inode item's flags, at byte 64 of the item).
 fn has_no_checksums(file: &File, inode: u64, path: &std::path::Path) -> Result<bool> {
     const FLAGS_AT: usize = 64;
-    let key = Key { object: inode, kind: INODE_ITEM, offset: 0 };
+    let key = Key {
+        object: inode,
+        kind: INODE_ITEM,
+        offset: 0,
+    };
     let mut flags = None;
     tree_search(file, 0, key, key, |_, item| {
-        flags = item.get(FLAGS_AT..FLAGS_AT + 8).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
+        flags = item
+            .get(FLAGS_AT..FLAGS_AT + 8)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(u64::from_le_bytes);
         None
     })
     .map_err(Error::io("read the extent map of", path))?;
-    let flags = flags.ok_or_else(|| Error::Metadata { path: path.to_owned(), problem: "no inode item".into() })?;
+    let flags = flags.ok_or_else(|| Error::Metadata {
+        path: path.to_owned(),
+        problem: "no inode item".into(),
+    })?;
     Ok(flags & 1 != 0)
 }
 
@@ -182,7 +207,13 @@ fn raise_file_limit(images: usize) {
     if limit.current.is_some_and(|current| current < wanted) {
         let current = Some(limit.maximum.map_or(wanted, |maximum| maximum.min(wanted)));
         // Where this fails, opening fails and says so.
-        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum: limit.maximum });
+        let _ = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current,
+                maximum: limit.maximum,
+            },
+        );
     }
 }
 
@@ -195,7 +226,10 @@ pub(super) struct LeaseKeeper {
 
 impl LeaseKeeper {
     fn new(images: &[Image]) -> Self {
-        let mut held: Vec<_> = images.iter().map(|image| (image.file.clone(), image.revoked.clone())).collect();
+        let mut held: Vec<_> = images
+            .iter()
+            .map(|image| (image.file.clone(), image.revoked.clone()))
+            .collect();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
@@ -212,7 +246,10 @@ impl LeaseKeeper {
                 std::thread::park_timeout(LEASE_POLL);
             }
         });
-        Self { stop, thread: Some(thread) }
+        Self {
+            stop,
+            thread: Some(thread),
+        }
     }
 }
 

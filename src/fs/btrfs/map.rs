@@ -20,7 +20,7 @@ pub struct Mapped {
     pub inline_bytes: u64,
 }
 
-/// A file extent item, `struct btrfs_file_extent_item` (uapi/linux/btrfs_tree.h).
+/// A file extent item, `struct btrfs_file_extent_item` (`uapi/linux/btrfs_tree.h`).
 #[derive(Debug, Clone, Copy)]
 struct FileExtent {
     file_offset: u64,
@@ -47,7 +47,9 @@ pub(super) fn number(item: &[u8], at: usize) -> Option<u64> {
 
 fn parse(file_offset: u64, item: &[u8]) -> std::result::Result<Item, &'static str> {
     const SHORT: &str = "a file extent item is too short";
-    let [compression, encryption, other, other_high, kind] = *item.get(16..21).ok_or(SHORT)? else { return Err(SHORT) };
+    let [compression, encryption, other, other_high, kind] = *item.get(16..21).ok_or(SHORT)? else {
+        return Err(SHORT);
+    };
     if encryption != 0 || other != 0 || other_high != 0 {
         return Err("a file extent item is encoded in a way not known");
     }
@@ -67,22 +69,40 @@ fn parse(file_offset: u64, item: &[u8]) -> std::result::Result<Item, &'static st
     if address == 0 {
         return Ok(Item::Hole);
     }
-    let whole = [file_offset, disk_bytes, ram_bytes, offset, length].iter().all(|number| number.is_multiple_of(BLOCK_BYTES));
+    let whole = [file_offset, disk_bytes, ram_bytes, offset, length]
+        .iter()
+        .all(|number| number.is_multiple_of(BLOCK_BYTES));
     if !whole || length == 0 || offset.checked_add(length).is_none_or(|end| end > ram_bytes) {
         return Err("a file extent item reaches beyond its extent");
     }
     let preallocated = kind == 2;
-    Ok(Item::Data(FileExtent { file_offset, address, disk_bytes, ram_bytes, offset, length, compression, preallocated }))
+    Ok(Item::Data(FileExtent {
+        file_offset,
+        address,
+        disk_bytes,
+        ram_bytes,
+        offset,
+        length,
+        compression,
+        preallocated,
+    }))
 }
 
 /// Calls `visit` with each file extent of an image.
 fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Result<()> {
-    let key = |offset| Key { object: image.inode, kind: EXTENT_DATA, offset };
+    let key = |offset| Key {
+        object: image.inode,
+        kind: EXTENT_DATA,
+        offset,
+    };
     let mut problem = None;
     tree_search(&*image.file, 0, key(0), key(u64::MAX), |key, item| {
         let parsed = parse(key.offset, item);
         let done = parsed
-            .map_err(|problem| Error::Metadata { path: image.path.clone(), problem: format!("{problem} at byte {}", key.offset) })
+            .map_err(|problem| Error::Metadata {
+                path: image.path.clone(),
+                problem: format!("{problem} at byte {}", key.offset),
+            })
             .and_then(&mut visit);
         if let Err(error) = done {
             problem.get_or_insert(error);
@@ -127,7 +147,10 @@ pub(super) struct ExtentItem {
 /// Parses an item of the extent tree, if it is a data extent's.
 pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
     const FLAG_DATA: u64 = 1;
-    (number(item, 16)? & FLAG_DATA != 0).then_some(ExtentItem { references: number(item, 0)?, generation: number(item, 8)? })
+    (number(item, 16)? & FLAG_DATA != 0).then_some(ExtentItem {
+        references: number(item, 0)?,
+        generation: number(item, 8)?,
+    })
 }
 
 impl Btrfs {
@@ -150,7 +173,10 @@ impl Btrfs {
                         return Ok(());
                     }
                 };
-                let class = Class { checksummed: image.checksummed, compression: extent.compression };
+                let class = Class {
+                    checksummed: image.checksummed,
+                    compression: extent.compression,
+                };
                 let known = extents.entry(extent.address).or_insert(Extent {
                     address: extent.address,
                     disk_bytes: extent.disk_bytes,
@@ -162,7 +188,10 @@ impl Btrfs {
                 });
                 if known.disk_bytes != extent.disk_bytes || known.blocks != blocks(extent.ram_bytes)? {
                     let problem = format!("two items disagree about the extent at {}", extent.address);
-                    return Err(Error::Metadata { path: image.path.clone(), problem });
+                    return Err(Error::Metadata {
+                        path: image.path.clone(),
+                        problem,
+                    });
                 }
                 // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
                 let end = extent.file_offset + extent.length;
@@ -175,7 +204,9 @@ impl Btrfs {
                     known.pinned = Some(Pinned::Preallocated);
                     return Ok(());
                 }
-                let within = extent.length.min(image.size.next_multiple_of(BLOCK_BYTES) - extent.file_offset);
+                let within = extent
+                    .length
+                    .min(image.size.next_multiple_of(BLOCK_BYTES) - extent.file_offset);
                 if within < extent.length {
                     known.pinned = Some(Pinned::Preallocated);
                 }
@@ -203,7 +234,11 @@ impl Btrfs {
         }
         let references = references.into_iter().map(|(address, reference)| {
             let (extent, first_slot) = places[&address];
-            Reference { extent, slot: first_slot + reference.slot, ..reference }
+            Reference {
+                extent,
+                slot: first_slot + reference.slot,
+                ..reference
+            }
         });
         let references = references.collect();
         let facts = Facts::new(extents.into_values().collect(), references, self.function().of_zeros());
@@ -212,8 +247,14 @@ impl Btrfs {
 
     /// Fills in generations, and pins what is referred to from elsewhere.
     fn count_references(&self, extents: &mut BTreeMap<u64, Extent>, counts: &BTreeMap<u64, u64>) -> Result<()> {
-        let (Some((first, _)), Some((last, _))) = (extents.first_key_value(), extents.last_key_value()) else { return Ok(()) };
-        let key = |object, offset| Key { object, kind: EXTENT_ITEM, offset };
+        let (Some((first, _)), Some((last, _))) = (extents.first_key_value(), extents.last_key_value()) else {
+            return Ok(());
+        };
+        let key = |object, offset| Key {
+            object,
+            kind: EXTENT_ITEM,
+            offset,
+        };
         let (first, last) = (key(*first, 0), key(*last, u64::MAX));
         let mut total: BTreeMap<u64, u64> = BTreeMap::new();
         self.search(EXTENT_TREE, first, last, |found, item| {
@@ -224,7 +265,10 @@ impl Btrfs {
                 extent.generation = item.generation;
                 total.insert(found.object, item.references);
             }
-            extents.range(found.object + 1..).next().map(|(address, _)| key(*address, 0))
+            extents
+                .range(found.object + 1..)
+                .next()
+                .map(|(address, _)| key(*address, 0))
         })?;
         let snapshots = self.have_snapshots()?;
         let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
@@ -245,7 +289,11 @@ impl Btrfs {
         let roots: HashSet<u64> = self.images.iter().map(|image| image.root).collect();
         let mut snapshots = false;
         for root in roots {
-            let key = |offset| Key { object: root, kind: ROOT_ITEM, offset };
+            let key = |offset| Key {
+                object: root,
+                kind: ROOT_ITEM,
+                offset,
+            };
             self.search(ROOT_TREE, key(0), key(u64::MAX), |_, item| {
                 snapshots |= number(item, LAST_SNAPSHOT_AT).is_none_or(|transaction| transaction != 0);
                 None
@@ -258,7 +306,11 @@ impl Btrfs {
     fn is_held_elsewhere(&self, address: u64, mine: &HashSet<(u64, u64)>) -> Result<bool> {
         let holders = logical_ino::holders(&*self.images[0].file, address)
             .map_err(Error::io("look for holders of extents of", &self.scratch))?;
-        Ok(holders.is_none_or(|holders| holders.iter().any(|holder| !mine.contains(&(holder.root, holder.inode)))))
+        Ok(holders.is_none_or(|holders| {
+            holders
+                .iter()
+                .any(|holder| !mine.contains(&(holder.root, holder.inode)))
+        }))
     }
 
     /// Names of files outside the pool that hold extents, the largest extents first, with the bytes they hold.
@@ -268,22 +320,34 @@ impl Btrfs {
     pub fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
         /// Extents asked for: enough to name who matters.
         const EXTENTS_MAX: usize = 64;
-        let mut held: Vec<&Extent> =
-            facts.extents.iter().filter(|extent| extent.pinned == Some(Pinned::HeldByOthers)).collect();
+        let mut held: Vec<&Extent> = facts
+            .extents
+            .iter()
+            .filter(|extent| extent.pinned == Some(Pinned::HeldByOthers))
+            .collect();
         held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
         let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
         let (mut bytes, mut names) = (BTreeMap::new(), BTreeMap::new());
         for extent in held.into_iter().take(EXTENTS_MAX) {
-            let holders = logical_ino::holders(&*self.images[0].file, extent.address).ok().flatten().unwrap_or_default();
-            let others: HashSet<_> = holders.iter().map(|holder| (holder.root, holder.inode)).filter(|one| !mine.contains(one)).collect();
+            let holders = logical_ino::holders(&*self.images[0].file, extent.address)
+                .ok()
+                .flatten()
+                .unwrap_or_default();
+            let others: HashSet<_> = holders
+                .iter()
+                .map(|holder| (holder.root, holder.inode))
+                .filter(|one| !mine.contains(one))
+                .collect();
             for other in others {
                 *bytes.entry(other).or_insert(0u64) += extent.disk_bytes;
             }
         }
         let fd = self.any_fd()?;
         for ((root, inode), bytes) in bytes {
-            let name = logical_ino::path_in_subvolume(&fd, root, inode)
-                .map_or_else(|_| format!("inode {inode} of subvolume {root}"), |path| format!("{path} (subvolume {root})"));
+            let name = logical_ino::path_in_subvolume(&fd, root, inode).map_or_else(
+                |_| format!("inode {inode} of subvolume {root}"),
+                |path| format!("{path} (subvolume {root})"),
+            );
             *names.entry(name).or_insert(0) += bytes;
         }
         Ok(names)
@@ -298,16 +362,27 @@ mod tests {
     fn item(compression: u8, kind: u8, numbers: [u64; 4]) -> Vec<u8> {
         let mut item = [7u64.to_le_bytes(), 8192u64.to_le_bytes()].concat();
         item.extend([compression, 0, 0, 0, kind]);
-        numbers.iter().for_each(|number| item.extend(number.to_le_bytes()));
+        for number in numbers {
+            item.extend(number.to_le_bytes());
+        }
         item
     }
 
     #[test]
     fn items_that_make_no_sense_are_refused() {
-        assert!(matches!(parse(0, &item(0, 1, [4096, 8192, 0, 8192])), Ok(Item::Data(_))));
+        assert!(matches!(
+            parse(0, &item(0, 1, [4096, 8192, 0, 8192])),
+            Ok(Item::Data(_))
+        ));
         assert!(matches!(parse(0, &item(0, 1, [0, 0, 0, 8192])), Ok(Item::Hole)));
         assert!(matches!(parse(0, &item(0, 0, [0; 4])), Ok(Item::Inline(8192))));
-        for bad in [item(9, 1, [4096, 8192, 0, 8192]), item(0, 1, [4096, 8192, 4096, 8192]), item(0, 1, [4096, 8192, u64::MAX - 4095, 8192]), item(0, 1, [4096, 8192, 0, 100]), vec![0; 20]] {
+        for bad in [
+            item(9, 1, [4096, 8192, 0, 8192]),
+            item(0, 1, [4096, 8192, 4096, 8192]),
+            item(0, 1, [4096, 8192, u64::MAX - 4095, 8192]),
+            item(0, 1, [4096, 8192, 0, 100]),
+            vec![0; 20],
+        ] {
             assert!(parse(0, &bad).is_err());
         }
     }

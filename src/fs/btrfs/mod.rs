@@ -72,12 +72,18 @@ impl Btrfs {
             return Err(Error::NotRoot);
         }
         let first = images.first().map_or(&named[0], |image| &image.path);
-        let scratch = if first.is_dir() { first.as_path() } else { first.parent().unwrap_or(first) };
+        let scratch = if first.is_dir() {
+            first.as_path()
+        } else {
+            first.parent().unwrap_or(first)
+        };
         let folder = File::open(scratch).map_err(Error::io("open", scratch))?;
         if purpose == Purpose::Change {
             let mount = rustix::fs::fstatvfs(&folder).map_err(Error::io("look at", scratch))?;
             if mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
-                return Err(Error::ReadOnly { path: scratch.to_owned() });
+                return Err(Error::ReadOnly {
+                    path: scratch.to_owned(),
+                });
             }
         }
         let (images, skipped, leases) = images::open(images, &info, purpose)?;
@@ -113,7 +119,10 @@ impl Btrfs {
 
     /// Whether the filesystem's own checksums begin with that function's fingerprint.
     fn has_usable_checksums(&self) -> bool {
-        matches!((self.info.checksum_type, self.info.checksum_bytes), (Some(0), 4) | (Some(1), 8))
+        matches!(
+            (self.info.checksum_type, self.info.checksum_bytes),
+            (Some(0), 4) | (Some(1), 8)
+        )
     }
 
     /// Closes all donors: what of them no image shares is free from the next commit on.
@@ -137,7 +146,11 @@ impl Btrfs {
                 path: self.scratch.clone(),
                 problem: format!("no image reaches block {slot}"),
             })?;
-            self.read(SourceFile::Image(place.image), u64::from(place.file_block) * BLOCK_BYTES, &mut block)?;
+            self.read(
+                SourceFile::Image(place.image),
+                u64::from(place.file_block) * BLOCK_BYTES,
+                &mut block,
+            )?;
             Ok((*slot, proof_of(&block)))
         };
         slots.par_iter().map(read).collect()
@@ -152,13 +165,15 @@ impl Btrfs {
     }
 
     fn search(&self, tree: u64, first: Key, last: Key, visit: impl FnMut(Key, &[u8]) -> Option<Key>) -> Result<()> {
-        tree_search(self.any_fd()?, tree, first, last, visit).map_err(Error::io("read the extent map of", &self.scratch))
+        tree_search(self.any_fd()?, tree, first, last, visit)
+            .map_err(Error::io("read the extent map of", &self.scratch))
     }
 
     fn unnamed_file(&self) -> Result<File> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = rustix::fs::open(&self.scratch, flags, Mode::RUSR | Mode::WUSR);
-        file.map(File::from).map_err(Error::io("make a donor in", &self.scratch))
+        file.map(File::from)
+            .map_err(Error::io("make a donor in", &self.scratch))
     }
 
     /// A file without data, as long as the largest image.
@@ -169,10 +184,23 @@ impl Btrfs {
             return Ok(file.clone());
         }
         let file = self.unnamed_file()?;
-        set_class(&file, Class { checksummed, compression: Compression::None })
+        set_class(
+            &file,
+            Class {
+                checksummed,
+                compression: Compression::None,
+            },
+        )
+        .map_err(Error::io("make a donor in", &self.scratch))?;
+        let size = self
+            .images
+            .iter()
+            .map(|image| image.size)
+            .max()
+            .unwrap_or(0)
+            .next_multiple_of(BLOCK_BYTES);
+        file.set_len(size)
             .map_err(Error::io("make a donor in", &self.scratch))?;
-        let size = self.images.iter().map(|image| image.size).max().unwrap_or(0).next_multiple_of(BLOCK_BYTES);
-        file.set_len(size).map_err(Error::io("make a donor in", &self.scratch))?;
         Ok(slot.insert(std::sync::Arc::new(file)).clone())
     }
 
@@ -225,22 +253,33 @@ fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
             Ok(info) => info,
             Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => {
                 let magic = rustix::fs::fstatfs(&file).map_err(Error::io("look at", path))?.f_type;
-                return Err(Error::NoSharing { path: path.clone(), filesystem: name_of_magic(magic) });
+                return Err(Error::NoSharing {
+                    path: path.clone(),
+                    filesystem: name_of_magic(magic),
+                });
             }
             Err(errno) => return Err(Error::io("look at the filesystem of", path)(errno)),
         };
         if info.sector_bytes != 4096 {
-            return Err(Error::SectorSize { path: path.clone(), sector_bytes: info.sector_bytes });
+            return Err(Error::SectorSize {
+                path: path.clone(),
+                sector_bytes: info.sector_bytes,
+            });
         }
         match first {
             Some((other, known)) if known.uuid != info.uuid => {
-                return Err(Error::TwoFilesystems { first: other.clone(), second: path.clone() });
+                return Err(Error::TwoFilesystems {
+                    first: other.clone(),
+                    second: path.clone(),
+                });
             }
             Some(_) => {}
             None => first = Some((path, info)),
         }
     }
-    first.map(|(_, info)| info).ok_or_else(|| Error::Usage("name at least one path".into()))
+    first
+        .map(|(_, info)| info)
+        .ok_or_else(|| Error::Usage("name at least one path".into()))
 }
 
 /// Names of filesystems by their magic number (linux/magic.h), for messages.
@@ -303,7 +342,10 @@ impl Sharing for Btrfs {
         let file = self.unnamed_file()?;
         set_class(&file, class).map_err(Error::io("make a donor in", &self.scratch))?;
         let mut donors = lock(&self.donors);
-        donors.push(Donor { file: std::sync::Arc::new(file), length: 0 });
+        donors.push(Donor {
+            file: std::sync::Arc::new(file),
+            length: 0,
+        });
         Ok(donors.len() - 1)
     }
 
@@ -315,7 +357,9 @@ impl Sharing for Btrfs {
             donor.length += content.len() as u64;
             (donor.file.clone(), at)
         };
-        let written = file.write_all_at(content, at).and_then(|()| write_out(&*file, at, content.len() as u64, false));
+        let written = file
+            .write_all_at(content, at)
+            .and_then(|()| write_out(&*file, at, content.len() as u64, false));
         written.map_err(|error| self.donor_error(error))
     }
 
@@ -345,9 +389,14 @@ impl Sharing for Btrfs {
 
     fn is_allocated(&self, address: u64, generation: u64) -> Result<bool> {
         let mut found = false;
-        let key = |offset| Key { object: address, kind: EXTENT_ITEM, offset };
+        let key = |offset| Key {
+            object: address,
+            kind: EXTENT_ITEM,
+            offset,
+        };
         self.search(EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
-            found |= key.object == address && map::extent_item(item).is_some_and(|extent| extent.generation == generation);
+            found |=
+                key.object == address && map::extent_item(item).is_some_and(|extent| extent.generation == generation);
             None
         })?;
         Ok(found)
@@ -365,7 +414,10 @@ impl Sharing for Btrfs {
 impl Btrfs {
     fn donor_error(&self, error: std::io::Error) -> Error {
         match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace { doing: "writing a donor", path: self.scratch.clone() },
+            Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
+                doing: "writing a donor",
+                path: self.scratch.clone(),
+            },
             _ => Error::io("write a donor in", &self.scratch)(error),
         }
     }
@@ -382,6 +434,8 @@ fn errno_of(error: &Error) -> Errno {
 pub fn kernel_release() -> (u32, u32) {
     let mut text = String::new();
     let _ = File::open("/proc/sys/kernel/osrelease").and_then(|mut file| file.read_to_string(&mut text));
-    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    let mut numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
