@@ -65,6 +65,12 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// The running kernel has bugs that sharing extents runs into.
+    #[error("Linux {}.{} has bugs that sharing extents on btrfs runs into", release.0, release.1)]
+    Kernel {
+        /// Its release, major and minor.
+        release: (u32, u32),
+    },
     /// Reading extent maps takes `CAP_SYS_ADMIN`.
     #[error("reading the filesystem's extent maps takes root")]
     NotRoot,
@@ -143,9 +149,10 @@ impl Error {
                 "name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions"
             }
             Self::TwoFilesystems { .. } => "run once for each filesystem",
-            Self::NoSharing { .. } => "vmfold works on btrfs with kernel 5.15 or later",
+            Self::NoSharing { .. } => "vmfold reclaims on btrfs only",
             Self::SectorSize { .. } => "vmfold supports blocks of 4096 bytes only",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
+            Self::Kernel { .. } => "use Linux 5.4 or later",
             Self::NotRoot => "run it with sudo",
             Self::TooLarge => "run once for each folder",
             Self::Index { .. } => "name another folder with --index, or delete this one: it is only a cache",

@@ -30,13 +30,18 @@ pub struct Options {
 /// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
 /// did until then is in the result, with the error.
 pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    let purpose = if options.dry_run {
+        Purpose::Plan
+    } else {
+        Purpose::Change
+    };
     let Prepared {
         fs,
         mut facts,
         skipped,
         fingerprinted,
         ..
-    } = prepare(&options.scope, Purpose::Change, monitor)?;
+    } = prepare(&options.scope, purpose, monitor)?;
     let before = Physical::of(&facts);
     let mut result = Reclaimed {
         images: fs.images().len() as u64,

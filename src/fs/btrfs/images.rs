@@ -28,7 +28,9 @@ const LEASE_POLL: Duration = Duration::from_millis(20);
 pub enum Purpose {
     /// To read extent maps and data only; whoever else uses them does not matter.
     Look,
-    /// To share extents: only images that nobody else has open.
+    /// To say what sharing extents would do: only images that nobody else has open.
+    Plan,
+    /// To share extents: the same, on a filesystem that can be written.
     Change,
 }
 
@@ -122,7 +124,7 @@ pub(super) fn open(
     }));
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
     let images: Vec<Image> = images.into_iter().map(|(image, _)| image).collect();
-    let keeper = (purpose == Purpose::Change).then(|| LeaseKeeper::new(&images));
+    let keeper = (purpose != Purpose::Look).then(|| LeaseKeeper::new(&images));
     Ok((images, skipped, keeper))
 }
 
@@ -151,7 +153,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         return Ok(Err(Skip::Changed));
     }
     let flags = inode_flags(&file).map_err(Error::io("look at", path))?;
-    if purpose == Purpose::Change {
+    if purpose != Purpose::Look {
         if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
             return Ok(Err(Skip::Immutable));
         }

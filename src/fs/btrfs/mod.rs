@@ -79,6 +79,10 @@ impl Btrfs {
         };
         let folder = File::open(scratch).map_err(Error::io("open", scratch))?;
         if purpose == Purpose::Change {
+            let release = kernel_release();
+            if release < KERNEL_MIN {
+                return Err(Error::Kernel { release });
+            }
             let mount = rustix::fs::fstatvfs(&folder).map_err(Error::io("look at", scratch))?;
             if mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
                 return Err(Error::ReadOnly {
@@ -430,8 +434,12 @@ fn errno_of(error: &Error) -> Errno {
     }
 }
 
+/// Before this, sharing could corrupt metadata or data (5.1 to 5.3), or truncated ranges at their end (below 5.0): the table in
+/// bees, `docs/btrfs-kernel.md`.
+const KERNEL_MIN: (u32, u32) = (5, 4);
+
 /// The release of the running kernel, as (major, minor).
-pub fn kernel_release() -> (u32, u32) {
+fn kernel_release() -> (u32, u32) {
     let mut text = String::new();
     let _ = File::open("/proc/sys/kernel/osrelease").and_then(|mut file| file.read_to_string(&mut text));
     let mut numbers = text

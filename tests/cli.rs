@@ -1,0 +1,353 @@
+//! Goal: what each command prints and how it ends stays as it is. Method: one snapshot for each outcome, of stdout, stderr and
+//! exit code; sizes that depend on the filesystem's mood are not among them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod common;
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::{Mounted, Random, can_mount, reflink, sh};
+
+/// All that a command says, with the scratch folder's name replaced.
+fn outcome(output: &Output, folder: &Path) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace(&folder.display().to_string(), "[folder]");
+    let code = output
+        .status
+        .code()
+        .map_or("killed".to_owned(), |code| code.to_string());
+    format!(
+        "{}--- stderr\n{}--- exit {code}",
+        text(&output.stdout),
+        text(&output.stderr)
+    )
+}
+
+fn vmfold(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vmfold"))
+        .env_clear()
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+/// Two copies of the same data and a revision of one.
+fn small_pool() -> Mounted {
+    let fs = Mounted::new("mkfs.btrfs -q", "", 512);
+    let (one, two) = (fs.pool().join("one.img"), fs.pool().join("two.img"));
+    let mut content = Random(1).data(4 << 20);
+    content.extend(vec![0; 1 << 20]);
+    for path in [&one, &two] {
+        std::fs::write(path, &content).unwrap();
+        sh(&format!("sync -f {}", path.display()));
+    }
+    reflink(&two, &fs.pool().join("two.img.1@2026-01-01T00:00:00Z"));
+    fs
+}
+
+#[test]
+fn reclaim_report_scan_and_status() {
+    if !can_mount() {
+        return;
+    }
+    let fs = small_pool();
+    let run = |command: &str| outcome(&fs.vmfold(command), &fs.mount);
+    insta::assert_snapshot!(run("report"), @r#"
+               Size        Data   Exclusive      Shared Unreachable  Image
+            5.0 MiB     5.0 MiB     5.0 MiB         0 B         0 B  [folder]/pool/one.img
+            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B  [folder]/pool/two.img
+            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
+        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Unreachable parts of extents: 0 B
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("scan"), @r#"
+        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Fingerprints: 10.0 MiB from the filesystem's checksums, 0 B from the index, 0 B read
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
+        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Would free 6.0 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB)
+        To do so: 15.0 MiB compared, 4.0 MiB rewritten, about 768 B of metadata, up to 4.0 MiB of extra space on the way
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim"), @r#"
+        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Planned 6.0 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB)
+        To do so: 15.0 MiB compared, 4.0 MiB rewritten, about 768 B of metadata, up to 4.0 MiB of extra space on the way
+        Freed 6.0 MiB: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim"), @r#"
+        3 images: 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
+        Planned 0 B in 0 extents
+        Freed 0 B: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("report"), @r#"
+               Size        Data   Exclusive      Shared Unreachable  Image
+            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B  [folder]/pool/one.img
+            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B  [folder]/pool/two.img
+            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
+        3 images: 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
+        Unreachable parts of extents: 0 B
+        --- stderr
+        --- exit 0
+    "#);
+    let index = fs.index();
+    let status = vmfold(&["status", "--index", &index.display().to_string()]);
+    let status = outcome(&status, index.parent().unwrap());
+    insta::with_settings!({filters => vec![(r"[\d.]+ [KM]iB on disk", "[size] on disk"), (r"[0-9a-f]{32}", "[uuid]")]}, {
+        insta::assert_snapshot!(status, @r#"
+            [folder]/index/[uuid]
+              3 extents, 14.0 MiB of blocks, 0 B of them with fingerprints that had to be read
+              802 chunks, about 384 different
+              [size] on disk (extents-v1-crc32c-1-4-16-cuts-v1)
+            --- stderr
+            --- exit 0
+        "#);
+    });
+    let open = File::open(fs.pool().join("one.img")).unwrap();
+    insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
+        2 images: 4.0 MiB on disk for 8.0 MiB of data in 10.0 MiB of images (1 extents, 2 references)
+        Would free 0 B in 0 extents
+        Left alone: [folder]/pool/one.img: in use: shut the machine down, or detach the loop device
+        --- stderr
+        --- exit 3
+    "#);
+    drop(open);
+}
+
+#[test]
+fn reclaim_json() {
+    if !can_mount() {
+        return;
+    }
+    let fs = small_pool();
+    insta::assert_snapshot!(outcome(&fs.vmfold("--json reclaim"), &fs.mount), @r#"
+        {
+          "type": "reclaim",
+          "version": 1,
+          "images": 3,
+          "skipped": [],
+          "dry_run": false,
+          "interrupted": false,
+          "pool": {
+            "logical_bytes": 15728640,
+            "referenced_bytes": 15728640,
+            "physical_bytes": 10485760,
+            "extents": 2,
+            "references": 3
+          },
+          "fingerprinted": {
+            "from_checksums": 10485760,
+            "from_index": 0,
+            "read": 0
+          },
+          "planned": {
+            "freed_bytes": 6291456,
+            "freed_by_reason": {
+              "duplicate": 4194304,
+              "zeros": 2097152
+            },
+            "rewritten_bytes": 4194304,
+            "metadata_bytes": 768,
+            "peak_bytes": 4194304,
+            "compared_bytes": 15728640,
+            "proved_bytes": 0,
+            "extents": 2,
+            "pinned": {}
+          },
+          "done": {
+            "freed_bytes": 6291456,
+            "after": {
+              "logical_bytes": 15728640,
+              "referenced_bytes": 12582912,
+              "physical_bytes": 4194304,
+              "extents": 1,
+              "references": 3
+            },
+            "counts": {
+              "calls": 6,
+              "shared_bytes": 15728640,
+              "differing_bytes": 0,
+              "refused_bytes": {},
+              "written_bytes": 4194304,
+              "abandoned_bytes": 0,
+              "second_round_extents": 0,
+              "extents_still_held": 0
+            }
+          },
+          "held_by": {}
+        }
+        --- stderr
+        --- exit 0
+    "#);
+}
+
+#[test]
+fn bad_input_is_one_line_each() {
+    if !can_mount() {
+        return;
+    }
+    let (fs, other) = (small_pool(), Mounted::btrfs());
+    let xfs = Mounted::new("mkfs.xfs -q", "", 512);
+    let index = fs.index().display().to_string();
+    let run = |arguments: &[&str]| {
+        let mut all = vec!["reclaim", "--index", &index];
+        all.extend(arguments);
+        let output = vmfold(&all);
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
+        let text = outcome(&output, &fs.mount);
+        let text = text.replace(&other.mount.display().to_string(), "[other]");
+        text.replace(&xfs.mount.display().to_string(), "[xfs]")
+    };
+    let (pool, elsewhere) = (fs.pool().display().to_string(), other.pool().display().to_string());
+    std::fs::write(xfs.pool().join("a.img"), "x").unwrap();
+    std::fs::write(other.pool().join("a.img"), "x").unwrap();
+    insta::assert_snapshot!(run(&[&format!("{pool}/absent")]), @r#"
+        --- stderr
+        error: `[folder]/pool/absent` does not exist (check the path)
+        --- exit 2
+    "#);
+    std::fs::create_dir(fs.mount.join("nothing")).unwrap();
+    insta::assert_snapshot!(run(&[&fs.mount.join("nothing").display().to_string()]), @r#"
+        --- stderr
+        error: no images found in `[folder]/nothing` (name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions)
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(run(&[&pool, &elsewhere]), @r#"
+        --- stderr
+        error: `[folder]/pool` and `[other]/pool` are on two filesystems (run once for each filesystem)
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(run(&[&xfs.pool().display().to_string()]), @r#"
+        --- stderr
+        error: `[xfs]/pool` is on XFS, where vmfold cannot share extents (vmfold reclaims on btrfs only)
+        --- exit 1
+    "#);
+    insta::assert_snapshot!(run(&["--min-run", "0", &pool]), @r#"
+        --- stderr
+        error: --min-run must be between 4K and 4G
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(run(&["--exclude", "[", &pool]), @r#"
+        --- stderr
+        error: --exclude `[` is no pattern: error parsing glob '[': unclosed character class; missing ']'
+        --- exit 2
+    "#);
+    sh(&format!("mount -o remount,ro {}", fs.mount.display()));
+    insta::assert_snapshot!(run(&[&pool]), @r#"
+        --- stderr
+        error: `[folder]/pool` is on a filesystem that is mounted read-only (remount it read-write, or use --dry-run or report)
+        --- exit 1
+    "#);
+    sh(&format!("mount -o remount,rw {}", fs.mount.display()));
+    let binary = tempfile::tempdir().unwrap();
+    let copy = binary.path().join("vmfold");
+    std::fs::copy(env!("CARGO_BIN_EXE_vmfold"), &copy).unwrap();
+    sh(&format!(
+        "chmod 755 {0} {1} {2} {3}",
+        binary.path().display(),
+        copy.display(),
+        fs.mount.parent().unwrap().display(),
+        fs.mount.display()
+    ));
+    sh(&format!("chmod 755 {pool}/../pool 2>/dev/null || true"));
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--clear-groups"])
+        .arg(&copy)
+        .args(["reclaim", "--index", "/tmp", &pool])
+        .output()
+        .unwrap();
+    insta::assert_snapshot!(outcome(&output, &fs.mount), @r#"
+        --- stderr
+        error: reading the filesystem's extent maps takes root (run it with sudo)
+        --- exit 1
+    "#);
+}
+
+#[test]
+fn help_and_usage() {
+    insta::assert_snapshot!(outcome(&vmfold(&["--help"]), Path::new("/none")), @r#"
+        Gives virtual machine images their disk back: what images and revisions have in common becomes
+        shared extents
+
+        Works on the images of shut-down machines on btrfs. Images keep every byte, their times, inodes,
+        links, mode and owner; images that someone has open are left alone.
+
+        Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 130 interrupted.
+
+        Usage: vmfold [OPTIONS] <COMMAND>
+
+        Commands:
+          reclaim  Share what images have in common, and free the rest
+          report   Show what each image holds, and what deleting it would free
+          scan     Fill the index only
+          status   Show what the index knows
+          help     Print this message or the help of the given subcommand(s)
+
+        Options:
+              --json
+                  Print one JSON document instead of text
+
+          -h, --help
+                  Print help (see a summary with '-h')
+
+          -V, --version
+                  Print version
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(outcome(&vmfold(&["reclaim", "--help"]), Path::new("/none")), @r#"
+        Share what images have in common, and free the rest
+
+        Usage: vmfold reclaim [OPTIONS] <PATH>...
+
+        Arguments:
+          <PATH>...  Image files, and folders to search for images, all on one filesystem
+
+        Options:
+              --exclude <GLOB>     Leave out what matches this pattern; may be given more than once
+              --json               Print one JSON document instead of text
+              --index <DIR>        Folder for the index, which is only a cache [default: /var/cache/vmfold]
+          -n, --dry-run            Only say what would be done
+              --min-run <SIZE>     Shortest run of equal data worth sharing: less frees more, and makes more
+                                   fragments [default: 16KiB]
+              --keep-zeros         Leave blocks of zeros as data instead of making them holes
+              --keep-prealloc      Leave preallocated ranges allocated instead of making them holes
+              --work-space <SIZE>  Extra disk space that may be used on the way [default: 1GiB]
+          -h, --help               Print help
+          -V, --version            Print version
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(outcome(&vmfold(&["reclaim"]), Path::new("/none")), @r#"
+        --- stderr
+        error: the following required arguments were not provided:
+          <PATH>...
+
+        Usage: vmfold reclaim <PATH>...
+
+        For more information, try '--help'.
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(outcome(&vmfold(&["status", "--index", "/nonexistent"]), Path::new("/none")), @r#"
+        --- stderr
+        note: There is no index in `[folder]xistent` yet: run vmfold scan or reclaim
+        --- exit 0
+    "#);
+}
