@@ -184,21 +184,22 @@ impl Pass<'_> {
 
     /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
     fn match_extent(&mut self, extent: &Extent) -> Match {
-        let facts = self.facts;
         let mut found = Match {
             runs: Vec::new(),
             left_over: 0,
             unproved: Vec::new(),
         };
-        for segment in facts.live().runs(extent.slots()) {
+        for segment in self.facts.live().runs(extent.slots()) {
             let mut at = segment.start;
+            // Where the blocks begin that are left over so far.
+            let mut gap = at;
             while at < segment.end {
-                if let Some(run) = self.zeros(at, &segment).or_else(|| self.longest(extent, at, &segment)) {
-                    if run.blocks <= UNPROVED_BLOCKS {
-                        self.question(&run, &mut found.unproved);
-                    }
+                let run = self.zeros(at, &segment).or_else(|| self.longest(extent, at, &segment));
+                if let Some(run) = run {
+                    self.close_gap(extent, gap..at, Some(&run), &mut found);
+                    self.accept(run, &mut found);
                     at += run.blocks;
-                    found.runs.push(run);
+                    gap = at;
                 } else {
                     self.homes.insert(at);
                     self.enter(at);
@@ -206,8 +207,33 @@ impl Pass<'_> {
                     at += 1;
                 }
             }
+            self.close_gap(extent, gap..at, None, &mut found);
         }
         found
+    }
+
+    fn accept(&self, run: Run, found: &mut Match) {
+        if run.blocks <= UNPROVED_BLOCKS {
+            self.question(&run, &mut found.unproved);
+        }
+        found.runs.push(run);
+    }
+
+    /// Looks once more at a few blocks that are left over between runs: they take a reference of their own in any case, so
+    /// that sharing them costs nothing, however few they are.
+    fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&Run>, found: &mut Match) {
+        let blocks = gap.end - gap.start;
+        let is_used = |run: &Run| matches!(run.target, Target::Home(home) if home < gap.end && gap.start < home + run.blocks);
+        if blocks == 0 || blocks >= self.options.min_run_blocks || next.is_some_and(is_used) {
+            return;
+        }
+        gap.clone().for_each(|slot| self.homes.remove(slot));
+        if let Some(run) = self.zeros(gap.start, &gap).or_else(|| self.longest(extent, gap.start, &gap)) {
+            found.left_over -= blocks;
+            self.accept(run, found);
+        } else {
+            self.homes.insert_range(gap);
+        }
     }
 
     /// The run of zeros that begins at `at`, if it is worth a hole.
