@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::block::{Slot, SlotSet};
+use crate::block::Slot;
+use crate::fingerprint::Fingerprints;
 
 /// An image, by its place in the list of images a run works on.
 pub type ImageId = u32;
@@ -111,7 +112,7 @@ impl Reference {
 }
 
 /// Everything that a plan follows from.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Facts {
     /// Extents by address; slots follow this order.
     pub extents: Vec<Extent>,
@@ -120,13 +121,13 @@ pub struct Facts {
     /// For each extent, and one past the last, where its references begin.
     first_reference: Vec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
-    pub fingerprints: Vec<u32>,
+    pub fingerprints: Fingerprints,
     /// Fingerprint of a block of zeros.
     pub zero_fingerprint: u32,
     /// Strong hashes of the few blocks that were read because their fingerprint alone does not prove equality.
     pub proofs: HashMap<Slot, Proof>,
-    /// Slots that some reference that is not preallocated reaches.
-    live: SlotSet,
+    /// How many slots a block table may hold; a pool with more is sampled.
+    pub table_slots_max: usize,
     /// For each slot range that is reachable, a reference to read it through; by slot, without overlap.
     cover: Vec<Cover>,
 }
@@ -156,12 +157,10 @@ pub struct Place {
 impl Facts {
     /// Puts extents (by address, slots in that order) and references together; fingerprints are still to be filled in.
     pub fn new(extents: Vec<Extent>, mut references: Vec<Reference>, zero_fingerprint: u32) -> Self {
-        let slots = extents.last().map_or(0, |last| last.slots().end as usize);
         references.sort_unstable_by_key(|r| (r.extent, r.image, r.file_block));
         references.dedup_by(|next, last| last.absorb(next));
         references.sort_unstable_by_key(|r| (r.extent, r.slot, r.image, r.file_block));
         let mut first_reference = Vec::with_capacity(extents.len() + 1);
-        let mut live = SlotSet::new(slots);
         let mut cover: Vec<Cover> = Vec::new();
         let mut at = 0;
         for extent in 0..u32::try_from(extents.len()).unwrap_or(u32::MAX) {
@@ -171,7 +170,6 @@ impl Facts {
                 let end = reference.slots().end;
                 if !reference.preallocated && end > covered {
                     let start = covered.max(reference.slot);
-                    live.insert_range(start..end);
                     cover.push(Cover {
                         slot: start,
                         blocks: end - start,
@@ -187,10 +185,10 @@ impl Facts {
             extents,
             references,
             first_reference,
-            fingerprints: vec![0; slots],
+            fingerprints: Fingerprints::default(),
+            table_slots_max: usize::MAX,
             zero_fingerprint,
             proofs: HashMap::new(),
-            live,
             cover,
         }
     }
@@ -212,9 +210,25 @@ impl Facts {
         u32::try_from(after.saturating_sub(1)).unwrap_or(u32::MAX)
     }
 
-    /// The slots that some image can reach.
-    pub fn live(&self) -> &SlotSet {
-        &self.live
+    /// The maximal runs of slots of `within` that some image can reach, other than as preallocated, in order.
+    pub fn live_runs(&self, within: Range<Slot>) -> impl Iterator<Item = Range<Slot>> + '_ {
+        let first = self
+            .cover
+            .partition_point(|cover| cover.slot + cover.blocks <= within.start);
+        let covers = self.cover[first..].iter().take_while({
+            let end = within.end;
+            move |cover| cover.slot < end
+        });
+        let mut covers = covers
+            .map(move |cover| cover.slot.max(within.start)..(cover.slot + cover.blocks).min(within.end))
+            .peekable();
+        std::iter::from_fn(move || {
+            let mut run = covers.next()?;
+            while let Some(next) = covers.next_if(|next| next.start == run.end) {
+                run.end = next.end;
+            }
+            Some(run)
+        })
     }
 
     /// Where a range of live slots can be read or shared from: the place of its beginning, and how far that place holds.
@@ -243,7 +257,7 @@ impl Facts {
 
     /// Whether the block at `slot` reads as zeros, as far as fingerprints and proofs tell.
     pub fn is_zero(&self, slot: Slot) -> bool {
-        self.fingerprints[slot as usize] == self.zero_fingerprint
+        self.fingerprints.get(slot) == self.zero_fingerprint
     }
 }
 
@@ -256,7 +270,7 @@ impl Facts {
 
     /// Whether two blocks may be equal: alike in fingerprint, and not known to differ.
     pub fn may_be_equal(&self, one: Slot, other: Slot) -> bool {
-        self.fingerprints[one as usize] == self.fingerprints[other as usize]
+        self.fingerprints.get(one) == self.fingerprints.get(other)
             && (self.proofs.is_empty() || self.proved_equal(one, other).unwrap_or(true))
     }
 

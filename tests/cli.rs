@@ -169,6 +169,7 @@ fn reclaim_json() {
             "compared_bytes": 15728640,
             "proved_bytes": 0,
             "extents": 2,
+            "sampled": 1,
             "pinned": {}
           },
           "done": {
@@ -324,6 +325,7 @@ fn help_and_usage() {
               --exclude <GLOB>     Leave out what matches this pattern; may be given more than once
               --json               Print one JSON document instead of text
               --index <DIR>        Folder for the index, which is only a cache [default: /var/cache/vmfold]
+              --memory <SIZE>      Memory for tables of blocks [default: 128MiB]
           -n, --dry-run            Only say what would be done
               --min-run <SIZE>     Shortest run of equal data worth sharing: less frees more, and makes more
                                    fragments [default: 16KiB]

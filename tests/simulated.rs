@@ -220,6 +220,21 @@ proptest! {
     }
 
     #[test]
+    fn a_pool_larger_than_the_block_table_is_sampled(
+        steps in prop::collection::vec(step(), 1..12),
+        options in options(),
+        slots in 16usize..200,
+    ) {
+        let fs = build(&steps, Faults { table_slots_max: Some(slots), ..Faults::default() });
+        let (content, before) = (fs.contents(), fs.allocated_bytes());
+        let (plan, _) = reclaim(&fs, &options);
+        prop_assert_eq!(fs.contents(), content);
+        prop_assert_eq!(before - fs.allocated_bytes(), plan.freed_bytes());
+        let (_, again) = planned(&fs, &options);
+        prop_assert_eq!(&again.eliminations, &[]);
+    }
+
+    #[test]
     fn blocks_that_only_look_alike_cost_nothing_but_time(
         steps in prop::collection::vec(step(), 1..12),
         options in options(),

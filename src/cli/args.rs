@@ -46,6 +46,9 @@ pub(super) struct Named {
     /// Folder for the index, which is only a cache
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     index: PathBuf,
+    /// Memory for tables of blocks
+    #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = parse_size)]
+    memory: u64,
 }
 
 impl Named {
@@ -54,6 +57,7 @@ impl Named {
             paths: self.paths.clone(),
             exclude: self.exclude.clone(),
             index: self.index.clone(),
+            memory_bytes: self.memory,
         }
     }
 }

@@ -61,6 +61,8 @@ pub struct Simulated {
 pub struct Faults {
     /// Bits of a block's content that its fingerprint depends on: fewer make different blocks look alike. 0 stands for all.
     pub fingerprint_bits: u32,
+    /// Slots that a block table may hold.
+    pub table_slots_max: Option<usize>,
     /// From this call on, someone has this image open.
     pub opened: Option<(u64, ImageId)>,
     /// From this call on, the process is as good as killed: nothing works.
@@ -207,7 +209,8 @@ impl Simulated {
                 }
             }
             let mut facts = Facts::new(extents, references, self.fingerprint(0));
-            facts.fingerprints = fingerprints;
+            facts.fingerprints = fingerprints.into();
+            facts.table_slots_max = self.faults.table_slots_max.unwrap_or(usize::MAX);
             facts
         })
     }

@@ -120,20 +120,20 @@ impl Index {
                 for (run, fingerprints) in entry.fingerprints() {
                     for (block, fingerprint) in run.zip(fingerprints) {
                         if !known.contains(first + block) {
-                            facts.fingerprints[(first + block) as usize] = *fingerprint;
+                            facts
+                                .fingerprints
+                                .write(first + block, std::slice::from_ref(fingerprint));
                             known.insert(first + block);
                         }
                     }
                 }
                 let slots = extent.slots();
                 self.current[place] = facts
-                    .live()
-                    .runs(slots)
+                    .live_runs(slots)
                     .all(|mut run| run.all(|slot| known.contains(slot)))
                     && entry.covers(
                         facts
-                            .live()
-                            .runs(extent.slots())
+                            .live_runs(extent.slots())
                             .map(|run| run.start - first..run.end - first),
                     );
             }

@@ -37,9 +37,9 @@ impl Entry {
         };
         // Checksums of plain extents are read from the filesystem faster than from here.
         let is_computed = extent.class.compression != Compression::None || !extent.class.checksummed;
-        for run in facts.live().runs(extent.slots()) {
-            let fingerprints = &facts.fingerprints[run.start as usize..run.end as usize];
-            chunker.cut(fingerprints, |chunk| entry.chunks.push(chunk));
+        for run in facts.live_runs(extent.slots()) {
+            let fingerprints = facts.fingerprints.range(run.clone());
+            chunker.cut(&fingerprints, |chunk| entry.chunks.push(chunk));
             if is_computed {
                 entry.computed.extend(fingerprints);
             }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::facts::Facts;
+use crate::fingerprint::Fingerprints;
 use crate::fs::btrfs::{Btrfs, Fingerprinted, Purpose, fingerprint};
 use crate::index::Index;
 use crate::monitor::Monitor;
@@ -22,6 +23,9 @@ pub struct Scope {
     pub exclude: Vec<String>,
     /// Where indexes are kept.
     pub index: PathBuf,
+    /// Memory for fingerprints and the block table, in bytes. A pool that needs more keeps its fingerprints in a file beside the
+    /// index, and looks up a sample of its blocks.
+    pub memory_bytes: u64,
 }
 
 /// A pool that was opened and read.
@@ -72,6 +76,7 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     let fingerprinted = {
+        make_room(&mut facts, scope)?;
         let mut index = Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor)?;
         fingerprint(&fs, &mut facts, &mut index, monitor)?
     };
@@ -81,6 +86,24 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
         skipped,
         fingerprinted,
     })
+}
+
+/// Decides where fingerprints are kept and how large a block table may be.
+fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
+    /// Bytes for each slot: its fingerprint, twice, since planning looks at the pool as it would be as well.
+    const SLOT_BYTES: u64 = 8;
+    /// Bytes for each slot in the block table.
+    const ENTRY_BYTES: u64 = 16;
+    let (slots, half) = (facts.slots() as usize, scope.memory_bytes / 2);
+    facts.table_slots_max = usize::try_from(half / ENTRY_BYTES).unwrap_or(usize::MAX);
+    facts.fingerprints = if slots as u64 * SLOT_BYTES <= half {
+        Fingerprints::in_memory(slots)
+    } else {
+        std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
+        Fingerprints::in_file(slots, &scope.index)
+            .map_err(Error::io("make a file for fingerprints in", &scope.index))?
+    };
+    Ok(())
 }
 
 /// Looks for images, and notes what could not be looked at.

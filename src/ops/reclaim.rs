@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{Prepared, Scope, prepare};
 use crate::block::bytes;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::fs::Sharing;
 use crate::fs::btrfs::{Physical, Purpose, freed_bytes};
@@ -61,6 +61,10 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
         fs.prove(facts, slots)
     })?;
+    facts
+        .fingerprints
+        .check()
+        .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
     result.planned = Planned::of(&plan, proved);
     result.held_by = if plan.pinned.is_empty() {
         BTreeMap::new()

@@ -10,21 +10,53 @@ use crate::facts::{Extent, Facts, Reference};
 pub struct Applied {
     /// What would be known of it. Donors have addresses beyond all others.
     pub facts: Facts,
-    /// For each slot, which slot it was: of a donor's block, the one it is copied from.
-    pub origin: Vec<Slot>,
+    /// Which slot each slot was: of a donor's block, the one it is copied from.
+    pub origin: Origin,
     /// For each extent but the donors', which follow, which extent it was.
     pub kept: Vec<u32>,
 }
 
+/// Where slots come from, run by run.
+#[derive(Debug, Default)]
+pub struct Origin {
+    /// First slot, first slot there was, blocks; by the first.
+    runs: Vec<(Slot, Slot, u32)>,
+}
+
+impl Origin {
+    fn push(&mut self, old: std::ops::Range<Slot>) {
+        let new = self.runs.last().map_or(0, |(new, _, blocks)| new + blocks);
+        self.runs.push((new, old.start, old.end - old.start));
+    }
+
+    /// The slot that `slot` was.
+    pub fn of(&self, slot: Slot) -> Slot {
+        let after = self.runs.partition_point(|(new, ..)| *new <= slot);
+        let (new, old, _) = self.runs[after - 1];
+        old + (slot - new)
+    }
+
+    /// The slot that `old` is now, for many of them.
+    fn inverse(&self) -> impl Fn(Slot) -> Option<Slot> {
+        let mut by_old = self.runs.clone();
+        by_old.sort_unstable_by_key(|(_, old, _)| *old);
+        move |slot| {
+            let after = by_old.partition_point(|(_, old, _)| *old <= slot);
+            let (new, old, blocks) = by_old[after.checked_sub(1)?];
+            (slot < old + blocks).then(|| new + (slot - old))
+        }
+    }
+}
+
 /// Carries a layout out on paper.
 pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
-    let (mut extents, mut origin, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut extents, mut origin, mut kept) = (Vec::new(), Origin::default(), Vec::new());
     let mut new_place = vec![u32::MAX; facts.extents.len()];
     let mut slot = 0;
     for (old, extent) in (0u32..).zip(&facts.extents).filter(|(old, _)| !layout.is_gone(*old)) {
         new_place[old as usize] = u32::try_from(kept.len()).unwrap_or(u32::MAX);
         kept.push(old);
-        origin.extend(extent.slots());
+        origin.push(extent.slots());
         extents.push(Extent {
             first_slot: slot,
             ..extent.clone()
@@ -44,7 +76,7 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
             class: donor.class,
             pinned: None,
         });
-        origin.extend(donor.pieces.iter().cloned().flatten());
+        donor.pieces.iter().for_each(|piece| origin.push(piece.clone()));
         address += disk_bytes;
         slot += donor.blocks;
     }
@@ -85,15 +117,21 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
     });
     let references = references.collect();
     let mut after = Facts::new(extents, references, facts.zero_fingerprint);
-    for (slot, old) in origin.iter().enumerate() {
-        after.fingerprints[slot] = facts.fingerprints[*old as usize];
+    after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
+    after.table_slots_max = facts.table_slots_max;
+    for (new, old, blocks) in &origin.runs {
+        after
+            .fingerprints
+            .write(*new, &facts.fingerprints.range(*old..old + blocks));
     }
     if !facts.proofs.is_empty() {
-        let proved = (0u32..)
-            .zip(&origin)
-            .filter_map(|(slot, old)| Some((slot, *facts.proofs.get(old)?)));
-        let proved: Vec<_> = proved.collect();
-        after.add_proofs(proved);
+        let new_of = origin.inverse();
+        after.add_proofs(
+            facts
+                .proofs
+                .iter()
+                .filter_map(|(old, proof)| Some((new_of(*old)?, *proof))),
+        );
     }
     Applied {
         facts: after,

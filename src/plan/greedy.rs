@@ -35,7 +35,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, rewritten_anyway: impl Fn
     let mut pass = Pass {
         facts,
         options,
-        table: Table::new(slots),
+        table: Table::new(facts),
         homes: SlotSet::new(slots),
         found: Decisions::default(),
     };
@@ -52,9 +52,8 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
     let mut order: Vec<_> = (0u32..).zip(&facts.extents).collect();
     order.sort_by_cached_key(|(place, extent)| {
-        let live: usize = facts.live().runs(extent.slots()).map(|run| run.len()).sum();
+        let live: usize = facts.live_runs(extent.slots()).map(|run| run.len()).sum();
         let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
-        let content = &facts.fingerprints[extent.first_slot as usize..extent.slots().end as usize];
         (
             is_pinned(facts, options, *place).is_none(),
             u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS),
@@ -65,7 +64,7 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
                     .map(|reference| u64::from(reference.blocks))
                     .sum::<u64>(),
             ),
-            live_hash(facts, extent, content),
+            live_hash(facts, extent),
             extent.address,
         )
     });
@@ -73,11 +72,11 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
 }
 
 /// A hash of what can be reached of an extent.
-fn live_hash(facts: &Facts, extent: &Extent, content: &[u32]) -> u64 {
+fn live_hash(facts: &Facts, extent: &Extent) -> u64 {
     let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
-    for run in facts.live().runs(extent.slots()) {
+    for run in facts.live_runs(extent.slots()) {
         let start = run.start - extent.first_slot;
-        for fingerprint in &content[start as usize..(run.end - extent.first_slot) as usize] {
+        for fingerprint in facts.fingerprints.range(run) {
             hash.update(&fingerprint.to_le_bytes());
         }
         hash.update(&start.to_le_bytes());
@@ -116,7 +115,7 @@ struct Match {
 impl Pass<'_> {
     fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
         let facts = self.facts;
-        let (this, live) = (&facts.extents[extent as usize], facts.live());
+        let this = &facts.extents[extent as usize];
         let pinned = is_pinned(facts, self.options, extent);
         let found = self.match_extent(this);
         let frees = this.disk_bytes.saturating_sub(donor_bytes(
@@ -136,7 +135,7 @@ impl Pass<'_> {
         if let Some(why) = pinned.filter(|_| frees > 0 && (!found.runs.is_empty() || this.pinned.is_none())) {
             *self.found.pinned.entry(why).or_default() += frees;
         }
-        for run in live.runs(this.slots()) {
+        for run in facts.live_runs(this.slots()) {
             self.homes.insert_range(run.clone());
             run.for_each(|slot| self.enter(slot));
         }
@@ -189,16 +188,20 @@ impl Pass<'_> {
             left_over: 0,
             unproved: Vec::new(),
         };
-        for segment in self.facts.live().runs(extent.slots()) {
+        for segment in self.facts.live_runs(extent.slots()) {
             let mut at = segment.start;
             // Where the blocks begin that are left over so far.
             let mut gap = at;
             while at < segment.end {
-                let run = self.zeros(at, &segment).or_else(|| self.longest(extent, at, &segment));
+                let run = self
+                    .zeros(at, &segment)
+                    .or_else(|| self.longest(extent, at, &segment, gap));
                 if let Some(run) = run {
-                    self.close_gap(extent, gap..at, Some(&run), &mut found);
+                    (run.slot..at).for_each(|slot| self.homes.remove(slot));
+                    found.left_over -= at - run.slot;
+                    self.close_gap(extent, gap..run.slot, Some(&run), &mut found);
                     self.accept(run, &mut found);
-                    at += run.blocks;
+                    at = run.slot + run.blocks;
                     gap = at;
                 } else {
                     self.homes.insert(at);
@@ -223,12 +226,16 @@ impl Pass<'_> {
     /// that sharing them costs nothing, however few they are.
     fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&Run>, found: &mut Match) {
         let blocks = gap.end - gap.start;
-        let is_used = |run: &Run| matches!(run.target, Target::Home(home) if home < gap.end && gap.start < home + run.blocks);
+        let is_used =
+            |run: &Run| matches!(run.target, Target::Home(home) if home < gap.end && gap.start < home + run.blocks);
         if blocks == 0 || blocks >= self.options.min_run_blocks || next.is_some_and(is_used) {
             return;
         }
         gap.clone().for_each(|slot| self.homes.remove(slot));
-        if let Some(run) = self.zeros(gap.start, &gap).or_else(|| self.longest(extent, gap.start, &gap)) {
+        if let Some(run) = self
+            .zeros(gap.start, &gap)
+            .or_else(|| self.longest(extent, gap.start, &gap, gap.start))
+        {
             found.left_over -= blocks;
             self.accept(run, found);
         } else {
@@ -252,10 +259,11 @@ impl Pass<'_> {
         (self.is_long_enough(&run, segment, false) && self.may_count(&run)).then_some(run)
     }
 
-    /// The longest run that begins at `at` and is found in a home, if it is worth a reference.
-    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>) -> Option<Run> {
+    /// The longest run around `at` that is found in a home, if it is worth a reference.
+    /// It may begin before `at`, in blocks from `gap` on that are left over so far: they may not be in the table's sample.
+    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
         let facts = self.facts;
-        let fingerprint = facts.fingerprints[at as usize];
+        let fingerprint = facts.fingerprints.get(at);
         let mut best: Option<Run> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
             if !self.homes.contains(home) || home == at {
@@ -269,11 +277,20 @@ impl Pass<'_> {
             let blocks = (0..room)
                 .take_while(|n| self.homes.contains(home + n) && facts.may_be_equal(at + n, home + n))
                 .count();
-            let blocks = u32::try_from(blocks).unwrap_or(room);
+            let mut blocks = u32::try_from(blocks).unwrap_or(room);
+            let before = (at - gap).min(home - other.first_slot);
+            let back =
+                (1..=before).take_while(|n| self.homes.contains(home - n) && facts.may_be_equal(at - n, home - n));
+            let mut back = u32::try_from(back.count()).unwrap_or(0);
+            // What the run covers is no home any more, so it must not be what it is found in.
+            if home - back < at && at - back < home + blocks {
+                back = 0;
+            }
+            blocks += back;
             let run = Run {
-                slot: at,
+                slot: at - back,
                 blocks,
-                target: Target::Home(home),
+                target: Target::Home(home - back),
             };
             if blocks > best.map_or(0, |best| best.blocks)
                 && self.is_long_enough(&run, segment, self.is_repeated(&run, segment))
@@ -288,17 +305,10 @@ impl Pass<'_> {
     /// Whether a run is part of one block's repetition.
     fn is_repeated(&self, run: &Run, segment: &Range<Slot>) -> bool {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
-        let content = |slots: Range<Slot>| &self.facts.fingerprints[slots.start as usize..slots.end as usize];
-        let first = self.facts.fingerprints[run.slot as usize];
-        let alike = content(run.slot..run.slot + run.blocks)
-            .iter()
-            .all(|fingerprint| *fingerprint == first);
-        alike
-            && content(around)
-                .iter()
-                .filter(|fingerprint| **fingerprint == first)
-                .count()
-                > 1
+        let fingerprint = |slot| self.facts.fingerprints.get(slot);
+        let first = fingerprint(run.slot);
+        (run.slot..run.slot + run.blocks).all(|slot| fingerprint(slot) == first)
+            && around.filter(|slot| fingerprint(*slot) == first).take(2).count() > 1
     }
 
     /// Long enough to be worth a reference, or all there is, so that it takes no more references than before.
@@ -328,7 +338,7 @@ impl Pass<'_> {
     fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
         let fingerprints = &self.facts.fingerprints;
         for slot in run.slot..run.slot + run.blocks {
-            let alike = self.table.candidates(fingerprints[slot as usize], fingerprints);
+            let alike = self.table.candidates(fingerprints.get(slot), fingerprints);
             let slots = alike.filter(|_| run.target != Target::Hole).chain([slot]);
             unproved.extend(slots.filter(|slot| !self.facts.proofs.contains_key(slot)));
         }

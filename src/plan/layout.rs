@@ -254,7 +254,7 @@ fn extent_blocks_max(class: Class) -> u32 {
 pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[Run]) -> Vec<Range<Slot>> {
     let mut pieces = Vec::new();
     let mut runs = runs.iter().peekable();
-    for live in facts.live().runs(slots) {
+    for live in facts.live_runs(slots) {
         let mut from = live.start;
         while from < live.end {
             while runs.peek().is_some_and(|run| run.slot + run.blocks <= from) {

@@ -122,6 +122,8 @@ pub struct Plan {
     pub unproved: Vec<Slot>,
     /// Bytes of extents that stay although something in them could go, by why.
     pub pinned: BTreeMap<Pinned, u64>,
+    /// The share of blocks that could be looked up in the block table: one in so many.
+    pub sampled: u32,
     /// Greatest number of bytes that donors take before what they replace is freed.
     pub peak_bytes: u64,
 }
@@ -161,17 +163,18 @@ pub fn plan(facts: &Facts, options: &Options) -> Plan {
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
         let mut again = greedy::decide(&applied.facts, options, |extent| extent as usize >= applied.kept.len());
-        unproved.extend(again.unproved.drain(..).map(|slot| applied.origin[slot as usize]));
+        unproved.extend(again.unproved.drain(..).map(|slot| applied.origin.of(slot)));
         if again.gone.is_empty() {
             break;
         }
         let kept = |extent: u32| applied.kept.get(extent as usize).copied();
-        layout.compose(facts, &again.gone, |slot| applied.origin[slot as usize], kept);
+        layout.compose(facts, &again.gone, |slot| applied.origin.of(slot), kept);
     }
     layout.place_leftovers(facts, options);
     unproved.sort_unstable();
     unproved.dedup();
     let mut plan = Plan {
+        sampled: table::Table::new(facts).sampled(),
         layout,
         unproved,
         pinned,

@@ -1,16 +1,25 @@
 //! The block table: from a fingerprint to the slots that hold such a block.
 
-use crate::block::{Slot, SlotSet};
+use crate::block::Slot;
+use crate::facts::Facts;
+use crate::fingerprint::Fingerprints;
 
 const NONE: u32 = u32::MAX;
 
-/// Slots by fingerprint, chained: four bytes for each slot and four to eight for its bucket.
+/// Slots by fingerprint, chained: 12 to 16 bytes for each.
+///
+/// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
+/// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
+/// directions, block by block.
 #[derive(Debug)]
 pub(super) struct Table {
     heads: Vec<u32>,
-    next: Vec<u32>,
-    /// What was entered; nothing is ever taken out, the caller checks what a candidate is worth.
-    entered: SlotSet,
+    /// The slots, each with the entry that follows it in its chain. Nothing is ever taken out: the caller checks what a candidate
+    /// is worth.
+    entries: Vec<(Slot, u32)>,
+    entries_max: usize,
+    /// Fingerprints are in the sample if so many bits of their hash are zero.
+    sample_bits: u32,
 }
 
 impl Table {
@@ -20,46 +29,77 @@ impl Table {
     /// Entries looked at for one question, other fingerprints of the same bucket included.
     const STEPS_MAX: usize = 64;
 
-    pub(super) fn new(slots: usize) -> Self {
-        let buckets = slots.max(16).next_power_of_two();
+    /// An empty table for a pool.
+    pub(super) fn new(facts: &Facts) -> Self {
+        let slots = facts.slots() as usize;
+        let entries_max = facts.table_slots_max.clamp(16, NONE as usize - 1);
+        let sample_bits = (0..20).find(|bits| slots >> bits <= entries_max).unwrap_or(20);
+        let buckets = (slots >> sample_bits).clamp(16, entries_max).next_power_of_two();
         Self {
             heads: vec![NONE; buckets],
-            next: vec![NONE; slots],
-            entered: SlotSet::new(slots),
+            entries: Vec::new(),
+            entries_max,
+            sample_bits,
         }
     }
 
+    /// One fingerprint in so many can be looked up.
+    pub(super) fn sampled(&self) -> u32 {
+        1 << self.sample_bits
+    }
+
+    /// Whether blocks with this fingerprint are entered and looked up.
+    pub(super) fn has(&self, fingerprint: u32) -> bool {
+        self.sample_bits == 0 || hash(fingerprint) >> (32 - self.sample_bits) == 0
+    }
+
     fn bucket(&self, fingerprint: u32) -> usize {
-        (fingerprint.wrapping_mul(0x9e37_79b1) as usize) & (self.heads.len() - 1)
+        hash(fingerprint) as usize & (self.heads.len() - 1)
     }
 
     /// The slots entered for a fingerprint, latest first.
     pub(super) fn candidates<'a>(
         &'a self,
         fingerprint: u32,
-        fingerprints: &'a [u32],
+        fingerprints: &'a Fingerprints,
     ) -> impl Iterator<Item = Slot> + 'a {
-        let mut at = self.heads[self.bucket(fingerprint)];
+        let mut at = if self.has(fingerprint) {
+            self.heads[self.bucket(fingerprint)]
+        } else {
+            NONE
+        };
         std::iter::from_fn(move || {
-            let slot = (at != NONE).then_some(at)?;
-            at = self.next[slot as usize];
+            let (slot, next) = *self.entries.get(at as usize)?;
+            at = next;
             Some(slot)
         })
         .take(Self::STEPS_MAX)
-        .filter(move |slot| fingerprints[*slot as usize] == fingerprint)
+        .filter(move |slot| fingerprints.get(*slot) == fingerprint)
     }
 
     /// Enters a slot, unless its fingerprint has enough of them.
-    pub(super) fn enter(&mut self, slot: Slot, fingerprints: &[u32]) {
-        let fingerprint = fingerprints[slot as usize];
-        if self.entered.contains(slot)
-            || self.candidates(fingerprint, fingerprints).count() >= Self::SLOTS_PER_FINGERPRINT
-        {
+    pub(super) fn enter(&mut self, slot: Slot, fingerprints: &Fingerprints) {
+        let fingerprint = fingerprints.get(slot);
+        if !self.has(fingerprint) || self.entries.len() >= self.entries_max {
             return;
         }
+        let mut alike = 0;
+        for candidate in self.candidates(fingerprint, fingerprints) {
+            alike += 1;
+            if candidate == slot || alike >= Self::SLOTS_PER_FINGERPRINT {
+                return;
+            }
+        }
         let bucket = self.bucket(fingerprint);
-        self.next[slot as usize] = self.heads[bucket];
-        self.heads[bucket] = slot;
-        self.entered.insert(slot);
+        let entry = u32::try_from(self.entries.len()).unwrap_or(NONE);
+        self.entries.push((slot, self.heads[bucket]));
+        self.heads[bucket] = entry;
     }
+}
+
+/// Spreads a fingerprint over 32 bits (the finalizer of `MurmurHash3`): the upper bits choose the sample, the lower the bucket.
+fn hash(fingerprint: u32) -> u32 {
+    let h = (fingerprint ^ (fingerprint >> 16)).wrapping_mul(0x85eb_ca6b);
+    let h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
+    h ^ (h >> 16)
 }

@@ -64,6 +64,8 @@ pub struct Planned {
     pub proved_bytes: u64,
     /// Extents that will go.
     pub extents: u64,
+    /// One block in so many could be looked up; more than one where the pool is too large for the memory allowed.
+    pub sampled: u32,
     /// What could be freed if nothing held it, by what does.
     pub pinned: BTreeMap<Pinned, u64>,
 }
@@ -80,6 +82,7 @@ impl Planned {
             compared_bytes: plan.batches.iter().map(|batch| batch.compared_bytes).sum(),
             proved_bytes,
             extents: plan.eliminations.len() as u64,
+            sampled: plan.sampled,
             pinned: plan.pinned.clone(),
         }
     }

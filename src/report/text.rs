@@ -91,6 +91,13 @@ impl Display for Reclaimed {
                 size(planned.peak_bytes)
             )?;
         }
+        if planned.sampled > 1 {
+            writeln!(
+                f,
+                "Looked up one block in {}: the pool is large for the memory allowed; more --memory finds shorter runs",
+                planned.sampled
+            )?;
+        }
         for (why, bytes) in &planned.pinned {
             let why = match why {
                 crate::facts::Pinned::HeldByOthers => "files or snapshots outside the given paths hold",

@@ -64,7 +64,7 @@ fn count(facts: &Facts, known: &SlotSet) -> u32 {
     facts
         .extents
         .iter()
-        .flat_map(|extent| facts.live().runs(extent.slots()))
+        .flat_map(|extent| facts.live_runs(extent.slots()))
         .map(|run| u32::try_from(run.filter(|slot| known.contains(*slot)).count()).unwrap_or(u32::MAX))
         .sum()
 }
@@ -72,7 +72,7 @@ fn count(facts: &Facts, known: &SlotSet) -> u32 {
 /// Live slots of an extent that have no fingerprint yet, in pieces that one read takes.
 fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::Range<Slot>> {
     let mut runs: Vec<std::ops::Range<Slot>> = Vec::new();
-    for live in facts.live().runs(facts.extents[extent].slots()) {
+    for live in facts.live_runs(facts.extents[extent].slots()) {
         for slot in live.filter(|slot| !known.contains(*slot)) {
             match runs.last_mut() {
                 Some(last) if last.end == slot && last.end - last.start < READ_BLOCKS => last.end += 1,
@@ -107,6 +107,7 @@ fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<
     let mut place = 0;
     let from = key(first.address.saturating_sub(ITEM_COVERS_MAX));
     let mut sums = std::mem::take(&mut facts.fingerprints);
+    let mut found_sums = Vec::new();
     let searched = fs.search(CHECKSUM_TREE, from, key(last), |found, item| {
         let end = found.offset + (item.len() / width) as u64 * BLOCK_BYTES;
         while facts
@@ -121,16 +122,15 @@ fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<
             if usable(facts, at).is_some() {
                 let from = extent.address.max(found.offset);
                 let to = (extent.address + extent.disk_bytes).min(end);
-                for address in (from..to).step_by(BLOCK_LEN) {
-                    let index = usize::try_from((address - found.offset) / BLOCK_BYTES).unwrap_or(usize::MAX) * width;
-                    let Some(sum) = item.get(index..index + 4).and_then(|sum| sum.try_into().ok()) else {
-                        continue;
-                    };
-                    let block = (address - extent.address) / BLOCK_BYTES;
-                    let slot = extent.first_slot + u32::try_from(block).unwrap_or(u32::MAX);
-                    sums[slot as usize] = u32::from_le_bytes(sum);
-                    known.insert(slot);
-                }
+                let skip = usize::try_from((from - found.offset) / BLOCK_BYTES).unwrap_or(usize::MAX);
+                let take = usize::try_from(to.saturating_sub(from) / BLOCK_BYTES).unwrap_or(0);
+                let sums_of_blocks = item.chunks_exact(width).skip(skip).take(take);
+                found_sums.clear();
+                found_sums.extend(sums_of_blocks.filter_map(|sum| Some(u32::from_le_bytes(*sum.first_chunk()?))));
+                let block = (from - extent.address) / BLOCK_BYTES;
+                let slot = extent.first_slot + u32::try_from(block).unwrap_or(u32::MAX);
+                sums.write(slot, &found_sums);
+                known.insert_range(slot..slot + u32::try_from(found_sums.len()).unwrap_or(0));
             }
             at += 1;
         }
@@ -176,7 +176,7 @@ fn by_reading(fs: &Btrfs, facts: &mut Facts, runs: &[std::ops::Range<Slot>], mon
         match pieces {
             Ok(pieces) => {
                 for (run, found) in runs.iter().zip(pieces) {
-                    sums[run.start as usize..run.end as usize].copy_from_slice(&found);
+                    sums.write(run.start, &found);
                 }
             }
             Err(error) => result = Err(error),

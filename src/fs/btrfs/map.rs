@@ -153,17 +153,40 @@ pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
     })
 }
 
+/// An extent as images refer to it, and how often they do.
+struct Seen {
+    extent: Extent,
+    references: u64,
+}
+
+/// Makes one of what was seen of each extent. False if items disagree about one.
+fn merge(seen: &mut Vec<Seen>) -> bool {
+    seen.sort_by_key(|seen| seen.extent.address);
+    let mut agree = true;
+    seen.dedup_by(|next, kept| {
+        if next.extent.address != kept.extent.address {
+            return false;
+        }
+        agree &= (next.extent.disk_bytes, next.extent.blocks) == (kept.extent.disk_bytes, kept.extent.blocks);
+        kept.references += next.references;
+        kept.extent.pinned = kept.extent.pinned.or(next.extent.pinned);
+        true
+    });
+    agree
+}
+
 impl Btrfs {
     /// Reads the extent maps of all images.
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
     pub fn map(&self) -> Result<Mapped> {
-        let mut extents: BTreeMap<u64, Extent> = BTreeMap::new();
+        let mut seen: Vec<Seen> = Vec::new();
+        // References by the addresses of their extents; slots are places in the extent until all extents are known.
         let mut references: Vec<(u64, Reference)> = Vec::new();
-        let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
         let mut inline_bytes = 0;
         for (number, image) in (0u32..).zip(&self.images) {
+            let image_end = image.size.next_multiple_of(BLOCK_BYTES);
             file_extents(image, |item| {
                 let extent = match item {
                     Item::Data(extent) => extent,
@@ -173,81 +196,74 @@ impl Btrfs {
                         return Ok(());
                     }
                 };
-                let class = Class {
-                    checksummed: image.checksummed,
-                    compression: extent.compression,
-                };
-                let known = extents.entry(extent.address).or_insert(Extent {
-                    address: extent.address,
-                    disk_bytes: extent.disk_bytes,
-                    generation: 0,
-                    first_slot: 0,
-                    blocks: blocks(extent.ram_bytes)?,
-                    class,
-                    pinned: None,
-                });
-                if known.disk_bytes != extent.disk_bytes || known.blocks != blocks(extent.ram_bytes)? {
-                    let problem = format!("two items disagree about the extent at {}", extent.address);
-                    return Err(Error::Metadata {
-                        path: image.path.clone(),
-                        problem,
-                    });
-                }
-                // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
                 let end = extent.file_offset + extent.length;
-                if end > image.size && !extent.preallocated {
-                    known.pinned = Some(Pinned::UnalignedTail);
-                }
-                *counts.entry(extent.address).or_default() += 1;
-                // What is preallocated beyond the end of a file cannot be reached by any call.
-                if extent.file_offset >= image.size.next_multiple_of(BLOCK_BYTES) {
-                    known.pinned = Some(Pinned::Preallocated);
-                    return Ok(());
-                }
-                let within = extent
-                    .length
-                    .min(image.size.next_multiple_of(BLOCK_BYTES) - extent.file_offset);
-                if within < extent.length {
-                    known.pinned = Some(Pinned::Preallocated);
-                }
-                references.push((
-                    extent.address,
-                    Reference {
+                let pinned = if end > image_end {
+                    // What is preallocated beyond the end of a file cannot be reached by any call.
+                    Some(Pinned::Preallocated)
+                } else {
+                    // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
+                    (end > image.size && !extent.preallocated).then_some(Pinned::UnalignedTail)
+                };
+                seen.push(Seen {
+                    extent: Extent {
+                        address: extent.address,
+                        disk_bytes: extent.disk_bytes,
+                        generation: 0,
+                        first_slot: 0,
+                        blocks: blocks(extent.ram_bytes)?,
+                        class: Class {
+                            checksummed: image.checksummed,
+                            compression: extent.compression,
+                        },
+                        pinned,
+                    },
+                    references: 1,
+                });
+                if extent.file_offset < image_end {
+                    let reference = Reference {
                         image: number,
                         file_block: blocks(extent.file_offset)?,
                         slot: blocks(extent.offset)?,
-                        blocks: blocks(within)?,
+                        blocks: blocks(extent.length.min(image_end - extent.file_offset))?,
                         extent: 0,
                         preallocated: extent.preallocated,
-                    },
-                ));
+                    };
+                    references.push((extent.address, reference));
+                }
                 Ok(())
             })?;
+            if !merge(&mut seen) {
+                let problem = "items disagree about the length of an extent".into();
+                return Err(Error::Metadata {
+                    path: image.path.clone(),
+                    problem,
+                });
+            }
         }
-        self.count_references(&mut extents, &counts)?;
+        self.count_references(&mut seen)?;
         let mut slot = 0u32;
-        let mut places = BTreeMap::new();
-        for (place, extent) in (0u32..).zip(extents.values_mut()) {
+        let mut extents: Vec<Extent> = Vec::with_capacity(seen.len());
+        for mut extent in seen.into_iter().map(|seen| seen.extent) {
             extent.first_slot = slot;
             slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
-            places.insert(extent.address, (place, extent.first_slot));
+            extents.push(extent);
         }
         let references = references.into_iter().map(|(address, reference)| {
-            let (extent, first_slot) = places[&address];
+            let place = extents.partition_point(|extent| extent.address < address);
             Reference {
-                extent,
-                slot: first_slot + reference.slot,
+                extent: u32::try_from(place).unwrap_or(u32::MAX),
+                slot: extents[place].first_slot + reference.slot,
                 ..reference
             }
         });
         let references = references.collect();
-        let facts = Facts::new(extents.into_values().collect(), references, self.function().of_zeros());
+        let facts = Facts::new(extents, references, self.function().of_zeros());
         Ok(Mapped { facts, inline_bytes })
     }
 
     /// Fills in generations, and pins what is referred to from elsewhere.
-    fn count_references(&self, extents: &mut BTreeMap<u64, Extent>, counts: &BTreeMap<u64, u64>) -> Result<()> {
-        let (Some((first, _)), Some((last, _))) = (extents.first_key_value(), extents.last_key_value()) else {
+    fn count_references(&self, seen: &mut [Seen]) -> Result<()> {
+        let (Some(first), Some(last)) = (seen.first(), seen.last()) else {
             return Ok(());
         };
         let key = |object, offset| Key {
@@ -255,27 +271,30 @@ impl Btrfs {
             kind: EXTENT_ITEM,
             offset,
         };
-        let (first, last) = (key(*first, 0), key(*last, u64::MAX));
-        let mut total: BTreeMap<u64, u64> = BTreeMap::new();
+        let (first, last) = (key(first.extent.address, 0), key(last.extent.address, u64::MAX));
+        let mut at = 0;
+        // What is not found there is not understood, and stays.
+        let mut total = vec![u64::MAX; seen.len()];
         self.search(EXTENT_TREE, first, last, |found, item| {
-            if found.kind == EXTENT_ITEM
-                && let Some(item) = extent_item(item)
-                && let Some(extent) = extents.get_mut(&found.object)
-            {
-                extent.generation = item.generation;
-                total.insert(found.object, item.references);
+            while seen.get(at).is_some_and(|seen| seen.extent.address < found.object) {
+                at += 1;
             }
-            extents
-                .range(found.object + 1..)
-                .next()
-                .map(|(address, _)| key(*address, 0))
+            if let Some(seen) = seen.get_mut(at)
+                && seen.extent.address == found.object
+                && found.kind == EXTENT_ITEM
+                && let Some(item) = extent_item(item)
+            {
+                seen.extent.generation = item.generation;
+                total[at] = item.references;
+                at += 1;
+            }
+            seen.get(at).map(|seen| key(seen.extent.address, 0))
         })?;
         let snapshots = self.have_snapshots()?;
         let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
-        for (address, extent) in extents.iter_mut() {
-            let held = total.get(address).is_none_or(|total| *total > counts[address]);
-            if held || (snapshots && self.is_held_elsewhere(*address, &mine)?) {
-                extent.pinned = Some(Pinned::HeldByOthers);
+        for (seen, total) in seen.iter_mut().zip(total) {
+            if total > seen.references || (snapshots && self.is_held_elsewhere(seen.extent.address, &mine)?) {
+                seen.extent.pinned = Some(Pinned::HeldByOthers);
             }
         }
         Ok(())

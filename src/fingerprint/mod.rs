@@ -4,6 +4,10 @@
 //! reading; where there is no usable checksum (compressed extents, files without checksums) the same function is computed
 //! from the data. Checksum types: btrfs-progs, `Documentation/Checksumming.rst`; on disk a checksum is little-endian.
 
+mod store;
+
+pub use store::Fingerprints;
+
 use crate::block::BLOCK_LEN;
 
 /// The function that turns a block into its fingerprint.

@@ -1,0 +1,212 @@
+//! Fingerprints of many blocks: in memory while they are few, else in an unnamed file of which a few pages are in memory.
+
+use std::fs::File;
+use std::io::{Error, Result};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::block::Slot;
+
+/// Fingerprints in a page.
+const PAGE: usize = 1024;
+/// Pages in memory: 16 MiB.
+const FRAMES: usize = 4096;
+
+/// A fingerprint for each slot; zero until one is written.
+#[derive(Debug)]
+pub struct Fingerprints {
+    slots: usize,
+    kept: Kept,
+}
+
+#[derive(Debug)]
+enum Kept {
+    Memory(Vec<u32>),
+    File {
+        file: File,
+        folder: PathBuf,
+        pages: Mutex<Pages>,
+    },
+}
+
+/// A page of the file for each frame: direct-mapped, since matching goes along two or three places at a time.
+#[derive(Debug)]
+struct Pages {
+    /// The page that each frame holds, plus one.
+    tags: Vec<u32>,
+    data: Vec<u32>,
+    failed: Option<Error>,
+}
+
+impl Default for Fingerprints {
+    fn default() -> Self {
+        Self::from(Vec::new())
+    }
+}
+
+impl From<Vec<u32>> for Fingerprints {
+    fn from(fingerprints: Vec<u32>) -> Self {
+        Self {
+            slots: fingerprints.len(),
+            kept: Kept::Memory(fingerprints),
+        }
+    }
+}
+
+impl Fingerprints {
+    /// Fingerprints that take four bytes of memory each.
+    pub fn in_memory(slots: usize) -> Self {
+        vec![0; slots].into()
+    }
+
+    /// Fingerprints that take four bytes of disk each, in an unnamed file in `folder`, and 16 MiB of memory in all.
+    ///
+    /// # Errors
+    /// If there can be no such file.
+    pub fn in_file(slots: usize, folder: &Path) -> Result<Self> {
+        let file = tempfile::tempfile_in(folder)?;
+        file.set_len(slots.next_multiple_of(PAGE) as u64 * 4)?;
+        let pages = Pages {
+            tags: vec![0; FRAMES],
+            data: vec![0; FRAMES * PAGE],
+            failed: None,
+        };
+        Ok(Self {
+            slots,
+            kept: Kept::File {
+                file,
+                folder: folder.to_owned(),
+                pages: Mutex::new(pages),
+            },
+        })
+    }
+
+    /// As many fingerprints as `slots`, kept as these are. If a file cannot be made, they are kept in memory.
+    #[must_use]
+    pub fn alike(&self, slots: usize) -> Self {
+        match &self.kept {
+            Kept::Memory(_) => Self::in_memory(slots),
+            Kept::File { folder, .. } => Self::in_file(slots, folder).unwrap_or_else(|_| Self::in_memory(slots)),
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.slots
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.slots == 0
+    }
+
+    /// One fingerprint. If the file cannot be read it is zero, and [`Fingerprints::check`] tells.
+    pub fn get(&self, slot: Slot) -> u32 {
+        let slot = slot as usize;
+        match &self.kept {
+            Kept::Memory(all) => all[slot],
+            Kept::File { file, pages, .. } => {
+                let mut pages = lock(pages);
+                let frame = pages.load(file, slot / PAGE);
+                pages.data[frame * PAGE + slot % PAGE]
+            }
+        }
+    }
+
+    /// A range of them.
+    pub fn range(&self, slots: Range<Slot>) -> Vec<u32> {
+        match &self.kept {
+            Kept::Memory(all) => all[slots.start as usize..slots.end as usize].to_vec(),
+            Kept::File { .. } => slots.map(|slot| self.get(slot)).collect(),
+        }
+    }
+
+    /// Writes fingerprints from `slot` on.
+    pub fn write(&mut self, slot: Slot, fingerprints: &[u32]) {
+        let first = slot as usize;
+        match &mut self.kept {
+            Kept::Memory(all) => all[first..first + fingerprints.len()].copy_from_slice(fingerprints),
+            Kept::File { file, pages, .. } => {
+                let bytes: Vec<u8> = fingerprints
+                    .iter()
+                    .flat_map(|fingerprint| fingerprint.to_le_bytes())
+                    .collect();
+                let mut pages = lock(pages);
+                if let Err(error) = file.write_all_at(&bytes, first as u64 * 4) {
+                    pages.failed.get_or_insert(error);
+                }
+                for (at, fingerprint) in (first..).zip(fingerprints) {
+                    let (page, frame) = (at / PAGE, at / PAGE % FRAMES);
+                    if pages.tags[frame] as usize == page + 1 {
+                        pages.data[frame * PAGE + at % PAGE] = *fingerprint;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tells whether the file failed.
+    ///
+    /// # Errors
+    /// The first error of reading or writing it.
+    pub fn check(&self) -> Result<()> {
+        match &self.kept {
+            Kept::Memory(_) => Ok(()),
+            Kept::File { pages, .. } => lock(pages).failed.take().map_or(Ok(()), Err),
+        }
+    }
+}
+
+impl Pages {
+    /// Makes sure that a page is in memory, and returns its frame.
+    fn load(&mut self, file: &File, page: usize) -> usize {
+        let frame = page % FRAMES;
+        let tag = u32::try_from(page + 1).unwrap_or(u32::MAX);
+        if self.tags[frame] != tag {
+            let mut bytes = [0; PAGE * 4];
+            if let Err(error) = file.read_exact_at(&mut bytes, (page * PAGE) as u64 * 4) {
+                self.failed.get_or_insert(error);
+                bytes.fill(0);
+            }
+            for (fingerprint, bytes) in self.data[frame * PAGE..].iter_mut().zip(bytes.as_chunks().0) {
+                *fingerprint = u32::from_le_bytes(*bytes);
+            }
+            self.tags[frame] = tag;
+        }
+        frame
+    }
+}
+
+fn lock(pages: &Mutex<Pages>) -> MutexGuard<'_, Pages> {
+    pages.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_file_keeps_what_memory_keeps(
+            writes in prop::collection::vec((0u32..20_000_000, prop::collection::vec(any::<u32>(), 1..3000)), 1..6),
+            reads in prop::collection::vec(0u32..20_000_000, 1..50),
+        ) {
+            const SLOTS: usize = 20_003_000;
+            let folder = tempfile::tempdir().unwrap();
+            let mut file = Fingerprints::in_file(SLOTS, folder.path()).unwrap();
+            let mut memory = Fingerprints::in_memory(SLOTS);
+            for (slot, fingerprints) in &writes {
+                prop_assert_eq!(file.get(*slot), memory.get(*slot));
+                file.write(*slot, fingerprints);
+                memory.write(*slot, fingerprints);
+            }
+            for slot in reads.into_iter().chain(writes.iter().map(|write| write.0)) {
+                prop_assert_eq!(file.range(slot..slot + 10), memory.range(slot..slot + 10));
+            }
+            file.check().unwrap();
+        }
+    }
+}
