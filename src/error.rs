@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::block::ByteRange;
+use crate::shown::shown;
 
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -12,7 +13,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A system call failed.
-    #[error("cannot {operation} `{}`{}", path.display(), range.map(|range| format!(", {range}")).unwrap_or_default())]
+    #[error("cannot {operation} `{}`{}", shown(path), range.map(|range| format!(", {range}")).unwrap_or_default())]
     Io {
         /// What was being done, as a verb.
         operation: &'static str,
@@ -24,7 +25,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A path that was named does not exist.
-    #[error("`{}` does not exist", path.display())]
+    #[error("`{}` does not exist", shown(path))]
     NoSuchPath {
         /// The path.
         path: PathBuf,
@@ -36,7 +37,7 @@ pub enum Error {
         paths: Vec<PathBuf>,
     },
     /// Extents are shared within one filesystem only.
-    #[error("`{}` and `{}` are on two filesystems", first.display(), second.display())]
+    #[error("`{}` and `{}` are on two filesystems", shown(first), shown(second))]
     TwoFilesystems {
         /// One path.
         first: PathBuf,
@@ -44,7 +45,7 @@ pub enum Error {
         second: PathBuf,
     },
     /// The filesystem cannot do what is needed.
-    #[error("`{}` is on {filesystem}, where vmfold cannot share extents", path.display())]
+    #[error("`{}` is on {filesystem}, where vmfold cannot share extents", shown(path))]
     NoSharing {
         /// The path.
         path: PathBuf,
@@ -52,7 +53,7 @@ pub enum Error {
         filesystem: String,
     },
     /// The filesystem has blocks of another size than 4 KiB.
-    #[error("`{}` is on a btrfs with blocks of {sector_bytes} bytes", path.display())]
+    #[error("`{}` is on a btrfs with blocks of {sector_bytes} bytes", shown(path))]
     SectorSize {
         /// The path.
         path: PathBuf,
@@ -60,7 +61,7 @@ pub enum Error {
         sector_bytes: u32,
     },
     /// The filesystem is mounted read-only.
-    #[error("`{}` is on a filesystem that is mounted read-only", path.display())]
+    #[error("`{}` is on a filesystem that is mounted read-only", shown(path))]
     ReadOnly {
         /// The path.
         path: PathBuf,
@@ -78,7 +79,7 @@ pub enum Error {
     #[error("the images hold more than 16 TiB of distinct extents")]
     TooLarge,
     /// The index is locked or cannot be written.
-    #[error("cannot use the index `{}`: {problem}", path.display())]
+    #[error("cannot use the index `{}`: {problem}", shown(path))]
     Index {
         /// Its folder.
         path: PathBuf,
@@ -86,7 +87,10 @@ pub enum Error {
         problem: String,
     },
     /// The filesystem ran full. Images are intact, as at any other moment.
-    #[error("no space left while {doing} on the filesystem of `{}`; every image is intact", path.display())]
+    #[error(
+        "no space left while {doing} on the filesystem of `{}`; every image is intact",
+        shown(path)
+    )]
     NoSpace {
         /// What was being done.
         doing: &'static str,
@@ -94,7 +98,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// A metadata item of the filesystem makes no sense.
-    #[error("the filesystem's metadata of `{}` is not as expected: {problem}", path.display())]
+    #[error("the filesystem's metadata of `{}` is not as expected: {problem}", shown(path))]
     Metadata {
         /// The image, or a path on the filesystem.
         path: PathBuf,
@@ -109,7 +113,7 @@ pub enum Error {
 fn list(paths: &[PathBuf]) -> String {
     paths
         .iter()
-        .map(|path| format!("`{}`", path.display()))
+        .map(|path| format!("`{}`", shown(path)))
         .collect::<Vec<_>>()
         .join(", ")
 }

@@ -33,4 +33,5 @@ pub mod ops;
 pub mod plan;
 pub mod pool;
 pub mod report;
+pub mod shown;
 pub mod sys;

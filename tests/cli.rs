@@ -200,6 +200,31 @@ fn reclaim_json() {
 }
 
 #[test]
+fn json_is_as_its_schema_says() {
+    if !can_mount() {
+        return;
+    }
+    let schema: serde_json::Value = serde_json::from_str(include_str!("../formats/report-v1.schema.json")).unwrap();
+    let schema = jsonschema::validator_for(&schema).unwrap();
+    let fs = small_pool();
+    let open = File::open(fs.pool().join("one.img")).unwrap();
+    let status = vmfold(&["--json", "status", "--index", &fs.index().display().to_string()]);
+    let mut documents = vec![serde_json::from_slice(&status.stdout).unwrap()];
+    for command in ["report", "scan", "reclaim --dry-run", "reclaim"] {
+        documents.push(fs.vmfold_json(command));
+    }
+    drop(open);
+    documents.push(fs.vmfold_json("reclaim"));
+    for document in &documents {
+        let problems: Vec<_> = schema.iter_errors(document).map(|error| error.to_string()).collect();
+        assert!(problems.is_empty(), "{problems:?} in {document}");
+    }
+    let mut wrong = documents[5].clone();
+    wrong["planned"]["freed_bytes"] = "much".into();
+    assert!(!schema.is_valid(&wrong), "a schema that accepts everything is none");
+}
+
+#[test]
 fn bad_input_is_one_line_each() {
     if !can_mount() {
         return;

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::{self, describe, reclaim::reclaim, report::report, scan::scan};
+use crate::shown::shown;
 
 /// How a command ended; the numbers are part of what scripts rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +91,7 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             if found.is_empty() && !args.json {
                 terminal.note(&format!(
                     "There is no index in `{}` yet: run vmfold scan or reclaim",
-                    command.index.display()
+                    shown(&command.index)
                 ));
             }
             print("status", &Statuses { indexes: found }, args.json)?;

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::facts::Facts;
 use crate::fingerprint::Function;
 use crate::monitor::Monitor;
+use crate::shown::shown;
 
 /// Memory that sled may use for its pages.
 const CACHE_BYTES: u64 = 8 << 20;
@@ -44,6 +45,7 @@ pub struct Index {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Status {
     /// Its folder.
+    #[serde(serialize_with = "crate::shown::serialize")]
     pub folder: PathBuf,
     /// What it holds, by the function and the chunking it was made with.
     pub name: String,
@@ -83,7 +85,7 @@ impl Index {
         };
         monitor.note(&format!(
             "The index `{}` is damaged and is made anew: {problem}",
-            folder.display()
+            shown(&folder)
         ));
         std::fs::remove_dir_all(&folder).map_err(Error::io("remove the damaged index", &folder))?;
         std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;

@@ -13,6 +13,7 @@ use crate::fs::btrfs::{Btrfs, Fingerprinted, Purpose, fingerprint};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::pool::{self, Found, Skip, Skipped};
+use crate::shown::shown;
 
 /// What a verb works on.
 #[derive(Debug, Clone)]
@@ -110,7 +111,7 @@ fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
 fn discover(scope: &Scope, monitor: &dyn Monitor) -> Result<pool::Pool> {
     let found = pool::discover(&scope.paths, &scope.exclude)?;
     for (path, problem) in &found.unreadable {
-        monitor.note(&format!("Cannot look into `{}`: {problem}", path.display()));
+        monitor.note(&format!("Cannot look into `{}`: {problem}", shown(path)));
     }
     Ok(found)
 }

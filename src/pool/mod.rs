@@ -70,6 +70,7 @@ impl Skip {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Skipped {
     /// The image.
+    #[serde(serialize_with = "crate::shown::serialize")]
     pub path: PathBuf,
     /// Why.
     pub reason: Skip,

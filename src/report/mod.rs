@@ -144,6 +144,7 @@ pub struct Scanned {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ImageBytes {
     /// The image.
+    #[serde(serialize_with = "crate::shown::serialize")]
     pub path: PathBuf,
     /// Its size, holes included.
     pub size: u64,

@@ -6,6 +6,7 @@ use super::{PoolBytes, Reclaimed, Reported, Scanned};
 use crate::index::Status;
 use crate::plan::Reason;
 use crate::pool::Skipped;
+use crate::shown::shown;
 
 /// A number of bytes as people read it.
 pub fn size(bytes: u64) -> String {
@@ -42,7 +43,7 @@ impl Display for PoolBytes {
 fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
     skipped
         .iter()
-        .try_for_each(|one| writeln!(f, "Left alone: {}: {}", one.path.display(), one.reason.reason()))
+        .try_for_each(|one| writeln!(f, "Left alone: {}: {}", shown(&one.path), one.reason.reason()))
 }
 
 fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>) -> Result {
@@ -169,7 +170,7 @@ impl Display for Reported {
                 size(image.exclusive_bytes),
                 size(image.shared_bytes),
                 size(image.unreachable_bytes),
-                image.path.display()
+                shown(&image.path)
             )?;
         }
         writeln!(f, "{} images: {}", self.images.len(), self.pool)?;
@@ -181,7 +182,7 @@ impl Display for Reported {
 
 impl Display for Status {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        writeln!(f, "{}", self.folder.display())?;
+        writeln!(f, "{}", shown(&self.folder))?;
         writeln!(
             f,
             "  {} extents, {} of blocks, {} of them with fingerprints that had to be read",

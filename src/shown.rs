@@ -1,0 +1,47 @@
+//! How file names are shown: guests and users choose them, so none may break a line or command a terminal.
+
+use std::fmt::{Display, Formatter, Result, Write};
+use std::path::Path;
+
+/// Shows a path on one line: control and direction-changing characters escaped, invalid UTF-8 replaced.
+pub fn shown(path: &Path) -> impl Display + '_ {
+    Shown(path)
+}
+
+struct Shown<'a>(&'a Path);
+
+impl Display for Shown<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        for c in self.0.to_string_lossy().chars() {
+            // Bidirectional overrides and isolates: Unicode Standard Annex 9.
+            if c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
+                write!(f, "{}", c.escape_default())?;
+            } else {
+                f.write_char(c)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes a path into a JSON document, where invalid UTF-8 cannot stand.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStrExt;
+
+    #[test]
+    fn names_stay_on_their_line() {
+        let text = |bytes: &[u8]| shown(Path::new(std::ffi::OsStr::from_bytes(bytes))).to_string();
+        assert_eq!(text("ä b.img".as_bytes()), "ä b.img");
+        assert_eq!(text(b"a\nb\x1b[31m\xff.img"), "a\\nb\\u{1b}[31m\u{fffd}.img");
+        assert_eq!(text("a\u{202e}gmi".as_bytes()), "a\\u{202e}gmi");
+    }
+}
