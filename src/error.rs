@@ -66,6 +66,12 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// Another vmfold works on the same filesystem.
+    #[error("another vmfold is working on the filesystem of `{}`", shown(path))]
+    Busy {
+        /// A path there.
+        path: PathBuf,
+    },
     /// The running kernel has bugs that sharing extents runs into.
     #[error("Linux {}.{} has bugs that sharing extents on btrfs runs into", release.0, release.1)]
     Kernel {
@@ -156,6 +162,7 @@ impl Error {
             Self::NoSharing { .. } => "vmfold reclaims on btrfs only",
             Self::SectorSize { .. } => "vmfold supports blocks of 4096 bytes only",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
+            Self::Busy { .. } => "wait until it has ended",
             Self::Kernel { .. } => "use Linux 5.4 or later",
             Self::NotRoot => "run it with sudo",
             Self::TooLarge => "run once for each folder",

@@ -275,6 +275,18 @@ fn bad_input_is_one_line_each() {
         error: --exclude `[` is no pattern: error parsing glob '[': unclosed character class; missing ']'
         --- exit 2
     "#);
+    let uuid = sh(&format!("findmnt -no UUID {}", fs.mount.display()))
+        .trim()
+        .replace('-', "");
+    std::fs::create_dir_all("/run/vmfold").unwrap();
+    let lock = File::create(Path::new("/run/vmfold").join(uuid)).unwrap();
+    lock.lock_shared().unwrap();
+    insta::assert_snapshot!(run(&[&pool]), @r#"
+        --- stderr
+        error: another vmfold is working on the filesystem of `[folder]/pool` (wait until it has ended)
+        --- exit 1
+    "#);
+    drop(lock);
     sh(&format!("mount -o remount,ro {}", fs.mount.display()));
     insta::assert_snapshot!(run(&[&pool]), @r#"
         --- stderr

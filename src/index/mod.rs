@@ -334,7 +334,8 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
     Ok(found)
 }
 
-fn hex(uuid: &[u8; 16]) -> String {
+/// A UUID in hexadecimal digits.
+pub(crate) fn hex(uuid: &[u8; 16]) -> String {
     uuid.iter()
         .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

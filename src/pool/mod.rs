@@ -153,7 +153,10 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
                 }
                 Err(error) => {
                     let path = error.path().unwrap_or(&full).to_owned();
-                    pool.unreadable.push((path, error.to_string()));
+                    let problem = error
+                        .io_error()
+                        .map_or_else(|| "its links lead in a circle".to_owned(), ToString::to_string);
+                    pool.unreadable.push((path, problem));
                 }
             }
         }

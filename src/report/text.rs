@@ -54,7 +54,7 @@ fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>
     names
         .iter()
         .take(NAMES_MAX)
-        .try_for_each(|(name, bytes)| writeln!(f, "Held by: {name}: {}", size(**bytes)))
+        .try_for_each(|(name, bytes)| writeln!(f, "Held by: {}: {}", shown(std::path::Path::new(name)), size(**bytes)))
 }
 
 impl Display for Reclaimed {

@@ -5,7 +5,7 @@ mod fingerprints;
 mod images;
 mod map;
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -53,6 +53,7 @@ pub struct Btrfs {
     donors: Mutex<Vec<Donor>>,
     holes: Mutex<[Option<std::sync::Arc<File>>; 2]>,
     _leases: Option<images::LeaseKeeper>,
+    _run_lock: File,
 }
 
 #[derive(Debug)]
@@ -90,6 +91,7 @@ impl Btrfs {
                 });
             }
         }
+        let run_lock = lock_filesystem(&info, purpose, scratch)?;
         let (images, skipped, leases) = images::open(images, &info, purpose)?;
         let opened = Self {
             info,
@@ -98,6 +100,7 @@ impl Btrfs {
             donors: Mutex::default(),
             holes: Mutex::default(),
             _leases: leases,
+            _run_lock: run_lock,
         };
         opened.sync()?;
         Ok((opened, skipped))
@@ -220,6 +223,26 @@ impl Btrfs {
             }
             SourceFile::Hole { checksummed } => work(&*self.hole(checksummed)?, &self.scratch),
         }
+    }
+}
+
+/// Keeps other runs of vmfold off a filesystem: opening an image breaks the lease that another run has on it.
+fn lock_filesystem(info: &FsInfo, purpose: Purpose, scratch: &Path) -> Result<File> {
+    /// Gone at the next boot, like whoever held a lock there.
+    const LOCKS: &str = "/run/vmfold";
+    let path = Path::new(LOCKS).join(crate::index::hex(&info.uuid));
+    std::fs::create_dir_all(LOCKS).map_err(Error::io("make the folder", Path::new(LOCKS)))?;
+    let file = File::create(&path).map_err(Error::io("make the lock", &path))?;
+    let locked = match purpose {
+        Purpose::Look => file.try_lock_shared(),
+        Purpose::Plan | Purpose::Change => file.try_lock(),
+    };
+    match locked {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Busy {
+            path: scratch.to_owned(),
+        }),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
 }
 
