@@ -167,7 +167,6 @@ impl args::Reclaim {
                 keep_zeros: self.keep_zeros,
                 keep_preallocated: self.keep_prealloc,
                 work_space_bytes: self.work_space,
-                trust_unproved: false,
             },
             dry_run: self.dry_run,
         })

@@ -29,12 +29,13 @@ pub(super) struct Decisions {
 /// would make every later look at them slow.
 const REPEATED_RUN_BLOCKS: u32 = 32;
 
-/// Decides for every extent. `rewritten_anyway` tells extents that exist only in a plan, which cost nothing to write otherwise.
-pub(super) fn decide(facts: &Facts, options: &Options, rewritten_anyway: impl Fn(u32) -> bool) -> Decisions {
+/// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only in a plan, which cost nothing to write otherwise.
+pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyway: impl Fn(u32) -> bool) -> Decisions {
     let slots = facts.slots() as usize;
     let mut pass = Pass {
         facts,
         options,
+        ask,
         table: Table::new(facts),
         homes: SlotSet::new(slots),
         found: Decisions::default(),
@@ -99,6 +100,8 @@ fn is_pinned(facts: &Facts, options: &Options, extent: u32) -> Option<Pinned> {
 struct Pass<'a> {
     facts: &'a Facts,
     options: &'a Options,
+    /// Whether short runs that are not proved count, and are listed; if not, they do not count.
+    ask: bool,
     table: Table,
     /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
     homes: SlotSet,
@@ -329,7 +332,7 @@ impl Pass<'_> {
                     Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
                     Target::Hole => self.facts.proved_zero(run.slot + n),
                 };
-                known.unwrap_or(self.options.trust_unproved)
+                known.unwrap_or(self.ask)
             })
     }
 

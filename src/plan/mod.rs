@@ -47,8 +47,6 @@ pub struct Options {
     pub keep_preallocated: bool,
     /// Bytes that donors may take before what they replace is freed.
     pub work_space_bytes: u64,
-    /// Whether to count on short runs that are not proved yet. The plan then lists what to read ([`Plan::unproved`]).
-    pub trust_unproved: bool,
 }
 
 impl Default for Options {
@@ -58,7 +56,6 @@ impl Default for Options {
             keep_zeros: false,
             keep_preallocated: false,
             work_space_bytes: 1 << 30,
-            trust_unproved: false,
         }
     }
 }
@@ -118,8 +115,6 @@ pub struct Plan {
     donor_places: Vec<(u32, u32)>,
     /// Bytes on disk that will be freed, net, by reason.
     pub freed: BytesByReason,
-    /// Slots to read and prove before the plan can be relied upon; empty unless [`Options::trust_unproved`].
-    pub unproved: Vec<Slot>,
     /// Bytes of extents that stay although something in them could go, by why.
     pub pinned: BTreeMap<Pinned, u64>,
     /// The share of blocks that could be looked up in the block table: one in so many.
@@ -151,19 +146,27 @@ impl Plan {
     }
 }
 
-/// Makes a plan.
-pub fn plan(facts: &Facts, options: &Options) -> Plan {
+/// Makes a plan, or lists what must be proved before there can be one.
+///
+/// # Errors
+/// The slots to read, if it is to `ask` and would count on short runs that are not proved.
+fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> {
+    let question = |mut slots: Vec<Slot>| {
+        slots.sort_unstable();
+        slots.dedup();
+        if slots.is_empty() { Ok(()) } else { Err(slots) }
+    };
     let mut layout = Layout::default();
-    let mut unproved = Vec::new();
-    let mut first = greedy::decide(facts, options, |_| false);
-    unproved.append(&mut first.unproved);
-    let pinned = std::mem::take(&mut first.pinned);
+    let first = greedy::decide(facts, options, ask, |_| false);
+    question(first.unproved)?;
     layout.compose(facts, &first.gone, |slot| slot, Some);
     for _ in 1..ROUNDS_MAX {
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
-        let mut again = greedy::decide(&applied.facts, options, |extent| extent as usize >= applied.kept.len());
-        unproved.extend(again.unproved.drain(..).map(|slot| applied.origin.of(slot)));
+        let again = greedy::decide(&applied.facts, options, ask, |extent| {
+            extent as usize >= applied.kept.len()
+        });
+        question(again.unproved.into_iter().map(|slot| applied.origin.of(slot)).collect())?;
         if again.gone.is_empty() {
             break;
         }
@@ -171,17 +174,14 @@ pub fn plan(facts: &Facts, options: &Options) -> Plan {
         layout.compose(facts, &again.gone, |slot| applied.origin.of(slot), kept);
     }
     layout.place_leftovers(facts, options);
-    unproved.sort_unstable();
-    unproved.dedup();
     let mut plan = Plan {
         sampled: table::Table::new(facts).sampled(),
         layout,
-        unproved,
-        pinned,
+        pinned: first.pinned,
         ..Plan::default()
     };
     ops::schedule(facts, &mut plan);
-    plan
+    Ok(plan)
 }
 
 /// Makes a plan that rests on no short run that was not proved: `prove` reads slots and says what they hold.
@@ -196,26 +196,16 @@ pub fn plan_proved<E>(
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
     const QUESTIONS_MAX: usize = 40;
     for _ in 0..QUESTIONS_MAX {
-        let draft = plan(
-            facts,
-            &Options {
-                trust_unproved: true,
-                ..*options
-            },
-        );
-        if draft.unproved.is_empty() {
-            return Ok(draft);
+        match plan(facts, options, true) {
+            Ok(plan) => return Ok(plan),
+            Err(slots) => {
+                let proofs = prove(facts, &slots)?;
+                facts.add_proofs(proofs);
+            }
         }
-        let proofs = prove(facts, &draft.unproved)?;
-        facts.add_proofs(proofs);
     }
-    Ok(plan(
-        facts,
-        &Options {
-            trust_unproved: false,
-            ..*options
-        },
-    ))
+    // Nothing unproved counts now, so nothing is asked.
+    Ok(plan(facts, options, false).unwrap_or_default())
 }
 
 /// Bytes that `blocks` of a new donor of this class take, if they come from extents that take `share` bytes for them.
