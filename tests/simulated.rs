@@ -191,7 +191,6 @@ fn options() -> impl Strategy<Value = Options> {
                 keep_zeros,
                 keep_preallocated,
                 work_space_bytes,
-                ..Options::default()
             },
         )
 }
