@@ -30,6 +30,12 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// A path that was named is a device, a pipe or a socket.
+    #[error("`{}` is neither a file nor a folder", shown(path))]
+    NotAnImage {
+        /// The path.
+        path: PathBuf,
+    },
     /// There is nothing to work on.
     #[error("no images found in {}", list(paths))]
     NoImages {
@@ -155,6 +161,7 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::NoSuchPath { .. } => "check the path",
+            Self::NotAnImage { .. } => "name image files and folders",
             Self::NoImages { .. } => {
                 "name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions"
             }
@@ -186,7 +193,11 @@ impl Error {
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
-            Self::Usage(_) | Self::NoSuchPath { .. } | Self::NoImages { .. } | Self::TwoFilesystems { .. }
+            Self::Usage(_)
+                | Self::NoSuchPath { .. }
+                | Self::NotAnImage { .. }
+                | Self::NoImages { .. }
+                | Self::TwoFilesystems { .. }
         )
     }
 }

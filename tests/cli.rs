@@ -124,7 +124,7 @@ fn reclaim_report_scan_and_status() {
     insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
         2 images: 4.0 MiB on disk for 8.0 MiB of data in 10.0 MiB of images (1 extents, 2 references)
         Would free 0 B in 0 extents
-        Left alone: [folder]/pool/one.img: in use: shut the machine down, or detach the loop device
+        Left alone: [folder]/pool/one.img: in use: shut the machine down, detach the loop device, or turn swapping off
         --- stderr
         --- exit 3
     "#);
@@ -253,6 +253,13 @@ fn bad_input_is_one_line_each() {
     insta::assert_snapshot!(run(&[&fs.mount.join("nothing").display().to_string()]), @r#"
         --- stderr
         error: no images found in `[folder]/nothing` (name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions)
+        --- exit 2
+    "#);
+    let pipe = fs.mount.join("pipe.img").display().to_string();
+    sh(&format!("mkfifo {pipe}"));
+    insta::assert_snapshot!(run(&[&pool, &pipe]), @r#"
+        --- stderr
+        error: `[folder]/pipe.img` is neither a file nor a folder (name image files and folders)
         --- exit 2
     "#);
     insta::assert_snapshot!(run(&[&pool, &elsewhere]), @r#"

@@ -1,5 +1,4 @@
 //! The command line: arguments, progress, printing, exit codes. Data goes to stdout, all else to stderr.
-#![expect(clippy::print_stderr, reason = "this is where messages are printed")]
 
 mod args;
 mod progress;
@@ -56,7 +55,8 @@ pub fn main() -> ExitCode {
 
 fn print_error(error: &Error) {
     let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
-    eprintln!("error: {}{hint}", describe(error));
+    // Where even that cannot be written, the exit code has to do.
+    let _ = writeln!(std::io::stderr(), "error: {}{hint}", describe(error));
 }
 
 fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {

@@ -1,6 +1,6 @@
 //! Progress on a terminal, and Ctrl-C.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -72,9 +72,13 @@ impl Monitor for Terminal {
 
     fn note(&self, message: &str) {
         let bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
+        let print = || {
+            // There is nowhere else to say that it could not be said.
+            let _ = writeln!(std::io::stderr(), "note: {message}");
+        };
         match &*bar {
-            Some(bar) => bar.suspend(|| eprintln!("note: {message}")),
-            None => eprintln!("note: {message}"),
+            Some(bar) => bar.suspend(print),
+            None => print(),
         }
     }
 

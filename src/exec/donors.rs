@@ -25,6 +25,22 @@ pub(super) fn write(
         number: fs.create_donor(file.class)?,
         bytes: 0,
     };
+    let written = fill(facts, plan, file, fs, monitor, &mut donor);
+    if let Err(error) = written.and_then(|()| fs.settle_donor(donor.number)) {
+        fs.discard_donor(donor.number);
+        return Err(error);
+    }
+    Ok(donor)
+}
+
+fn fill(
+    facts: &Facts,
+    plan: &Plan,
+    file: &DonorFile,
+    fs: &dyn Sharing,
+    monitor: &dyn Monitor,
+    donor: &mut Donor,
+) -> Result<()> {
     let extents = || {
         file.extents
             .iter()
@@ -61,6 +77,5 @@ pub(super) fn write(
             break;
         }
     }
-    fs.settle_donor(donor.number)?;
-    Ok(donor)
+    Ok(())
 }

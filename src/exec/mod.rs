@@ -70,35 +70,33 @@ pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, 
         scope.spawn(move || {
             let mut donor_files = vec![None; plan.donor_files.len()];
             for batch in &plan.batches {
-                let mut outcome = Ok(0);
+                let mut bytes = 0;
+                let mut failed = None;
                 for file in batch.donor_files.clone() {
-                    let donor = donors::write(facts, plan, &plan.donor_files[file], fs, monitor);
-                    outcome = outcome.and_then(|before| {
-                        donor.map(|donor| {
+                    match donors::write(facts, plan, &plan.donor_files[file], fs, monitor) {
+                        Ok(donor) => {
                             donor_files[file] = Some(donor.number);
-                            before + donor.bytes
-                        })
-                    });
+                            bytes += donor.bytes;
+                        }
+                        // What does not need this donor can go all the same, and may make the space that the next one takes.
+                        Err(error) => failed = failed.or(Some(error)),
+                    }
                 }
-                let failed = outcome.is_err();
-                if written
-                    .send(outcome.map(|bytes| (batch, bytes, donor_files.clone())))
-                    .is_err()
-                    || failed
-                {
+                if written.send((batch, bytes, failed, donor_files.clone())).is_err() {
                     return;
                 }
             }
         });
-        for batch in batches {
-            let (batch, bytes, donor_files) = batch?;
+        let mut failed = None;
+        for (batch, bytes, problem, donor_files) in batches {
             run.ran.counts.written_bytes += bytes;
+            failed = failed.or(problem);
             run.batch(batch, &donor_files)?;
             if run.ran.interrupted {
                 break;
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     })
 }
 
@@ -144,7 +142,8 @@ impl Run<'_> {
             Ok(true)
         })?;
         self.fs.commit()?;
-        if self.ran.interrupted {
+        // Extents whose donor is missing are held for that reason, and no second turn changes it.
+        if self.ran.interrupted || donor_files[..batch.donor_files.end].contains(&None) {
             return Ok(());
         }
         second::round(self, &extents)
@@ -196,11 +195,18 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
         return Ok(());
     }
     ran.counts.calls += 1;
-    match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
+    let try_it = || fs.share(call.source, call.source_offset, call.image, call.offset, call.length);
+    let mut outcome = try_it();
+    if is_full(outcome) {
+        // What was freed since the last commit is not available before the next.
+        fs.commit()?;
+        outcome = try_it();
+    }
+    match outcome {
         Outcome::Shared => ran.counts.shared_bytes += call.length,
         Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran)?,
         Outcome::Differs => ran.counts.differing_bytes += call.length,
-        Outcome::Refused(Errno::NOSPC | Errno::DQUOT) => {
+        Outcome::Refused(_) if is_full(outcome) => {
             return Err(Error::NoSpace {
                 doing: "sharing blocks",
                 path: fs.path(call.image).to_owned(),
@@ -211,6 +217,10 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn is_full(outcome: Outcome) -> bool {
+    matches!(outcome, Outcome::Refused(Errno::NOSPC | Errno::DQUOT))
 }
 
 /// Shares the runs of blocks of a range that are equal, and counts those that are not.
@@ -237,8 +247,16 @@ fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()>
         let size = usize::try_from(length).unwrap_or(usize::MAX);
         theirs.resize(size, 0);
         ours.resize(size, 0);
-        fs.read(call.source, call.source_offset + done, &mut theirs)?;
-        fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours)?;
+        let read = fs
+            .read(call.source, call.source_offset + done, &mut theirs)
+            .and_then(|()| fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours));
+        if read.is_err() {
+            // Of what cannot be read nothing is known to be equal.
+            flush(&mut equal, ran);
+            ran.counts.differing_bytes += length;
+            done += length;
+            continue;
+        }
         for (block, at) in theirs
             .chunks(BLOCK_LEN)
             .zip(ours.chunks(BLOCK_LEN))

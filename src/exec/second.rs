@@ -8,7 +8,7 @@ use super::{Call, Run, share, split};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::error::Result;
 use crate::facts::ImageId;
-use crate::fs::SourceFile;
+use crate::fs::{HeldRange, SourceFile};
 
 /// Blocks copied in one round at most: what is left over by chance is little, and what is much has another cause.
 const ROUND_BLOCKS_MAX: usize = 16 << 10;
@@ -22,44 +22,44 @@ pub(super) fn round(run: &mut Run<'_>, extents: &[u32]) -> Result<()> {
             held.push(*extent);
         }
     }
+    if held.is_empty() {
+        return Ok(());
+    }
     run.ran.counts.second_round_extents += held.len() as u64;
+    // One look at each image for all extents: its map may be long.
+    let facts = run.facts;
+    let address = |extent: &u32| facts.extents[*extent as usize].address;
+    let addresses: BTreeSet<u64> = held.iter().map(address).collect();
+    let references = held.iter().flat_map(|extent| facts.references_to(*extent));
+    let images: BTreeSet<ImageId> = references.map(|reference| reference.image).collect();
+    let mut rest: BTreeMap<u64, Vec<(ImageId, HeldRange)>> = BTreeMap::new();
+    for image in images {
+        for (address, range) in run.fs.ranges_in(image, &addresses)? {
+            rest.entry(address).or_default().push((image, range));
+        }
+    }
     for extent in &held {
         if run.stop() {
             return Ok(());
         }
-        move_rest(run, *extent)?;
-    }
-    if held.is_empty() {
-        return Ok(());
+        // Where no image holds an extent any more, someone else does since the plan was made.
+        if let Some(rest) = rest.remove(&address(extent)) {
+            move_rest(run, *extent, rest)?;
+        }
     }
     run.fs.commit()?;
     for extent in held {
-        let this = &run.facts.extents[extent as usize];
+        let this = &facts.extents[extent as usize];
         run.ran.counts.extents_still_held += u64::from(run.fs.is_allocated(this.address, this.generation)?);
     }
     Ok(())
 }
 
 /// Moves what images still refer to of one extent.
-fn move_rest(run: &mut Run<'_>, extent: u32) -> Result<()> {
+fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) -> Result<()> {
     let this = &run.facts.extents[extent as usize];
-    let images: BTreeSet<ImageId> = run
-        .facts
-        .references_to(extent)
-        .iter()
-        .map(|reference| reference.image)
-        .collect();
-    let mut rest = Vec::new();
-    for image in images {
-        if !run.fs.may_touch(image) {
-            return Ok(());
-        }
-        rest.extend(
-            run.fs
-                .ranges_in(image, this.address)?
-                .into_iter()
-                .map(|range| (image, range)),
-        );
+    if rest.iter().any(|(image, _)| !run.fs.may_touch(*image)) {
+        return Ok(());
     }
     // Each block of the extent is copied once, however many images refer to it: where in the donor, by its place in the extent.
     let mut copies: BTreeMap<u32, u64> = BTreeMap::new();

@@ -3,6 +3,7 @@
 pub mod btrfs;
 pub mod simulated;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -82,6 +83,9 @@ pub trait Sharing: Sync {
     /// [`crate::error::Error::NoSpace`] among others.
     fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()>;
 
+    /// Gives up a donor that could not be written.
+    fn discard_donor(&self, donor: usize);
+
     /// Waits until all of a donor is on disk.
     ///
     /// # Errors
@@ -103,11 +107,11 @@ pub trait Sharing: Sync {
     /// Those of reading the filesystem's metadata.
     fn is_allocated(&self, address: u64, generation: u64) -> Result<bool>;
 
-    /// The ranges of an image that refer to the extent at `address`.
+    /// The ranges of an image that refer to any of the extents at `addresses`, each with the address.
     ///
     /// # Errors
     /// Those of reading the filesystem's metadata.
-    fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>>;
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>>;
 
     /// Where an image lies, for messages.
     fn path(&self, image: ImageId) -> &Path;

@@ -392,6 +392,10 @@ impl Sharing for Simulated {
         })
     }
 
+    fn discard_donor(&self, donor: usize) {
+        self.with(|state| state.donors[donor].1.blocks.clear());
+    }
+
     fn settle_donor(&self, _: usize) -> Result<()> {
         Ok(())
     }
@@ -444,13 +448,11 @@ impl Sharing for Simulated {
         Ok(self.with(|state| state.used().iter().any(|number| State::address(*number) == address)))
     }
 
-    fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>> {
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
         Ok(self.with(|state| {
             let ranges = State::ranges(&state.images[image as usize]).into_iter();
-            ranges
-                .filter(|(extent, _)| State::address(*extent) == address)
-                .map(|(_, range)| range)
-                .collect()
+            let ranges = ranges.map(|(extent, range)| (State::address(extent), range));
+            ranges.filter(|(address, _)| addresses.contains(address)).collect()
         }))
     }
 

@@ -1,5 +1,8 @@
 //! The index: fingerprints and chunks of extents, remembered across runs in sled. A cache and nothing more.
 //!
+//! Fingerprints serve the next run. Chunks are entered for looking content up across runs and pools, which archives need; a
+//! reclaim does not look them up, since the block table covers whatever is in its pool.
+//!
 //! What it holds is specified in `formats/index-v1.md`. An entry is keyed by an extent's address *and* the transaction that
 //! wrote it, so that it is never taken for a later extent at the same place; every record carries its own hash. A damaged
 //! index is thrown away and filled again; deleting it costs time and nothing else.
@@ -39,6 +42,8 @@ pub struct Index {
     db: sled::Db,
     /// Extents, by place in the facts last looked up, whose entry is as it should be.
     current: Vec<bool>,
+    /// Whether fingerprints of uncompressed extents are remembered too: the filesystem's checksums do not serve.
+    keep_plain: bool,
 }
 
 /// What an index knows.
@@ -75,10 +80,7 @@ impl Index {
         let problem = match open_sled(&folder, function) {
             Ok(index) => return Ok(index),
             Err(Opening::Busy) => {
-                return Err(Error::Index {
-                    path: folder,
-                    problem: "another vmfold is using it".into(),
-                });
+                return Err(Error::Busy { path: folder });
             }
             Err(Opening::Io(error)) => return Err(Error::io("open the index", &folder)(error)),
             Err(Opening::Damaged(problem)) => problem,
@@ -115,7 +117,7 @@ impl Index {
                 let Some(entry) = entries.get(&(extent.address, extent.generation)) else {
                     continue;
                 };
-                if entry.blocks != extent.blocks {
+                if entry.blocks != extent.blocks || !extent.class.checksummed {
                     continue;
                 }
                 let first = extent.first_slot;
@@ -144,7 +146,22 @@ impl Index {
         Ok(())
     }
 
-    /// Enters what is not remembered yet. Entries of extents that are no longer there go.
+    /// Remembers fingerprints of uncompressed extents too.
+    pub fn keep_plain(&mut self) {
+        self.keep_plain = true;
+    }
+
+    /// Leaves extents out of the next [`Index::update`]: what was read may not be what they held.
+    pub fn forget(&mut self, extents: impl IntoIterator<Item = u32>) {
+        for extent in extents {
+            if let Some(current) = self.current.get_mut(extent as usize) {
+                *current = true;
+            }
+        }
+    }
+
+    /// Enters what is not remembered yet. Entries of earlier extents at the same place go; others stay, since they may belong to
+    /// images that this run does not look at.
     ///
     /// # Errors
     /// Those of the index.
@@ -159,7 +176,7 @@ impl Index {
         for (segment, places) in changed {
             let mut entries = self.read(segment)?;
             for place in places {
-                let new = Entry::of(facts, place, &mut chunker);
+                let new = Entry::of(facts, place, self.keep_plain, &mut chunker);
                 entries.retain(|old| old.end() <= new.address || new.end() <= old.address);
                 entries.push(new);
             }
@@ -288,6 +305,7 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
             tree,
             db,
             current: Vec::new(),
+            keep_plain: false,
         })
     };
     let quiet = std::panic::take_hook();

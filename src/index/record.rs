@@ -25,7 +25,7 @@ pub(super) struct Entry {
 
 impl Entry {
     /// What there is to remember of an extent.
-    pub(super) fn of(facts: &Facts, place: usize, chunker: &mut Chunker) -> Self {
+    pub(super) fn of(facts: &Facts, place: usize, keep_plain: bool, chunker: &mut Chunker) -> Self {
         let extent = &facts.extents[place];
         let first = extent.first_slot;
         let mut entry = Self {
@@ -35,8 +35,9 @@ impl Entry {
             blocks: extent.blocks,
             ..Self::default()
         };
-        // Checksums of plain extents are read from the filesystem faster than from here.
-        let is_computed = extent.class.compression != Compression::None || !extent.class.checksummed;
+        // What the filesystem has checksums of is read from there faster than from here. What it keeps no checksums of is
+        // overwritten in place, so that address and generation do not tell its content.
+        let is_computed = extent.class.checksummed && (keep_plain || extent.class.compression != Compression::None);
         for run in facts.live_runs(extent.slots()) {
             let fingerprints = facts.fingerprints.range(run.clone());
             chunker.cut(&fingerprints, |chunk| entry.chunks.push(chunk));

@@ -78,8 +78,15 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
     let mut facts = mapped.facts;
     let fingerprinted = {
         make_room(&mut facts, scope)?;
-        let mut index = Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor)?;
-        fingerprint(&fs, &mut facts, &mut index, monitor)?
+        let mut index = match Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
+            Ok(index) => Some(index),
+            Err(error @ Error::Busy { .. }) => return Err(error),
+            Err(error) => {
+                monitor.note(&format!("Going on without an index: {}", describe(&error)));
+                None
+            }
+        };
+        fingerprint(&fs, &mut facts, index.as_mut(), monitor)?
     };
     Ok(Prepared {
         fs,

@@ -82,8 +82,8 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
-    let (freed, mapped) = freed_bytes(&fs, &before)?;
     result.interrupted = ran.interrupted;
+    let counted = freed_bytes(&fs, &before);
     for image in ran.opened_meanwhile {
         result.skipped.push(Skipped {
             path: fs.path(image).to_owned(),
@@ -100,12 +100,16 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
             reason: Skip::Changed,
         });
     }
-    let done = Done {
-        freed_bytes: freed,
-        after: PoolBytes::of(&fs, &mapped.facts),
-        counts: ran.counts,
-    };
-    result.done = Some(done);
     result.failed = outcome.err();
+    match counted {
+        Ok((freed_bytes, mapped)) => {
+            result.done = Some(Done {
+                freed_bytes,
+                after: PoolBytes::of(&fs, &mapped.facts),
+                counts: ran.counts,
+            });
+        }
+        Err(error) => result.failed = result.failed.or(Some(error)),
+    }
     Ok(result)
 }

@@ -76,7 +76,8 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
             at += layout.donors()[*donor as usize].blocks;
         }
     }
-    let mut by_batch: BTreeMap<u32, Vec<Elimination>> = BTreeMap::new();
+    // What needs no donor comes first: it takes no space, and makes some.
+    let mut by_batch: BTreeMap<Option<u32>, Vec<Elimination>> = BTreeMap::new();
     for extent in layout.gone() {
         let (elimination, freed, batch) = eliminate(facts, plan, *extent);
         for (reason, bytes) in freed {
@@ -84,19 +85,15 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         }
         by_batch.entry(batch).or_default().push(elimination);
     }
-    let last = by_batch
-        .keys()
-        .chain(plan.donor_files.iter().map(|file| &file.batch))
-        .max()
-        .copied();
+    let last = plan.donor_files.last().map(|file| file.batch);
     let (mut held, mut released, mut file) = (0u64, 0u64, 0);
-    for number in 0..last.map_or(0, |last| last + 1) {
+    for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
         let first = plan.eliminations.len();
         plan.eliminations.extend(by_batch.remove(&number).unwrap_or_default());
         let files = file..file
             + plan.donor_files[file..]
                 .iter()
-                .take_while(|file| file.batch == number)
+                .take_while(|file| Some(file.batch) == number)
                 .count();
         file = files.end;
         let written: u64 = plan.donor_files[files.clone()]
@@ -127,8 +124,8 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
     }
 }
 
-/// What eliminating one extent frees, why, and the first batch after which all its blocks are elsewhere.
-fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, u32) {
+/// What eliminating one extent frees, why, and the batch of the last donor that it needs, if any.
+fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
     let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
     let runs = layout.runs_of(extent);
     let pieces = left_over(facts, this.slots(), runs);
@@ -158,10 +155,10 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
         .map_or(Reason::Unreachable, |(reason, _)| *reason);
     freed.retain(|(_, bytes)| *bytes > 0);
 
-    let (mut batch, mut ops) = (0, 0);
+    let (mut batch, mut ops) = (None, 0);
     for op in plan.ops(facts, extent) {
         if let Source::Donor(file, _) = op.source {
-            batch = batch.max(plan.donor_files[file as usize].batch);
+            batch = batch.max(Some(plan.donor_files[file as usize].batch));
         }
         ops += 1;
     }

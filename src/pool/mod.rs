@@ -39,12 +39,12 @@ pub enum Skip {
     Volatile,
     /// `chattr +i` or `+a`: the kernel allows no change of its extents.
     Immutable,
-    /// An active swap file.
-    Swap,
     /// Someone opened it while it was worked on.
     OpenedMeanwhile,
     /// It changed while it was worked on.
     Changed,
+    /// It lies on another filesystem, mounted below the path.
+    OtherFilesystem,
     /// It could not be opened or read.
     Unreadable,
 }
@@ -53,14 +53,14 @@ impl Skip {
     /// What to tell the user.
     pub fn reason(self) -> &'static str {
         match self {
-            Self::InUse => "in use: shut the machine down, or detach the loop device",
+            Self::InUse => "in use: shut the machine down, detach the loop device, or turn swapping off",
             Self::MachineInUse => "another image of its machine is in use",
             Self::ImportInProgress => "an import of its machine is in progress",
             Self::Volatile => "it exists only while its machine runs",
             Self::Immutable => "immutable or append-only: see lsattr",
-            Self::Swap => "an active swap file",
             Self::OpenedMeanwhile => "someone opened it during the run",
             Self::Changed => "it changed during the run",
+            Self::OtherFilesystem => "on another filesystem: run once for each",
             Self::Unreadable => "it could not be read",
         }
     }
@@ -137,6 +137,9 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         if metadata.is_file() {
             add(&full, &metadata, &mut pool);
             continue;
+        }
+        if !metadata.is_dir() {
+            return Err(Error::NotAnImage { path: path.clone() });
         }
         let is_left_out =
             |path: &Path| exclude.is_match(path.strip_prefix(&full).unwrap_or(path)) || exclude.is_match(path);

@@ -10,7 +10,8 @@ const BTRFS_IOC_LOGICAL_INO_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_LOGICAL
 const BTRFS_IOC_INO_LOOKUP: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_INO_LOOKUP as Opcode;
 /// `BTRFS_LOGICAL_INO_ARGS_IGNORE_OFFSET` (uapi/linux/btrfs.h): references to any part of the extent, not to one block.
 const IGNORE_OFFSET: u64 = 1;
-const BUFFER_WORDS: usize = 8 << 10;
+/// Words of the buffer: enough for most extents, and the most that the kernel fills (16 MiB).
+const BUFFER_WORDS: [usize; 2] = [8 << 10, 2 << 20];
 /// Words of `struct btrfs_data_container`: two of counters, then the values.
 const CONTAINER_WORDS: usize = 2;
 
@@ -30,10 +31,19 @@ pub struct Holder {
 /// # Errors
 /// `ENOENT` if nothing refers to it, `EPERM` without `CAP_SYS_ADMIN`.
 pub fn holders(fd: impl AsFd, address: u64) -> Result<Option<Vec<Holder>>> {
-    let mut buffer = vec![0u64; BUFFER_WORDS];
+    for words in BUFFER_WORDS {
+        if let Some(holders) = holders_in(&fd, address, words)? {
+            return Ok(Some(holders));
+        }
+    }
+    Ok(None)
+}
+
+fn holders_in(fd: impl AsFd, address: u64, words: usize) -> Result<Option<Vec<Holder>>> {
+    let mut buffer = vec![0u64; words];
     let mut args = btrfs_ioctl_logical_ino_args {
         logical: address,
-        size: (BUFFER_WORDS * 8) as u64,
+        size: (words * 8) as u64,
         reserved: [0; 3],
         flags: IGNORE_OFFSET,
         inodes: buffer.as_mut_ptr() as u64,
@@ -45,7 +55,7 @@ pub fn holders(fd: impl AsFd, address: u64) -> Result<Option<Vec<Holder>>> {
         return Ok(None);
     };
     let (count, missed) = ((counts & 0xffff_ffff) as usize, counts >> 32);
-    if missed != 0 || count > BUFFER_WORDS - CONTAINER_WORDS {
+    if missed != 0 || count > words - CONTAINER_WORDS {
         return Ok(None);
     }
     Ok(Some(

@@ -28,19 +28,29 @@ pub struct Fingerprinted {
 /// Bytes read by one thread at a time.
 const READ_BLOCKS: u32 = 256;
 
-/// Fills in the fingerprints of all live slots, and brings the index up to date.
+/// Fills in the fingerprints of all live slots, and brings the index up to date, if there is one.
 ///
 /// # Errors
-/// Those of reading metadata or images, and of the index. A user who stops it is no error: the caller asks the monitor.
-pub fn fingerprint(fs: &Btrfs, facts: &mut Facts, index: &mut Index, monitor: &dyn Monitor) -> Result<Fingerprinted> {
+/// Those of reading metadata or images. A user who stops it is no error: the caller asks the monitor. An index that fails is
+/// none either: it is only a cache.
+pub fn fingerprint(
+    fs: &Btrfs,
+    facts: &mut Facts,
+    mut index: Option<&mut Index>,
+    monitor: &dyn Monitor,
+) -> Result<Fingerprinted> {
     let mut found = Fingerprinted::default();
     let mut known = SlotSet::new(facts.slots() as usize);
     if fs.has_usable_checksums() {
         monitor.phase("Reading checksums", 0);
         found.from_checksums = from_checksums(fs, facts, &mut known)?;
+    } else if let Some(index) = &mut index {
+        index.keep_plain();
     }
     let before = count(facts, &known);
-    index.look_up(facts, &mut known)?;
+    if let Some(Err(error)) = index.as_mut().map(|index| index.look_up(facts, &mut known)) {
+        monitor.note(&crate::ops::describe(&error));
+    }
     found.from_index = bytes(count(facts, &known) - before);
     let unknown: Vec<std::ops::Range<Slot>> = (0..facts.extents.len())
         .flat_map(|extent| unknown_runs(facts, &known, extent))
@@ -49,13 +59,17 @@ pub fn fingerprint(fs: &Btrfs, facts: &mut Facts, index: &mut Index, monitor: &d
     if total > 0 {
         monitor.phase("Reading images", total);
         found.read = by_reading(fs, facts, &unknown, monitor)?;
-        for run in &unknown {
-            known.insert_range(run.clone());
-        }
     }
-    if !monitor.interrupted() {
+    if let Some(index) = index.filter(|_| !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
-        index.update(facts)?;
+        // An image that was written to since its map was read may have been read elsewhere than in these extents.
+        let changed: Vec<bool> = fs.images().iter().map(|image| !image.is_unchanged()).collect();
+        let touched = unknown.iter().flat_map(|run| facts.places_of(run.clone()));
+        let touched = touched.filter(|(_, place)| changed[place.image as usize]);
+        index.forget(touched.map(|(slot, _)| facts.extent_of(slot)));
+        if let Err(error) = index.update(facts) {
+            monitor.note(&crate::ops::describe(&error));
+        }
     }
     Ok(found)
 }

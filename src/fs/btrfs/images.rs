@@ -98,7 +98,7 @@ pub(super) fn open(
     info: &FsInfo,
     purpose: Purpose,
 ) -> Result<(Vec<Image>, Vec<Skipped>, Option<LeaseKeeper>)> {
-    raise_file_limit(found.len());
+    raise_file_limit();
     signals::ignore_sigio();
     let (mut images, mut skipped, mut busy) = (Vec::new(), Vec::new(), BTreeSet::new());
     for image in found {
@@ -143,12 +143,8 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
     };
     // Only what is asked for is read: blocks to be proved lie anywhere, and all else is read ahead by asking.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-    let its_info = fs_info(&file).map_err(Error::io("look at the filesystem of", path))?;
-    if its_info.uuid != info.uuid {
-        return Err(Error::TwoFilesystems {
-            first: path.parent().unwrap_or(path).to_owned(),
-            second: path.clone(),
-        });
+    if !fs_info(&file).is_ok_and(|its| its.uuid == info.uuid) {
+        return Ok(Err(Skip::OtherFilesystem));
     }
     let metadata = file.metadata().map_err(Error::io("look at", path))?;
     if !metadata.is_file() || (metadata.dev(), metadata.len()) == (0, 0) {
@@ -203,22 +199,19 @@ fn has_no_checksums(file: &File, inode: u64, path: &std::path::Path) -> Result<b
     Ok(flags & 1 != 0)
 }
 
-/// Every image stays open for the whole run, for its lease; the usual limit of 1024 files is too low for a large pool.
-fn raise_file_limit(images: usize) {
+/// Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them; the usual
+/// limit of 1024 files is too low for a large pool.
+fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = images as u64 + 256;
-    if limit.current.is_some_and(|current| current < wanted) {
-        let current = Some(limit.maximum.map_or(wanted, |maximum| maximum.min(wanted)));
-        // Where this fails, opening fails and says so.
-        let _ = setrlimit(
-            Resource::Nofile,
-            Rlimit {
-                current,
-                maximum: limit.maximum,
-            },
-        );
-    }
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // Where this fails, opening fails and says so.
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    );
 }
 
 /// Looks after the leases: gives one back as soon as someone waits for it.

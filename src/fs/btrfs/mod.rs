@@ -5,6 +5,7 @@ mod fingerprints;
 mod images;
 mod map;
 
+use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -93,10 +94,16 @@ impl Btrfs {
         }
         let run_lock = lock_filesystem(&info, purpose, scratch)?;
         let (images, skipped, leases) = images::open(images, &info, purpose)?;
+        let scratch = if purpose == Purpose::Change {
+            folder_for_donors(&images, scratch)
+        } else {
+            scratch
+        };
+        let scratch = scratch.to_owned();
         let opened = Self {
             info,
             images,
-            scratch: scratch.to_owned(),
+            scratch,
             donors: Mutex::default(),
             holes: Mutex::default(),
             _leases: leases,
@@ -144,7 +151,7 @@ impl Btrfs {
     /// Reads blocks and says what they hold.
     ///
     /// # Errors
-    /// Those of reading.
+    /// If no image reaches one of them.
     pub fn prove(&self, facts: &crate::facts::Facts, slots: &[u32]) -> Result<Vec<(u32, Proof)>> {
         use rayon::prelude::*;
         let read = |slot: &u32| {
@@ -153,12 +160,11 @@ impl Btrfs {
                 path: self.scratch.clone(),
                 problem: format!("no image reaches block {slot}"),
             })?;
-            self.read(
-                SourceFile::Image(place.image),
-                u64::from(place.file_block) * BLOCK_BYTES,
-                &mut block,
-            )?;
-            Ok((*slot, proof_of(&block)))
+            let offset = u64::from(place.file_block) * BLOCK_BYTES;
+            // A block that cannot be read is proved equal to none.
+            let read = self.read(SourceFile::Image(place.image), offset, &mut block);
+            let proof = read.map_or_else(|_| proof_of(&slot.to_le_bytes()), |()| proof_of(&block));
+            Ok((*slot, proof))
         };
         slots.par_iter().map(read).collect()
     }
@@ -177,10 +183,7 @@ impl Btrfs {
     }
 
     fn unnamed_file(&self) -> Result<File> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = rustix::fs::open(&self.scratch, flags, Mode::RUSR | Mode::WUSR);
-        file.map(File::from)
-            .map_err(Error::io("make a donor in", &self.scratch))
+        unnamed_file_in(&self.scratch).map_err(|errno| self.donor_error(errno.into()))
     }
 
     /// A file without data, as long as the largest image.
@@ -244,6 +247,21 @@ fn lock_filesystem(info: &FsInfo, purpose: Purpose, scratch: &Path) -> Result<Fi
         }),
         Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
+}
+
+fn unnamed_file_in(folder: &Path) -> rustix::io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR).map(File::from)
+}
+
+/// The first folder of an image where a donor can be made: those in read-only snapshots are none.
+fn folder_for_donors<'a>(images: &'a [Image], otherwise: &'a Path) -> &'a Path {
+    let folders = images.iter().filter_map(|image| image.path.parent());
+    let mut tried = BTreeSet::new();
+    let mut folders = folders.filter(|folder| tried.insert(folder.to_owned()));
+    folders
+        .find(|folder| unnamed_file_in(folder).is_ok())
+        .unwrap_or(otherwise)
 }
 
 /// `FS_NOCOMP_FL` (uapi/linux/fs.h): the filesystem's own compression is not for this file.
@@ -390,6 +408,11 @@ impl Sharing for Btrfs {
         written.map_err(|error| self.donor_error(error))
     }
 
+    fn discard_donor(&self, donor: usize) {
+        // Where this fails the space is free again at the end of the run.
+        let _ = lock(&self.donors)[donor].file.set_len(0);
+    }
+
     fn settle_donor(&self, donor: usize) -> Result<()> {
         let file = lock(&self.donors)[donor].file.clone();
         file.sync_data().map_err(|error| self.donor_error(error))
@@ -429,8 +452,8 @@ impl Sharing for Btrfs {
         Ok(found)
     }
 
-    fn ranges_in(&self, image: ImageId, address: u64) -> Result<Vec<HeldRange>> {
-        map::ranges_in(&self.images[image as usize], address)
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+        map::ranges_in(&self.images[image as usize], addresses)
     }
 
     fn path(&self, image: ImageId) -> &Path {
