@@ -204,7 +204,7 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
     }
     match outcome {
         Outcome::Shared => ran.counts.shared_bytes += call.length,
-        Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran)?,
+        Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
         Outcome::Differs => ran.counts.differing_bytes += call.length,
         Outcome::Refused(_) if is_full(outcome) => {
             return Err(Error::NoSpace {
@@ -224,7 +224,7 @@ fn is_full(outcome: Outcome) -> bool {
 }
 
 /// Shares the runs of blocks of a range that are equal, and counts those that are not.
-fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
+fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) {
     /// Bytes compared at a time.
     const WINDOW_BYTES: u64 = 1 << 20;
     let (mut theirs, mut ours) = (Vec::new(), Vec::new());
@@ -278,7 +278,6 @@ fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()>
         done += length;
     }
     flush(&mut equal, ran);
-    Ok(())
 }
 
 fn name_of(errno: Errno) -> String {
