@@ -105,12 +105,11 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         // The donors of a batch are written while the one before is shared.
         plan.peak_bytes = plan.peak_bytes.max(held + written);
         held = (held + written).saturating_sub(released);
-        released = 0;
         let batch = &plan.eliminations[first..];
-        released += batch
+        released = batch
             .iter()
             .map(|one| facts.extents[one.extent as usize].disk_bytes)
-            .sum::<u64>();
+            .sum();
         let compared = batch
             .iter()
             .flat_map(|one| facts.references_to(one.extent))

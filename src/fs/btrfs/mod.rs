@@ -98,8 +98,8 @@ impl Btrfs {
             folder_for_donors(&images, scratch)
         } else {
             scratch
-        };
-        let scratch = scratch.to_owned();
+        }
+        .to_owned();
         let opened = Self {
             info,
             images,
