@@ -81,6 +81,13 @@ impl Chunker {
     }
 }
 
+/// The fingerprints whose cut points `testdata/cuts-v1.txt` holds, so that any change of the cutting is noticed.
+pub fn golden_stream() -> Vec<u32> {
+    let mut state = 42;
+    #[expect(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
+    (0..4000).map(|_| split_mix(&mut state) as u32).collect()
+}
+
 /// `SplitMix64`: spreads a fingerprint's bits over the stream (Steele, Lea, Flood 2014).
 fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -104,10 +111,7 @@ mod tests {
     /// The cut points are part of what an index and an archive mean: `testdata/cuts-v1.txt` holds them for a fixed stream.
     #[test]
     fn cut_points_are_the_golden_ones() {
-        let mut state = 42;
-        #[expect(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
-        let stream: Vec<u32> = (0..4000).map(|_| split_mix(&mut state) as u32).collect();
-        let found = lengths(&stream)
+        let found = lengths(&golden_stream())
             .iter()
             .map(u16::to_string)
             .collect::<Vec<_>>()

@@ -8,6 +8,7 @@
 //! fingerprint, chunk, index
 //!           a fingerprint of every block; content-defined chunks of them; both remembered across runs
 //! plan      pure: from facts to a list of ops, each with its reason and what it frees and costs
+//! archive   records of archives: what they hold, writing, reading
 //! exec      runs a plan, decides nothing
 //! ops       one verb a file: reclaim, report, scan, status
 //! report    what the verbs found, as data
@@ -19,6 +20,7 @@
 //! Planning does no I/O; executing makes no decision. What is reported was counted, before and after.
 //! The library never prints: it talks to a [`monitor::Monitor`].
 
+pub mod archive;
 pub mod block;
 pub mod chunk;
 pub mod cli;

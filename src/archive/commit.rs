@@ -1,0 +1,269 @@
+//! COMMIT and TAIL: what belongs together, and where it is.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use super::StoreBlock;
+use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
+use super::manifest::store_block;
+use super::record::{Hash, Kind};
+
+const PAYLOAD_BYTES_MAX: usize = 64 << 20;
+const TEXT_BYTES_MAX: usize = 4096;
+
+/// Where a record is, and what it must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Location {
+    /// What it holds.
+    pub kind: Kind,
+    /// Of a PLAN: which part.
+    pub part: u8,
+    /// Its number in the archive.
+    pub sequence: u64,
+    /// Where it begins, in bytes from the archive's beginning.
+    pub offset: u64,
+    /// Bytes, header included.
+    pub length: u64,
+    /// Of a PACK, an INDEX and a PLAN of blocks: the first store address.
+    pub first: StoreBlock,
+    /// And how many blocks.
+    pub blocks: u32,
+    /// BLAKE3 of its body.
+    pub body_hash: Hash,
+}
+
+/// Where a COMMIT is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CommitLocation {
+    /// Where it begins.
+    pub offset: u64,
+    /// Bytes, header included; 0 if there is none.
+    pub length: u64,
+    /// BLAKE3 of its body.
+    pub body_hash: Hash,
+}
+
+/// An image in a commit, in short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// The name it is called by.
+    pub path: PathBuf,
+    /// Bytes.
+    pub size: u64,
+    /// Blocks that are neither holes nor zeros.
+    pub data_blocks: u64,
+    /// Blocks that this commit added to the store for it.
+    pub new_blocks: u64,
+}
+
+/// What a COMMIT says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Commit {
+    /// From 1.
+    pub number: u32,
+    /// When it was made: seconds and nanoseconds since 1970.
+    pub time: (i64, u32),
+    /// What the user called it.
+    pub label: String,
+    /// The folder that paths are relative to.
+    pub root: PathBuf,
+    /// The one before.
+    pub previous: CommitLocation,
+    /// The store's length after it.
+    pub store_end: StoreBlock,
+    /// Its images.
+    pub images: Vec<Summary>,
+    /// Its records, but this one and the TAIL.
+    pub records: Vec<Location>,
+}
+
+impl Commit {
+    /// Writes the body.
+    ///
+    /// # Errors
+    /// Those of zstd.
+    pub fn encode(&self) -> std::io::Result<Vec<u8>> {
+        let mut plain = Vec::new();
+        let out = &mut plain;
+        put_varint(out, self.number.into());
+        put_zigzag(out, self.time.0);
+        put_varint(out, self.time.1.into());
+        put_string(out, self.label.as_bytes());
+        put_string(out, self.root.as_os_str().as_bytes());
+        put_varint(out, self.previous.offset);
+        put_varint(out, self.previous.length);
+        out.extend(self.previous.body_hash);
+        put_varint(out, self.store_end.into());
+        put_varint(out, self.images.len() as u64);
+        for image in &self.images {
+            put_string(out, image.path.as_os_str().as_bytes());
+            for number in [image.size, image.data_blocks, image.new_blocks] {
+                put_varint(out, number);
+            }
+        }
+        put_varint(out, self.records.len() as u64);
+        for record in &self.records {
+            out.extend([record.kind.number(), record.part]);
+            for number in [
+                record.sequence,
+                record.offset,
+                record.length,
+                record.first.into(),
+                record.blocks.into(),
+            ] {
+                put_varint(out, number);
+            }
+            out.extend(record.body_hash);
+        }
+        let (encoding, stored) = pack_payload(&plain)?;
+        let mut body = vec![encoding, 0, 0, 0];
+        body.extend(u32::try_from(plain.len()).unwrap_or(u32::MAX).to_le_bytes());
+        body.extend(stored);
+        Ok(body)
+    }
+
+    /// Reads the body.
+    ///
+    /// # Errors
+    /// Where it is not as the format says.
+    pub fn decode(body: &[u8]) -> Decoded<Self> {
+        let mut decoder = Decoder::new(body);
+        let encoding = decoder.u8()?;
+        decoder.zeros(3)?;
+        let plain_length = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
+        let stored = decoder.take(decoder.left())?;
+        let plain = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
+        let mut decoder = Decoder::new(&plain);
+        let (number, time) = (decoder.varint32()?, (decoder.zigzag()?, decoder.varint32()?));
+        let label = decoder.text(TEXT_BYTES_MAX)?;
+        let root = PathBuf::from(OsStr::from_bytes(decoder.string(TEXT_BYTES_MAX)?));
+        let previous = CommitLocation {
+            offset: decoder.varint()?,
+            length: decoder.varint()?,
+            body_hash: decoder.array()?,
+        };
+        let store_end = store_block(decoder.varint()?)?;
+        let count = decoder.count(4)?;
+        let mut images = Vec::with_capacity(count);
+        for _ in 0..count {
+            images.push(Summary {
+                path: PathBuf::from(OsStr::from_bytes(decoder.string(TEXT_BYTES_MAX)?)),
+                size: decoder.varint()?,
+                data_blocks: decoder.varint()?,
+                new_blocks: decoder.varint()?,
+            });
+        }
+        let count = decoder.count(39)?;
+        let mut records = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (kind, part) = (Kind::of(decoder.u8()?), decoder.u8()?);
+            let record = Location {
+                kind,
+                part,
+                sequence: decoder.varint()?,
+                offset: decoder.varint()?,
+                length: decoder.varint()?,
+                first: store_block(decoder.varint()?)?,
+                blocks: decoder.varint32()?,
+                body_hash: decoder.array()?,
+            };
+            if record.offset.checked_add(record.length).is_none()
+                || record
+                    .first
+                    .checked_add(record.blocks)
+                    .is_none_or(|end| end > store_end)
+            {
+                return Err("a record lies beyond the archive's end");
+            }
+            records.push(record);
+        }
+        decoder.end()?;
+        Ok(Self {
+            number,
+            time,
+            label,
+            root,
+            previous,
+            store_end,
+            images,
+            records,
+        })
+    }
+}
+
+/// Writes the body of a TAIL.
+pub fn encode_tail(commit: &CommitLocation) -> Vec<u8> {
+    let mut out = Vec::new();
+    for _ in 0..2 {
+        out.extend(commit.offset.to_le_bytes());
+        out.extend(commit.length.to_le_bytes());
+        out.extend(commit.body_hash);
+    }
+    out
+}
+
+/// Reads the body of a TAIL.
+///
+/// # Errors
+/// Where its two halves differ.
+pub fn decode_tail(body: &[u8]) -> Decoded<CommitLocation> {
+    let mut decoder = Decoder::new(body);
+    let mut copy = || -> Decoded<CommitLocation> {
+        Ok(CommitLocation {
+            offset: decoder.u64()?,
+            length: decoder.u64()?,
+            body_hash: decoder.array()?,
+        })
+    };
+    let (one, other) = (copy()?, copy()?);
+    match one == other {
+        true => Ok(one),
+        false => Err("its two halves differ"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn commits_come_back(label in ".{0,40}", numbers: (u32, i64, u64), paths in prop::collection::vec("[a-z/]{1,20}", 0..5)) {
+            let commit = Commit {
+                number: numbers.0,
+                time: (numbers.1, 5),
+                label,
+                root: "/var/lib/qubes".into(),
+                previous: CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] },
+                store_end: 100,
+                images: paths.iter().map(|path| Summary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3 }).collect(),
+                records: vec![Location { kind: Kind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
+            };
+            prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));
+        }
+
+        #[test]
+        fn nothing_is_too_strange(body: Vec<u8>, payload: Vec<u8>) {
+            let _ = Commit::decode(&body);
+            let mut whole = vec![0; 4];
+            whole.extend(u32::try_from(payload.len()).unwrap().to_le_bytes());
+            whole.extend(&payload);
+            let _ = Commit::decode(&whole);
+            let _ = decode_tail(&body);
+        }
+    }
+
+    #[test]
+    fn a_tail_comes_back() {
+        let location = CommitLocation {
+            offset: 5,
+            length: 6,
+            body_hash: [7; 32],
+        };
+        let body = encode_tail(&location);
+        assert_eq!(body.len() as u64, Kind::Tail.body_bytes_max());
+        assert_eq!(decode_tail(&body), Ok(location));
+    }
+}

@@ -1,0 +1,117 @@
+//! HEAD: what a reader must know.
+
+use super::bytes::{Decoded, Decoder};
+use super::record::{Hash, hash_of};
+use crate::block::BLOCK_BYTES;
+use crate::chunk::{self, Chunker, PARAMETERS};
+
+/// Format version, major and minor.
+const MAJOR: u16 = 1;
+const MINOR: u16 = 0;
+
+/// What a HEAD says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// Bits of features that a writer that appends must know.
+    features_append: u64,
+    parameters: (u16, u16, u16),
+    cut_version: u16,
+    cut_digest: Hash,
+}
+
+impl Head {
+    /// What this version writes.
+    pub fn current() -> Self {
+        Self {
+            features_append: 0,
+            parameters: (PARAMETERS.min_blocks, PARAMETERS.average_blocks, PARAMETERS.max_blocks),
+            cut_version: u16::try_from(chunk::VERSION).unwrap_or(u16::MAX),
+            cut_digest: cut_digest(),
+        }
+    }
+
+    /// Its bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(MAJOR.to_le_bytes());
+        out.extend(MINOR.to_le_bytes());
+        out.extend(u32::try_from(BLOCK_BYTES).unwrap_or(u32::MAX).to_le_bytes());
+        out.extend(0u64.to_le_bytes());
+        out.extend(self.features_append.to_le_bytes());
+        out.extend(0u64.to_le_bytes());
+        let (min, average, max) = self.parameters;
+        for number in [min, average, max, self.cut_version] {
+            out.extend(number.to_le_bytes());
+        }
+        out.extend(self.cut_digest);
+        out
+    }
+
+    /// Reads one. What a later minor version adds behind it is ignored.
+    ///
+    /// # Errors
+    /// Where it is too short, or asks for what this version cannot do.
+    pub fn decode(body: &[u8]) -> Decoded<Self> {
+        let mut decoder = Decoder::new(body);
+        let (major, _minor) = (decoder.u16()?, decoder.u16()?);
+        if major != MAJOR {
+            return Err("it has another version of the format");
+        }
+        if u64::from(decoder.u32()?) != BLOCK_BYTES {
+            return Err("its blocks are not of 4096 bytes");
+        }
+        if decoder.u64()? != 0 {
+            return Err("it uses features that this version does not know");
+        }
+        let features_append = decoder.u64()?;
+        let _other = decoder.u64()?;
+        Ok(Self {
+            features_append,
+            parameters: (decoder.u16()?, decoder.u16()?, decoder.u16()?),
+            cut_version: decoder.u16()?,
+            cut_digest: decoder.array()?,
+        })
+    }
+
+    /// Whether this version may append.
+    pub fn may_append(&self) -> bool {
+        *self == Self::current()
+    }
+}
+
+/// BLAKE3 of the lengths of the chunks of the golden stream (`testdata/cuts-v1.txt`), as this program cuts it.
+fn cut_digest() -> Hash {
+    let mut lengths = Vec::new();
+    Chunker::default().cut(&chunk::golden_stream(), |chunk| {
+        lengths.push(u8::try_from(chunk.blocks).unwrap_or(u8::MAX));
+    });
+    hash_of(&lengths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_comes_back_and_new_features_are_refused() {
+        let bytes = Head::current().encode();
+        assert_eq!(Head::decode(&bytes), Ok(Head::current()));
+        assert!(Head::current().may_append());
+        for (at, reads) in [(0, false), (8, false), (16, true), (24, true), (32, true), (45, true)] {
+            let mut other = bytes.clone();
+            other[at] ^= 4;
+            let head = Head::decode(&other);
+            assert_eq!(head.is_ok(), reads, "byte {at}");
+            assert_eq!(head.is_ok_and(|head| head.may_append()), at == 24, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn the_digest_is_that_of_the_golden_cuts() {
+        let lengths: Vec<u8> = include_str!("../../testdata/cuts-v1.txt")
+            .split_whitespace()
+            .map(|length| length.parse().unwrap())
+            .collect();
+        assert_eq!(cut_digest(), hash_of(&lengths));
+    }
+}

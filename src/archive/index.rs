@@ -1,0 +1,54 @@
+//! INDEX: the hashes of stored blocks.
+
+use super::bytes::{Decoded, Decoder};
+use super::manifest::store_block;
+use super::record::Hash;
+use super::{STORE_BLOCKS_MAX, StoreBlock};
+
+/// Blocks that one record covers at most.
+pub const BLOCKS_MAX: usize = 1 << 18;
+/// Bytes before the hashes.
+pub const FIXED_BYTES: u64 = 16;
+/// Bytes of a hash.
+pub const HASH_BYTES: u64 = 32;
+
+/// Writes the body of an INDEX.
+pub fn encode(first: StoreBlock, hashes: &[Hash]) -> Vec<u8> {
+    let mut out = u64::from(first).to_le_bytes().to_vec();
+    out.extend(u32::try_from(hashes.len()).unwrap_or(u32::MAX).to_le_bytes());
+    out.extend([0; 4]);
+    out.extend(hashes.as_flattened());
+    out
+}
+
+/// Reads the body of an INDEX.
+///
+/// # Errors
+/// Where it is not as the format says.
+pub fn decode(body: &[u8]) -> Decoded<(StoreBlock, &[Hash])> {
+    let mut decoder = Decoder::new(body);
+    let first = store_block(decoder.u64()?)?;
+    let count = decoder.u32()? as usize;
+    decoder.zeros(4)?;
+    if count > BLOCKS_MAX || first as usize + count > STORE_BLOCKS_MAX as usize {
+        return Err("it covers more blocks than allowed");
+    }
+    let hashes = decoder.take(count * size_of::<Hash>())?.as_chunks().0;
+    decoder.end()?;
+    Ok((first, hashes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn hashes_come_back(hashes: Vec<Hash>, first in 0u32..1 << 20, strange: Vec<u8>) {
+            let body = encode(first, &hashes);
+            prop_assert_eq!(decode(&body), Ok((first, &hashes[..])));
+            let _ = decode(&strange);
+        }
+    }
+}

@@ -1,0 +1,618 @@
+//! PLAN: the images of a commit, what each of their ranges holds, and the blocks that are about to follow.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
+use super::{STORE_BLOCKS_MAX, StoreBlock};
+use crate::block::BLOCK_BYTES;
+use crate::fingerprint::Function;
+
+/// Bytes of a payload at most, decoded.
+pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
+/// Bytes after which a writer begins another record: little is lost with one.
+const PAYLOAD_BYTES: usize = 1 << 20;
+/// Blocks that one record announces at most.
+pub const ANNOUNCED_BLOCKS_MAX: usize = 1 << 20;
+/// Bytes of an image at most.
+pub const IMAGE_BYTES_MAX: u64 = 1 << 44;
+const PATH_BYTES_MAX: usize = 4096;
+const NAME_BYTES_MAX: usize = 255;
+const NAMES_MAX: usize = 1024;
+const XATTR_BYTES_MAX: usize = 64 << 10;
+const XATTRS_MAX: usize = 1024;
+const OWNER_BYTES_MAX: usize = 256;
+/// The bits of a mode that are kept.
+const MODE_MASK: u32 = 0o7777;
+const CHUNK_BLOCKS_MAX: u8 = 16;
+
+const TAG_FOLDER: u8 = 1;
+const TAG_IMAGE: u8 = 2;
+const TAG_RUNS: u8 = 3;
+
+/// What is kept of a file or folder beside its content.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Metadata {
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner's number.
+    pub uid: u32,
+    /// Group's number.
+    pub gid: u32,
+    /// Owner's name; empty if not known.
+    pub user: String,
+    /// Group's name; empty if not known.
+    pub group: String,
+    /// Time of last change of content: seconds and nanoseconds since 1970.
+    pub mtime: (i64, u32),
+    /// Extended attributes.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// A folder that images lie in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folder {
+    /// Its path, relative.
+    pub path: PathBuf,
+    /// What is kept of it.
+    pub metadata: Metadata,
+}
+
+/// An image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Its number in the commit.
+    pub number: u32,
+    /// All its names, relative; the first is the one it is called by.
+    pub names: Vec<PathBuf>,
+    /// Bytes.
+    pub size: u64,
+    /// What is kept of it.
+    pub metadata: Metadata,
+}
+
+impl Image {
+    /// The name it is called by.
+    pub fn path(&self) -> &Path {
+        self.names.first().map_or(Path::new(""), PathBuf::as_path)
+    }
+
+    /// Its length in blocks, the last of which may be a partial one.
+    pub fn blocks(&self) -> u32 {
+        u32::try_from(self.size.div_ceil(BLOCK_BYTES)).unwrap_or(u32::MAX)
+    }
+}
+
+/// What a range of an image holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Content {
+    /// Nothing was ever written there.
+    Hole,
+    /// Zeros were written.
+    Zeros,
+    /// Preallocated.
+    Unwritten,
+    /// Blocks of the store, from this one on.
+    Stored(StoreBlock),
+}
+
+/// A range of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Its length.
+    pub blocks: u32,
+    /// What it holds.
+    pub content: Content,
+}
+
+impl Run {
+    /// Takes in a run that follows this one.
+    pub fn absorb(&mut self, next: Self) -> bool {
+        let follows = match (self.content, next.content) {
+            (Content::Stored(mine), Content::Stored(its)) => mine.checked_add(self.blocks) == Some(its),
+            (mine, its) => mine == its,
+        };
+        match self.blocks.checked_add(next.blocks) {
+            Some(blocks) if follows => {
+                self.blocks = blocks;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// What it holds from `skip` blocks on, for `blocks` blocks.
+    pub fn part(self, skip: u32, blocks: u32) -> Self {
+        let content = match self.content {
+            Content::Stored(first) => Content::Stored(first + skip),
+            other => other,
+        };
+        Self { blocks, content }
+    }
+}
+
+/// Appends a run to others, joined with the last where it follows it.
+pub fn push_run(runs: &mut Vec<Run>, run: Run) {
+    if run.blocks > 0 && !runs.last_mut().is_some_and(|last| last.absorb(run)) {
+        runs.push(run);
+    }
+}
+
+/// An entry of the payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entry {
+    /// A folder.
+    Folder(Folder),
+    /// An image; its runs follow.
+    Image(Image),
+    /// Runs of an image.
+    Runs {
+        /// The image's number.
+        image: u32,
+        /// The first block they cover.
+        first_block: u32,
+        /// They follow each other.
+        runs: Vec<Run>,
+    },
+}
+
+/// Chunks of new blocks, and the fingerprints that they were found by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Announced {
+    /// Store address of the first.
+    pub first: StoreBlock,
+    /// What the fingerprints are.
+    pub function: Function,
+    /// Blocks of each chunk.
+    pub chunks: Vec<u8>,
+    /// Of each block.
+    pub fingerprints: Vec<u32>,
+}
+
+/// What a PLAN holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// Folders and images.
+    Images(Vec<Entry>),
+    /// Blocks that follow.
+    Blocks(Announced),
+    /// Runs that replace others.
+    Corrections(Vec<Entry>),
+}
+
+impl Part {
+    /// Its number in the format.
+    pub fn number(&self) -> u8 {
+        match self {
+            Self::Images(_) => 0,
+            Self::Blocks(_) => 1,
+            Self::Corrections(_) => 2,
+        }
+    }
+}
+
+/// Writes the body of a PLAN.
+///
+/// # Errors
+/// Those of zstd.
+pub fn encode(commit: u32, part: u8, payload: &[u8]) -> std::io::Result<Vec<u8>> {
+    let (encoding, stored) = pack_payload(payload)?;
+    let mut out = commit.to_le_bytes().to_vec();
+    out.extend([part, encoding, 0, 0]);
+    out.extend(u32::try_from(payload.len()).unwrap_or(u32::MAX).to_le_bytes());
+    out.extend(stored);
+    Ok(out)
+}
+
+/// Reads the body of a PLAN: the number of its commit, and what it holds.
+///
+/// # Errors
+/// Where it is not as the format says.
+pub fn decode(body: &[u8]) -> Decoded<(u32, Part)> {
+    let mut decoder = Decoder::new(body);
+    let commit = decoder.u32()?;
+    let (part, encoding) = (decoder.u8()?, decoder.u8()?);
+    decoder.zeros(2)?;
+    let plain_length = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
+    let stored = decoder.take(decoder.left())?;
+    let payload = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
+    let part = match part {
+        0 => Part::Images(decode_entries(&payload, false)?),
+        1 => Part::Blocks(decode_announced(&payload)?),
+        2 => Part::Corrections(decode_entries(&payload, true)?),
+        _ => return Err("it is of a part not known"),
+    };
+    Ok((commit, part))
+}
+
+/// Collects entries into payloads of a bearable size.
+#[derive(Debug, Default)]
+pub struct Payloads {
+    full: Vec<Vec<u8>>,
+    current: Vec<u8>,
+}
+
+impl Payloads {
+    /// Appends an entry; long lists of runs are split.
+    pub fn push(&mut self, entry: &Entry) {
+        match entry {
+            Entry::Folder(folder) => {
+                self.current.push(TAG_FOLDER);
+                put_string(&mut self.current, folder.path.as_os_str().as_bytes());
+                put_metadata(&mut self.current, &folder.metadata);
+            }
+            Entry::Image(image) => {
+                self.current.push(TAG_IMAGE);
+                put_varint(&mut self.current, image.number.into());
+                put_varint(&mut self.current, image.size);
+                put_varint(&mut self.current, image.names.len() as u64);
+                for name in &image.names {
+                    put_string(&mut self.current, name.as_os_str().as_bytes());
+                }
+                put_metadata(&mut self.current, &image.metadata);
+            }
+            Entry::Runs {
+                image,
+                first_block,
+                runs,
+            } => {
+                /// Runs in an entry: at most ten bytes each for both numbers.
+                const RUNS: usize = 16 << 10;
+                let mut first = *first_block;
+                for runs in runs.chunks(RUNS) {
+                    self.current.push(TAG_RUNS);
+                    put_varint(&mut self.current, (*image).into());
+                    put_varint(&mut self.current, first.into());
+                    put_varint(&mut self.current, runs.len() as u64);
+                    put_runs(&mut self.current, runs);
+                    first += runs.iter().map(|run| run.blocks).sum::<u32>();
+                    self.end_if_full();
+                }
+            }
+        }
+        self.end_if_full();
+    }
+
+    fn end_if_full(&mut self) {
+        if self.current.len() >= PAYLOAD_BYTES {
+            self.full.push(std::mem::take(&mut self.current));
+        }
+    }
+
+    /// The payloads.
+    pub fn finish(mut self) -> Vec<Vec<u8>> {
+        if !self.current.is_empty() {
+            self.full.push(self.current);
+        }
+        self.full
+    }
+}
+
+fn put_runs(out: &mut Vec<u8>, runs: &[Run]) {
+    let mut predicted = 0i64;
+    for run in runs {
+        let kind = match run.content {
+            Content::Hole => 0,
+            Content::Zeros => 1,
+            Content::Unwritten => 2,
+            Content::Stored(_) => 3,
+        };
+        put_varint(out, u64::from(run.blocks) << 2 | kind);
+        if let Content::Stored(first) = run.content {
+            put_zigzag(out, i64::from(first) - predicted);
+            predicted = i64::from(first) + i64::from(run.blocks);
+        }
+    }
+}
+
+fn put_metadata(out: &mut Vec<u8>, metadata: &Metadata) {
+    for number in [metadata.mode & MODE_MASK, metadata.uid, metadata.gid] {
+        put_varint(out, number.into());
+    }
+    put_string(out, metadata.user.as_bytes());
+    put_string(out, metadata.group.as_bytes());
+    put_zigzag(out, metadata.mtime.0);
+    put_varint(out, metadata.mtime.1.into());
+    put_varint(out, metadata.xattrs.len() as u64);
+    for (name, value) in &metadata.xattrs {
+        put_string(out, name);
+        put_string(out, value);
+    }
+}
+
+fn decode_entries(payload: &[u8], only_runs: bool) -> Decoded<Vec<Entry>> {
+    let mut decoder = Decoder::new(payload);
+    let mut entries = Vec::new();
+    while decoder.left() > 0 {
+        entries.push(match decoder.u8()? {
+            TAG_FOLDER if !only_runs => Entry::Folder(Folder {
+                path: path(&mut decoder)?,
+                metadata: metadata(&mut decoder)?,
+            }),
+            TAG_IMAGE if !only_runs => Entry::Image(image(&mut decoder)?),
+            TAG_RUNS => runs(&mut decoder)?,
+            _ => return Err("an entry is of a kind not known"),
+        });
+    }
+    Ok(entries)
+}
+
+fn image(decoder: &mut Decoder<'_>) -> Decoded<Image> {
+    let (number, size) = (decoder.varint32()?, decoder.varint()?);
+    if size > IMAGE_BYTES_MAX {
+        return Err("an image is larger than allowed");
+    }
+    let count = decoder.count(2)?;
+    if count == 0 || count > NAMES_MAX {
+        return Err("an image has no name, or too many");
+    }
+    let names = (0..count).map(|_| path(decoder)).collect::<Decoded<_>>()?;
+    Ok(Image {
+        number,
+        names,
+        size,
+        metadata: metadata(decoder)?,
+    })
+}
+
+fn runs(decoder: &mut Decoder<'_>) -> Decoded<Entry> {
+    let (image, first_block) = (decoder.varint32()?, decoder.varint32()?);
+    let count = decoder.count(1)?;
+    let mut runs = Vec::with_capacity(count);
+    let (mut predicted, mut end) = (0i64, first_block);
+    for _ in 0..count {
+        let head = decoder.varint()?;
+        let blocks = u32::try_from(head >> 2).map_err(|_| "a run is longer than allowed")?;
+        end = end.checked_add(blocks).ok_or("runs go beyond the largest image")?;
+        if blocks == 0 {
+            return Err("a run is empty");
+        }
+        let content = match head & 3 {
+            0 => Content::Hole,
+            1 => Content::Zeros,
+            2 => Content::Unwritten,
+            _ => {
+                let first = predicted.checked_add(decoder.zigzag()?).unwrap_or(-1);
+                predicted = first.saturating_add(i64::from(blocks));
+                if first < 0 || predicted > i64::from(STORE_BLOCKS_MAX) {
+                    return Err("a run refers to blocks that no store can hold");
+                }
+                Content::Stored(u32::try_from(first).unwrap_or(u32::MAX))
+            }
+        };
+        runs.push(Run { blocks, content });
+    }
+    Ok(Entry::Runs {
+        image,
+        first_block,
+        runs,
+    })
+}
+
+/// Reads a path and refuses what could lead out of the folder it is restored to.
+fn path(decoder: &mut Decoder<'_>) -> Decoded<PathBuf> {
+    let bytes = decoder.string(PATH_BYTES_MAX)?;
+    if !is_safe(bytes) {
+        return Err("a path is not allowed: absolute, with `..`, or with a NUL");
+    }
+    Ok(PathBuf::from(OsStr::from_bytes(bytes)))
+}
+
+/// Whether a path stays in the folder it is restored to.
+pub fn is_safe(path: &[u8]) -> bool {
+    let is_name = |name: &[u8]| !name.is_empty() && name.len() <= NAME_BYTES_MAX && name != b"." && name != b"..";
+    !path.contains(&0) && path.len() <= PATH_BYTES_MAX && path.split(|byte| *byte == b'/').all(is_name)
+}
+
+fn metadata(decoder: &mut Decoder<'_>) -> Decoded<Metadata> {
+    let mode = decoder.varint32()?;
+    if mode & !MODE_MASK != 0 {
+        return Err("a mode has bits that are not allowed");
+    }
+    let (uid, gid) = (decoder.varint32()?, decoder.varint32()?);
+    let (user, group) = (decoder.text(OWNER_BYTES_MAX)?, decoder.text(OWNER_BYTES_MAX)?);
+    let mtime = (decoder.zigzag()?, decoder.varint32()?);
+    if mtime.1 >= 1_000_000_000 {
+        return Err("a time has more than a second of nanoseconds");
+    }
+    let count = decoder.count(2)?;
+    if count > XATTRS_MAX {
+        return Err("there are too many extended attributes");
+    }
+    let mut xattrs = Vec::new();
+    for _ in 0..count {
+        let name = decoder.string(NAME_BYTES_MAX)?.to_vec();
+        if name.is_empty() || name.contains(&0) {
+            return Err("an extended attribute has no proper name");
+        }
+        xattrs.push((name, decoder.string(XATTR_BYTES_MAX)?.to_vec()));
+    }
+    Ok(Metadata {
+        mode,
+        uid,
+        gid,
+        user,
+        group,
+        mtime,
+        xattrs,
+    })
+}
+
+/// Writes the payload that announces blocks.
+pub fn encode_announced(announced: &Announced) -> Vec<u8> {
+    let mut out = u64::from(announced.first).to_le_bytes().to_vec();
+    let function = match announced.function {
+        Function::Crc32c => 0,
+        Function::Xxhash64 => 1,
+    };
+    out.extend([function, 0, 0, 0]);
+    out.extend(u32::try_from(announced.chunks.len()).unwrap_or(u32::MAX).to_le_bytes());
+    out.extend(&announced.chunks);
+    for fingerprint in &announced.fingerprints {
+        out.extend(fingerprint.to_le_bytes());
+    }
+    out
+}
+
+fn decode_announced(payload: &[u8]) -> Decoded<Announced> {
+    let mut decoder = Decoder::new(payload);
+    let first = store_block(decoder.u64()?)?;
+    let function = match decoder.u8()? {
+        0 => Function::Crc32c,
+        1 => Function::Xxhash64,
+        _ => return Err("its fingerprints are of a kind not known"),
+    };
+    decoder.zeros(3)?;
+    let count = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
+    let chunks = decoder.take(count)?.to_vec();
+    if chunks.iter().any(|blocks| *blocks == 0 || *blocks > CHUNK_BLOCKS_MAX) {
+        return Err("a chunk is empty or longer than allowed");
+    }
+    let blocks: usize = chunks.iter().map(|blocks| usize::from(*blocks)).sum();
+    if blocks > ANNOUNCED_BLOCKS_MAX || u64::from(first) + blocks as u64 > u64::from(STORE_BLOCKS_MAX) {
+        return Err("it announces more blocks than allowed");
+    }
+    let fingerprints = decoder.take(blocks * 4)?.as_chunks().0;
+    decoder.end()?;
+    Ok(Announced {
+        first,
+        function,
+        chunks,
+        fingerprints: fingerprints.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect(),
+    })
+}
+
+/// A store address that this version can hold.
+pub(super) fn store_block(number: u64) -> Decoded<StoreBlock> {
+    u32::try_from(number)
+        .ok()
+        .filter(|block| *block <= STORE_BLOCKS_MAX)
+        .ok_or("a store address is larger than allowed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn content() -> impl Strategy<Value = Content> {
+        prop_oneof![
+            Just(Content::Hole),
+            Just(Content::Zeros),
+            Just(Content::Unwritten),
+            (0u32..1 << 30).prop_map(Content::Stored)
+        ]
+    }
+
+    fn runs() -> impl Strategy<Value = Vec<Run>> {
+        let run = (1u32..1000, content()).prop_map(|(blocks, content)| Run { blocks, content });
+        prop::collection::vec(run, 0..50)
+    }
+
+    fn metadata() -> impl Strategy<Value = Metadata> {
+        (
+            any::<(u32, u32, i64)>(),
+            0u32..1_000_000_000,
+            "[a-z]{0,8}",
+            any::<Vec<u8>>(),
+        )
+            .prop_map(|((uid, gid, seconds), nanoseconds, user, value)| Metadata {
+                mode: uid & MODE_MASK,
+                uid,
+                gid,
+                user,
+                group: String::new(),
+                mtime: (seconds, nanoseconds),
+                xattrs: vec![(b"user.x".to_vec(), value)],
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn images_come_back(metadata in metadata(), runs in runs(), size in 0..IMAGE_BYTES_MAX) {
+            let entries = vec![
+                Entry::Folder(Folder { path: "a".into(), metadata: metadata.clone() }),
+                Entry::Image(Image { number: 3, names: vec!["a/b".into(), "a/c".into()], size, metadata }),
+                Entry::Runs { image: 3, first_block: 5, runs },
+            ];
+            let mut payloads = Payloads::default();
+            entries.iter().for_each(|entry| payloads.push(entry));
+            let mut found = Vec::new();
+            for payload in payloads.finish() {
+                let (commit, part) = decode(&encode(2, 0, &payload).unwrap()).unwrap();
+                prop_assert_eq!(commit, 2);
+                let Part::Images(entries) = part else { panic!() };
+                found.extend(entries);
+            }
+            let entries: Vec<_> = entries
+                .into_iter()
+                .filter(|entry| !matches!(entry, Entry::Runs { runs, .. } if runs.is_empty()))
+                .collect();
+            prop_assert_eq!(found, entries);
+        }
+
+        #[test]
+        fn blocks_come_back(chunks in prop::collection::vec(1u8..=16, 0..100), first in 0u32..1000) {
+            let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
+            let announced = Announced { first, function: Function::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
+            let body = encode(1, 1, &encode_announced(&announced)).unwrap();
+            prop_assert_eq!(decode(&body), Ok((1, Part::Blocks(announced))));
+        }
+
+        #[test]
+        fn nothing_is_too_strange(payload: Vec<u8>, part in 0u8..4, raw: Vec<u8>) {
+            let _ = decode(&encode(1, part, &payload).unwrap());
+            let _ = decode(&raw);
+        }
+    }
+
+    #[test]
+    fn long_lists_of_runs_are_split_and_fit() {
+        let runs: Vec<Run> = (0..100_000)
+            .map(|n| Run {
+                blocks: 1,
+                content: Content::Stored(n * 40_000),
+            })
+            .collect();
+        let mut payloads = Payloads::default();
+        payloads.push(&Entry::Runs {
+            image: 0,
+            first_block: 0,
+            runs: runs.clone(),
+        });
+        let mut found = Vec::new();
+        for payload in payloads.finish() {
+            assert!(payload.len() < PAYLOAD_BYTES_MAX);
+            for entry in decode_entries(&payload, true).unwrap() {
+                let Entry::Runs { first_block, runs, .. } = entry else {
+                    panic!()
+                };
+                assert_eq!(first_block as usize, found.len());
+                found.extend(runs);
+            }
+        }
+        assert_eq!(found, runs);
+    }
+
+    #[test]
+    fn paths_that_lead_out_are_refused() {
+        for bad in [
+            "",
+            "/a",
+            "a/",
+            "..",
+            "a/../b",
+            "./a",
+            "a//b",
+            "a\0b",
+            &"x".repeat(256),
+            &"x/".repeat(3000),
+        ] {
+            assert!(!is_safe(bad.as_bytes()), "{bad}");
+        }
+        for good in ["a", "a/b..c", "private.img.3@2026-01-01T00:00:00Z", "...", "\u{202e}"] {
+            assert!(is_safe(good.as_bytes()), "{good}");
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Reads records in the order they were written, from a file or a pipe, and gets over what is damaged.
+
+use std::io::{self, Read};
+
+use super::record::{BadHeader, HEADER_BYTES, Header, MAGIC, hash_of};
+use crate::block::ByteRange;
+
+/// Bytes asked for at a time while looking for a record.
+const SEARCH_BYTES: usize = 64 << 10;
+
+/// What comes next.
+#[derive(Debug)]
+pub enum Event {
+    /// A whole record.
+    Record {
+        /// Its header.
+        header: Header,
+        /// Where it begins.
+        offset: u64,
+        /// Its body, which matches its hash.
+        body: Vec<u8>,
+    },
+    /// Bytes that are no record, or a damaged one.
+    Damage {
+        /// Where.
+        range: ByteRange,
+        /// What is wrong.
+        problem: &'static str,
+        /// The header of the record that was there, if that is whole.
+        header: Option<Header>,
+    },
+    /// A whole record that must not be skipped and is not understood.
+    Unsupported(&'static str),
+}
+
+/// A stream of records. It holds one record at a time in memory, at most 64 MiB.
+#[derive(Debug)]
+pub struct Stream<R> {
+    input: R,
+    buffer: Vec<u8>,
+    /// Bytes of the buffer that are done with.
+    done: usize,
+    /// Where the buffer begins in the archive.
+    base: u64,
+    at_end: bool,
+}
+
+impl<R: Read> Stream<R> {
+    /// Begins at the input's next byte, which is at `offset` in the archive.
+    pub fn new(input: R, offset: u64) -> Self {
+        Self {
+            input,
+            buffer: Vec::new(),
+            done: 0,
+            base: offset,
+            at_end: false,
+        }
+    }
+
+    /// Where the next record begins.
+    pub fn offset(&self) -> u64 {
+        self.base + self.done as u64
+    }
+
+    /// Makes so many bytes available, or all that there are.
+    fn fill(&mut self, length: usize) -> io::Result<()> {
+        if self.buffer.len() - self.done >= length || self.at_end {
+            return Ok(());
+        }
+        self.buffer.drain(..self.done);
+        self.base += self.done as u64;
+        self.done = 0;
+        let missing = length - self.buffer.len();
+        // Grows with what is really there, whatever a header says.
+        let read = (&mut self.input).take(missing as u64).read_to_end(&mut self.buffer)?;
+        self.at_end = read < missing;
+        Ok(())
+    }
+
+    fn available(&self) -> &[u8] {
+        &self.buffer[self.done..]
+    }
+
+    /// The next record or damage; none at the end.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn next(&mut self) -> io::Result<Option<Event>> {
+        self.fill(HEADER_BYTES)?;
+        if self.available().is_empty() {
+            return Ok(None);
+        }
+        let Some(bytes) = self.available().first_chunk::<HEADER_BYTES>() else {
+            return self.skip("the archive ends in the middle of a record", None).map(Some);
+        };
+        let header = match Header::decode(bytes) {
+            Ok(header) => header,
+            Err(BadHeader::Unsupported(problem)) => return Ok(Some(Event::Unsupported(problem))),
+            Err(BadHeader::Damaged(problem)) => return self.skip(problem, None).map(Some),
+        };
+        let offset = self.offset();
+        let length = HEADER_BYTES + usize::try_from(header.body_bytes).unwrap_or(usize::MAX - HEADER_BYTES);
+        self.fill(length)?;
+        let Some(body) = self.available().get(HEADER_BYTES..length) else {
+            return self
+                .skip("the archive ends in the middle of a record", Some(header))
+                .map(Some);
+        };
+        if hash_of(body) != header.body_hash {
+            return self.skip("a record does not match its hash", Some(header)).map(Some);
+        }
+        let body = body.to_vec();
+        self.done += length;
+        Ok(Some(Event::Record { header, offset, body }))
+    }
+
+    /// Goes on to what looks like the next record.
+    fn skip(&mut self, problem: &'static str, header: Option<Header>) -> io::Result<Event> {
+        let start = self.offset();
+        // The length of a damaged record is known from its header: what follows it is the next record, unless bytes are missing.
+        if let Some(header) = header {
+            let length = HEADER_BYTES + usize::try_from(header.body_bytes).unwrap_or(usize::MAX - 2 * HEADER_BYTES);
+            self.fill(length + MAGIC.len())?;
+            if let Some(after) = self.available().get(length..)
+                && (after.is_empty() || after.starts_with(&MAGIC))
+            {
+                self.done += length;
+                return Ok(self.damage(start, problem, Some(header)));
+            }
+        }
+        self.done += 1;
+        loop {
+            if let Some(at) = find(self.available(), &MAGIC) {
+                self.done += at;
+                return Ok(self.damage(start, problem, header));
+            }
+            if self.at_end {
+                self.done = self.buffer.len();
+                return Ok(self.damage(start, problem, header));
+            }
+            self.done = self.buffer.len() - (MAGIC.len() - 1).min(self.available().len());
+            self.fill(SEARCH_BYTES)?;
+        }
+    }
+
+    fn damage(&self, start: u64, problem: &'static str, header: Option<Header>) -> Event {
+        Event::Damage {
+            range: ByteRange {
+                start,
+                length: self.offset() - start,
+            },
+            problem,
+            header,
+        }
+    }
+}
+
+fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
+    bytes.windows(wanted.len()).position(|window| window == wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::archive::record::Kind;
+    use proptest::prelude::*;
+
+    fn records(count: u8) -> Vec<Vec<u8>> {
+        (0..count)
+            .map(|n| {
+                let body = vec![n; usize::from(n) * 50];
+                let header = Header::of(Kind::Other(9), [1; 16], 2, n.into(), &body);
+                [&header.encode()[..], &body].concat()
+            })
+            .collect()
+    }
+
+    fn read(bytes: &[u8]) -> (Vec<u64>, u64) {
+        let mut stream = Stream::new(bytes, 0);
+        let (mut whole, mut damaged, mut last) = (Vec::new(), 0, 0);
+        while let Some(event) = stream.next().unwrap() {
+            assert!(stream.offset() > last, "it goes on");
+            last = stream.offset();
+            match event {
+                Event::Record { header, .. } => whole.push(header.sequence),
+                Event::Damage { range, .. } => damaged += range.length,
+                Event::Unsupported(problem) => panic!("{problem}"),
+            }
+        }
+        (whole, damaged)
+    }
+
+    #[test]
+    fn whole_records_are_read() {
+        assert_eq!(read(&records(5).concat()), (vec![0, 1, 2, 3, 4], 0));
+        assert_eq!(read(b""), (vec![], 0));
+        assert_eq!(read(b"no archive at all"), (vec![], 17));
+    }
+
+    proptest! {
+        /// One place is changed, cut out or doubled: all records but those it hit are found.
+        #[test]
+        fn damage_is_confined(at in any::<prop::sample::Index>(), length in 1usize..300, how in 0u8..4) {
+            let records = records(8);
+            let mut bytes = records.concat();
+            let at = at.index(bytes.len());
+            let end = (at + length).min(bytes.len());
+            match how {
+                0 => bytes[at..end].iter_mut().for_each(|byte| *byte ^= 0x5a),
+                1 => { bytes.drain(at..end); }
+                2 => { let doubled = bytes[at..end].to_vec(); bytes.splice(at..at, doubled); }
+                _ => bytes[at..end].fill(0),
+            }
+            let (whole, _) = read(&bytes);
+            let mut offset = 0;
+            for (n, record) in (0u64..).zip(&records) {
+                let hit = at < offset + record.len() && end > offset;
+                offset += record.len();
+                prop_assert!(hit || whole.contains(&n), "{} of {:?}", n, whole);
+            }
+        }
+
+        #[test]
+        fn nothing_is_too_strange(bytes: Vec<u8>) {
+            read(&bytes);
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Writes records one after the other, to a file or a pipe, never seeking.
+
+use std::fs::File;
+use std::io::{self, Write};
+
+use super::StoreBlock;
+use super::commit::{Commit, CommitLocation, Location, encode_tail};
+use super::head::Head;
+use super::record::{HEADER_BYTES, Header, Kind};
+
+/// Where an archive goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// A file, written from where it is positioned.
+    File(File),
+    /// Standard output.
+    Pipe(io::Stdout),
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::File(file) => file.write(bytes),
+            Self::Pipe(pipe) => pipe.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::File(_) => Ok(()),
+            Self::Pipe(pipe) => pipe.flush(),
+        }
+    }
+}
+
+impl Sink {
+    /// Waits until everything is on disk, where it is a disk.
+    fn settle(&mut self) -> io::Result<()> {
+        self.flush()?;
+        match self {
+            Self::File(file) => file.sync_data(),
+            Self::Pipe(_) => Ok(()),
+        }
+    }
+}
+
+/// What a new epoch continues.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Base {
+    /// The archive.
+    pub archive: [u8; 16],
+    /// Its commits so far.
+    pub commits: u32,
+    /// The last of them.
+    pub last: CommitLocation,
+    /// The next record's number.
+    pub sequence: u64,
+    /// Bytes so far.
+    pub length: u64,
+    /// Blocks of the store so far.
+    pub store_end: StoreBlock,
+}
+
+/// Writes one epoch.
+#[derive(Debug)]
+pub struct Writer {
+    sink: Sink,
+    base: Base,
+    epoch: u64,
+    sequence: u64,
+    offset: u64,
+    records: Vec<Location>,
+}
+
+impl Writer {
+    /// Begins an epoch, with its HEAD.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn begin(sink: Sink, base: Base, epoch: u64) -> io::Result<Self> {
+        let mut writer = Self {
+            sink,
+            base,
+            epoch,
+            sequence: base.sequence,
+            offset: base.length,
+            records: Vec::new(),
+        };
+        writer.put(Kind::Head, 0, (0, 0), &Head::current().encode())?;
+        Ok(writer)
+    }
+
+    /// The number of the commit that this epoch makes.
+    pub fn commit_number(&self) -> u32 {
+        self.base.commits + 1
+    }
+
+    /// Bytes written in this epoch.
+    pub fn written_bytes(&self) -> u64 {
+        self.offset - self.base.length
+    }
+
+    /// Writes a record; `store` is the first store address and the count of what it is about.
+    ///
+    /// # Errors
+    /// Those of writing, or a body longer than the format allows.
+    pub fn put(&mut self, kind: Kind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<()> {
+        let location = self.write(kind, part, store, body)?;
+        self.records.push(location);
+        Ok(())
+    }
+
+    fn write(&mut self, kind: Kind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<Location> {
+        if body.len() as u64 > kind.body_bytes_max() {
+            return Err(io::Error::other(format!(
+                "a {} record would be longer than the format allows",
+                kind.name()
+            )));
+        }
+        let header = Header::of(kind, self.base.archive, self.epoch, self.sequence, body);
+        self.sink.write_all(&header.encode())?;
+        self.sink.write_all(body)?;
+        let location = Location {
+            kind,
+            part,
+            sequence: self.sequence,
+            offset: self.offset,
+            length: HEADER_BYTES as u64 + body.len() as u64,
+            first: store.0,
+            blocks: store.1,
+            body_hash: header.body_hash,
+        };
+        self.sequence += 1;
+        self.offset += location.length;
+        Ok(location)
+    }
+
+    /// Ends the epoch. `commit` lacks its number, what it follows, and its records. Everything is on disk before the COMMIT is
+    /// written, and the COMMIT when this returns. Returns what a next epoch would continue.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn finish(mut self, mut commit: Commit) -> io::Result<(Base, Commit)> {
+        self.sink.settle()?;
+        commit.number = self.commit_number();
+        commit.previous = self.base.last;
+        commit.records = std::mem::take(&mut self.records);
+        let location = self.write(Kind::Commit, 0, (0, 0), &commit.encode()?)?;
+        let last = CommitLocation {
+            offset: location.offset,
+            length: location.length,
+            body_hash: location.body_hash,
+        };
+        self.write(Kind::Tail, 0, (0, 0), &encode_tail(&last))?;
+        self.sink.settle()?;
+        let base = Base {
+            archive: self.base.archive,
+            commits: commit.number,
+            last,
+            sequence: self.sequence,
+            length: self.offset,
+            store_end: commit.store_end,
+        };
+        Ok((base, commit))
+    }
+}
