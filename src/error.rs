@@ -117,6 +117,77 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A file that should be an archive is none.
+    #[error("`{}` is not an archive of vmfold", shown(path))]
+    NotAnArchive {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An archive is not what was written.
+    #[error("the archive `{}` is damaged{}: {problem}", shown(path), range.map(|range| format!(" at {range}")).unwrap_or_default())]
+    Damaged {
+        /// The archive.
+        path: PathBuf,
+        /// Where in it.
+        range: Option<ByteRange>,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An archive needs something that this version does not know.
+    #[error("the archive `{}` cannot be used: {problem}", shown(path))]
+    Unsupported {
+        /// The archive.
+        path: PathBuf,
+        /// What it needs.
+        problem: &'static str,
+    },
+    /// An archive has no such commit.
+    #[error("the archive `{}` has no commit `{commit}`", shown(path))]
+    NoSuchCommit {
+        /// The archive.
+        path: PathBuf,
+        /// What was asked for.
+        commit: String,
+    },
+    /// Images changed while they were read.
+    #[error("changed while it was read: {}", list(paths))]
+    ChangedMeanwhile {
+        /// The images.
+        paths: Vec<PathBuf>,
+    },
+    /// What is to be restored does not fit.
+    #[error(
+        "restoring takes {needed_bytes} bytes at `{}`, where {free_bytes} are free",
+        shown(path)
+    )]
+    DoesNotFit {
+        /// The folder.
+        path: PathBuf,
+        /// What it takes, metadata included.
+        needed_bytes: u64,
+        /// What there is.
+        free_bytes: u64,
+    },
+    /// What is to be restored exists.
+    #[error("exists already: {}", list(paths))]
+    Exists {
+        /// The paths.
+        paths: Vec<PathBuf>,
+    },
+    /// Part of an archive cannot be restored.
+    #[error(
+        "the archive `{}` is damaged: {images} of its images cannot be restored whole",
+        shown(path)
+    )]
+    Lost {
+        /// The archive.
+        path: PathBuf,
+        /// How many images.
+        images: usize,
+    },
+    /// The user stopped it.
+    #[error("interrupted")]
+    Interrupted,
     /// The caller asked for something that makes no sense.
     #[error("{0}")]
     Usage(String),
@@ -157,6 +228,15 @@ impl Error {
         }
     }
 
+    /// Makes an [`Error::Damaged`].
+    pub fn damaged(path: &Path, start: u64, length: u64, problem: impl Into<String>) -> Self {
+        Self::Damaged {
+            path: path.to_owned(),
+            range: Some(ByteRange { start, length }),
+            problem: problem.into(),
+        }
+    }
+
     /// What the user can do about it, if there is something.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
@@ -185,7 +265,17 @@ impl Error {
                 libc::ENOSPC => "free some space and run it again",
                 _ => return None,
             },
-            Self::Usage(_) => return None,
+            Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
+            Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",
+            Self::Unsupported { .. } => "use a later version of vmfold",
+            Self::NoSuchCommit { .. } => "vmfold list shows what there is",
+            Self::ChangedMeanwhile { .. } => "nothing was added to the archive; shut the machine down and run it again",
+            Self::DoesNotFit { .. } => {
+                "free some space, choose fewer images, or name images that are like them with --seed"
+            }
+            Self::Exists { .. } => "restore to another folder, or replace them with --replace",
+            Self::Lost { .. } => "--partial restores what is intact",
+            Self::Interrupted | Self::Usage(_) => return None,
         })
     }
 
@@ -198,6 +288,9 @@ impl Error {
                 | Self::NotAnImage { .. }
                 | Self::NoImages { .. }
                 | Self::TwoFilesystems { .. }
+                | Self::NotAnArchive { .. }
+                | Self::NoSuchCommit { .. }
+                | Self::Exists { .. }
         )
     }
 }

@@ -55,6 +55,8 @@ pub struct Summary {
     pub data_blocks: u64,
     /// Blocks that this commit added to the store for it.
     pub new_blocks: u64,
+    /// BLAKE3 of the hashes of its blocks, one after the other, 32 zero bytes for each block of zeros.
+    pub digest: Hash,
 }
 
 /// What a COMMIT says.
@@ -101,6 +103,7 @@ impl Commit {
             for number in [image.size, image.data_blocks, image.new_blocks] {
                 put_varint(out, number);
             }
+            out.extend(image.digest);
         }
         put_varint(out, self.records.len() as u64);
         for record in &self.records {
@@ -144,7 +147,7 @@ impl Commit {
             body_hash: decoder.array()?,
         };
         let store_end = store_block(decoder.varint()?)?;
-        let count = decoder.count(4)?;
+        let count = decoder.count(36)?;
         let mut images = Vec::with_capacity(count);
         for _ in 0..count {
             images.push(Summary {
@@ -152,6 +155,7 @@ impl Commit {
                 size: decoder.varint()?,
                 data_blocks: decoder.varint()?,
                 new_blocks: decoder.varint()?,
+                digest: decoder.array()?,
             });
         }
         let count = decoder.count(39)?;
@@ -238,7 +242,7 @@ mod tests {
                 root: "/var/lib/qubes".into(),
                 previous: CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] },
                 store_end: 100,
-                images: paths.iter().map(|path| Summary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3 }).collect(),
+                images: paths.iter().map(|path| Summary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3, digest: [9; 32] }).collect(),
                 records: vec![Location { kind: Kind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
             };
             prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));

@@ -1,5 +1,6 @@
 //! PLAN: the images of a commit, what each of their ranges holds, and the blocks that are about to follow.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -95,6 +96,8 @@ pub enum Content {
     Unwritten,
     /// Blocks of the store, from this one on.
     Stored(StoreBlock),
+    /// Not known: the record that said so is damaged. Never written.
+    Lost,
 }
 
 /// A range of an image.
@@ -196,24 +199,39 @@ impl Part {
 ///
 /// # Errors
 /// Those of zstd.
-pub fn encode(commit: u32, part: u8, payload: &[u8]) -> std::io::Result<Vec<u8>> {
+pub fn encode(commit: u32, part: u8, last: bool, payload: &[u8]) -> std::io::Result<Vec<u8>> {
     let (encoding, stored) = pack_payload(payload)?;
     let mut out = commit.to_le_bytes().to_vec();
-    out.extend([part, encoding, 0, 0]);
+    out.extend([part, encoding, last.into(), 0]);
     out.extend(u32::try_from(payload.len()).unwrap_or(u32::MAX).to_le_bytes());
     out.extend(stored);
     Ok(out)
 }
 
-/// Reads the body of a PLAN: the number of its commit, and what it holds.
+/// A PLAN.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The number of the commit it is for.
+    pub commit: u32,
+    /// Whether it is the last of its part.
+    pub last: bool,
+    /// What it holds.
+    pub part: Part,
+}
+
+/// Reads the body of a PLAN.
 ///
 /// # Errors
 /// Where it is not as the format says.
-pub fn decode(body: &[u8]) -> Decoded<(u32, Part)> {
+pub fn decode(body: &[u8]) -> Decoded<Plan> {
     let mut decoder = Decoder::new(body);
     let commit = decoder.u32()?;
     let (part, encoding) = (decoder.u8()?, decoder.u8()?);
-    decoder.zeros(2)?;
+    let last = match decoder.u8()? {
+        last @ 0..=1 => last == 1,
+        _ => return Err("a flag is neither 0 nor 1"),
+    };
+    decoder.zeros(1)?;
     let plain_length = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
     let stored = decoder.take(decoder.left())?;
     let payload = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
@@ -223,7 +241,7 @@ pub fn decode(body: &[u8]) -> Decoded<(u32, Part)> {
         2 => Part::Corrections(decode_entries(&payload, true)?),
         _ => return Err("it is of a part not known"),
     };
-    Ok((commit, part))
+    Ok(Plan { commit, last, part })
 }
 
 /// Collects entries into payloads of a bearable size.
@@ -293,7 +311,7 @@ fn put_runs(out: &mut Vec<u8>, runs: &[Run]) {
     let mut predicted = 0i64;
     for run in runs {
         let kind = match run.content {
-            Content::Hole => 0,
+            Content::Hole | Content::Lost => 0,
             Content::Zeros => 1,
             Content::Unwritten => 2,
             Content::Stored(_) => 3,
@@ -491,6 +509,155 @@ pub(super) fn store_block(number: u64) -> Decoded<StoreBlock> {
         .ok_or("a store address is larger than allowed")
 }
 
+/// An image and what it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRuns {
+    /// The image.
+    pub image: Image,
+    /// Its ranges, one after the other, to its end.
+    pub runs: Vec<Run>,
+}
+
+/// The images of a commit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Manifest {
+    /// Folders.
+    pub folders: Vec<Folder>,
+    /// Images, by number.
+    pub images: Vec<ImageRuns>,
+}
+
+/// Puts a manifest together from the PLANs of an epoch, in the order they were written; some may be missing.
+#[derive(Debug, Default)]
+pub struct Builder {
+    manifest: Manifest,
+    places: HashMap<u32, usize>,
+    corrections: HashMap<u32, Vec<(u32, Run)>>,
+}
+
+impl Builder {
+    /// Adds what a PLAN says of images.
+    ///
+    /// # Errors
+    /// Where entries contradict each other.
+    pub fn add(&mut self, part: Part) -> Decoded<()> {
+        let (entries, correcting) = match part {
+            Part::Images(entries) => (entries, false),
+            Part::Corrections(entries) => (entries, true),
+            Part::Blocks(_) => return Ok(()),
+        };
+        for entry in entries {
+            match entry {
+                Entry::Folder(folder) => self.manifest.folders.push(folder),
+                Entry::Image(image) => {
+                    if self.places.insert(image.number, self.manifest.images.len()).is_some() {
+                        return Err("two images have one number");
+                    }
+                    self.manifest.images.push(ImageRuns {
+                        image,
+                        runs: Vec::new(),
+                    });
+                }
+                Entry::Runs {
+                    image,
+                    first_block,
+                    runs,
+                } if correcting => {
+                    let corrections = self.corrections.entry(image).or_default();
+                    let mut at = first_block;
+                    for run in runs {
+                        corrections.push((at, run));
+                        at += run.blocks;
+                    }
+                }
+                Entry::Runs {
+                    image,
+                    first_block,
+                    runs,
+                } => {
+                    // Where the image's own entry was lost, so is this.
+                    let Some(known) = self.places.get(&image) else { continue };
+                    let image = &mut self.manifest.images[*known];
+                    let covered = length_of(&image.runs);
+                    let gap = first_block.checked_sub(covered).ok_or("runs of an image overlap")?;
+                    let lost = Run {
+                        blocks: gap,
+                        content: Content::Lost,
+                    };
+                    std::iter::once(lost)
+                        .chain(runs)
+                        .for_each(|run| push_run(&mut image.runs, run));
+                    if length_of(&image.runs) > image.image.blocks() {
+                        return Err("runs go beyond the end of an image");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The manifest.
+    ///
+    /// # Errors
+    /// Where two images have one name, or what is a folder's name for one is an image's for another.
+    pub fn finish(mut self) -> Decoded<Manifest> {
+        for image in &mut self.manifest.images {
+            let lost = Run {
+                blocks: image.image.blocks() - length_of(&image.runs),
+                content: Content::Lost,
+            };
+            push_run(&mut image.runs, lost);
+            if let Some(corrections) = self.corrections.get_mut(&image.image.number) {
+                image.runs = correct(&image.runs, corrections)?;
+            }
+        }
+        let mut names: Vec<&Path> = self
+            .manifest
+            .images
+            .iter()
+            .flat_map(|image| &image.image.names)
+            .map(PathBuf::as_path)
+            .collect();
+        names.sort_unstable();
+        // By components, what lies in a folder follows it at once.
+        if names.windows(2).any(|pair| pair[1].starts_with(pair[0])) {
+            return Err("two images have one name, or one lies in the other");
+        }
+        Ok(self.manifest)
+    }
+}
+
+fn length_of(runs: &[Run]) -> u32 {
+    runs.iter().map(|run| run.blocks).sum()
+}
+
+/// Runs with some ranges replaced.
+fn correct(runs: &[Run], corrections: &mut [(u32, Run)]) -> Decoded<Vec<Run>> {
+    corrections.sort_by_key(|(at, _)| *at);
+    let mut corrected = Vec::with_capacity(runs.len() + 2 * corrections.len());
+    let mut corrections = corrections.iter().peekable();
+    let (mut at, mut skip) = (0u32, 0u32);
+    for run in runs {
+        // What of this run an earlier correction replaced already.
+        let mut from = skip.min(run.blocks);
+        skip -= from;
+        while let Some((first, correction)) = corrections.next_if(|(first, _)| *first < at + run.blocks) {
+            let keep = first.checked_sub(at + from).ok_or("corrections overlap")?;
+            push_run(&mut corrected, run.part(from, keep));
+            push_run(&mut corrected, *correction);
+            let end = from + keep + correction.blocks;
+            from = end.min(run.blocks);
+            skip = end - from;
+        }
+        push_run(&mut corrected, run.part(from, run.blocks - from));
+        at += run.blocks;
+    }
+    match skip == 0 && corrections.next().is_none() {
+        true => Ok(corrected),
+        false => Err("a correction goes beyond the end of an image"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -540,8 +707,8 @@ mod tests {
             entries.iter().for_each(|entry| payloads.push(entry));
             let mut found = Vec::new();
             for payload in payloads.finish() {
-                let (commit, part) = decode(&encode(2, 0, &payload).unwrap()).unwrap();
-                prop_assert_eq!(commit, 2);
+                let Plan { commit, last, part } = decode(&encode(2, 0, true, &payload).unwrap()).unwrap();
+                prop_assert_eq!((commit, last), (2, true));
                 let Part::Images(entries) = part else { panic!() };
                 found.extend(entries);
             }
@@ -556,15 +723,87 @@ mod tests {
         fn blocks_come_back(chunks in prop::collection::vec(1u8..=16, 0..100), first in 0u32..1000) {
             let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
             let announced = Announced { first, function: Function::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
-            let body = encode(1, 1, &encode_announced(&announced)).unwrap();
-            prop_assert_eq!(decode(&body), Ok((1, Part::Blocks(announced))));
+            let body = encode(1, 1, false, &encode_announced(&announced)).unwrap();
+            prop_assert_eq!(decode(&body), Ok(Plan { commit: 1, last: false, part: Part::Blocks(announced) }));
         }
 
         #[test]
         fn nothing_is_too_strange(payload: Vec<u8>, part in 0u8..4, raw: Vec<u8>) {
-            let _ = decode(&encode(1, part, &payload).unwrap());
+            let _ = decode(&encode(1, part, false, &payload).unwrap());
             let _ = decode(&raw);
         }
+    }
+
+    proptest! {
+        #[test]
+        fn corrections_replace_just_their_blocks(runs in runs(), places in prop::collection::btree_map(0u32..3000, 1u32..20, 0..30)) {
+            let each = |runs: &[Run]| -> Vec<Content> {
+                runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect()
+            };
+            let mut expected = each(&runs);
+            let mut joined = Vec::new();
+            runs.iter().for_each(|run| push_run(&mut joined, *run));
+            let mut corrections = Vec::new();
+            let mut end = 0;
+            for (at, blocks) in places {
+                if at >= end && ((at + blocks) as usize) <= expected.len() {
+                    end = at + blocks;
+                    corrections.push((at, Run { blocks, content: Content::Stored(at * 7) }));
+                    for n in 0..blocks {
+                        expected[(at + n) as usize] = Content::Stored(at * 7 + n);
+                    }
+                }
+            }
+            prop_assert_eq!(each(&correct(&joined, &mut corrections).unwrap()), expected);
+        }
+
+        #[test]
+        fn no_corrections_are_too_strange(runs in runs(), corrections in prop::collection::vec((any::<u32>(), 1u32..1000), 0..9)) {
+            let mut corrections: Vec<_> = corrections
+                .into_iter()
+                .map(|(at, blocks)| (at % 60_000, Run { blocks, content: Content::Zeros }))
+                .collect();
+            let _ = correct(&runs, &mut corrections);
+        }
+    }
+
+    #[test]
+    fn what_a_lost_plan_said_is_known_to_be_lost() {
+        let image = |number, names: &[&str]| {
+            Entry::Image(Image {
+                number,
+                names: names.iter().map(PathBuf::from).collect(),
+                size: 10 * BLOCK_BYTES,
+                metadata: Metadata::default(),
+            })
+        };
+        let runs = |image, first_block, blocks| Entry::Runs {
+            image,
+            first_block,
+            runs: vec![Run {
+                blocks,
+                content: Content::Zeros,
+            }],
+        };
+        let built = |entries: Vec<Entry>| {
+            let mut builder = Builder::default();
+            builder.add(Part::Images(entries))?;
+            builder.finish()
+        };
+        let found = built(vec![image(1, &["a"]), runs(1, 0, 2), runs(1, 5, 2), runs(2, 0, 1)]).unwrap();
+        let blocks: Vec<_> = found.images[0]
+            .runs
+            .iter()
+            .map(|run| (run.blocks, run.content))
+            .collect();
+        let (zeros, lost) = (Content::Zeros, Content::Lost);
+        assert_eq!(blocks, [(2, zeros), (3, lost), (2, zeros), (3, lost)]);
+        assert!(built(vec![image(1, &["a"]), runs(1, 0, 11)]).is_err());
+        assert!(built(vec![image(1, &["a"]), runs(1, 0, 2), runs(1, 1, 2)]).is_err());
+        assert!(built(vec![image(1, &["a"]), image(1, &["b"])]).is_err());
+        assert!(built(vec![image(1, &["a"]), image(2, &["a"])]).is_err());
+        assert!(built(vec![image(1, &["a/b"]), image(2, &["c", "a"])]).is_err());
+        assert!(built(vec![image(1, &["a/b"]), image(2, &["a.c", "a/bc"])]).is_ok());
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub mod head;
 pub mod index;
 pub mod manifest;
 pub mod pack;
-//pub mod reader;
+pub mod reader;
 pub mod record;
 pub mod stream;
 pub mod writer;

@@ -36,7 +36,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
         facts,
         options,
         ask,
-        table: Table::new(facts),
+        table: Table::new(facts.slots() as usize, facts.table_slots_max),
         homes: SlotSet::new(slots),
         found: Decisions::default(),
     };

@@ -7,6 +7,7 @@
 //! that a second run has nothing to do.
 
 mod apply;
+pub mod export;
 mod greedy;
 mod layout;
 mod ops;
@@ -175,7 +176,7 @@ fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> 
     }
     layout.place_leftovers(facts, options);
     let mut plan = Plan {
-        sampled: table::Table::new(facts).sampled(),
+        sampled: table::Table::new(facts.slots() as usize, facts.table_slots_max).sampled(),
         layout,
         pinned: first.pinned,
         ..Plan::default()

@@ -1,7 +1,6 @@
 //! The block table: from a fingerprint to the slots that hold such a block.
 
 use crate::block::Slot;
-use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
 
 const NONE: u32 = u32::MAX;
@@ -29,10 +28,9 @@ impl Table {
     /// Entries looked at for one question, other fingerprints of the same bucket included.
     const STEPS_MAX: usize = 64;
 
-    /// An empty table for a pool.
-    pub(super) fn new(facts: &Facts) -> Self {
-        let slots = facts.slots() as usize;
-        let entries_max = facts.table_slots_max.clamp(16, NONE as usize - 1);
+    /// An empty table for so many slots, that holds so many of them at most.
+    pub(super) fn new(slots: usize, slots_max: usize) -> Self {
+        let entries_max = slots_max.clamp(16, NONE as usize - 1);
         let sample_bits = (0..20).find(|bits| slots >> bits <= entries_max).unwrap_or(20);
         let buckets = (slots >> sample_bits).clamp(16, entries_max).next_power_of_two();
         Self {

@@ -1,0 +1,409 @@
+//! What an archive needs of a pool: which blocks are new to it, and where it has the others. Pure.
+//!
+//! Fingerprints propose; whoever carries the plan out hashes every block that it reads, and stores what was taken for another.
+
+use super::table::Table;
+use crate::archive::manifest::{Content, Run, push_run};
+use crate::archive::{STORE_BLOCKS_MAX, StoreBlock};
+use crate::block::Slot;
+use crate::chunk::Chunker;
+use crate::facts::{Facts, ImageId};
+use crate::fingerprint::Fingerprints;
+
+/// What a range of slots is in the archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Stored by an earlier commit, as is known of its extent: it is not read again.
+    Known(StoreBlock),
+    /// Zeros, as is known of its extent.
+    KnownZeros,
+    /// Zeros, to be proved.
+    Zeros,
+    /// Equal to these blocks of the store, to be proved.
+    Same(StoreBlock),
+    /// To be stored here.
+    New(StoreBlock),
+}
+
+impl Source {
+    fn content(self) -> Content {
+        match self {
+            Self::Known(first) | Self::Same(first) | Self::New(first) => Content::Stored(first),
+            Self::KnownZeros | Self::Zeros => Content::Zeros,
+        }
+    }
+
+    /// Whether its blocks have to be read.
+    pub fn is_read(self) -> bool {
+        !matches!(self, Self::Known(_) | Self::KnownZeros)
+    }
+}
+
+/// A range of slots and what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// First slot.
+    pub slot: Slot,
+    /// Blocks.
+    pub blocks: u32,
+    /// What they are.
+    pub source: Source,
+}
+
+impl Piece {
+    /// The slot after its last.
+    pub fn end(&self) -> Slot {
+        self.slot + self.blocks
+    }
+
+    /// What it is from a slot of it on.
+    pub fn content_at(&self, slot: Slot) -> Content {
+        match self.source.content() {
+            Content::Stored(first) => Content::Stored(first + (slot - self.slot)),
+            other => other,
+        }
+    }
+}
+
+/// What is to be exported.
+#[derive(Debug, Default)]
+pub struct ExportPlan {
+    /// All live slots, in order.
+    pub pieces: Vec<Piece>,
+    /// Lengths of the chunks of new blocks, in order.
+    pub chunks: Vec<u8>,
+    /// Store address of the first new block.
+    pub first_new: StoreBlock,
+    /// And of the one after the last.
+    pub end: StoreBlock,
+    /// Fingerprints by store address.
+    pub fingerprints: Fingerprints,
+}
+
+/// Plans an export. `known` are pieces of extents that the archive has, in order; `stored` holds the fingerprints of the
+/// `first_new` blocks that are in the store already, with room for all slots behind them. None if the store would be larger
+/// than allowed.
+pub fn plan_export(facts: &Facts, known: &[Piece], first_new: StoreBlock, stored: Fingerprints) -> Option<ExportPlan> {
+    let mut planner = Planner {
+        facts,
+        table: Table::new(stored.len(), facts.table_slots_max),
+        plan: ExportPlan {
+            pieces: Vec::new(),
+            chunks: Vec::new(),
+            first_new,
+            end: first_new,
+            fingerprints: stored,
+        },
+        chunker: Chunker::default(),
+    };
+    for block in 0..first_new {
+        planner.table.enter(block, &planner.plan.fingerprints);
+    }
+    let mut known = known.iter().peekable();
+    for extent in &facts.extents {
+        for live in facts.live_runs(extent.slots()) {
+            let mut at = live.start;
+            while at < live.end {
+                while known.next_if(|piece| piece.end() <= at).is_some() {}
+                let end = match known.peek() {
+                    Some(piece) if piece.slot <= at => {
+                        let end = piece.end().min(live.end);
+                        let source = match piece.content_at(at) {
+                            Content::Stored(first) => Source::Known(first),
+                            _ => Source::KnownZeros,
+                        };
+                        planner.push(at, end - at, source);
+                        end
+                    }
+                    Some(piece) => {
+                        let end = piece.slot.min(live.end);
+                        planner.plan_run(at, end)?;
+                        end
+                    }
+                    None => {
+                        planner.plan_run(at, live.end)?;
+                        live.end
+                    }
+                };
+                at = end;
+            }
+        }
+    }
+    Some(planner.plan)
+}
+
+struct Planner<'a> {
+    facts: &'a Facts,
+    table: Table,
+    plan: ExportPlan,
+    chunker: Chunker,
+}
+
+impl Planner<'_> {
+    fn push(&mut self, slot: Slot, blocks: u32, source: Source) {
+        if let Some(last) = self.plan.pieces.last_mut()
+            && last.end() == slot
+            && std::mem::discriminant(&last.source) == std::mem::discriminant(&source)
+            && last.content_at(slot) == source.content()
+        {
+            last.blocks += blocks;
+            return;
+        }
+        self.plan.pieces.push(Piece { slot, blocks, source });
+    }
+
+    fn plan_run(&mut self, start: Slot, end: Slot) -> Option<()> {
+        let fingerprints = self.facts.fingerprints.range(start..end);
+        let zero = self.facts.zero_fingerprint;
+        let mut at = 0usize;
+        let mut new_from = None;
+        // What follows the last match is looked at first: the longer a run, the fewer there are.
+        let mut follows = None;
+        while at < fingerprints.len() {
+            let zeros = fingerprints[at..].iter().take_while(|one| **one == zero).count();
+            let found = if zeros > 0 {
+                Some((zeros, Source::Zeros))
+            } else {
+                self.longest(&fingerprints[at..], follows)
+                    .map(|(first, length)| (length, Source::Same(first)))
+            };
+            let Some((length, source)) = found else {
+                let block = self.plan.end;
+                if block >= STORE_BLOCKS_MAX {
+                    return None;
+                }
+                self.plan.fingerprints.write(block, &fingerprints[at..=at]);
+                self.table.enter(block, &self.plan.fingerprints);
+                self.push(start + as_blocks(at), 1, Source::New(block));
+                self.plan.end += 1;
+                new_from.get_or_insert(at);
+                at += 1;
+                continue;
+            };
+            self.cut(new_from.take().map(|from| &fingerprints[from..at]));
+            self.push(start + as_blocks(at), as_blocks(length), source);
+            if let Source::Same(first) = source {
+                follows = Some(first + as_blocks(length));
+            }
+            at += length;
+        }
+        self.cut(new_from.map(|from| &fingerprints[from..at]));
+        Some(())
+    }
+
+    /// Cuts consecutive new blocks into chunks.
+    fn cut(&mut self, new: Option<&[u32]>) {
+        if let Some(new) = new {
+            let chunks = &mut self.plan.chunks;
+            self.chunker
+                .cut(new, |chunk| chunks.push(u8::try_from(chunk.blocks).unwrap_or(u8::MAX)));
+        }
+    }
+
+    /// The longest range of the store with these fingerprints, and its length; of several, the one that follows.
+    fn longest(&self, wanted: &[u32], follows: Option<StoreBlock>) -> Option<(StoreBlock, usize)> {
+        /// Blocks compared to choose between candidates; the chosen one is followed to its end.
+        const LOOK: usize = 256;
+        let stored = &self.plan.fingerprints;
+        let length = |first: StoreBlock, limit: usize| {
+            let pairs = (first..self.plan.end).zip(&wanted[..limit.min(wanted.len())]);
+            pairs.take_while(|(block, one)| stored.get(*block) == **one).count()
+        };
+        let mut best: Option<(StoreBlock, usize)> = None;
+        for candidate in follows.into_iter().chain(self.table.candidates(wanted[0], stored)) {
+            let found = length(candidate, LOOK);
+            if found > best.map_or(0, |(_, best)| best) {
+                best = Some((candidate, found));
+            }
+            if found == LOOK.min(wanted.len()) {
+                break;
+            }
+        }
+        best.map(|(first, found)| (first, if found < LOOK { found } else { length(first, usize::MAX) }))
+    }
+}
+
+fn as_blocks(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+/// The references of a pool by image and place in it.
+#[derive(Debug)]
+pub struct ByImage {
+    order: Vec<u32>,
+}
+
+impl ByImage {
+    /// Sorts them.
+    pub fn new(facts: &Facts) -> Self {
+        let mut order: Vec<u32> = (0..as_blocks(facts.references.len())).collect();
+        order.sort_unstable_by_key(|at| {
+            let reference = &facts.references[*at as usize];
+            (reference.image, reference.file_block)
+        });
+        Self { order }
+    }
+
+    /// What each range of an image of so many blocks holds, given what its slots are.
+    pub fn runs(&self, facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> Vec<Run> {
+        let reference = |at: &u32| &facts.references[*at as usize];
+        let from = self.order.partition_point(|at| reference(at).image < image);
+        let mut runs = Vec::new();
+        let mut at = 0;
+        for reference in self.order[from..]
+            .iter()
+            .map(reference)
+            .take_while(|one| one.image == image)
+        {
+            let hole = Run {
+                blocks: reference.file_block.saturating_sub(at),
+                content: Content::Hole,
+            };
+            push_run(&mut runs, hole);
+            at = reference.file_block + reference.blocks;
+            if reference.preallocated {
+                let content = Content::Unwritten;
+                push_run(
+                    &mut runs,
+                    Run {
+                        blocks: reference.blocks,
+                        content,
+                    },
+                );
+                continue;
+            }
+            let slots = reference.slots();
+            let first = pieces.partition_point(|piece| piece.end() <= slots.start);
+            for piece in pieces[first..].iter().take_while(|piece| piece.slot < slots.end) {
+                let start = piece.slot.max(slots.start);
+                let run = Run {
+                    blocks: piece.end().min(slots.end) - start,
+                    content: piece.content_at(start),
+                };
+                push_run(&mut runs, run);
+            }
+        }
+        let hole = Run {
+            blocks: blocks.saturating_sub(at),
+            content: Content::Hole,
+        };
+        push_run(&mut runs, hole);
+        runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::{Class, Compression, Extent, Reference};
+    use proptest::prelude::*;
+
+    /// Extents of one image, one after the other, with these fingerprints; 0 stands for zeros.
+    fn facts(extents: &[Vec<u32>]) -> Facts {
+        let (mut list, mut references, mut slot, mut all) = (Vec::new(), Vec::new(), 0, Vec::new());
+        for (number, fingerprints) in (0u32..).zip(extents) {
+            let blocks = as_blocks(fingerprints.len());
+            list.push(Extent {
+                address: u64::from(number) << 30,
+                disk_bytes: u64::from(blocks) * 4096,
+                generation: 1,
+                first_slot: slot,
+                blocks,
+                class: Class {
+                    checksummed: true,
+                    compression: Compression::None,
+                },
+                pinned: None,
+            });
+            references.push(Reference {
+                image: 0,
+                file_block: slot * 2,
+                slot,
+                blocks,
+                extent: number,
+                preallocated: false,
+            });
+            slot += blocks;
+            all.extend(fingerprints);
+        }
+        let mut facts = Facts::new(list, references, 0);
+        facts.fingerprints = all.into();
+        facts
+    }
+
+    fn room(stored: &[u32], facts: &Facts) -> Fingerprints {
+        let mut room = Fingerprints::in_memory(stored.len() + facts.slots() as usize);
+        room.write(0, stored);
+        room
+    }
+
+    proptest! {
+        /// Every block is where its fingerprint says, each fingerprint is stored once, and known blocks are not read.
+        #[test]
+        fn every_block_is_found_once(
+            extents in prop::collection::vec(prop::collection::vec(0u32..30, 1..40), 1..6),
+            stored in prop::collection::vec(1u32..30, 0..20),
+            known in any::<prop::sample::Index>(),
+        ) {
+            let facts = facts(&extents);
+            let stored: Vec<u32> = { let mut seen = std::collections::HashSet::new(); stored.into_iter().filter(|one| seen.insert(*one)).collect() };
+            let first_new = as_blocks(stored.len());
+            let extent = &facts.extents[known.index(facts.extents.len())];
+            let known: Vec<Piece> = extent
+                .slots()
+                .map(|slot| (slot, facts.fingerprints.get(slot)))
+                .filter_map(|(slot, fingerprint)| {
+                    let at = stored.iter().position(|one| *one == fingerprint)?;
+                    Some(Piece { slot, blocks: 1, source: Source::Known(as_blocks(at)) })
+                })
+                .collect();
+            let plan = plan_export(&facts, &known, first_new, room(&stored, &facts)).unwrap();
+            let (mut slot, mut next, mut new) = (0, first_new, std::collections::HashSet::new());
+            for piece in &plan.pieces {
+                prop_assert_eq!(piece.slot, slot);
+                for n in 0..piece.blocks {
+                    let fingerprint = facts.fingerprints.get(slot + n);
+                    match piece.source {
+                        Source::Zeros | Source::KnownZeros => prop_assert_eq!(fingerprint, 0),
+                        Source::Same(first) => prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint),
+                        Source::Known(first) => {
+                            prop_assert!(extent.slots().contains(&(slot + n)));
+                            prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint);
+                        }
+                        Source::New(first) => {
+                            prop_assert_eq!(first + n, next);
+                            next += 1;
+                            prop_assert!(new.insert(fingerprint) && !stored.contains(&fingerprint));
+                        }
+                    }
+                }
+                slot = piece.end();
+            }
+            prop_assert_eq!((slot, next), (facts.slots(), plan.end));
+            prop_assert_eq!(plan.chunks.iter().map(|n| u32::from(*n)).sum::<u32>(), plan.end - first_new);
+            let runs = ByImage::new(&facts).runs(&facts, &plan.pieces, 0, facts.slots() * 2);
+            let each: Vec<Content> = runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect();
+            prop_assert_eq!(each.len(), facts.slots() as usize * 2);
+            for reference in &facts.references {
+                for n in 0..reference.blocks {
+                    let fingerprint = facts.fingerprints.get(reference.slot + n);
+                    match each[(reference.file_block + n) as usize] {
+                        Content::Stored(at) => prop_assert_eq!(plan.fingerprints.get(at), fingerprint),
+                        other => prop_assert_eq!((other, fingerprint), (Content::Zeros, 0)),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn long_runs_are_one_piece() {
+        let one: Vec<u32> = (1..2000).collect();
+        let facts = facts(&[one.clone(), one]);
+        let plan = plan_export(&facts, &[], 0, room(&[], &facts)).unwrap();
+        assert_eq!(
+            plan.pieces.iter().map(|piece| piece.source).collect::<Vec<_>>(),
+            [Source::New(0), Source::Same(0)]
+        );
+    }
+}
