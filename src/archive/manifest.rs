@@ -28,6 +28,13 @@ const OWNER_BYTES_MAX: usize = 256;
 const MODE_MASK: u32 = 0o7777;
 const CHUNK_BLOCKS_MAX: u8 = 16;
 
+/// The part of a PLAN that holds images.
+pub const PART_IMAGES: u8 = 0;
+/// The part of a PLAN that announces blocks.
+pub const PART_BLOCKS: u8 = 1;
+/// The part of a PLAN that holds corrections.
+pub const PART_CORRECTIONS: u8 = 2;
+
 const TAG_FOLDER: u8 = 1;
 const TAG_IMAGE: u8 = 2;
 const TAG_RUNS: u8 = 3;
@@ -188,9 +195,9 @@ impl Part {
     /// Its number in the format.
     pub fn number(&self) -> u8 {
         match self {
-            Self::Images(_) => 0,
-            Self::Blocks(_) => 1,
-            Self::Corrections(_) => 2,
+            Self::Images(_) => PART_IMAGES,
+            Self::Blocks(_) => PART_BLOCKS,
+            Self::Corrections(_) => PART_CORRECTIONS,
         }
     }
 }
@@ -236,9 +243,9 @@ pub fn decode(body: &[u8]) -> Decoded<Plan> {
     let stored = decoder.take(decoder.left())?;
     let payload = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
     let part = match part {
-        0 => Part::Images(decode_entries(&payload, false)?),
-        1 => Part::Blocks(decode_announced(&payload)?),
-        2 => Part::Corrections(decode_entries(&payload, true)?),
+        PART_IMAGES => Part::Images(decode_entries(&payload, false)?),
+        PART_BLOCKS => Part::Blocks(decode_announced(&payload)?),
+        PART_CORRECTIONS => Part::Corrections(decode_entries(&payload, true)?),
         _ => return Err("it is of a part not known"),
     };
     Ok(Plan { commit, last, part })

@@ -494,7 +494,7 @@ impl Archive {
     /// Where what is intact contradicts itself.
     pub fn manifest(&self, committed: &Committed) -> Result<(Manifest, Vec<Damage>)> {
         let (mut builder, mut damage) = (Builder::default(), Vec::new());
-        for location in plans(committed).filter(|location| location.part != BLOCKS) {
+        for location in plans(committed).filter(|location| location.part != manifest::PART_BLOCKS) {
             match self.plan(location) {
                 Ok(part) => builder
                     .add(part)
@@ -523,7 +523,7 @@ impl Archive {
     /// Those of reading.
     pub fn announced(&self, committed: &Committed) -> Result<Vec<Announced>> {
         let mut found = Vec::new();
-        for location in plans(committed).filter(|location| location.part == BLOCKS) {
+        for location in plans(committed).filter(|location| location.part == manifest::PART_BLOCKS) {
             match self.plan(location) {
                 Ok(Part::Blocks(announced)) => found.push(announced),
                 Ok(_) | Err(Error::Damaged { .. }) => {}
@@ -697,9 +697,6 @@ impl Archive {
         }
     }
 }
-
-/// The number of the part of a PLAN that announces blocks.
-const BLOCKS: u8 = 1;
 
 /// Where a record stands.
 pub fn range_of(location: &Location) -> ByteRange {

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::index::DEFAULT_FOLDER;
 use crate::ops::Scope;
+use crate::ops::export::Revisions;
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
 ///
@@ -29,6 +30,8 @@ pub(super) enum Command {
     Reclaim(Reclaim),
     /// Show what each image holds, and what deleting it would free
     Report(Named),
+    /// Write images and revisions to an archive, each distinct block once
+    Export(Export),
     /// Fill the index only
     Scan(Named),
     /// Show what the index knows
@@ -81,6 +84,40 @@ pub(super) struct Reclaim {
     /// Extra disk space that may be used on the way
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
     pub(super) work_space: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Export {
+    /// Archive file, new or to be appended to; `-` for standard output
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    #[command(flatten)]
+    pub(super) scope: Named,
+    /// Choose images that match this pattern; may be given more than once
+    #[arg(long, value_name = "GLOB")]
+    pub(super) only: Vec<String>,
+    /// Which revisions: `all`, `none`, `only` (revisions and nothing else), or how many of each image, the newest
+    #[arg(long, value_name = "WHICH", default_value = "all", value_parser = parse_revisions)]
+    pub(super) revisions: Revisions,
+    /// Compression level of zstd, 1 to 19
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    pub(super) level: i32,
+    /// A name for this commit
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(super) label: String,
+}
+
+fn parse_revisions(text: &str) -> Result<Revisions, String> {
+    Ok(match text {
+        "all" => Revisions::All,
+        "none" => Revisions::Newest(0),
+        "only" => Revisions::Only,
+        number => Revisions::Newest(
+            number
+                .parse()
+                .map_err(|_| format!("`{text}` is neither `all`, `none`, `only` nor a number"))?,
+        ),
+    })
 }
 
 #[derive(Debug, clap::Args)]

@@ -15,6 +15,7 @@ use progress::Terminal;
 use crate::error::{Error, Result};
 use crate::index;
 use crate::monitor::Monitor;
+use crate::ops::export::{Target, export};
 use crate::ops::{self, describe, reclaim::reclaim, report::report, scan::scan};
 use crate::shown::shown;
 
@@ -42,6 +43,7 @@ pub fn main() -> ExitCode {
     terminal.finish();
     match outcome {
         Ok(exit) => exit.into(),
+        Err(Error::Interrupted) => Exit::Interrupted.into(),
         Err(error) => {
             print_error(&error);
             if error.is_usage() {
@@ -79,6 +81,17 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             terminal.finish();
             print("report", &found, args.json)?;
             Ok(exit(terminal.interrupted(), !found.skipped.is_empty()))
+        }
+        Command::Export(command) => {
+            let options = command.options();
+            let found = export(&options, terminal)?;
+            terminal.finish();
+            let text = Text {
+                json: args.json,
+                to_stderr: options.target == Target::Pipe,
+            };
+            print_to(text, "export", &found)?;
+            Ok(exit(false, !found.skipped.is_empty()))
         }
         Command::Scan(command) => {
             let found = scan(&command.scope(), terminal)?;
@@ -129,7 +142,21 @@ struct Document<'a, T> {
     content: &'a T,
 }
 
+/// How and where a document is printed.
+#[derive(Clone, Copy)]
+struct Text {
+    json: bool,
+    /// Standard output has the archive.
+    to_stderr: bool,
+}
+
 fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) -> Result<()> {
+    let text = Text { json, to_stderr: false };
+    print_to(text, kind, content)
+}
+
+fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &T) -> Result<()> {
+    let Text { json, to_stderr } = text;
     let text = if json {
         let document = serde_json::to_string_pretty(&Document {
             kind,
@@ -143,6 +170,11 @@ fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) 
     } else {
         content.to_string()
     };
+    if to_stderr {
+        return std::io::stderr()
+            .write_all(text.as_bytes())
+            .map_err(Error::io("write to", std::path::Path::new("stderr")));
+    }
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         // Whoever reads us has enough.
@@ -170,5 +202,21 @@ impl args::Reclaim {
             },
             dry_run: self.dry_run,
         })
+    }
+}
+
+impl args::Export {
+    fn options(&self) -> ops::export::Options {
+        ops::export::Options {
+            scope: self.scope.scope(),
+            only: self.only.clone(),
+            revisions: self.revisions,
+            target: match self.archive.as_os_str() == "-" {
+                true => Target::Pipe,
+                false => Target::File(self.archive.clone()),
+            },
+            level: self.level,
+            label: self.label.clone(),
+        }
     }
 }

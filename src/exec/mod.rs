@@ -1,8 +1,10 @@
 //! Runs a plan. Decides nothing: every range is shared as planned, or skipped and counted.
 
 mod donors;
+pub mod hashes;
 mod prefetch;
 mod second;
+pub mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -8,6 +8,7 @@
 //! index is thrown away and filled again; deleting it costs time and nothing else.
 
 mod record;
+pub mod stored;
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,5 +1,6 @@
 //! What vmfold does, one verb a file.
 
+pub mod export;
 pub mod reclaim;
 pub mod report;
 pub mod scan;
@@ -7,7 +8,7 @@ pub mod scan;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
-use crate::facts::Facts;
+use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Fingerprints;
 use crate::fs::btrfs::{Btrfs, Fingerprinted, Purpose, fingerprint};
 use crate::index::Index;
@@ -33,13 +34,27 @@ pub struct Scope {
 struct Prepared {
     fs: Btrfs,
     facts: Facts,
+    /// Images whose first block lies in metadata.
+    inline: Vec<ImageId>,
+    /// None if it cannot be used.
+    index: Option<Index>,
     skipped: Vec<Skipped>,
     fingerprinted: Fingerprinted,
 }
 
 /// Opens a pool and fingerprints it. An image that cannot be read is left alone, with a note.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
-    let found = discover(scope, monitor)?;
+    prepare_found(scope, discover(scope, monitor)?, purpose, true, monitor)
+}
+
+/// The same for images that were found already; without `skip_unreadable`, one that cannot be read is an error.
+fn prepare_found(
+    scope: &Scope,
+    found: pool::Pool,
+    purpose: Purpose,
+    skip_unreadable: bool,
+    monitor: &dyn Monitor,
+) -> Result<Prepared> {
     let mut images = found.images;
     let mut left_alone = found.skipped;
     loop {
@@ -58,7 +73,8 @@ fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Pre
                 else {
                     return Err(error);
                 };
-                let Some(at) = images.iter().position(|image: &Found| image.path == *path) else {
+                let position = images.iter().position(|image: &Found| image.path == *path);
+                let Some(at) = position.filter(|_| skip_unreadable) else {
                     return Err(error);
                 };
                 monitor.note(&describe(&error));
@@ -76,21 +92,21 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
     let (fs, skipped) = Btrfs::open(images, &scope.paths, purpose)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
-    let fingerprinted = {
-        make_room(&mut facts, scope)?;
-        let mut index = match Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
-            Ok(index) => Some(index),
-            Err(error @ Error::Busy { .. }) => return Err(error),
-            Err(error) => {
-                monitor.note(&format!("Going on without an index: {}", describe(&error)));
-                None
-            }
-        };
-        fingerprint(&fs, &mut facts, index.as_mut(), monitor)?
+    make_room(&mut facts, scope)?;
+    let mut index = match Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
+        Ok(index) => Some(index),
+        Err(error @ Error::Busy { .. }) => return Err(error),
+        Err(error) => {
+            monitor.note(&format!("Going on without an index: {}", describe(&error)));
+            None
+        }
     };
+    let fingerprinted = fingerprint(&fs, &mut facts, index.as_mut(), monitor)?;
     Ok(Prepared {
         fs,
         facts,
+        inline: mapped.inline,
+        index,
         skipped,
         fingerprinted,
     })

@@ -7,7 +7,7 @@ use crate::archive::manifest::{Content, Run, push_run};
 use crate::archive::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::block::Slot;
 use crate::chunk::Chunker;
-use crate::facts::{Facts, ImageId};
+use crate::facts::{Facts, ImageId, Reference};
 use crate::fingerprint::Fingerprints;
 
 /// What a range of slots is in the archive.
@@ -244,6 +244,11 @@ impl ByImage {
         Self { order }
     }
 
+    /// The references in that order.
+    pub fn in_order<'a>(&'a self, facts: &'a Facts) -> impl Iterator<Item = &'a Reference> {
+        self.order.iter().map(|at| &facts.references[*at as usize])
+    }
+
     /// What each range of an image of so many blocks holds, given what its slots are.
     pub fn runs(&self, facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> Vec<Run> {
         let reference = |at: &u32| &facts.references[*at as usize];
@@ -295,7 +300,7 @@ impl ByImage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{Class, Compression, Extent, Reference};
+    use crate::facts::{Class, Compression, Extent};
     use proptest::prelude::*;
 
     /// Extents of one image, one after the other, with these fingerprints; 0 stands for zeros.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use walkdir::WalkDir;
 
-pub use naming::{Kind, kind_of, machine_of};
+pub use naming::{Kind, Revision, kind_of, machine_of, revision_of};
 
 use crate::error::{Error, Result};
 
@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 pub struct Found {
     /// Its path: of several names of one inode, the first.
     pub path: PathBuf,
+    /// All its names below the paths that were named.
+    pub names: BTreeSet<PathBuf>,
     /// Bytes, holes included.
     pub size: u64,
     /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
@@ -103,10 +105,12 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
             Kind::Image => {
                 let known = found.entry((metadata.dev(), metadata.ino())).or_insert_with(|| Found {
                     path: path.to_owned(),
+                    names: BTreeSet::new(),
                     size: metadata.len(),
                     machines: BTreeSet::new(),
                 });
                 known.machines.insert(machine);
+                known.names.insert(path.to_owned());
                 if *path < *known.path {
                     path.clone_into(&mut known.path);
                 }
@@ -179,17 +183,22 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
     Ok(pool)
 }
 
-fn patterns(exclude: &[String]) -> Result<GlobSet> {
+/// Patterns of paths.
+///
+/// # Errors
+/// [`Error::Usage`] for what is none.
+pub fn patterns(patterns: &[String]) -> Result<GlobSet> {
     let mut set = GlobSetBuilder::new();
-    for pattern in exclude {
-        let bad = |error: globset::Error| Error::Usage(format!("--exclude `{pattern}` is no pattern: {error}"));
+    for pattern in patterns {
+        let bad = |error: globset::Error| Error::Usage(format!("`{pattern}` is no pattern: {error}"));
         set.add(Glob::new(pattern).map_err(bad)?);
         // As with other tools, a pattern without a slash holds at any depth.
         if !pattern.contains('/') {
             set.add(Glob::new(&format!("**/{pattern}")).map_err(bad)?);
         }
     }
-    set.build().map_err(|error| Error::Usage(format!("--exclude: {error}")))
+    set.build()
+        .map_err(|error| Error::Usage(format!("the patterns make no sense: {error}")))
 }
 
 #[cfg(test)]

@@ -37,6 +37,45 @@ pub fn kind_of(path: &Path) -> Kind {
     }
 }
 
+/// What the name of a revision tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revision {
+    /// The image it is a revision of.
+    pub image: PathBuf,
+    /// Its number, which newer ones have a greater one of; none in names of old.
+    pub number: Option<u64>,
+    /// When it was made, as the name says it: `2026-01-02T03:04:05Z`.
+    pub time: String,
+}
+
+/// What the name says of a revision: `private.img.7@2026-01-02T03:04:05Z`, or `private.img@…` in names of old.
+pub fn revision_of(path: &Path) -> Option<Revision> {
+    let name = path.file_name()?.to_str()?;
+    let (before, time) = name.rsplit_once('@')?;
+    let digits_at = |range: std::ops::Range<usize>| {
+        time.get(range)
+            .is_some_and(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let is_time = time.len() == 20
+        && [0..4, 5..7, 8..10, 11..13, 14..16, 17..19].into_iter().all(digits_at)
+        && time.bytes().enumerate().all(|(at, byte)| match at {
+            4 | 7 => byte == b'-',
+            10 => byte == b'T',
+            13 | 16 => byte == b':',
+            19 => byte == b'Z',
+            _ => true,
+        });
+    let (image, number) = match before.rsplit_once('.') {
+        Some((image, number)) if image.ends_with(".img") => (image, Some(number.parse().ok()?)),
+        _ => (before, None),
+    };
+    (is_time && image.ends_with(".img")).then(|| Revision {
+        image: path.with_file_name(image),
+        number,
+        time: time.to_owned(),
+    })
+}
+
 /// Whether a file in a folder is an image: by extension, also before a revision's number (`private.img.7@…`) or a snapshot's
 /// (`private.img.wyng1`), or, without any, by size.
 pub(super) fn looks_like_image(path: &Path, size: u64) -> bool {
@@ -90,6 +129,37 @@ mod tests {
             machine("/var/lib/libvirt/images/debian.qcow2"),
             "/var/lib/libvirt/images/debian.qcow2"
         );
+    }
+
+    #[test]
+    fn names_of_revisions() {
+        let of = |name: &str| revision_of(Path::new(name));
+        let time = "2026-01-02T03:04:05Z".to_owned();
+        let image = PathBuf::from("a/private.img");
+        assert_eq!(
+            of("a/private.img.7@2026-01-02T03:04:05Z"),
+            Some(Revision {
+                image: image.clone(),
+                number: Some(7),
+                time: time.clone()
+            })
+        );
+        assert_eq!(
+            of("a/private.img@2026-01-02T03:04:05Z"),
+            Some(Revision {
+                image,
+                number: None,
+                time
+            })
+        );
+        for none in [
+            "a/private.img",
+            "private.img.x@2026-01-02T03:04:05Z",
+            "private.img.7@2026",
+            "x@2026-01-02T03:04:05Z",
+        ] {
+            assert_eq!(of(none), None, "{none}");
+        }
     }
 
     #[test]

@@ -174,3 +174,35 @@ pub struct Reported {
     /// Files outside the paths that hold extents, with the bytes they hold.
     pub held_by: BTreeMap<String, u64>,
 }
+
+/// What `export` did.
+#[derive(Debug, Default, Serialize)]
+pub struct Exported {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// The commit's number.
+    pub commit: u32,
+    /// The commit's name.
+    pub id: String,
+    /// Images in it.
+    pub images: u64,
+    /// Their sizes, holes included.
+    pub logical_bytes: u64,
+    /// What they hold beside holes and zeros, each counted.
+    pub data_bytes: u64,
+    /// What was read of them.
+    pub read_bytes: u64,
+    /// What was known to be in the archive and not read.
+    pub known_bytes: u64,
+    /// New blocks, before compression.
+    pub new_bytes: u64,
+    /// What the archive grew by.
+    pub written_bytes: u64,
+    /// Blocks whose checksum was that of another block.
+    pub corrected_bytes: u64,
+    /// The archive's length.
+    pub archive_bytes: u64,
+    /// Images left out.
+    pub skipped: Vec<Skipped>,
+}

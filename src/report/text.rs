@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Formatter, Result};
 
-use super::{PoolBytes, Reclaimed, Reported, Scanned};
+use super::{Exported, PoolBytes, Reclaimed, Reported, Scanned};
 use crate::index::Status;
 use crate::plan::Reason;
 use crate::pool::Skipped;
@@ -44,6 +44,31 @@ fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
     skipped
         .iter()
         .try_for_each(|one| writeln!(f, "Left alone: {}: {}", shown(&one.path), one.reason.reason()))
+}
+
+impl Display for Exported {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        skipped(f, &self.skipped)?;
+        writeln!(
+            f,
+            "Commit {} ({}) of `{}`: {} images, {} of data in {}",
+            self.commit,
+            self.id,
+            shown(&self.archive),
+            self.images,
+            size(self.data_bytes),
+            size(self.logical_bytes)
+        )?;
+        writeln!(
+            f,
+            "Read {}, {} known from before; {} new, stored in {}; the archive has {}",
+            size(self.read_bytes),
+            size(self.known_bytes),
+            size(self.new_bytes),
+            size(self.written_bytes),
+            size(self.archive_bytes)
+        )
+    }
 }
 
 fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>) -> Result {

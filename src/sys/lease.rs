@@ -4,13 +4,30 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
-/// Takes a write lease on a file: granted only while this descriptor is the only one open on the inode, loop devices included.
-/// From then on whoever opens the file waits until [`release`] or `/proc/sys/fs/lease-break-time`.
+/// What a lease keeps off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lease {
+    /// Whoever opens the file for writing. Granted only while nobody has.
+    Writers,
+    /// Whoever opens the file. Granted only while this descriptor is the only one open on the inode, loop devices included.
+    All,
+}
+
+impl Lease {
+    fn kind(self) -> i32 {
+        match self {
+            Self::Writers => libc::F_RDLCK,
+            Self::All => libc::F_WRLCK,
+        }
+    }
+}
+
+/// Takes a lease on a file. From then on whomever it keeps off waits until [`release`] or `/proc/sys/fs/lease-break-time`.
 ///
 /// # Errors
-/// `EAGAIN` if someone else has the file open; `EINVAL` where the filesystem has no leases.
-pub fn take(fd: impl AsFd) -> Result<(), Errno> {
-    set(fd, libc::F_WRLCK)
+/// `EAGAIN` if someone has the file open; `EINVAL` where the filesystem has no leases.
+pub fn take(fd: impl AsFd, lease: Lease) -> Result<(), Errno> {
+    set(fd, lease.kind())
 }
 
 /// Gives the lease back and lets a waiting opener go on.
@@ -22,9 +39,9 @@ pub fn release(fd: impl AsFd) -> Result<(), Errno> {
 }
 
 /// Whether the lease is still wholly ours: the kernel answers with the type it is to become once someone waits.
-pub fn is_held(fd: impl AsFd) -> bool {
+pub fn is_held(fd: impl AsFd, lease: Lease) -> bool {
     // SAFETY: F_GETLEASE takes no argument.
-    unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETLEASE) == libc::F_WRLCK }
+    unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETLEASE) == lease.kind() }
 }
 
 fn set(fd: impl AsFd, kind: i32) -> Result<(), Errno> {

@@ -17,8 +17,9 @@ use crate::error::{Error, Result};
 use crate::pool::{Found, Skip, Skipped};
 use crate::sys::fs_info::{FsInfo, fs_info};
 use crate::sys::inode_flags::inode_flags;
+use crate::sys::lease::{self, Lease};
 use crate::sys::tree_search::{Key, tree_search};
-use crate::sys::{lease, logical_ino, signals};
+use crate::sys::{logical_ino, signals};
 
 /// How often leases are looked at. Whoever opens an image waits no longer than this, and one system call.
 const LEASE_POLL: Duration = Duration::from_millis(20);
@@ -28,10 +29,28 @@ const LEASE_POLL: Duration = Duration::from_millis(20);
 pub enum Purpose {
     /// To read extent maps and data only; whoever else uses them does not matter.
     Look,
+    /// To read them as a whole: only images that nobody has open for writing.
+    Read,
     /// To say what sharing extents would do: only images that nobody else has open.
     Plan,
     /// To share extents: the same, on a filesystem that can be written.
     Change,
+}
+
+impl Purpose {
+    /// Whom a lease keeps off meanwhile.
+    fn lease(self) -> Option<Lease> {
+        match self {
+            Self::Look => None,
+            Self::Read => Some(Lease::Writers),
+            Self::Plan | Self::Change => Some(Lease::All),
+        }
+    }
+
+    /// Whether extents are to be shared, or it is to be said what that would do.
+    pub(super) fn shares(self) -> bool {
+        self.lease() == Some(Lease::All)
+    }
 }
 
 /// An open image.
@@ -105,7 +124,7 @@ pub(super) fn open(
         match open_one(image, info, purpose)? {
             Ok(opened) => images.push((opened, &image.machines)),
             Err(reason) => {
-                if reason == Skip::InUse {
+                if reason == Skip::InUse && purpose.shares() {
                     busy.extend(&image.machines);
                 }
                 skipped.push(Skipped {
@@ -124,7 +143,7 @@ pub(super) fn open(
     }));
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
     let images: Vec<Image> = images.into_iter().map(|(image, _)| image).collect();
-    let keeper = (purpose != Purpose::Look).then(|| LeaseKeeper::new(&images));
+    let keeper = purpose.lease().map(|lease| LeaseKeeper::new(&images, lease));
     Ok((images, skipped, keeper))
 }
 
@@ -151,11 +170,11 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         return Ok(Err(Skip::Changed));
     }
     let flags = inode_flags(&file).map_err(Error::io("look at", path))?;
-    if purpose != Purpose::Look {
-        if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
-            return Ok(Err(Skip::Immutable));
-        }
-        match lease::take(&file) {
+    if purpose.shares() && flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
+        return Ok(Err(Skip::Immutable));
+    }
+    if let Some(lease) = purpose.lease() {
+        match lease::take(&file, lease) {
             Ok(()) => {}
             Err(Errno::AGAIN) => return Ok(Err(Skip::InUse)),
             Err(errno) => return Err(Error::io("take a lease on", path)(errno)),
@@ -222,7 +241,7 @@ pub(super) struct LeaseKeeper {
 }
 
 impl LeaseKeeper {
-    fn new(images: &[Image]) -> Self {
+    fn new(images: &[Image], lease: Lease) -> Self {
         let mut held: Vec<_> = images
             .iter()
             .map(|image| (image.file.clone(), image.revoked.clone()))
@@ -232,7 +251,7 @@ impl LeaseKeeper {
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Acquire) {
                 held.retain(|(file, revoked)| {
-                    let mine = lease::is_held(&**file);
+                    let mine = lease::is_held(&**file, lease);
                     if !mine {
                         // First no call begins any more, then the opener goes on.
                         revoked.store(true, Ordering::Release);

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, Pinned, Reference};
+use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
 use crate::fs::HeldRange;
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, tree_search};
@@ -18,6 +18,8 @@ pub struct Mapped {
     pub facts: Facts,
     /// Bytes that lie in metadata, beside their inodes.
     pub inline_bytes: u64,
+    /// The images that have such bytes, in their first block.
+    pub inline: Vec<ImageId>,
 }
 
 /// A file extent item, `struct btrfs_file_extent_item` (`uapi/linux/btrfs_tree.h`).
@@ -191,7 +193,7 @@ impl Btrfs {
         let mut seen: Vec<Seen> = Vec::new();
         // References by the addresses of their extents; slots are places in the extent until all extents are known.
         let mut references: Vec<(u64, Reference)> = Vec::new();
-        let mut inline_bytes = 0;
+        let (mut inline_bytes, mut inline) = (0, Vec::new());
         for (number, image) in (0u32..).zip(&self.images) {
             let image_end = image.size.next_multiple_of(BLOCK_BYTES);
             file_extents(image, |item| {
@@ -200,6 +202,7 @@ impl Btrfs {
                     Item::Hole => return Ok(()),
                     Item::Inline(bytes) => {
                         inline_bytes += bytes;
+                        inline.push(number);
                         return Ok(());
                     }
                 };
@@ -265,7 +268,11 @@ impl Btrfs {
         });
         let references = references.collect();
         let facts = Facts::new(extents, references, self.function().of_zeros());
-        Ok(Mapped { facts, inline_bytes })
+        Ok(Mapped {
+            facts,
+            inline_bytes,
+            inline,
+        })
     }
 
     /// Fills in generations, and pins what is referred to from elsewhere.

@@ -16,7 +16,7 @@ use rustix::fs::{Advice, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{Physical, freed_bytes};
-pub use fingerprints::{Fingerprinted, fingerprint};
+pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint};
 pub use images::{Image, Purpose};
 pub use map::Mapped;
 
@@ -237,7 +237,7 @@ fn lock_filesystem(info: &FsInfo, purpose: Purpose, scratch: &Path) -> Result<Fi
     std::fs::create_dir_all(LOCKS).map_err(Error::io("make the folder", Path::new(LOCKS)))?;
     let file = File::create(&path).map_err(Error::io("make the lock", &path))?;
     let locked = match purpose {
-        Purpose::Look => file.try_lock_shared(),
+        Purpose::Look | Purpose::Read => file.try_lock_shared(),
         Purpose::Plan | Purpose::Change => file.try_lock(),
     };
     match locked {

@@ -1,0 +1,169 @@
+//! Hashes of stored blocks by store address: those of earlier commits from the archive, those of this one as they come.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use crate::archive::StoreBlock;
+use crate::archive::reader::Archive;
+use crate::archive::record::Hash;
+use crate::error::{Error, Result};
+
+/// Hashes kept in memory; older ones go to an unnamed file. 32 MiB, for 4 GiB of distinct blocks.
+const IN_MEMORY: usize = 1 << 20;
+const HASH_BYTES: usize = size_of::<Hash>();
+
+/// Hashes in the order of their store addresses, from the first new one on.
+#[derive(Debug)]
+pub struct HashLog {
+    first: StoreBlock,
+    /// Those before are in the file.
+    in_file: usize,
+    recent: Vec<Hash>,
+    file: Option<File>,
+    folder: PathBuf,
+}
+
+impl HashLog {
+    /// An empty log whose first hash will be that of `first`. The file, should there be need of one, is made in `folder`.
+    pub fn new(first: StoreBlock, folder: PathBuf) -> Self {
+        Self {
+            first,
+            in_file: 0,
+            recent: Vec::new(),
+            file: None,
+            folder,
+        }
+    }
+
+    /// The address after the last.
+    pub fn end(&self) -> StoreBlock {
+        self.first + u32::try_from(self.in_file + self.recent.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Appends hashes.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn extend(&mut self, hashes: &[Hash]) -> Result<()> {
+        if self.recent.len() + hashes.len() > IN_MEMORY {
+            self.spill()
+                .map_err(Error::io("keep hashes in a file in", &self.folder))?;
+        }
+        self.recent.extend_from_slice(hashes);
+        Ok(())
+    }
+
+    fn spill(&mut self) -> io::Result<()> {
+        let file = match self.file.take() {
+            Some(file) => file,
+            None => tempfile::tempfile_in(&self.folder)?,
+        };
+        file.write_all_at(self.recent.as_flattened(), (self.in_file * HASH_BYTES) as u64)?;
+        self.in_file += self.recent.len();
+        self.recent.clear();
+        self.file = Some(file);
+        Ok(())
+    }
+
+    /// The hashes of some addresses, all of which must be there.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn read(&self, first: StoreBlock, blocks: u32) -> Result<Vec<Hash>> {
+        let (start, blocks) = ((first - self.first) as usize, blocks as usize);
+        let from_file = self.in_file.saturating_sub(start).min(blocks);
+        let mut hashes = vec![[0; HASH_BYTES]; from_file];
+        if let Some(file) = &self.file {
+            file.read_exact_at(hashes.as_flattened_mut(), (start * HASH_BYTES) as u64)
+                .map_err(Error::io("read hashes from a file in", &self.folder))?;
+        }
+        let start = start + from_file - self.in_file;
+        hashes.extend_from_slice(&self.recent[start..start + blocks - from_file]);
+        Ok(hashes)
+    }
+}
+
+/// Hashes that an archive has, read a page at a time.
+#[derive(Debug)]
+pub struct StoredHashes<'a> {
+    archive: Option<&'a Archive>,
+    end: StoreBlock,
+    /// Pages read lately, the last used last.
+    pages: Vec<(StoreBlock, Vec<Option<Hash>>)>,
+}
+
+impl<'a> StoredHashes<'a> {
+    /// Blocks in a page: 2 MiB of hashes.
+    const PAGE: StoreBlock = 1 << 16;
+    /// Pages kept.
+    const PAGES: usize = 8;
+
+    /// The hashes of an archive's blocks before `end`; none without an archive.
+    pub fn new(archive: Option<&'a Archive>, end: StoreBlock) -> Self {
+        Self {
+            archive,
+            end,
+            pages: Vec::new(),
+        }
+    }
+
+    /// The address after the last.
+    pub fn end(&self) -> StoreBlock {
+        self.end
+    }
+
+    /// A hash, if the archive has it intact.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
+        let Some(archive) = self.archive.filter(|_| block < self.end) else {
+            return Ok(None);
+        };
+        let first = block - block % Self::PAGE;
+        match self.pages.iter().position(|(page, _)| *page == first) {
+            Some(at) => self.pages[at..].rotate_left(1),
+            None => {
+                let end = self.end.min(first.saturating_add(Self::PAGE));
+                let page = archive.hashes(first, end)?;
+                if self.pages.len() >= Self::PAGES {
+                    self.pages.remove(0);
+                }
+                self.pages.push((first, page));
+            }
+        }
+        let page = self.pages.last().map(|(_, page)| page);
+        Ok(page.and_then(|page| page.get((block - first) as usize).copied().flatten()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_outgrows_memory_is_the_same() {
+        let hash = |n: u32| *blake3::hash(&n.to_le_bytes()).as_bytes();
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = HashLog::new(10, folder.path().to_owned());
+        let all: Vec<Hash> = (0..u32::try_from(IN_MEMORY).unwrap() * 2 + 500).map(hash).collect();
+        for part in all.chunks(1000) {
+            log.extend(part).unwrap();
+        }
+        assert!(log.file.is_some());
+        assert_eq!(log.end() as usize, 10 + all.len());
+        let in_file = u32::try_from(log.in_file).unwrap();
+        for (first, blocks) in [
+            (0, 3),
+            (in_file - 5, 5),
+            (in_file - 5, 10),
+            (in_file, 10),
+            (in_file + 3, 0),
+        ] {
+            let expected = &all[first as usize..(first + blocks) as usize];
+            assert_eq!(log.read(10 + first, blocks).unwrap(), expected);
+        }
+    }
+}

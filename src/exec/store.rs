@@ -1,0 +1,602 @@
+//! Carries out an export's plan: reads each new extent once, hashes every block of it, proves what the plan took for equal,
+//! and writes what is new as PACKs and INDEXes.
+
+use std::collections::HashMap;
+
+use rayon::prelude::*;
+
+use super::hashes::{HashLog, StoredHashes};
+use crate::archive::manifest::{self, Announced};
+use crate::archive::pack::{self, Frame};
+use crate::archive::record::{Hash, Kind, hash_of};
+use crate::archive::writer::Writer;
+use crate::archive::{STORE_BLOCKS_MAX, StoreBlock, index};
+use crate::block::{BLOCK_LEN, Slot, bytes};
+use crate::chunk::Chunker;
+use crate::error::{Error, Result};
+use crate::facts::{Facts, ImageId};
+use crate::fingerprint::Function;
+use crate::fs::{Sharing, SourceFile};
+use crate::monitor::Monitor;
+use crate::plan::export::{ExportPlan, Piece, Source};
+
+/// Bytes of images read at a time, while those before are compressed.
+const BATCH_BYTES: u64 = 16 << 20;
+/// Blocks of one read at most.
+const READ_BLOCKS: u32 = 256;
+/// Bytes of blocks in a frame, unless its last chunk has more.
+const FRAME_BYTES: usize = 1 << 20;
+/// Bytes of frames that make a pack.
+const PACK_BYTES: usize = 8 << 20;
+/// Blocks that an INDEX covers, unless it is the last.
+const INDEX_BLOCKS: u32 = 1 << 16;
+/// Hashes of corrected blocks remembered, so that equal ones are stored once.
+const CORRECTIONS_REMEMBERED: usize = 1 << 16;
+
+/// What was stored beside what was planned.
+#[derive(Debug)]
+pub struct Stored {
+    /// Ranges that turned out to be other blocks than planned, and what they are. By slot.
+    pub corrections: Vec<Piece>,
+    /// First blocks of images that lie in metadata.
+    pub inline: Vec<(ImageId, Option<StoreBlock>)>,
+    /// Hashes of all new blocks, corrected ones included.
+    pub hashes: HashLog,
+    /// Bytes of images read.
+    pub read_bytes: u64,
+}
+
+/// What is stored, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct How<'a> {
+    /// What the fingerprints are.
+    pub function: Function,
+    /// Compression level of zstd.
+    pub level: i32,
+    /// Images whose first block lies in metadata, so that no extent has it.
+    pub inline: &'a [ImageId],
+}
+
+/// A range of slots read at once, and the pieces it is made of.
+struct Task {
+    slot: Slot,
+    blocks: u32,
+    pieces: std::ops::Range<usize>,
+}
+
+/// What was read of a task.
+#[derive(Default)]
+struct Read {
+    content: Vec<u8>,
+    /// Of each block; none for zeros where zeros were planned.
+    hashes: Vec<Option<Hash>>,
+}
+
+/// Carries a plan out. `log` is empty; `old` has the hashes of what the archive holds already.
+///
+/// # Errors
+/// Those of reading images, with path and range, and of writing; [`Error::Interrupted`].
+pub fn store(
+    (fs, facts): (&dyn Sharing, &Facts),
+    plan: &ExportPlan,
+    how: How<'_>,
+    (mut old, log): (StoredHashes<'_>, HashLog),
+    out: &mut Out<'_>,
+    monitor: &dyn Monitor,
+) -> Result<Stored> {
+    let tasks = tasks(facts, plan);
+    let total: u64 = tasks.iter().map(|task| bytes(task.blocks)).sum();
+    monitor.phase("Reading images", total);
+    let mut assembler = Assembler {
+        plan,
+        log,
+        corrected: Corrected::new(plan.end, how.function),
+        corrections: Vec::new(),
+        frame: Vec::new(),
+        ready: Vec::new(),
+        chunks: plan.chunks.iter(),
+        chunk_left: 0,
+    };
+    let mut packer = Packer::new(plan.first_new, how.level);
+    let mut batches = batches(&tasks).peekable();
+    let mut ahead: Vec<Read> = Vec::new();
+    let mut current: &[Task] = &[];
+    let mut spare: Vec<Read> = Vec::new();
+    read_ahead(fs, facts, batches.peek().copied());
+    loop {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        let next = batches.next();
+        read_ahead(fs, facts, batches.peek().copied());
+        for (task, read) in current.iter().zip(&ahead) {
+            assembler.take(task, read, &mut old)?;
+        }
+        spare.append(&mut ahead);
+        let frames = std::mem::take(&mut assembler.ready);
+        let recycled = std::mem::take(&mut spare);
+        let (compressed, read) = rayon::join(
+            || packer.compress(&frames),
+            || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
+        );
+        packer.add(compressed.map_err(out.failed)?, &assembler.log, out)?;
+        assembler.corrected.write(&packer, false, out)?;
+        match (next, read) {
+            (Some(tasks), Some(read)) => (current, ahead) = (tasks, read?),
+            _ if assembler.ready.is_empty() && current.is_empty() => break,
+            _ => {
+                current = &[];
+                assembler.end();
+            }
+        }
+    }
+    packer.finish(&assembler.log, out)?;
+    let mut inline = Vec::new();
+    for image in how.inline {
+        let mut block = vec![0; BLOCK_LEN];
+        fs.read(SourceFile::Image(*image), 0, &mut block)?;
+        let stored = (!is_zero(&block)).then(|| assembler.corrected.add(&block, hash_of(&block)));
+        inline.push((*image, stored.transpose()?));
+    }
+    assembler.corrected.write(&packer, true, out)?;
+    let Assembler {
+        mut log,
+        corrected,
+        corrections,
+        ..
+    } = assembler;
+    log.extend(&corrected.hashes)?;
+    corrected.announce(out)?;
+    Ok(Stored {
+        corrections,
+        inline,
+        hashes: log,
+        read_bytes: total,
+    })
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    block
+        .as_chunks::<16>()
+        .0
+        .iter()
+        .all(|part| u128::from_ne_bytes(*part) == 0)
+}
+
+/// The ranges to be read, in the order they lie on disk.
+fn tasks(facts: &Facts, plan: &ExportPlan) -> Vec<Task> {
+    let mut tasks: Vec<Task> = Vec::new();
+    let mut extent_end = 0;
+    for (number, piece) in plan
+        .pieces
+        .iter()
+        .enumerate()
+        .filter(|(_, piece)| piece.source.is_read())
+    {
+        let mut at = piece.slot;
+        while at < piece.end() {
+            if at >= extent_end {
+                extent_end = facts.extents[facts.extent_of(at) as usize].slots().end;
+            }
+            let end = piece.end().min(extent_end);
+            if let Some(last) = tasks.last_mut()
+                && last.slot + last.blocks == at
+                && last.blocks < READ_BLOCKS
+                && facts.extent_of(last.slot) == facts.extent_of(at)
+            {
+                let more = (end - at).min(READ_BLOCKS - last.blocks);
+                last.blocks += more;
+                last.pieces.end = number + 1;
+                at += more;
+            } else {
+                let blocks = (end - at).min(READ_BLOCKS);
+                tasks.push(Task {
+                    slot: at,
+                    blocks,
+                    pieces: number..number + 1,
+                });
+                at += blocks;
+            }
+        }
+    }
+    tasks
+}
+
+fn batches(tasks: &[Task]) -> impl Iterator<Item = &[Task]> {
+    let mut rest = tasks;
+    std::iter::from_fn(move || {
+        let (mut count, mut total) = (0, 0);
+        while count < rest.len() && total < BATCH_BYTES {
+            total += bytes(rest[count].blocks);
+            count += 1;
+        }
+        let (batch, after) = rest.split_at(count);
+        rest = after;
+        (!batch.is_empty()).then_some(batch)
+    })
+}
+
+fn read_ahead(fs: &dyn Sharing, facts: &Facts, tasks: Option<&[Task]>) {
+    for task in tasks.into_iter().flatten() {
+        for (_, place) in facts.places_of(task.slot..task.slot + task.blocks) {
+            fs.read_ahead(
+                SourceFile::Image(place.image),
+                bytes(place.file_block),
+                bytes(place.blocks),
+            );
+        }
+    }
+}
+
+fn read_batch(
+    fs: &dyn Sharing,
+    facts: &Facts,
+    plan: &ExportPlan,
+    tasks: &[Task],
+    mut spare: Vec<Read>,
+    monitor: &dyn Monitor,
+) -> Result<Vec<Read>> {
+    spare.resize_with(tasks.len(), Read::default);
+    tasks
+        .par_iter()
+        .zip(spare)
+        .map(|(task, mut read)| {
+            read.content.resize(task.blocks as usize * BLOCK_LEN, 0);
+            let mut rest = &mut read.content[..];
+            for (_, place) in facts.places_of(task.slot..task.slot + task.blocks) {
+                let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
+                let (file, offset) = (SourceFile::Image(place.image), bytes(place.file_block));
+                fs.read(file, offset, part)?;
+                fs.drop_behind(file, offset, part.len() as u64);
+                rest = after;
+            }
+            read.hashes.clear();
+            let mut blocks = read.content.chunks_exact(BLOCK_LEN);
+            for piece in &plan.pieces[task.pieces.clone()] {
+                let (from, to) = part_of(task, piece);
+                for block in blocks.by_ref().take((to - from) as usize) {
+                    let proved = piece.source == Source::Zeros && is_zero(block);
+                    read.hashes.push((!proved).then(|| hash_of(block)));
+                }
+            }
+            monitor.advance(bytes(task.blocks));
+            Ok(read)
+        })
+        .collect()
+}
+
+/// The slots of a piece that a task covers.
+fn part_of(task: &Task, piece: &Piece) -> (Slot, Slot) {
+    (piece.slot.max(task.slot), piece.end().min(task.slot + task.blocks))
+}
+
+/// Puts new blocks into frames, and finds what was taken for another block.
+struct Assembler<'a> {
+    plan: &'a ExportPlan,
+    log: HashLog,
+    corrected: Corrected,
+    corrections: Vec<Piece>,
+    frame: Vec<u8>,
+    ready: Vec<Vec<u8>>,
+    chunks: std::slice::Iter<'a, u8>,
+    chunk_left: u8,
+}
+
+impl Assembler<'_> {
+    fn take(&mut self, task: &Task, read: &Read, old: &mut StoredHashes<'_>) -> Result<()> {
+        for piece in &self.plan.pieces[task.pieces.clone()] {
+            let (from, to) = part_of(task, piece);
+            let at = (from - task.slot) as usize;
+            let count = (to - from) as usize;
+            let content = &read.content[at * BLOCK_LEN..][..count * BLOCK_LEN];
+            let hashes = &read.hashes[at..at + count];
+            match piece.source {
+                Source::New(_) => {
+                    let hashes: Vec<Hash> = hashes.iter().flatten().copied().collect();
+                    self.log.extend(&hashes)?;
+                    self.append(content);
+                }
+                Source::Same(first) => {
+                    let first = first + (from - piece.slot);
+                    let expected = self.hashes_of(first, to - from, old)?;
+                    for (n, ((hash, expected), block)) in
+                        (0u32..).zip(hashes.iter().zip(&expected).zip(content.chunks_exact(BLOCK_LEN)))
+                    {
+                        if hash != expected {
+                            self.correct(from + n, block, *hash)?;
+                        }
+                    }
+                }
+                Source::Zeros => {
+                    for (n, (hash, block)) in (0u32..).zip(hashes.iter().zip(content.chunks_exact(BLOCK_LEN))) {
+                        if hash.is_some() {
+                            self.correct(from + n, block, *hash)?;
+                        }
+                    }
+                }
+                Source::Known(_) | Source::KnownZeros => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn hashes_of(&self, first: StoreBlock, blocks: u32, old: &mut StoredHashes<'_>) -> Result<Vec<Option<Hash>>> {
+        let before = old.end().saturating_sub(first).min(blocks);
+        let mut hashes = Vec::with_capacity(blocks as usize);
+        for block in first..first + before {
+            hashes.push(old.get(block)?);
+        }
+        if blocks > before {
+            hashes.extend(self.log.read(first + before, blocks - before)?.into_iter().map(Some));
+        }
+        Ok(hashes)
+    }
+
+    fn correct(&mut self, slot: Slot, block: &[u8], hash: Option<Hash>) -> Result<()> {
+        let source = match hash {
+            Some(hash) if !is_zero(block) => Source::New(self.corrected.add(block, hash)?),
+            _ => Source::Zeros,
+        };
+        self.corrections.push(Piece {
+            slot,
+            blocks: 1,
+            source,
+        });
+        Ok(())
+    }
+
+    /// Appends new blocks; frames end where chunks do.
+    fn append(&mut self, content: &[u8]) {
+        for block in content.chunks_exact(BLOCK_LEN) {
+            if self.chunk_left == 0 {
+                if self.frame.len() >= FRAME_BYTES {
+                    self.end();
+                }
+                self.chunk_left = self.chunks.next().copied().unwrap_or(1);
+            }
+            self.frame.extend_from_slice(block);
+            self.chunk_left -= 1;
+        }
+    }
+
+    fn end(&mut self) {
+        if !self.frame.is_empty() {
+            let room = Vec::with_capacity(self.frame.len());
+            self.ready.push(std::mem::replace(&mut self.frame, room));
+        }
+    }
+}
+
+/// Blocks that were not what the plan took them for: stored behind all that was planned.
+struct Corrected {
+    function: Function,
+    first: StoreBlock,
+    hashes: Vec<Hash>,
+    fingerprints: Vec<u32>,
+    known: HashMap<Hash, StoreBlock>,
+    /// Blocks not written yet, and the address of the first.
+    content: Vec<u8>,
+    written: StoreBlock,
+}
+
+impl Corrected {
+    fn new(first: StoreBlock, function: Function) -> Self {
+        Self {
+            function,
+            first,
+            hashes: Vec::new(),
+            fingerprints: Vec::new(),
+            known: HashMap::new(),
+            content: Vec::new(),
+            written: first,
+        }
+    }
+
+    fn add(&mut self, block: &[u8], hash: Hash) -> Result<StoreBlock> {
+        if let Some(known) = self.known.get(&hash) {
+            return Ok(*known);
+        }
+        let address = u32::try_from(self.hashes.len())
+            .ok()
+            .and_then(|count| self.first.checked_add(count))
+            .filter(|address| *address < STORE_BLOCKS_MAX)
+            .ok_or(Error::TooLarge)?;
+        self.content.extend_from_slice(block);
+        self.hashes.push(hash);
+        self.fingerprints.push(self.function.of(block));
+        if self.known.len() < CORRECTIONS_REMEMBERED {
+            self.known.insert(hash, address);
+        }
+        Ok(address)
+    }
+
+    /// Writes a pack if there is enough for one, or anything and `all`.
+    fn write(&mut self, packer: &Packer, all: bool, out: &mut Out<'_>) -> Result<()> {
+        if self.content.is_empty() || !all && self.content.len() < PACK_BYTES {
+            return Ok(());
+        }
+        let plain: Vec<Vec<u8>> = self.content.chunks(FRAME_BYTES).map(<[u8]>::to_vec).collect();
+        let frames = packer.compress(&plain).map_err(out.failed)?;
+        let blocks = u32::try_from(self.content.len() / BLOCK_LEN).unwrap_or(u32::MAX);
+        out.put(
+            Kind::Pack,
+            0,
+            (self.written, blocks),
+            &pack::encode(self.written, &frames),
+        )?;
+        self.written += blocks;
+        self.content.clear();
+        Ok(())
+    }
+
+    /// Writes what a PLAN and an INDEX say of the blocks.
+    fn announce(&self, out: &mut Out<'_>) -> Result<()> {
+        if self.hashes.is_empty() {
+            return Ok(());
+        }
+        let mut chunks = Vec::new();
+        Chunker::default().cut(&self.fingerprints, |chunk| {
+            chunks.push(u8::try_from(chunk.blocks).unwrap_or(u8::MAX));
+        });
+        announce(
+            self.function,
+            self.first,
+            &chunks,
+            |first, blocks| {
+                let at = (first - self.first) as usize;
+                self.fingerprints[at..at + blocks as usize].to_vec()
+            },
+            out,
+        )?;
+        for (n, hashes) in (0u32..).zip(self.hashes.chunks(INDEX_BLOCKS as usize)) {
+            put_index(self.first + n * INDEX_BLOCKS, hashes, out)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where records go, and what an error of that is called.
+pub struct Out<'a> {
+    /// Writes them.
+    pub writer: &'a mut Writer,
+    /// Makes an error of one of writing.
+    pub failed: &'a (dyn Fn(std::io::Error) -> Error + Sync),
+}
+
+impl Out<'_> {
+    /// Writes a record.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn put(&mut self, kind: Kind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> Result<()> {
+        self.writer.put(kind, part, store, body).map_err(self.failed)
+    }
+
+    /// Writes a PLAN.
+    ///
+    /// # Errors
+    /// Those of writing.
+    pub fn put_plan(&mut self, part: u8, last: bool, store: (StoreBlock, u32), payload: &[u8]) -> Result<()> {
+        let body = manifest::encode(self.writer.commit_number(), part, last, payload).map_err(self.failed)?;
+        self.put(Kind::Plan, part, store, &body)
+    }
+}
+
+/// Writes PLANs that announce blocks, from `first` on, in these chunks.
+///
+/// # Errors
+/// Those of writing.
+pub fn announce(
+    function: Function,
+    mut first: StoreBlock,
+    chunks: &[u8],
+    fingerprints: impl Fn(StoreBlock, u32) -> Vec<u32>,
+    out: &mut Out<'_>,
+) -> Result<()> {
+    /// Blocks announced in a record, unless its last chunk has more.
+    const BLOCKS: u32 = 1 << 18;
+    let mut rest = chunks;
+    while !rest.is_empty() {
+        let (mut count, mut blocks) = (0, 0);
+        while count < rest.len() && blocks < BLOCKS {
+            blocks += u32::from(rest[count]);
+            count += 1;
+        }
+        let (these, after) = rest.split_at(count);
+        rest = after;
+        let announced = Announced {
+            first,
+            function,
+            chunks: these.to_vec(),
+            fingerprints: fingerprints(first, blocks),
+        };
+        let payload = manifest::encode_announced(&announced);
+        out.put_plan(manifest::PART_BLOCKS, false, (first, blocks), &payload)?;
+        first += blocks;
+    }
+    Ok(())
+}
+
+fn put_index(first: StoreBlock, hashes: &[Hash], out: &mut Out<'_>) -> Result<()> {
+    let blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
+    out.put(Kind::Index, 0, (first, blocks), &index::encode(first, hashes))
+}
+
+/// Compresses frames and writes them in packs.
+struct Packer {
+    level: i32,
+    /// Frames of the pack that is being filled.
+    frames: Vec<Frame>,
+    stored_bytes: usize,
+    /// Store address of its first block, and after its last.
+    first: StoreBlock,
+    end: StoreBlock,
+    /// Blocks before this one are in an INDEX.
+    indexed: StoreBlock,
+}
+
+impl Packer {
+    fn new(first: StoreBlock, level: i32) -> Self {
+        Self {
+            level,
+            frames: Vec::new(),
+            stored_bytes: 0,
+            first,
+            end: first,
+            indexed: first,
+        }
+    }
+
+    fn compress(&self, plain: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
+        plain
+            .par_iter()
+            .map_init(
+                || zstd::bulk::Compressor::new(self.level),
+                |compressor, plain| match compressor {
+                    Ok(compressor) => Frame::compress(plain, compressor),
+                    Err(error) => Err(std::io::Error::other(error.to_string())),
+                },
+            )
+            .collect()
+    }
+
+    fn add(&mut self, frames: Vec<Frame>, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
+        for frame in frames {
+            self.stored_bytes += frame.stored_bytes();
+            self.end += u32::from(frame.blocks);
+            self.frames.push(frame);
+            if self.stored_bytes >= PACK_BYTES {
+                self.end_pack(out)?;
+            }
+        }
+        while self.first - self.indexed >= INDEX_BLOCKS {
+            self.put_index(INDEX_BLOCKS, log, out)?;
+        }
+        Ok(())
+    }
+
+    fn end_pack(&mut self, out: &mut Out<'_>) -> Result<()> {
+        if !self.frames.is_empty() {
+            let body = pack::encode(self.first, &self.frames);
+            out.put(Kind::Pack, 0, (self.first, self.end - self.first), &body)?;
+            self.frames.clear();
+            self.stored_bytes = 0;
+            self.first = self.end;
+        }
+        Ok(())
+    }
+
+    fn put_index(&mut self, blocks: u32, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
+        put_index(self.indexed, &log.read(self.indexed, blocks)?, out)?;
+        self.indexed += blocks;
+        Ok(())
+    }
+
+    fn finish(&mut self, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
+        self.end_pack(out)?;
+        while self.end > self.indexed {
+            self.put_index(INDEX_BLOCKS.min(self.end - self.indexed), log, out)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,181 @@
+//! What an archive holds of a filesystem's extents, so that an export need not read what did not change. A cache as the rest:
+//! an entry counts only for the very extent, with the very checksums, and for an archive that has the very commit.
+//!
+//! Specified in `formats/index-v1.md`.
+
+use super::{Index, hex};
+use crate::archive::StoreBlock;
+use crate::archive::bytes::{Decoded, Decoder};
+use crate::archive::reader::Committed;
+use crate::error::Result;
+use crate::facts::{Extent, Facts};
+use crate::plan::export::{Piece, Source};
+
+/// What the names of these trees begin with.
+const TREE_PREFIX: &str = "archive-v1-";
+/// Stands for zeros where a store address stands else.
+const ZEROS: StoreBlock = StoreBlock::MAX;
+
+/// A range of an extent and what it is in an archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Part {
+    block: u32,
+    blocks: u32,
+    store: StoreBlock,
+}
+
+fn key(extent: &Extent) -> [u8; 16] {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&extent.address.to_be_bytes());
+    key[8..].copy_from_slice(&extent.generation.to_be_bytes());
+    key
+}
+
+fn encode(digest: u128, committed: &Committed, parts: &[Part]) -> Vec<u8> {
+    let mut out = digest.to_le_bytes().to_vec();
+    out.extend(committed.commit.number.to_le_bytes());
+    out.extend(committed.location.body_hash);
+    for part in parts {
+        for number in [part.block, part.blocks, part.store] {
+            out.extend(number.to_le_bytes());
+        }
+    }
+    let hash = xxhash_rust::xxh3::xxh3_64(&out);
+    out.extend(hash.to_le_bytes());
+    out
+}
+
+/// What an entry says, if it is for an extent with this digest and for one of these commits.
+fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<Part>> {
+    let (content, hash) = entry.split_last_chunk::<8>()?;
+    if xxhash_rust::xxh3::xxh3_64(content).to_le_bytes() != *hash {
+        return None;
+    }
+    let fields = || -> Decoded<Option<Vec<Part>>> {
+        let mut decoder = Decoder::new(content);
+        if decoder.array()? != digest.to_le_bytes() {
+            return Ok(None);
+        }
+        let (number, commit_hash) = (decoder.u32()?, decoder.array::<32>()?);
+        let mut commits = commits.iter();
+        let Some(commit) = commits.find(|one| one.commit.number == number && one.location.body_hash == commit_hash)
+        else {
+            return Ok(None);
+        };
+        let mut parts = Vec::new();
+        while decoder.left() > 0 {
+            let part = Part {
+                block: decoder.u32()?,
+                blocks: decoder.u32()?,
+                store: decoder.u32()?,
+            };
+            let end = part.store.checked_add(part.blocks);
+            if part.store != ZEROS && end.is_none_or(|end| end > commit.commit.store_end) {
+                return Ok(None);
+            }
+            parts.push(part);
+        }
+        Ok(Some(parts))
+    };
+    fields().ok().flatten()
+}
+
+impl Index {
+    fn stored_tree(&self, archive: &[u8; 16]) -> Result<sled::Tree> {
+        let name = format!("{TREE_PREFIX}{}", hex(archive));
+        self.db.open_tree(name).map_err(|error| self.error(&error))
+    }
+
+    /// What an archive with these commits is known to hold of a pool: extents whose live blocks it has all, in order.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn stored(
+        &self,
+        archive: &[u8; 16],
+        commits: &[Committed],
+        facts: &Facts,
+        digests: &[Option<u128>],
+    ) -> Result<Vec<Piece>> {
+        let tree = self.stored_tree(archive)?;
+        let mut pieces = Vec::new();
+        for (extent, digest) in facts.extents.iter().zip(digests) {
+            let Some(digest) = digest.filter(|_| extent.class.checksummed) else {
+                continue;
+            };
+            let entry = tree.get(key(extent)).map_err(|error| self.error(&error))?;
+            let Some(parts) = entry.and_then(|entry| decode(&entry, digest, commits)) else {
+                continue;
+            };
+            let inside = |part: &Part| {
+                part.block
+                    .checked_add(part.blocks)
+                    .is_some_and(|end| end <= extent.blocks)
+            };
+            let in_order = parts
+                .windows(2)
+                .all(|pair| pair[0].block + pair[0].blocks <= pair[1].block);
+            if parts.iter().all(inside) && in_order {
+                pieces.extend(parts.iter().map(|part| Piece {
+                    slot: extent.first_slot + part.block,
+                    blocks: part.blocks,
+                    source: match part.store {
+                        ZEROS => Source::KnownZeros,
+                        store => Source::Known(store),
+                    },
+                }));
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// Remembers what a commit made an archive hold of a pool.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn remember_stored(
+        &self,
+        archive: &[u8; 16],
+        committed: &Committed,
+        facts: &Facts,
+        digests: &[Option<u128>],
+        pieces: &[Piece],
+    ) -> Result<()> {
+        /// Entries written at once.
+        const BATCH: usize = 1024;
+        let tree = self.stored_tree(archive)?;
+        let mut pieces = pieces.iter().peekable();
+        let (mut batch, mut in_batch) = (sled::Batch::default(), 0);
+        for (extent, digest) in facts.extents.iter().zip(digests) {
+            let (mut parts, mut is_new) = (Vec::new(), false);
+            while let Some(piece) = pieces.peek().filter(|piece| piece.slot < extent.slots().end) {
+                let start = piece.slot.max(extent.first_slot);
+                is_new |= piece.source.is_read();
+                parts.push(Part {
+                    block: start - extent.first_slot,
+                    blocks: piece.end().min(extent.slots().end) - start,
+                    store: match piece.content_at(start) {
+                        crate::archive::manifest::Content::Stored(store) => store,
+                        _ => ZEROS,
+                    },
+                });
+                if piece.end() > extent.slots().end {
+                    break;
+                }
+                pieces.next();
+            }
+            if let Some(digest) = digest.filter(|_| is_new && extent.class.checksummed) {
+                batch.insert(&key(extent), encode(digest, committed, &parts));
+                in_batch += 1;
+            }
+            if in_batch == BATCH {
+                let full = std::mem::take(&mut batch);
+                tree.apply_batch(full).map_err(|error| self.error(&error))?;
+                in_batch = 0;
+            }
+        }
+        tree.apply_batch(batch).map_err(|error| self.error(&error))?;
+        self.db.flush().map_err(|error| self.error(&error))?;
+        Ok(())
+    }
+}

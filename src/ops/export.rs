@@ -1,0 +1,678 @@
+//! `export`: images and revisions into an archive, each distinct block once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::{Prepared, Scope, discover, prepare_found};
+use crate::archive::commit::{Commit, Summary};
+use crate::archive::manifest::{
+    Content, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads, Run, push_run,
+};
+use crate::archive::reader::{Archive, Committed};
+use crate::archive::record::Hash;
+use crate::archive::writer::{Base, Sink, Writer};
+use crate::archive::{StoreBlock, manifest};
+use crate::block::{SlotSet, bytes};
+use crate::error::{Error, Result};
+use crate::exec::hashes::{HashLog, StoredHashes};
+use crate::exec::store::{How, Out, Stored, announce, store};
+use crate::fs::attributes;
+use crate::fs::btrfs::{Purpose, checksum_digests};
+use crate::monitor::Monitor;
+use crate::plan::export::{ByImage, ExportPlan, Piece, Source, plan_export};
+use crate::pool::{Found, Revision, patterns, revision_of};
+use crate::report::Exported;
+
+/// Which revisions to export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Revisions {
+    /// All.
+    All,
+    /// So many of each image, the newest.
+    Newest(usize),
+    /// Revisions and nothing else.
+    Only,
+}
+
+/// Where an archive is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A file, new or an archive to append to.
+    File(PathBuf),
+    /// Standard output.
+    Pipe,
+}
+
+/// What to export, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What to look at.
+    pub scope: Scope,
+    /// Patterns of images to choose; none means all.
+    pub only: Vec<String>,
+    /// Which revisions.
+    pub revisions: Revisions,
+    /// Where to.
+    pub target: Target,
+    /// Compression level of zstd.
+    pub level: i32,
+    /// What the commit is called.
+    pub label: String,
+}
+
+/// Exports a pool.
+///
+/// # Errors
+/// Those of reading and writing; [`Error::ChangedMeanwhile`] if an image changed. Whatever the error, the archive has the commits
+/// it had before, and no more bytes.
+pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
+    let mut found = discover(&options.scope, monitor)?;
+    let root = root_of(&options.scope.paths)?;
+    found.images = choose(found.images, options, &root)?;
+    if found.images.is_empty() && found.skipped.is_empty() {
+        return Err(Error::NoImages {
+            paths: options.scope.paths.clone(),
+        });
+    }
+    let mut opened = Opened::new(&options.target)?;
+    let names: BTreeMap<PathBuf, BTreeSet<PathBuf>> = found
+        .images
+        .iter()
+        .map(|image| (image.path.clone(), image.names.clone()))
+        .collect();
+    let prepared = prepare_found(&options.scope, found, Purpose::Read, false, monitor)?;
+    if monitor.interrupted() {
+        return Err(Error::Interrupted);
+    }
+    let done = Exporter {
+        options,
+        prepared: &prepared,
+        root: &root,
+        names: &names,
+        monitor,
+    }
+    .run(&mut opened);
+    match done {
+        Ok(exported) => Ok(exported),
+        Err(error) => {
+            opened.undo(monitor);
+            Err(error)
+        }
+    }
+}
+
+/// The folder that names in the archive are relative to: the deepest that holds everything that was named.
+fn root_of(paths: &[PathBuf]) -> Result<PathBuf> {
+    let mut root: Option<PathBuf> = None;
+    for path in paths {
+        let full = path.canonicalize().map_err(Error::io("look at", path))?;
+        let folder = match full.is_dir() {
+            true => full,
+            false => full.parent().map_or(full.clone(), Path::to_owned),
+        };
+        root = Some(match root {
+            None => folder,
+            Some(root) => {
+                let common = root.components().zip(folder.components());
+                common
+                    .take_while(|(one, other)| one == other)
+                    .map(|(one, _)| one)
+                    .collect()
+            }
+        });
+    }
+    Ok(root.unwrap_or_default())
+}
+
+/// The images that the options choose.
+fn choose(images: Vec<Found>, options: &Options, root: &Path) -> Result<Vec<Found>> {
+    let only = patterns(&options.only)?;
+    let relative = |path: &Path| path.strip_prefix(root).unwrap_or(path).to_owned();
+    let mut chosen = images;
+    if !options.only.is_empty() {
+        chosen.retain(|image| {
+            image
+                .names
+                .iter()
+                .any(|name| only.is_match(relative(name)) || only.is_match(name))
+        });
+    }
+    let mut newest: BTreeMap<PathBuf, Vec<(Option<u64>, String, PathBuf)>> = BTreeMap::new();
+    for image in &chosen {
+        if let Some(Revision {
+            image: of,
+            number,
+            time,
+        }) = revision_of(&image.path)
+        {
+            newest.entry(of).or_default().push((number, time, image.path.clone()));
+        }
+    }
+    let kept: BTreeSet<PathBuf> = newest
+        .into_values()
+        .flat_map(|mut revisions| {
+            revisions.sort();
+            let count = match options.revisions {
+                Revisions::Newest(count) => count.min(revisions.len()),
+                Revisions::All | Revisions::Only => revisions.len(),
+            };
+            revisions.split_off(revisions.len() - count)
+        })
+        .map(|(_, _, path)| path)
+        .collect();
+    chosen.retain(|image| match revision_of(&image.path) {
+        Some(_) => kept.contains(&image.path),
+        None => options.revisions != Revisions::Only,
+    });
+    Ok(chosen)
+}
+
+/// The archive that is written to.
+struct Opened {
+    target: Target,
+    archive: Option<Archive>,
+    base: Base,
+    sink: Option<Sink>,
+    /// Kept for its lock, and to cut off what an export that failed wrote.
+    file: Option<File>,
+    is_new: bool,
+}
+
+impl Opened {
+    fn new(target: &Target) -> Result<Self> {
+        let mut base = Base {
+            archive: random()?,
+            ..Base::default()
+        };
+        let Target::File(path) = target else {
+            return Ok(Self {
+                target: target.clone(),
+                archive: None,
+                base,
+                sink: Some(Sink::Pipe(std::io::stdout())),
+                file: None,
+                is_new: true,
+            });
+        };
+        let is_new = !path.exists();
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(Error::io("open", path))?;
+        let metadata = file.metadata().map_err(Error::io("look at", path))?;
+        if !metadata.is_file() {
+            return Err(Error::NotAnArchive { path: path.clone() });
+        }
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(Error::Usage(format!(
+                    "another vmfold is writing to `{}`",
+                    crate::shown::shown(path)
+                )));
+            }
+            Err(std::fs::TryLockError::Error(error)) => return Err(Error::io("lock", path)(error)),
+        }
+        let mut archive = None;
+        if metadata.len() > 0 {
+            let found = Archive::open_any(path)?;
+            if !found.head().may_append() {
+                return Err(Error::Unsupported {
+                    path: path.clone(),
+                    problem: "it was made by another version, which cuts chunks in another way or knows more features",
+                });
+            }
+            base = found.base();
+            if base.length < found.length() {
+                if !found.ends_in_leftovers_only()? {
+                    let length = found.length() - base.length;
+                    let problem = "what follows its last intact commit is not just an export that did not end";
+                    return Err(Error::damaged(path, base.length, length, problem));
+                }
+                file.set_len(base.length).map_err(Error::io("write to", path))?;
+            }
+            archive = (!found.commits().is_empty()).then_some(found);
+        }
+        file.seek(SeekFrom::Start(base.length))
+            .map_err(Error::io("write to", path))?;
+        let writes = file.try_clone().map_err(Error::io("open", path))?;
+        Ok(Self {
+            target: target.clone(),
+            archive,
+            base,
+            sink: Some(Sink::File(writes)),
+            file: Some(file),
+            is_new,
+        })
+    }
+
+    fn path(&self) -> &Path {
+        match &self.target {
+            Target::File(path) => path,
+            Target::Pipe => Path::new("stdout"),
+        }
+    }
+
+    /// Takes back what was written: nothing of it counts without a commit.
+    fn undo(&self, monitor: &dyn Monitor) {
+        let (Some(file), Target::File(path)) = (&self.file, &self.target) else {
+            return;
+        };
+        let undone = match self.is_new {
+            true => std::fs::remove_file(path),
+            false => file.set_len(self.base.length),
+        };
+        if let Err(error) = undone {
+            monitor.note(&format!("What was written so far could not be taken back: {error}"));
+        }
+    }
+}
+
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+            .map_err(Error::io("get random bytes from", Path::new("/dev/urandom")))?;
+    }
+    Ok(bytes)
+}
+
+struct Exporter<'a> {
+    options: &'a Options,
+    prepared: &'a Prepared,
+    root: &'a Path,
+    names: &'a BTreeMap<PathBuf, BTreeSet<PathBuf>>,
+    monitor: &'a dyn Monitor,
+}
+
+impl Exporter<'_> {
+    fn run(&self, opened: &mut Opened) -> Result<Exported> {
+        let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
+        let path = opened.path().to_owned();
+        let failed = |error: std::io::Error| Error::io("write to", &path)(error);
+        let index = self.prepared.index.as_ref().filter(|_| opened.file.is_some());
+        let digests = match index {
+            Some(_) => checksum_digests(fs, facts)?,
+            None => Vec::new(),
+        };
+        self.monitor.phase("Planning", 0);
+        let known = match (index, &opened.archive) {
+            (Some(index), Some(archive)) => index.stored(&archive.id(), archive.commits(), facts, &digests)?,
+            _ => Vec::new(),
+        };
+        let first_new = opened.base.store_end;
+        let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
+        let mut fingerprints = facts.fingerprints.alike(room as usize);
+        if let Some(archive) = &opened.archive {
+            for announced in archive
+                .commits()
+                .iter()
+                .map(|committed| archive.announced(committed))
+                .collect::<Result<Vec<_>>>()?
+                .into_iter()
+                .flatten()
+                .filter(|announced| announced.function == fs.function())
+            {
+                fingerprints.write(announced.first, &announced.fingerprints);
+            }
+        }
+        let plan = plan_export(facts, &known, first_new, fingerprints).ok_or(Error::TooLarge)?;
+        let (folders, images) = self.images()?;
+        let by_image = ByImage::new(facts);
+        let sink = opened.sink.take().ok_or(Error::Interrupted)?;
+        let epoch = u64::from_le_bytes(random()?);
+        let mut writer = Writer::begin(sink, opened.base, epoch).map_err(failed)?;
+        let mut out = Out {
+            writer: &mut writer,
+            failed: &failed,
+        };
+        let runs_of = |place: usize, pieces: &[Piece]| {
+            let number = u32::try_from(place).unwrap_or(u32::MAX);
+            by_image.runs(facts, pieces, number, images[place].blocks())
+        };
+        self.put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
+        announce(
+            fs.function(),
+            plan.first_new,
+            &plan.chunks,
+            |first, blocks| plan.fingerprints.range(first..first + blocks),
+            &mut out,
+        )?;
+        let log = HashLog::new(first_new, self.options.scope.index.clone());
+        let how = How {
+            function: fs.function(),
+            level: self.options.level,
+            inline: &self.prepared.inline,
+        };
+        let old = |archive| StoredHashes::new(archive, first_new);
+        let archive = opened.archive.as_ref();
+        let stored = store((fs, facts), &plan, how, (old(archive), log), &mut out, self.monitor)?;
+        facts
+            .fingerprints
+            .check()
+            .map_err(Error::io("use the file of fingerprints in", &self.options.scope.index))?;
+        let changed: Vec<PathBuf> = fs
+            .images()
+            .iter()
+            .filter(|image| !image.may_touch() || !image.is_unchanged())
+            .map(|image| image.path.clone())
+            .collect();
+        if !changed.is_empty() {
+            return Err(Error::ChangedMeanwhile { paths: changed });
+        }
+        let pieces = corrected(&plan, &stored.corrections);
+        self.put_corrections(&by_image, &stored, &mut out)?;
+        self.monitor.phase("Committing", 0);
+        let summaries = summaries(
+            &images,
+            |place| {
+                let mut runs = runs_of(place, &pieces);
+                if let Some((_, block)) = stored.inline.iter().find(|(image, _)| *image as usize == place) {
+                    replace_first(&mut runs, *block);
+                }
+                runs
+            },
+            &stored.hashes,
+            &mut old(archive),
+        )?;
+        let store_end = stored.hashes.end();
+        let commit = Commit {
+            number: 0,
+            time: now(),
+            label: self.options.label.clone(),
+            root: self.root.to_owned(),
+            previous: crate::archive::commit::CommitLocation::default(),
+            store_end,
+            images: summaries,
+            records: Vec::new(),
+        };
+        let before = opened.base;
+        let (base, commit) = writer.finish(commit).map_err(failed)?;
+        let committed = Committed {
+            commit,
+            location: base.last,
+            salvaged: false,
+        };
+        // From here on the archive has the commit, whatever comes.
+        opened.base = base;
+        opened.is_new = false;
+        if let Some(parent) = path.parent().filter(|_| before.length == 0 && opened.file.is_some()) {
+            let parent = if parent.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                parent
+            };
+            File::open(parent)
+                .and_then(|folder| folder.sync_all())
+                .map_err(Error::io("sync", parent))?;
+        }
+        if let Some(index) = index {
+            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &pieces);
+            if let Err(error) = remembered {
+                self.monitor.note(&super::describe(&error));
+            }
+        }
+        Ok(Exported {
+            archive: path,
+            commit: committed.commit.number,
+            id: committed.id(),
+            images: committed.commit.images.len() as u64,
+            logical_bytes: committed.commit.images.iter().map(|image| image.size).sum(),
+            data_bytes: committed
+                .commit
+                .images
+                .iter()
+                .map(|image| image.data_blocks * 4096)
+                .sum(),
+            read_bytes: stored.read_bytes,
+            known_bytes: plan
+                .pieces
+                .iter()
+                .filter(|piece| !piece.source.is_read())
+                .map(|piece| bytes(piece.blocks))
+                .sum(),
+            new_bytes: bytes(store_end - first_new),
+            written_bytes: base.length - before.length,
+            corrected_bytes: bytes(u32::try_from(stored.corrections.len()).unwrap_or(u32::MAX)),
+            archive_bytes: base.length,
+            skipped: self.prepared.skipped.clone(),
+        })
+    }
+
+    /// The images of the pool as the archive will have them, and the folders they lie in.
+    fn images(&self) -> Result<(Vec<Folder>, Vec<Image>)> {
+        let relative = |path: &Path| path.strip_prefix(self.root).unwrap_or(path).to_owned();
+        let (mut folders, mut images) = (BTreeSet::new(), Vec::new());
+        for (number, image) in (0u32..).zip(self.prepared.fs.images()) {
+            let names = self.names.get(&image.path).cloned().unwrap_or_default();
+            for name in &names {
+                let path = relative(name);
+                if !manifest::is_safe(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())) {
+                    return Err(Error::Usage(format!(
+                        "`{}` has too long a name",
+                        crate::shown::shown(name)
+                    )));
+                }
+                folders.extend(
+                    path.ancestors()
+                        .skip(1)
+                        .filter(|folder| folder.parent().is_some())
+                        .map(Path::to_owned),
+                );
+            }
+            images.push(Image {
+                number,
+                names: names.iter().map(|name| relative(name)).collect(),
+                size: image.size,
+                metadata: attributes::read(&image.path)?,
+            });
+        }
+        let folders = folders.into_iter().map(|path| {
+            let metadata = attributes::read(&self.root.join(&path))?;
+            Ok(Folder { path, metadata })
+        });
+        Ok((folders.collect::<Result<_>>()?, images))
+    }
+
+    fn put_images(
+        &self,
+        folders: &[Folder],
+        images: &[Image],
+        runs: impl Fn(usize) -> Vec<Run>,
+        out: &mut Out<'_>,
+    ) -> Result<()> {
+        let mut payloads = Payloads::default();
+        for folder in folders {
+            payloads.push(&Entry::Folder(folder.clone()));
+        }
+        for (place, image) in images.iter().enumerate() {
+            payloads.push(&Entry::Image(image.clone()));
+            payloads.push(&Entry::Runs {
+                image: image.number,
+                first_block: 0,
+                runs: runs(place),
+            });
+        }
+        put_payloads(PART_IMAGES, payloads, out)
+    }
+
+    /// Writes what turned out otherwise than planned; a record without entries if nothing did.
+    fn put_corrections(&self, by_image: &ByImage, stored: &Stored, out: &mut Out<'_>) -> Result<()> {
+        let facts = &self.prepared.facts;
+        let mut payloads = Payloads::default();
+        if !stored.corrections.is_empty() {
+            let slots: BTreeMap<u32, &Piece> = stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
+            for reference in by_image.in_order(facts).filter(|reference| !reference.preallocated) {
+                for (slot, piece) in slots.range(reference.slots()) {
+                    payloads.push(&Entry::Runs {
+                        image: reference.image,
+                        first_block: reference.file_block + (slot - reference.slot),
+                        runs: vec![Run {
+                            blocks: 1,
+                            content: piece.content_at(*slot),
+                        }],
+                    });
+                }
+            }
+        }
+        for (image, block) in &stored.inline {
+            let content = block.map_or(Content::Zeros, Content::Stored);
+            payloads.push(&Entry::Runs {
+                image: *image,
+                first_block: 0,
+                runs: vec![Run { blocks: 1, content }],
+            });
+        }
+        put_payloads(PART_CORRECTIONS, payloads, out)
+    }
+}
+
+fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
+    let mut payloads = payloads.finish();
+    if payloads.is_empty() {
+        payloads.push(Vec::new());
+    }
+    let count = payloads.len();
+    for (n, payload) in (1..).zip(payloads) {
+        out.put_plan(part, n == count, (0, 0), &payload)?;
+    }
+    debug_assert_ne!(part, PART_BLOCKS);
+    Ok(())
+}
+
+/// The plan's pieces with what turned out otherwise.
+fn corrected(plan: &ExportPlan, corrections: &[Piece]) -> Vec<Piece> {
+    let mut corrections = corrections.iter().peekable();
+    let mut pieces = Vec::with_capacity(plan.pieces.len());
+    for piece in &plan.pieces {
+        let mut at = piece.slot;
+        let part = |from: u32, to: u32| Piece {
+            slot: from,
+            blocks: to - from,
+            source: match (piece.source, piece.content_at(from)) {
+                (Source::Known(_), Content::Stored(first)) => Source::Known(first),
+                (Source::Same(_), Content::Stored(first)) => Source::Same(first),
+                (Source::New(_), Content::Stored(first)) => Source::New(first),
+                (other, _) => other,
+            },
+        };
+        while let Some(correction) = corrections.next_if(|correction| correction.slot < piece.end()) {
+            if correction.slot > at {
+                pieces.push(part(at, correction.slot));
+            }
+            pieces.push(*correction);
+            at = correction.end();
+        }
+        if at < piece.end() {
+            pieces.push(part(at, piece.end()));
+        }
+    }
+    pieces
+}
+
+/// Makes the first block of an image what lies in its metadata.
+fn replace_first(runs: &mut Vec<Run>, block: Option<StoreBlock>) {
+    let content = block.map_or(Content::Zeros, Content::Stored);
+    let mut replaced = vec![Run { blocks: 1, content }];
+    let mut rest = runs.iter();
+    if let Some(first) = rest.next() {
+        push_run(
+            &mut replaced,
+            first.part(1.min(first.blocks), first.blocks.saturating_sub(1)),
+        );
+    }
+    rest.for_each(|run| push_run(&mut replaced, *run));
+    *runs = replaced;
+}
+
+fn summaries(
+    images: &[Image],
+    runs: impl Fn(usize) -> Vec<Run>,
+    log: &HashLog,
+    old: &mut StoredHashes<'_>,
+) -> Result<Vec<Summary>> {
+    let first_new = old.end();
+    let mut counted = SlotSet::new((log.end() - first_new) as usize);
+    let mut summaries = Vec::new();
+    for (place, image) in images.iter().enumerate() {
+        let (mut data, mut new) = (0u64, 0u64);
+        let runs = runs(place);
+        for run in &runs {
+            if let Content::Stored(first) = run.content {
+                data += u64::from(run.blocks);
+                for block in first.max(first_new)..first + run.blocks {
+                    if !counted.contains(block - first_new) {
+                        counted.insert(block - first_new);
+                        new += 1;
+                    }
+                }
+            }
+        }
+        let digest = digest(&runs, |first, blocks, hasher| {
+            let before = first_new.saturating_sub(first).min(blocks);
+            for block in first..first + before {
+                let hash = old.get(block)?.ok_or_else(|| {
+                    Error::Usage(format!(
+                        "the hash of block {block} of the archive is lost: run vmfold verify"
+                    ))
+                })?;
+                hasher.update(&hash);
+            }
+            // In bearable parts: a run may be as long as the image.
+            const PART: u32 = 1 << 16;
+            let mut at = first + before;
+            while at < first + blocks {
+                let part = PART.min(first + blocks - at);
+                hasher.update(log.read(at, part)?.as_flattened());
+                at += part;
+            }
+            Ok(())
+        })?;
+        summaries.push(Summary {
+            path: image.path().to_owned(),
+            size: image.size,
+            data_blocks: data,
+            new_blocks: new,
+            digest,
+        });
+    }
+    Ok(summaries)
+}
+
+/// The digest of an image with these runs; `stored` adds the hashes of a range of the store.
+///
+/// # Errors
+/// Those of `stored`.
+pub(super) fn digest(
+    runs: &[Run],
+    mut stored: impl FnMut(StoreBlock, u32, &mut blake3::Hasher) -> Result<()>,
+) -> Result<Hash> {
+    const ZEROS: [Hash; 256] = [[0; 32]; 256];
+    let mut hasher = blake3::Hasher::new();
+    for run in runs {
+        match run.content {
+            Content::Stored(first) => stored(first, run.blocks, &mut hasher)?,
+            _ => {
+                let mut left = run.blocks as usize;
+                while left > 0 {
+                    let part = left.min(ZEROS.len());
+                    hasher.update(ZEROS[..part].as_flattened());
+                    left -= part;
+                }
+            }
+        }
+    }
+    Ok(*hasher.finalize().as_bytes())
+}
+
+fn now() -> (i64, u32) {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    (i64::try_from(since.as_secs()).unwrap_or(i64::MAX), since.subsec_nanos())
+}
