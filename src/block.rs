@@ -17,7 +17,7 @@ pub const fn bytes(blocks: u32) -> u64 {
 }
 
 /// A half-open range of bytes of a file, for messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct ByteRange {
     /// First byte.
     pub start: u64,
@@ -42,6 +42,14 @@ impl SlotSet {
     pub fn new(slots: usize) -> Self {
         Self {
             words: vec![0; slots.div_ceil(64)],
+        }
+    }
+
+    /// Makes room for `slots` slots, if there is less.
+    pub fn grow(&mut self, slots: usize) {
+        let words = slots.div_ceil(64);
+        if words > self.words.len() {
+            self.words.resize(words, 0);
         }
     }
 

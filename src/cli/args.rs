@@ -32,6 +32,8 @@ pub(super) enum Command {
     Report(Named),
     /// Write images and revisions to an archive, each distinct block once
     Export(Export),
+    /// Restore images from an archive, sharing what they have in common
+    Import(Import),
     /// Fill the index only
     Scan(Named),
     /// Show what the index knows
@@ -105,6 +107,49 @@ pub(super) struct Export {
     /// A name for this commit
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub(super) label: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Import {
+    /// Archive file; `-` for standard input
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    /// Images to restore, by pattern or folder; all if none is named
+    #[arg(value_name = "GLOB")]
+    pub(super) only: Vec<String>,
+    /// Folder to restore to; it is made if it does not exist
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: PathBuf,
+    /// Which commit: its number, label or name; the last if not said
+    #[arg(long, value_name = "COMMIT")]
+    pub(super) commit: Option<String>,
+    /// Images, and folders of images, on the same filesystem, to share blocks with; may be given more than once
+    #[arg(long, value_name = "PATH")]
+    pub(super) seed: Vec<PathBuf>,
+    /// Put images in the place of existing ones
+    #[arg(long)]
+    pub(super) replace: bool,
+    /// Go on with an import that was interrupted
+    #[arg(long)]
+    pub(super) resume: bool,
+    /// Restore what is intact of a damaged archive
+    #[arg(long)]
+    pub(super) partial: bool,
+    /// Only say what would be done
+    #[arg(long, short = 'n')]
+    pub(super) dry_run: bool,
+    /// Restore images as revisions of Qubes OS, with the next free number
+    #[arg(long)]
+    pub(super) as_revision: bool,
+    /// Take owners by number even where their names are known here
+    #[arg(long)]
+    pub(super) numeric_owner: bool,
+    /// Folder for the index, which is only a cache
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
+    pub(super) index: PathBuf,
+    /// Memory for tables of blocks
+    #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = parse_size)]
+    pub(super) memory: u64,
 }
 
 fn parse_revisions(text: &str) -> Result<Revisions, String> {

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::export::{Target, export};
+use crate::ops::import::{Source, import};
 use crate::ops::{self, describe, reclaim::reclaim, report::report, scan::scan};
 use crate::shown::shown;
 
@@ -26,6 +27,7 @@ enum Exit {
     Failed = 1,
     Usage = 2,
     SomeSkipped = 3,
+    Damaged = 4,
     Interrupted = 130,
 }
 
@@ -92,6 +94,16 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             };
             print_to(text, "export", &found)?;
             Ok(exit(false, !found.skipped.is_empty()))
+        }
+        Command::Import(command) => {
+            let found = import(&command.options(), terminal)?;
+            terminal.finish();
+            print("import", &found, args.json)?;
+            Ok(if found.lost.is_empty() {
+                Exit::Done
+            } else {
+                Exit::Damaged
+            })
         }
         Command::Scan(command) => {
             let found = scan(&command.scope(), terminal)?;
@@ -217,6 +229,29 @@ impl args::Export {
             },
             level: self.level,
             label: self.label.clone(),
+        }
+    }
+}
+
+impl args::Import {
+    fn options(&self) -> ops::import::Options {
+        ops::import::Options {
+            source: match self.archive.as_os_str() == "-" {
+                true => Source::Pipe,
+                false => Source::File(self.archive.clone()),
+            },
+            to: self.to.clone(),
+            only: self.only.clone(),
+            commit: self.commit.clone(),
+            seeds: self.seed.clone(),
+            index: self.index.clone(),
+            memory_bytes: self.memory,
+            replace: self.replace,
+            resume: self.resume,
+            partial: self.partial,
+            dry_run: self.dry_run,
+            as_revision: self.as_revision,
+            numeric_owner: self.numeric_owner,
         }
     }
 }

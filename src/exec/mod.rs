@@ -3,6 +3,7 @@
 mod donors;
 pub mod hashes;
 mod prefetch;
+pub mod restore;
 mod second;
 pub mod store;
 

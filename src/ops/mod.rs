@@ -1,6 +1,7 @@
 //! What vmfold does, one verb a file.
 
 pub mod export;
+pub mod import;
 pub mod reclaim;
 pub mod report;
 pub mod scan;

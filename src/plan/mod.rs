@@ -9,6 +9,7 @@
 mod apply;
 pub mod export;
 mod greedy;
+pub mod import;
 mod layout;
 mod ops;
 mod table;

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 pub use text::size;
 
-use crate::block::bytes;
+use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::Counts;
 use crate::facts::{Facts, Pinned};
@@ -205,4 +205,81 @@ pub struct Exported {
     pub archive_bytes: u64,
     /// Images left out.
     pub skipped: Vec<Skipped>,
+}
+
+/// What a restore takes, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct PlannedImport {
+    /// Images.
+    pub images: u64,
+    /// Their sizes, holes included.
+    pub logical_bytes: u64,
+    /// What they hold beside holes and zeros, each counted.
+    pub data_bytes: u64,
+    /// Distinct blocks of that.
+    pub distinct_bytes: u64,
+    /// Distinct blocks that are on this disk already, and are shared from there.
+    pub seeded_bytes: u64,
+    /// Distinct blocks that are written.
+    pub new_bytes: u64,
+    /// Space that it takes at most, metadata included.
+    pub needed_bytes: u64,
+    /// Space that is free.
+    pub free_bytes: u64,
+    /// Whether the filesystem can share extents.
+    pub shares: bool,
+}
+
+/// What a restore did, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Restored {
+    /// Images that are whole and in their place.
+    pub images: u64,
+    /// Blocks written from the archive.
+    pub written_bytes: u64,
+    /// Blocks shared with what was on the disk.
+    pub seeded_bytes: u64,
+    /// Blocks that an interrupted restore had written.
+    pub resumed_bytes: u64,
+    /// Ranges of images that were made to share extents.
+    pub clones: u64,
+    /// Bytes of images that share extents.
+    pub shared_bytes: u64,
+    /// Bytes of images that had to be copied.
+    pub copied_bytes: u64,
+}
+
+/// An image that cannot be restored whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LostImage {
+    /// Its name in the archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub path: PathBuf,
+    /// The name of what is left of it, if that was restored.
+    pub restored_as: Option<PathBuf>,
+    /// What of it is lost.
+    pub ranges: Vec<ByteRange>,
+}
+
+/// What `import` found and did.
+#[derive(Debug, Default, Serialize)]
+pub struct Imported {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// The commit's number.
+    pub commit: u32,
+    /// The commit's name.
+    pub id: String,
+    /// The folder restored to.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub to: PathBuf,
+    /// Nothing was to be written.
+    pub dry_run: bool,
+    /// What it takes.
+    pub planned: PlannedImport,
+    /// What was done; none in a dry run.
+    pub done: Option<Restored>,
+    /// Images that cannot be restored whole.
+    pub lost: Vec<LostImage>,
 }

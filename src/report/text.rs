@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Formatter, Result};
 
-use super::{Exported, PoolBytes, Reclaimed, Reported, Scanned};
+use super::{Exported, Imported, LostImage, PoolBytes, Reclaimed, Reported, Scanned};
 use crate::index::Status;
 use crate::plan::Reason;
 use crate::pool::Skipped;
@@ -68,6 +68,60 @@ impl Display for Exported {
             size(self.written_bytes),
             size(self.archive_bytes)
         )
+    }
+}
+
+impl Display for LostImage {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        write!(f, "Lost: {}: ", shown(&self.path))?;
+        for (n, range) in self.ranges.iter().enumerate() {
+            write!(f, "{}{range}", if n > 0 { ", " } else { "" })?;
+        }
+        if let Some(name) = &self.restored_as {
+            write!(f, "; the rest of it is `{}`", shown(name))?;
+        }
+        writeln!(f)
+    }
+}
+
+impl Display for Imported {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        let planned = &self.planned;
+        writeln!(
+            f,
+            "Commit {} ({}) of `{}`: {} images, {} of data in {}",
+            self.commit,
+            self.id,
+            shown(&self.archive),
+            planned.images,
+            size(planned.data_bytes),
+            size(planned.logical_bytes)
+        )?;
+        writeln!(
+            f,
+            "{} distinct: {} new, {} on this disk already; takes up to {}, {} free",
+            size(planned.distinct_bytes),
+            size(planned.new_bytes),
+            size(planned.seeded_bytes),
+            size(planned.needed_bytes),
+            size(planned.free_bytes)
+        )?;
+        self.lost.iter().try_for_each(|lost| write!(f, "{lost}"))?;
+        if let Some(done) = &self.done {
+            writeln!(
+                f,
+                "Restored {} images to `{}`: {} written, {} shared with what was there{}",
+                done.images,
+                shown(&self.to),
+                size(done.written_bytes + done.copied_bytes),
+                size(done.seeded_bytes),
+                match done.resumed_bytes {
+                    0 => String::new(),
+                    resumed => format!(", {} from the interrupted import", size(resumed)),
+                }
+            )?;
+        }
+        Ok(())
     }
 }
 

@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, ImageId, Proof, proof_of};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Skipped};
+use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
 use crate::sys::fs_info::{FsInfo, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
@@ -167,6 +168,21 @@ impl Btrfs {
             Ok((*slot, proof))
         };
         slots.par_iter().map(read).collect()
+    }
+
+    /// Makes a range of a new file share a range of an image.
+    ///
+    /// # Errors
+    /// Those of [`clone_range`].
+    pub fn clone_from_image(
+        &self,
+        image: ImageId,
+        offset: u64,
+        file: &File,
+        file_offset: u64,
+        length: u64,
+    ) -> rustix::io::Result<()> {
+        clone_range(&*self.images[image as usize].file, offset, file, file_offset, length)
     }
 
     fn any_fd(&self) -> Result<File> {

@@ -1,0 +1,138 @@
+//! Makes images from the staging file, sharing its extents where the filesystem can.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::io::Errno;
+
+use crate::archive::StoreBlock;
+use crate::archive::manifest::{Content, Run};
+use crate::block::bytes;
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+use crate::sys::clone::clone_range;
+
+/// Bytes copied at a time where extents cannot be shared.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// What making images took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Ranges that share extents.
+    pub clones: u64,
+    /// Bytes that share extents.
+    pub cloned_bytes: u64,
+    /// Bytes that had to be copied.
+    pub copied_bytes: u64,
+}
+
+/// Fills an empty file with what runs say; ranges that are lost stay holes.
+///
+/// # Errors
+/// [`Error::NoSpace`] among others.
+pub fn fill(
+    (staging, staging_path): (&File, &Path),
+    (image, path): (&File, &Path),
+    (runs, size): (&[Run], u64),
+    is_lost: impl Fn(StoreBlock) -> bool,
+    shares: bool,
+    monitor: &dyn Monitor,
+) -> Result<Counts> {
+    let failed = |error: std::io::Error| match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
+            doing: "restoring",
+            path: path.to_owned(),
+        },
+        _ => Error::io("write to", path)(error),
+    };
+    let mut counts = Counts::default();
+    let mut at = 0u64;
+    let mut buffer = Vec::new();
+    image.set_len(size).map_err(failed)?;
+    for run in runs {
+        let length = bytes(run.blocks);
+        if let Content::Stored(first) = run.content {
+            if monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            for part in intact(first, run.blocks, &is_lost) {
+                let (from, to, length) = (
+                    bytes(part.start),
+                    at + bytes(part.start - first),
+                    bytes(part.end - part.start),
+                );
+                if shares {
+                    match clone_range(staging, from, image, to, length) {
+                        Ok(()) => {
+                            counts.clones += 1;
+                            counts.cloned_bytes += length;
+                            monitor.advance(length);
+                            continue;
+                        }
+                        // One range that cannot be shared, for a limit or a mark of a file, can still be copied.
+                        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::XDEV | Errno::MLINK) => {}
+                        Err(errno) => return Err(failed(errno.into())),
+                    }
+                }
+                let mut done = 0;
+                while done < length {
+                    let piece = COPY_BYTES.min(length - done);
+                    buffer.resize(usize::try_from(piece).unwrap_or(usize::MAX), 0);
+                    staging.read_exact_at(&mut buffer, from + done).map_err(Error::io_at(
+                        "read",
+                        staging_path,
+                        from + done,
+                        piece,
+                    ))?;
+                    image.write_all_at(&buffer, to + done).map_err(failed)?;
+                    done += piece;
+                    monitor.advance(piece);
+                }
+                counts.copied_bytes += length;
+            }
+        }
+        at += length;
+    }
+    // The last block of an image may be a partial one.
+    if image.metadata().map_err(failed)?.len() != size {
+        image.set_len(size).map_err(failed)?;
+    }
+    Ok(counts)
+}
+
+/// The parts of a range of the store that are not lost.
+fn intact(
+    first: StoreBlock,
+    blocks: u32,
+    is_lost: impl Fn(StoreBlock) -> bool,
+) -> impl Iterator<Item = std::ops::Range<StoreBlock>> {
+    let end = first + blocks;
+    let mut at = first;
+    std::iter::from_fn(move || {
+        while at < end && is_lost(at) {
+            at += 1;
+        }
+        let start = at;
+        while at < end && !is_lost(at) {
+            at += 1;
+        }
+        (start < at).then_some(start..at)
+    })
+}
+
+/// Whether files in a folder can share extents: tried out on two that have no name.
+pub fn can_share(folder: &File) -> bool {
+    use rustix::fs::{Mode, OFlags};
+    let make = || {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::openat(folder, ".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
+    };
+    let tried = || -> std::io::Result<()> {
+        let (one, other) = (make()?, make()?);
+        one.write_all_at(&[1; 4096], 0)?;
+        clone_range(&one, 0, &other, 0, 4096)?;
+        Ok(())
+    };
+    tried().is_ok()
+}

@@ -1,0 +1,748 @@
+//! `import`: images out of an archive, sharing what they have in common with each other and with the disk.
+
+mod seeds;
+mod stream;
+mod target;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+pub use target::Target;
+
+use super::export::digest;
+use crate::archive::StoreBlock;
+use crate::archive::commit::Summary;
+use crate::archive::manifest::{Content, ImageRuns, Manifest};
+use crate::archive::pack::FrameInfo;
+use crate::archive::reader::Archive;
+use crate::archive::record::{Hash, hash_of};
+use crate::block::{BLOCK_LEN, ByteRange, SlotSet, bytes};
+use crate::error::{Error, Result};
+use crate::exec::hashes::StoredHashes;
+use crate::exec::restore::folder::Root;
+use crate::exec::restore::place::{self, can_share};
+use crate::exec::restore::staging::Staging;
+use crate::fs::attributes;
+use crate::monitor::Monitor;
+use crate::plan::METADATA_BYTES_PER_REFERENCE;
+use crate::plan::import::{length_of, wanted, without};
+use crate::pool::patterns;
+use crate::report::{Imported, LostImage, PlannedImport, Restored};
+use crate::shown::shown;
+use seeds::Seeds;
+
+/// Blocks fetched at a time.
+const BATCH_BLOCKS: u32 = 4096;
+/// Bytes that a restore leaves free for the filesystem's own needs.
+const RESERVE_BYTES: u64 = 16 << 20;
+
+/// Where an archive is read from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A file.
+    File(PathBuf),
+    /// Standard input.
+    Pipe,
+}
+
+/// What to import, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The archive.
+    pub source: Source,
+    /// The folder to restore to.
+    pub to: PathBuf,
+    /// Patterns of images to choose; none means all.
+    pub only: Vec<String>,
+    /// Which commit; none means the last.
+    pub commit: Option<String>,
+    /// Images and folders of images on the same filesystem that may have blocks in common with what is restored.
+    pub seeds: Vec<PathBuf>,
+    /// Where indexes are kept.
+    pub index: PathBuf,
+    /// Memory for fingerprints, in bytes.
+    pub memory_bytes: u64,
+    /// Put images in the place of existing ones.
+    pub replace: bool,
+    /// Go on with an import that was interrupted.
+    pub resume: bool,
+    /// Restore what is intact of a damaged archive.
+    pub partial: bool,
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// Restore images as revisions of Qubes OS.
+    pub as_revision: bool,
+    /// Take owners by number even where their names are known here.
+    pub numeric_owner: bool,
+}
+
+/// Imports images.
+///
+/// # Errors
+/// Before anything is written: if something exists already, or does not fit. Later: those of reading the archive and of writing; what
+/// was restored so far is kept for `resume`.
+pub fn import(options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
+    match &options.source {
+        Source::File(path) => from_file(path, options, monitor),
+        Source::Pipe => Err(Error::Usage("-".into())),
+    }
+}
+
+fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
+    monitor.phase("Reading the archive", 0);
+    let mut archive = match options.partial {
+        true => Archive::open_any(path)?,
+        false => Archive::open(path)?,
+    };
+    if options.partial {
+        archive.salvage()?;
+    }
+    let committed = archive.commit(options.commit.as_deref())?;
+    if committed.salvaged {
+        monitor.note("The COMMIT of what is restored is lost: its images are as the rest of the archive has them");
+    }
+    let (manifest, damage) = archive.manifest(committed)?;
+    for one in &damage {
+        monitor.note(&format!("The archive is damaged at {}: {}", one.range, one.problem));
+    }
+    let restore = Restore::new(options, manifest, &committed.commit.images, monitor)?;
+    let (id, number) = (archive.id(), committed.commit.number);
+    let wanted = wanted(restore.chosen());
+    let mut hashes = StoredHashes::new(Some(&archive), committed.commit.store_end);
+    let mut seeds = Seeds::open(options, restore.shares, monitor)?;
+    let seeded = match &mut seeds {
+        Some(seeds) => {
+            let announced = archive
+                .commits()
+                .iter()
+                .map(|one| archive.announced(one))
+                .collect::<Result<Vec<_>>>()?;
+            let found = seeds.find(&wanted, announced.iter().flatten(), monitor)?;
+            seeds.prove(&found, &mut hashes, monitor)?
+        }
+        None => Vec::new(),
+    };
+    let seeded_ranges: Vec<Range<StoreBlock>> = seeded.iter().map(|one| one.first..one.first + one.blocks).collect();
+    let mut imported = restore.imported(path, number, committed.id());
+    let work = Work::prepare(&restore, &id, number)?;
+    imported.planned = restore.planned(&wanted, &seeded_ranges, work.staged_bytes());
+    target::check_names(&restore, work.resumes)?;
+    if options.dry_run {
+        return Ok(imported);
+    }
+    restore.check_space(&imported.planned)?;
+    let mut work = work.open(committed.commit.store_end)?;
+    let done = (|| -> Result<()> {
+        let mut lost = restore_blocks(
+            &archive,
+            &mut work.staging,
+            &work.claimed,
+            &wanted,
+            seeds.as_ref().zip(Some(&*seeded)),
+            &mut hashes,
+            &mut imported,
+            monitor,
+        )?;
+        let doubtful = !damage.is_empty();
+        let mixed_up = restore.mixed_up(&committed.commit.images, doubtful, &mut hashes)?;
+        lost.sort_unstable_by_key(|range| range.start);
+        restore.finish(
+            &mut work,
+            &lost,
+            &mixed_up,
+            &committed.commit.images,
+            &mut imported,
+            monitor,
+        )
+    })();
+    work.end(done, imported, monitor)
+}
+
+/// Gets every wanted block into the staging file: from an earlier attempt, from seeds, from the archive. Returns what is lost.
+#[expect(clippy::too_many_arguments, reason = "the three sources of blocks and where they go")]
+fn restore_blocks(
+    archive: &Archive,
+    staging: &mut Staging,
+    claimed: &[Range<StoreBlock>],
+    wanted: &[Range<StoreBlock>],
+    seeds: Option<(&Seeds, &[crate::plan::import::Seeded])>,
+    hashes: &mut StoredHashes<'_>,
+    imported: &mut Imported,
+    monitor: &dyn Monitor,
+) -> Result<Vec<Range<StoreBlock>>> {
+    let total = length_of(wanted) * bytes(1);
+    monitor.phase("Restoring blocks", total);
+    let mut done = Restored::default();
+    for range in claimed {
+        for part in parts(range.clone()) {
+            let proved = prove(staging, part, hashes)?;
+            for range in proved {
+                done.resumed_bytes += bytes(range.end - range.start);
+                monitor.advance(bytes(range.end - range.start));
+                staging.confirm(range);
+            }
+        }
+    }
+    if let Some((seeds, seeded)) = seeds {
+        for one in seeded {
+            done.seeded_bytes += seeds.clone_into(one, staging, hashes, monitor)?;
+        }
+    }
+    let mut lost = Vec::new();
+    let missing: Vec<Range<StoreBlock>> = wanted.iter().flat_map(|range| staging.missing(range.clone())).collect();
+    for range in without(&missing, &covered(archive, &missing)) {
+        lost.push(range);
+    }
+    let mut batch = Batch::default();
+    for pack in packs_of(archive, &missing) {
+        let frames = match archive.frames(pack) {
+            Ok(frames) => frames,
+            Err(error @ Error::Damaged { .. }) => {
+                monitor.note(&super::describe(&error));
+                lost.extend(overlap(&missing, pack.first..pack.first + pack.blocks));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        for (offset, frame) in frames {
+            let end = frame.first + u32::from(frame.blocks);
+            let needed = overlap(&missing, frame.first..end);
+            if needed.is_empty() {
+                continue;
+            }
+            batch.blocks += u32::from(frame.blocks);
+            batch.frames.push(Fetch { offset, frame, needed });
+            if batch.blocks >= BATCH_BLOCKS {
+                batch.fetch(archive, staging, hashes, &mut lost, &mut done, monitor)?;
+            }
+        }
+    }
+    batch.fetch(archive, staging, hashes, &mut lost, &mut done, monitor)?;
+    staging.settle()?;
+    imported.done = Some(done);
+    Ok(lost)
+}
+
+/// The PACKs that hold any of some ranges, each once.
+fn packs_of<'a>(
+    archive: &'a Archive,
+    ranges: &'a [Range<StoreBlock>],
+) -> impl Iterator<Item = &'a crate::archive::commit::Location> {
+    let mut last = None;
+    let packs = ranges.iter().flat_map(|range| archive.packs(range.start, range.end));
+    packs.filter(move |pack| last.replace(pack.sequence) != Some(pack.sequence))
+}
+
+/// The ranges that PACKs say they hold.
+fn covered(archive: &Archive, ranges: &[Range<StoreBlock>]) -> Vec<Range<StoreBlock>> {
+    let mut covered: Vec<Range<StoreBlock>> = packs_of(archive, ranges)
+        .map(|pack| pack.first..pack.first + pack.blocks)
+        .collect();
+    covered.sort_unstable_by_key(|range| range.start);
+    covered
+}
+
+/// The parts of ascending ranges that lie within another.
+fn overlap(ranges: &[Range<StoreBlock>], within: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
+    let from = ranges.partition_point(|range| range.end <= within.start);
+    ranges[from..]
+        .iter()
+        .take_while(|range| range.start < within.end)
+        .map(|range| range.start.max(within.start)..range.end.min(within.end))
+        .collect()
+}
+
+/// A range in bearable parts.
+fn parts(range: Range<StoreBlock>) -> impl Iterator<Item = Range<StoreBlock>> {
+    const PART: u32 = 1024;
+    let end = range.end;
+    range
+        .step_by(PART as usize)
+        .map(move |start| start..end.min(start.saturating_add(PART)))
+}
+
+/// The ranges of what is staged whose hashes are those of the archive.
+fn prove(staging: &Staging, range: Range<StoreBlock>, hashes: &mut StoredHashes<'_>) -> Result<Vec<Range<StoreBlock>>> {
+    let mut content = vec![0; (range.end - range.start) as usize * BLOCK_LEN];
+    // What cannot be read back is fetched again.
+    if staging.read(range.start, &mut content).is_err() {
+        return Ok(Vec::new());
+    }
+    proved(range, &content, hashes)
+}
+
+/// The ranges of some content whose hashes are those of the archive.
+fn proved(range: Range<StoreBlock>, content: &[u8], hashes: &mut StoredHashes<'_>) -> Result<Vec<Range<StoreBlock>>> {
+    let found: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
+    let mut proved: Vec<Range<StoreBlock>> = Vec::new();
+    for (block, found) in range.zip(found) {
+        if hashes.get(block)? == Some(found) {
+            match proved.last_mut() {
+                Some(last) if last.end == block => last.end += 1,
+                _ => proved.push(block..block + 1),
+            }
+        }
+    }
+    Ok(proved)
+}
+
+/// A frame to be fetched, and what of it is needed.
+struct Fetch {
+    offset: u64,
+    frame: FrameInfo,
+    needed: Vec<Range<StoreBlock>>,
+}
+
+/// Frames fetched together.
+#[derive(Default)]
+struct Batch {
+    frames: Vec<Fetch>,
+    blocks: u32,
+}
+
+impl Batch {
+    fn fetch(
+        &mut self,
+        archive: &Archive,
+        staging: &mut Staging,
+        hashes: &mut StoredHashes<'_>,
+        lost: &mut Vec<Range<StoreBlock>>,
+        done: &mut Restored,
+        monitor: &dyn Monitor,
+    ) -> Result<()> {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        let frames = std::mem::take(&mut self.frames);
+        self.blocks = 0;
+        let mut expected: Vec<Vec<Option<Hash>>> = Vec::with_capacity(frames.len());
+        for fetch in &frames {
+            let blocks = fetch.frame.first..fetch.frame.first + u32::from(fetch.frame.blocks);
+            expected.push(blocks.map(|block| hashes.get(block)).collect::<Result<_>>()?);
+        }
+        let to = &*staging;
+        let fetched: Vec<Result<()>> = frames
+            .par_iter()
+            .zip(&expected)
+            .map(|(fetch, expected)| {
+                let content = archive.frame(fetch.offset, &fetch.frame)?;
+                for (block, expected) in content.chunks_exact(BLOCK_LEN).zip(expected) {
+                    if expected.is_some_and(|expected| expected != hash_of(block)) {
+                        let length = u64::from(fetch.frame.stored_bytes);
+                        let problem = "a block is not the one that the INDEX says";
+                        return Err(Error::damaged(archive.path(), fetch.offset, length, problem));
+                    }
+                }
+                for range in &fetch.needed {
+                    let at = (range.start - fetch.frame.first) as usize * BLOCK_LEN;
+                    let length = (range.end - range.start) as usize * BLOCK_LEN;
+                    to.write(range.start, &content[at..at + length])?;
+                    monitor.advance(length as u64);
+                }
+                Ok(())
+            })
+            .collect();
+        for (fetch, fetched) in frames.iter().zip(fetched) {
+            match fetched {
+                Ok(()) => {
+                    for range in &fetch.needed {
+                        done.written_bytes += bytes(range.end - range.start);
+                        staging.added(range.clone())?;
+                    }
+                }
+                Err(error @ Error::Damaged { .. }) => {
+                    monitor.note(&super::describe(&error));
+                    lost.extend(fetch.needed.iter().cloned());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A restore: what is chosen, and where it goes.
+struct Restore<'a> {
+    options: &'a Options,
+    manifest: Manifest,
+    targets: Vec<Target>,
+    /// Images of the commit that the manifest does not have any more.
+    missing: Vec<PathBuf>,
+    root: Root,
+    shares: bool,
+}
+
+impl<'a> Restore<'a> {
+    fn new(options: &'a Options, manifest: Manifest, summaries: &[Summary], monitor: &dyn Monitor) -> Result<Self> {
+        let chooser = Chooser::new(&options.only)?;
+        let chosen: Vec<usize> = (0..manifest.images.len())
+            .filter(|place| {
+                manifest.images[*place]
+                    .image
+                    .names
+                    .iter()
+                    .any(|name| chooser.takes(name))
+            })
+            .collect();
+        let known: BTreeSet<&Path> = manifest.images.iter().map(|image| image.image.path()).collect();
+        let missing: Vec<PathBuf> = summaries
+            .iter()
+            .map(|summary| summary.path.as_path())
+            .filter(|path| !known.contains(path) && chooser.takes(path))
+            .map(Path::to_owned)
+            .collect();
+        if chosen.is_empty() && missing.is_empty() {
+            return Err(Error::Usage(
+                "no image of this commit matches: vmfold list shows what there is".into(),
+            ));
+        }
+        if !options.dry_run {
+            std::fs::create_dir_all(&options.to).map_err(Error::io("make the folder", &options.to))?;
+        }
+        let existing = options.to.ancestors().find(|folder| folder.exists());
+        let root = Root::open(existing.unwrap_or(&options.to))?;
+        let targets = target::targets(&manifest, &chosen, &root, options)?;
+        let shares = can_share(root.file());
+        if !shares {
+            monitor.note("The filesystem cannot share extents: images are restored as plain sparse files, each with its own blocks");
+        }
+        Ok(Self {
+            options,
+            manifest,
+            targets,
+            missing,
+            root,
+            shares,
+        })
+    }
+
+    fn chosen(&self) -> impl Iterator<Item = &ImageRuns> {
+        self.targets.iter().map(|target| &self.manifest.images[target.image])
+    }
+
+    fn imported(&self, archive: &Path, commit: u32, id: String) -> Imported {
+        Imported {
+            archive: archive.to_owned(),
+            commit,
+            id,
+            to: self.options.to.clone(),
+            dry_run: self.options.dry_run,
+            ..Imported::default()
+        }
+    }
+
+    fn planned(&self, wanted: &[Range<StoreBlock>], seeded: &[Range<StoreBlock>], staged_bytes: u64) -> PlannedImport {
+        let images = || self.chosen();
+        let runs: u64 = images()
+            .flat_map(|image| &image.runs)
+            .filter(|run| matches!(run.content, Content::Stored(_)))
+            .count() as u64;
+        let data_bytes: u64 = images()
+            .flat_map(|image| &image.runs)
+            .filter(|run| matches!(run.content, Content::Stored(_)))
+            .map(|run| bytes(run.blocks))
+            .sum();
+        let distinct_bytes = length_of(wanted) * bytes(1);
+        let seeded_bytes = length_of(seeded) * bytes(1);
+        let new_bytes = distinct_bytes - seeded_bytes;
+        let copies = if self.shares { 0 } else { data_bytes };
+        let metadata_bytes = runs * METADATA_BYTES_PER_REFERENCE + images().count() as u64 * bytes(1);
+        let free_bytes =
+            rustix::fs::fstatvfs(self.root.file()).map_or(u64::MAX, |found| found.f_bavail * found.f_frsize);
+        PlannedImport {
+            images: images().count() as u64,
+            logical_bytes: images().map(|image| image.image.size).sum(),
+            data_bytes,
+            distinct_bytes,
+            seeded_bytes,
+            new_bytes,
+            needed_bytes: (new_bytes + copies + metadata_bytes).saturating_sub(staged_bytes),
+            free_bytes,
+            shares: self.shares,
+        }
+    }
+
+    fn check_space(&self, planned: &PlannedImport) -> Result<()> {
+        if planned.needed_bytes.saturating_add(RESERVE_BYTES) > planned.free_bytes {
+            return Err(Error::DoesNotFit {
+                path: self.options.to.clone(),
+                needed_bytes: planned.needed_bytes + RESERVE_BYTES,
+                free_bytes: planned.free_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    /// The chosen images whose manifest, corrections and hashes do not go together any more.
+    fn mixed_up(
+        &self,
+        summaries: &[Summary],
+        doubtful: bool,
+        hashes: &mut StoredHashes<'_>,
+    ) -> Result<BTreeSet<usize>> {
+        self.mixed_up_by(summaries, doubtful, |first, blocks, hasher| {
+            let mut all = true;
+            for block in first..first + blocks {
+                match hashes.get(block)? {
+                    Some(hash) => {
+                        hasher.update(&hash);
+                    }
+                    None => all = false,
+                }
+            }
+            Ok(all)
+        })
+    }
+
+    /// The same with hashes from elsewhere; `stored` tells whether it had them all. Where it had not, an image is taken to be well,
+    /// unless it is `doubtful` because corrections may be lost.
+    fn mixed_up_by(
+        &self,
+        summaries: &[Summary],
+        doubtful: bool,
+        mut stored: impl FnMut(StoreBlock, u32, &mut blake3::Hasher) -> Result<bool>,
+    ) -> Result<BTreeSet<usize>> {
+        let mut mixed_up = BTreeSet::new();
+        for target in &self.targets {
+            let image = &self.manifest.images[target.image];
+            let Some(summary) = summaries.iter().find(|summary| summary.path == image.image.path()) else {
+                continue;
+            };
+            let has_gaps = image.runs.iter().any(|run| run.content == Content::Lost);
+            let mut all = true;
+            let found = digest(&image.runs, |first, blocks, hasher| {
+                all &= stored(first, blocks, hasher)?;
+                Ok(())
+            })?;
+            let is_wrong = all && !has_gaps && (found != summary.digest || image.image.size != summary.size);
+            if is_wrong || (doubtful && (!all || has_gaps)) {
+                mixed_up.insert(target.image);
+            }
+        }
+        Ok(mixed_up)
+    }
+
+    /// Says what is lost, and places the rest.
+    fn finish(
+        &self,
+        work: &mut Open,
+        lost: &[Range<StoreBlock>],
+        mixed_up: &BTreeSet<usize>,
+        summaries: &[Summary],
+        imported: &mut Imported,
+        monitor: &dyn Monitor,
+    ) -> Result<()> {
+        let lost_blocks = SetOf::new(lost);
+        let whole = |size| ByteRange { start: 0, length: size };
+        let mut damaged = BTreeSet::new();
+        for path in &self.missing {
+            let size = summaries.iter().find(|one| one.path == *path).map_or(0, |one| one.size);
+            imported.lost.push(LostImage {
+                path: path.clone(),
+                restored_as: None,
+                ranges: vec![whole(size)],
+            });
+        }
+        for target in &self.targets {
+            let image = &self.manifest.images[target.image];
+            let ranges = match mixed_up.contains(&target.image) {
+                true => vec![whole(image.image.size)],
+                false => lost_ranges(image, &lost_blocks),
+            };
+            if !ranges.is_empty() {
+                damaged.insert(target.image);
+                imported.lost.push(LostImage {
+                    path: image.image.path().to_owned(),
+                    restored_as: None,
+                    ranges,
+                });
+            }
+        }
+        if !imported.lost.is_empty() && !self.options.partial {
+            return Ok(());
+        }
+        let counts = target::place(self, work, &damaged, mixed_up, &lost_blocks, monitor)?;
+        for lost in &mut imported.lost {
+            let target = self.targets.iter().find(|target| {
+                damaged.contains(&target.image) && self.manifest.images[target.image].image.path() == lost.path
+            });
+            lost.restored_as = target
+                .filter(|target| !mixed_up.contains(&target.image))
+                .map(Target::partial_name);
+        }
+        let done = imported.done.get_or_insert_default();
+        done.images = (self.targets.len() - damaged.len()) as u64;
+        (done.clones, done.shared_bytes, done.copied_bytes) = (counts.clones, counts.cloned_bytes, counts.copied_bytes);
+        Ok(())
+    }
+}
+
+/// The ranges of an image that are lost, in bytes.
+fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange> {
+    let mut ranges: Vec<ByteRange> = Vec::new();
+    let mut at = 0u64;
+    let mut add = |start: u64, blocks: u32| {
+        let end = (start + bytes(blocks)).min(image.image.size);
+        match ranges.last_mut() {
+            Some(last) if last.start + last.length == start => last.length = end - last.start,
+            _ => ranges.push(ByteRange {
+                start,
+                length: end.saturating_sub(start),
+            }),
+        }
+    };
+    for run in &image.runs {
+        match run.content {
+            Content::Lost => add(at, run.blocks),
+            Content::Stored(first) => {
+                for range in overlap(lost.ranges, first..first + run.blocks) {
+                    add(at + bytes(range.start - first), range.end - range.start);
+                }
+            }
+            _ => {}
+        }
+        at += bytes(run.blocks);
+    }
+    ranges
+}
+
+/// Ascending ranges that may overlap, to be asked for single blocks.
+struct SetOf<'a> {
+    ranges: &'a [Range<StoreBlock>],
+    set: SlotSet,
+}
+
+impl<'a> SetOf<'a> {
+    fn new(ranges: &'a [Range<StoreBlock>]) -> Self {
+        let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        let mut set = SlotSet::new(end as usize);
+        ranges.iter().for_each(|range| set.insert_range(range.clone()));
+        Self { ranges, set }
+    }
+
+    fn contains(&self, block: StoreBlock) -> bool {
+        self.set.contains(block)
+    }
+}
+
+/// Which images are asked for.
+struct Chooser {
+    patterns: Option<globset::GlobSet>,
+}
+
+impl Chooser {
+    fn new(only: &[String]) -> Result<Self> {
+        if only.is_empty() {
+            return Ok(Self { patterns: None });
+        }
+        // A folder means everything in it.
+        let trimmed = only.iter().map(|pattern| pattern.trim_end_matches('/'));
+        let all: Vec<String> = trimmed
+            .flat_map(|pattern| [pattern.to_owned(), format!("{pattern}/**")])
+            .collect();
+        Ok(Self {
+            patterns: Some(patterns(&all)?),
+        })
+    }
+
+    fn takes(&self, path: &Path) -> bool {
+        self.patterns.as_ref().is_none_or(|patterns| patterns.is_match(path))
+    }
+}
+
+/// The work folder of a restore, before it is made.
+struct Work {
+    folder: PathBuf,
+    resumes: bool,
+}
+
+impl Work {
+    fn prepare(restore: &Restore<'_>, archive: &[u8; 16], commit: u32) -> Result<Self> {
+        let tag = crate::index::hex(archive);
+        let folder = restore
+            .options
+            .to
+            .join(format!(".vmfold-import-{}-{commit}", &tag[..8]));
+        let resumes = Staging::is_there(&folder);
+        if resumes && !restore.options.resume && !restore.options.dry_run {
+            return Err(Error::Usage(format!(
+                "an import was interrupted here: --resume goes on with it, and deleting `{}` begins anew",
+                shown(&folder)
+            )));
+        }
+        Ok(Self { folder, resumes })
+    }
+
+    /// Bytes that an interrupted restore has on disk already.
+    fn staged_bytes(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let staged = self.folder.join("blocks").symlink_metadata();
+        staged.map_or(0, |metadata| metadata.blocks() * 512)
+    }
+
+    fn open(self, end: StoreBlock) -> Result<Open> {
+        let (mut staging, claimed) = Staging::open(&self.folder)?;
+        staging.make_room(end)?;
+        let claimed = claimed.into_iter().filter(|range| range.end <= end).collect();
+        Ok(Open {
+            folder: self.folder,
+            staging,
+            claimed,
+            resumes: self.resumes,
+        })
+    }
+}
+
+/// The work folder, open.
+struct Open {
+    folder: PathBuf,
+    staging: Staging,
+    claimed: Vec<Range<StoreBlock>>,
+    resumes: bool,
+}
+
+impl Open {
+    /// Removes the folder after a restore that ended, and says what is kept after one that did not.
+    fn end(self, done: Result<()>, imported: Imported, monitor: &dyn Monitor) -> Result<Imported> {
+        match done {
+            Ok(()) => {
+                self.staging.remove()?;
+                Ok(imported)
+            }
+            Err(error) => {
+                monitor.note(&format!(
+                    "What was restored so far is kept in `{}`: --resume goes on from there",
+                    shown(&self.folder)
+                ));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Sets what an image or folder has beside its content, and notes what could not be set.
+fn apply(
+    file: &std::fs::File,
+    path: &Path,
+    metadata: &crate::archive::manifest::Metadata,
+    options: &Options,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    let problems = attributes::apply(file, path, metadata, options.numeric_owner)?;
+    if !problems.is_empty() {
+        monitor.note(&format!("`{}`: could not set {}", shown(path), problems.join(", ")));
+    }
+    Ok(())
+}
+
+/// What `place::fill` counts, added up.
+fn add(one: place::Counts, other: place::Counts) -> place::Counts {
+    place::Counts {
+        clones: one.clones + other.clones,
+        cloned_bytes: one.cloned_bytes + other.cloned_bytes,
+        copied_bytes: one.copied_bytes + other.copied_bytes,
+    }
+}
