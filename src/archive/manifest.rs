@@ -535,7 +535,7 @@ pub struct Manifest {
 }
 
 /// Puts a manifest together from the PLANs of an epoch, in the order they were written; some may be missing.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Builder {
     manifest: Manifest,
     places: HashMap<u32, usize>,

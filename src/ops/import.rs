@@ -87,7 +87,7 @@ pub struct Options {
 pub fn import(options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
     match &options.source {
         Source::File(path) => from_file(path, options, monitor),
-        Source::Pipe => Err(Error::Usage("-".into())),
+        Source::Pipe => stream::from_pipe(options, monitor),
     }
 }
 
@@ -678,9 +678,7 @@ impl Work {
 
     /// Bytes that an interrupted restore has on disk already.
     fn staged_bytes(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        let staged = self.folder.join("blocks").symlink_metadata();
-        staged.map_or(0, |metadata| metadata.blocks() * 512)
+        Staging::staged_bytes(&self.folder)
     }
 
     fn open(self, end: StoreBlock) -> Result<Open> {
@@ -705,6 +703,11 @@ struct Open {
 }
 
 impl Open {
+    /// Bytes that are staged.
+    fn staged_bytes(&self) -> u64 {
+        Staging::staged_bytes(&self.folder)
+    }
+
     /// Removes the folder after a restore that ended, and says what is kept after one that did not.
     fn end(self, done: Result<()>, imported: Imported, monitor: &dyn Monitor) -> Result<Imported> {
         match done {

@@ -40,6 +40,13 @@ impl Staging {
         folder.symlink_metadata().is_ok()
     }
 
+    /// Bytes on disk of what a folder has staged.
+    pub fn staged_bytes(folder: &Path) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let staged = folder.join("blocks").symlink_metadata();
+        staged.map_or(0, |metadata| metadata.blocks() * 512)
+    }
+
     /// Makes the folder, or opens the one that is there. Returns the ranges that its journal says are present; they are not
     /// believed until [`Staging::confirm`].
     ///
@@ -131,6 +138,11 @@ impl Staging {
     /// Whether a block is there.
     pub fn has(&self, block: StoreBlock) -> bool {
         self.present.contains(block)
+    }
+
+    /// The parts of a range that are there.
+    pub fn present(&self, range: Range<StoreBlock>) -> impl Iterator<Item = Range<StoreBlock>> + '_ {
+        self.present.runs(range)
     }
 
     /// The parts of a range that are not there.
