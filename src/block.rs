@@ -17,7 +17,7 @@ pub const fn bytes(blocks: u32) -> u64 {
 }
 
 /// A half-open range of bytes of a file, for messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ByteRange {
     /// First byte.
     pub start: u64,

@@ -473,13 +473,15 @@ impl Archive {
         Ok(true)
     }
 
-    /// The commit that `name` means: its number, its label, the first digits of its hash, or the last one if there is none.
+    /// The commit that `name` means: its number, its label, the first digits of its hash, or the last one if there is none;
+    /// `latest` is the last one, `previous` the one before.
     ///
     /// # Errors
     /// [`Error::NoSuchCommit`].
     pub fn commit(&self, name: Option<&str>) -> Result<&Committed> {
         let found = match name {
             None | Some("latest") => self.commits.last(),
+            Some("previous") => self.commits.iter().nth_back(1),
             Some(name) => find_commit(&self.commits, name),
         };
         found.ok_or_else(|| Error::NoSuchCommit {

@@ -13,7 +13,8 @@ use crate::ops::export::Revisions;
 /// Works on the images of shut-down machines on btrfs. Images keep every byte, their times, inodes, links, mode and owner;
 /// images that someone has open are left alone.
 ///
-/// Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 130 interrupted.
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 4 the archive is damaged, 5 diff found
+/// differences, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, propagate_version = true)]
 pub(super) struct Args {
@@ -34,6 +35,12 @@ pub(super) enum Command {
     Export(Export),
     /// Restore images from an archive, sharing what they have in common
     Import(Import),
+    /// Show the commits and images of an archive
+    List(List),
+    /// Check every hash and reference of an archive
+    Verify(Verify),
+    /// Show what differs between two commits, or between one and images on disk
+    Diff(Diff),
     /// Fill the index only
     Scan(Named),
     /// Show what the index knows
@@ -107,6 +114,39 @@ pub(super) struct Export {
     /// A name for this commit
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub(super) label: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct List {
+    /// Archive file
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    /// Show this commit with its images: its number, label or name
+    #[arg(value_name = "COMMIT")]
+    pub(super) commit: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Verify {
+    /// Archive file
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Diff {
+    /// Archive file
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    /// A commit; the one before the last, or with --pool the last, if not said
+    #[arg(value_name = "COMMIT")]
+    pub(super) first: Option<String>,
+    /// The commit to compare it with; the last if not said
+    #[arg(value_name = "COMMIT", conflicts_with = "pool")]
+    pub(super) second: Option<String>,
+    /// Compare with images on disk: the paths that were exported
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub(super) pool: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -15,9 +15,11 @@ use progress::Terminal;
 use crate::error::{Error, Result};
 use crate::index;
 use crate::monitor::Monitor;
+use crate::ops::diff::{With, diff};
 use crate::ops::export::{Target, export};
 use crate::ops::import::{Source, import};
-use crate::ops::{self, describe, reclaim::reclaim, report::report, scan::scan};
+use crate::ops::{self, describe, list::list, reclaim::reclaim, report::report, scan::scan, verify::verify};
+use crate::report::Change;
 use crate::shown::shown;
 
 /// How a command ended; the numbers are part of what scripts rely on.
@@ -28,6 +30,7 @@ enum Exit {
     Usage = 2,
     SomeSkipped = 3,
     Damaged = 4,
+    Differs = 5,
     Interrupted = 130,
 }
 
@@ -104,6 +107,25 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             } else {
                 Exit::Damaged
             })
+        }
+        Command::List(command) => {
+            print("list", &list(&command.archive, command.commit.as_deref())?, args.json)?;
+            Ok(Exit::Done)
+        }
+        Command::Verify(command) => {
+            let found = verify(&command.archive, terminal)?;
+            terminal.finish();
+            print("verify", &found, args.json)?;
+            let intact = found.damage.is_empty() && found.lost.is_empty();
+            Ok(if intact { Exit::Done } else { Exit::Damaged })
+        }
+        Command::Diff(command) => {
+            let (first, with) = command.sides();
+            let found = diff(&command.archive, first.as_deref(), &with, terminal)?;
+            terminal.finish();
+            print("diff", &found, args.json)?;
+            let same = found.images.iter().all(|image| image.change == Change::Same);
+            Ok(if same { Exit::Done } else { Exit::Differs })
         }
         Command::Scan(command) => {
             let found = scan(&command.scope(), terminal)?;
@@ -253,5 +275,21 @@ impl args::Import {
             as_revision: self.as_revision,
             numeric_owner: self.numeric_owner,
         }
+    }
+}
+
+impl args::Diff {
+    fn sides(&self) -> (Option<String>, With) {
+        if self.pool.is_empty() {
+            let first = self.first.clone().or_else(|| Some("previous".into()));
+            return (first, With::Commit(self.second.clone()));
+        }
+        let scope = ops::Scope {
+            paths: self.pool.clone(),
+            exclude: Vec::new(),
+            index: index::DEFAULT_FOLDER.into(),
+            memory_bytes: 0,
+        };
+        (self.first.clone(), With::Pool(scope))
     }
 }

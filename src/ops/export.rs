@@ -105,7 +105,7 @@ pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
 }
 
 /// The folder that names in the archive are relative to: the deepest that holds everything that was named.
-fn root_of(paths: &[PathBuf]) -> Result<PathBuf> {
+pub(super) fn root_of(paths: &[PathBuf]) -> Result<PathBuf> {
     let mut root: Option<PathBuf> = None;
     for path in paths {
         let full = path.canonicalize().map_err(Error::io("look at", path))?;

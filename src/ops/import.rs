@@ -581,7 +581,7 @@ impl<'a> Restore<'a> {
 }
 
 /// The ranges of an image that are lost, in bytes.
-fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange> {
+pub(super) fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange> {
     let mut ranges: Vec<ByteRange> = Vec::new();
     let mut at = 0u64;
     let mut add = |start: u64, blocks: u32| {
@@ -610,13 +610,13 @@ fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange> {
 }
 
 /// Ascending ranges that may overlap, to be asked for single blocks.
-struct SetOf<'a> {
+pub(super) struct SetOf<'a> {
     ranges: &'a [Range<StoreBlock>],
     set: SlotSet,
 }
 
 impl<'a> SetOf<'a> {
-    fn new(ranges: &'a [Range<StoreBlock>]) -> Self {
+    pub(super) fn new(ranges: &'a [Range<StoreBlock>]) -> Self {
         let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
         let mut set = SlotSet::new(end as usize);
         ranges.iter().for_each(|range| set.insert_range(range.clone()));

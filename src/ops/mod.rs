@@ -1,10 +1,13 @@
 //! What vmfold does, one verb a file.
 
+pub mod diff;
 pub mod export;
 pub mod import;
+pub mod list;
 pub mod reclaim;
 pub mod report;
 pub mod scan;
+pub mod verify;
 
 use std::path::PathBuf;
 

@@ -283,3 +283,141 @@ pub struct Imported {
     /// Images that cannot be restored whole.
     pub lost: Vec<LostImage>,
 }
+
+/// An image in an archive, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ListedImage {
+    /// Its name.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub path: PathBuf,
+    /// Its size, holes included.
+    pub size: u64,
+    /// What it holds beside holes and zeros.
+    pub data_bytes: u64,
+    /// What it brought that no image before it in this commit, and no commit before, had; before compression.
+    pub added_bytes: u64,
+}
+
+/// A commit of an archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ListedCommit {
+    /// Its number.
+    pub number: u32,
+    /// Its name.
+    pub id: String,
+    /// When it was made, in UTC.
+    pub time: String,
+    /// What the user called it.
+    pub label: String,
+    /// The folder that names are relative to.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub root: PathBuf,
+    /// Sizes of its images, holes included.
+    pub logical_bytes: u64,
+    /// Blocks it added, before compression.
+    pub added_bytes: u64,
+    /// Bytes of the archive that it takes.
+    pub stored_bytes: u64,
+    /// Its images.
+    pub images: Vec<ListedImage>,
+}
+
+/// What `list` found.
+#[derive(Debug, Default, Serialize)]
+pub struct Listed {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// Its length.
+    pub archive_bytes: u64,
+    /// Whether the text shows images too.
+    #[serde(skip)]
+    pub shows_images: bool,
+    /// Its commits.
+    pub commits: Vec<ListedCommit>,
+}
+
+/// A damaged place of an archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DamagedPlace {
+    /// Where.
+    pub range: ByteRange,
+    /// What is wrong.
+    pub problem: String,
+}
+
+/// An image of a commit that cannot be restored whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LostIn {
+    /// The commit's number.
+    pub commit: u32,
+    /// The image, and what of it is lost.
+    #[serde(flatten)]
+    pub lost: LostImage,
+}
+
+/// What `verify` found.
+#[derive(Debug, Default, Serialize)]
+pub struct Verified {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// Its length.
+    pub archive_bytes: u64,
+    /// Commits that could be read.
+    pub commits: u64,
+    /// Images in them.
+    pub images: u64,
+    /// Blocks that are what was stored.
+    pub verified_bytes: u64,
+    /// What an export that did not end left behind the last commit.
+    pub leftover_bytes: u64,
+    /// Places that are damaged.
+    pub damage: Vec<DamagedPlace>,
+    /// What cannot be restored for it.
+    pub lost: Vec<LostIn>,
+}
+
+/// How an image differs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Change {
+    /// Not at all.
+    Same,
+    /// In some ranges.
+    Differs,
+    /// The second side does not have it.
+    OnlyInFirst,
+    /// The first side does not have it.
+    OnlyInSecond,
+}
+
+/// An image that was compared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DiffedImage {
+    /// Its name.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub path: PathBuf,
+    /// How it differs.
+    pub change: Change,
+    /// In how many bytes.
+    pub differing_bytes: u64,
+    /// In which.
+    pub ranges: Vec<ByteRange>,
+}
+
+/// What `diff` found.
+#[derive(Debug, Default, Serialize)]
+pub struct Diffed {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// What was compared.
+    pub first: String,
+    /// What with.
+    pub second: String,
+    /// Bytes that differ.
+    pub differing_bytes: u64,
+    /// Image by image.
+    pub images: Vec<DiffedImage>,
+}

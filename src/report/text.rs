@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Formatter, Result};
 
-use super::{Exported, Imported, LostImage, PoolBytes, Reclaimed, Reported, Scanned};
+use super::{Change, Diffed, Exported, Imported, Listed, LostImage, PoolBytes, Reclaimed, Reported, Scanned, Verified};
 use crate::index::Status;
 use crate::plan::Reason;
 use crate::pool::Skipped;
@@ -122,6 +122,114 @@ impl Display for Imported {
             )?;
         }
         Ok(())
+    }
+}
+
+impl Display for Listed {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(
+            f,
+            "{:>6}  {:8}  {:23}  {:>6}  {:>11}  {:>11}  {:>11}  Label",
+            "Commit", "Name", "Time", "Images", "Size", "Added", "Stored"
+        )?;
+        for commit in &self.commits {
+            writeln!(
+                f,
+                "{:>6}  {:8}  {:23}  {:>6}  {:>11}  {:>11}  {:>11}  {}",
+                commit.number,
+                commit.id,
+                commit.time,
+                commit.images.len(),
+                size(commit.logical_bytes),
+                size(commit.added_bytes),
+                size(commit.stored_bytes),
+                shown(std::path::Path::new(&commit.label))
+            )?;
+        }
+        if self.shows_images {
+            for commit in &self.commits {
+                writeln!(f, "\n{:>11} {:>11} {:>11}  Image", "Size", "Data", "Added")?;
+                for image in &commit.images {
+                    writeln!(
+                        f,
+                        "{:>11} {:>11} {:>11}  {}",
+                        size(image.size),
+                        size(image.data_bytes),
+                        size(image.added_bytes),
+                        shown(&image.path)
+                    )?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Display for Verified {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        for place in &self.damage {
+            writeln!(f, "Damaged: {}: {}", place.range, place.problem)?;
+        }
+        for lost in &self.lost {
+            write!(f, "Commit {}: {}", lost.commit, lost.lost)?;
+        }
+        if self.leftover_bytes > 0 {
+            writeln!(
+                f,
+                "An export that did not end left {} behind the last commit: the next one removes it",
+                size(self.leftover_bytes)
+            )?;
+        }
+        writeln!(
+            f,
+            "{} commits with {} images, {} of blocks in {}: {}",
+            self.commits,
+            self.images,
+            size(self.verified_bytes),
+            size(self.archive_bytes),
+            match (self.damage.is_empty(), self.lost.is_empty()) {
+                (true, true) => "all intact",
+                (false, true) => "damaged, but every image can be restored",
+                _ => "damaged",
+            }
+        )
+    }
+}
+
+impl Display for Diffed {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        /// Ranges shown; the rest is in the JSON.
+        const RANGES_MAX: usize = 8;
+        for image in &self.images {
+            match image.change {
+                Change::Same => continue,
+                Change::OnlyInFirst => writeln!(f, "Only in {}: {}", self.first, shown(&image.path))?,
+                Change::OnlyInSecond => writeln!(f, "Only in {}: {}", self.second, shown(&image.path))?,
+                Change::Differs => {
+                    write!(
+                        f,
+                        "Differs in {}: {}: ",
+                        size(image.differing_bytes),
+                        shown(&image.path)
+                    )?;
+                    for (n, range) in image.ranges.iter().take(RANGES_MAX).enumerate() {
+                        write!(f, "{}{range}", if n > 0 { ", " } else { "" })?;
+                    }
+                    match image.ranges.len().checked_sub(RANGES_MAX) {
+                        Some(more @ 1..) => writeln!(f, ", and {more} more ranges")?,
+                        _ => writeln!(f)?,
+                    }
+                }
+            }
+        }
+        let same = self.images.iter().filter(|image| image.change == Change::Same).count();
+        writeln!(
+            f,
+            "{same} of {} images are the same in {} and {}",
+            self.images.len(),
+            self.first,
+            self.second
+        )
     }
 }
 

@@ -1,0 +1,260 @@
+//! `verify`: every hash of an archive, and every reference of every manifest.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use super::export::digest;
+use super::import::{SetOf, lost_ranges};
+use crate::archive::StoreBlock;
+use crate::archive::commit::Location;
+use crate::archive::manifest::Content;
+use crate::archive::reader::{Archive, Committed, Damage, range_of};
+use crate::archive::record::hash_of;
+use crate::block::{BLOCK_LEN, ByteRange, bytes};
+use crate::error::{Error, Result};
+use crate::exec::hashes::StoredHashes;
+use crate::monitor::Monitor;
+use crate::plan::import::{wanted, without};
+use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
+
+/// Verifies an archive.
+///
+/// # Errors
+/// If it is no archive, or cannot be read. Damage is no error: it is in the result.
+pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
+    monitor.phase("Reading records", 0);
+    let mut archive = Archive::open_any(path)?;
+    let mut damage: Vec<Damage> = archive.look_for_damage()?.to_vec();
+    let end = archive.base().length;
+    // What an export that did not end left behind its last commit is not part of the archive.
+    let leftovers = archive.length() - end;
+    let only_leftovers = leftovers > 0 && !archive.commits().is_empty() && archive.ends_in_leftovers_only()?;
+    if only_leftovers {
+        damage.retain(|one| one.range.start < end);
+    } else {
+        archive.salvage()?;
+    }
+    let store_end = archive
+        .commits()
+        .iter()
+        .map(|one| one.commit.store_end)
+        .max()
+        .unwrap_or(0);
+    let packs: Vec<&Location> = archive.packs(0, store_end).collect();
+    monitor.phase("Verifying blocks", packs.iter().map(|pack| bytes(pack.blocks)).sum());
+    let checked: Vec<Result<Checked>> = packs
+        .par_iter()
+        .map(|pack| {
+            if monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            let checked = check_pack(&archive, pack);
+            monitor.advance(bytes(pack.blocks));
+            checked
+        })
+        .collect();
+    let (mut lost, mut blocks) = (Vec::new(), 0u64);
+    for checked in checked {
+        let mut checked = checked?;
+        blocks += u64::from(checked.blocks);
+        lost.append(&mut checked.lost);
+        damage.append(&mut checked.damage);
+    }
+    lost.extend(without(&[0..store_end], &held(&packs)));
+    lost.sort_unstable_by_key(|range| range.start);
+    let lost_blocks = SetOf::new(&lost);
+    let mut result = Verified {
+        archive: path.to_owned(),
+        archive_bytes: archive.length(),
+        commits: archive.commits().len() as u64,
+        verified_bytes: blocks * bytes(1),
+        leftover_bytes: if only_leftovers { leftovers } else { 0 },
+        ..Verified::default()
+    };
+    monitor.phase("Verifying manifests", 0);
+    for committed in archive.commits() {
+        check_commit(&archive, committed, &lost_blocks, &mut damage, &mut result)?;
+    }
+    if archive.commits().is_empty() {
+        damage.push(Damage {
+            range: ByteRange {
+                start: 0,
+                length: archive.length(),
+            },
+            problem: "none of its commits is intact".into(),
+        });
+    }
+    let mut places: BTreeMap<(u64, u64), String> = BTreeMap::new();
+    for one in damage {
+        places.entry((one.range.start, one.range.length)).or_insert(one.problem);
+    }
+    result.damage = places
+        .into_iter()
+        .map(|((start, length), problem)| DamagedPlace {
+            range: ByteRange { start, length },
+            problem,
+        })
+        .collect();
+    Ok(result)
+}
+
+/// The ranges of the store that PACKs say they hold, ascending.
+fn held(packs: &[&Location]) -> Vec<Range<StoreBlock>> {
+    let mut held: Vec<_> = packs.iter().map(|pack| pack.first..pack.first + pack.blocks).collect();
+    held.sort_unstable_by_key(|range| range.start);
+    held
+}
+
+#[derive(Default)]
+struct Checked {
+    blocks: u32,
+    lost: Vec<Range<StoreBlock>>,
+    damage: Vec<Damage>,
+}
+
+impl Checked {
+    /// Notes damage; any other error ends the verification.
+    fn note(&mut self, error: Error, otherwise: ByteRange, lost: Range<StoreBlock>) -> Result<()> {
+        match error {
+            Error::Damaged { range, problem, .. } => {
+                self.damage.push(Damage {
+                    range: range.unwrap_or(otherwise),
+                    problem,
+                });
+                self.lost.push(lost);
+                Ok(())
+            }
+            other => Err(other),
+        }
+    }
+}
+
+/// Decodes every frame of a pack and compares every block with its hash.
+fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
+    let mut checked = Checked::default();
+    let all = pack.first..pack.first + pack.blocks;
+    let frames = match archive.frames(pack) {
+        Ok(frames) => frames,
+        Err(error) => {
+            checked.note(error, range_of(pack), all)?;
+            return Ok(checked);
+        }
+    };
+    let hashes = archive.hashes(all.start, all.end)?;
+    for (offset, frame) in frames {
+        let blocks = frame.first..frame.first + u32::from(frame.blocks);
+        let place = ByteRange {
+            start: offset,
+            length: frame.stored_bytes.into(),
+        };
+        let content = match archive.frame(offset, &frame) {
+            Ok(content) => content,
+            Err(error) => {
+                checked.note(error, place, blocks)?;
+                continue;
+            }
+        };
+        checked.blocks += u32::from(frame.blocks);
+        let expected = &hashes[(blocks.start - all.start) as usize..];
+        for ((block, content), expected) in blocks.zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
+            if expected.is_some_and(|expected| expected != hash_of(content)) {
+                let problem = format!("block {block} of the store is not the one that the INDEX says");
+                checked.damage.push(Damage { range: place, problem });
+                checked.lost.push(block..block + 1);
+            }
+        }
+    }
+    Ok(checked)
+}
+
+/// Checks that each image of a commit can be restored, and says what of it cannot.
+fn check_commit(
+    archive: &Archive,
+    committed: &Committed,
+    lost: &SetOf<'_>,
+    damage: &mut Vec<Damage>,
+    result: &mut Verified,
+) -> Result<()> {
+    let commit = &committed.commit;
+    let (manifest, mut found) = match archive.manifest(committed) {
+        Ok(found) => found,
+        Err(Error::Damaged { range, problem, .. }) => {
+            damage.push(Damage {
+                range: range.unwrap_or_default(),
+                problem,
+            });
+            let lost = commit
+                .images
+                .iter()
+                .map(|image| whole(commit.number, image.path.clone(), image.size));
+            result.lost.extend(lost);
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    let doubtful = !found.is_empty();
+    damage.append(&mut found);
+    let mut hashes = StoredHashes::new(Some(archive), commit.store_end);
+    for image in &manifest.images {
+        result.images += 1;
+        let path = image.image.path();
+        let mut has_all = !image.runs.iter().any(|run| run.content == Content::Lost);
+        let found = digest(&image.runs, |first, blocks, hasher| {
+            for block in first..first + blocks {
+                match hashes.get(block)? {
+                    Some(hash) => {
+                        hasher.update(&hash);
+                    }
+                    None => has_all = false,
+                }
+            }
+            Ok(())
+        })?;
+        let summary = commit.images.iter().find(|summary| summary.path == path);
+        let differs = summary.is_some_and(|summary| summary.digest != found || summary.size != image.image.size);
+        if (has_all && differs) || (!has_all && doubtful) {
+            result
+                .lost
+                .push(whole(commit.number, path.to_owned(), image.image.size));
+            continue;
+        }
+        let ranges = lost_ranges(image, lost);
+        if !ranges.is_empty() {
+            let lost = LostImage {
+                path: path.to_owned(),
+                restored_as: None,
+                ranges,
+            };
+            result.lost.push(LostIn {
+                commit: commit.number,
+                lost,
+            });
+        }
+    }
+    for summary in &commit.images {
+        if !manifest.images.iter().any(|image| image.image.path() == summary.path) {
+            result
+                .lost
+                .push(whole(commit.number, summary.path.clone(), summary.size));
+        }
+    }
+    // A range that no PACK holds shows above; one beyond the store's end is refused with the manifest.
+    debug_assert!(
+        wanted(&manifest.images)
+            .last()
+            .is_none_or(|range| range.end <= commit.store_end)
+    );
+    Ok(())
+}
+
+fn whole(commit: u32, path: PathBuf, size: u64) -> LostIn {
+    let lost = LostImage {
+        path,
+        restored_as: None,
+        ranges: vec![ByteRange { start: 0, length: size }],
+    };
+    LostIn { commit, lost }
+}
