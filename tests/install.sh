@@ -18,3 +18,4 @@ need mkfs.xfs xfsprogs xfsprogs
 need mkfs.ext4 e2fsprogs e2fsprogs
 need losetup mount util-linux
 need setpriv util-linux util-linux
+need setfattr attr attr

@@ -102,11 +102,8 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             let found = import(&command.options(), terminal)?;
             terminal.finish();
             print("import", &found, args.json)?;
-            Ok(if found.lost.is_empty() {
-                Exit::Done
-            } else {
-                Exit::Damaged
-            })
+            let intact = found.lost.is_empty() && !found.later_damage;
+            Ok(if intact { Exit::Done } else { Exit::Damaged })
         }
         Command::List(command) => {
             print("list", &list(&command.archive, command.commit.as_deref())?, args.json)?;

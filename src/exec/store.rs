@@ -131,13 +131,7 @@ pub fn store(
         }
     }
     packer.finish(&assembler.log, out)?;
-    let mut inline = Vec::new();
-    for image in how.inline {
-        let mut block = vec![0; BLOCK_LEN];
-        fs.read(SourceFile::Image(*image), 0, &mut block)?;
-        let stored = (!is_zero(&block)).then(|| assembler.corrected.add(&block, hash_of(&block)));
-        inline.push((*image, stored.transpose()?));
-    }
+    let inline = assembler.take_inline(fs, how, &mut old)?;
     assembler.corrected.write(&packer, true, out)?;
     let Assembler {
         mut log,
@@ -343,6 +337,41 @@ impl Assembler<'_> {
             source,
         });
         Ok(())
+    }
+
+    /// Stores the blocks that lie in metadata, unless the store has them.
+    fn take_inline(
+        &mut self,
+        fs: &dyn Sharing,
+        how: How<'_>,
+        old: &mut StoredHashes<'_>,
+    ) -> Result<Vec<(ImageId, Option<StoreBlock>)>> {
+        let mut inline = Vec::new();
+        let mut wanted: HashMap<u32, Vec<usize>> = HashMap::new();
+        let mut blocks = Vec::new();
+        for image in how.inline {
+            let mut block = vec![0; BLOCK_LEN];
+            fs.read(SourceFile::Image(*image), 0, &mut block)?;
+            if !is_zero(&block) {
+                wanted.entry(how.function.of(&block)).or_default().push(inline.len());
+            }
+            inline.push((*image, None));
+            blocks.push(block);
+        }
+        let known = if wanted.is_empty() { 0 } else { self.plan.first_new };
+        for block in 0..known {
+            for at in wanted.get(&self.plan.fingerprints.get(block)).into_iter().flatten() {
+                if old.get(block)? == Some(hash_of(&blocks[*at])) {
+                    inline[*at].1 = Some(block);
+                }
+            }
+        }
+        for ((_, stored), block) in inline.iter_mut().zip(&blocks) {
+            if stored.is_none() && !is_zero(block) {
+                *stored = Some(self.corrected.add(block, hash_of(block))?);
+            }
+        }
+        Ok(inline)
     }
 
     /// Appends new blocks; frames end where chunks do.

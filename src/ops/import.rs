@@ -17,7 +17,7 @@ use crate::archive::StoreBlock;
 use crate::archive::commit::Summary;
 use crate::archive::manifest::{Content, ImageRuns, Manifest};
 use crate::archive::pack::FrameInfo;
-use crate::archive::reader::Archive;
+use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, SlotSet, bytes};
 use crate::error::{Error, Result};
@@ -105,7 +105,7 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
         monitor.note("The COMMIT of what is restored is lost: its images are as the rest of the archive has them");
     }
     let (manifest, damage) = archive.manifest(committed)?;
-    for one in &damage {
+    for one in archive.damage().iter().chain(&damage) {
         monitor.note(&format!("The archive is damaged at {}: {}", one.range, one.problem));
     }
     let restore = Restore::new(options, manifest, &committed.commit.images, monitor)?;
@@ -129,6 +129,7 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     let mut imported = restore.imported(path, number, committed.id());
     let work = Work::prepare(&restore, &id, number)?;
     imported.planned = restore.planned(&wanted, &seeded_ranges, work.staged_bytes());
+    imported.later_damage = later_damage(&archive, committed, options);
     target::check_names(&restore, work.resumes)?;
     if options.dry_run {
         return Ok(imported);
@@ -159,6 +160,16 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
         )
     })();
     work.end(done, imported, monitor)
+}
+
+/// Whether behind the commit that was taken for the last one something is damaged that could have been a later one.
+fn later_damage(archive: &Archive, committed: &Committed, options: &Options) -> bool {
+    /// Bytes of a TAIL; a COMMIT with its epoch has more.
+    const TAIL_BYTES: u64 = 192;
+    let end = committed.location.offset + committed.location.length;
+    let is_later = |damage: &Damage| damage.range.start >= end && damage.range.length > TAIL_BYTES;
+    let is_last = options.commit.as_deref().is_none_or(|name| name == "latest");
+    is_last && !committed.salvaged && archive.damage().iter().any(is_later)
 }
 
 /// Gets every wanted block into the staging file: from an earlier attempt, from seeds, from the archive. Returns what is lost.

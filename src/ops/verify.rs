@@ -12,7 +12,7 @@ use crate::archive::StoreBlock;
 use crate::archive::commit::Location;
 use crate::archive::manifest::Content;
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
-use crate::archive::record::hash_of;
+use crate::archive::record::{Kind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
@@ -75,7 +75,31 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
         ..Verified::default()
     };
     monitor.phase("Verifying manifests", 0);
+    let mut number = 0;
     for committed in archive.commits() {
+        if committed.salvaged || committed.commit.number != number + 1 {
+            damage.push(Damage {
+                range: ByteRange::default(),
+                problem: format!("the COMMIT of commit {} is lost", number + 1),
+            });
+        }
+        number = committed.commit.number;
+        // PACKs were read above, and what of a PLAN is needed is read below.
+        for location in committed
+            .commit
+            .records
+            .iter()
+            .filter(|location| location.kind != Kind::Pack)
+        {
+            match archive.body(location) {
+                Ok(_) => {}
+                Err(Error::Damaged { range, problem, .. }) => damage.push(Damage {
+                    range: range.unwrap_or(range_of(location)),
+                    problem,
+                }),
+                Err(error) => return Err(error),
+            }
+        }
         check_commit(&archive, committed, &lost_blocks, &mut damage, &mut result)?;
     }
     if archive.commits().is_empty() {

@@ -282,6 +282,8 @@ pub struct Imported {
     pub done: Option<Restored>,
     /// Images that cannot be restored whole.
     pub lost: Vec<LostImage>,
+    /// Whether a commit later than this one may be lost.
+    pub later_damage: bool,
 }
 
 /// An image in an archive, in bytes.

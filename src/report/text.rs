@@ -106,6 +106,9 @@ impl Display for Imported {
             size(planned.needed_bytes),
             size(planned.free_bytes)
         )?;
+        if self.later_damage {
+            writeln!(f, "The archive is damaged behind this commit: a later one may be lost")?;
+        }
         self.lost.iter().try_for_each(|lost| write!(f, "{lost}"))?;
         if let Some(done) = &self.done {
             writeln!(

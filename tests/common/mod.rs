@@ -15,7 +15,17 @@ use std::process::{Command, Output};
 
 /// Whether tests on real filesystems can run here. Where they cannot, they say so, and fail if this is a CI run.
 pub fn can_mount() -> bool {
-    let missing = ["mkfs.btrfs", "btrfs", "losetup", "filefrag"].into_iter().find(|tool| {
+    let missing = [
+        "mkfs.btrfs",
+        "mkfs.ext4",
+        "mkfs.xfs",
+        "btrfs",
+        "losetup",
+        "filefrag",
+        "setfattr",
+    ]
+    .into_iter()
+    .find(|tool| {
         !Command::new("sh")
             .args(["-c", &format!("command -v {tool}")])
             .output()
@@ -77,6 +87,11 @@ impl Mounted {
     /// Where the images are.
     pub fn pool(&self) -> PathBuf {
         self.mount.join("pool")
+    }
+
+    /// The file that holds it.
+    pub fn device(&self) -> PathBuf {
+        self.folder.path().join("fs")
     }
 
     /// Where the index of this filesystem is kept.

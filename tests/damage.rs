@@ -1,0 +1,375 @@
+//! Goal: whatever happens to an archive, what is restored is what was stored, or an error that names what is lost; never a wrong
+//! byte. Method: a golden archive, each of its records damaged in each way, restored whole and as far as possible, and compared
+//! with what it holds undamaged.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that cannot go on has failed"
+)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use vmfold::archive::record::{HEADER_BYTES, Header, Kind};
+use vmfold::error::Error;
+use vmfold::monitor::Silent;
+use vmfold::ops::import::{Options, Source, import};
+use vmfold::ops::verify::verify;
+use vmfold::report::Imported;
+
+const GOLDEN: &[u8] = include_bytes!("../testdata/archive-v1.vmfold");
+
+/// Where each record of an archive is, and what it is.
+fn records(bytes: &[u8]) -> Vec<(std::ops::Range<usize>, Kind)> {
+    let (mut at, mut found) = (0, Vec::new());
+    while at < bytes.len() {
+        let header = Header::decode(bytes[at..].first_chunk().unwrap()).unwrap();
+        let end = at + HEADER_BYTES + usize::try_from(header.body_bytes).unwrap();
+        found.push((at..end, header.kind));
+        at = end;
+    }
+    found
+}
+
+/// A folder in memory, where there is one: everything is synced often.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap()
+}
+
+fn restore(archive: &Path, to: &Path, commit: Option<&str>, partial: bool) -> Result<Imported, Error> {
+    let options = Options {
+        source: Source::File(archive.to_owned()),
+        to: to.to_owned(),
+        only: Vec::new(),
+        commit: commit.map(str::to_owned),
+        seeds: Vec::new(),
+        index: to.join("index"),
+        memory_bytes: 64 << 20,
+        replace: false,
+        resume: false,
+        partial,
+        dry_run: false,
+        as_revision: false,
+        numeric_owner: false,
+    };
+    import(&options, &Silent::default())
+}
+
+type Content = BTreeMap<PathBuf, Vec<u8>>;
+
+fn content_of(folder: &Path) -> Content {
+    let files = walkdir::WalkDir::new(folder).into_iter().filter_map(Result::ok);
+    files
+        .filter(|entry| entry.file_type().is_file())
+        .map(|entry| {
+            let name = entry.path().strip_prefix(folder).unwrap().to_owned();
+            (name, std::fs::read(entry.path()).unwrap())
+        })
+        .collect()
+}
+
+/// What the commits of the undamaged archive hold.
+fn intact() -> Vec<Content> {
+    let folder = scratch();
+    let archive = folder.path().join("a.vmfold");
+    std::fs::write(&archive, GOLDEN).unwrap();
+    let restored = ["1", "2"].map(|commit| {
+        let to = folder.path().join(commit);
+        let done = restore(&archive, &to, Some(commit), false).unwrap();
+        assert!(done.lost.is_empty());
+        content_of(&to)
+    });
+    restored.to_vec()
+}
+
+/// What became of one damaged archive.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Outcome {
+    /// Files restored whole.
+    whole: usize,
+    /// Images of which a part was restored.
+    parts: usize,
+    /// Images that are named as lost.
+    lost: usize,
+    /// Verification found something.
+    noticed: bool,
+}
+
+/// Restores a damaged archive and checks that nothing of it is wrong.
+fn check(case: &str, bytes: &[u8], intact: &[Content]) -> Outcome {
+    let folder = scratch();
+    let archive = folder.path().join("a.vmfold");
+    std::fs::write(&archive, bytes).unwrap();
+    let to = folder.path().join("whole");
+    match restore(&archive, &to, None, false) {
+        Ok(done) if done.lost.is_empty() => {
+            let expected = if done.later_damage { &intact[0] } else { &intact[1] };
+            let expected = if done.commit == 1 { &intact[0] } else { expected };
+            assert!(content_of(&to) == *expected, "{case}: restored as if it were whole");
+        }
+        Ok(done) => {
+            let files = content_of(&to);
+            assert!(
+                files.is_empty(),
+                "{case}: {:?} lost, but {:?} restored",
+                done.lost,
+                files.keys()
+            );
+        }
+        Err(error) => assert!(error.to_string().contains('`'), "{case}: {error} names nothing"),
+    }
+    let noticed = match verify(&archive, &Silent::default()) {
+        Ok(verified) => !verified.damage.is_empty() || !verified.lost.is_empty() || verified.leftover_bytes > 0,
+        Err(error) => {
+            assert!(error.to_string().contains("a.vmfold"), "{case}: {error}");
+            true
+        }
+    };
+    let to = folder.path().join("parts");
+    let mut outcome = Outcome {
+        noticed,
+        ..Outcome::default()
+    };
+    let Ok(done) = restore(&archive, &to, None, true) else {
+        return outcome;
+    };
+    let expected = &intact[done.commit as usize - 1];
+    for (name, content) in content_of(&to) {
+        let text = name.to_str().unwrap();
+        let Some(whole) = text.strip_suffix(".vmfold-partial") else {
+            assert!(content == expected[&name], "{case}: `{text}` is not what was stored");
+            outcome.whole += 1;
+            continue;
+        };
+        let expected = &expected[Path::new(whole)];
+        let lost = done.lost.iter().find(|lost| lost.path == Path::new(whole)).unwrap();
+        assert_eq!(content.len(), expected.len(), "{case}: `{text}`");
+        for (at, (found, expected)) in (0u64..).zip(content.iter().zip(expected)) {
+            let is_lost = lost
+                .ranges
+                .iter()
+                .any(|range| range.start <= at && at < range.start + range.length);
+            assert!(
+                found == expected || (is_lost && *found == 0),
+                "{case}: byte {at} of `{text}`"
+            );
+        }
+        outcome.parts += 1;
+    }
+    outcome.lost = done.lost.len();
+    let images = 3;
+    assert!(
+        outcome.whole + outcome.lost >= images,
+        "{case}: {outcome:?} does not account for every image"
+    );
+    outcome
+}
+
+/// Each record, damaged in each way.
+#[test]
+fn damage_never_makes_a_wrong_byte() {
+    let intact = intact();
+    assert_eq!(
+        check("none", GOLDEN, &intact),
+        Outcome {
+            whole: 4,
+            ..Outcome::default()
+        }
+    );
+    let records = records(GOLDEN);
+    let mut cases: Vec<(String, Vec<u8>)> = Vec::new();
+    for (n, (range, kind)) in records.iter().enumerate() {
+        let name = |what: &str| format!("{} {n}: {what}", kind.name());
+        for (what, at) in [
+            ("magic", range.start),
+            ("kind", range.start + 8),
+            ("length", range.start + 50),
+            ("first byte", range.start + HEADER_BYTES),
+            ("middle", range.start + HEADER_BYTES + (range.len() - HEADER_BYTES) / 2),
+            ("last byte", range.end - 1),
+        ] {
+            let mut bytes = GOLDEN.to_vec();
+            bytes[at] ^= 0x10;
+            cases.push((name(&format!("{what} flipped")), bytes));
+        }
+        let mut zeroed = GOLDEN.to_vec();
+        let end = range.end.min(range.start + 512);
+        zeroed[range.start..end].fill(0);
+        cases.push((name("first sector zeroed"), zeroed));
+        let mut zeroed = GOLDEN.to_vec();
+        zeroed[range.end.saturating_sub(512).max(range.start + HEADER_BYTES)..range.end].fill(0);
+        cases.push((name("last sector zeroed"), zeroed));
+        for (what, end) in [
+            ("before", range.start),
+            ("in its header", range.start + 50),
+            ("in its body", range.end - 1),
+        ] {
+            cases.push((name(&format!("truncated {what}")), GOLDEN[..end].to_vec()));
+        }
+        let record = &GOLDEN[range.clone()];
+        cases.push((name("missing"), [&GOLDEN[..range.start], &GOLDEN[range.end..]].concat()));
+        cases.push((
+            name("twice"),
+            [&GOLDEN[..range.end], record, &GOLDEN[range.end..]].concat(),
+        ));
+        if let Some((next, _)) = records.get(n + 1) {
+            let swapped = [
+                &GOLDEN[..range.start],
+                &GOLDEN[next.clone()],
+                record,
+                &GOLDEN[next.end..],
+            ];
+            cases.push((name("after the next one"), swapped.concat()));
+        }
+        let cut = [
+            &GOLDEN[..range.start + range.len() / 2],
+            &GOLDEN[range.start + range.len() / 2 + 7..],
+        ];
+        cases.push((name("seven bytes cut out"), cut.concat()));
+        let (last, _) = records.last().unwrap();
+        if range == last {
+            continue;
+        }
+        let moved = [
+            &GOLDEN[..range.start],
+            &GOLDEN[range.end..last.start],
+            record,
+            &GOLDEN[last.clone()],
+        ];
+        cases.push((name("moved to the end"), moved.concat()));
+    }
+    assert!(cases.len() > 200);
+    let mut unnoticed = Vec::new();
+    for (case, bytes) in &cases {
+        let outcome = check(case, bytes, &intact);
+        if !outcome.noticed {
+            unnoticed.push(case.clone());
+        }
+    }
+    // What verification calls intact has every record whole, only in another order or twice, or is the archive as it was before
+    // the second commit. A HEAD says the same in each epoch.
+    let harmless = |case: &String| {
+        let elsewhere = ["twice", "after the next one", "moved to the end"];
+        elsewhere.iter().any(|what| case.ends_with(what))
+            || case.starts_with("TAIL")
+            || case == "HEAD 11: truncated before"
+            || (case.starts_with("HEAD") && case.ends_with("missing"))
+    };
+    unnoticed.retain(|case| !harmless(case));
+    assert!(unnoticed.is_empty(), "{unnoticed:?}");
+}
+
+/// One record in the place of another archive's.
+#[test]
+fn records_of_another_archive_do_not_count() {
+    let intact = intact();
+    // The same archive under another name: every record is whole, and none belongs.
+    let mut other = GOLDEN.to_vec();
+    for (range, _) in records(GOLDEN) {
+        let header = Header::decode(other[range.start..].first_chunk().unwrap()).unwrap();
+        let renamed = Header {
+            archive: [9; 16],
+            ..header
+        };
+        other[range.start..range.start + HEADER_BYTES].copy_from_slice(&renamed.encode());
+    }
+    for (n, (range, kind)) in records(GOLDEN).into_iter().enumerate() {
+        if n == 0 {
+            continue;
+        }
+        let mut bytes = GOLDEN.to_vec();
+        bytes[range.clone()].copy_from_slice(&other[range]);
+        check(&format!("{} {n} of another archive", kind.name()), &bytes, &intact);
+    }
+}
+
+/// A frame's damage is confined to the images and ranges that it holds.
+#[test]
+fn what_is_intact_is_restored_and_what_is_lost_is_named() {
+    let intact = intact();
+    let records = records(GOLDEN);
+    let packs: Vec<_> = records.iter().filter(|(_, kind)| *kind == Kind::Pack).collect();
+    // The last PACK holds what the second commit brought: one small image.
+    let mut bytes = GOLDEN.to_vec();
+    bytes[packs.last().unwrap().0.end - 3] ^= 1;
+    let outcome = check("the last pack", &bytes, &intact);
+    assert_eq!(
+        outcome,
+        Outcome {
+            whole: 3,
+            parts: 1,
+            lost: 1,
+            noticed: true
+        }
+    );
+    // Without any INDEX and without the TAIL, everything can be restored.
+    let kept = records
+        .iter()
+        .filter(|(_, kind)| !matches!(kind, Kind::Index | Kind::Tail));
+    let bytes: Vec<u8> = kept.flat_map(|(range, _)| &GOLDEN[range.clone()]).copied().collect();
+    let outcome = check("no INDEX and no TAIL", &bytes, &intact);
+    assert_eq!((outcome.whole, outcome.lost), (4, 0));
+    // Without any COMMIT, what the records themselves say.
+    let kept = records.iter().filter(|(_, kind)| *kind != Kind::Commit);
+    let bytes: Vec<u8> = kept.flat_map(|(range, _)| &GOLDEN[range.clone()]).copied().collect();
+    let outcome = check("no COMMIT", &bytes, &intact);
+    assert_eq!((outcome.whole, outcome.lost), (4, 0));
+}
+
+/// The same from a pipe: either everything is right, or it fails and leaves no image.
+#[test]
+fn a_damaged_pipe_makes_no_wrong_byte() {
+    let intact = intact();
+    let records = records(GOLDEN);
+    let mut restored = 0;
+    for (n, (range, kind)) in records.iter().enumerate() {
+        for at in [range.start + 20, range.start + HEADER_BYTES, range.end - 1] {
+            let folder = scratch();
+            let mut bytes = GOLDEN.to_vec();
+            bytes[at] ^= 4;
+            let archive = folder.path().join("a.vmfold");
+            std::fs::write(&archive, bytes).unwrap();
+            for partial in [false, true] {
+                let to = folder.path().join(if partial { "parts" } else { "whole" });
+                let mut command = Command::new(env!("CARGO_BIN_EXE_vmfold"));
+                command
+                    .args(["import", "-", "--to"])
+                    .arg(&to)
+                    .stdin(Stdio::from(std::fs::File::open(&archive).unwrap()));
+                command.arg("--index").arg(folder.path().join("index"));
+                if partial {
+                    command.arg("--partial");
+                }
+                let output = command.output().unwrap();
+                let case = format!(
+                    "{} {n} at {at}: {}",
+                    kind.name(),
+                    String::from_utf8_lossy(&output.stderr)
+                );
+                let code = output.status.code();
+                assert!(matches!(code, Some(0 | 1 | 2 | 4)), "{case}: {code:?}");
+                assert!(
+                    partial || code != Some(0) || *kind == Kind::Tail,
+                    "{case}: it was not noticed"
+                );
+                for (name, content) in content_of(&to) {
+                    let text = name.to_str().unwrap();
+                    if text.contains(".vmfold-") {
+                        continue;
+                    }
+                    assert!(
+                        intact.iter().any(|commit| commit.get(&name) == Some(&content)),
+                        "{case}: `{text}`"
+                    );
+                    restored += 1;
+                }
+            }
+        }
+    }
+    assert!(restored > 50, "{restored}");
+}
