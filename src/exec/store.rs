@@ -20,8 +20,8 @@ use crate::fs::{Sharing, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::export::{ExportPlan, Piece, Source};
 
-/// Bytes of images read at a time, while those before are compressed.
-const BATCH_BYTES: u64 = 16 << 20;
+/// Bytes of images read at a time, while those before are compressed, and those before that are written.
+const BATCH_BYTES: u64 = 8 << 20;
 /// Blocks of one read at most.
 const READ_BLOCKS: u32 = 256;
 /// Bytes of blocks in a frame, unless its last chunk has more.
@@ -97,7 +97,8 @@ pub fn store(
         chunks: plan.chunks.iter(),
         chunk_left: 0,
     };
-    let mut packer = Packer::new(plan.first_new, how.level);
+    let mut packer = Packer::new(plan.first_new);
+    let mut compressed = Vec::new();
     let mut batches = batches(&tasks).peekable();
     let mut ahead: Vec<Read> = Vec::new();
     let mut current: &[Task] = &[];
@@ -115,15 +116,23 @@ pub fn store(
         spare.append(&mut ahead);
         let frames = std::mem::take(&mut assembler.ready);
         let recycled = std::mem::take(&mut spare);
-        let (compressed, read) = rayon::join(
-            || packer.compress(&frames),
-            || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
+        let to_write = std::mem::take(&mut compressed);
+        let log = &assembler.log;
+        let (added, (now_compressed, read)) = rayon::join(
+            || packer.add(to_write, log, out),
+            || {
+                rayon::join(
+                    || compress(how.level, &frames),
+                    || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
+                )
+            },
         );
-        packer.add(compressed.map_err(out.failed)?, &assembler.log, out)?;
-        assembler.corrected.write(&packer, false, out)?;
+        added?;
+        compressed = now_compressed.map_err(out.failed)?;
+        assembler.corrected.write(how.level, false, out)?;
         match (next, read) {
             (Some(tasks), Some(read)) => (current, ahead) = (tasks, read?),
-            _ if assembler.ready.is_empty() && current.is_empty() => break,
+            _ if assembler.ready.is_empty() && current.is_empty() && compressed.is_empty() => break,
             _ => {
                 current = &[];
                 assembler.end();
@@ -132,7 +141,7 @@ pub fn store(
     }
     packer.finish(&assembler.log, out)?;
     let inline = assembler.take_inline(fs, how, &mut old)?;
-    assembler.corrected.write(&packer, true, out)?;
+    assembler.corrected.write(how.level, true, out)?;
     let Assembler {
         mut log,
         corrected,
@@ -440,12 +449,12 @@ impl Corrected {
     }
 
     /// Writes a pack if there is enough for one, or anything and `all`.
-    fn write(&mut self, packer: &Packer, all: bool, out: &mut Out<'_>) -> Result<()> {
+    fn write(&mut self, level: i32, all: bool, out: &mut Out<'_>) -> Result<()> {
         if self.content.is_empty() || !all && self.content.len() < PACK_BYTES {
             return Ok(());
         }
         let plain: Vec<Vec<u8>> = self.content.chunks(FRAME_BYTES).map(<[u8]>::to_vec).collect();
-        let frames = packer.compress(&plain).map_err(out.failed)?;
+        let frames = compress(level, &plain).map_err(out.failed)?;
         let blocks = u32::try_from(self.content.len() / BLOCK_LEN).unwrap_or(u32::MAX);
         out.put(
             Kind::Pack,
@@ -551,9 +560,22 @@ fn put_index(first: StoreBlock, hashes: &[Hash], out: &mut Out<'_>) -> Result<()
     out.put(Kind::Index, 0, (first, blocks), &index::encode(first, hashes))
 }
 
-/// Compresses frames and writes them in packs.
+/// Compresses blocks on all cores.
+fn compress(level: i32, plain: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
+    plain
+        .par_iter()
+        .map_init(
+            || zstd::bulk::Compressor::new(level),
+            |compressor, plain| match compressor {
+                Ok(compressor) => Frame::compress(plain, compressor),
+                Err(error) => Err(std::io::Error::other(error.to_string())),
+            },
+        )
+        .collect()
+}
+
+/// Writes frames in packs.
 struct Packer {
-    level: i32,
     /// Frames of the pack that is being filled.
     frames: Vec<Frame>,
     stored_bytes: usize,
@@ -565,28 +587,14 @@ struct Packer {
 }
 
 impl Packer {
-    fn new(first: StoreBlock, level: i32) -> Self {
+    fn new(first: StoreBlock) -> Self {
         Self {
-            level,
             frames: Vec::new(),
             stored_bytes: 0,
             first,
             end: first,
             indexed: first,
         }
-    }
-
-    fn compress(&self, plain: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
-        plain
-            .par_iter()
-            .map_init(
-                || zstd::bulk::Compressor::new(self.level),
-                |compressor, plain| match compressor {
-                    Ok(compressor) => Frame::compress(plain, compressor),
-                    Err(error) => Err(std::io::Error::other(error.to_string())),
-                },
-            )
-            .collect()
     }
 
     fn add(&mut self, frames: Vec<Frame>, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
