@@ -373,3 +373,104 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
     }
     assert!(restored > 50, "{restored}");
 }
+
+/// An archive of one small image with this name, as nothing but a hostile writer makes it.
+fn named(name: &[u8], path: &Path) {
+    use std::os::unix::ffi::OsStrExt;
+    use vmfold::archive::commit::{Commit, CommitLocation};
+    use vmfold::archive::manifest::{self, Content as Holds, Entry, Image, Metadata, Payloads, Run};
+    use vmfold::archive::writer::{Base, Sink, Writer};
+    let name = PathBuf::from(std::ffi::OsStr::from_bytes(name));
+    let sink = Sink::File(std::fs::File::create(path).unwrap());
+    let base = Base {
+        archive: [1; 16],
+        ..Base::default()
+    };
+    let mut writer = Writer::begin(sink, base, 5).unwrap();
+    let mut payloads = Payloads::default();
+    payloads.push(&Entry::Image(Image {
+        number: 0,
+        names: vec![name],
+        size: 4096,
+        metadata: Metadata::default(),
+    }));
+    payloads.push(&Entry::Runs {
+        image: 0,
+        first_block: 0,
+        runs: vec![Run {
+            blocks: 1,
+            content: Holds::Zeros,
+        }],
+    });
+    for (part, payload) in [
+        (manifest::PART_IMAGES, payloads.finish().remove(0)),
+        (manifest::PART_CORRECTIONS, Vec::new()),
+    ] {
+        writer
+            .put(
+                Kind::Plan,
+                part,
+                (0, 0),
+                &manifest::encode(1, part, true, &payload).unwrap(),
+            )
+            .unwrap();
+    }
+    let commit = Commit {
+        number: 0,
+        time: (0, 0),
+        label: String::new(),
+        root: PathBuf::new(),
+        previous: CommitLocation::default(),
+        store_end: 0,
+        images: Vec::new(),
+        records: Vec::new(),
+    };
+    writer.finish(commit).unwrap();
+}
+
+#[test]
+fn names_that_lead_out_are_refused() {
+    let long = [b'x'; 256];
+    let bad: [&[u8]; 9] = [
+        b"../evil",
+        b"/tmp/evil",
+        b"a/../../evil",
+        b"a/./b",
+        b"a//b",
+        b"..",
+        b"",
+        b"a\0b",
+        &long,
+    ];
+    for name in bad {
+        let folder = scratch();
+        let archive = folder.path().join("a.vmfold");
+        named(name, &archive);
+        let to = folder.path().join("deep/to");
+        for partial in [false, true] {
+            assert!(
+                !matches!(restore(&archive, &to, None, partial), Ok(done) if done.lost.is_empty()),
+                "{name:?}"
+            );
+        }
+        let files = content_of(folder.path());
+        assert_eq!(files.keys().collect::<Vec<_>>(), [Path::new("a.vmfold")], "{name:?}");
+    }
+    // A link that stands where an image goes leads nowhere.
+    let folder = scratch();
+    let (archive, to, outside) = (
+        folder.path().join("a.vmfold"),
+        folder.path().join("to"),
+        folder.path().join("outside"),
+    );
+    named(b"link/x.img", &archive);
+    std::fs::create_dir_all(&to).unwrap();
+    std::fs::create_dir(&outside).unwrap();
+    std::os::unix::fs::symlink(&outside, to.join("link")).unwrap();
+    let error = restore(&archive, &to, None, false).unwrap_err();
+    assert!(error.to_string().contains("symbolic link"), "{error}");
+    assert!(std::fs::read_dir(&outside).unwrap().next().is_none());
+    std::fs::remove_file(to.join("link")).unwrap();
+    assert!(restore(&archive, &to, None, false).unwrap().lost.is_empty());
+    assert_eq!(std::fs::read(to.join("link/x.img")).unwrap(), vec![0; 4096]);
+}
