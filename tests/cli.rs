@@ -200,6 +200,146 @@ fn reclaim_json() {
 }
 
 #[test]
+fn export_list_verify_diff_and_import() {
+    if !can_mount() {
+        return;
+    }
+    let fs = small_pool();
+    let (archive, index) = (fs.mount.join("a.vmfold"), fs.index());
+    let (archive, index) = (archive.to_str().unwrap(), index.to_str().unwrap());
+    let (pool, to) = (fs.pool(), fs.mount.join("to"));
+    let (pool, to) = (pool.to_str().unwrap(), to.to_str().unwrap());
+    let run = |arguments: &[&str]| outcome(&vmfold(arguments), &fs.mount);
+    let mut settings = insta::Settings::clone_current();
+    for (what, name) in [
+        (r"\([0-9a-f]{8}\)", "([name])"),
+        (r"  [0-9a-f]{8}  ", "  [name]    "),
+        (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "[time]                 "),
+        (r"[0-9.]+ MiB free", "[size] free"),
+        (r"(amaged:? (at )?)bytes \d+\.\.\d+", "${1}[range]"),
+    ] {
+        settings.add_filter(what, name);
+    }
+    let _bound = settings.bind_to_scope();
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--label", "first"]), @r#"
+        Commit 1 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
+        Read 10.0 MiB, 0 B known from before; 4.0 MiB new, stored in 2.0 MiB; the archive has 2.0 MiB
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
+        Read 0 B, 10.0 MiB known from before; 0 B new, stored in 1.1 KiB; the archive has 2.0 MiB
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["list", archive]), @r#"
+        Commit  Name      Time                     Images         Size        Added       Stored  Label
+             1  [name]    [time]                        3     15.0 MiB      4.0 MiB      2.0 MiB  first
+             2  [name]    [time]                        3     15.0 MiB          0 B        912 B  
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["list", archive, "first"]), @r#"
+        Commit  Name      Time                     Images         Size        Added       Stored  Label
+             1  [name]    [time]                        3     15.0 MiB      4.0 MiB      2.0 MiB  first
+
+               Size        Data       Added  Image
+            5.0 MiB     4.0 MiB     4.0 MiB  one.img
+            5.0 MiB     4.0 MiB         0 B  two.img
+            5.0 MiB     4.0 MiB         0 B  two.img.1@2026-01-01T00:00:00Z
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["list", archive, "third"]), @r#"
+        --- stderr
+        error: the archive `[folder]/a.vmfold` has no commit `third` (vmfold list shows what there is)
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        2 commits with 6 images, 4.0 MiB of blocks in 2.0 MiB: all intact
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["import", archive, "--to", to, "--dry-run"]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
+        4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["import", archive, "two.img", "--to", to]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 images, 4.0 MiB of data in 5.0 MiB
+        4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
+        Restored 1 images to `[folder]/to`: 4.0 MiB written, 0 B shared with what was there
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["import", archive, "two.img", "--to", to]), @r#"
+        --- stderr
+        error: exists already: `[folder]/to/two.img` (restore to another folder, or replace them with --replace)
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(run(&["import", archive, "none.img", "--to", to]), @r#"
+        --- stderr
+        error: no image of this commit matches: vmfold list shows what there is
+        --- exit 2
+    "#);
+    std::fs::write(fs.pool().join("one.img"), vec![7; 5000]).unwrap();
+    insta::assert_snapshot!(run(&["diff", archive, "1", "2"]), @r#"
+        3 of 3 images are the same in commit 1 ([name]) and commit 2 ([name])
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["diff", archive, "--pool", pool]), @r#"
+        Differs in 5.0 MiB: one.img: bytes 0..5242880
+        2 of 3 images are the same in commit 2 ([name]) and the images on disk
+        --- stderr
+        --- exit 5
+    "#);
+    let mut bytes = std::fs::read(archive).unwrap();
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    std::fs::write(archive, bytes).unwrap();
+    insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        Damaged: [range]: a record does not match its hash
+        Damaged: [range]: a frame does not match its hash
+        Commit 1: Lost: one.img: bytes 1064960..2129920
+        Commit 1: Lost: two.img: bytes 1064960..2129920
+        Commit 1: Lost: two.img.1@2026-01-01T00:00:00Z: bytes 1064960..2129920
+        Commit 2: Lost: one.img: bytes 1064960..2129920
+        Commit 2: Lost: two.img: bytes 1064960..2129920
+        Commit 2: Lost: two.img.1@2026-01-01T00:00:00Z: bytes 1064960..2129920
+        2 commits with 6 images, 3.0 MiB of blocks in 2.0 MiB: damaged
+        --- stderr
+        --- exit 4
+    "#);
+    let whole = fs.mount.join("whole");
+    insta::assert_snapshot!(run(&["import", archive, "--to", whole.to_str().unwrap()]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
+        4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
+        Lost: one.img: bytes 1064960..2129920
+        Lost: two.img: bytes 1064960..2129920
+        Lost: two.img.1@2026-01-01T00:00:00Z: bytes 1064960..2129920
+        Nothing was restored: --partial restores what is intact
+        --- stderr
+        note: the archive `[folder]/a.vmfold` is damaged at [range]: a frame does not match its hash
+        --- exit 4
+    "#);
+    insta::assert_snapshot!(run(&["import", archive, "--to", whole.to_str().unwrap(), "--partial"]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
+        4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
+        Lost: one.img: bytes 1064960..2129920; the rest of it is `one.img.vmfold-partial`
+        Lost: two.img: bytes 1064960..2129920; the rest of it is `two.img.vmfold-partial`
+        Lost: two.img.1@2026-01-01T00:00:00Z: bytes 1064960..2129920; the rest of it is `two.img.1@2026-01-01T00:00:00Z.vmfold-partial`
+        Restored 0 images to `[folder]/whole`: 3.0 MiB written, 0 B shared with what was there
+        --- stderr
+        note: The archive is damaged at [range]: a record does not match its hash
+        note: the archive `[folder]/a.vmfold` is damaged at [range]: a frame does not match its hash
+        --- exit 4
+    "#);
+}
+
+#[test]
 fn json_is_as_its_schema_says() {
     if !can_mount() {
         return;
@@ -215,6 +355,26 @@ fn json_is_as_its_schema_says() {
     }
     drop(open);
     documents.push(fs.vmfold_json("reclaim"));
+    let scratch = tempfile::tempdir().unwrap();
+    let at = |name: &str| scratch.path().join(name).display().to_string();
+    let (archive, index, pool) = (at("a.vmfold"), at("index"), fs.pool().display().to_string());
+    for arguments in [
+        vec!["export", &archive, "--index", &index, &pool],
+        vec!["list", &archive],
+        vec!["verify", &archive],
+        vec!["diff", &archive, "--pool", &pool],
+        vec!["import", &archive, "--index", &index, "--to", &at("to"), "--dry-run"],
+        vec!["import", &archive, "--index", &index, "--to", &at("to")],
+    ] {
+        documents.push(serde_json::from_slice(&vmfold(&[&["--json"], &arguments[..]].concat()).stdout).unwrap());
+    }
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(&archive)
+        .unwrap()
+        .set_len(5000)
+        .unwrap();
+    documents.push(serde_json::from_slice(&vmfold(&["--json", "verify", &archive]).stdout).unwrap());
     for document in &documents {
         let problems: Vec<_> = schema.iter_errors(document).map(|error| error.to_string()).collect();
         assert!(problems.is_empty(), "{problems:?} in {document}");
@@ -279,7 +439,7 @@ fn bad_input_is_one_line_each() {
     "#);
     insta::assert_snapshot!(run(&["--exclude", "[", &pool]), @r#"
         --- stderr
-        error: --exclude `[` is no pattern: error parsing glob '[': unclosed character class; missing ']'
+        error: `[` is no pattern: error parsing glob '[': unclosed character class; missing ']'
         --- exit 2
     "#);
     let uuid = sh(&format!("findmnt -no UUID {}", fs.mount.display()))
@@ -334,13 +494,19 @@ fn help_and_usage() {
         Works on the images of shut-down machines on btrfs. Images keep every byte, their times, inodes,
         links, mode and owner; images that someone has open are left alone.
 
-        Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 130 interrupted.
+        Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 4 the archive is
+        damaged, 5 diff found differences, 130 interrupted.
 
         Usage: vmfold [OPTIONS] <COMMAND>
 
         Commands:
           reclaim  Share what images have in common, and free the rest
           report   Show what each image holds, and what deleting it would free
+          export   Write images and revisions to an archive, each distinct block once
+          import   Restore images from an archive, sharing what they have in common
+          list     Show the commits and images of an archive
+          verify   Check every hash and reference of an archive
+          diff     Show what differs between two commits, or between one and images on disk
           scan     Fill the index only
           status   Show what the index knows
           help     Print this message or the help of the given subcommand(s)

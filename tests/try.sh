@@ -48,3 +48,9 @@ echo; echo "== vmfold reclaim --dry-run"; "$vmfold" reclaim --dry-run --index "$
 echo; echo "== vmfold reclaim"; "$vmfold" reclaim --index "$work/index" "$pool"
 echo; echo "Data on the scratch filesystem, as btrfs counts it: $before before, $(used) after"
 (cd "$pool" && sha256sum --quiet -c "$work/sums") && echo "Every image is byte for byte what it was"
+
+echo; echo "== vmfold export"; "$vmfold" export "$work/archive.vmfold" --index "$work/index" --label first "$pool"
+echo; echo "== vmfold import, to another folder: nothing that is here already is written again"
+"$vmfold" import "$work/archive.vmfold" --index "$work/index" --to "$mnt/restored" --seed "$pool"
+echo; echo "Data on the scratch filesystem with everything there twice: $(used)"
+(cd "$mnt/restored" && sha256sum --quiet -c "$work/sums") && echo "Every restored image is byte for byte what it was"

@@ -573,6 +573,7 @@ impl<'a> Restore<'a> {
             }
         }
         if !imported.lost.is_empty() && !self.options.partial {
+            imported.done = None;
             return Ok(());
         }
         let counts = target::place(self, work, &damaged, mixed_up, &lost_blocks, monitor)?;

@@ -110,6 +110,9 @@ impl Display for Imported {
             writeln!(f, "The archive is damaged behind this commit: a later one may be lost")?;
         }
         self.lost.iter().try_for_each(|lost| write!(f, "{lost}"))?;
+        if self.done.is_none() && !self.lost.is_empty() {
+            writeln!(f, "Nothing was restored: --partial restores what is intact")?;
+        }
         if let Some(done) = &self.done {
             writeln!(
                 f,
