@@ -67,18 +67,23 @@ impl Chunker {
             let from = start * STREAM_BYTES;
             let (_, cut) = cdc.cut(from, self.stream.len() - from);
             let end = cut.div_ceil(STREAM_BYTES).clamp(start + 1, fingerprints.len());
-            let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
-            for fingerprint in &fingerprints[start..end] {
-                hash.update(&fingerprint.to_le_bytes());
-            }
             let blocks = u16::try_from(end - start).unwrap_or(PARAMETERS.max_blocks);
             emit(Chunk {
                 blocks,
-                weak_id: hash.digest(),
+                weak_id: weak_id(&fingerprints[start..end]),
             });
             start = end;
         }
     }
+}
+
+/// The weak id of a chunk whose blocks have these fingerprints.
+pub fn weak_id(fingerprints: &[u32]) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    for fingerprint in fingerprints {
+        hash.update(&fingerprint.to_le_bytes());
+    }
+    hash.digest()
 }
 
 /// The fingerprints whose cut points `testdata/cuts-v1.txt` holds, so that any change of the cutting is noticed.

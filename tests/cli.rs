@@ -200,6 +200,7 @@ fn reclaim_json() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one outcome after the other")]
 fn export_list_verify_diff_and_import() {
     if !can_mount() {
         return;

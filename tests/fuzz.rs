@@ -64,7 +64,7 @@ const HOSTILE: [u64; 10] = [
     u64::MAX,
 ];
 
-fn change(bytes: &mut Vec<u8>, random: &mut Random) {
+fn change(bytes: &mut [u8], random: &mut Random) {
     let at = usize::try_from(random.below(bytes.len() as u64 - 8)).unwrap();
     match random.below(6) {
         0 => bytes[at] ^= 1 << random.below(8),

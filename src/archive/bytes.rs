@@ -113,9 +113,10 @@ impl<'a> Decoder<'a> {
 
     /// Reserved bytes.
     pub fn zeros(&mut self, length: usize) -> Decoded<()> {
-        match self.take(length)?.iter().all(|byte| *byte == 0) {
-            true => Ok(()),
-            false => Err("a reserved field is not 0"),
+        if self.take(length)?.iter().all(|byte| *byte == 0) {
+            Ok(())
+        } else {
+            Err("a reserved field is not 0")
         }
     }
 
@@ -177,9 +178,10 @@ pub fn unpack_payload(encoding: u8, stored: &[u8], plain_length: usize, limit: u
         ZSTD => zstd::bulk::decompress(stored, plain_length).map_err(|_| "its payload cannot be decompressed")?,
         _ => return Err("its payload has an encoding not known"),
     };
-    match plain.len() == plain_length {
-        true => Ok(plain),
-        false => Err("its payload has another length than it says"),
+    if plain.len() == plain_length {
+        Ok(plain)
+    } else {
+        Err("its payload has another length than it says")
     }
 }
 
@@ -213,7 +215,7 @@ mod tests {
         );
         assert!(Decoder::new(&[200, 1, 0]).string(1 << 20).is_err());
         assert!(Decoder::new(&[4, 0, 0, 0]).count(1).is_err());
-        let (_, stored) = pack_payload(&[0; 100_000]).unwrap();
+        let (_, stored) = pack_payload(&vec![0; 100_000]).unwrap();
         assert!(unpack_payload(ZSTD, &stored, 50_000, 1 << 20).is_err());
         assert!(unpack_payload(ZSTD, &stored, 200_000, 1 << 20).is_err());
         assert!(unpack_payload(ZSTD, &stored, 100_000, 1 << 16).is_err());

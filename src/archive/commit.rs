@@ -221,9 +221,10 @@ pub fn decode_tail(body: &[u8]) -> Decoded<CommitLocation> {
         })
     };
     let (one, other) = (copy()?, copy()?);
-    match one == other {
-        true => Ok(one),
-        false => Err("its two halves differ"),
+    if one == other {
+        Ok(one)
+    } else {
+        Err("its two halves differ")
     }
 }
 

@@ -133,6 +133,7 @@ impl Run {
     }
 
     /// What it holds from `skip` blocks on, for `blocks` blocks.
+    #[must_use]
     pub fn part(self, skip: u32, blocks: u32) -> Self {
         let content = match self.content {
             Content::Stored(first) => Content::Stored(first + skip),
@@ -178,6 +179,13 @@ pub struct Announced {
     pub chunks: Vec<u8>,
     /// Of each block.
     pub fingerprints: Vec<u32>,
+}
+
+impl Announced {
+    /// The address after the last.
+    pub fn end(&self) -> StoreBlock {
+        self.first + u32::try_from(self.fingerprints.len()).unwrap_or(0)
+    }
 }
 
 /// What a PLAN holds.
@@ -659,9 +667,10 @@ fn correct(runs: &[Run], corrections: &mut [(u32, Run)]) -> Decoded<Vec<Run>> {
         push_run(&mut corrected, run.part(from, run.blocks - from));
         at += run.blocks;
     }
-    match skip == 0 && corrections.next().is_none() {
-        true => Ok(corrected),
-        false => Err("a correction goes beyond the end of an image"),
+    if skip == 0 && corrections.next().is_none() {
+        Ok(corrected)
+    } else {
+        Err("a correction goes beyond the end of an image")
     }
 }
 
@@ -711,7 +720,9 @@ mod tests {
                 Entry::Runs { image: 3, first_block: 5, runs },
             ];
             let mut payloads = Payloads::default();
-            entries.iter().for_each(|entry| payloads.push(entry));
+            for entry in &entries {
+                payloads.push(entry);
+            }
             let mut found = Vec::new();
             for payload in payloads.finish() {
                 let Plan { commit, last, part } = decode(&encode(2, 0, true, &payload).unwrap()).unwrap();
@@ -749,7 +760,9 @@ mod tests {
             };
             let mut expected = each(&runs);
             let mut joined = Vec::new();
-            runs.iter().for_each(|run| push_run(&mut joined, *run));
+            for run in &runs {
+                push_run(&mut joined, *run);
+            }
             let mut corrections = Vec::new();
             let mut end = 0;
             for (at, blocks) in places {

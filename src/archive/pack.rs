@@ -86,9 +86,10 @@ impl FrameInfo {
             RAW => stored.to_vec(),
             _ => zstd::bulk::decompress(stored, length).map_err(|_| "a frame cannot be decompressed")?,
         };
-        match plain.len() == length {
-            true => Ok(plain),
-            false => Err("a frame has another length than it says"),
+        if plain.len() == length {
+            Ok(plain)
+        } else {
+            Err("a frame has another length than it says")
         }
     }
 
@@ -176,9 +177,10 @@ pub fn decode_table(body: &[u8], body_bytes: u64) -> Decoded<Vec<FrameInfo>> {
             .filter(|end| *end <= STORE_BLOCKS_MAX)
             .ok_or("it holds blocks beyond the largest store")?;
     }
-    match offset == body_bytes {
-        true => Ok(frames),
-        false => Err("its frames do not fill it"),
+    if offset == body_bytes {
+        Ok(frames)
+    } else {
+        Err("its frames do not fill it")
     }
 }
 

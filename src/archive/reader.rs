@@ -373,7 +373,7 @@ impl Archive {
         let mut file = self.file.try_clone().map_err(Error::io("open", &self.path))?;
         file.seek(SeekFrom::Start(0)).map_err(Error::io("read", &self.path))?;
         let mut stream = Stream::new(file, 0);
-        while let Some(event) = stream.next().map_err(Error::io("read", &self.path))? {
+        while let Some(event) = stream.next_event().map_err(Error::io("read", &self.path))? {
             match event {
                 Event::Record { header, offset, .. } => {
                     searched.by_hash.entry(header.body_hash).or_insert(offset);
@@ -451,7 +451,7 @@ impl Archive {
         let mut stream = Stream::new(file, self.end.0);
         let mut sequence = self.end.1;
         let mut broken = false;
-        while let Some(event) = stream.next().map_err(Error::io("read", &self.path))? {
+        while let Some(event) = stream.next_event().map_err(Error::io("read", &self.path))? {
             let follows = match event {
                 Event::Record { header, .. } => {
                     let follows = header.archive == self.id && header.sequence == sequence;

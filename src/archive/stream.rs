@@ -85,7 +85,7 @@ impl<R: Read> Stream<R> {
     ///
     /// # Errors
     /// Those of reading.
-    pub fn next(&mut self) -> io::Result<Option<Event>> {
+    pub fn next_event(&mut self) -> io::Result<Option<Event>> {
         self.fill(HEADER_BYTES)?;
         if self.available().is_empty() {
             return Ok(None);
@@ -178,7 +178,7 @@ mod tests {
     fn read(bytes: &[u8]) -> (Vec<u64>, u64) {
         let mut stream = Stream::new(bytes, 0);
         let (mut whole, mut damaged, mut last) = (Vec::new(), 0, 0);
-        while let Some(event) = stream.next().unwrap() {
+        while let Some(event) = stream.next_event().unwrap() {
             assert!(stream.offset() > last, "it goes on");
             last = stream.offset();
             match event {

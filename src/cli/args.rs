@@ -150,6 +150,7 @@ pub(super) struct Diff {
 }
 
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Import {
     /// Archive file; `-` for standard input
     #[arg(value_name = "ARCHIVE")]

@@ -242,9 +242,10 @@ impl args::Export {
             scope: self.scope.scope(),
             only: self.only.clone(),
             revisions: self.revisions,
-            target: match self.archive.as_os_str() == "-" {
-                true => Target::Pipe,
-                false => Target::File(self.archive.clone()),
+            target: if self.archive.as_os_str() == "-" {
+                Target::Pipe
+            } else {
+                Target::File(self.archive.clone())
             },
             level: self.level,
             label: self.label.clone(),
@@ -255,9 +256,10 @@ impl args::Export {
 impl args::Import {
     fn options(&self) -> ops::import::Options {
         ops::import::Options {
-            source: match self.archive.as_os_str() == "-" {
-                true => Source::Pipe,
-                false => Source::File(self.archive.clone()),
+            source: if self.archive.as_os_str() == "-" {
+                Source::Pipe
+            } else {
+                Source::File(self.archive.clone())
             },
             to: self.to.clone(),
             only: self.only.clone(),

@@ -123,16 +123,15 @@ impl<'a> StoredHashes<'a> {
             return Ok(None);
         };
         let first = block - block % Self::PAGE;
-        match self.pages.iter().position(|(page, _)| *page == first) {
-            Some(at) => self.pages[at..].rotate_left(1),
-            None => {
-                let end = self.end.min(first.saturating_add(Self::PAGE));
-                let page = archive.hashes(first, end)?;
-                if self.pages.len() >= Self::PAGES {
-                    self.pages.remove(0);
-                }
-                self.pages.push((first, page));
+        if let Some(at) = self.pages.iter().position(|(page, _)| *page == first) {
+            self.pages[at..].rotate_left(1);
+        } else {
+            let end = self.end.min(first.saturating_add(Self::PAGE));
+            let page = archive.hashes(first, end)?;
+            if self.pages.len() >= Self::PAGES {
+                self.pages.remove(0);
             }
+            self.pages.push((first, page));
         }
         let page = self.pages.last().map(|(_, page)| page);
         Ok(page.and_then(|page| page.get((block - first) as usize).copied().flatten()))

@@ -163,7 +163,7 @@ fn is_zero(block: &[u8]) -> bool {
         .as_chunks::<16>()
         .0
         .iter()
-        .all(|part| u128::from_ne_bytes(*part) == 0)
+        .all(|part| u128::from_le_bytes(*part) == 0)
 }
 
 /// The ranges to be read, in the order they lie on disk.

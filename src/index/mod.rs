@@ -191,6 +191,28 @@ impl Index {
         Ok(())
     }
 
+    /// The addresses of extents that hold chunks which `is_wanted` takes by their weak ids.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn extents_with(&self, is_wanted: impl Fn(u64) -> bool) -> Result<Vec<u64>> {
+        let mut found = Vec::new();
+        for record in &self.tree {
+            let (_, record) = record.map_err(|error| self.error(&error))?;
+            let entries = record::decode(&record).unwrap_or_default();
+            let holding = entries
+                .iter()
+                .filter(|entry| entry.chunks.iter().any(|chunk| is_wanted(chunk.weak_id)));
+            found.extend(holding.map(|entry| entry.address));
+        }
+        Ok(found)
+    }
+
+    /// Whether there is an index of the filesystem with this UUID.
+    pub fn exists(folder: &Path, uuid: [u8; 16]) -> bool {
+        folder.join(hex(&uuid)).join("sled").is_dir()
+    }
+
     /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
     fn read(&self, segment: u64) -> Result<Vec<Entry>> {
         let record = self

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Prepared, Scope, discover, prepare_found};
-use crate::archive::commit::{Commit, Summary};
+use crate::archive::commit::{Commit, CommitLocation, Summary};
 use crate::archive::manifest::{
     Content, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads, Run, push_run,
 };
@@ -21,6 +21,7 @@ use crate::exec::hashes::{HashLog, StoredHashes};
 use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::attributes;
 use crate::fs::btrfs::{Purpose, checksum_digests};
+use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan::export::{ByImage, ExportPlan, Piece, Source, plan_export};
 use crate::pool::{Found, Revision, patterns, revision_of};
@@ -109,9 +110,10 @@ pub(super) fn root_of(paths: &[PathBuf]) -> Result<PathBuf> {
     let mut root: Option<PathBuf> = None;
     for path in paths {
         let full = path.canonicalize().map_err(Error::io("look at", path))?;
-        let folder = match full.is_dir() {
-            true => full,
-            false => full.parent().map_or(full.clone(), Path::to_owned),
+        let folder = if full.is_dir() {
+            full
+        } else {
+            full.parent().map_or(full.clone(), Path::to_owned)
         };
         root = Some(match root {
             None => folder,
@@ -264,9 +266,10 @@ impl Opened {
         let (Some(file), Target::File(path)) = (&self.file, &self.target) else {
             return;
         };
-        let undone = match self.is_new {
-            true => std::fs::remove_file(path),
-            false => file.set_len(self.base.length),
+        let undone = if self.is_new {
+            std::fs::remove_file(path)
+        } else {
+            file.set_len(self.base.length)
         };
         if let Err(error) = undone {
             monitor.note(&format!("What was written so far could not be taken back: {error}"));
@@ -302,28 +305,8 @@ impl Exporter<'_> {
             Some(_) => checksum_digests(fs, facts)?,
             None => Vec::new(),
         };
-        self.monitor.phase("Planning", 0);
-        let known = match (index, &opened.archive) {
-            (Some(index), Some(archive)) => index.stored(&archive.id(), archive.commits(), facts, &digests)?,
-            _ => Vec::new(),
-        };
-        let first_new = opened.base.store_end;
-        let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
-        let mut fingerprints = facts.fingerprints.alike(room as usize);
-        if let Some(archive) = &opened.archive {
-            for announced in archive
-                .commits()
-                .iter()
-                .map(|committed| archive.announced(committed))
-                .collect::<Result<Vec<_>>>()?
-                .into_iter()
-                .flatten()
-                .filter(|announced| announced.function == fs.function())
-            {
-                fingerprints.write(announced.first, &announced.fingerprints);
-            }
-        }
-        let plan = plan_export(facts, &known, first_new, fingerprints).ok_or(Error::TooLarge)?;
+        let plan = self.plan(opened, index, &digests)?;
+        let first_new = plan.first_new;
         let (folders, images) = self.images()?;
         let by_image = ByImage::new(facts);
         let sink = opened.sink.take().ok_or(Error::Interrupted)?;
@@ -337,7 +320,7 @@ impl Exporter<'_> {
             let number = u32::try_from(place).unwrap_or(u32::MAX);
             by_image.runs(facts, pieces, number, images[place].blocks())
         };
-        self.put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
+        put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
         announce(
             fs.function(),
             plan.first_new,
@@ -345,28 +328,22 @@ impl Exporter<'_> {
             |first, blocks| plan.fingerprints.range(first..first + blocks),
             &mut out,
         )?;
-        let log = HashLog::new(first_new, self.options.scope.index.clone());
-        let how = How {
-            function: fs.function(),
-            level: self.options.level,
-            inline: &self.prepared.inline,
-        };
         let old = |archive| StoredHashes::new(archive, first_new);
         let archive = opened.archive.as_ref();
-        let stored = store((fs, facts), &plan, how, (old(archive), log), &mut out, self.monitor)?;
+        let log = HashLog::new(first_new, self.options.scope.index.clone());
+        let stored = store(
+            (fs, facts),
+            &plan,
+            self.how(),
+            (old(archive), log),
+            &mut out,
+            self.monitor,
+        )?;
         facts
             .fingerprints
             .check()
             .map_err(Error::io("use the file of fingerprints in", &self.options.scope.index))?;
-        let changed: Vec<PathBuf> = fs
-            .images()
-            .iter()
-            .filter(|image| !image.may_touch() || !image.is_unchanged())
-            .map(|image| image.path.clone())
-            .collect();
-        if !changed.is_empty() {
-            return Err(Error::ChangedMeanwhile { paths: changed });
-        }
+        self.check_unchanged()?;
         let pieces = corrected(&plan, &stored.corrections);
         self.put_corrections(&by_image, &stored, &mut out)?;
         self.monitor.phase("Committing", 0);
@@ -383,16 +360,7 @@ impl Exporter<'_> {
             &mut old(archive),
         )?;
         let store_end = stored.hashes.end();
-        let commit = Commit {
-            number: 0,
-            time: now(),
-            label: self.options.label.clone(),
-            root: self.root.to_owned(),
-            previous: crate::archive::commit::CommitLocation::default(),
-            store_end,
-            images: summaries,
-            records: Vec::new(),
-        };
+        let commit = self.commit(summaries, store_end);
         let before = opened.base;
         let (base, commit) = writer.finish(commit).map_err(failed)?;
         let committed = Committed {
@@ -403,15 +371,8 @@ impl Exporter<'_> {
         // From here on the archive has the commit, whatever comes.
         opened.base = base;
         opened.is_new = false;
-        if let Some(parent) = path.parent().filter(|_| before.length == 0 && opened.file.is_some()) {
-            let parent = if parent.as_os_str().is_empty() {
-                Path::new(".")
-            } else {
-                parent
-            };
-            File::open(parent)
-                .and_then(|folder| folder.sync_all())
-                .map_err(Error::io("sync", parent))?;
+        if before.length == 0 && opened.file.is_some() {
+            sync_folder_of(&path)?;
         }
         if let Some(index) = index {
             let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &pieces);
@@ -444,6 +405,62 @@ impl Exporter<'_> {
             archive_bytes: base.length,
             skipped: self.prepared.skipped.clone(),
         })
+    }
+
+    /// Which blocks are new to the archive.
+    fn plan(&self, opened: &Opened, index: Option<&Index>, digests: &[Option<u128>]) -> Result<ExportPlan> {
+        let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
+        self.monitor.phase("Planning", 0);
+        let known = match (index, &opened.archive) {
+            (Some(index), Some(archive)) => index.stored(&archive.id(), archive.commits(), facts, digests)?,
+            _ => Vec::new(),
+        };
+        let first_new = opened.base.store_end;
+        let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
+        let mut fingerprints = facts.fingerprints.alike(room as usize);
+        if let Some(archive) = &opened.archive {
+            for committed in archive.commits() {
+                let usable = archive.announced(committed)?.into_iter();
+                for announced in usable.filter(|one| one.function == fs.function() && one.end() <= first_new) {
+                    fingerprints.write(announced.first, &announced.fingerprints);
+                }
+            }
+        }
+        plan_export(facts, &known, first_new, fingerprints).ok_or(Error::TooLarge)
+    }
+
+    fn how(&self) -> How<'_> {
+        How {
+            function: self.prepared.fs.function(),
+            level: self.options.level,
+            inline: &self.prepared.inline,
+        }
+    }
+
+    /// A commit of these images; its writer adds the rest.
+    fn commit(&self, images: Vec<Summary>, store_end: StoreBlock) -> Commit {
+        Commit {
+            number: 0,
+            time: now(),
+            label: self.options.label.clone(),
+            root: self.root.to_owned(),
+            previous: CommitLocation::default(),
+            store_end,
+            images,
+            records: Vec::new(),
+        }
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        let images = self.prepared.fs.images().iter();
+        let changed: Vec<PathBuf> = images
+            .filter(|image| !image.may_touch() || !image.is_unchanged())
+            .map(|image| image.path.clone())
+            .collect();
+        match changed.len() {
+            0 => Ok(()),
+            _ => Err(Error::ChangedMeanwhile { paths: changed }),
+        }
     }
 
     /// The images of the pool as the archive will have them, and the folders they lie in.
@@ -481,28 +498,6 @@ impl Exporter<'_> {
         Ok((folders.collect::<Result<_>>()?, images))
     }
 
-    fn put_images(
-        &self,
-        folders: &[Folder],
-        images: &[Image],
-        runs: impl Fn(usize) -> Vec<Run>,
-        out: &mut Out<'_>,
-    ) -> Result<()> {
-        let mut payloads = Payloads::default();
-        for folder in folders {
-            payloads.push(&Entry::Folder(folder.clone()));
-        }
-        for (place, image) in images.iter().enumerate() {
-            payloads.push(&Entry::Image(image.clone()));
-            payloads.push(&Entry::Runs {
-                image: image.number,
-                first_block: 0,
-                runs: runs(place),
-            });
-        }
-        put_payloads(PART_IMAGES, payloads, out)
-    }
-
     /// Writes what turned out otherwise than planned; a record without entries if nothing did.
     fn put_corrections(&self, by_image: &ByImage, stored: &Stored, out: &mut Out<'_>) -> Result<()> {
         let facts = &self.prepared.facts;
@@ -532,6 +527,31 @@ impl Exporter<'_> {
         }
         put_payloads(PART_CORRECTIONS, payloads, out)
     }
+}
+
+fn put_images(folders: &[Folder], images: &[Image], runs: impl Fn(usize) -> Vec<Run>, out: &mut Out<'_>) -> Result<()> {
+    let mut payloads = Payloads::default();
+    for folder in folders {
+        payloads.push(&Entry::Folder(folder.clone()));
+    }
+    for (place, image) in images.iter().enumerate() {
+        payloads.push(&Entry::Image(image.clone()));
+        payloads.push(&Entry::Runs {
+            image: image.number,
+            first_block: 0,
+            runs: runs(place),
+        });
+    }
+    put_payloads(PART_IMAGES, payloads, out)
+}
+
+/// Makes the name of a new archive durable.
+fn sync_folder_of(path: &Path) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    File::open(parent)
+        .and_then(|folder| folder.sync_all())
+        .map_err(Error::io("sync", parent))
 }
 
 fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
@@ -598,6 +618,8 @@ fn summaries(
     log: &HashLog,
     old: &mut StoredHashes<'_>,
 ) -> Result<Vec<Summary>> {
+    /// Hashes read at a time: a run may be as long as the image.
+    const PART: u32 = 1 << 16;
     let first_new = old.end();
     let mut counted = SlotSet::new((log.end() - first_new) as usize);
     let mut summaries = Vec::new();
@@ -625,8 +647,6 @@ fn summaries(
                 })?;
                 hasher.update(&hash);
             }
-            // In bearable parts: a run may be as long as the image.
-            const PART: u32 = 1 << 16;
             let mut at = first + before;
             while at < first + blocks {
                 let part = PART.min(first + blocks - at);
@@ -657,15 +677,14 @@ pub(super) fn digest(
     const ZEROS: [Hash; 256] = [[0; 32]; 256];
     let mut hasher = blake3::Hasher::new();
     for run in runs {
-        match run.content {
-            Content::Stored(first) => stored(first, run.blocks, &mut hasher)?,
-            _ => {
-                let mut left = run.blocks as usize;
-                while left > 0 {
-                    let part = left.min(ZEROS.len());
-                    hasher.update(ZEROS[..part].as_flattened());
-                    left -= part;
-                }
+        if let Content::Stored(first) = run.content {
+            stored(first, run.blocks, &mut hasher)?;
+        } else {
+            let mut left = run.blocks as usize;
+            while left > 0 {
+                let part = left.min(ZEROS.len());
+                hasher.update(ZEROS[..part].as_flattened());
+                left -= part;
             }
         }
     }

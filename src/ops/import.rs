@@ -15,7 +15,7 @@ pub use target::Target;
 use super::export::digest;
 use crate::archive::StoreBlock;
 use crate::archive::commit::Summary;
-use crate::archive::manifest::{Content, ImageRuns, Manifest};
+use crate::archive::manifest::{Announced, Content, ImageRuns, Manifest};
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
@@ -50,6 +50,7 @@ pub enum Source {
 
 /// What to import, and how.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub struct Options {
     /// The archive.
     pub source: Source,
@@ -93,9 +94,10 @@ pub fn import(options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
 
 fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
     monitor.phase("Reading the archive", 0);
-    let mut archive = match options.partial {
-        true => Archive::open_any(path)?,
-        false => Archive::open(path)?,
+    let mut archive = if options.partial {
+        Archive::open_any(path)?
+    } else {
+        Archive::open(path)?
     };
     if options.partial {
         archive.salvage()?;
@@ -112,19 +114,23 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     let (id, number) = (archive.id(), committed.commit.number);
     let wanted = wanted(restore.chosen());
     let mut hashes = StoredHashes::new(Some(&archive), committed.commit.store_end);
-    let mut seeds = Seeds::open(options, restore.shares, monitor)?;
-    let seeded = match &mut seeds {
+    let announced: Vec<Announced> = archive
+        .commits()
+        .iter()
+        .map(|one| archive.announced(one))
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flatten()
+        .collect();
+    let seeds = Seeds::open(options, restore.shares, &wanted, announced.iter(), monitor)?;
+    let seeded = match &seeds {
         Some(seeds) => {
-            let announced = archive
-                .commits()
-                .iter()
-                .map(|one| archive.announced(one))
-                .collect::<Result<Vec<_>>>()?;
-            let found = seeds.find(&wanted, announced.iter().flatten(), monitor)?;
+            let found = seeds.find(&wanted, announced.iter(), monitor)?;
             seeds.prove(&found, &mut hashes, monitor)?
         }
         None => Vec::new(),
     };
+    drop(announced);
     let seeded_ranges: Vec<Range<StoreBlock>> = seeded.iter().map(|one| one.first..one.first + one.blocks).collect();
     let mut imported = restore.imported(path, number, committed.id());
     let work = Work::prepare(&restore, &id, number)?;
@@ -559,9 +565,10 @@ impl<'a> Restore<'a> {
         }
         for target in &self.targets {
             let image = &self.manifest.images[target.image];
-            let ranges = match mixed_up.contains(&target.image) {
-                true => vec![whole(image.image.size)],
-                false => lost_ranges(image, &lost_blocks),
+            let ranges = if mixed_up.contains(&target.image) {
+                vec![whole(image.image.size)]
+            } else {
+                lost_ranges(image, &lost_blocks)
             };
             if !ranges.is_empty() {
                 damaged.insert(target.image);
@@ -631,7 +638,9 @@ impl<'a> SetOf<'a> {
     pub(super) fn new(ranges: &'a [Range<StoreBlock>]) -> Self {
         let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
         let mut set = SlotSet::new(end as usize);
-        ranges.iter().for_each(|range| set.insert_range(range.clone()));
+        for range in ranges {
+            set.insert_range(range.clone());
+        }
         Self { ranges, set }
     }
 

@@ -63,7 +63,7 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
         lost.append(&mut checked.lost);
         damage.append(&mut checked.damage);
     }
-    lost.extend(without(&[0..store_end], &held(&packs)));
+    lost.extend(without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
     lost.sort_unstable_by_key(|range| range.start);
     let lost_blocks = SetOf::new(&lost);
     let mut result = Verified {

@@ -78,9 +78,10 @@ pub fn find_seeds(
                     .take_while(|n| known(at + n) && fingerprints.get(at + n) == facts.fingerprints.get(slot + n));
                 u32::try_from(pairs.count()).unwrap_or(u32::MAX)
             };
-            let candidates: Vec<Slot> = match known(at) {
-                true => table.candidates(fingerprints.get(at), &facts.fingerprints).collect(),
-                false => Vec::new(),
+            let candidates: Vec<Slot> = if known(at) {
+                table.candidates(fingerprints.get(at), &facts.fingerprints).collect()
+            } else {
+                Vec::new()
             };
             let follow = follows
                 .take()

@@ -51,6 +51,7 @@ pub struct Revision {
 /// What the name says of a revision: `private.img.7@2026-01-02T03:04:05Z`, or `private.img@…` in names of old.
 pub fn revision_of(path: &Path) -> Option<Revision> {
     let name = path.file_name()?.to_str()?;
+    let is_img = |name: &str| Path::new(name).extension().is_some_and(|extension| extension == "img");
     let (before, time) = name.rsplit_once('@')?;
     let digits_at = |range: std::ops::Range<usize>| {
         time.get(range)
@@ -66,10 +67,10 @@ pub fn revision_of(path: &Path) -> Option<Revision> {
             _ => true,
         });
     let (image, number) = match before.rsplit_once('.') {
-        Some((image, number)) if image.ends_with(".img") => (image, Some(number.parse().ok()?)),
+        Some((image, number)) if is_img(image) => (image, Some(number.parse().ok()?)),
         _ => (before, None),
     };
-    (is_time && image.ends_with(".img")).then(|| Revision {
+    (is_time && is_img(image)).then(|| Revision {
         image: path.with_file_name(image),
         number,
         time: time.to_owned(),

@@ -208,7 +208,7 @@ impl Display for Diffed {
         const RANGES_MAX: usize = 8;
         for image in &self.images {
             match image.change {
-                Change::Same => continue,
+                Change::Same => {}
                 Change::OnlyInFirst => writeln!(f, "Only in {}: {}", self.first, shown(&image.path))?,
                 Change::OnlyInSecond => writeln!(f, "Only in {}: {}", self.second, shown(&image.path))?,
                 Change::Differs => {

@@ -13,7 +13,7 @@ use vmfold::ops::import::{Options, Source, import};
 use vmfold::ops::verify::verify;
 
 /// Gives the bytes to every decoder.
-pub fn decoders(bytes: &[u8]) {
+pub(crate) fn decoders(bytes: &[u8]) {
     if let Some(header) = bytes.first_chunk::<HEADER_BYTES>() {
         let _ = Header::decode(header);
     }
@@ -35,9 +35,9 @@ pub fn decoders(bytes: &[u8]) {
 }
 
 /// Reads bytes as a stream of records.
-pub fn stream(bytes: &[u8]) {
+pub(crate) fn stream(bytes: &[u8]) {
     let mut stream = Stream::new(bytes, 0);
-    while let Ok(Some(event)) = stream.next() {
+    while let Ok(Some(event)) = stream.next_event() {
         if matches!(event, Event::Unsupported(_)) {
             return;
         }
@@ -46,7 +46,7 @@ pub fn stream(bytes: &[u8]) {
 
 /// Makes hashes right again, so that what is damaged reaches the decoders: of every record that can be told, its body's and its header's,
 /// and of a PACK, its table's.
-pub fn seal(bytes: &mut [u8]) {
+pub(crate) fn seal(bytes: &mut [u8]) {
     let mut at = 0;
     while let Some(header) = bytes.get(at..at + HEADER_BYTES) {
         let length = header[48..56].try_into().map_or(0, u64::from_le_bytes);
@@ -76,7 +76,7 @@ pub fn seal(bytes: &mut [u8]) {
 }
 
 /// Opens bytes as an archive in a folder, and does everything with it that does not write.
-pub fn archive(bytes: &[u8], folder: &Path) {
+pub(crate) fn archive(bytes: &[u8], folder: &Path) {
     let path = folder.join("a.vmfold");
     if std::fs::write(&path, bytes).is_err() {
         return;

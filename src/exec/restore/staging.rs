@@ -227,11 +227,11 @@ impl Staging {
     /// Those of the system calls.
     pub fn settle(&mut self) -> Result<()> {
         self.file.sync_data().map_err(|error| self.no_space(error))?;
-        let lines: String = self
+        let lines = self
             .pending
             .drain(..)
-            .map(|range| format!("{} {}\n", range.start, range.end - range.start))
-            .collect();
+            .map(|range| format!("{} {}\n", range.start, range.end - range.start));
+        let lines = lines.collect::<Vec<_>>().concat();
         self.pending_bytes = 0;
         self.note(&lines)
     }

@@ -1,19 +1,26 @@
 //! Images on the disk that have blocks in common with what is restored.
 
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs::File;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use super::{Options, parts, prove, proved};
 use crate::archive::StoreBlock;
 use crate::archive::manifest::Announced;
 use crate::block::{BLOCK_LEN, SlotSet, bytes};
+use crate::chunk::weak_id;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::staging::Staging;
 use crate::fs::btrfs::{Btrfs, Purpose};
 use crate::fs::{Sharing, SourceFile};
+use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
 use crate::plan::import::{Seeded, find_seeds};
+use crate::sys::fs_info::{FsInfo, fs_info};
+use crate::sys::logical_ino;
 
 /// Seeds that were opened and fingerprinted.
 pub(super) struct Seeds {
@@ -21,32 +28,54 @@ pub(super) struct Seeds {
 }
 
 impl Seeds {
-    /// Opens the seeds that were named; none if there are none, or extents cannot be shared.
-    pub(super) fn open(options: &Options, shares: bool, monitor: &dyn Monitor) -> Result<Option<Self>> {
-        if options.seeds.is_empty() || !shares {
+    /// Opens the seeds that were named, or else images that the index knows to have wanted blocks; none if there are none, or
+    /// extents cannot be shared.
+    pub(super) fn open<'a>(
+        options: &Options,
+        shares: bool,
+        wanted: &[Range<StoreBlock>],
+        announced: impl Iterator<Item = &'a Announced>,
+        monitor: &dyn Monitor,
+    ) -> Result<Option<Self>> {
+        if !shares {
             return Ok(None);
         }
+        let paths = if options.seeds.is_empty() {
+            known_images(options, wanted, announced, monitor).unwrap_or_default()
+        } else {
+            options.seeds.clone()
+        };
+        if paths.is_empty() {
+            return Ok(None);
+        }
+        match Self::open_paths(options, &paths, monitor) {
+            Err(error) if options.seeds.is_empty() => {
+                monitor.note(&format!(
+                    "Going on without what is here already: {}",
+                    crate::ops::describe(&error)
+                ));
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
+    }
+
+    fn open_paths(options: &Options, paths: &[PathBuf], monitor: &dyn Monitor) -> Result<Self> {
         let scope = Scope {
-            paths: options.seeds.clone(),
+            paths: paths.to_owned(),
             exclude: Vec::new(),
             index: options.index.clone(),
             memory_bytes: options.memory_bytes,
         };
         let prepared = prepare(&scope, Purpose::Look, monitor)?;
-        let existing = options
-            .to
-            .ancestors()
-            .find(|folder| folder.exists())
-            .unwrap_or(&options.to);
-        let (_, here) =
-            Btrfs::open(&[], &[existing.to_owned()], Purpose::Look).map(|(fs, skipped)| (skipped, fs.uuid()))?;
-        if here != prepared.fs.uuid() {
+        let here = filesystem_of(options).map(|(_, info)| info.uuid);
+        if here != Some(prepared.fs.uuid()) {
             return Err(Error::TwoFilesystems {
                 first: options.to.clone(),
-                second: options.seeds.first().cloned().unwrap_or_default(),
+                second: paths.first().cloned().unwrap_or_default(),
             });
         }
-        Ok(Some(Self { prepared }))
+        Ok(Self { prepared })
     }
 
     fn fs(&self) -> &Btrfs {
@@ -64,7 +93,7 @@ impl Seeds {
         let end = wanted.last().map_or(0, |range| range.end) as usize;
         let facts = &self.prepared.facts;
         let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), SlotSet::new(end));
-        for one in announced.filter(|one| one.function == self.fs().function()) {
+        for one in announced.filter(|one| one.function == self.fs().function() && (one.first as usize) < end) {
             let length = end.saturating_sub(one.first as usize).min(one.fingerprints.len());
             fingerprints.write(one.first, &one.fingerprints[..length]);
             known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
@@ -166,4 +195,93 @@ impl Seeds {
                 .is_ok()
         })
     }
+}
+
+/// The folder that is restored to, or what exists of the way to it, and its filesystem, if that is btrfs.
+fn filesystem_of(options: &Options) -> Option<(File, FsInfo)> {
+    let existing = options
+        .to
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("."));
+    let folder = File::open(existing).ok()?;
+    let info = fs_info(&folder).ok()?;
+    Some((folder, info))
+}
+
+/// Images in the subvolume that is restored to that the index knows to hold wanted chunks, those with most of them. None where the
+/// index or the filesystem cannot tell.
+fn known_images<'a>(
+    options: &Options,
+    wanted: &[Range<StoreBlock>],
+    announced: impl Iterator<Item = &'a Announced>,
+    monitor: &dyn Monitor,
+) -> Option<Vec<PathBuf>> {
+    /// More of them would bring little.
+    const IMAGES_MAX: usize = 64;
+    let (folder, info) = filesystem_of(options)?;
+    if !Index::exists(&options.index, info.uuid) || !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let ids = weak_ids(wanted, announced);
+    let index = Index::open(&options.index, info.uuid, None, monitor).ok()?;
+    let addresses = index.extents_with(|id| ids.contains(&id)).ok()?;
+    let here = logical_ino::subvolume_of(&folder).ok()?;
+    let top = top_of_subvolume(&options.to)?;
+    let mut held: BTreeMap<u64, u32> = BTreeMap::new();
+    for address in addresses {
+        // An extent that is gone has none.
+        let Ok(Some(found)) = logical_ino::holders(&folder, address) else {
+            continue;
+        };
+        let inodes: BTreeSet<u64> = found
+            .iter()
+            .filter(|one| one.root == here)
+            .map(|one| one.inode)
+            .collect();
+        for inode in inodes {
+            *held.entry(inode).or_default() += 1;
+        }
+    }
+    let mut chosen: Vec<(u32, u64)> = held.into_iter().map(|(inode, extents)| (extents, inode)).collect();
+    chosen.sort_unstable_by(|a, b| b.cmp(a));
+    chosen.truncate(IMAGES_MAX);
+    let paths = chosen.into_iter().filter_map(|(_, inode)| {
+        let path = logical_ino::path_in_subvolume(&folder, here, inode).ok()?;
+        Some(top.join(path)).filter(|path| path.is_file())
+    });
+    Some(paths.collect())
+}
+
+/// The weak ids of the chunks that have wanted blocks.
+fn weak_ids<'a>(wanted: &[Range<StoreBlock>], announced: impl Iterator<Item = &'a Announced>) -> HashSet<u64> {
+    let mut ids = HashSet::new();
+    for one in announced {
+        let mut at = 0;
+        for blocks in &one.chunks {
+            let (start, end) = (at, at + usize::from(*blocks));
+            at = end;
+            let first = one.first + u32::try_from(start).unwrap_or(0);
+            let from = wanted.partition_point(|range| range.end <= first);
+            if wanted
+                .get(from)
+                .is_some_and(|range| range.start < first + u32::from(*blocks))
+            {
+                ids.extend(one.fingerprints.get(start..end).map(weak_id));
+            }
+        }
+    }
+    ids
+}
+
+/// The top folder of the subvolume that a path is or will be in.
+fn top_of_subvolume(path: &Path) -> Option<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    /// `BTRFS_FIRST_FREE_OBJECTID`: the inode of the top folder of every subvolume.
+    const TOP: u64 = 256;
+    let existing = path.ancestors().find(|folder| folder.exists())?.canonicalize().ok()?;
+    let top = existing
+        .ancestors()
+        .find(|folder| folder.metadata().is_ok_and(|metadata| metadata.ino() == TOP));
+    top.map(Path::to_owned)
 }

@@ -105,7 +105,7 @@ impl Importer<'_> {
     /// Reads records to the end, or to the commit that was asked for. Returns the plan alone for a dry run.
     fn read(&mut self, stream: &mut Stream<impl Read>) -> Result<Option<Imported>> {
         let path = Path::new(STDIN);
-        while let Some(event) = stream.next().map_err(Error::io("read", path))? {
+        while let Some(event) = stream.next_event().map_err(Error::io("read", path))? {
             if self.monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
@@ -149,12 +149,11 @@ impl Importer<'_> {
     /// Damage ends the import, unless what is intact is wanted.
     fn damaged(&self, start: u64, length: u64, problem: &str) -> Result<()> {
         let error = Error::damaged(Path::new(STDIN), start, length, problem);
-        match self.options.partial {
-            true => {
-                self.monitor.note(&crate::ops::describe(&error));
-                Ok(())
-            }
-            false => Err(error),
+        if self.options.partial {
+            self.monitor.note(&crate::ops::describe(&error));
+            Ok(())
+        } else {
+            Err(error)
         }
     }
 
@@ -204,16 +203,17 @@ impl Importer<'_> {
         if self.plan.as_ref().is_some_and(|plan| plan.epoch == header.epoch) {
             return Ok(None);
         }
-        let manifest = self
-            .epoch
-            .builder
-            .clone()
-            .finish()
-            .map_err(|problem| malformed(problem))?;
+        let manifest = self.epoch.builder.clone().finish().map_err(malformed)?;
         let restore = Restore::new(self.options, manifest, &[], self.monitor)?;
         let ranges = wanted(restore.chosen());
         if self.seeds.is_none() {
-            self.seeds = Seeds::open(self.options, restore.shares, self.monitor)?;
+            self.seeds = Seeds::open(
+                self.options,
+                restore.shares,
+                &ranges,
+                self.epoch.announced.iter(),
+                self.monitor,
+            )?;
         }
         let seeded = match &self.seeds {
             Some(seeds) => seeds.find(&ranges, self.epoch.announced.iter(), self.monitor)?,
@@ -259,7 +259,7 @@ impl Importer<'_> {
         let end = frames.last().map_or(0, |frame| frame.first + u32::from(frame.blocks));
         staging.make_room(end)?;
         // What corrections bring is not in the plan.
-        let announced_end = self.epoch.announced.iter().map(announced_end).max().unwrap_or(0);
+        let announced_end = self.epoch.announced.iter().map(Announced::end).max().unwrap_or(0);
         for frames in frames.chunks(FRAMES_AT_ONCE) {
             let to = &*staging;
             let written: Result<Vec<Written>> = frames
@@ -348,9 +348,7 @@ impl Importer<'_> {
         malformed: impl Fn(&str) -> Error,
     ) -> Result<bool> {
         let commit = Commit::decode(body).map_err(&malformed)?;
-        let manifest = std::mem::take(&mut self.epoch.builder)
-            .finish()
-            .map_err(|problem| malformed(problem))?;
+        let manifest = std::mem::take(&mut self.epoch.builder).finish().map_err(malformed)?;
         let committed = Committed {
             commit,
             location: CommitLocation {
@@ -453,10 +451,6 @@ struct Taken {
 struct Written {
     needed: Vec<Range<StoreBlock>>,
     shared: Vec<Range<StoreBlock>>,
-}
-
-fn announced_end(announced: &Announced) -> StoreBlock {
-    announced.first + u32::try_from(announced.fingerprints.len()).unwrap_or(0)
 }
 
 /// Shares the parts of a range that seeds hold, each compared with what came, before and after.

@@ -116,9 +116,10 @@ pub(super) fn check_names(restore: &Restore<'_>, was_placing: bool) -> Result<()
             }
         }
     }
-    match taken.is_empty() {
-        true => Ok(()),
-        false => Err(Error::Exists { paths: taken }),
+    if taken.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Exists { paths: taken })
     }
 }
 
@@ -162,9 +163,10 @@ pub(super) fn place(
         .iter()
         .filter(|target| !left_out.contains(&target.image))
     {
-        let names = match damaged.contains(&target.image) {
-            true => vec![target.partial_name()],
-            false => target.names.clone(),
+        let names = if damaged.contains(&target.image) {
+            vec![target.partial_name()]
+        } else {
+            target.names.clone()
         };
         let mut places = Vec::new();
         for name in names {
