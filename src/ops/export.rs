@@ -15,7 +15,7 @@ use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::Hash;
 use crate::archive::writer::{Base, Sink, Writer};
 use crate::archive::{StoreBlock, manifest};
-use crate::block::{SlotSet, bytes};
+use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes};
 use crate::exec::store::{How, Out, Stored, announce, store};
@@ -380,31 +380,34 @@ impl Exporter<'_> {
                 self.monitor.note(&super::describe(&error));
             }
         }
-        Ok(Exported {
+        Ok(self.exported(path, &committed, (before, base), &plan, &stored))
+    }
+
+    fn exported(
+        &self,
+        path: PathBuf,
+        committed: &Committed,
+        (before, after): (Base, Base),
+        plan: &ExportPlan,
+        stored: &Stored,
+    ) -> Exported {
+        let images = &committed.commit.images;
+        let known = plan.pieces.iter().filter(|piece| !piece.source.is_read());
+        Exported {
             archive: path,
             commit: committed.commit.number,
             id: committed.id(),
-            images: committed.commit.images.len() as u64,
-            logical_bytes: committed.commit.images.iter().map(|image| image.size).sum(),
-            data_bytes: committed
-                .commit
-                .images
-                .iter()
-                .map(|image| image.data_blocks * 4096)
-                .sum(),
+            images: images.len() as u64,
+            logical_bytes: images.iter().map(|image| image.size).sum(),
+            data_bytes: images.iter().map(|image| image.data_blocks * BLOCK_BYTES).sum(),
             read_bytes: stored.read_bytes,
-            known_bytes: plan
-                .pieces
-                .iter()
-                .filter(|piece| !piece.source.is_read())
-                .map(|piece| bytes(piece.blocks))
-                .sum(),
-            new_bytes: bytes(store_end - first_new),
-            written_bytes: base.length - before.length,
-            corrected_bytes: bytes(u32::try_from(stored.corrections.len()).unwrap_or(u32::MAX)),
-            archive_bytes: base.length,
+            known_bytes: known.map(|piece| bytes(piece.blocks)).sum(),
+            new_bytes: bytes(after.store_end - before.store_end),
+            written_bytes: after.length - before.length,
+            corrected_bytes: stored.corrections.len() as u64 * BLOCK_BYTES,
+            archive_bytes: after.length,
             skipped: self.prepared.skipped.clone(),
-        })
+        }
     }
 
     /// Which blocks are new to the archive.
