@@ -26,7 +26,8 @@ pub struct HashLog {
 }
 
 impl HashLog {
-    /// An empty log whose first hash will be that of `first`. The file, should there be need of one, is made in `folder`.
+    /// An empty log whose first hash will be that of `first`. The file, should there be need of one, is made in `folder` or, if that
+    /// cannot be, where temporary files are.
     pub fn new(first: StoreBlock, folder: PathBuf) -> Self {
         Self {
             first,
@@ -58,7 +59,7 @@ impl HashLog {
     fn spill(&mut self) -> io::Result<()> {
         let file = match self.file.take() {
             Some(file) => file,
-            None => tempfile::tempfile_in(&self.folder)?,
+            None => tempfile::tempfile_in(&self.folder).or_else(|_| tempfile::tempfile())?,
         };
         file.write_all_at(self.recent.as_flattened(), (self.in_file * HASH_BYTES) as u64)?;
         self.in_file += self.recent.len();
@@ -79,7 +80,7 @@ impl HashLog {
             file.read_exact_at(hashes.as_flattened_mut(), (start * HASH_BYTES) as u64)
                 .map_err(Error::io("read hashes from a file in", &self.folder))?;
         }
-        let start = start + from_file - self.in_file;
+        let start = (start + from_file).saturating_sub(self.in_file);
         hashes.extend_from_slice(&self.recent[start..start + blocks - from_file]);
         Ok(hashes)
     }

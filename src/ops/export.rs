@@ -8,11 +8,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Prepared, Scope, discover, prepare_found};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
+use crate::archive::head::Head;
 use crate::archive::manifest::{
     Content, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads, Run, push_run,
 };
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::Hash;
+use crate::archive::record::{HEADER_BYTES, Hash, MAGIC};
 use crate::archive::writer::{Base, Sink, Writer};
 use crate::archive::{StoreBlock, manifest};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
@@ -222,7 +223,10 @@ impl Opened {
             Err(std::fs::TryLockError::Error(error)) => return Err(Error::io("lock", path)(error)),
         }
         let mut archive = None;
-        if metadata.len() > 0 {
+        let is_torn = is_torn_beginning(&file, metadata.len()).map_err(Error::io("read", path))?;
+        if is_torn {
+            file.set_len(0).map_err(Error::io("write to", path))?;
+        } else if metadata.len() > 0 {
             let found = Archive::open_any(path)?;
             if !found.head().may_append() {
                 return Err(Error::Unsupported {
@@ -275,6 +279,18 @@ impl Opened {
             monitor.note(&format!("What was written so far could not be taken back: {error}"));
         }
     }
+}
+
+/// Whether a file is nothing but the beginning of the first record of an archive: what an export leaves that was killed at once.
+fn is_torn_beginning(file: &File, length: u64) -> std::io::Result<bool> {
+    let whole = HEADER_BYTES as u64 + Head::current().encode().len() as u64;
+    if length == 0 || length >= whole {
+        return Ok(false);
+    }
+    let mut start = [0; MAGIC.len()];
+    let count = MAGIC.len().min(usize::try_from(length).unwrap_or(MAGIC.len()));
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut start[..count], 0)?;
+    Ok(MAGIC.starts_with(&start[..count]))
 }
 
 fn random<const N: usize>() -> Result<[u8; N]> {

@@ -114,14 +114,12 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     let (id, number) = (archive.id(), committed.commit.number);
     let wanted = wanted(restore.chosen());
     let mut hashes = StoredHashes::new(Some(&archive), committed.commit.store_end);
-    let announced: Vec<Announced> = archive
-        .commits()
-        .iter()
-        .map(|one| archive.announced(one))
-        .collect::<Result<Vec<_>>>()?
-        .into_iter()
-        .flatten()
-        .collect();
+    let mut announced: Vec<Announced> = Vec::new();
+    if restore.shares && seeds::are_possible(options) {
+        for one in archive.commits() {
+            announced.extend(archive.announced(one)?);
+        }
+    }
     let seeds = Seeds::open(options, restore.shares, &wanted, announced.iter(), monitor)?;
     let seeded = match &seeds {
         Some(seeds) => {

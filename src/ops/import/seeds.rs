@@ -197,6 +197,12 @@ impl Seeds {
     }
 }
 
+/// Whether there can be any seeds: some are named, or there is an index of the filesystem.
+pub(super) fn are_possible(options: &Options) -> bool {
+    let knows = |(_, info): (File, FsInfo)| Index::exists(&options.index, info.uuid);
+    !options.seeds.is_empty() || filesystem_of(options).is_some_and(knows)
+}
+
 /// The folder that is restored to, or what exists of the way to it, and its filesystem, if that is btrfs.
 fn filesystem_of(options: &Options) -> Option<(File, FsInfo)> {
     let existing = options

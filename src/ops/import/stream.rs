@@ -37,7 +37,7 @@ pub(super) fn from_pipe(options: &Options, monitor: &dyn Monitor) -> Result<Impo
         plan: None,
         work: None,
         seeds: None,
-        hashes: HashLog::new(0, options.index.clone()),
+        hashes: HashLog::new(0, options.to.clone()),
         has_all_hashes: true,
         committed: None,
         done: Restored::default(),
