@@ -19,3 +19,5 @@ need mkfs.ext4 e2fsprogs e2fsprogs
 need losetup mount util-linux
 need setpriv util-linux util-linux
 need setfattr attr attr
+need node nodejs nodejs
+need npm npm npm
