@@ -70,7 +70,7 @@ types:
       - id: body_length
         type: u8
         valid:
-          max: 67108864
+          max: 33554432
       - id: body_hash
         size: 32
         doc: BLAKE3 of the body as stored.
@@ -126,7 +126,7 @@ types:
       - id: plain_length
         type: u4
         valid:
-          max: 16777216
+          max: 4194304
       - id: payload
         size-eos: true
   pack:
@@ -195,7 +195,7 @@ types:
       - id: plain_length
         type: u4
         valid:
-          max: 67108864
+          max: 16777216
       - id: payload
         size-eos: true
   tail:

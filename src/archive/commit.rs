@@ -9,7 +9,9 @@ use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_z
 use super::manifest::store_block;
 use super::record::{Hash, Kind};
 
-const PAYLOAD_BYTES_MAX: usize = 64 << 20;
+const PAYLOAD_BYTES_MAX: usize = 16 << 20;
+/// How much smaller a payload can be stored at most, beside 64 KiB: it is hashes for the most part.
+const PAYLOAD_RATIO_MAX: usize = 16;
 const TEXT_BYTES_MAX: usize = 4096;
 
 /// Where a record is, and what it must be.
@@ -136,7 +138,8 @@ impl Commit {
         decoder.zeros(3)?;
         let plain_length = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
         let stored = decoder.take(decoder.left())?;
-        let plain = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
+        let limit = PAYLOAD_BYTES_MAX.min(stored.len() * PAYLOAD_RATIO_MAX + (64 << 10));
+        let plain = unpack_payload(encoding, stored, plain_length, limit)?;
         let mut decoder = Decoder::new(&plain);
         let (number, time) = (decoder.varint32()?, (decoder.zigzag()?, decoder.varint32()?));
         let label = decoder.text(TEXT_BYTES_MAX)?;

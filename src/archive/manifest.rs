@@ -11,11 +11,15 @@ use crate::block::BLOCK_BYTES;
 use crate::fingerprint::Function;
 
 /// Bytes of a payload at most, decoded.
-pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
+pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
 /// Bytes after which a writer begins another record: little is lost with one.
 const PAYLOAD_BYTES: usize = 1 << 20;
 /// Blocks that one record announces at most.
-pub const ANNOUNCED_BLOCKS_MAX: usize = 1 << 20;
+pub const ANNOUNCED_BLOCKS_MAX: usize = 1 << 19;
+/// Runs of a commit at most, its corrections included: 200 MB of memory.
+pub const RUNS_MAX: usize = 1 << 24;
+/// Bytes of an entry at most, its runs aside.
+pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// Bytes of an image at most.
 pub const IMAGE_BYTES_MAX: u64 = 1 << 44;
 const PATH_BYTES_MAX: usize = 4096;
@@ -27,6 +31,8 @@ const OWNER_BYTES_MAX: usize = 256;
 /// The bits of a mode that are kept.
 const MODE_MASK: u32 = 0o7777;
 const CHUNK_BLOCKS_MAX: u8 = 16;
+/// What an entry that is no list of runs counts for among [`RUNS_MAX`].
+const ENTRY_RUNS: usize = 64;
 
 /// The part of a PLAN that holds images.
 pub const PART_IMAGES: u8 = 0;
@@ -548,6 +554,8 @@ pub struct Builder {
     manifest: Manifest,
     places: HashMap<u32, usize>,
     corrections: HashMap<u32, Vec<(u32, Run)>>,
+    /// Runs and entries so far.
+    entries: usize,
 }
 
 impl Builder {
@@ -562,6 +570,14 @@ impl Builder {
             Part::Blocks(_) => return Ok(()),
         };
         for entry in entries {
+            self.entries += match &entry {
+                Entry::Runs { runs, .. } => runs.len(),
+                // An entry with its names takes as much memory as some runs.
+                Entry::Folder(_) | Entry::Image(_) => ENTRY_RUNS,
+            };
+            if self.entries > RUNS_MAX {
+                return Err("it has more runs and images than allowed");
+            }
             match entry {
                 Entry::Folder(folder) => self.manifest.folders.push(folder),
                 Entry::Image(image) => {

@@ -173,6 +173,9 @@ impl Archive {
             if previous.length > 0 && previous.offset >= next.offset {
                 return Err(self.problem(next.offset, "the chain of commits leads in a circle"));
             }
+            if !self.can_hold(commit.store_end) {
+                return Err(self.problem(next.offset, "a commit has more blocks than the archive can hold"));
+            }
             self.commits.push(Committed {
                 commit,
                 location: next,
@@ -211,7 +214,8 @@ impl Archive {
                     };
                     end = (offset + HEADER_BYTES as u64 + header.body_bytes, header.sequence + 1);
                     // One that stands there twice counts once.
-                    if commits.iter().any(|known| known.commit.number == commit.number) {
+                    let is_known = commits.iter().any(|known| known.commit.number == commit.number);
+                    if is_known || !self.can_hold(commit.store_end) {
                         continue;
                     }
                     commits.push(Committed {
@@ -282,6 +286,12 @@ impl Archive {
         self.packs.sort_by_key(|location| location.first);
         self.indexes.sort_by_key(|location| location.first);
         Ok(())
+    }
+
+    /// Whether so many blocks can be in an archive of this length: each frame takes a line of its PACK's table.
+    fn can_hold(&self, blocks: StoreBlock) -> bool {
+        const LINE_BYTES: u64 = 40;
+        self.length / LINE_BYTES >= u64::from(blocks) / u64::from(pack::FRAME_BLOCKS_MAX)
     }
 
     fn epoch_of(&self, commit: &CommitLocation) -> Option<u64> {

@@ -88,10 +88,10 @@ impl Kind {
     pub fn body_bytes_max(self) -> u64 {
         match self {
             Self::Head | Self::Other(_) => 64 << 10,
-            Self::Plan => 20 << 20,
+            Self::Plan => 5 << 20,
             Self::Pack => 32 << 20,
             Self::Index => 16 << 20,
-            Self::Commit => 64 << 20,
+            Self::Commit => 17 << 20,
             Self::Tail => 96,
         }
     }

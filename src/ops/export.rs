@@ -503,11 +503,24 @@ impl Exporter<'_> {
                         .map(Path::to_owned),
                 );
             }
+            let metadata = attributes::read(&image.path)?;
+            let attributes: usize = metadata
+                .xattrs
+                .iter()
+                .map(|(name, value)| name.len() + value.len())
+                .sum();
+            let names_bytes: usize = names.iter().map(|name| name.as_os_str().len()).sum();
+            if attributes + names_bytes > manifest::ENTRY_BYTES_MAX / 2 {
+                return Err(Error::Usage(format!(
+                    "`{}` has more names or attributes than an archive can hold",
+                    crate::shown::shown(&image.path)
+                )));
+            }
             images.push(Image {
                 number,
                 names: names.iter().map(|name| relative(name)).collect(),
                 size: image.size,
-                metadata: attributes::read(&image.path)?,
+                metadata,
             });
         }
         let folders = folders.into_iter().map(|path| {
@@ -553,12 +566,20 @@ fn put_images(folders: &[Folder], images: &[Image], runs: impl Fn(usize) -> Vec<
     for folder in folders {
         payloads.push(&Entry::Folder(folder.clone()));
     }
+    let mut count = 0;
     for (place, image) in images.iter().enumerate() {
+        let runs = runs(place);
+        count += runs.len();
+        if count > manifest::RUNS_MAX / 2 {
+            return Err(Error::Usage(
+                "the images are too fragmented for one commit: export them in several".into(),
+            ));
+        }
         payloads.push(&Entry::Image(image.clone()));
         payloads.push(&Entry::Runs {
             image: image.number,
             first_block: 0,
-            runs: runs(place),
+            runs,
         });
     }
     put_payloads(PART_IMAGES, payloads, out)

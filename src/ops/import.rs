@@ -19,7 +19,7 @@ use crate::archive::manifest::{Announced, Content, ImageRuns, Manifest};
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
-use crate::block::{BLOCK_LEN, ByteRange, SlotSet, bytes};
+use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::folder::Root;
@@ -116,8 +116,16 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     let mut hashes = StoredHashes::new(Some(&archive), committed.commit.store_end);
     let mut announced: Vec<Announced> = Vec::new();
     if restore.shares && seeds::are_possible(options) {
-        for one in archive.commits() {
-            announced.extend(archive.announced(one)?);
+        // Each block is announced once: more than that is not of our making.
+        let mut left = u64::from(committed.commit.store_end);
+        for one in archive.commits().iter().map(|one| archive.announced(one)) {
+            for one in one? {
+                let blocks = one.fingerprints.len() as u64;
+                if blocks <= left {
+                    left -= blocks;
+                    announced.push(one);
+                }
+            }
         }
     }
     let seeds = Seeds::open(options, restore.shares, &wanted, announced.iter(), monitor)?;
@@ -139,7 +147,7 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
         return Ok(imported);
     }
     restore.check_space(&imported.planned)?;
-    let mut work = work.open(committed.commit.store_end)?;
+    let mut work = work.open(wanted.last().map_or(0, |range| range.end))?;
     let done = (|| -> Result<()> {
         let mut lost = restore_blocks(
             &archive,
@@ -598,7 +606,7 @@ impl<'a> Restore<'a> {
 }
 
 /// The ranges of an image that are lost, in bytes.
-pub(super) fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange> {
+pub(super) fn lost_ranges(image: &ImageRuns, lost: &SetOf) -> Vec<ByteRange> {
     let mut ranges: Vec<ByteRange> = Vec::new();
     let mut at = 0u64;
     let mut add = |start: u64, blocks: u32| {
@@ -615,7 +623,7 @@ pub(super) fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange>
         match run.content {
             Content::Lost => add(at, run.blocks),
             Content::Stored(first) => {
-                for range in overlap(lost.ranges, first..first + run.blocks) {
+                for range in overlap(&lost.ranges, first..first + run.blocks) {
                     add(at + bytes(range.start - first), range.end - range.start);
                 }
             }
@@ -626,24 +634,28 @@ pub(super) fn lost_ranges(image: &ImageRuns, lost: &SetOf<'_>) -> Vec<ByteRange>
     ranges
 }
 
-/// Ascending ranges that may overlap, to be asked for single blocks.
-pub(super) struct SetOf<'a> {
-    ranges: &'a [Range<StoreBlock>],
-    set: SlotSet,
+/// Ranges, to be asked for single blocks.
+pub(super) struct SetOf {
+    /// Ascending, without overlap.
+    ranges: Vec<Range<StoreBlock>>,
 }
 
-impl<'a> SetOf<'a> {
-    pub(super) fn new(ranges: &'a [Range<StoreBlock>]) -> Self {
-        let end = ranges.iter().map(|range| range.end).max().unwrap_or(0);
-        let mut set = SlotSet::new(end as usize);
+impl SetOf {
+    /// Of ranges that ascend by their beginning, and may overlap.
+    pub(super) fn new(ranges: &[Range<StoreBlock>]) -> Self {
+        let mut joined: Vec<Range<StoreBlock>> = Vec::new();
         for range in ranges {
-            set.insert_range(range.clone());
+            match joined.last_mut() {
+                Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+                _ => joined.push(range.clone()),
+            }
         }
-        Self { ranges, set }
+        Self { ranges: joined }
     }
 
     fn contains(&self, block: StoreBlock) -> bool {
-        self.set.contains(block)
+        let at = self.ranges.partition_point(|range| range.end <= block);
+        self.ranges.get(at).is_some_and(|range| range.start <= block)
     }
 }
 

@@ -158,6 +158,8 @@ impl Checked {
 
 /// Decodes every frame of a pack and compares every block with its hash.
 fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
+    /// Blocks whose hashes are read together, at least those of a frame.
+    const HASHES_AT_ONCE: u32 = 1 << 13;
     let mut checked = Checked::default();
     let all = pack.first..pack.first + pack.blocks;
     let frames = match archive.frames(pack) {
@@ -167,7 +169,7 @@ fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
             return Ok(checked);
         }
     };
-    let hashes = archive.hashes(all.start, all.end)?;
+    let (mut known, mut hashes) = (all.start..all.start, Vec::new());
     for (offset, frame) in frames {
         let blocks = frame.first..frame.first + u32::from(frame.blocks);
         let place = ByteRange {
@@ -182,7 +184,11 @@ fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
             }
         };
         checked.blocks += u32::from(frame.blocks);
-        let expected = &hashes[(blocks.start - all.start) as usize..];
+        if blocks.end > known.end {
+            known = blocks.start..all.end.min(blocks.start + HASHES_AT_ONCE);
+            hashes = archive.hashes(known.start, known.end)?;
+        }
+        let expected = &hashes[(blocks.start - known.start) as usize..];
         for ((block, content), expected) in blocks.zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
             if expected.is_some_and(|expected| expected != hash_of(content)) {
                 let problem = format!("block {block} of the store is not the one that the INDEX says");
@@ -198,7 +204,7 @@ fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
 fn check_commit(
     archive: &Archive,
     committed: &Committed,
-    lost: &SetOf<'_>,
+    lost: &SetOf,
     damage: &mut Vec<Damage>,
     result: &mut Verified,
 ) -> Result<()> {

@@ -10,6 +10,7 @@ image=$(realpath "$1"); cd "$(dirname "$0")/../.."
 . tests/install.sh
 need borg borgbackup borgbackup
 need restic restic restic
+need openssl openssl openssl
 [ -x /usr/bin/time ] || need /usr/bin/time time time
 cargo build --quiet --release --locked
 export VMFOLD=$PWD/target/release/vmfold RESTIC_PASSWORD=bench
@@ -17,7 +18,7 @@ export BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes BORG_RELOCATED_REPO_ACCESS
 work=${WORK:-$(dirname "$image")}; dir=$(mktemp -d "$work/bench.XXXXXX"); export BORG_BASE_DIR=$dir/borg
 mkdir "$dir/from" "$dir/to"; trap 'umount -q "$dir/from" "$dir/to" || true; rm -rf --one-file-system "$dir"' EXIT
 mount -o loop,ro "$image" "$dir/from"; export P=$dir/from/pool
-(cd "$P" && find . -type f -exec sha256sum {} + | sort -k 2) > "$dir/sums"
+(cd "$P" && find . -type f -exec openssl dgst -r -sha256 {} + | sort -k 2) > "$dir/sums"
 timed() { # command; leaves seconds and MiB of memory in $took
   sync; echo 3 > /proc/sys/vm/drop_caches
   /usr/bin/time -f '%e %M' -o "$dir/time" bash -c "$1" > "$dir/log" 2>&1 || { cat "$dir/log" >&2; return 1; }
@@ -31,7 +32,7 @@ row() { # name store restore, with $P for the pool, $A for a folder for the arch
   sync -f "$T"; btrfs filesystem sync "$T" >/dev/null
   used=$(btrfs filesystem df -b "$T" | awk -F'used=' '/^Data/ {print int($2 / 1048576)}')
   root=$(cd "$P" && find . -type f | sort | head -1); root=$(find "$T" -type f -path "*/${root#./}" | head -1); root=${root%/"$(cd "$P" && find . -type f | sort | head -1 | sed 's|^\./||')"}
-  (cd "$root" && find . -type f -exec sha256sum {} + | sort -k 2) | cmp -s - "$dir/sums" && same=yes
+  (cd "$root" && find . -type f -exec openssl dgst -r -sha256 {} + | sort -k 2) | cmp -s - "$dir/sums" && same=yes
   umount "$T"; rm "$dir/fs"
   echo "| $1 | $size | $stored | $restored | $used | $same |"
 }

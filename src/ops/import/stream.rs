@@ -39,6 +39,7 @@ pub(super) fn from_pipe(options: &Options, monitor: &dyn Monitor) -> Result<Impo
         seeds: None,
         hashes: HashLog::new(0, options.to.clone()),
         has_all_hashes: true,
+        wants_seeds: super::seeds::are_possible(options),
         committed: None,
         done: Restored::default(),
     };
@@ -75,6 +76,8 @@ struct Epoch {
     number: u64,
     builder: Builder,
     announced: Vec<Announced>,
+    announced_blocks: usize,
+    announced_end: StoreBlock,
     /// Whether a PLAN was damaged.
     doubtful: bool,
 }
@@ -97,6 +100,7 @@ struct Importer<'a> {
     seeds: Option<Seeds>,
     hashes: HashLog,
     has_all_hashes: bool,
+    wants_seeds: bool,
     committed: Option<(Committed, Manifest, bool)>,
     done: Restored,
 }
@@ -174,7 +178,13 @@ impl Importer<'_> {
                 })?;
             }
             Kind::Plan => match manifest::decode(body).map_err(malformed)?.part {
-                Part::Blocks(announced) => self.epoch.announced.push(announced),
+                Part::Blocks(announced) => {
+                    self.epoch.announced_end = self.epoch.announced_end.max(announced.end());
+                    self.epoch.announced_blocks += announced.fingerprints.len();
+                    if self.wants_seeds && self.epoch.announced_blocks <= ANNOUNCED_BLOCKS_MAX {
+                        self.epoch.announced.push(announced);
+                    }
+                }
                 part => self.epoch.builder.add(part).map_err(malformed)?,
             },
             Kind::Pack => {
@@ -259,7 +269,7 @@ impl Importer<'_> {
         let end = frames.last().map_or(0, |frame| frame.first + u32::from(frame.blocks));
         staging.make_room(end)?;
         // What corrections bring is not in the plan.
-        let announced_end = self.epoch.announced.iter().map(Announced::end).max().unwrap_or(0);
+        let announced_end = self.epoch.announced_end;
         for frames in frames.chunks(FRAMES_AT_ONCE) {
             let to = &*staging;
             let written: Result<Vec<Written>> = frames
@@ -391,7 +401,6 @@ impl Importer<'_> {
             return Err(Error::NotAnArchive { path: path.to_owned() });
         };
         let ranges = wanted(restore.chosen());
-        work.staging.make_room(committed.commit.store_end)?;
         let lost: Vec<_> = ranges
             .iter()
             .flat_map(|range| work.staging.missing(range.clone()))
@@ -435,6 +444,9 @@ impl Importer<'_> {
         Ok(imported)
     }
 }
+
+/// Blocks of a stream that seeds are looked for at most: 256 MiB of fingerprints, for 256 GiB of blocks.
+const ANNOUNCED_BLOCKS_MAX: usize = 1 << 26;
 
 /// Frames of a pack that are decoded together.
 const FRAMES_AT_ONCE: usize = 8;

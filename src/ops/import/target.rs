@@ -143,7 +143,7 @@ pub(super) fn place(
     work: &mut Open,
     damaged: &BTreeSet<usize>,
     left_out: &BTreeSet<usize>,
-    lost: &SetOf<'_>,
+    lost: &SetOf,
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
     let was_placing = work.resumes && work.staging.was_placing;
