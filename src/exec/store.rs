@@ -22,6 +22,8 @@ use crate::plan::export::{ExportPlan, Piece, Source};
 
 /// Bytes of images read at a time, while those before are compressed, and those before that are written.
 const BATCH_BYTES: u64 = 8 << 20;
+/// Threads beside one for each core.
+const WAITING_THREADS: usize = 2;
 /// Blocks of one read at most.
 const READ_BLOCKS: u32 = 256;
 /// Bytes of blocks in a frame, unless its last chunk has more.
@@ -64,10 +66,34 @@ struct Task {
     pieces: std::ops::Range<usize>,
 }
 
+/// Bytes that begin at a multiple of a block, as direct reading asks for.
+#[derive(Default)]
+struct Aligned {
+    room: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl Aligned {
+    /// Makes it so long; what it holds is anything.
+    fn resize(&mut self, length: usize) -> &mut [u8] {
+        if self.room.len() < length + BLOCK_LEN {
+            self.room = vec![0; length + BLOCK_LEN];
+        }
+        self.start = self.room.as_ptr().align_offset(BLOCK_LEN).min(BLOCK_LEN);
+        self.length = length;
+        &mut self.room[self.start..self.start + length]
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.room[self.start..self.start + self.length]
+    }
+}
+
 /// What was read of a task.
 #[derive(Default)]
 struct Read {
-    content: Vec<u8>,
+    content: Aligned,
     /// Of each block; none for zeros where zeros were planned.
     hashes: Vec<Option<Hash>>,
 }
@@ -97,6 +123,13 @@ pub fn store(
         chunks: plan.chunks.iter(),
         chunk_left: 0,
     };
+    // Threads that wait for the disk do not keep the cores busy.
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(rayon::current_num_threads() + WAITING_THREADS)
+        .build()
+        .map_err(|error| {
+            Error::io("start threads for", std::path::Path::new("export"))(std::io::Error::other(error))
+        })?;
     let mut packer = Packer::new(plan.first_new);
     let mut compressed = Vec::new();
     let mut batches = batches(&tasks).peekable();
@@ -118,15 +151,17 @@ pub fn store(
         let recycled = std::mem::take(&mut spare);
         let to_write = std::mem::take(&mut compressed);
         let log = &assembler.log;
-        let (added, (now_compressed, read)) = rayon::join(
-            || packer.add(to_write, log, out),
-            || {
-                rayon::join(
-                    || compress(how.level, &frames),
-                    || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
-                )
-            },
-        );
+        let (added, (now_compressed, read)) = pool.install(|| {
+            rayon::join(
+                || packer.add(to_write, log, out),
+                || {
+                    rayon::join(
+                        || compress(how.level, &frames),
+                        || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
+                    )
+                },
+            )
+        });
         added?;
         compressed = now_compressed.map_err(out.failed)?;
         assembler.corrected.write(how.level, false, out)?;
@@ -244,8 +279,7 @@ fn read_batch(
         .par_iter()
         .zip(spare)
         .map(|(task, mut read)| {
-            read.content.resize(task.blocks as usize * BLOCK_LEN, 0);
-            let mut rest = &mut read.content[..];
+            let mut rest = read.content.resize(task.blocks as usize * BLOCK_LEN);
             for (_, place) in facts.places_of(task.slot..task.slot + task.blocks) {
                 let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
                 let (file, offset) = (SourceFile::Image(place.image), bytes(place.file_block));
@@ -254,7 +288,7 @@ fn read_batch(
                 rest = after;
             }
             read.hashes.clear();
-            let mut blocks = read.content.chunks_exact(BLOCK_LEN);
+            let mut blocks = read.content.bytes().chunks_exact(BLOCK_LEN);
             for piece in &plan.pieces[task.pieces.clone()] {
                 let (from, to) = part_of(task, piece);
                 for block in blocks.by_ref().take((to - from) as usize) {
@@ -291,7 +325,7 @@ impl Assembler<'_> {
             let (from, to) = part_of(task, piece);
             let at = (from - task.slot) as usize;
             let count = (to - from) as usize;
-            let content = &read.content[at * BLOCK_LEN..][..count * BLOCK_LEN];
+            let content = &read.content.bytes()[at * BLOCK_LEN..][..count * BLOCK_LEN];
             let hashes = &read.hashes[at..at + count];
             match piece.source {
                 Source::New(_) => {

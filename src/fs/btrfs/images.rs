@@ -67,6 +67,8 @@ pub struct Image {
     /// Whether the filesystem keeps checksums of its data.
     pub checksummed: bool,
     pub(super) file: Arc<File>,
+    /// The same file, to be read past the page cache, where everything is read once.
+    pub(super) direct: Option<File>,
     stamp: Stamp,
     revoked: Arc<AtomicBool>,
 }
@@ -188,10 +190,24 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         root,
         inode: metadata.ino(),
         checksummed,
+        direct: if purpose == Purpose::Read {
+            open_direct(&file)
+        } else {
+            None
+        },
         file: Arc::new(file),
         stamp: Stamp::of(&metadata),
         revoked: Arc::default(),
     }))
+}
+
+/// Opens a file once more, for direct reading. None where that cannot be: then it is read through the page cache.
+fn open_direct(file: &File) -> Option<File> {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECT | libc::O_NOATIME);
+    options.open(path).ok()
 }
 
 /// Whether the inode has `BTRFS_INODE_NODATASUM` (bit 0 of the inode item's flags, at byte 64 of the item).

@@ -368,6 +368,15 @@ impl Sharing for Btrfs {
 
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let length = buffer.len() as u64;
+        if let SourceFile::Image(image) = file
+            && let Some(direct) = &self.images[image as usize].direct
+            && offset.is_multiple_of(BLOCK_BYTES)
+            && buffer.as_ptr().addr().is_multiple_of(BLOCK_LEN)
+            && direct.read_at(buffer, offset).is_ok_and(|read| read == buffer.len())
+        {
+            return Ok(());
+        }
+        // Everything else, and what direct reading cannot do or finds damaged, goes through the page cache.
         self.with_file(file, |file, path| {
             // The last block of an image may be a partial one; what is missing is zeros on disk.
             let mut at = 0;
@@ -386,6 +395,11 @@ impl Sharing for Btrfs {
     }
 
     fn read_ahead(&self, file: SourceFile, offset: u64, length: u64) {
+        if let SourceFile::Image(image) = file
+            && self.images[image as usize].direct.is_some()
+        {
+            return;
+        }
         let _ = self.with_file(file, |file, _| {
             readahead(file, offset, length);
             Ok(())
