@@ -217,6 +217,9 @@ fn export_list_verify_diff_and_import() {
         (r"  [0-9a-f]{8}  ", "  [name]    "),
         (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "[time]                 "),
         (r"[0-9.]+ MiB free", "[size] free"),
+        // A COMMIT holds times, so that it compresses to a few bytes more or less.
+        (r"stored in 1\.\d KiB", "stored in [few] KiB"),
+        (r"  \d{3} B", "  [few] B"),
         (r"(amaged:? (at )?)bytes \d+\.\.\d+", "${1}[range]"),
     ] {
         settings.add_filter(what, name);
@@ -230,14 +233,14 @@ fn export_list_verify_diff_and_import() {
     "#);
     insta::assert_snapshot!(run(&["export", archive, pool, "--index", index]), @r#"
         Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
-        Read 0 B, 10.0 MiB known from before; 0 B new, stored in 1.1 KiB; the archive has 2.0 MiB
+        Read 0 B, 10.0 MiB known from before; 0 B new, stored in [few] KiB; the archive has 2.0 MiB
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["list", archive]), @r#"
         Commit  Name      Time                     Images         Size        Added       Stored  Label
              1  [name]    [time]                        3     15.0 MiB      4.0 MiB      2.0 MiB  first
-             2  [name]    [time]                        3     15.0 MiB          0 B        912 B  
+             2  [name]    [time]                        3     15.0 MiB          0 B        [few] B  
         --- stderr
         --- exit 0
     "#);
