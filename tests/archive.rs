@@ -201,6 +201,26 @@ fn what_is_exported_comes_back_already_shared() {
 }
 
 #[test]
+fn images_of_odd_sizes_come_back_and_serve_as_seeds() {
+    if !can_mount() {
+        return;
+    }
+    let (fs, scratch) = (Mounted::btrfs(), Scratch::new());
+    let pool = fs.pool();
+    for (name, size) in [("empty.img", 0), ("inline.img", 3000), ("odd.img", 20_000_001)] {
+        std::fs::write(pool.join(name), Random(7 + size as u64).data(size)).unwrap();
+    }
+    let before = kept(&pool);
+    scratch.json(&["export", "a.vmfold", as_str(&pool)]);
+    let to = fs.mount.join("to");
+    let done = scratch.json(&["import", "a.vmfold", "--to", as_str(&to), "--seed", as_str(&pool)]);
+    assert_eq!(kept(&to), before);
+    // Only blocks at the end of a file that are not whole cannot be shared with the staging file.
+    assert_eq!(number(&done, &["done", "written_bytes"]), 8192, "{done}");
+    assert_eq!(number(&done, &["planned", "new_bytes"]), 8192, "{done}");
+}
+
+#[test]
 fn what_the_disk_holds_is_not_written() {
     if !can_mount() {
         return;

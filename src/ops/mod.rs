@@ -48,7 +48,9 @@ struct Prepared {
 
 /// Opens a pool and fingerprints it. An image that cannot be read is left alone, with a note.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
-    prepare_found(scope, discover(scope, monitor)?, purpose, true, monitor)
+    let mut found = discover(scope, monitor)?;
+    found.images.retain(|image| image.size > 0);
+    prepare_found(scope, found, purpose, true, monitor)
 }
 
 /// The same for images that were found already; without `skip_unreadable`, one that cannot be read is an error.

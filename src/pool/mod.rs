@@ -175,7 +175,7 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         path: image.path,
         reason: Skip::ImportInProgress,
     }));
-    pool.images = images.into_iter().filter(|image| image.size > 0).collect();
+    pool.images = images;
     pool.images.sort_by(|a, b| a.path.cmp(&b.path));
     if pool.images.is_empty() && pool.skipped.is_empty() {
         return Err(Error::NoImages { paths: paths.to_vec() });
@@ -243,6 +243,7 @@ mod tests {
             [
                 "appvms/work/private.img",
                 "appvms/work/private.img.3@2026-01-02T03:04:05Z",
+                "images/100/empty.raw",
                 "images/100/vm-100-disk-0.raw"
             ]
         );
@@ -252,9 +253,15 @@ mod tests {
             [Skip::ImportInProgress, Skip::Volatile, Skip::ImportInProgress]
         );
         let fewer = discover(std::slice::from_ref(&root), &["*.img*".into()]).unwrap();
-        assert_eq!(names(&fewer, &root), ["images/100/vm-100-disk-0.raw"]);
+        assert_eq!(
+            names(&fewer, &root),
+            ["images/100/empty.raw", "images/100/vm-100-disk-0.raw"]
+        );
         let fewer = discover(std::slice::from_ref(&root), &["appvms/**".into()]).unwrap();
-        assert_eq!(names(&fewer, &root), ["images/100/vm-100-disk-0.raw"]);
+        assert_eq!(
+            names(&fewer, &root),
+            ["images/100/empty.raw", "images/100/vm-100-disk-0.raw"]
+        );
         assert_eq!(
             names(&discover(&[root.join("notes.txt")], &[]).unwrap(), &root),
             ["notes.txt"]

@@ -168,7 +168,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         return Ok(Err(Skip::OtherFilesystem));
     }
     let metadata = file.metadata().map_err(Error::io("look at", path))?;
-    if !metadata.is_file() || (metadata.dev(), metadata.len()) == (0, 0) {
+    if !metadata.is_file() {
         return Ok(Err(Skip::Changed));
     }
     let flags = inode_flags(&file).map_err(Error::io("look at", path))?;

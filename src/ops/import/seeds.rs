@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::{Options, parts, prove, proved};
 use crate::archive::StoreBlock;
 use crate::archive::manifest::Announced;
-use crate::block::{BLOCK_LEN, SlotSet, bytes};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::chunk::weak_id;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
@@ -103,7 +103,27 @@ impl Seeds {
             all.check()
                 .map_err(|error| Error::Usage(format!("the file of fingerprints failed: {error}")))?;
         }
-        Ok(found)
+        Ok(found.iter().flat_map(|seeded| self.without_tails(seeded)).collect())
+    }
+
+    /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.
+    fn without_tails(&self, seeded: &Seeded) -> Vec<Seeded> {
+        let mut parts: Vec<Seeded> = Vec::new();
+        for (slot, place) in self.prepared.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
+            let whole = self.fs().images()[place.image as usize].size / BLOCK_BYTES;
+            let blocks = whole.saturating_sub(u64::from(place.file_block));
+            let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
+            match parts.last_mut() {
+                Some(last) if last.slot + last.blocks == slot => last.blocks += blocks,
+                _ => parts.push(Seeded {
+                    first: seeded.first + (slot - seeded.slot),
+                    blocks,
+                    slot,
+                }),
+            }
+        }
+        parts.retain(|part| part.blocks > 0);
+        parts
     }
 
     /// Reads what was found and keeps what has the hashes of the archive.
