@@ -174,6 +174,12 @@ pub enum Error {
         /// The paths.
         paths: Vec<PathBuf>,
     },
+    /// A folder stands where an image is to be restored.
+    #[error("there is a folder in the way: `{}`", shown(path))]
+    FolderInTheWay {
+        /// The folder.
+        path: PathBuf,
+    },
     /// Part of an archive cannot be restored.
     #[error(
         "the archive `{}` is damaged: {images} of its images cannot be restored whole",
@@ -273,6 +279,7 @@ impl Error {
             Self::DoesNotFit { .. } => {
                 "free some space, choose fewer images, or name images that are like them with --seed"
             }
+            Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
             Self::Lost { .. } => "--partial restores what is intact",
             Self::Interrupted | Self::Usage(_) => return None,
@@ -291,6 +298,7 @@ impl Error {
                 | Self::NotAnArchive { .. }
                 | Self::NoSuchCommit { .. }
                 | Self::Exists { .. }
+                | Self::FolderInTheWay { .. }
         )
     }
 }

@@ -215,6 +215,14 @@ fn images_of_odd_sizes_come_back_and_serve_as_seeds() {
     let to = fs.mount.join("to");
     let done = scratch.json(&["import", "a.vmfold", "--to", as_str(&to), "--seed", as_str(&pool)]);
     assert_eq!(kept(&to), before);
+    std::fs::remove_file(to.join("odd.img")).unwrap();
+    std::fs::create_dir(to.join("odd.img")).unwrap();
+    let output = scratch.run(&["import", "a.vmfold", "--to", as_str(&to), "--replace"]);
+    assert!(
+        output.status.code() == Some(2) && text(&output).contains("folder in the way"),
+        "{}",
+        text(&output)
+    );
     // Only blocks at the end of a file that are not whole cannot be shared with the staging file.
     assert_eq!(number(&done, &["done", "written_bytes"]), 8192, "{done}");
     assert_eq!(number(&done, &["planned", "new_bytes"]), 8192, "{done}");

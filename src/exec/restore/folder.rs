@@ -117,6 +117,12 @@ impl Place {
         rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
+    /// Whether a folder stands there.
+    pub fn is_folder(&self) -> bool {
+        let stat = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW);
+        stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory)
+    }
+
     /// Size and time of change of the regular file there.
     pub fn size_and_mtime(&self) -> Option<(u64, (i64, u32))> {
         let stat = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW).ok()?;

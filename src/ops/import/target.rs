@@ -102,16 +102,16 @@ fn time_of(seconds: i64) -> String {
 
 /// Refuses to go on if a name is taken that may not be replaced. What an interrupted restore has put in place already, does not count.
 pub(super) fn check_names(restore: &Restore<'_>, was_placing: bool) -> Result<()> {
-    if restore.options.replace {
-        return Ok(());
-    }
     let mut taken = Vec::new();
     for target in &restore.targets {
         for name in &target.names {
             let Some(place) = restore.root.place(name, false, |_| {})? else {
                 continue;
             };
-            if place.exists() && !(was_placing && is_done(restore, target, &place)) {
+            if place.is_folder() {
+                return Err(Error::FolderInTheWay { path: place.path });
+            }
+            if !restore.options.replace && place.exists() && !(was_placing && is_done(restore, target, &place)) {
                 taken.push(place.path);
             }
         }
