@@ -60,6 +60,8 @@ pub enum Pinned {
     UnalignedTail,
     /// A part of it is preallocated, and that is to stay so.
     Preallocated,
+    /// An image refers to it whose extents cannot change.
+    Fixed,
 }
 
 impl Extent {

@@ -84,10 +84,7 @@ fn prepare_found(
                     return Err(error);
                 };
                 monitor.note(&describe(&error));
-                left_alone.push(Skipped {
-                    path: images.remove(at).path,
-                    reason: Skip::Unreadable,
-                });
+                left_alone.push(Skipped::new(&images.remove(at).path, Skip::Unreadable));
             }
         }
     }

@@ -85,20 +85,14 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
     result.interrupted = ran.interrupted;
     let counted = freed_bytes(&fs, &before);
     for image in ran.opened_meanwhile {
-        result.skipped.push(Skipped {
-            path: fs.path(image).to_owned(),
-            reason: Skip::OpenedMeanwhile,
-        });
+        result.skipped.push(Skipped::new(fs.path(image), Skip::OpenedMeanwhile));
     }
     for image in fs
         .images()
         .iter()
         .filter(|image| image.may_touch() && !image.is_unchanged())
     {
-        result.skipped.push(Skipped {
-            path: image.path.clone(),
-            reason: Skip::Changed,
-        });
+        result.skipped.push(Skipped::new(&image.path, Skip::Changed));
     }
     result.failed = outcome.err();
     match counted {

@@ -1,6 +1,8 @@
 //! Which files are images, which machine each belongs to, and why one is left alone.
 
 mod naming;
+mod signs;
+pub mod users;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -25,6 +27,8 @@ pub struct Found {
     /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
     /// machine are left alone while one is in use.
     pub machines: BTreeSet<PathBuf>,
+    /// A file that says that one of them runs, or did when its host stopped.
+    pub sign: Option<(Skip, PathBuf)>,
 }
 
 /// Why an image is left alone.
@@ -35,12 +39,26 @@ pub enum Skip {
     InUse,
     /// Another image of the same machine is in use.
     MachineInUse,
+    /// Beside it is what its machine writes to while it runs, and leaves behind when its host stops.
+    Dirty,
+    /// Qubes OS has noted that its machine runs.
+    Running,
     /// A restore or an import of its machine is going on.
     ImportInProgress,
     /// It lives only as long as its machine runs.
     Volatile,
-    /// `chattr +i` or `+a`: the kernel allows no change of its extents.
+    /// `chattr +i` or `+a`: the kernel allows no change of its extents. Others may share them.
     Immutable,
+    /// It is sealed by fs-verity. Others may share its extents.
+    Verity,
+    /// Someone uses it for swapping.
+    SwapFile,
+    /// `btrfs send` is reading its subvolume.
+    BeingSent,
+    /// It lies below a mount that cannot be written.
+    ReadOnlyMount,
+    /// The filesystem refused to share its extents, for a reason not known.
+    Refused,
     /// Someone opened it while it was worked on.
     OpenedMeanwhile,
     /// It changed while it was worked on.
@@ -57,9 +75,18 @@ impl Skip {
         match self {
             Self::InUse => "in use: shut the machine down, detach the loop device, or turn swapping off",
             Self::MachineInUse => "another image of its machine is in use",
+            Self::Dirty => {
+                "its machine runs, or its host stopped while it did, and the newest data is in its -dirty.img"
+            }
+            Self::Running => "its machine runs",
             Self::ImportInProgress => "an import of its machine is in progress",
             Self::Volatile => "it exists only while its machine runs",
-            Self::Immutable => "immutable or append-only: see lsattr",
+            Self::Immutable => "immutable or append-only, see lsattr: others may share its extents, but it keeps them",
+            Self::Verity => "sealed by fs-verity: others may share its extents, but it keeps them",
+            Self::SwapFile => "used for swapping",
+            Self::BeingSent => "btrfs send is reading its subvolume: run again afterwards",
+            Self::ReadOnlyMount => "below a mount that cannot be written",
+            Self::Refused => "the filesystem refuses to share its extents",
             Self::OpenedMeanwhile => "someone opened it during the run",
             Self::Changed => "it changed during the run",
             Self::OtherFilesystem => "on another filesystem: run once for each",
@@ -76,6 +103,26 @@ pub struct Skipped {
     pub path: PathBuf,
     /// Why.
     pub reason: Skip,
+    /// Who uses it, which range cannot be read, and the like.
+    pub detail: Option<String>,
+}
+
+impl Skipped {
+    /// An image and a reason, without more to say.
+    pub fn new(path: &Path, reason: Skip) -> Self {
+        Self {
+            path: path.to_owned(),
+            reason,
+            detail: None,
+        }
+    }
+}
+
+impl std::fmt::Display for Skipped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", crate::shown::shown(&self.path), self.reason.reason())?;
+        self.detail.iter().try_for_each(|detail| write!(f, " ({detail})"))
+    }
 }
 
 /// What was found below the paths that were named.
@@ -108,6 +155,7 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
                     names: BTreeSet::new(),
                     size: metadata.len(),
                     machines: BTreeSet::new(),
+                    sign: None,
                 });
                 known.machines.insert(machine);
                 known.names.insert(path.to_owned());
@@ -117,15 +165,9 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
             }
             Kind::Import => {
                 importing.insert(machine);
-                pool.skipped.push(Skipped {
-                    path: path.to_owned(),
-                    reason: Skip::ImportInProgress,
-                });
+                pool.skipped.push(Skipped::new(path, Skip::ImportInProgress));
             }
-            Kind::Volatile => pool.skipped.push(Skipped {
-                path: path.to_owned(),
-                reason: Skip::Volatile,
-            }),
+            Kind::Volatile => pool.skipped.push(Skipped::new(path, Skip::Volatile)),
             Kind::Temporary => {}
         }
     };
@@ -168,14 +210,16 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
             }
         }
     }
-    let (importing, images): (Vec<_>, Vec<_>) = found
-        .into_values()
-        .partition(|image| !importing.is_disjoint(&image.machines));
-    pool.skipped.extend(importing.into_iter().map(|image| Skipped {
-        path: image.path,
-        reason: Skip::ImportInProgress,
-    }));
-    pool.images = images;
+    let mut signs = signs::Signs::default();
+    for mut image in found.into_values() {
+        let sign = image.names.iter().find_map(|name| signs.of(name));
+        if !importing.is_disjoint(&image.machines) || matches!(sign, Some((Skip::ImportInProgress, _))) {
+            pool.skipped.push(Skipped::new(&image.path, Skip::ImportInProgress));
+        } else {
+            image.sign = sign;
+            pool.images.push(image);
+        }
+    }
     pool.images.sort_by(|a, b| a.path.cmp(&b.path));
     if pool.images.is_empty() && pool.skipped.is_empty() {
         return Err(Error::NoImages { paths: paths.to_vec() });

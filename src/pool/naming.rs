@@ -37,6 +37,14 @@ pub fn kind_of(path: &Path) -> Kind {
     }
 }
 
+/// The volume that a file of a Qubes pool belongs to, by the beginning of its name: `private` of `private-dirty.img` and of
+/// `private.img.7@…`. None of what is named otherwise.
+pub(super) fn volume_of(path: &Path) -> Option<&str> {
+    let (volume, _) = path.file_name()?.to_str()?.split_once(".img")?;
+    let ends = ["-dirty", "-precache", "-import"];
+    Some(ends.iter().find_map(|end| volume.strip_suffix(end)).unwrap_or(volume))
+}
+
 /// What the name of a revision tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revision {

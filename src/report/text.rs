@@ -41,9 +41,7 @@ impl Display for PoolBytes {
 }
 
 fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
-    skipped
-        .iter()
-        .try_for_each(|one| writeln!(f, "Left alone: {}: {}", shown(&one.path), one.reason.reason()))
+    skipped.iter().try_for_each(|one| writeln!(f, "Left alone: {one}"))
 }
 
 impl Display for Exported {
@@ -296,6 +294,7 @@ impl Display for Reclaimed {
             let why = match why {
                 crate::facts::Pinned::HeldByOthers => "files or snapshots outside the given paths hold",
                 crate::facts::Pinned::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
+                crate::facts::Pinned::Fixed => "images whose extents cannot change hold",
                 crate::facts::Pinned::Preallocated => "preallocated ranges that are to stay hold",
             };
             writeln!(f, "Not freed: {} that {why}", size(*bytes))?;

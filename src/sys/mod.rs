@@ -4,12 +4,15 @@
 //! returns what the kernel said.
 #![expect(unsafe_code, reason = "ioctl and fcntl are made here and nowhere else")]
 
+pub mod byte_locks;
 pub mod clone;
 pub mod dedupe;
 pub mod fs_info;
 pub mod inode_flags;
 pub mod lease;
 pub mod logical_ino;
+pub mod loop_status;
+pub mod priority;
 pub mod readahead;
 pub mod signals;
 pub mod tree_search;

@@ -1,6 +1,6 @@
 //! Opening images, each with a lease that tells whether anyone else uses it, now or later.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
@@ -14,7 +14,8 @@ use rustix::io::Errno;
 
 use super::INODE_ITEM;
 use crate::error::{Error, Result};
-use crate::pool::{Found, Skip, Skipped};
+use crate::pool::{Found, Skip, Skipped, users};
+use crate::shown::shown;
 use crate::sys::fs_info::{FsInfo, fs_info};
 use crate::sys::inode_flags::inode_flags;
 use crate::sys::lease::{self, Lease};
@@ -23,6 +24,9 @@ use crate::sys::{logical_ino, signals};
 
 /// How often leases are looked at. Whoever opens an image waits no longer than this, and one system call.
 const LEASE_POLL: Duration = Duration::from_millis(20);
+
+/// `FS_VERITY_FL` (uapi/linux/fs.h): the file is sealed by fs-verity.
+const VERITY: IFlags = IFlags::from_bits_retain(0x0010_0000);
 
 /// What images are opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +70,8 @@ pub struct Image {
     pub inode: u64,
     /// Whether the filesystem keeps checksums of its data.
     pub checksummed: bool,
+    /// Why it keeps its extents, if it does: others may share them.
+    pub fixed: Option<Skip>,
     pub(super) file: Arc<File>,
     /// The same file, to be read past the page cache, where everything is read once.
     pub(super) direct: Option<File>,
@@ -122,35 +128,54 @@ pub(super) fn open(
     raise_file_limit();
     signals::ignore_sigio();
     let (mut images, mut skipped, mut busy) = (Vec::new(), Vec::new(), BTreeSet::new());
+    let mut used = BTreeMap::new();
     for image in found {
         match open_one(image, info, purpose)? {
             Ok(opened) => images.push((opened, &image.machines)),
-            Err(reason) => {
-                if reason == Skip::InUse && purpose.shares() {
+            Err(one) => {
+                if one.reason == Skip::InUse
+                    && let Ok(metadata) = image.path.metadata()
+                {
+                    used.insert(users::file_id(&metadata), skipped.len());
+                }
+                if purpose.shares() && matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running) {
                     busy.extend(&image.machines);
                 }
-                skipped.push(Skipped {
-                    path: image.path.clone(),
-                    reason,
-                });
+                skipped.push(one);
             }
         }
+    }
+    for (file, users) in users::users_of(&used.keys().copied().collect()) {
+        let detail = &mut skipped[used[&file]].detail;
+        let locked = detail.take();
+        *detail = Some(users.into_iter().chain(locked).collect::<Vec<_>>().join(", "));
     }
     let (images, idle): (Vec<_>, Vec<_>) = images
         .into_iter()
         .partition(|(_, machines)| machines.iter().all(|machine| !busy.contains(machine)));
-    skipped.extend(idle.into_iter().map(|(image, _)| Skipped {
-        path: image.path,
-        reason: Skip::MachineInUse,
-    }));
+    let idle = idle
+        .iter()
+        .map(|(image, _)| Skipped::new(&image.path, Skip::MachineInUse));
+    skipped.extend(idle);
+    let fixed = images
+        .iter()
+        .filter_map(|(image, _)| Some(Skipped::new(&image.path, image.fixed?)));
+    skipped.extend(fixed);
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
     let images: Vec<Image> = images.into_iter().map(|(image, _)| image).collect();
     let keeper = purpose.lease().map(|lease| LeaseKeeper::new(&images, lease));
     Ok((images, skipped, keeper))
 }
 
-fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::result::Result<Image, Skip>> {
+fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::result::Result<Image, Skipped>> {
     let path = &found.path;
+    let leave = |reason| Ok(Err(Skipped::new(path, reason)));
+    if let Some((reason, file)) = found.sign.as_ref().filter(|_| purpose.shares()) {
+        return Ok(Err(Skipped {
+            detail: Some(shown(file).to_string()),
+            ..Skipped::new(path, *reason)
+        }));
+    }
     let mut options = OpenOptions::new();
     options
         .read(true)
@@ -158,27 +183,34 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
     let file = match options.open(path) {
         Ok(file) => file,
         // Someone else holds a lease and must give it up first: a second run, or a file server.
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(Err(Skip::InUse)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Err(Skip::Changed)),
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return leave(Skip::InUse),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return leave(Skip::Changed),
         Err(error) => return Err(Error::io("open", path)(error)),
     };
     // Only what is asked for is read: blocks to be proved lie anywhere, and all else is read ahead by asking.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
     if !fs_info(&file).is_ok_and(|its| its.uuid == info.uuid) {
-        return Ok(Err(Skip::OtherFilesystem));
+        return leave(Skip::OtherFilesystem);
     }
     let metadata = file.metadata().map_err(Error::io("look at", path))?;
     if !metadata.is_file() {
-        return Ok(Err(Skip::Changed));
+        return leave(Skip::Changed);
     }
     let flags = inode_flags(&file).map_err(Error::io("look at", path))?;
-    if purpose.shares() && flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
-        return Ok(Err(Skip::Immutable));
-    }
+    let fixed = if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
+        Some(Skip::Immutable)
+    } else {
+        flags.contains(VERITY).then_some(Skip::Verity)
+    };
     if let Some(lease) = purpose.lease() {
         match lease::take(&file, lease) {
             Ok(()) => {}
-            Err(Errno::AGAIN) => return Ok(Err(Skip::InUse)),
+            Err(Errno::AGAIN) => {
+                return Ok(Err(Skipped {
+                    detail: users::locked_by(&file).map(str::to_owned),
+                    ..Skipped::new(path, Skip::InUse)
+                }));
+            }
             Err(errno) => return Err(Error::io("take a lease on", path)(errno)),
         }
     }
@@ -190,6 +222,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         root,
         inode: metadata.ino(),
         checksummed,
+        fixed: fixed.filter(|_| purpose.shares()),
         direct: if purpose == Purpose::Read {
             open_direct(&file)
         } else {

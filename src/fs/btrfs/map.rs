@@ -207,7 +207,9 @@ impl Btrfs {
                     }
                 };
                 let end = extent.file_offset + extent.length;
-                let pinned = if end > image_end {
+                let pinned = if image.fixed.is_some() {
+                    Some(Pinned::Fixed)
+                } else if end > image_end {
                     // What is preallocated beyond the end of a file cannot be reached by any call.
                     Some(Pinned::Preallocated)
                 } else {

@@ -1,0 +1,184 @@
+//! Who uses an image, as far as the host tells: for messages. Whether anyone does, is for the kernel to say, by a lease.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::shown::shown;
+use crate::sys::byte_locks::is_locked;
+use crate::sys::loop_status::file_of_loop;
+
+/// A file by device and inode.
+pub type FileId = (u64, u64);
+
+/// The file that a path or an open file stands for.
+pub fn file_id(metadata: &std::fs::Metadata) -> FileId {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Who uses some files: swapping, loop devices and where they are mounted, processes that have them open or mapped.
+pub fn users_of(files: &BTreeSet<FileId>) -> BTreeMap<FileId, Vec<String>> {
+    let mut found: BTreeMap<FileId, Vec<String>> = BTreeMap::new();
+    if files.is_empty() {
+        return found;
+    }
+    let mut add = |file: FileId, user: String| {
+        if files.contains(&file) {
+            found.entry(file).or_default().push(user);
+        }
+    };
+    for path in swap_files() {
+        if let Ok(metadata) = path.metadata() {
+            add(file_id(&metadata), "used for swapping".into());
+        }
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for (device, file) in loop_devices() {
+        let mounted = mounted_on(&mounts, &device);
+        let mounted = mounted.map(|folder| format!(", mounted on {}", shown(&folder)));
+        add(
+            file,
+            format!("{} has it{}", shown(&device), mounted.unwrap_or_default()),
+        );
+    }
+    for (process, name) in processes() {
+        let files: BTreeSet<FileId> = ["fd", "map_files"]
+            .iter()
+            .flat_map(|folder| entries(&process.join(folder)))
+            .filter_map(|link| link.metadata().ok().map(|metadata| file_id(&metadata)))
+            .collect();
+        for file in files {
+            add(file, format!("open in {name}"));
+        }
+    }
+    found
+}
+
+/// Whose byte-range locks lie on an open file: QEMU marks its images at bytes 100 to 299 (`block/file-posix.c`), libvirt's lock
+/// daemon at byte 0.
+pub fn locked_by(file: impl AsFd) -> Option<&'static str> {
+    if is_locked(&file, 100, 200) {
+        Some("locked as QEMU does")
+    } else if is_locked(&file, 0, 1) {
+        Some("locked as libvirt does")
+    } else {
+        None
+    }
+}
+
+/// What is in a folder; nothing if it cannot be read.
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+}
+
+/// Files that are swapped to; the kernel writes spaces in their names as `\040`.
+fn swap_files() -> Vec<PathBuf> {
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let names = swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next());
+    names.map(unescape).collect()
+}
+
+/// Undoes the octal escapes of `/proc/swaps` and `/proc/self/mountinfo`.
+fn unescape(name: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::new();
+    let mut rest = name.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let octal = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &after[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+/// Loop devices that have a file, with that file.
+fn loop_devices() -> Vec<(PathBuf, FileId)> {
+    let devices = entries(Path::new("/sys/block")).filter(|path| path.join("loop/backing_file").exists());
+    devices
+        .filter_map(|path| {
+            let device = Path::new("/dev").join(path.file_name()?);
+            let file = file_of_loop(File::open(&device).ok()?).ok()?;
+            Some((device, file))
+        })
+        .collect()
+}
+
+/// Where a device or a partition of it is mounted: fields 5 and, behind the dash, 2 of a line of `/proc/self/mountinfo`.
+fn mounted_on(mounts: &str, device: &Path) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let source = unescape(after.split(' ').nth(1)?);
+        let partition = source.to_str()?.strip_prefix(device.to_str()?)?;
+        let is_it = partition.is_empty() || partition.starts_with('p');
+        is_it.then(|| before.split(' ').nth(4).map(unescape)).flatten()
+    })
+}
+
+/// The folders of all other processes in `/proc`, with a name and number for each.
+fn processes() -> Vec<(PathBuf, String)> {
+    let me = std::process::id();
+    let numbers = entries(Path::new("/proc")).filter_map(|path| {
+        let number = path.file_name()?.to_str()?.parse::<u32>().ok()?;
+        (number != me).then_some((path, number))
+    });
+    numbers
+        .map(|(path, number)| {
+            let name = std::fs::read_to_string(path.join("comm")).unwrap_or_default();
+            let name = format!("{} ({number})", shown(Path::new(name.trim_end())));
+            (path, name)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_another_process_has_open_is_found() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let id = file_id(&file.as_file().metadata().unwrap());
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(File::open(file.path()).unwrap())
+            .spawn()
+            .unwrap();
+        let found = users_of(&[id].into());
+        child.kill().unwrap();
+        let number = child.id();
+        child.wait().unwrap();
+        let user = format!("open in sleep ({number})");
+        assert!(found[&id].contains(&user), "{found:?}");
+        // Other tests' children may have it for a moment; this one is gone.
+        let after = users_of(&[id].into());
+        assert!(!after.values().flatten().any(|one| *one == user), "{after:?}");
+    }
+
+    #[test]
+    fn mounts_are_told_from_devices_with_longer_names() {
+        let mounts = "36 25 7:1 / /mnt/one rw shared:1 - ext4 /dev/loop11 rw\n\
+                      37 25 7:1 / /mnt/a\\040b rw - ext4 /dev/loop1p3 rw\n";
+        assert_eq!(mounted_on(mounts, Path::new("/dev/loop1")), Some("/mnt/a b".into()));
+        assert_eq!(mounted_on(mounts, Path::new("/dev/loop11")), Some("/mnt/one".into()));
+        assert_eq!(mounted_on(mounts, Path::new("/dev/loop2")), None);
+    }
+
+    #[test]
+    fn no_locks_on_a_file_of_ours() {
+        assert_eq!(locked_by(tempfile::tempfile().unwrap()), None);
+    }
+}
