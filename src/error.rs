@@ -168,6 +168,17 @@ pub enum Error {
         /// What there is.
         free_bytes: u64,
     },
+    /// Going on would leave less space free than is to stay.
+    #[error(
+        "the filesystem of `{}` is nearly full: {reserve_bytes} bytes are to stay free",
+        shown(path)
+    )]
+    Reserve {
+        /// Something on it.
+        path: PathBuf,
+        /// What is to stay free.
+        reserve_bytes: u64,
+    },
     /// What is to be restored exists.
     #[error("exists already: {}", list(paths))]
     Exists {
@@ -243,6 +254,18 @@ impl Error {
         }
     }
 
+    /// Whether it is that part of a file could not be read.
+    pub fn is_read(&self) -> bool {
+        matches!(
+            self,
+            Self::Io {
+                operation: "read",
+                range: Some(_),
+                ..
+            }
+        )
+    }
+
     /// What the user can do about it, if there is something.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
@@ -278,6 +301,9 @@ impl Error {
             Self::ChangedMeanwhile { .. } => "nothing was added to the archive; shut the machine down and run it again",
             Self::DoesNotFit { .. } => {
                 "free some space, choose fewer images, or name images that are like them with --seed"
+            }
+            Self::Reserve { .. } => {
+                "free some space, or choose another --reserve, and run again: it goes on from there"
             }
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",

@@ -1,6 +1,7 @@
 //! How the library tells whoever called it what it is doing, and asks whether to go on. The library never prints.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// A listener. Every method may be called from any thread.
 pub trait Monitor: Sync {
@@ -12,6 +13,42 @@ pub trait Monitor: Sync {
     fn note(&self, message: &str);
     /// Whether the user asked to stop. Looked at between system calls.
     fn interrupted(&self) -> bool;
+}
+
+/// Asks to stop once a time is over, and passes everything else on.
+pub struct Deadline<'a> {
+    inner: &'a dyn Monitor,
+    until: Option<Instant>,
+}
+
+impl<'a> Deadline<'a> {
+    /// So long from now on; none for as long as it takes.
+    pub fn new(inner: &'a dyn Monitor, time: Option<Duration>) -> Self {
+        Self {
+            inner,
+            until: time.and_then(|time| Instant::now().checked_add(time)),
+        }
+    }
+
+    /// Whether the time is over.
+    pub fn has_passed(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
+    }
+}
+
+impl Monitor for Deadline<'_> {
+    fn phase(&self, name: &str, total_bytes: u64) {
+        self.inner.phase(name, total_bytes);
+    }
+    fn advance(&self, bytes: u64) {
+        self.inner.advance(bytes);
+    }
+    fn note(&self, message: &str) {
+        self.inner.note(message);
+    }
+    fn interrupted(&self) -> bool {
+        self.has_passed() || self.inner.interrupted()
+    }
 }
 
 /// Says nothing; can be told to stop.

@@ -451,11 +451,8 @@ fn a_full_filesystem_is_an_error_and_no_harm() {
     let (state, full) = (state_of(&fs.pool()), fs.used());
     let output = fs.vmfold("reclaim");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(
-        error.starts_with("error: no space left while") && error.contains("every image is intact"),
-        "{error}"
-    );
+    assert_eq!(output.status.code(), Some(0), "{error}");
+    assert!(error.contains("free beyond the reserve of 128.0 MiB"), "{error}");
     assert_eq!(state_of(&fs.pool()), state);
     assert!(fs.used() < full, "what needs no space is freed all the same");
     std::fs::remove_file(fs.mount.join("ballast")).unwrap();
@@ -518,16 +515,12 @@ fn an_image_with_a_bad_block_is_left_alone_with_a_message() {
     sh(&format!("sync -f {}", bad.display()));
     fs.corrupt(&bad);
     let output = fs.vmfold("reclaim");
-    let (text, error) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert_eq!(output.status.code(), Some(3), "{text}{error}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(
-        error.contains("cannot read") && error.contains("bad.img`, bytes"),
-        "{error}"
+        text.contains("bad.img: it could not be read (bytes ") && text.contains("Input/output error"),
+        "{text}"
     );
-    assert!(text.contains("bad.img: it could not be read"), "{text}");
 }
 
 #[test]

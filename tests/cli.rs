@@ -156,6 +156,7 @@ fn reclaim_json() {
           "skipped": [],
           "dry_run": false,
           "interrupted": false,
+          "out_of_time": false,
           "pool": {
             "logical_bytes": 15728640,
             "referenced_bytes": 15728640,
@@ -530,6 +531,9 @@ fn help_and_usage() {
               --json
                   Print one JSON document instead of text
 
+              --nice
+                  Give way to all other work on the processor and the disk
+
           -h, --help
                   Print help (see a summary with '-h')
 
@@ -550,6 +554,7 @@ fn help_and_usage() {
               --exclude <GLOB>     Leave out what matches this pattern; may be given more than once
               --json               Print one JSON document instead of text
               --index <DIR>        Folder for the index, which is only a cache [default: /var/cache/vmfold]
+              --nice               Give way to all other work on the processor and the disk
               --memory <SIZE>      Memory for tables of blocks [default: 128MiB]
           -n, --dry-run            Only say what would be done
               --min-run <SIZE>     Shortest run of equal data worth sharing: less frees more, and makes more
@@ -557,6 +562,8 @@ fn help_and_usage() {
               --keep-zeros         Leave blocks of zeros as data instead of making them holes
               --keep-prealloc      Leave preallocated ranges allocated instead of making them holes
               --work-space <SIZE>  Extra disk space that may be used on the way [default: 1GiB]
+              --reserve <SIZE>     Disk space that stays free whatever happens [default: 128MiB]
+              --max-seconds <N>    Stop in order after so many seconds; the next run goes on from there
           -h, --help               Print help
           -V, --version            Print version
         --- stderr

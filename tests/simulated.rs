@@ -173,7 +173,7 @@ fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
 fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
     let (facts, plan) = planned(fs, options);
     let mut ran = Ran::default();
-    let _ = run(&facts, &plan, fs, &Silent::default(), &mut ran);
+    let _ = run(&facts, &plan, 0, fs, &Silent::default(), &mut ran);
     fs.close_donors();
     (plan, ran)
 }

@@ -21,6 +21,9 @@ pub(super) struct Args {
     /// Print one JSON document instead of text
     #[arg(long, global = true)]
     pub(super) json: bool,
+    /// Give way to all other work on the processor and the disk
+    #[arg(long, global = true)]
+    pub(super) nice: bool,
     #[command(subcommand)]
     pub(super) command: Command,
 }
@@ -93,6 +96,12 @@ pub(super) struct Reclaim {
     /// Extra disk space that may be used on the way
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
     pub(super) work_space: u64,
+    /// Disk space that stays free whatever happens
+    #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = parse_size)]
+    pub(super) reserve: u64,
+    /// Stop in order after so many seconds; the next run goes on from there
+    #[arg(long, value_name = "N")]
+    pub(super) max_seconds: Option<u64>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -21,6 +21,7 @@ use crate::ops::import::{Source, import};
 use crate::ops::{self, describe, list::list, reclaim::reclaim, report::report, scan::scan, verify::verify};
 use crate::report::Change;
 use crate::shown::shown;
+use crate::sys::priority::give_way;
 
 /// How a command ended; the numbers are part of what scripts rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +68,14 @@ fn print_error(error: &Error) {
 }
 
 fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
+    if args.nice
+        && let Err(errno) = give_way()
+    {
+        terminal.note(&format!(
+            "Going on with the usual priority: {}",
+            std::io::Error::from(errno)
+        ));
+    }
     match &args.command {
         Command::Reclaim(command) => {
             let mut found = reclaim(&command.options()?, terminal)?;
@@ -79,7 +88,8 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
                 .done
                 .as_ref()
                 .is_some_and(|done| done.counts.extents_still_held > 0);
-            Ok(exit(found.interrupted, !found.skipped.is_empty() || held))
+            let some_left = !found.skipped.is_empty() || held || found.out_of_time;
+            Ok(exit(found.interrupted, some_left))
         }
         Command::Report(command) => {
             let found = report(&command.scope(), terminal)?;
@@ -232,6 +242,8 @@ impl args::Reclaim {
                 work_space_bytes: self.work_space,
             },
             dry_run: self.dry_run,
+            reserve_bytes: self.reserve,
+            time: self.max_seconds.map(std::time::Duration::from_secs),
         })
     }
 }

@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fs::{Outcome, Sharing, SourceFile};
 use crate::monitor::Monitor;
-use crate::plan::{Batch, Op, Plan, Source};
+use crate::plan::{Batch, DonorFile, Op, Plan, Source};
+use crate::pool::Skip;
 
 /// Bytes that one call compares at most: btrfs splits longer ones (kernel: `BTRFS_MAX_DEDUPE_LEN`), and both files are locked.
 pub const CALL_BYTES: u64 = 16 << 20;
@@ -43,21 +44,33 @@ pub struct Counts {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Ran {
     /// What was done.
     pub counts: Counts,
     /// Images that someone opened during the run; they were left alone from then on.
     pub opened_meanwhile: BTreeSet<ImageId>,
+    /// Images that the filesystem refused to touch, and why; they were left alone from then on.
+    pub refused: BTreeMap<ImageId, Skip>,
+    /// What could not be read. Extents that needed it stay; everything else was done.
+    pub unreadable: Vec<Error>,
     /// Whether the user asked to stop before the end.
     pub interrupted: bool,
 }
 
 /// Runs a plan to its end, or until the user asks to stop. `ran` tells what was done in either case, and after an error.
+/// No donor is written that would leave less than `reserve_bytes` free.
 ///
 /// # Errors
-/// Reading an image, writing a donor, a full filesystem. Ranges that differ or are refused are no errors.
-pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, ran: &mut Ran) -> Result<()> {
+/// Writing a donor, a full filesystem. Ranges that differ, cannot be read or are refused are no errors.
+pub fn run(
+    facts: &Facts,
+    plan: &Plan,
+    reserve_bytes: u64,
+    fs: &dyn Sharing,
+    monitor: &dyn Monitor,
+    ran: &mut Ran,
+) -> Result<()> {
     let total = plan.batches.iter().map(|batch| batch.compared_bytes).sum::<u64>() + plan.rewritten_bytes();
     monitor.phase("Sharing", total);
     let mut run = Run {
@@ -76,7 +89,10 @@ pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, 
                 let mut bytes = 0;
                 let mut failed = None;
                 for file in batch.donor_files.clone() {
-                    match donors::write(facts, plan, &plan.donor_files[file], fs, monitor) {
+                    let donor_file = &plan.donor_files[file];
+                    let written = keep_reserve(plan, donor_file, reserve_bytes, fs)
+                        .and_then(|()| donors::write(facts, plan, donor_file, fs, monitor));
+                    match written {
                         Ok(donor) => {
                             donor_files[file] = Some(donor.number);
                             bytes += donor.bytes;
@@ -93,13 +109,37 @@ pub fn run(facts: &Facts, plan: &Plan, fs: &dyn Sharing, monitor: &dyn Monitor, 
         let mut failed = None;
         for (batch, bytes, problem, donor_files) in batches {
             run.ran.counts.written_bytes += bytes;
-            failed = failed.or(problem);
+            match problem {
+                Some(problem) if problem.is_read() => run.ran.unreadable.push(problem),
+                problem => failed = failed.or(problem),
+            }
             run.batch(batch, &donor_files)?;
             if run.ran.interrupted {
                 break;
             }
         }
         failed.map_or(Ok(()), Err)
+    })
+}
+
+/// Refuses a donor that would leave less than the reserve: someone else may be filling the filesystem meanwhile.
+fn keep_reserve(plan: &Plan, file: &DonorFile, reserve_bytes: u64, fs: &dyn Sharing) -> Result<()> {
+    let donors = file
+        .extents
+        .iter()
+        .map(|extent| &plan.layout.donors()[*extent as usize]);
+    let needed = donors.map(|donor| bytes(donor.blocks)).sum::<u64>();
+    if fs.free_bytes()? >= needed.saturating_add(reserve_bytes) {
+        return Ok(());
+    }
+    // What was freed since the last commit is not available before the next.
+    fs.commit()?;
+    if fs.free_bytes()? >= needed.saturating_add(reserve_bytes) {
+        return Ok(());
+    }
+    Err(Error::Reserve {
+        path: fs.path(0).to_owned(),
+        reserve_bytes,
     })
 }
 
@@ -197,6 +237,14 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
             .extend((!fs.may_touch(call.image)).then_some(call.image));
         return Ok(());
     }
+    if ran
+        .refused
+        .get(&call.image)
+        .is_some_and(|reason| *reason != Skip::Refused)
+    {
+        ran.counts.abandoned_bytes += call.length;
+        return Ok(());
+    }
     ran.counts.calls += 1;
     let try_it = || fs.share(call.source, call.source_offset, call.image, call.offset, call.length);
     let mut outcome = try_it();
@@ -215,11 +263,45 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
                 path: fs.path(call.image).to_owned(),
             });
         }
-        Outcome::Refused(errno) => {
-            *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
-        }
+        Outcome::Refused(errno) => refused(fs, call, errno, ran),
     }
     Ok(())
+}
+
+/// Remembers what was refused, and why as far as can be told.
+fn refused(fs: &dyn Sharing, call: Call, errno: Errno, ran: &mut Ran) {
+    *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
+    // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
+    let whole = match errno {
+        Errno::AGAIN => Some(Skip::BeingSent),
+        Errno::TXTBSY => Some(Skip::SwapFile),
+        Errno::PERM => Some(Skip::Immutable),
+        Errno::ROFS => Some(Skip::ReadOnlyMount),
+        _ => None,
+    };
+    if let Some(reason) = whole {
+        ran.refused.insert(call.image, reason);
+        return;
+    }
+    let sides = [
+        (call.source, call.source_offset),
+        (SourceFile::Image(call.image), call.offset),
+    ];
+    let mut sides = sides.into_iter().filter(|_| errno == Errno::IO);
+    match sides.find_map(|(file, offset)| first_unreadable(fs, file, offset, call.length)) {
+        Some(error) => ran.unreadable.push(error),
+        None => {
+            ran.refused.entry(call.image).or_insert(Skip::Refused);
+        }
+    }
+}
+
+/// The error of the first block of a range that cannot be read.
+fn first_unreadable(fs: &dyn Sharing, file: SourceFile, offset: u64, length: u64) -> Option<Error> {
+    let mut block = [0; BLOCK_LEN];
+    (offset..offset + length)
+        .step_by(BLOCK_LEN)
+        .find_map(|at| fs.read(file, at, &mut block).err())
 }
 
 fn is_full(outcome: Outcome) -> bool {
@@ -239,9 +321,7 @@ fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) {
             Outcome::Shared => ran.counts.shared_bytes += call.length,
             // It changed since it was read a moment ago. Whatever holds the extent gets its second turn.
             Outcome::Differs => ran.counts.differing_bytes += call.length,
-            Outcome::Refused(errno) => {
-                *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
-            }
+            Outcome::Refused(errno) => refused(fs, call, errno, ran),
         }
     };
     let mut done = 0;
@@ -253,8 +333,9 @@ fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) {
         let read = fs
             .read(call.source, call.source_offset + done, &mut theirs)
             .and_then(|()| fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours));
-        if read.is_err() {
+        if let Err(error) = read {
             // Of what cannot be read nothing is known to be equal.
+            ran.unreadable.push(error);
             flush(&mut equal, ran);
             ran.counts.differing_bytes += length;
             done += length;

@@ -70,11 +70,12 @@ fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) ->
                 let at = content.len();
                 copy.insert(at as u64);
                 content.resize(at + BLOCK_LEN, 0);
-                run.fs.read(
-                    SourceFile::Image(*image),
-                    bytes(range.file_block + n),
-                    &mut content[at..],
-                )?;
+                let (file, offset) = (SourceFile::Image(*image), bytes(range.file_block + n));
+                if let Err(error) = run.fs.read(file, offset, &mut content[at..]) {
+                    // What cannot be read cannot be moved: the extent stays.
+                    run.ran.unreadable.push(error);
+                    return Ok(());
+                }
             }
         }
         if copies.len() > ROUND_BLOCKS_MAX || copies.len() >= this.blocks as usize {

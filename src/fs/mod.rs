@@ -72,6 +72,12 @@ pub trait Sharing: Sync {
     /// Says that a range is not needed in memory any more.
     fn drop_behind(&self, file: SourceFile, offset: u64, length: u64);
 
+    /// Bytes that can still be written.
+    ///
+    /// # Errors
+    /// Those of the system call.
+    fn free_bytes(&self) -> Result<u64>;
+
     /// Makes an empty donor that vanishes with this process, its blocks staying only where an image shares them.
     ///
     /// # Errors

@@ -71,23 +71,35 @@ fn prepare_found(
                 return Ok(prepared);
             }
             Err(error) => {
-                let Error::Io {
-                    operation: "read",
-                    path,
-                    ..
-                } = &error
-                else {
+                let Some(one) = unreadable(&error).filter(|_| skip_unreadable) else {
                     return Err(error);
                 };
-                let position = images.iter().position(|image: &Found| image.path == *path);
-                let Some(at) = position.filter(|_| skip_unreadable) else {
+                let position = images.iter().position(|image: &Found| image.path == one.path);
+                let Some(at) = position else {
                     return Err(error);
                 };
-                monitor.note(&describe(&error));
-                left_alone.push(Skipped::new(&images.remove(at).path, Skip::Unreadable));
+                images.remove(at);
+                left_alone.push(one);
             }
         }
     }
+}
+
+/// The image that could not be read, with the range and the cause, if that is what an error is about.
+fn unreadable(error: &Error) -> Option<Skipped> {
+    let Error::Io {
+        path,
+        range: Some(range),
+        source,
+        ..
+    } = error
+    else {
+        return None;
+    };
+    error.is_read().then(|| Skipped {
+        detail: Some(format!("{range}: {source}")),
+        ..Skipped::new(path, Skip::Unreadable)
+    })
 }
 
 fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {

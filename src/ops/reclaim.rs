@@ -1,17 +1,19 @@
 //! `reclaim`: shares what images have in common, and counts what that freed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
-use super::{Prepared, Scope, prepare};
-use crate::block::bytes;
+use super::{Prepared, Scope, prepare, unreadable};
+use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
+use crate::facts::Facts;
 use crate::fs::Sharing;
 use crate::fs::btrfs::{Physical, Purpose, freed_bytes};
-use crate::monitor::Monitor;
+use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, plan_proved};
 use crate::pool::{Skip, Skipped};
-use crate::report::{Done, Planned, PoolBytes, Reclaimed};
+use crate::report::{Done, Planned, PoolBytes, Reclaimed, size};
 
 /// What the user chose.
 #[derive(Debug, Clone)]
@@ -22,6 +24,10 @@ pub struct Options {
     pub plan: plan::Options,
     /// Stop after planning.
     pub dry_run: bool,
+    /// Bytes that stay free on the filesystem whatever donors would take.
+    pub reserve_bytes: u64,
+    /// Stop in order after so long; the next run goes on from there.
+    pub time: Option<Duration>,
 }
 
 /// Reclaims a pool, or says what that would do.
@@ -30,6 +36,15 @@ pub struct Options {
 /// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
 /// did until then is in the result, with the error.
 pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    let deadline = Deadline::new(monitor, options.time);
+    let mut result = reclaim_until(options, &deadline)?;
+    if result.interrupted && !monitor.interrupted() {
+        (result.interrupted, result.out_of_time) = (false, true);
+    }
+    Ok(result)
+}
+
+fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed> {
     let purpose = if options.dry_run {
         Purpose::Plan
     } else {
@@ -57,10 +72,24 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
     }
     monitor.phase("Planning", 0);
     let mut proved = 0;
-    let plan = plan_proved(&mut facts, &options.plan, |facts, slots| {
+    let mut prove = |facts: &Facts, slots: &[Slot]| {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
         fs.prove(facts, slots)
-    })?;
+    };
+    let mut plan = plan_proved(&mut facts, &options.plan, &mut prove)?;
+    let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
+    if plan.peak_bytes > free {
+        monitor.note(&format!(
+            "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
+            size(free),
+            size(options.reserve_bytes)
+        ));
+        let choice = plan::Options {
+            work_space_bytes: free,
+            ..options.plan
+        };
+        plan = plan_proved(&mut facts, &choice, &mut prove)?;
+    }
     facts
         .fingerprints
         .check()
@@ -78,7 +107,7 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        exec::run(&facts, &plan, &fs, monitor, &mut ran)
+        exec::run(&facts, &plan, options.reserve_bytes, &fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
@@ -87,6 +116,11 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
     for image in ran.opened_meanwhile {
         result.skipped.push(Skipped::new(fs.path(image), Skip::OpenedMeanwhile));
     }
+    for (image, reason) in ran.refused {
+        result.skipped.push(Skipped::new(fs.path(image), reason));
+    }
+    let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
+    result.skipped.extend(unreadable);
     for image in fs
         .images()
         .iter()

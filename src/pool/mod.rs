@@ -96,7 +96,7 @@ impl Skip {
 }
 
 /// An image that is left alone, and why.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Skipped {
     /// The image.
     #[serde(serialize_with = "crate::shown::serialize")]

@@ -110,6 +110,8 @@ pub struct Reclaimed {
     pub dry_run: bool,
     /// The user stopped it.
     pub interrupted: bool,
+    /// It stopped in order because its time was over.
+    pub out_of_time: bool,
     /// The pool before.
     pub pool: PoolBytes,
     /// Where fingerprints came from.

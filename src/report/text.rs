@@ -321,10 +321,11 @@ impl Display for Reclaimed {
                 )?;
             }
         }
-        if self.interrupted {
+        if self.interrupted || self.out_of_time {
             writeln!(
                 f,
-                "Stopped before the end: every image is intact, and the next run goes on from here"
+                "Stopped before the end{}: every image is intact, and the next run goes on from here",
+                if self.out_of_time { ", the time being over" } else { "" }
             )?;
         }
         skipped(f, &self.skipped)

@@ -413,6 +413,11 @@ impl Sharing for Btrfs {
         });
     }
 
+    fn free_bytes(&self) -> Result<u64> {
+        let free = rustix::fs::statvfs(&self.scratch).map_err(Error::io("look at", &self.scratch))?;
+        Ok(free.f_bavail.saturating_mul(free.f_frsize))
+    }
+
     fn create_donor(&self, class: Class) -> Result<usize> {
         let file = self.unnamed_file()?;
         set_class(&file, class).map_err(Error::io("make a donor in", &self.scratch))?;
