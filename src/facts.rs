@@ -29,6 +29,8 @@ pub struct Class {
     pub checksummed: bool,
     /// How the bytes lie on disk. Extents of any compression may share with each other.
     pub compression: Compression,
+    /// The groups of the images that refer to it, as bits. What the user wants kept apart shares only within the same groups.
+    pub groups: u64,
 }
 
 /// One physical allocation of the filesystem. It is freed only as a whole, once nothing refers to any part of it.
@@ -62,6 +64,13 @@ pub enum Pinned {
     Preallocated,
     /// An image refers to it whose extents cannot change.
     Fixed,
+}
+
+impl Class {
+    /// Whether extents of two classes may share blocks.
+    pub fn shares_with(self, other: Self) -> bool {
+        (self.checksummed, self.groups) == (other.checksummed, other.groups)
+    }
 }
 
 impl Extent {
@@ -204,6 +213,17 @@ impl Facts {
     pub fn references_to(&self, extent: u32) -> &[Reference] {
         let at = |extent: usize| self.first_reference.get(extent).copied().unwrap_or_default() as usize;
         &self.references[at(extent as usize)..at(extent as usize + 1)]
+    }
+
+    /// How many references map some of the slots, which are of one extent.
+    pub fn references_over(&self, slots: Range<Slot>) -> u32 {
+        let references = self.references_to(self.extent_of(slots.start));
+        // They are in the order of their slots.
+        let before = references.partition_point(|reference| reference.slot < slots.end);
+        let over = references[..before]
+            .iter()
+            .filter(|reference| !reference.preallocated && reference.slots().end > slots.start);
+        u32::try_from(over.count()).unwrap_or(u32::MAX)
     }
 
     /// The extent that `slot` belongs to.

@@ -551,21 +551,27 @@ fn help_and_usage() {
           <PATH>...  Image files, and folders to search for images, all on one filesystem
 
         Options:
-              --exclude <GLOB>     Leave out what matches this pattern; may be given more than once
-              --json               Print one JSON document instead of text
-              --index <DIR>        Folder for the index, which is only a cache [default: /var/cache/vmfold]
-              --nice               Give way to all other work on the processor and the disk
-              --memory <SIZE>      Memory for tables of blocks [default: 128MiB]
-          -n, --dry-run            Only say what would be done
-              --min-run <SIZE>     Shortest run of equal data worth sharing: less frees more, and makes more
-                                   fragments [default: 16KiB]
-              --keep-zeros         Leave blocks of zeros as data instead of making them holes
-              --keep-prealloc      Leave preallocated ranges allocated instead of making them holes
-              --work-space <SIZE>  Extra disk space that may be used on the way [default: 1GiB]
-              --reserve <SIZE>     Disk space that stays free whatever happens [default: 128MiB]
-              --max-seconds <N>    Stop in order after so many seconds; the next run goes on from there
-          -h, --help               Print help
-          -V, --version            Print version
+              --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
+              --json                Print one JSON document instead of text
+              --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
+              --nice                Give way to all other work on the processor and the disk
+              --memory <SIZE>       Memory for tables of blocks [default: 128MiB]
+          -n, --dry-run             Only say what would be done
+              --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
+                                    more fragments [default: 16KiB]
+              --keep-zeros          Leave blocks of zeros as data instead of making them holes
+              --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
+              --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]
+              --group <GLOB>        Keep images that match this pattern among themselves: they share with no
+                                    others. May be given more than once; what matches none shares with what
+                                    matches none
+              --max-references <N>  References that one extent may get [default: 4096]
+              --max-extents <N>     References to extents that an image may get for each GiB of its data
+                                    [default: 32768]
+              --reserve <SIZE>      Disk space that stays free whatever happens [default: 128MiB]
+              --max-seconds <N>     Stop in order after so many seconds; the next run goes on from there
+          -h, --help                Print help
+          -V, --version             Print version
         --- stderr
         --- exit 0
     "#);

@@ -88,6 +88,7 @@ fn build(steps: &[Step], faults: Faults) -> Simulated {
                 let class = Class {
                     checksummed: !nodatasum,
                     compression: Compression::None,
+                    groups: 0,
                 };
                 let image = fs.add_image(class.checksummed, IMAGE_BLOCKS);
                 classes.push(class);
@@ -184,13 +185,24 @@ fn options() -> impl Strategy<Value = Options> {
         any::<bool>(),
         any::<bool>(),
         prop_oneof![Just(1u64 << 30), 4096u64..600_000],
+        prop_oneof![Just(1000u32), 1u32..6],
+        prop_oneof![Just(1u32 << 18), 1000u32..200_000],
     )
         .prop_map(
-            |(min_run_blocks, keep_zeros, keep_preallocated, work_space_bytes)| Options {
+            |(
                 min_run_blocks,
                 keep_zeros,
                 keep_preallocated,
                 work_space_bytes,
+                references_max,
+                references_per_gib_max,
+            )| Options {
+                min_run_blocks,
+                keep_zeros,
+                keep_preallocated,
+                work_space_bytes,
+                references_max,
+                references_per_gib_max,
             },
         )
 }

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use crate::index::DEFAULT_FOLDER;
 use crate::ops::Scope;
 use crate::ops::export::Revisions;
+use crate::plan::{REFERENCES_MAX, REFERENCES_PER_GIB_MAX};
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
 ///
@@ -96,6 +97,16 @@ pub(super) struct Reclaim {
     /// Extra disk space that may be used on the way
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
     pub(super) work_space: u64,
+    /// Keep images that match this pattern among themselves: they share with no others. May be given more than once; what
+    /// matches none shares with what matches none
+    #[arg(long, value_name = "GLOB")]
+    pub(super) group: Vec<String>,
+    /// References that one extent may get
+    #[arg(long, value_name = "N", default_value_t = REFERENCES_MAX, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) max_references: u32,
+    /// References to extents that an image may get for each GiB of its data
+    #[arg(long, value_name = "N", default_value_t = REFERENCES_PER_GIB_MAX)]
+    pub(super) max_extents: u32,
     /// Disk space that stays free whatever happens
     #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = parse_size)]
     pub(super) reserve: u64,

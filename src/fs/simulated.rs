@@ -469,4 +469,5 @@ impl Sharing for Simulated {
 pub const PLAIN: Class = Class {
     checksummed: true,
     compression: Compression::None,
+    groups: 0,
 };

@@ -48,7 +48,13 @@ struct Prepared {
 
 /// Opens a pool and fingerprints it. An image that cannot be read is left alone, with a note.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
+    prepare_groups(scope, purpose, &[], monitor)
+}
+
+/// The same, with images that are to be kept apart.
+fn prepare_groups(scope: &Scope, purpose: Purpose, groups: &[String], monitor: &dyn Monitor) -> Result<Prepared> {
     let mut found = discover(scope, monitor)?;
+    pool::group(&mut found.images, groups)?;
     found.images.retain(|image| image.size > 0);
     prepare_found(scope, found, purpose, true, monitor)
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Prepared, Scope, prepare, unreadable};
+use super::{Prepared, Scope, prepare_groups, unreadable};
 use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
@@ -20,6 +20,8 @@ use crate::report::{Done, Planned, PoolBytes, Reclaimed, size};
 pub struct Options {
     /// What to work on.
     pub scope: Scope,
+    /// Patterns of images that share among themselves only.
+    pub groups: Vec<String>,
     /// How to plan.
     pub plan: plan::Options,
     /// Stop after planning.
@@ -56,7 +58,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         skipped,
         fingerprinted,
         ..
-    } = prepare(&options.scope, purpose, monitor)?;
+    } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
     let before = Physical::of(&facts);
     let mut result = Reclaimed {
         images: fs.images().len() as u64,

@@ -317,6 +317,7 @@ mod tests {
                 class: Class {
                     checksummed: true,
                     compression: Compression::None,
+                    groups: 0,
                 },
                 pinned: None,
             });

@@ -7,8 +7,8 @@ use std::ops::Range;
 use super::layout::{Run, Target};
 use super::table::Table;
 use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, donor_bytes};
-use crate::block::{Slot, SlotSet};
-use crate::facts::{Extent, Facts, Pinned};
+use crate::block::{BLOCK_BYTES, Slot, SlotSet};
+use crate::facts::{Extent, Facts, ImageId, Pinned};
 
 /// An extent that is to go, and where its blocks are found. What no run covers is left over.
 #[derive(Debug)]
@@ -38,6 +38,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
         ask,
         table: Table::new(facts.slots() as usize, facts.table_slots_max),
         homes: SlotSet::new(slots),
+        limits: Limits::new(facts, options),
         found: Decisions::default(),
     };
     for extent in order(facts, options) {
@@ -105,7 +106,67 @@ struct Pass<'a> {
     table: Table,
     /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
     homes: SlotSet,
+    limits: Limits,
     found: Decisions,
+}
+
+/// How many references there are, and may be.
+struct Limits {
+    /// By extent.
+    extents: Vec<u32>,
+    /// What the extent that is looked at would add to them.
+    added: BTreeMap<u32, u32>,
+    /// By image: references, and how many there may be.
+    images: Vec<(u64, u64)>,
+}
+
+impl Limits {
+    fn new(facts: &Facts, options: &Options) -> Self {
+        const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
+        let count = facts.references.iter().map(|reference| reference.image + 1).max();
+        let mut images = vec![(0u64, 0u64); count.unwrap_or(0) as usize];
+        for reference in &facts.references {
+            let (references, blocks) = &mut images[reference.image as usize];
+            *references += 1;
+            *blocks += u64::from(reference.blocks);
+        }
+        for (references, limit) in &mut images {
+            *limit = (*limit * u64::from(options.references_per_gib_max))
+                .div_ceil(GIB_BLOCKS)
+                .max(*references);
+        }
+        let extents = 0..u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
+        Self {
+            extents: extents
+                .map(|extent| u32::try_from(facts.references_to(extent).len()).unwrap_or(u32::MAX))
+                .collect(),
+            added: BTreeMap::new(),
+            images,
+        }
+    }
+
+    /// References that an extent would have, beside those of the run that is looked at.
+    fn of_extent(&self, extent: u32) -> u32 {
+        self.extents[extent as usize] + self.added.get(&extent).copied().unwrap_or(0)
+    }
+
+    /// Whether images may get so many more references each.
+    fn allow(&self, images: &BTreeMap<ImageId, u64>) -> bool {
+        images.iter().all(|(image, more)| {
+            let (references, limit) = self.images[*image as usize];
+            references + more <= limit
+        })
+    }
+
+    /// The extent that is looked at goes.
+    fn accept(&mut self, images: &BTreeMap<ImageId, u64>) {
+        for (extent, more) in &self.added {
+            self.extents[*extent as usize] += more;
+        }
+        for (image, more) in images {
+            self.images[*image as usize].0 += more;
+        }
+    }
 }
 
 /// What eliminating one extent would do.
@@ -126,8 +187,12 @@ impl Pass<'_> {
             found.left_over,
             this.disk_share(found.left_over),
         ));
-        let goes = pinned.is_none() && self.pays(extent, &found, frees, rewritten_anyway);
+        let more = self.new_references(extent, &found.runs);
+        let goes = pinned.is_none()
+            && self.pays(extent, more.values().sum(), frees, rewritten_anyway)
+            && self.limits.allow(&more);
         if goes {
+            self.limits.accept(&more);
             self.found.unproved.extend(found.unproved);
             self.found.gone.push(Decision {
                 extent,
@@ -152,7 +217,7 @@ impl Pass<'_> {
     }
 
     /// Whether eliminating `extent` frees at least what it costs.
-    fn pays(&self, extent: u32, found: &Match, frees: u64, rewritten_anyway: bool) -> bool {
+    fn pays(&self, extent: u32, new_references: u64, frees: u64, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
         let rewritten = this.disk_bytes - frees;
         let rewriting = if rewritten_anyway {
@@ -162,30 +227,27 @@ impl Pass<'_> {
         };
         frees > 0
             && rewritten <= self.options.work_space_bytes / 2
-            && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * self.new_references(extent, &found.runs)
+            && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * new_references
     }
 
-    /// How many more references there would be.
-    fn new_references(&self, extent: u32, runs: &[Run]) -> u64 {
+    /// How many more references each image would have.
+    fn new_references(&self, extent: u32, runs: &[Run]) -> BTreeMap<ImageId, u64> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
-        let references = self
-            .facts
-            .references_to(extent)
-            .iter()
-            .filter(|reference| !reference.preallocated);
-        references
-            .map(|reference| {
-                let inside = reference.slots();
-                let first = edges.partition_point(|edge| *edge <= inside.start);
-                let last = edges.partition_point(|edge| *edge < inside.end);
-                last.saturating_sub(first) as u64
-            })
-            .sum()
+        let references = self.facts.references_to(extent).iter();
+        let mut more = BTreeMap::new();
+        for reference in references.filter(|reference| !reference.preallocated) {
+            let inside = reference.slots();
+            let first = edges.partition_point(|edge| *edge <= inside.start);
+            let last = edges.partition_point(|edge| *edge < inside.end);
+            *more.entry(reference.image).or_default() += last.saturating_sub(first) as u64;
+        }
+        more
     }
 
     /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
     fn match_extent(&mut self, extent: &Extent) -> Match {
+        self.limits.added.clear();
         let mut found = Match {
             runs: Vec::new(),
             left_over: 0,
@@ -218,7 +280,11 @@ impl Pass<'_> {
         found
     }
 
-    fn accept(&self, run: Run, found: &mut Match) {
+    fn accept(&mut self, run: Run, found: &mut Match) {
+        if let Target::Home(home) = run.target {
+            let added = self.limits.added.entry(self.facts.extent_of(home)).or_default();
+            *added += self.facts.references_over(run.slot..run.slot + run.blocks);
+        }
         if run.blocks <= UNPROVED_BLOCKS {
             self.question(&run, &mut found.unproved);
         }
@@ -272,8 +338,15 @@ impl Pass<'_> {
             if !self.homes.contains(home) || home == at {
                 continue;
             }
-            let other = &facts.extents[facts.extent_of(home) as usize];
-            if other.class.checksummed != extent.class.checksummed {
+            let number = facts.extent_of(home);
+            let other = &facts.extents[number as usize];
+            if !other.class.shares_with(extent.class) {
+                continue;
+            }
+            // Within one extent, references only change places.
+            if other.first_slot != extent.first_slot
+                && self.limits.of_extent(number) + facts.references_over(at..at + 1) > self.options.references_max
+            {
                 continue;
             }
             let room = (segment.end - at).min(other.slots().end - home);

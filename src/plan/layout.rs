@@ -142,8 +142,8 @@ impl Layout {
         self.leftovers.clear();
         self.donors.clear();
         let (mut batch, mut batch_bytes) = (0, 0);
-        // The donor extent that is being filled, for each class.
-        let mut open: BTreeMap<Class, u32> = BTreeMap::new();
+        // The donor extent that is being filled, for each class, and the references it will have.
+        let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
         for extent in &self.order {
             let this = &facts.extents[*extent as usize];
             let pieces = left_over(facts, this.slots(), self.runs_of(*extent));
@@ -156,8 +156,15 @@ impl Layout {
             batch_bytes += share;
             for piece in pieces {
                 let mut from = piece.start;
+                let references = facts.references_over(piece.clone());
+                if open
+                    .get(&this.class)
+                    .is_some_and(|(_, held)| held + references > options.references_max)
+                {
+                    open.remove(&this.class);
+                }
                 while from < piece.end {
-                    let donor = *open.entry(this.class).or_insert_with(|| {
+                    let (donor, held) = open.entry(this.class).or_insert_with(|| {
                         let empty = DonorExtent {
                             class: this.class,
                             pieces: Vec::new(),
@@ -166,8 +173,10 @@ impl Layout {
                             batch,
                         };
                         self.donors.push(empty);
-                        u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX)
+                        (u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX), 0)
                     });
+                    *held += references;
+                    let donor = *donor;
                     let filled = &mut self.donors[donor as usize];
                     let blocks = (piece.end - from).min(extent_blocks_max(this.class) - filled.blocks);
                     self.leftovers.push(Leftover {

@@ -31,6 +31,13 @@ pub const METADATA_BYTES_PER_REFERENCE: u64 = 256;
 /// those have the same checksum. Two neighbours of that kind happen; more do not.
 pub const UNPROVED_BLOCKS: u32 = 2;
 
+/// References to one extent: every look at who holds it takes time with their number. `btrfs send` clones only what has 1024 at
+/// most (kernel: `SEND_MAX_EXTENT_REFS`), but keeping to that leaves a twentieth of what can be freed.
+pub const REFERENCES_MAX: u32 = 4096;
+
+/// References for each GiB of an image, 32 KiB each on average: beyond that, reading it in order and `cp --reflink` get slow.
+pub const REFERENCES_PER_GIB_MAX: u32 = 32 << 10;
+
 /// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual.
 const ROUNDS_MAX: usize = 12;
 
@@ -49,6 +56,10 @@ pub struct Options {
     pub keep_preallocated: bool,
     /// Bytes that donors may take before what they replace is freed.
     pub work_space_bytes: u64,
+    /// References that one extent may get. Those that have more keep them.
+    pub references_max: u32,
+    /// References that an image may get for each GiB of its data. Those that have more keep them.
+    pub references_per_gib_max: u32,
 }
 
 impl Default for Options {
@@ -58,6 +69,8 @@ impl Default for Options {
             keep_zeros: false,
             keep_preallocated: false,
             work_space_bytes: 1 << 30,
+            references_max: REFERENCES_MAX,
+            references_per_gib_max: REFERENCES_PER_GIB_MAX,
         }
     }
 }

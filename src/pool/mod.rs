@@ -27,6 +27,8 @@ pub struct Found {
     /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
     /// machine are left alone while one is in use.
     pub machines: BTreeSet<PathBuf>,
+    /// Which of the groups that are kept apart it belongs to, below 64.
+    pub group: u8,
     /// A file that says that one of them runs, or did when its host stopped.
     pub sign: Option<(Skip, PathBuf)>,
 }
@@ -155,6 +157,7 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
                     names: BTreeSet::new(),
                     size: metadata.len(),
                     machines: BTreeSet::new(),
+                    group: 0,
                     sign: None,
                 });
                 known.machines.insert(machine);
@@ -225,6 +228,29 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         return Err(Error::NoImages { paths: paths.to_vec() });
     }
     Ok(pool)
+}
+
+/// Gives each image the number of the first pattern that matches one of its names, from 1 on; those that none matches are group 0.
+///
+/// # Errors
+/// [`Error::Usage`] for what is no pattern, or for more than 63.
+pub fn group(images: &mut [Found], groups: &[String]) -> Result<()> {
+    /// As many as fit into the bits of [`crate::facts::Class::groups`], beside those without a group.
+    const GROUPS_MAX: usize = 63;
+    if groups.len() > GROUPS_MAX {
+        return Err(Error::Usage(format!("--group can be given {GROUPS_MAX} times at most")));
+    }
+    for (number, pattern) in (1..).zip(groups) {
+        let set = patterns(std::slice::from_ref(pattern))?;
+        for image in images.iter_mut().filter(|image| image.group == 0) {
+            // A folder's name stands for all in it.
+            let is_in = |name: &PathBuf| name.ancestors().any(|part| set.is_match(part));
+            if image.names.iter().any(is_in) {
+                image.group = number;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Patterns of paths.

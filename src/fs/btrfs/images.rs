@@ -70,6 +70,8 @@ pub struct Image {
     pub inode: u64,
     /// Whether the filesystem keeps checksums of its data.
     pub checksummed: bool,
+    /// The group it shares within, below 64.
+    pub group: u8,
     /// Why it keeps its extents, if it does: others may share them.
     pub fixed: Option<Skip>,
     pub(super) file: Arc<File>,
@@ -222,6 +224,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         root,
         inode: metadata.ino(),
         checksummed,
+        group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),
         direct: if purpose == Purpose::Read {
             open_direct(&file)

@@ -178,6 +178,7 @@ fn merge(seen: &mut Vec<Seen>) -> bool {
         }
         agree &= (next.extent.disk_bytes, next.extent.blocks) == (kept.extent.disk_bytes, kept.extent.blocks);
         kept.references += next.references;
+        kept.extent.class.groups |= next.extent.class.groups;
         kept.extent.pinned = kept.extent.pinned.or(next.extent.pinned);
         true
     });
@@ -226,6 +227,7 @@ impl Btrfs {
                         class: Class {
                             checksummed: image.checksummed,
                             compression: extent.compression,
+                            groups: 1 << image.group,
                         },
                         pinned,
                     },

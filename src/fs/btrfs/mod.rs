@@ -215,6 +215,7 @@ impl Btrfs {
             Class {
                 checksummed,
                 compression: Compression::None,
+                groups: 0,
             },
         )
         .map_err(Error::io("make a donor in", &self.scratch))?;
