@@ -30,6 +30,12 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// A device or a UUID was named whose filesystem is not mounted.
+    #[error("the filesystem of `{}` is not mounted", shown(path))]
+    NotMounted {
+        /// What was named.
+        path: PathBuf,
+    },
     /// A path that was named is a device, a pipe or a socket.
     #[error("`{}` is neither a file nor a folder", shown(path))]
     NotAnImage {
@@ -270,6 +276,7 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::NoSuchPath { .. } => "check the path",
+            Self::NotMounted { .. } => "mount it, and run again",
             Self::NotAnImage { .. } => "name image files and folders",
             Self::NoImages { .. } => {
                 "name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions"
@@ -325,6 +332,7 @@ impl Error {
                 | Self::NoSuchCommit { .. }
                 | Self::Exists { .. }
                 | Self::FolderInTheWay { .. }
+                | Self::NotMounted { .. }
         )
     }
 }

@@ -545,16 +545,21 @@ fn help_and_usage() {
     insta::assert_snapshot!(outcome(&vmfold(&["reclaim", "--help"]), Path::new("/none")), @r#"
         Share what images have in common, and free the rest
 
-        Usage: vmfold reclaim [OPTIONS] <PATH>...
+        Usage: vmfold reclaim [OPTIONS] [PATH]...
 
         Arguments:
-          <PATH>...  Image files, and folders to search for images, all on one filesystem
+          [PATH]...  Image files, and folders to search for images, all on one filesystem; or a whole
+                     filesystem, by device or UUID
 
         Options:
-              --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
+              --files-from <FILE>   Read more paths from a file, one a line or ended by NUL; `-` for
+                                    standard input
               --json                Print one JSON document instead of text
-              --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
               --nice                Give way to all other work on the processor and the disk
+              --qubes               All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+              --qubes-root <DIR>    Where dom0's root filesystem is mounted, in a rescue system [default: /]
+              --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
+              --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
               --memory <SIZE>       Memory for tables of blocks [default: 128MiB]
           -n, --dry-run             Only say what would be done
               --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes

@@ -1,13 +1,18 @@
 //! Arguments.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
+use crate::error::{Error, Result};
 use crate::index::DEFAULT_FOLDER;
 use crate::ops::Scope;
 use crate::ops::export::Revisions;
 use crate::plan::{REFERENCES_MAX, REFERENCES_PER_GIB_MAX};
+use crate::pool::{by_filesystem, named_folders, qubes_folders};
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
 ///
@@ -53,9 +58,18 @@ pub(super) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Named {
-    /// Image files, and folders to search for images, all on one filesystem
-    #[arg(required = true, value_name = "PATH")]
+    /// Image files, and folders to search for images, all on one filesystem; or a whole filesystem, by device or UUID
+    #[arg(required_unless_present_any = ["files_from", "qubes"], value_name = "PATH")]
     paths: Vec<PathBuf>,
+    /// Read more paths from a file, one a line or ended by NUL; `-` for standard input
+    #[arg(long, value_name = "FILE")]
+    files_from: Option<PathBuf>,
+    /// All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+    #[arg(long)]
+    pub(super) qubes: bool,
+    /// Where dom0's root filesystem is mounted, in a rescue system
+    #[arg(long, value_name = "DIR", default_value = "/", requires = "qubes")]
+    qubes_root: PathBuf,
     /// Leave out what matches this pattern; may be given more than once
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
@@ -68,14 +82,62 @@ pub(super) struct Named {
 }
 
 impl Named {
-    pub(super) fn scope(&self) -> Scope {
+    pub(super) fn scope(&self) -> Result<Scope> {
+        Ok(self.scope_of(self.all_paths()?))
+    }
+
+    /// A scope for each filesystem on which there is something named.
+    pub(super) fn scopes(&self) -> Result<Vec<Scope>> {
+        let paths = self.all_paths()?;
+        if !self.qubes {
+            return Ok(vec![self.scope_of(paths)]);
+        }
+        let groups = by_filesystem(paths).into_iter();
+        Ok(groups.map(|paths| self.scope_of(paths)).collect())
+    }
+
+    fn scope_of(&self, paths: Vec<PathBuf>) -> Scope {
         Scope {
-            paths: self.paths.clone(),
+            paths,
             exclude: self.exclude.clone(),
             index: self.index.clone(),
             memory_bytes: self.memory,
         }
     }
+
+    fn all_paths(&self) -> Result<Vec<PathBuf>> {
+        let mut paths = self.paths.clone();
+        if let Some(list) = &self.files_from {
+            paths.extend(read_list(list)?);
+        }
+        if self.qubes {
+            paths.extend(qubes_folders(&self.qubes_root)?);
+        }
+        if paths.is_empty() {
+            return Err(Error::Usage("the list of paths is empty".into()));
+        }
+        named_folders(&paths)
+    }
+}
+
+/// The paths in a list: ended by NUL if there is one in it, else one a line.
+fn read_list(list: &Path) -> Result<Vec<PathBuf>> {
+    use std::os::unix::ffi::OsStringExt;
+    /// Longer lists are none.
+    const BYTES_MAX: u64 = 64 << 20;
+    let mut bytes = Vec::new();
+    let read = if list.as_os_str() == "-" {
+        std::io::stdin().lock().take(BYTES_MAX).read_to_end(&mut bytes)
+    } else {
+        let file = File::open(list).map_err(Error::io("open", list))?;
+        file.take(BYTES_MAX).read_to_end(&mut bytes)
+    };
+    read.map_err(Error::io("read", list))?;
+    let end = if bytes.contains(&0) { 0 } else { b'\n' };
+    let names = bytes.split(|byte| *byte == end).filter(|name| !name.is_empty());
+    Ok(names
+        .map(|name| PathBuf::from(OsString::from_vec(name.to_vec())))
+        .collect())
 }
 
 #[derive(Debug, clap::Args)]
@@ -213,7 +275,7 @@ pub(super) struct Import {
     pub(super) memory: u64,
 }
 
-fn parse_revisions(text: &str) -> Result<Revisions, String> {
+fn parse_revisions(text: &str) -> std::result::Result<Revisions, String> {
     Ok(match text {
         "all" => Revisions::All,
         "none" => Revisions::Newest(0),
@@ -234,7 +296,7 @@ pub(super) struct Status {
 }
 
 /// A size as people write it. As with other tools that count blocks, `16K` and `16k` mean 16 KiB.
-fn parse_size(text: &str) -> Result<u64, String> {
+fn parse_size(text: &str) -> std::result::Result<u64, String> {
     let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').trim();
     let binary = match unit.to_ascii_uppercase().as_str() {
         "K" | "M" | "G" | "T" => format!("{text}iB"),

@@ -44,6 +44,8 @@ impl From<Exit> for ExitCode {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let args = Args::parse();
+    // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let terminal = Terminal::new();
     let outcome = run(&args, &terminal);
     terminal.finish();
@@ -77,8 +79,8 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
         ));
     }
     match &args.command {
-        Command::Reclaim(command) => {
-            let mut found = reclaim(&command.options()?, terminal)?;
+        Command::Reclaim(command) => each(command.options()?, |options| {
+            let mut found = reclaim(&options, terminal)?;
             terminal.finish();
             print("reclaim", &found, args.json)?;
             if let Some(error) = found.failed.take() {
@@ -90,15 +92,15 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
                 .is_some_and(|done| done.counts.extents_still_held > 0);
             let some_left = !found.skipped.is_empty() || held || found.out_of_time;
             Ok(exit(found.interrupted, some_left))
-        }
-        Command::Report(command) => {
-            let found = report(&command.scope(), terminal)?;
+        }),
+        Command::Report(command) => each(command.scopes()?, |scope| {
+            let found = report(&scope, terminal)?;
             terminal.finish();
             print("report", &found, args.json)?;
             Ok(exit(terminal.interrupted(), !found.skipped.is_empty()))
-        }
+        }),
         Command::Export(command) => {
-            let options = command.options();
+            let options = command.options()?;
             let found = export(&options, terminal)?;
             terminal.finish();
             let text = Text {
@@ -135,7 +137,7 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             Ok(if same { Exit::Done } else { Exit::Differs })
         }
         Command::Scan(command) => {
-            let found = scan(&command.scope(), terminal)?;
+            let found = scan(&command.scope()?, terminal)?;
             terminal.finish();
             print("scan", &found, args.json)?;
             Ok(exit(found.interrupted, !found.skipped.is_empty()))
@@ -152,6 +154,19 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             Ok(Exit::Done)
         }
     }
+}
+
+/// Works on one filesystem after the other. The first that fails or is interrupted is the last.
+fn each<T>(all: Vec<T>, mut work: impl FnMut(T) -> Result<Exit>) -> Result<Exit> {
+    let mut worst = Exit::Done;
+    for one in all {
+        match work(one)? {
+            Exit::Done => {}
+            Exit::Interrupted => return Ok(Exit::Interrupted),
+            exit => worst = exit,
+        }
+    }
+    Ok(worst)
 }
 
 fn exit(interrupted: bool, some_skipped: bool) -> Exit {
@@ -226,15 +241,16 @@ fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &
 
 /// The options of a command as the library wants them.
 impl args::Reclaim {
-    fn options(&self) -> Result<ops::reclaim::Options> {
+    /// Those for each filesystem.
+    fn options(&self) -> Result<Vec<ops::reclaim::Options>> {
         let blocks = self.min_run.div_ceil(crate::block::BLOCK_BYTES);
         let min_run_blocks = u32::try_from(blocks)
             .ok()
             .filter(|blocks| (1..=1 << 20).contains(blocks));
         let min_run_blocks =
             min_run_blocks.ok_or_else(|| Error::Usage("--min-run must be between 4K and 4G".into()))?;
-        Ok(ops::reclaim::Options {
-            scope: self.scope.scope(),
+        let options = |scope| ops::reclaim::Options {
+            scope,
             plan: crate::plan::Options {
                 min_run_blocks,
                 keep_zeros: self.keep_zeros,
@@ -247,14 +263,15 @@ impl args::Reclaim {
             dry_run: self.dry_run,
             reserve_bytes: self.reserve,
             time: self.max_seconds.map(std::time::Duration::from_secs),
-        })
+        };
+        Ok(self.scope.scopes()?.into_iter().map(options).collect())
     }
 }
 
 impl args::Export {
-    fn options(&self) -> ops::export::Options {
-        ops::export::Options {
-            scope: self.scope.scope(),
+    fn options(&self) -> Result<ops::export::Options> {
+        Ok(ops::export::Options {
+            scope: self.scope.scope()?,
             only: self.only.clone(),
             revisions: self.revisions,
             target: if self.archive.as_os_str() == "-" {
@@ -264,7 +281,7 @@ impl args::Export {
             },
             level: self.level,
             label: self.label.clone(),
-        }
+        })
     }
 }
 

@@ -1,6 +1,8 @@
 //! Which files are images, which machine each belongs to, and why one is left alone.
 
+mod mounts;
 mod naming;
+mod qubes;
 mod signs;
 pub mod users;
 
@@ -12,6 +14,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use walkdir::WalkDir;
 
 pub use naming::{Kind, Revision, kind_of, machine_of, revision_of};
+pub use qubes::qubes_folders;
 
 use crate::error::{Error, Result};
 
@@ -136,6 +139,37 @@ pub struct Pool {
     pub skipped: Vec<Skipped>,
     /// Folders and files that could not be looked at.
     pub unreadable: Vec<(PathBuf, String)>,
+}
+
+/// What the user named, with the folders that mounted filesystems stand for in place of devices and UUIDs.
+///
+/// # Errors
+/// [`Error::NotMounted`].
+pub fn named_folders(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let folders: Result<Vec<_>> = paths.iter().map(|path| mounts::folders_of(path)).collect();
+    Ok(folders?.concat())
+}
+
+/// Paths by filesystem, in the order of the first of each. What does not exist goes with the first.
+pub fn by_filesystem(paths: Vec<PathBuf>) -> Vec<Vec<PathBuf>> {
+    let mut groups: Vec<(Option<Vec<u8>>, Vec<PathBuf>)> = Vec::new();
+    for path in paths {
+        let id = filesystem_id(&path);
+        match groups.iter_mut().find(|(known, _)| id.is_none() || *known == id) {
+            Some((_, group)) => group.push(path),
+            None => groups.push((id, vec![path])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
+}
+
+/// What tells filesystems apart: the UUID of a btrfs, whose subvolumes have device numbers of their own, or else the device number.
+fn filesystem_id(path: &Path) -> Option<Vec<u8>> {
+    let file = std::fs::File::open(path).ok()?;
+    match crate::sys::fs_info::fs_info(&file) {
+        Ok(info) => Some(info.uuid.to_vec()),
+        Err(_) => Some(file.metadata().ok()?.dev().to_le_bytes().to_vec()),
+    }
 }
 
 /// Looks for images in files and folders. Folders are searched through, without following symbolic links; in them only files

@@ -1,12 +1,12 @@
 //! Who uses an image, as far as the host tells: for messages. Whether anyone does, is for the kernel to say, by a lease.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::mounts::{Mount, mounts, unescape};
 use crate::shown::shown;
 use crate::sys::byte_locks::is_locked;
 use crate::sys::loop_status::file_of_loop;
@@ -35,10 +35,10 @@ pub fn users_of(files: &BTreeSet<FileId>) -> BTreeMap<FileId, Vec<String>> {
             add(file_id(&metadata), "used for swapping".into());
         }
     }
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounts = mounts();
     for (device, file) in loop_devices() {
         let mounted = mounted_on(&mounts, &device);
-        let mounted = mounted.map(|folder| format!(", mounted on {}", shown(&folder)));
+        let mounted = mounted.map(|folder| format!(", mounted on {}", shown(folder)));
         add(
             file,
             format!("{} has it{}", shown(&device), mounted.unwrap_or_default()),
@@ -84,27 +84,6 @@ fn swap_files() -> Vec<PathBuf> {
     names.map(unescape).collect()
 }
 
-/// Undoes the octal escapes of `/proc/swaps` and `/proc/self/mountinfo`.
-fn unescape(name: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::new();
-    let mut rest = name.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let octal = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if *first == b'\\' => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            _ => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    PathBuf::from(OsString::from_vec(bytes))
-}
-
 /// Loop devices that have a file, with that file.
 fn loop_devices() -> Vec<(PathBuf, FileId)> {
     let devices = entries(Path::new("/sys/block")).filter(|path| path.join("loop/backing_file").exists());
@@ -117,15 +96,17 @@ fn loop_devices() -> Vec<(PathBuf, FileId)> {
         .collect()
 }
 
-/// Where a device or a partition of it is mounted: fields 5 and, behind the dash, 2 of a line of `/proc/self/mountinfo`.
-fn mounted_on(mounts: &str, device: &Path) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        let (before, after) = line.split_once(" - ")?;
-        let source = unescape(after.split(' ').nth(1)?);
-        let partition = source.to_str()?.strip_prefix(device.to_str()?)?;
-        let is_it = partition.is_empty() || partition.starts_with('p');
-        is_it.then(|| before.split(' ').nth(4).map(unescape)).flatten()
-    })
+/// Where a device or a partition of it is mounted.
+fn mounted_on<'a>(mounts: &'a [Mount], device: &Path) -> Option<&'a Path> {
+    let is_it = |mount: &&Mount| {
+        let (Some(source), Some(device)) = (mount.source.to_str(), device.to_str()) else {
+            return false;
+        };
+        source
+            .strip_prefix(device)
+            .is_some_and(|partition| partition.is_empty() || partition.starts_with('p'))
+    };
+    mounts.iter().find(is_it).map(|mount| mount.folder.as_path())
 }
 
 /// The folders of all other processes in `/proc`, with a name and number for each.
@@ -174,11 +155,21 @@ mod tests {
 
     #[test]
     fn mounts_are_told_from_devices_with_longer_names() {
-        let mounts = "36 25 7:1 / /mnt/one rw shared:1 - ext4 /dev/loop11 rw\n\
-                      37 25 7:1 / /mnt/a\\040b rw - ext4 /dev/loop1p3 rw\n";
-        assert_eq!(mounted_on(mounts, Path::new("/dev/loop1")), Some("/mnt/a b".into()));
-        assert_eq!(mounted_on(mounts, Path::new("/dev/loop11")), Some("/mnt/one".into()));
-        assert_eq!(mounted_on(mounts, Path::new("/dev/loop2")), None);
+        let mount = |folder: &str, source: &str| Mount {
+            root: "/".into(),
+            folder: folder.into(),
+            source: source.into(),
+        };
+        let mounts = [mount("/mnt/one", "/dev/loop11"), mount("/mnt/two", "/dev/loop1p3")];
+        assert_eq!(
+            mounted_on(&mounts, Path::new("/dev/loop1")),
+            Some(Path::new("/mnt/two"))
+        );
+        assert_eq!(
+            mounted_on(&mounts, Path::new("/dev/loop11")),
+            Some(Path::new("/mnt/one"))
+        );
+        assert_eq!(mounted_on(&mounts, Path::new("/dev/loop2")), None);
     }
 
     #[test]

@@ -1,0 +1,145 @@
+//! What is mounted where: `/proc/self/mountinfo` (proc(5)), and filesystems named by device or UUID.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// A mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Mount {
+    /// What of the filesystem is mounted: `/`, or a subvolume.
+    pub(super) root: PathBuf,
+    /// Where.
+    pub(super) folder: PathBuf,
+    /// The device.
+    pub(super) source: PathBuf,
+}
+
+/// All mounts that can be seen.
+pub(super) fn mounts() -> Vec<Mount> {
+    parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+}
+
+/// Fields 4 and 5 of each line, and the second behind the dash.
+fn parse(text: &str) -> Vec<Mount> {
+    let mounts = text.lines().filter_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut before = before.split(' ').skip(3);
+        Some(Mount {
+            root: unescape(before.next()?),
+            folder: unescape(before.next()?),
+            source: unescape(after.split(' ').nth(1)?),
+        })
+    });
+    mounts.collect()
+}
+
+/// Undoes the octal escapes of `/proc/swaps` and `/proc/self/mountinfo`.
+pub(super) fn unescape(name: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::new();
+    let mut rest = name.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let octal = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &after[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+/// Where the filesystem of a block device, or of a UUID, is mounted; anything else stands for itself. Of several mounts that of
+/// the whole filesystem counts, or else each of them, so that no subvolume is missed.
+///
+/// # Errors
+/// [`Error::NotMounted`].
+pub(super) fn folders_of(named: &Path) -> Result<Vec<PathBuf>> {
+    use std::os::unix::fs::FileTypeExt;
+    let device = match device_of_uuid(named) {
+        Some(device) => device,
+        None if named
+            .metadata()
+            .is_ok_and(|metadata| metadata.file_type().is_block_device()) =>
+        {
+            named.to_owned()
+        }
+        None => return Ok(vec![named.to_owned()]),
+    };
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let members = members_with(&real(&device));
+    let mut here = mounts();
+    here.retain(|mount| members.contains(&real(&mount.source)));
+    if let Some(whole) = here.iter().find(|mount| mount.root == Path::new("/")) {
+        return Ok(vec![whole.folder.clone()]);
+    }
+    if here.is_empty() {
+        return Err(Error::NotMounted { path: named.to_owned() });
+    }
+    Ok(here.into_iter().map(|mount| mount.folder).collect())
+}
+
+/// The device with a UUID, given as `UUID=…` or bare.
+fn device_of_uuid(named: &Path) -> Option<PathBuf> {
+    let name = named.to_str()?;
+    let uuid = name.strip_prefix("UUID=").unwrap_or(name);
+    let is_uuid = uuid.len() == 36 && uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    if !is_uuid || (uuid == name && named.exists()) {
+        return None;
+    }
+    let uuid = uuid.to_ascii_lowercase();
+    let by_uuid = Path::new("/dev/disk/by-uuid").join(&uuid);
+    if by_uuid.exists() {
+        return Some(by_uuid);
+    }
+    // Where nobody keeps those links, btrfs tells itself which devices it has.
+    let devices = std::fs::read_dir(Path::new("/sys/fs/btrfs").join(&uuid).join("devices"));
+    let first = devices.ok().and_then(|mut devices| devices.next()?.ok());
+    Some(first.map_or(by_uuid, |device| Path::new("/dev").join(device.file_name())))
+}
+
+/// All devices of the btrfs that a device belongs to, or else the device alone.
+fn members_with(device: &Path) -> Vec<PathBuf> {
+    let Some(name) = device.file_name() else {
+        return vec![device.to_owned()];
+    };
+    let filesystems = std::fs::read_dir("/sys/fs/btrfs").into_iter().flatten().flatten();
+    let mut folders = filesystems.map(|entry| entry.path().join("devices"));
+    let Some(devices) = folders.find(|devices| devices.join(name).exists()) else {
+        return vec![device.to_owned()];
+    };
+    let devices = std::fs::read_dir(devices).into_iter().flatten().flatten();
+    devices.map(|entry| Path::new("/dev").join(entry.file_name())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_mountinfo() {
+        let text =
+            "36 25 0:31 /@home /mnt/a\\040b rw,noatime shared:1 master:2 - btrfs /dev/loop1 rw,subvol=/@home\nshort\n";
+        let expected = Mount {
+            root: "/@home".into(),
+            folder: "/mnt/a b".into(),
+            source: "/dev/loop1".into(),
+        };
+        assert_eq!(parse(text), [expected]);
+    }
+
+    #[test]
+    fn what_is_no_filesystem_stands_for_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(folders_of(folder.path()).unwrap(), [folder.path()]);
+        let absent = Path::new("UUID=00000000-1111-2222-3333-444444444444");
+        assert!(matches!(folders_of(absent), Err(Error::NotMounted { .. })));
+    }
+}

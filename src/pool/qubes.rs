@@ -1,0 +1,124 @@
+//! Where Qubes OS keeps the images of its machines.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, Result};
+use crate::shown::shown;
+
+/// Folders of a file-reflink pool that hold images: of machines, of templates, and `modules.img` of kernels.
+const FOLDERS: [&str; 3] = ["appvms", "vm-templates", "vm-kernels"];
+
+/// The folders of all file-reflink pools, as `qubes.xml` below `root` has them, or else as `qvm-pool` tells. `root` is where
+/// dom0's root filesystem is mounted: `/`, unless in a rescue system.
+///
+/// # Errors
+/// If neither tells, or there is no such pool.
+pub fn qubes_folders(root: &Path) -> Result<Vec<PathBuf>> {
+    /// Longer ones are none: this holds thousands of machines.
+    const BYTES_MAX: u64 = 64 << 20;
+    let path = root.join("var/lib/qubes/qubes.xml");
+    let pools = match path.metadata() {
+        Ok(metadata) if metadata.len() <= BYTES_MAX => {
+            let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            pools_in(&text)
+                .map_err(|problem| Error::Usage(format!("cannot understand `{}`: {problem}", shown(&path))))?
+        }
+        _ => pools_of_command().ok_or_else(|| {
+            Error::Usage(format!(
+                "there is no `{}` and no qvm-pool here: name the pool's folder instead of --qubes",
+                shown(&path)
+            ))
+        })?,
+    };
+    let pools = pools
+        .iter()
+        .map(|pool| root.join(pool.strip_prefix("/").unwrap_or(pool)));
+    let mut folders: Vec<PathBuf> = pools
+        .flat_map(|pool| FOLDERS.map(|folder| pool.join(folder)))
+        .filter(|folder| folder.is_dir())
+        .collect();
+    folders.sort();
+    folders.dedup();
+    if folders.is_empty() {
+        return Err(Error::Usage(
+            "Qubes OS has no file-reflink pool here: only those lie on btrfs or XFS".into(),
+        ));
+    }
+    Ok(folders)
+}
+
+/// The folders of `<pool driver="file-reflink" dir_path="…">` (qubes-core-admin, `qubes/storage/__init__.py`).
+fn pools_in(text: &str) -> std::result::Result<Vec<PathBuf>, roxmltree::Error> {
+    let document = roxmltree::Document::parse(text)?;
+    let pools = document
+        .descendants()
+        .filter(|node| node.has_tag_name("pool") && node.attribute("driver") == Some("file-reflink"));
+    Ok(pools
+        .filter_map(|pool| pool.attribute("dir_path"))
+        .map(PathBuf::from)
+        .collect())
+}
+
+/// What `qvm-pool` says, where there is one: `NAME DRIVER` a line, and `dir_path FOLDER` among what it says of each.
+fn pools_of_command() -> Option<Vec<PathBuf>> {
+    let output = |arguments: &[&str]| {
+        let output = Command::new("qvm-pool").args(arguments).output().ok()?;
+        output
+            .status
+            .success()
+            .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let list = output(&["list"])?;
+    let words = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let names = words
+        .filter(|words| words.get(1) == Some(&"file-reflink"))
+        .map(|words| words[0].to_owned());
+    let folders = names.filter_map(|name| {
+        let info = output(&["info", &name])?;
+        let mut lines = info
+            .lines()
+            .filter_map(|line| line.trim().split_once(char::is_whitespace));
+        lines
+            .find(|(key, _)| *key == "dir_path")
+            .map(|(_, folder)| PathBuf::from(folder.trim()))
+    });
+    Some(folders.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const XML: &str = r#"<?xml version="1.0" encoding="utf-8"?>
+        <qubes version="3.0"><pools>
+          <pool driver="file-reflink" dir_path="/var/lib/qubes" name="varlibqubes" revisions_to_keep="1"/>
+          <pool driver="linux-kernel" dir_path="/var/lib/qubes/vm-kernels" name="linux-kernel"/>
+          <pool driver="lvm_thin" name="lvm" volume_group="qubes_dom0" thin_pool="vm-pool"/>
+          <pool driver="file-reflink" dir_path="/mnt/second" name="second"/>
+        </pools><domains/></qubes>"#;
+
+    #[test]
+    fn pools_of_the_right_driver() {
+        assert_eq!(
+            pools_in(XML).unwrap(),
+            [PathBuf::from("/var/lib/qubes"), PathBuf::from("/mnt/second")]
+        );
+        assert!(pools_in("<qubes><pools>").is_err());
+    }
+
+    #[test]
+    fn folders_below_another_root() {
+        let root = tempfile::tempdir().unwrap();
+        let there = |path: &str| root.path().join(path);
+        std::fs::create_dir_all(there("var/lib/qubes/appvms")).unwrap();
+        std::fs::create_dir_all(there("mnt/second/vm-templates")).unwrap();
+        std::fs::write(there("var/lib/qubes/qubes.xml"), XML).unwrap();
+        assert_eq!(
+            qubes_folders(root.path()).unwrap(),
+            [there("mnt/second/vm-templates"), there("var/lib/qubes/appvms")]
+        );
+        std::fs::write(there("var/lib/qubes/qubes.xml"), "<qubes/>").unwrap();
+        assert!(matches!(qubes_folders(root.path()), Err(Error::Usage(_))));
+    }
+}
