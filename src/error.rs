@@ -191,6 +191,14 @@ pub enum Error {
         /// The paths.
         paths: Vec<PathBuf>,
     },
+    /// An image that is to be replaced is in use.
+    #[error("in use, and not to be replaced: `{}` ({by})", shown(path))]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// By whom, or what says so.
+        by: String,
+    },
     /// A folder stands where an image is to be restored.
     #[error("there is a folder in the way: `{}`", shown(path))]
     FolderInTheWay {
@@ -312,6 +320,7 @@ impl Error {
             Self::Reserve { .. } => {
                 "free some space, or choose another --reserve, and run again: it goes on from there"
             }
+            Self::InUse { .. } => "shut its machine down, or restore to another folder",
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
             Self::Lost { .. } => "--partial restores what is intact",
@@ -332,6 +341,7 @@ impl Error {
                 | Self::NoSuchCommit { .. }
                 | Self::Exists { .. }
                 | Self::FolderInTheWay { .. }
+                | Self::InUse { .. }
                 | Self::NotMounted { .. }
         )
     }

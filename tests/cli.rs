@@ -135,6 +135,7 @@ fn reclaim_report_scan_and_status() {
     insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
         2 images: 4.0 MiB on disk for 8.0 MiB of data in 10.0 MiB of images (1 extents, 2 references)
         Would free 0 B in 0 extents
+        1 machines are running, or were when their host stopped: their images are left alone
         Left alone: [folder]/pool/one.img: in use: shut the machine down, detach the loop device, or turn swapping off (open in [process])
         --- stderr
         --- exit 3
@@ -154,6 +155,7 @@ fn reclaim_json() {
           "version": 1,
           "images": 3,
           "skipped": [],
+          "machines_in_use": 0,
           "dry_run": false,
           "interrupted": false,
           "out_of_time": false,

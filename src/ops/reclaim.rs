@@ -7,12 +7,12 @@ use super::{Prepared, Scope, prepare_groups, unreadable};
 use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
-use crate::facts::Facts;
+use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
-use crate::fs::btrfs::{Physical, Purpose, freed_bytes};
+use crate::fs::btrfs::{Btrfs, Physical, Purpose, freed_bytes};
 use crate::monitor::{Deadline, Monitor};
-use crate::plan::{self, plan_proved};
-use crate::pool::{Skip, Skipped};
+use crate::plan::{self, Plan, plan_proved};
+use crate::pool::{Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed, size};
 
 /// What the user chose.
@@ -60,11 +60,14 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         ..
     } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
     let before = Physical::of(&facts);
+    let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
+    let machines: BTreeSet<_> = skipped.iter().filter(in_use).map(|one| machine_of(&one.path)).collect();
     let mut result = Reclaimed {
         images: fs.images().len() as u64,
         pool: PoolBytes::of(&fs, &facts),
         fingerprinted,
         skipped,
+        machines_in_use: machines.len() as u64,
         dry_run: options.dry_run,
         interrupted: monitor.interrupted(),
         ..Reclaimed::default()
@@ -72,30 +75,10 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     if result.interrupted {
         return Ok(result);
     }
-    monitor.phase("Planning", 0);
-    let mut proved = 0;
-    let mut prove = |facts: &Facts, slots: &[Slot]| {
-        proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        fs.prove(facts, slots)
-    };
-    let mut plan = plan_proved(&mut facts, &options.plan, &mut prove)?;
-    let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
-    if plan.peak_bytes > free {
-        monitor.note(&format!(
-            "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
-            size(free),
-            size(options.reserve_bytes)
-        ));
-        let choice = plan::Options {
-            work_space_bytes: free,
-            ..options.plan
-        };
-        plan = plan_proved(&mut facts, &choice, &mut prove)?;
+    if let Some(fault) = fs.kernel_fault() {
+        monitor.note(&fault);
     }
-    facts
-        .fingerprints
-        .check()
-        .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
+    let (plan, proved) = make_plan(options, &fs, &mut facts, monitor)?;
     result.planned = Planned::of(&plan, proved);
     result.held_by = if plan.pinned.is_empty() {
         BTreeMap::new()
@@ -115,21 +98,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
     let counted = freed_bytes(&fs, &before);
-    for image in ran.opened_meanwhile {
-        result.skipped.push(Skipped::new(fs.path(image), Skip::OpenedMeanwhile));
-    }
-    for (image, reason) in ran.refused {
-        result.skipped.push(Skipped::new(fs.path(image), reason));
-    }
-    let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
-    result.skipped.extend(unreadable);
-    for image in fs
-        .images()
-        .iter()
-        .filter(|image| image.may_touch() && !image.is_unchanged())
-    {
-        result.skipped.push(Skipped::new(&image.path, Skip::Changed));
-    }
+    result.skipped.extend(left_meanwhile(&fs, &ran));
     result.failed = outcome.err();
     match counted {
         Ok((freed_bytes, mapped)) => {
@@ -142,4 +111,48 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         Err(error) => result.failed = result.failed.or(Some(error)),
     }
     Ok(result)
+}
+
+/// Makes a plan that fits into what is free, and says how many bytes were read for it.
+fn make_plan(options: &Options, fs: &Btrfs, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+    monitor.phase("Planning", 0);
+    let mut proved = 0;
+    let mut prove = |facts: &Facts, slots: &[Slot]| {
+        proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
+        fs.prove(facts, slots)
+    };
+    let mut plan = plan_proved(facts, &options.plan, &mut prove)?;
+    let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
+    if plan.peak_bytes > free {
+        monitor.note(&format!(
+            "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
+            size(free),
+            size(options.reserve_bytes)
+        ));
+        let choice = plan::Options {
+            work_space_bytes: free,
+            ..options.plan
+        };
+        plan = plan_proved(facts, &choice, &mut prove)?;
+    }
+    facts
+        .fingerprints
+        .check()
+        .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
+    Ok((plan, proved))
+}
+
+/// Images that had to be left alone in the middle of the run.
+fn left_meanwhile(fs: &Btrfs, ran: &Ran) -> Vec<Skipped> {
+    let one = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
+    let opened = ran
+        .opened_meanwhile
+        .iter()
+        .map(|image| one(*image, Skip::OpenedMeanwhile));
+    let refused = ran.refused.iter().map(|(image, reason)| one(*image, *reason));
+    let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
+    let changed = fs.images().iter();
+    let changed = changed.filter(|image| image.may_touch() && !image.is_unchanged());
+    let changed = changed.map(|image| Skipped::new(&image.path, Skip::Changed));
+    opened.chain(refused).chain(unreadable).chain(changed).collect()
 }

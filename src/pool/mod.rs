@@ -141,6 +141,11 @@ pub struct Pool {
     pub unreadable: Vec<(PathBuf, String)>,
 }
 
+/// A file that says that an image's machine runs or did when its host stopped, or that it is being imported, and which.
+pub fn sign_of(image: &Path) -> Option<(Skip, PathBuf)> {
+    signs::Signs::default().of(image)
+}
+
 /// What the user named, with the folders that mounted filesystems stand for in place of devices and UUIDs.
 ///
 /// # Errors

@@ -106,6 +106,8 @@ pub struct Reclaimed {
     pub images: u64,
     /// Images left alone.
     pub skipped: Vec<Skipped>,
+    /// Machines that are running, or were when their host stopped.
+    pub machines_in_use: u64,
     /// Nothing was to be changed.
     pub dry_run: bool,
     /// The user stopped it.

@@ -321,6 +321,13 @@ impl Display for Reclaimed {
                 )?;
             }
         }
+        if self.machines_in_use > 0 {
+            writeln!(
+                f,
+                "{} machines are running, or were when their host stopped: their images are left alone",
+                self.machines_in_use
+            )?;
+        }
         if self.interrupted || self.out_of_time {
             writeln!(
                 f,

@@ -11,6 +11,9 @@ use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::pool::{self, users};
+use crate::shown::shown;
+use crate::sys::lease::{self, Lease};
 
 /// The folder that is restored to.
 #[derive(Debug)]
@@ -121,6 +124,42 @@ impl Place {
     pub fn is_folder(&self) -> bool {
         let stat = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW);
         stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory)
+    }
+
+    /// Refuses an image that is in use: whoever uses it would go on with what is replaced, and lose it.
+    ///
+    /// # Errors
+    /// [`Error::InUse`].
+    pub fn refuse_if_in_use(&self) -> Result<()> {
+        let in_use = |by: String| {
+            Err(Error::InUse {
+                path: self.path.clone(),
+                by,
+            })
+        };
+        if !self.exists() {
+            return Ok(());
+        }
+        if let Some((_, sign)) = pool::sign_of(&self.path) {
+            return in_use(shown(&sign).to_string());
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let Ok(file) = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()).map(File::from) else {
+            // A link, or what is not ours to read: nobody runs from it through this name.
+            return Ok(());
+        };
+        if lease::take(&file, Lease::All) != Err(Errno::AGAIN) {
+            return Ok(());
+        }
+        let id = file.metadata().map(|metadata| users::file_id(&metadata));
+        drop(file);
+        let users = id.map(|id| {
+            users::users_of(&[id].into())
+                .into_values()
+                .flatten()
+                .collect::<Vec<_>>()
+        });
+        in_use(users.unwrap_or_default().join(", "))
     }
 
     /// Size and time of change of the regular file there.

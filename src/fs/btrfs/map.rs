@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use super::kernel;
 use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
@@ -309,8 +310,7 @@ impl Btrfs {
             seen.get(at).map(|seen| key(seen.extent.address, 0))
         })?;
         let snapshots = self.have_snapshots()?;
-        // Linux 6.2 and 6.3 miss holders (kernel commit 0cad8f14d70c mends it), so that none can be ruled out.
-        let cannot_tell = snapshots && matches!(super::kernel_release(), (6, 2 | 3));
+        let cannot_tell = snapshots && kernel::misses_holders(kernel::release());
         let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
         for (seen, total) in seen.iter_mut().zip(total) {
             if total > seen.references

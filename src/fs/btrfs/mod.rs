@@ -3,11 +3,11 @@
 mod accounting;
 mod fingerprints;
 mod images;
+mod kernel;
 mod map;
 
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,6 +19,8 @@ pub use accounting::{Physical, freed_bytes};
 pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint};
 pub use images::{Image, Purpose};
 pub use map::Mapped;
+
+use kernel::Verdict;
 
 use super::{HeldRange, Outcome, Sharing, SourceFile};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN};
@@ -82,8 +84,8 @@ impl Btrfs {
         };
         let folder = File::open(scratch).map_err(Error::io("open", scratch))?;
         if purpose == Purpose::Change {
-            let release = kernel_release();
-            if release < KERNEL_MIN {
+            let release = kernel::release();
+            if kernel::verdict(release) == Verdict::Refuse {
                 return Err(Error::Kernel { release });
             }
             let mount = rustix::fs::fstatvfs(&folder).map_err(Error::io("look at", scratch))?;
@@ -117,6 +119,14 @@ impl Btrfs {
     /// The images, by their numbers.
     pub fn images(&self) -> &[Image] {
         &self.images
+    }
+
+    /// What the user should know of the running kernel, if there is something.
+    pub fn kernel_fault(&self) -> Option<String> {
+        match kernel::verdict(kernel::release()) {
+            Verdict::Warn(fault) => Some(format!("This kernel has a known fault: {fault}")),
+            _ => None,
+        }
     }
 
     /// The filesystem's UUID.
@@ -514,18 +524,4 @@ fn errno_of(error: &Error) -> Errno {
         Error::Io { source, .. } => source.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error),
         _ => Errno::IO,
     }
-}
-
-/// Before this, sharing could corrupt metadata or data (5.1 to 5.3), or truncated ranges at their end (below 5.0): the table in
-/// bees, `docs/btrfs-kernel.md`.
-const KERNEL_MIN: (u32, u32) = (5, 4);
-
-/// The release of the running kernel, as (major, minor).
-fn kernel_release() -> (u32, u32) {
-    let mut text = String::new();
-    let _ = File::open("/proc/sys/kernel/osrelease").and_then(|mut file| file.read_to_string(&mut text));
-    let mut numbers = text
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|part| part.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }

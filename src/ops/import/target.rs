@@ -111,7 +111,9 @@ pub(super) fn check_names(restore: &Restore<'_>, was_placing: bool) -> Result<()
             if place.is_folder() {
                 return Err(Error::FolderInTheWay { path: place.path });
             }
-            if !restore.options.replace && place.exists() && !(was_placing && is_done(restore, target, &place)) {
+            if restore.options.replace {
+                place.refuse_if_in_use()?;
+            } else if place.exists() && !(was_placing && is_done(restore, target, &place)) {
                 taken.push(place.path);
             }
         }
@@ -247,6 +249,10 @@ fn put(job: &Made<'_>, replace: bool) -> Result<()> {
     let Some((first, links)) = job.places.split_first() else {
         return Ok(());
     };
+    if replace {
+        // Its machine may have been started since the restore began.
+        first.refuse_if_in_use()?;
+    }
     job.temporary.rename(first, replace)?;
     for link in links {
         if replace && link.exists() {

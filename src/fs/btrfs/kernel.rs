@@ -1,0 +1,69 @@
+//! Kernels on which sharing extents of btrfs has known faults. The table is that of bees, `docs/btrfs-kernel.md`.
+
+use std::fs::File;
+use std::io::Read;
+
+/// A kernel's release, as (major, minor).
+pub(super) type Release = (u32, u32);
+
+/// What is to be done about a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing is known against it.
+    Fine,
+    /// Sharing extents may damage data or metadata.
+    Refuse,
+    /// It works, with a fault that the user should know of.
+    Warn(&'static str),
+}
+
+/// What is known of a release.
+pub(super) fn verdict(release: Release) -> Verdict {
+    match release {
+        // Truncated ranges at the end of files until 4.20, corrupt metadata and compressed extents until 5.3.
+        (..=4, _) | (5, ..=3) => Verdict::Refuse,
+        (5, 4..=6) => Verdict::Warn("looking for who holds an extent is slow on it"),
+        (6, 10 | 11) => Verdict::Warn(
+            "many changes of references at once can make it remount btrfs read-only (kernel commit 7d493a5ecc26); nothing is lost by that",
+        ),
+        _ => Verdict::Fine,
+    }
+}
+
+/// Whether a kernel misses some holders of an extent (6.2 and 6.3; kernel commit 0cad8f14d70c mends it).
+pub(super) fn misses_holders(release: Release) -> bool {
+    matches!(release, (6, 2 | 3))
+}
+
+/// The release of the running kernel.
+pub(super) fn release() -> Release {
+    let mut text = String::new();
+    let _ = File::open("/proc/sys/kernel/osrelease").and_then(|mut file| file.read_to_string(&mut text));
+    parse(&text)
+}
+
+fn parse(text: &str) -> Release {
+    let mut numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_with_known_faults() {
+        for release in ["4.19.0-27-amd64", "5.3.18", "nonsense"] {
+            assert_eq!(verdict(parse(release)), Verdict::Refuse, "{release}");
+        }
+        for release in ["5.4.0", "5.6.19", "6.10.3-1.qubes", "6.11.0"] {
+            assert!(matches!(verdict(parse(release)), Verdict::Warn(_)), "{release}");
+        }
+        for release in ["5.10.0-30-amd64", "6.1.0", "6.6.54-1.qubes.fc37", "6.12.9", "7.0.1"] {
+            assert_eq!(verdict(parse(release)), Verdict::Fine, "{release}");
+        }
+        assert!(misses_holders(parse("6.2.16")) && !misses_holders(parse("6.4.0")));
+    }
+}
