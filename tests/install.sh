@@ -19,5 +19,6 @@ need mkfs.ext4 e2fsprogs e2fsprogs
 need losetup mount util-linux
 need setpriv util-linux util-linux
 need setfattr attr attr
+need qemu-io qemu-utils qemu-img
 need node nodejs nodejs
 need npm npm npm

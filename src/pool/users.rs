@@ -69,6 +69,13 @@ pub fn locked_by(file: impl AsFd) -> Option<&'static str> {
     }
 }
 
+/// How often this process has a file open.
+pub fn times_open_here(file: FileId) -> usize {
+    entries(Path::new("/proc/self/fd"))
+        .filter(|link| link.metadata().is_ok_and(|metadata| file_id(&metadata) == file))
+        .count()
+}
+
 /// What is in a folder; nothing if it cannot be read.
 fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     std::fs::read_dir(folder)

@@ -23,6 +23,7 @@ pub fn can_mount() -> bool {
         "losetup",
         "filefrag",
         "setfattr",
+        "qemu-io",
     ]
     .into_iter()
     .find(|tool| {

@@ -151,15 +151,14 @@ impl Place {
         if lease::take(&file, Lease::All) != Err(Errno::AGAIN) {
             return Ok(());
         }
-        let id = file.metadata().map(|metadata| users::file_id(&metadata));
-        drop(file);
-        let users = id.map(|id| {
-            users::users_of(&[id].into())
-                .into_values()
-                .flatten()
-                .collect::<Vec<_>>()
-        });
-        in_use(users.unwrap_or_default().join(", "))
+        let id = users::file_id(&file.metadata().map_err(Error::io("look at", &self.path))?);
+        let users = users::users_of(&[id].into()).into_values().flatten();
+        let users: Vec<String> = users.chain(users::locked_by(&file).map(str::to_owned)).collect();
+        // As a seed it is open here too, and the kernel does not tell us from others.
+        if users.is_empty() && users::times_open_here(id) > 1 {
+            return Ok(());
+        }
+        in_use(users.join(", "))
     }
 
     /// Size and time of change of the regular file there.
