@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Mounted, Random, build_pool, can_mount, population, reflink, sh, state_of, write_image};
+use common::{Mounted, Random, build_pool, can_mount, sh, state_of};
 use serde_json::Value;
 
 fn text(output: &Output) -> String {
@@ -889,16 +889,4 @@ fn a_snapshot_taken_during_the_run_is_told() {
     let again = json(&run(&fs, &["--json", "reclaim", str_of(&fs.mount)]));
     assert_eq!(again["planned"]["freed_bytes"], 0);
     assert_eq!(state_of(&fs.pool()), state);
-}
-
-/// Images that share nothing yet, so small that a run over them is short.
-fn small_pool(pool: &Path, seed: u64) {
-    let mut random = Random(seed);
-    let population = population(&mut random);
-    for name in ["a.img", "b.img", "c.img"] {
-        write_image(&pool.join(name), &mut random, &population, 12);
-    }
-    reflink(&pool.join("a.img"), &pool.join("a.img.1@2026-01-01T00:00:00Z"));
-    common::churn(&pool.join("a.img"), &mut random, &population, 30);
-    sh(&format!("sync -f '{}'", pool.display()));
 }
