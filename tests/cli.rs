@@ -572,7 +572,7 @@ fn help_and_usage() {
               --group <GLOB>        Keep images that match this pattern among themselves: they share with no
                                     others. May be given more than once; what matches none shares with what
                                     matches none
-              --max-references <N>  References that one extent may get [default: 4096]
+              --max-references <N>  References that one extent may get [default: 16384]
               --max-extents <N>     References to extents that an image may get for each GiB of its data
                                     [default: 32768]
               --reserve <SIZE>      Disk space that stays free whatever happens [default: 128MiB]

@@ -141,6 +141,41 @@ fn in_use_by_a_process() {
 }
 
 #[test]
+fn in_use_from_the_middle_of_the_run_on() {
+    if !can_mount() {
+        return;
+    }
+    let mut told = 0;
+    for moment in 1..=12u64 {
+        let fs = Mounted::btrfs();
+        build_pool(&fs.pool(), 40);
+        let state = state_of(&fs.pool());
+        let image = fs.pool().join("appvms/work/private.img");
+        let child = fs
+            .command()
+            .args(["--json", "reclaim", "--work-space", "4M", "--min-run", "4K", "--index"])
+            .arg(fs.index())
+            .arg(fs.pool())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(moment * 60));
+        let started = Instant::now();
+        let file = File::options().read(true).write(true).open(&image).unwrap();
+        let waited = started.elapsed();
+        let done = json(&child.wait_with_output().unwrap());
+        drop(file);
+        assert!(waited < Duration::from_secs(5), "whoever opens it waits for {waited:?}");
+        assert_eq!(state_of(&fs.pool()), state);
+        told += u32::from(skipped(&done, &image).is_some_and(|(reason, _)| reason == "opened-meanwhile"));
+        if told > 1 {
+            return;
+        }
+    }
+    assert!(told > 0, "it was never opened in the middle");
+}
+
+#[test]
 fn in_use_mapped_by_a_process() {
     if !can_mount() {
         return;
@@ -577,7 +612,9 @@ fn a_bad_block_is_skipped_and_the_rest_is_done() {
     build_pool(&fs.pool(), 46);
     let twins = ["bad.img", "twin.img"].map(|name| fs.pool().join("standalones").join(name));
     let content = Random(47).data(8 << 20);
-    twins.iter().for_each(|path| std::fs::write(path, &content).unwrap());
+    for path in &twins {
+        std::fs::write(path, &content).unwrap();
+    }
     sh(&format!("sync -f {}", fs.mount.display()));
     fs.corrupt(&twins[0]);
     let reads = |path: &PathBuf| File::open(path).unwrap().read_exact_at(&mut [0; 4096], 4096).is_ok();

@@ -32,8 +32,8 @@ pub const METADATA_BYTES_PER_REFERENCE: u64 = 256;
 pub const UNPROVED_BLOCKS: u32 = 2;
 
 /// References to one extent: every look at who holds it takes time with their number. `btrfs send` clones only what has 1024 at
-/// most (kernel: `SEND_MAX_EXTENT_REFS`), but keeping to that leaves a twentieth of what can be freed.
-pub const REFERENCES_MAX: u32 = 4096;
+/// most (kernel: `SEND_MAX_EXTENT_REFS`), but keeping to that leaves a twentieth of what can be freed, and planning takes longer.
+pub const REFERENCES_MAX: u32 = 16 << 10;
 
 /// References for each GiB of an image, 32 KiB each on average: beyond that, reading it in order and `cp --reflink` get slow.
 pub const REFERENCES_PER_GIB_MAX: u32 = 32 << 10;
