@@ -171,6 +171,8 @@ fn reclaim_json() {
             "from_index": 0,
             "read": 0
           },
+          "inline_images": 0,
+          "unchecksummed_images": 0,
           "planned": {
             "freed_bytes": 6291456,
             "freed_by_reason": {

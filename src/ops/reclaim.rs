@@ -57,17 +57,21 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         mut facts,
         skipped,
         fingerprinted,
+        inline,
         ..
     } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
     let before = Physical::of(&facts);
     let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
     let machines: BTreeSet<_> = skipped.iter().filter(in_use).map(|one| machine_of(&one.path)).collect();
+    let without = fs.images().iter().filter(|image| !image.checksummed).count();
     let mut result = Reclaimed {
         images: fs.images().len() as u64,
         pool: PoolBytes::of(&fs, &facts),
         fingerprinted,
         skipped,
         machines_in_use: machines.len() as u64,
+        inline_images: inline.len() as u64,
+        unchecksummed_images: if without < fs.images().len() { without as u64 } else { 0 },
         dry_run: options.dry_run,
         interrupted: monitor.interrupted(),
         ..Reclaimed::default()

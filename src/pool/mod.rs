@@ -75,6 +75,28 @@ pub enum Skip {
 }
 
 impl Skip {
+    /// The reason in a word or two.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InUse => "in use",
+            Self::MachineInUse => "of a machine in use",
+            Self::Dirty => "not shut down in order",
+            Self::Running => "of a running machine",
+            Self::ImportInProgress => "being imported",
+            Self::Volatile => "volatile",
+            Self::Immutable => "immutable",
+            Self::Verity => "sealed",
+            Self::SwapFile => "swapped to",
+            Self::BeingSent => "being sent",
+            Self::ReadOnlyMount => "not writable",
+            Self::Refused => "refused by the filesystem",
+            Self::OpenedMeanwhile => "opened meanwhile",
+            Self::Changed => "changed meanwhile",
+            Self::OtherFilesystem => "on another filesystem",
+            Self::Unreadable => "unreadable",
+        }
+    }
+
     /// What to tell the user.
     pub fn reason(self) -> &'static str {
         match self {

@@ -70,20 +70,27 @@ fn pools_of_command() -> Option<Vec<PathBuf>> {
             .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let list = output(&["list"])?;
-    let words = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let names = words
-        .filter(|words| words.get(1) == Some(&"file-reflink"))
-        .map(|words| words[0].to_owned());
-    let folders = names.filter_map(|name| {
-        let info = output(&["info", &name])?;
-        let mut lines = info
-            .lines()
-            .filter_map(|line| line.trim().split_once(char::is_whitespace));
-        lines
-            .find(|(key, _)| *key == "dir_path")
-            .map(|(_, folder)| PathBuf::from(folder.trim()))
-    });
+    let folders = reflink_pools(&list).filter_map(|name| folder_in(&output(&["info", name])?));
     Some(folders.collect())
+}
+
+/// The names in what `qvm-pool list` says: `NAME DRIVER` a line.
+fn reflink_pools(list: &str) -> impl Iterator<Item = &str> {
+    list.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let name = words.next()?;
+        (words.next() == Some("file-reflink")).then_some(name)
+    })
+}
+
+/// The folder in what `qvm-pool info` says: `KEY VALUE` a line.
+fn folder_in(info: &str) -> Option<PathBuf> {
+    let mut lines = info
+        .lines()
+        .filter_map(|line| line.trim().split_once(char::is_whitespace));
+    lines
+        .find(|(key, _)| *key == "dir_path")
+        .map(|(_, folder)| PathBuf::from(folder.trim()))
 }
 
 #[cfg(test)]
@@ -105,6 +112,15 @@ mod tests {
             [PathBuf::from("/var/lib/qubes"), PathBuf::from("/mnt/second")]
         );
         assert!(pools_in("<qubes><pools>").is_err());
+    }
+
+    #[test]
+    fn what_qvm_pool_says() {
+        let list = "NAME          DRIVER\nvarlibqubes   file-reflink\nlinux-kernel  linux-kernel\nsecond        file-reflink\n";
+        assert_eq!(reflink_pools(list).collect::<Vec<_>>(), ["varlibqubes", "second"]);
+        let info = "name               second\ndir_path           /mnt/a b\ndriver             file-reflink\n";
+        assert_eq!(folder_in(info), Some("/mnt/a b".into()));
+        assert_eq!(folder_in("name  x\n"), None);
     }
 
     #[test]

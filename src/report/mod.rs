@@ -118,6 +118,10 @@ pub struct Reclaimed {
     pub pool: PoolBytes,
     /// Where fingerprints came from.
     pub fingerprinted: Fingerprinted,
+    /// Images whose data lies in metadata, beside their inodes, and cannot be shared.
+    pub inline_images: u64,
+    /// Images without checksums (`nodatacow`) beside others that have them: each kind shares with its own only.
+    pub unchecksummed_images: u64,
     /// What was planned.
     pub planned: Planned,
     /// What was done; none in a dry run.

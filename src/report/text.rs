@@ -1,11 +1,12 @@
 //! Reports as text for people.
 
+use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter, Result};
 
 use super::{Change, Diffed, Exported, Imported, Listed, LostImage, PoolBytes, Reclaimed, Reported, Scanned, Verified};
 use crate::index::Status;
 use crate::plan::Reason;
-use crate::pool::Skipped;
+use crate::pool::{Skip, Skipped};
 use crate::shown::shown;
 
 /// A number of bytes as people read it.
@@ -41,7 +42,19 @@ impl Display for PoolBytes {
 }
 
 fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
-    skipped.iter().try_for_each(|one| writeln!(f, "Left alone: {one}"))
+    skipped.iter().try_for_each(|one| writeln!(f, "Left alone: {one}"))?;
+    if skipped.len() < 2 {
+        return Ok(());
+    }
+    let mut counts: BTreeMap<Skip, usize> = BTreeMap::new();
+    for one in skipped {
+        *counts.entry(one.reason).or_default() += 1;
+    }
+    write!(f, "Left alone in all: ")?;
+    for (n, (reason, count)) in counts.iter().enumerate() {
+        write!(f, "{}{count} {}", if n > 0 { ", " } else { "" }, reason.name())?;
+    }
+    writeln!(f)
 }
 
 impl Display for Exported {
@@ -320,6 +333,20 @@ impl Display for Reclaimed {
                     counts.extents_still_held
                 )?;
             }
+        }
+        if self.inline_images > 0 {
+            writeln!(
+                f,
+                "{} images are so small that they lie in metadata, which cannot be shared",
+                self.inline_images
+            )?;
+        }
+        if self.unchecksummed_images > 0 {
+            writeln!(
+                f,
+                "{} images without checksums (nodatacow) share among themselves only",
+                self.unchecksummed_images
+            )?;
         }
         if self.machines_in_use > 0 {
             writeln!(
