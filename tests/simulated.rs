@@ -201,6 +201,7 @@ fn options() -> impl Strategy<Value = Options> {
                 keep_zeros,
                 keep_preallocated,
                 work_space_bytes,
+                batch_bytes: work_space_bytes / 3,
                 references_max,
                 references_per_gib_max,
             },

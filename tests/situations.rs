@@ -696,6 +696,40 @@ fn a_disk_that_fills_up_during_the_run() {
 }
 
 #[test]
+fn a_nearly_full_filesystem_is_reclaimed_in_one_run() {
+    if !can_mount() {
+        return;
+    }
+    let fs = Mounted::new("mkfs.btrfs -q", "", 700);
+    build_pool(&fs.pool(), 56);
+    // What the first extents free makes room for the donors of the next.
+    let free = || {
+        fs.used();
+        let stat = rustix::fs::statvfs(&fs.mount).unwrap();
+        stat.f_bavail * stat.f_frsize
+    };
+    let ballast = File::create(fs.mount.join("ballast")).unwrap();
+    let block = Random(57).data(4 << 20);
+    let mut at = 0;
+    while free() > (128 + 15) << 20 {
+        ballast.write_all_at(&block, at).unwrap();
+        at += 4 << 20;
+    }
+    drop(ballast);
+    let (state, used) = (state_of(&fs.pool()), fs.used());
+    let predicted = json(&fs.vmfold("--json reclaim -n"));
+    let output = fs.vmfold("--json reclaim");
+    let done = json(&output);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(done["planned"]["rewritten_bytes"].as_u64().unwrap() > 8 << 20, "{done}");
+    assert_eq!(done["done"]["freed_bytes"], predicted["planned"]["freed_bytes"]);
+    assert_eq!(done["done"]["freed_bytes"].as_u64().unwrap(), used - fs.used());
+    assert_eq!(json(&fs.vmfold("--json reclaim"))["planned"]["extents"], 0);
+    assert_eq!(state_of(&fs.pool()), state);
+    fs.check();
+}
+
+#[test]
 fn a_reserve_and_a_time_limit_are_kept() {
     if !can_mount() {
         return;

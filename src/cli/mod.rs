@@ -256,6 +256,7 @@ impl args::Reclaim {
                 keep_zeros: self.keep_zeros,
                 keep_preallocated: self.keep_prealloc,
                 work_space_bytes: self.work_space,
+                batch_bytes: crate::plan::BATCH_BYTES,
                 references_max: self.max_references,
                 references_per_gib_max: self.max_extents,
             },

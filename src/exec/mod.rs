@@ -8,6 +8,7 @@ mod second;
 pub mod store;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
@@ -80,17 +81,26 @@ pub fn run(
         monitor,
         ran,
     };
+    let shared = Shared::default();
     std::thread::scope(|scope| {
+        // However this ends, the writer must not wait for it.
+        let _end = shared.end();
+        let shared = &shared;
         // The donors of the next batch are written while one is shared; a rendezvous, so that it is never more than one.
         let (written, batches) = std::sync::mpsc::sync_channel(0);
         scope.spawn(move || {
             let mut donor_files = vec![None; plan.donor_files.len()];
-            for batch in &plan.batches {
+            for (number, batch) in plan.batches.iter().enumerate() {
                 let mut bytes = 0;
                 let mut failed = None;
                 for file in batch.donor_files.clone() {
                     let donor_file = &plan.donor_files[file];
-                    let written = keep_reserve(plan, donor_file, reserve_bytes, fs)
+                    let room = Room {
+                        reserve_bytes,
+                        before: || shared.wait_for(number),
+                    };
+                    let written = room
+                        .keep(plan, donor_file, fs)
                         .and_then(|()| donors::write(facts, plan, donor_file, fs, monitor));
                     match written {
                         Ok(donor) => {
@@ -114,6 +124,7 @@ pub fn run(
                 problem => failed = failed.or(problem),
             }
             run.batch(batch, &donor_files)?;
+            shared.one_more();
             if run.ran.interrupted {
                 break;
             }
@@ -122,25 +133,71 @@ pub fn run(
     })
 }
 
-/// Refuses a donor that would leave less than the reserve: someone else may be filling the filesystem meanwhile.
-fn keep_reserve(plan: &Plan, file: &DonorFile, reserve_bytes: u64, fs: &dyn Sharing) -> Result<()> {
-    let donors = file
-        .extents
-        .iter()
-        .map(|extent| &plan.layout.donors()[*extent as usize]);
-    let needed = donors.map(|donor| bytes(donor.blocks)).sum::<u64>();
-    if fs.free_bytes()? >= needed.saturating_add(reserve_bytes) {
-        return Ok(());
+/// How many batches were shared: what they freed is free only then.
+#[derive(Default)]
+struct Shared {
+    batches: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn set(&self, change: impl FnOnce(&mut usize)) {
+        change(&mut self.batches.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
     }
-    // What was freed since the last commit is not available before the next.
-    fs.commit()?;
-    if fs.free_bytes()? >= needed.saturating_add(reserve_bytes) {
-        return Ok(());
+
+    fn one_more(&self) {
+        self.set(|batches| *batches += 1);
     }
-    Err(Error::Reserve {
-        path: fs.path(0).to_owned(),
-        reserve_bytes,
-    })
+
+    fn wait_for(&self, number: usize) {
+        let batches = self.batches.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(batches, |batches| *batches < number));
+    }
+
+    /// Whoever waits goes on when this is dropped.
+    fn end(&self) -> impl Drop + '_ {
+        struct End<'a>(&'a Shared);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.set(|batches| *batches = usize::MAX);
+            }
+        }
+        End(self)
+    }
+}
+
+/// The room that donors may take.
+struct Room<W> {
+    /// What they must leave.
+    reserve_bytes: u64,
+    /// Waits until everything that comes before was shared.
+    before: W,
+}
+
+impl<W: Fn()> Room<W> {
+    /// Refuses a donor for which there is no room, even once everything before it was shared.
+    fn keep(&self, plan: &Plan, file: &DonorFile, fs: &dyn Sharing) -> Result<()> {
+        let donors = file
+            .extents
+            .iter()
+            .map(|extent| &plan.layout.donors()[*extent as usize]);
+        let needed = donors.map(|donor| bytes(donor.blocks)).sum::<u64>();
+        let fits = || Ok(fs.free_bytes()? >= needed.saturating_add(self.reserve_bytes));
+        if fits()? {
+            return Ok(());
+        }
+        (self.before)();
+        // What was freed since the last commit is not available before the next.
+        fs.commit()?;
+        if fits()? {
+            return Ok(());
+        }
+        Err(Error::Reserve {
+            path: fs.path(0).to_owned(),
+            reserve_bytes: self.reserve_bytes,
+        })
+    }
 }
 
 struct Run<'a> {

@@ -127,17 +127,25 @@ fn make_plan(options: &Options, fs: &Btrfs, facts: &mut Facts, monitor: &dyn Mon
     };
     let mut plan = plan_proved(facts, &options.plan, &mut prove)?;
     let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
-    if plan.peak_bytes > free {
-        monitor.note(&format!(
-            "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
-            size(free),
-            size(options.reserve_bytes)
-        ));
-        let choice = plan::Options {
-            work_space_bytes: free,
+    if plan.needed_bytes > free {
+        // In small steps, each makes room for the next.
+        let small = plan::Options {
+            batch_bytes: free / 2,
             ..options.plan
         };
-        plan = plan_proved(facts, &choice, &mut prove)?;
+        plan = plan_proved(facts, &small, &mut prove)?;
+        if plan.needed_bytes > free {
+            monitor.note(&format!(
+                "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
+                size(free),
+                size(options.reserve_bytes)
+            ));
+            let smaller = plan::Options {
+                work_space_bytes: free,
+                ..small
+            };
+            plan = plan_proved(facts, &smaller, &mut prove)?;
+        }
     }
     facts
         .fingerprints

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::Options;
 use super::greedy::Decision;
-use super::{BATCH_BYTES, Options};
 use crate::block::Slot;
 use crate::facts::{Class, Compression, Facts};
 
@@ -149,7 +149,7 @@ impl Layout {
             let pieces = left_over(facts, this.slots(), self.runs_of(*extent));
             let blocks = pieces.iter().map(|piece| piece.end - piece.start).sum();
             let share = this.disk_share(blocks);
-            if batch_bytes > 0 && batch_bytes + share > (options.work_space_bytes / 2).min(BATCH_BYTES) {
+            if batch_bytes > 0 && batch_bytes + share > (options.work_space_bytes / 2).min(options.batch_bytes) {
                 (batch, batch_bytes) = (batch + 1, 0);
                 open.clear();
             }

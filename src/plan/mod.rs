@@ -41,8 +41,8 @@ pub const REFERENCES_PER_GIB_MAX: u32 = 32 << 10;
 /// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual.
 const ROUNDS_MAX: usize = 12;
 
-/// Bytes of donors written before what they replace is freed, unless one extent leaves more. Little enough that they are
-/// still in memory when they are compared, and that little extra space is needed.
+/// Usual size of a batch of donors: little enough that they are still in memory when they are compared, and that little extra space
+/// is needed.
 pub const BATCH_BYTES: u64 = 128 << 20;
 
 /// What the user may choose.
@@ -56,6 +56,8 @@ pub struct Options {
     pub keep_preallocated: bool,
     /// Bytes that donors may take before what they replace is freed.
     pub work_space_bytes: u64,
+    /// Bytes of donors that are written before what they replace is freed, unless one extent leaves more.
+    pub batch_bytes: u64,
     /// References that one extent may get. Those that have more keep them.
     pub references_max: u32,
     /// References that an image may get for each GiB of its data. Those that have more keep them.
@@ -69,6 +71,7 @@ impl Default for Options {
             keep_zeros: false,
             keep_preallocated: false,
             work_space_bytes: 1 << 30,
+            batch_bytes: BATCH_BYTES,
             references_max: REFERENCES_MAX,
             references_per_gib_max: REFERENCES_PER_GIB_MAX,
         }
@@ -136,6 +139,8 @@ pub struct Plan {
     pub sampled: u32,
     /// Greatest number of bytes that donors take before what they replace is freed.
     pub peak_bytes: u64,
+    /// Bytes that must be free at the beginning, since donors may also take what was freed by then.
+    pub needed_bytes: u64,
 }
 
 impl Plan {

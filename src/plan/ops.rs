@@ -87,6 +87,8 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
     }
     let last = plan.donor_files.last().map(|file| file.batch);
     let (mut held, mut released, mut file) = (0u64, 0u64, 0);
+    // All that donors took, and all that was freed, until now.
+    let (mut taken, mut given) = (0u64, 0u64);
     for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
         let first = plan.eliminations.len();
         plan.eliminations.extend(by_batch.remove(&number).unwrap_or_default());
@@ -104,6 +106,10 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
             .sum();
         // The donors of a batch are written while the one before is shared.
         plan.peak_bytes = plan.peak_bytes.max(held + written);
+        taken += written;
+        // Where there is no other room, they wait for that.
+        given += released;
+        plan.needed_bytes = plan.needed_bytes.max(taken.saturating_sub(given));
         held = (held + written).saturating_sub(released);
         let batch = &plan.eliminations[first..];
         released = batch
