@@ -62,7 +62,10 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
     let before = Physical::of(&facts);
     let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
-    let machines: BTreeSet<_> = skipped.iter().filter(in_use).map(|one| machine_of(&one.path)).collect();
+    // Kernels' modules are attached to many machines, and are none.
+    let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
+    let used = skipped.iter().filter(in_use).filter(is_machine);
+    let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
     let without = fs.images().iter().filter(|image| !image.checksummed).count();
     let mut result = Reclaimed {
         images: fs.images().len() as u64,

@@ -253,10 +253,23 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         }
         let is_left_out =
             |path: &Path| exclude.is_match(path.strip_prefix(&full).unwrap_or(path)) || exclude.is_match(path);
+        let mut devices = BTreeMap::from([(metadata.dev(), true)]);
+        let mut may_hold_images = |entry: &walkdir::DirEntry| {
+            let device = entry
+                .metadata()
+                .ok()
+                .filter(|_| entry.file_type().is_dir())
+                .map(|folder| folder.dev());
+            device.is_none_or(|device| {
+                *devices
+                    .entry(device)
+                    .or_insert_with(|| mounts::is_on_disk(entry.path()))
+            })
+        };
         for entry in WalkDir::new(&full)
             .sort_by_file_name()
             .into_iter()
-            .filter_entry(|entry| !is_left_out(entry.path()))
+            .filter_entry(|entry| !is_left_out(entry.path()) && may_hold_images(entry))
         {
             match entry.and_then(|entry| entry.metadata().map(|metadata| (entry, metadata))) {
                 Ok((entry, metadata)) => {

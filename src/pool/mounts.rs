@@ -56,6 +56,29 @@ pub(super) fn unescape(name: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(bytes))
 }
 
+/// Whether a folder is on a filesystem that keeps files, and not on one that the kernel or a program makes up (`/proc`, `/sys`, `/run`):
+/// those are not searched, where a folder that was named has them below it.
+pub(super) fn is_on_disk(folder: &Path) -> bool {
+    /// Magic numbers (uapi/linux/magic.h, and those of XFS, ZFS, bcachefs, exFAT and NTFS).
+    const ON_DISK: [i64; 14] = [
+        0x9123_683e,
+        0x5846_5342,
+        0xef53,
+        0xf2f5_2010,
+        0x2fc1_2fc1,
+        0xca45_1a4e,
+        0x794c_7630,
+        0x6969,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x4d44,
+        0x2011_bab0,
+        0x7366_746e,
+        0x6573_5546,
+    ];
+    rustix::fs::statfs(folder).is_ok_and(|found| ON_DISK.contains(&found.f_type))
+}
+
 /// Where the filesystem of a block device, or of a UUID, is mounted; anything else stands for itself. Of several mounts that of
 /// the whole filesystem counts, or else each of them, so that no subvolume is missed.
 ///
@@ -133,6 +156,12 @@ mod tests {
             source: "/dev/loop1".into(),
         };
         assert_eq!(parse(text), [expected]);
+    }
+
+    #[test]
+    fn what_the_kernel_makes_up_is_not_searched() {
+        assert!(!is_on_disk(Path::new("/proc")));
+        assert!(!is_on_disk(Path::new("/sys")));
     }
 
     #[test]
