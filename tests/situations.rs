@@ -795,7 +795,7 @@ fn groups_share_among_themselves_only() {
     let done = json(&fs.vmfold("--json reclaim --group vault-*"));
     assert_eq!(done["done"]["freed_bytes"], 8 << 20, "{done}");
     assert_eq!(done["done"]["after"]["extents"], 2);
-    let again = json(&fs.vmfold("--json reclaim --group vault-*"));
+    let again = json(&fs.vmfold("--json reclaim --group appvms/vault-*"));
     assert_eq!(again["planned"]["freed_bytes"], 0);
     let done = json(&fs.vmfold("--json reclaim"));
     assert_eq!(done["done"]["freed_bytes"], 4 << 20, "without groups all share: {done}");

@@ -131,7 +131,8 @@ impl Limits {
             *blocks += u64::from(reference.blocks);
         }
         for (references, limit) in &mut images {
-            *limit = (*limit * u64::from(options.references_per_gib_max))
+            *limit = limit
+                .saturating_mul(u64::from(options.references_per_gib_max))
                 .div_ceil(GIB_BLOCKS)
                 .max(*references);
         }

@@ -315,7 +315,8 @@ pub fn group(images: &mut [Found], groups: &[String]) -> Result<()> {
         return Err(Error::Usage(format!("--group can be given {GROUPS_MAX} times at most")));
     }
     for (number, pattern) in (1..).zip(groups) {
-        let set = patterns(std::slice::from_ref(pattern))?;
+        // Whatever folder was named, a pattern such as `appvms/vault-*` means what ends like that.
+        let set = patterns(&[pattern.clone(), format!("**/{pattern}")])?;
         for image in images.iter_mut().filter(|image| image.group == 0) {
             // A folder's name stands for all in it.
             let is_in = |name: &PathBuf| name.ancestors().any(|part| set.is_match(part));

@@ -144,9 +144,12 @@ impl Place {
             return in_use(shown(&sign).to_string());
         }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let Ok(file) = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()).map(File::from) else {
+        let file = match rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            // Someone has a lease on it: another vmfold, or a file server.
+            Err(Errno::AGAIN) => return in_use("leased".into()),
             // A link, or what is not ours to read: nobody runs from it through this name.
-            return Ok(());
+            Err(_) => return Ok(()),
         };
         if lease::take(&file, Lease::All) != Err(Errno::AGAIN) {
             return Ok(());
