@@ -139,6 +139,8 @@ pub struct Facts {
     pub proofs: HashMap<Slot, Proof>,
     /// How many slots a block table may hold; a pool with more is sampled.
     pub table_slots_max: usize,
+    /// For each image, the number of the machine it belongs to; where there is none, each image is on its own.
+    pub machines: Vec<u32>,
     /// For each slot range that is reachable, a reference to read it through; by slot, without overlap.
     cover: Vec<Cover>,
 }
@@ -198,6 +200,7 @@ impl Facts {
             first_reference,
             fingerprints: Fingerprints::default(),
             table_slots_max: usize::MAX,
+            machines: Vec::new(),
             zero_fingerprint,
             proofs: HashMap::new(),
             cover,
@@ -275,6 +278,12 @@ impl Facts {
             at += place.blocks;
             Some((slot, place))
         })
+    }
+
+    /// The machine through whose image a slot is read.
+    pub fn machine_of(&self, slot: Slot) -> Option<u32> {
+        let image = self.place_of(slot..slot + 1)?.image;
+        Some(self.machines.get(image as usize).copied().unwrap_or(image))
     }
 
     /// Whether the block at `slot` reads as zeros, as far as fingerprints and proofs tell.

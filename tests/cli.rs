@@ -183,7 +183,7 @@ fn reclaim_json() {
             "metadata_bytes": 768,
             "peak_bytes": 4194304,
             "compared_bytes": 15728640,
-            "proved_bytes": 0,
+            "proved_bytes": 8192,
             "extents": 2,
             "sampled": 1,
             "pinned": {}

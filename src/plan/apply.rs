@@ -119,6 +119,7 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
     let mut after = Facts::new(extents, references, facts.zero_fingerprint);
     after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
     after.table_slots_max = facts.table_slots_max;
+    after.machines.clone_from(&facts.machines);
     for (new, old, blocks) in &origin.runs {
         after
             .fingerprints

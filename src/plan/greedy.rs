@@ -213,7 +213,9 @@ impl Pass<'_> {
     /// Enters a home into the table. Zeros are found in holes, or are to stay; they are shared only amid other data.
     fn enter(&mut self, slot: Slot) {
         if !self.facts.is_zero(slot) {
-            self.table.enter(slot, &self.facts.fingerprints);
+            let facts = self.facts;
+            self.table
+                .enter(slot, &facts.fingerprints, |slot| facts.machine_of(slot));
         }
     }
 
@@ -286,9 +288,7 @@ impl Pass<'_> {
             let added = self.limits.added.entry(self.facts.extent_of(home)).or_default();
             *added += self.facts.references_over(run.slot..run.slot + run.blocks);
         }
-        if run.blocks <= UNPROVED_BLOCKS {
-            self.question(&run, &mut found.unproved);
-        }
+        self.question(&run, &mut found.unproved);
         found.runs.push(run);
     }
 
@@ -398,26 +398,45 @@ impl Pass<'_> {
         run.blocks >= least || run.blocks as usize == segment.len()
     }
 
-    /// Whether a run is proved, or may count until it is.
+    /// Whether a run is proved as far as it must be, or may count until it is.
     fn may_count(&self, run: &Run) -> bool {
-        run.blocks > UNPROVED_BLOCKS
-            || (0..run.blocks).all(|n| {
-                let known = match run.target {
-                    Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
-                    Target::Hole => self.facts.proved_zero(run.slot + n),
-                };
-                known.unwrap_or(self.ask)
-            })
+        must_be_proved(run).all(|n| {
+            let known = match run.target {
+                Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
+                Target::Hole => self.facts.proved_zero(run.slot + n),
+            };
+            known.unwrap_or(self.ask)
+        })
     }
 
-    /// Lists what must be read before a short run counts: its blocks, and all that look like them, since another of those may
+    /// Lists what must be read before a run counts: some of its blocks, and all that look like them, since another of those may
     /// be the one that is equal.
     fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
         let fingerprints = &self.facts.fingerprints;
-        for slot in run.slot..run.slot + run.blocks {
+        for n in must_be_proved(run) {
+            let slot = run.slot + n;
             let alike = self.table.candidates(fingerprints.get(slot), fingerprints);
-            let slots = alike.filter(|_| run.target != Target::Hole).chain([slot]);
+            let home = match run.target {
+                Target::Home(home) => Some(home + n),
+                Target::Hole => None,
+            };
+            let slots = alike.filter(|_| home.is_some()).chain(home).chain([slot]);
             unproved.extend(slots.filter(|slot| !self.facts.proofs.contains_key(slot)));
+        }
+    }
+}
+
+/// The blocks of a run that must be proved: all of a short one, and one of a long one that is found in other data. Checksums prove long
+/// runs unless someone forged them, and then not those of every block: whoever is matched with a forgery is to be matched with
+/// something else instead. Zeros are nobody else's.
+fn must_be_proved(run: &Run) -> std::ops::Range<u32> {
+    match run.target {
+        _ if run.blocks <= UNPROVED_BLOCKS => 0..run.blocks,
+        Target::Hole => 0..0,
+        Target::Home(_) => {
+            // Where it is, follows from the run, so that asking again asks the same.
+            let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
+            n..n + 1
         }
     }
 }

@@ -56,7 +56,7 @@ pub fn find_seeds(
     let mut table = Table::new(facts.slots() as usize, facts.table_slots_max);
     for extent in &facts.extents {
         for run in facts.live_runs(extent.slots()) {
-            run.for_each(|slot| table.enter(slot, &facts.fingerprints));
+            run.for_each(|slot| table.enter(slot, &facts.fingerprints, |slot| facts.machine_of(slot)));
         }
     }
     // Nobody reaches the blocks between two live runs: a match ends with its own.

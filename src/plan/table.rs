@@ -25,8 +25,13 @@ impl Table {
     /// Slots entered for one fingerprint. One that more blocks share says too little: guests keep blocks whose checksums are
     /// alike though they differ, and long stretches of one pattern.
     const SLOTS_PER_FINGERPRINT: usize = 16;
-    /// Entries looked at for one question, other fingerprints of the same bucket included.
-    const STEPS_MAX: usize = 64;
+    /// Slots of one machine that are entered beyond that: a guest that forges checksums of another's blocks fills the places that
+    /// all share, and no more.
+    const SLOTS_PER_MACHINE: usize = 2;
+    /// Slots looked at for one question.
+    const CANDIDATES_MAX: usize = 64;
+    /// Entries looked at for one question, other fingerprints of the same bucket included: guests can fill buckets, too.
+    const STEPS_MAX: usize = 1024;
 
     /// An empty table for so many slots, that holds so many of them at most.
     pub(super) fn new(slots: usize, slots_max: usize) -> Self {
@@ -73,18 +78,33 @@ impl Table {
         })
         .take(Self::STEPS_MAX)
         .filter(move |slot| fingerprints.get(*slot) == fingerprint)
+        .take(Self::CANDIDATES_MAX)
     }
 
     /// Enters a slot, unless its fingerprint has enough of them.
-    pub(super) fn enter(&mut self, slot: Slot, fingerprints: &Fingerprints) {
+    pub(super) fn enter<M: PartialEq>(
+        &mut self,
+        slot: Slot,
+        fingerprints: &Fingerprints,
+        machine_of: impl Fn(Slot) -> M,
+    ) {
         let fingerprint = fingerprints.get(slot);
         if !self.has(fingerprint) || self.entries.len() >= self.entries_max {
             return;
         }
         let mut alike = 0;
         for candidate in self.candidates(fingerprint, fingerprints) {
+            if candidate == slot {
+                return;
+            }
             alike += 1;
-            if candidate == slot || alike >= Self::SLOTS_PER_FINGERPRINT {
+        }
+        if alike >= Self::SLOTS_PER_FINGERPRINT {
+            let machine = machine_of(slot);
+            let of_it = self
+                .candidates(fingerprint, fingerprints)
+                .filter(|other| machine_of(*other) == machine);
+            if alike >= Self::CANDIDATES_MAX || of_it.take(Self::SLOTS_PER_MACHINE).count() == Self::SLOTS_PER_MACHINE {
                 return;
             }
         }

@@ -70,6 +70,8 @@ pub struct Image {
     pub inode: u64,
     /// Whether the filesystem keeps checksums of its data.
     pub checksummed: bool,
+    /// The number of the machine it belongs to, by its first name.
+    pub machine: u32,
     /// The group it shares within, below 64.
     pub group: u8,
     /// Why it keeps its extents, if it does: others may share them.
@@ -164,7 +166,13 @@ pub(super) fn open(
         .filter_map(|(image, _)| Some(Skipped::new(&image.path, image.fixed?)));
     skipped.extend(fixed);
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
-    let images: Vec<Image> = images.into_iter().map(|(image, _)| image).collect();
+    let mut machines = BTreeMap::new();
+    let numbered = images.into_iter().map(|(mut image, names)| {
+        let next = u32::try_from(machines.len()).unwrap_or(u32::MAX);
+        image.machine = *machines.entry(names.first()).or_insert(next);
+        image
+    });
+    let images: Vec<Image> = numbered.collect();
     let keeper = purpose.lease().map(|lease| LeaseKeeper::new(&images, lease));
     Ok((images, skipped, keeper))
 }
@@ -224,6 +232,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         root,
         inode: metadata.ino(),
         checksummed,
+        machine: 0,
         group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),
         direct: if purpose == Purpose::Read {

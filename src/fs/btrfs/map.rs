@@ -272,7 +272,8 @@ impl Btrfs {
             }
         });
         let references = references.collect();
-        let facts = Facts::new(extents, references, self.function().of_zeros());
+        let mut facts = Facts::new(extents, references, self.function().of_zeros());
+        facts.machines = self.images.iter().map(|image| image.machine).collect();
         Ok(Mapped {
             facts,
             inline_bytes,
