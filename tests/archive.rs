@@ -648,9 +648,9 @@ fn killed_at_any_moment_nothing_is_lost() {
     );
     let takes = u64::try_from(started.elapsed().as_micros()).unwrap();
     // A new archive, and one that is appended to: either the commit is there or it is not.
-    let mut round = 0;
+    let (mut round, mut within) = (0, takes);
     while kills < 30 {
-        assert!(round < 90, "{kills} of {round} were killed in time");
+        assert!(round < 150, "{kills} of {round} were killed in time");
         let archive = format!("k{}.vmfold", round / 4);
         round += 1;
         let commits = || {
@@ -660,12 +660,17 @@ fn killed_at_any_moment_nothing_is_lost() {
         };
         let had = if scratch.path(&archive).exists() { commits() } else { 0 };
         std::fs::remove_dir_all(scratch.path("index")).ok();
-        // Appending what is there already is over sooner.
-        let within = if had > 0 { takes / 4 } else { takes };
-        kills += u32::from(kill_after(
+        let killed = kill_after(
             command(&["export", &archive, as_str(&pool)]),
             Duration::from_micros(random.below(within)),
-        ));
+        );
+        kills += u32::from(killed);
+        // Appending what is there already is over sooner than the first export.
+        within = if killed {
+            takes.min(within * 5 / 4)
+        } else {
+            2000.max(within * 3 / 4)
+        };
         if scratch.path(&archive).exists() && had > 0 {
             assert!((had..=had + 1).contains(&commits()));
         }
@@ -688,15 +693,21 @@ fn killed_at_any_moment_nothing_is_lost() {
                 .success()
         );
         let takes = u64::try_from(started.elapsed().as_micros()).unwrap();
-        let (mut kills, mut round) = (0, 0);
+        let (mut kills, mut round, mut within) = (0, 0, takes);
         while kills < wanted {
-            assert!(round < 60, "{kills} of {round} were killed in time");
+            assert!(round < 150, "{kills} of {round} were killed in time");
             std::fs::remove_dir_all(&to).unwrap();
             for _ in 0..=(round % 3) {
-                kills += u32::from(kill_after(
+                let killed = kill_after(
                     command(&["import", "whole.vmfold", "--to", as_str(&to), "--resume"]),
-                    Duration::from_micros(random.below(takes)),
-                ));
+                    Duration::from_micros(random.below(within)),
+                );
+                kills += u32::from(killed);
+                within = if killed {
+                    takes.min(within * 5 / 4)
+                } else {
+                    2000.max(within * 3 / 4)
+                };
             }
             round += 1;
             let output = command(&["import", "whole.vmfold", "--to", as_str(&to), "--resume"])

@@ -200,7 +200,7 @@ fn reclaim_killed_200_times() {
     let goal = trial.used();
     trial.check_and_remove();
     assert!(goal < used);
-    let (mut random, mut kills, mut round) = (Random(61), 0, 0);
+    let (mut random, mut kills, mut round, mut within) = (Random(61), 0, 0, takes);
     while kills < 200 {
         let inner = nest.copy(&pristine, "killed");
         inner.mount();
@@ -208,10 +208,14 @@ fn reclaim_killed_200_times() {
         assert!(round < 400, "{kills} kills in {round} rounds");
         // Some are killed again and again without an end.
         for _ in 0..=random.below(8) {
-            kills += u32::from(kill_after(
-                inner.start(&RECLAIM),
-                Duration::from_micros(random.below(takes)),
-            ));
+            let killed = kill_after(inner.start(&RECLAIM), Duration::from_micros(random.below(within)));
+            kills += u32::from(killed);
+            // What was killed late has less left to do.
+            within = if killed {
+                takes.min(within * 5 / 4)
+            } else {
+                2000.max(within * 3 / 4)
+            };
             assert!(inner.used() <= used, "a killed run leaves nothing behind");
         }
         assert_eq!(inner.state(), state, "after {kills} kills");
