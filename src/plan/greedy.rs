@@ -48,7 +48,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
 }
 
 /// Extents that stay anyhow first, then those that are used best, then the large: what is looked at early is likely to stay.
-/// Addresses come last, for extents that hold the same: they differ between a plan and what became of it.
+/// Of extents that hold the same, the one that the first image refers to: addresses differ between a plan and what became of it.
 fn order(facts: &Facts, options: &Options) -> Vec<u32> {
     /// An extent with this share of it unreachable is better not built upon, in 1/16.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
@@ -67,7 +67,10 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
                     .sum::<u64>(),
             ),
             live_hash(facts, extent),
-            extent.address,
+            facts
+                .references_to(*place)
+                .first()
+                .map(|reference| (reference.image, reference.file_block)),
         )
     });
     order.into_iter().map(|(place, _)| place).collect()
