@@ -1,8 +1,8 @@
 //! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
 
 pub mod attributes;
-pub mod btrfs;
 pub mod simulated;
+pub mod volume;
 
 use std::collections::BTreeSet;
 use std::path::Path;

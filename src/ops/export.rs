@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes};
 use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::attributes;
-use crate::fs::btrfs::{Purpose, checksum_digests};
+use crate::fs::volume::{Purpose, checksum_digests};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan::export::{ByImage, ExportPlan, Piece, Source, plan_export};

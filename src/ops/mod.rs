@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Fingerprints;
-use crate::fs::btrfs::{Btrfs, Fingerprinted, Purpose, fingerprint};
+use crate::fs::volume::{Fingerprinted, Purpose, Volume, fingerprint};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::pool::{self, Found, Skip, Skipped};
@@ -36,7 +36,7 @@ pub struct Scope {
 
 /// A pool that was opened and read.
 struct Prepared {
-    fs: Btrfs,
+    fs: Volume,
     facts: Facts,
     /// Images whose first block lies in metadata.
     inline: Vec<ImageId>,
@@ -110,7 +110,7 @@ fn unreadable(error: &Error) -> Option<Skipped> {
 
 fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
     monitor.phase("Reading extent maps", 0);
-    let (fs, skipped) = Btrfs::open(images, &scope.paths, purpose)?;
+    let (fs, skipped) = Volume::open(images, &scope.paths, purpose)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;

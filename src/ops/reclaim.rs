@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
-use crate::fs::btrfs::{Btrfs, Physical, Purpose, freed_bytes};
+use crate::fs::volume::{Physical, Purpose, Volume, freed_bytes};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
@@ -121,7 +121,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
 }
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
-fn make_plan(options: &Options, fs: &Btrfs, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
     monitor.phase("Planning", 0);
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
@@ -158,7 +158,7 @@ fn make_plan(options: &Options, fs: &Btrfs, facts: &mut Facts, monitor: &dyn Mon
 }
 
 /// Images that had to be left alone in the middle of the run.
-fn left_meanwhile(fs: &Btrfs, ran: &Ran) -> Vec<Skipped> {
+fn left_meanwhile(fs: &Volume, ran: &Ran) -> Vec<Skipped> {
     let one = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
     let opened = ran
         .opened_meanwhile

@@ -6,7 +6,7 @@ use super::{Scope, discover};
 use crate::block::bytes;
 use crate::error::Result;
 use crate::facts::{Facts, ImageId, Pinned};
-use crate::fs::btrfs::{Btrfs, Purpose};
+use crate::fs::volume::{Purpose, Volume};
 use crate::monitor::Monitor;
 use crate::report::{ImageBytes, PoolBytes, Reported};
 
@@ -17,7 +17,7 @@ use crate::report::{ImageBytes, PoolBytes, Reported};
 pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let found = discover(scope, monitor)?;
     monitor.phase("Reading extent maps", 0);
-    let (fs, mut skipped) = Btrfs::open(&found.images, &scope.paths, Purpose::Look)?;
+    let (fs, mut skipped) = Volume::open(&found.images, &scope.paths, Purpose::Look)?;
     skipped.extend(found.skipped);
     let mapped = fs.map()?;
     let mut images: Vec<ImageBytes> = fs

@@ -2,7 +2,7 @@
 
 use super::{Prepared, Scope, prepare};
 use crate::error::Result;
-use crate::fs::btrfs::Purpose;
+use crate::fs::volume::Purpose;
 use crate::monitor::Monitor;
 use crate::report::{PoolBytes, Scanned};
 

@@ -13,7 +13,7 @@ use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::Counts;
 use crate::facts::{Facts, Pinned};
-use crate::fs::btrfs::{Btrfs, Fingerprinted, Physical};
+use crate::fs::volume::{Fingerprinted, Physical, Volume};
 use crate::plan::{BytesByReason, Plan};
 use crate::pool::Skipped;
 
@@ -34,7 +34,7 @@ pub struct PoolBytes {
 
 impl PoolBytes {
     /// Adds a pool up.
-    pub fn of(fs: &Btrfs, facts: &Facts) -> Self {
+    pub fn of(fs: &Volume, facts: &Facts) -> Self {
         Self {
             logical_bytes: fs.images().iter().map(|image| image.size).sum(),
             referenced_bytes: facts.references.iter().map(|reference| bytes(reference.blocks)).sum(),

@@ -13,7 +13,7 @@ use crate::chunk::weak_id;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::staging::Staging;
-use crate::fs::btrfs::{Btrfs, Purpose};
+use crate::fs::volume::{Purpose, Volume};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
@@ -78,7 +78,7 @@ impl Seeds {
         Ok(Self { prepared })
     }
 
-    fn fs(&self) -> &Btrfs {
+    fn fs(&self) -> &Volume {
         &self.prepared.fs
     }
 

@@ -1,10 +1,10 @@
 //! btrfs: extents and checksums from its trees, sharing by `FIDEDUPERANGE`.
 
 mod accounting;
+mod btrfs;
 mod fingerprints;
 mod images;
 mod kernel;
-mod map;
 
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
@@ -16,9 +16,9 @@ use rustix::fs::{Advice, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{Physical, freed_bytes};
+pub use btrfs::Mapped;
 pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint};
 pub use images::{Image, Purpose};
-pub use map::Mapped;
 
 use kernel::Verdict;
 
@@ -49,7 +49,7 @@ const CHECKSUM_OBJECT: u64 = u64::MAX - 9;
 
 /// A pool on one btrfs, with its images open.
 #[derive(Debug)]
-pub struct Btrfs {
+pub struct Volume {
     info: FsInfo,
     images: Vec<Image>,
     /// A folder on the filesystem where donors are made; they have no name there.
@@ -66,7 +66,7 @@ struct Donor {
     length: u64,
 }
 
-impl Btrfs {
+impl Volume {
     /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards.
     ///
     /// # Errors
@@ -368,7 +368,7 @@ fn name_of_magic(magic: i64) -> String {
     }
 }
 
-impl Sharing for Btrfs {
+impl Sharing for Volume {
     fn may_touch(&self, image: ImageId) -> bool {
         self.images[image as usize].may_touch()
     }
@@ -492,14 +492,14 @@ impl Sharing for Btrfs {
         };
         self.search(EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
             found |=
-                key.object == address && map::extent_item(item).is_some_and(|extent| extent.generation == generation);
+                key.object == address && btrfs::extent_item(item).is_some_and(|extent| extent.generation == generation);
             None
         })?;
         Ok(found)
     }
 
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
-        map::ranges_in(&self.images[image as usize], addresses)
+        btrfs::ranges_in(&self.images[image as usize], addresses)
     }
 
     fn path(&self, image: ImageId) -> &Path {
@@ -507,7 +507,7 @@ impl Sharing for Btrfs {
     }
 }
 
-impl Btrfs {
+impl Volume {
     fn donor_error(&self, error: std::io::Error) -> Error {
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {

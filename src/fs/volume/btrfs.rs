@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::kernel;
-use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, ROOT_ITEM, ROOT_TREE};
+use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, ROOT_ITEM, ROOT_TREE, Volume};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
@@ -186,7 +186,7 @@ fn merge(seen: &mut Vec<Seen>) -> bool {
     agree
 }
 
-impl Btrfs {
+impl Volume {
     /// Reads the extent maps of all images.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Btrfs, Mapped};
+use super::{Mapped, Volume};
 use crate::error::Result;
 use crate::facts::Facts;
 use crate::fs::Sharing;
@@ -35,7 +35,7 @@ impl Physical {
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn freed_bytes(fs: &Btrfs, before: &Physical) -> Result<(i64, Mapped)> {
+pub fn freed_bytes(fs: &Volume, before: &Physical) -> Result<(i64, Mapped)> {
     let mapped = fs.map()?;
     let after = Physical::of(&mapped.facts);
     let mut freed = 0i64;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
-use super::{Btrfs, CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM};
+use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::Result;
 use crate::facts::{Compression, Facts};
@@ -34,7 +34,7 @@ const READ_BLOCKS: u32 = 256;
 /// Those of reading metadata or images. A user who stops it is no error: the caller asks the monitor. An index that fails is
 /// none either: it is only a cache.
 pub fn fingerprint(
-    fs: &Btrfs,
+    fs: &Volume,
     facts: &mut Facts,
     mut index: Option<&mut Index>,
     monitor: &dyn Monitor,
@@ -98,7 +98,7 @@ fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::
 }
 
 /// Copies checksums of uncompressed extents. Returns how many bytes of live blocks they cover.
-fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<u64> {
+fn from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result<u64> {
     let width = usize::from(fs.info.checksum_bytes);
     let mut sums = std::mem::take(&mut facts.fingerprints);
     let mut found_sums = Vec::new();
@@ -123,7 +123,7 @@ fn from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<Vec<Option<u128>>> {
+pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<Vec<Option<u128>>> {
     let width = usize::from(fs.info.checksum_bytes.max(1));
     let mut digests = vec![None; facts.extents.len()];
     let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
@@ -151,7 +151,7 @@ pub fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<Vec<Option<u128>>> 
 
 /// Calls `visit` with the checksums of extents, in order: the extent's place, the block on disk that the first belongs to, and
 /// the checksums of that and the following ones. An extent may come in several parts.
-fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
+fn visit_checksums(fs: &Volume, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
     /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
     const ITEM_COVERS_MAX: u64 = 64 << 20;
     let width = usize::from(fs.info.checksum_bytes.max(1));
@@ -191,7 +191,7 @@ fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(usize, u32, 
 }
 
 /// Reads blocks in the order they lie on disk, on all cores.
-fn by_reading(fs: &Btrfs, facts: &mut Facts, runs: &[std::ops::Range<Slot>], monitor: &dyn Monitor) -> Result<u64> {
+fn by_reading(fs: &Volume, facts: &mut Facts, runs: &[std::ops::Range<Slot>], monitor: &dyn Monitor) -> Result<u64> {
     /// Pieces handed out at a time; between them the user may stop.
     const PIECES: usize = 1024;
     let function = fs.function();
