@@ -141,6 +141,9 @@ pub struct Facts {
     pub table_slots_max: usize,
     /// For each image, the number of the machine it belongs to; where there is none, each image is on its own.
     pub machines: Vec<u32>,
+    /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
+    /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
+    pub frees_blocks: bool,
     /// For each slot range that is reachable, a reference to read it through; by slot, without overlap.
     cover: Vec<Cover>,
 }
@@ -201,6 +204,7 @@ impl Facts {
             fingerprints: Fingerprints::default(),
             table_slots_max: usize::MAX,
             machines: Vec::new(),
+            frees_blocks: false,
             zero_fingerprint,
             proofs: HashMap::new(),
             cover,

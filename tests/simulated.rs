@@ -1,5 +1,5 @@
 //! Goal: plans and their execution are right for any pool. Method: random images, revisions and extents on a simulated
-//! btrfs with reference counts, where content, freed bytes and the next plan are compared with what was promised.
+//! filesystem with reference counts that frees extents whole, as btrfs, or block by block, as XFS, where content, freed bytes and the next plan are compared with what was promised.
 
 #![allow(
     clippy::unwrap_used,
@@ -74,9 +74,9 @@ fn step() -> impl Strategy<Value = Step> {
 
 const IMAGE_BLOCKS: usize = 256;
 
-fn build(steps: &[Step], faults: Faults) -> Simulated {
+fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
     let mut fs = Simulated::default();
-    fs.faults = faults;
+    (fs.faults, fs.frees_blocks) = (faults, frees_blocks);
     let mut classes: Vec<Class> = Vec::new();
     for step in steps {
         match step {
@@ -215,9 +215,10 @@ proptest! {
     fn reclaim_frees_what_was_predicted_and_nothing_the_second_time(
         steps in prop::collection::vec(step(), 1..12),
         options in options(),
+        frees_blocks: bool,
         held in prop::option::of(0usize..20),
     ) {
-        let fs = build(&steps, Faults::default());
+        let fs = build(&steps, Faults::default(), frees_blocks);
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
             fs.hold_from_outside(extent);
         }
@@ -235,9 +236,10 @@ proptest! {
     fn a_pool_larger_than_the_block_table_is_sampled(
         steps in prop::collection::vec(step(), 1..12),
         options in options(),
+        frees_blocks: bool,
         slots in 16usize..200,
     ) {
-        let fs = build(&steps, Faults { table_slots_max: Some(slots), ..Faults::default() });
+        let fs = build(&steps, Faults { table_slots_max: Some(slots), ..Faults::default() }, frees_blocks);
         let (content, before) = (fs.contents(), fs.allocated_bytes());
         let (plan, _) = reclaim(&fs, &options);
         prop_assert_eq!(fs.contents(), content);
@@ -250,9 +252,10 @@ proptest! {
     fn blocks_that_only_look_alike_cost_nothing_but_time(
         steps in prop::collection::vec(step(), 1..12),
         options in options(),
+        frees_blocks: bool,
         bits in 3u32..16,
     ) {
-        let fs = build(&steps, Faults { fingerprint_bits: bits, ..Faults::default() });
+        let fs = build(&steps, Faults { fingerprint_bits: bits, ..Faults::default() }, frees_blocks);
         let (content, before) = (fs.contents(), fs.allocated_bytes());
         let _ = reclaim(&fs, &options);
         prop_assert_eq!(fs.contents(), content);
@@ -263,12 +266,13 @@ proptest! {
     fn whatever_goes_wrong_images_stay_as_they_are(
         steps in prop::collection::vec(step(), 1..12),
         options in options(),
+        frees_blocks: bool,
         killed_at in prop::option::of(0u64..60),
         refuse_every in prop::option::of(1u64..5),
         opened in prop::option::of((0u64..30, 0u32..4)),
         space in prop::option::of(0u64..2_000_000),
     ) {
-        let mut fs = build(&steps, Faults { killed_at, refuse_every, opened, space_bytes: space, ..Faults::default() });
+        let mut fs = build(&steps, Faults { killed_at, refuse_every, opened, space_bytes: space, ..Faults::default() }, frees_blocks);
         let content = fs.contents();
         let _ = reclaim(&fs, &options);
         prop_assert_eq!(&fs.contents(), &content);

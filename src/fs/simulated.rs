@@ -3,6 +3,7 @@
 //! so that planning and executing can be tested by the thousand.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -53,6 +54,8 @@ pub struct Simulated {
     state: Mutex<State>,
     /// Faults to inject.
     pub faults: Faults,
+    /// Whether it frees each block on its own, as XFS does, and not only extents as a whole.
+    pub frees_blocks: bool,
     path: PathBuf,
 }
 
@@ -149,7 +152,32 @@ impl Simulated {
 
     /// Bytes of extents that anything refers to, donors too.
     pub fn allocated_bytes(&self) -> u64 {
-        self.with(|state| state.allocated_bytes())
+        self.with(|state| {
+            let ranges = (0..state.allocations.len()).flat_map(|number| self.ranges_in_use(state, number));
+            ranges.map(|range| bytes(range.end - range.start)).sum()
+        })
+    }
+
+    /// The ranges of an allocation that are not free: all or nothing, or what something refers to.
+    fn ranges_in_use(&self, state: &State, number: usize) -> Vec<Range<u32>> {
+        let length = u32::try_from(state.allocations[number].content.len()).unwrap_or(u32::MAX);
+        let mut mapped = vec![state.allocations[number].outside; length as usize];
+        for block in state.files().flat_map(|file| file.blocks.iter().flatten()) {
+            if block.extent == number {
+                mapped[block.at as usize] = true;
+            }
+        }
+        if !self.frees_blocks {
+            return mapped.contains(&true).then_some(0..length).into_iter().collect();
+        }
+        let mut ranges: Vec<Range<u32>> = Vec::new();
+        for at in (0..length).filter(|at| mapped[*at as usize]) {
+            match ranges.last_mut() {
+                Some(last) if last.end == at => last.end += 1,
+                _ => ranges.push(at..at + 1),
+            }
+        }
+        ranges
     }
 
     /// The greatest number of bytes that were allocated at any call.
@@ -165,43 +193,46 @@ impl Simulated {
     /// What a scan would find.
     pub fn facts(&self) -> Facts {
         self.with(|state| {
-            let used = state.used();
             let mut place = BTreeMap::new();
             let (mut extents, mut fingerprints, mut slot) = (Vec::new(), Vec::new(), 0);
-            for (number, allocation) in state
-                .allocations
-                .iter()
-                .enumerate()
-                .filter(|(number, _)| used.contains(number))
-            {
-                let blocks = u32::try_from(allocation.content.len()).unwrap_or(u32::MAX);
-                place.insert(number, (u32::try_from(extents.len()).unwrap_or(u32::MAX), slot));
-                extents.push(Extent {
-                    address: State::address(number),
-                    disk_bytes: bytes(blocks),
-                    generation: 1,
-                    first_slot: slot,
-                    blocks,
-                    class: allocation.class,
-                    pinned: allocation.outside.then_some(Pinned::HeldByOthers),
-                });
-                slot += blocks;
-                fingerprints.extend(allocation.content.iter().map(|content| self.fingerprint(*content)));
+            for (number, allocation) in state.allocations.iter().enumerate() {
+                for range in self.ranges_in_use(state, number) {
+                    let blocks = range.end - range.start;
+                    place.insert(
+                        (number, range.start),
+                        (u32::try_from(extents.len()).unwrap_or(u32::MAX), slot),
+                    );
+                    extents.push(Extent {
+                        address: State::address(number) + bytes(range.start),
+                        disk_bytes: bytes(blocks),
+                        generation: 1,
+                        first_slot: slot,
+                        blocks,
+                        class: allocation.class,
+                        pinned: allocation.outside.then_some(Pinned::HeldByOthers),
+                    });
+                    slot += blocks;
+                    let content = &allocation.content[range.start as usize..range.end as usize];
+                    fingerprints.extend(content.iter().map(|content| self.fingerprint(*content)));
+                }
             }
             let mut references = Vec::new();
             for (image, file) in (0u32..).zip(&state.images) {
                 for range in State::ranges(file) {
-                    let (extent, first_slot) = place[&range.0];
                     let HeldRange {
                         file_block,
                         extent_block,
                         blocks,
                         preallocated,
                     } = range.1;
+                    let in_use = place.range(..=(range.0, extent_block)).next_back();
+                    let Some(((_, first), (extent, first_slot))) = in_use.map(|(key, place)| (*key, *place)) else {
+                        continue;
+                    };
                     references.push(Reference {
                         image,
                         file_block,
-                        slot: first_slot + extent_block,
+                        slot: first_slot + (extent_block - first),
                         blocks,
                         extent,
                         preallocated,
@@ -210,6 +241,7 @@ impl Simulated {
             }
             let mut facts = Facts::new(extents, references, self.fingerprint(0));
             facts.fingerprints = fingerprints.into();
+            facts.frees_blocks = self.frees_blocks;
             facts.table_slots_max = self.faults.table_slots_max.unwrap_or(usize::MAX);
             facts
         })
@@ -246,9 +278,13 @@ impl State {
         }
     }
 
+    fn files(&self) -> impl Iterator<Item = &File> {
+        self.images.iter().chain(self.donors.iter().map(|(_, file)| file))
+    }
+
     fn used(&self) -> BTreeSet<usize> {
-        let files = self.images.iter().chain(self.donors.iter().map(|(_, file)| file));
-        let mut used: BTreeSet<usize> = files
+        let mut used: BTreeSet<usize> = self
+            .files()
             .flat_map(|file| file.blocks.iter().flatten().map(|mapped| mapped.extent))
             .collect();
         used.extend((0..self.allocations.len()).filter(|number| self.allocations[*number].outside));
@@ -449,7 +485,8 @@ impl Sharing for Simulated {
     }
 
     fn is_allocated(&self, address: u64, _: u64) -> Result<bool> {
-        Ok(self.with(|state| state.used().iter().any(|number| State::address(*number) == address)))
+        Ok(!self.frees_blocks
+            && self.with(|state| state.used().iter().any(|number| State::address(*number) == address)))
     }
 
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {

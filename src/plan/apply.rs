@@ -2,7 +2,7 @@
 
 use super::donor_bytes;
 use super::layout::{Final, Layout};
-use crate::block::Slot;
+use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Reference};
 
 /// A pool as it would be, and where its parts come from.
@@ -12,8 +12,8 @@ pub struct Applied {
     pub facts: Facts,
     /// Which slot each slot was: of a donor's block, the one it is copied from.
     pub origin: Origin,
-    /// For each extent but the donors', which follow, which extent it was.
-    pub kept: Vec<u32>,
+    /// For each extent, which one it was. None for donors, and for what stays of extents that part of goes.
+    pub kept: Vec<Option<u32>>,
 }
 
 /// Where slots come from, run by run.
@@ -37,7 +37,7 @@ impl Origin {
     }
 
     /// The slot that `old` is now, for many of them.
-    fn inverse(&self) -> impl Fn(Slot) -> Option<Slot> {
+    fn inverse(&self) -> impl Fn(Slot) -> Option<Slot> + use<> {
         let mut by_old = self.runs.clone();
         by_old.sort_unstable_by_key(|(_, old, _)| *old);
         move |slot| {
@@ -53,9 +53,25 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
     let (mut extents, mut origin, mut kept) = (Vec::new(), Origin::default(), Vec::new());
     let mut new_place = vec![u32::MAX; facts.extents.len()];
     let mut slot = 0;
-    for (old, extent) in (0u32..).zip(&facts.extents).filter(|(old, _)| !layout.is_gone(*old)) {
+    for (old, extent) in (0u32..).zip(&facts.extents) {
+        if layout.is_gone(old) {
+            for piece in layout.stays_of(facts, old) {
+                let blocks = piece.end - piece.start;
+                kept.push(None);
+                extents.push(Extent {
+                    address: extent.address + bytes(piece.start - extent.first_slot),
+                    disk_bytes: bytes(blocks),
+                    first_slot: slot,
+                    blocks,
+                    ..extent.clone()
+                });
+                origin.push(piece);
+                slot += blocks;
+            }
+            continue;
+        }
         new_place[old as usize] = u32::try_from(kept.len()).unwrap_or(u32::MAX);
-        kept.push(old);
+        kept.push(Some(old));
         origin.push(extent.slots());
         extents.push(Extent {
             first_slot: slot,
@@ -76,10 +92,12 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
             class: donor.class,
             pinned: None,
         });
+        kept.push(None);
         donor.pieces.iter().for_each(|piece| origin.push(piece.clone()));
         address += disk_bytes;
         slot += donor.blocks;
     }
+    let new_of = origin.inverse();
     let references = facts.references.iter().flat_map(|reference| {
         if let Some(extent) = Some(new_place[reference.extent as usize]).filter(|extent| *extent != u32::MAX) {
             let slot = extents[extent as usize].first_slot
@@ -99,8 +117,12 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
                 let (extent, offset) = match found {
                     Final::Hole => return None,
                     Final::Kept(slot) => {
-                        let old = facts.extent_of(slot);
-                        (new_place[old as usize], slot - facts.extents[old as usize].first_slot)
+                        let new = new_of(slot)?;
+                        let extent = extents.partition_point(|extent| extent.first_slot <= new) - 1;
+                        (
+                            u32::try_from(extent).unwrap_or(u32::MAX),
+                            new - extents[extent].first_slot,
+                        )
                     }
                     Final::Donor(donor, at) => (u32::try_from(first_donor).unwrap_or(u32::MAX) + donor, at),
                 };
@@ -117,6 +139,7 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
     });
     let references = references.collect();
     let mut after = Facts::new(extents, references, facts.zero_fingerprint);
+    after.frees_blocks = facts.frees_blocks;
     after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
     after.table_slots_max = facts.table_slots_max;
     after.machines.clone_from(&facts.machines);
@@ -126,7 +149,6 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
             .write(*new, &facts.fingerprints.range(*old..old + blocks));
     }
     if !facts.proofs.is_empty() {
-        let new_of = origin.inverse();
         after.add_proofs(
             facts
                 .proofs

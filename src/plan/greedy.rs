@@ -225,7 +225,12 @@ impl Pass<'_> {
     /// Whether eliminating `extent` frees at least what it costs.
     fn pays(&self, extent: u32, new_references: u64, frees: u64, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
-        let rewritten = this.disk_bytes - frees;
+        // Where blocks are freed one by one, the others stay where they are.
+        let rewritten = if self.facts.frees_blocks {
+            0
+        } else {
+            this.disk_bytes - frees
+        };
         let rewriting = if rewritten_anyway {
             0
         } else {

@@ -86,6 +86,15 @@ impl Layout {
         &self.donors
     }
 
+    /// What stays where it is of an extent that goes: on a filesystem that frees blocks, all that no run covers.
+    pub(super) fn stays_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
+        if facts.frees_blocks {
+            left_over(facts, facts.extents[extent as usize].slots(), self.runs_of(extent))
+        } else {
+            Vec::new()
+        }
+    }
+
     pub(super) fn runs_of(&self, extent: u32) -> &[Run] {
         self.runs.get(&extent).map(Vec::as_slice).unwrap_or_default()
     }
@@ -141,6 +150,9 @@ impl Layout {
     pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &Options) {
         self.leftovers.clear();
         self.donors.clear();
+        if facts.frees_blocks {
+            return;
+        }
         let (mut batch, mut batch_bytes) = (0, 0);
         // The donor extent that is being filled, for each class, and the references it will have.
         let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
@@ -220,6 +232,11 @@ impl Layout {
                     Target::Home(home) => slot = home + (slot - run.slot),
                 }
                 continue;
+            }
+            if facts.frees_blocks {
+                let extent_end = facts.extents[extent as usize].slots().end;
+                let end = runs.get(after).map_or(extent_end, |next| next.slot);
+                return (blocks.min(end - slot), Final::Kept(slot));
             }
             let place = self.leftovers.partition_point(|leftover| leftover.slot <= slot);
             let leftover = self.leftovers[place - 1];

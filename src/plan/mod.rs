@@ -184,13 +184,13 @@ fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> 
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
         let again = greedy::decide(&applied.facts, options, ask, |extent| {
-            extent as usize >= applied.kept.len()
+            applied.kept[extent as usize].is_none()
         });
         question(again.unproved.into_iter().map(|slot| applied.origin.of(slot)).collect())?;
         if again.gone.is_empty() {
             break;
         }
-        let kept = |extent: u32| applied.kept.get(extent as usize).copied();
+        let kept = |extent: u32| applied.kept[extent as usize];
         layout.compose(facts, &again.gone, |slot| applied.origin.of(slot), kept);
     }
     layout.place_leftovers(facts, options);

@@ -112,10 +112,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         plan.needed_bytes = plan.needed_bytes.max(taken.saturating_sub(given));
         held = (held + written).saturating_sub(released);
         let batch = &plan.eliminations[first..];
-        released = batch
-            .iter()
-            .map(|one| facts.extents[one.extent as usize].disk_bytes)
-            .sum();
+        released = batch.iter().map(|one| one.freed_bytes + one.rewritten_bytes).sum();
         let compared = batch
             .iter()
             .flat_map(|one| facts.references_to(one.extent))
@@ -135,8 +132,9 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     let runs = layout.runs_of(extent);
     let pieces = left_over(facts, this.slots(), runs);
     let left_over_blocks: u32 = pieces.iter().map(|piece| piece.end - piece.start).sum();
-    let rewritten_bytes = donor_bytes(this.class, left_over_blocks, this.disk_share(left_over_blocks));
-    let freed_bytes = this.disk_bytes.saturating_sub(rewritten_bytes);
+    let left_over_bytes = donor_bytes(this.class, left_over_blocks, this.disk_share(left_over_blocks));
+    let freed_bytes = this.disk_bytes.saturating_sub(left_over_bytes);
+    let rewritten_bytes = if facts.frees_blocks { 0 } else { left_over_bytes };
 
     // What is found elsewhere is rounded down and the rest given to what nothing reaches, so that the sum is exact.
     let (zeros, duplicates) = matched_blocks(runs);
@@ -207,6 +205,7 @@ impl Plan {
                             Source::Donor(file, first + at),
                         )]
                     }
+                    Final::Kept(home) if home == piece.start => Vec::new(),
                     Final::Kept(home) => facts
                         .places_of(home..home + (piece.end - piece.start))
                         .map(|(slot, place)| {
