@@ -64,13 +64,19 @@ pub enum Error {
         /// Name or magic number of the filesystem.
         filesystem: String,
     },
+    /// An XFS whose files cannot share blocks.
+    #[error("`{}` is on an XFS without reflinks", shown(path))]
+    NoReflinks {
+        /// The path.
+        path: PathBuf,
+    },
     /// The filesystem has blocks of another size than 4 KiB.
-    #[error("`{}` is on a btrfs with blocks of {sector_bytes} bytes", shown(path))]
+    #[error("`{}` is on a filesystem with blocks of {block_bytes} bytes", shown(path))]
     SectorSize {
         /// The path.
         path: PathBuf,
         /// Bytes of its blocks.
-        sector_bytes: u32,
+        block_bytes: u32,
     },
     /// The filesystem is mounted read-only.
     #[error("`{}` is on a filesystem that is mounted read-only", shown(path))]
@@ -290,7 +296,8 @@ impl Error {
                 "name image files, or folders that hold .img, .raw, .qcow2, .vmdk, .vdi or .vhdx files and their revisions"
             }
             Self::TwoFilesystems { .. } => "run once for each filesystem",
-            Self::NoSharing { .. } => "vmfold reclaims on btrfs only",
+            Self::NoSharing { .. } => "vmfold works on btrfs and on XFS",
+            Self::NoReflinks { .. } => "blocks can be shared on an XFS that was made with mkfs.xfs -m reflink=1 only",
             Self::SectorSize { .. } => "vmfold supports blocks of 4096 bytes only",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
             Self::Busy { .. } => "wait until it has ended",
@@ -301,7 +308,7 @@ impl Error {
             Self::NoSpace { .. } => {
                 "free some space, or use a smaller --work-space, and run it again: it goes on where it stopped"
             }
-            Self::Metadata { .. } => "run btrfs check on the unmounted filesystem",
+            Self::Metadata { .. } => "run btrfs check or xfs_repair -n on the unmounted filesystem",
             Self::Io { source, .. } => match source.raw_os_error()? {
                 libc::EIO => {
                     "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude"

@@ -25,7 +25,8 @@ pub enum Compression {
 /// What two extents must have in common for the kernel to let a file refer to both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Class {
-    /// Whether the filesystem keeps checksums of the data. `FIDEDUPERANGE` refuses two files that differ in it.
+    /// Whether the filesystem keeps checksums of the data. `FIDEDUPERANGE` refuses two files that differ in it. True for all files
+    /// of a filesystem that keeps none.
     pub checksummed: bool,
     /// How the bytes lie on disk. Extents of any compression may share with each other.
     pub compression: Compression,

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
-use crate::fs::volume::{Physical, Purpose, Volume, freed_bytes};
+use crate::fs::volume::{Physical, Purpose, Volume, freed_bytes, remember};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
@@ -58,9 +58,9 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         skipped,
         fingerprinted,
         inline,
-        ..
+        mut index,
     } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
-    let before = Physical::of(&facts);
+    let (before, free_before) = (Physical::of(&facts), fs.free_bytes()?);
     let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
     // Kernels' modules are attached to many machines, and are none.
     let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
@@ -82,9 +82,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     if result.interrupted {
         return Ok(result);
     }
-    if let Some(fault) = fs.kernel_fault() {
-        monitor.note(&fault);
-    }
+    fs.shortcomings().iter().for_each(|one| monitor.note(one));
     let (plan, proved) = make_plan(options, &fs, &mut facts, monitor)?;
     result.planned = Planned::of(&plan, proved);
     result.held_by = if plan.pinned.is_empty() {
@@ -104,11 +102,16 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     monitor.phase("Counting", 0);
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
-    let counted = freed_bytes(&fs, &before);
+    let counted = freed_bytes(&fs, &before, free_before);
     result.skipped.extend(left_meanwhile(&fs, &ran));
     result.failed = outcome.err();
     match counted {
-        Ok((freed_bytes, mapped)) => {
+        Ok((freed_bytes, mut mapped)) => {
+            // It is only a cache, and the next run does without.
+            let remembered = index.as_mut().map(|index| remember(&facts, &mut mapped.facts, index));
+            if let Some(Err(error)) = remembered {
+                monitor.note(&super::describe(&error));
+            }
             result.done = Some(Done {
                 freed_bytes,
                 after: PoolBytes::of(&fs, &mapped.facts),

@@ -194,7 +194,7 @@ pub fn by_filesystem(paths: Vec<PathBuf>) -> Vec<Vec<PathBuf>> {
 fn filesystem_id(path: &Path) -> Option<Vec<u8>> {
     let file = std::fs::File::open(path).ok()?;
     match crate::sys::fs_info::fs_info(&file) {
-        Ok(info) => Some(info.uuid.to_vec()),
+        Ok(info) => Some([&info.uuid[..], &info.device.to_le_bytes()].concat()),
         Err(_) => Some(file.metadata().ok()?.dev().to_le_bytes().to_vec()),
     }
 }

@@ -7,7 +7,9 @@
 pub mod byte_locks;
 pub mod clone;
 pub mod dedupe;
+pub mod fiemap;
 pub mod fs_info;
+pub mod fsmap;
 pub mod inode_flags;
 pub mod lease;
 pub mod logical_ino;

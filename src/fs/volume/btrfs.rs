@@ -4,24 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::kernel;
-use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, ROOT_ITEM, ROOT_TREE, Volume};
+use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, Mapped, ROOT_ITEM, ROOT_TREE, Volume, blocks};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::facts::{Class, Compression, Extent, Facts, Pinned, Reference};
 use crate::fs::HeldRange;
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, tree_search};
-
-/// Facts without fingerprints, and what goes with them.
-#[derive(Debug)]
-pub struct Mapped {
-    /// Extents and references.
-    pub facts: Facts,
-    /// Bytes that lie in metadata, beside their inodes.
-    pub inline_bytes: u64,
-    /// The images that have such bytes, in their first block.
-    pub inline: Vec<ImageId>,
-}
 
 /// A file extent item, `struct btrfs_file_extent_item` (`uapi/linux/btrfs_tree.h`).
 #[derive(Debug, Clone, Copy)]
@@ -122,11 +111,6 @@ fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Res
     problem.map_or(Ok(()), Err)
 }
 
-/// `u32` block numbers hold files and extents up to 16 TiB.
-fn blocks(bytes: u64) -> Result<u32> {
-    u32::try_from(bytes / BLOCK_BYTES).map_err(|_| Error::TooLarge)
-}
-
 /// The ranges of an image that refer to any of some extents, each with the extent's address.
 pub(super) fn ranges_in(image: &Image, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
     let mut ranges = Vec::new();
@@ -191,7 +175,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    pub fn map(&self) -> Result<Mapped> {
+    pub(super) fn map_btrfs(&self) -> Result<Mapped> {
         let mut seen: Vec<Seen> = Vec::new();
         // References by the addresses of their extents; slots are places in the extent until all extents are known.
         let mut references: Vec<(u64, Reference)> = Vec::new();
@@ -363,7 +347,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of reading metadata.
-    pub fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
+    pub(super) fn names_of_holders_btrfs(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
         /// Extents asked for: enough to name who matters.
         const EXTENTS_MAX: usize = 64;
         let mut held: Vec<&Extent> = facts

@@ -74,6 +74,48 @@ pub fn fingerprint(
     Ok(found)
 }
 
+/// Enters the state after a run into the index, where blocks are where they were, and only extents begin and end elsewhere: so that
+/// the next run need not read them again.
+///
+/// # Errors
+/// Those of the index.
+pub fn remember(before: &Facts, after: &mut Facts, index: &mut Index) -> Result<()> {
+    if !after.frees_blocks {
+        return Ok(());
+    }
+    let mut known = SlotSet::new(after.slots() as usize);
+    after.fingerprints = before.fingerprints.alike(after.slots() as usize);
+    index.look_up(after, &mut known)?;
+    let mut fingerprints = std::mem::take(&mut after.fingerprints);
+    let mut unknown = Vec::new();
+    for (number, extent) in (0u32..).zip(&after.extents) {
+        for run in after.live_runs(extent.slots()) {
+            let address = extent.address + bytes(run.start - extent.first_slot);
+            let place = before.extents.partition_point(|old| old.address <= address);
+            let (mut place, mut slot) = (place.saturating_sub(1), run.start);
+            while slot < run.end {
+                let Some(old) = before.extents.get(place) else { break };
+                let address = address + bytes(slot - run.start);
+                let at = u32::try_from(address.saturating_sub(old.address) / BLOCK_BYTES).unwrap_or(u32::MAX);
+                if address < old.address || at >= old.blocks {
+                    break;
+                }
+                let blocks = (run.end - slot).min(old.blocks - at);
+                let first = old.first_slot + at;
+                fingerprints.write(slot, &before.fingerprints.range(first..first + blocks));
+                slot += blocks;
+                place += 1;
+            }
+            if slot < run.end {
+                unknown.push(number);
+            }
+        }
+    }
+    after.fingerprints = fingerprints;
+    index.forget(unknown);
+    index.update(after)
+}
+
 fn count(facts: &Facts, known: &SlotSet) -> u32 {
     facts
         .extents
@@ -99,7 +141,7 @@ fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::
 
 /// Copies checksums of uncompressed extents. Returns how many bytes of live blocks they cover.
 fn from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result<u64> {
-    let width = usize::from(fs.info.checksum_bytes);
+    let width = fs.checksum_bytes();
     let mut sums = std::mem::take(&mut facts.fingerprints);
     let mut found_sums = Vec::new();
     let visited = visit_checksums(fs, facts, |place, block, item| {
@@ -124,8 +166,11 @@ fn from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result
 /// # Errors
 /// Those of reading metadata.
 pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<Vec<Option<u128>>> {
-    let width = usize::from(fs.info.checksum_bytes.max(1));
+    let width = fs.checksum_bytes().max(1);
     let mut digests = vec![None; facts.extents.len()];
+    if fs.frees_blocks() {
+        return Ok(digests);
+    }
     let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
     let (mut current, mut next_block) = (None, 0);
     visit_checksums(fs, facts, |place, block, item| {
@@ -154,7 +199,7 @@ pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<Vec<Option<u128>>>
 fn visit_checksums(fs: &Volume, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
     /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
     const ITEM_COVERS_MAX: u64 = 64 << 20;
-    let width = usize::from(fs.info.checksum_bytes.max(1));
+    let width = fs.checksum_bytes().max(1);
     let key = |offset| Key {
         object: CHECKSUM_OBJECT,
         kind: EXTENT_CSUM,

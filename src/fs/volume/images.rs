@@ -16,7 +16,7 @@ use super::INODE_ITEM;
 use crate::error::{Error, Result};
 use crate::pool::{Found, Skip, Skipped, users};
 use crate::shown::shown;
-use crate::sys::fs_info::{FsInfo, fs_info};
+use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
 use crate::sys::inode_flags::inode_flags;
 use crate::sys::lease::{self, Lease};
 use crate::sys::tree_search::{Key, tree_search};
@@ -64,11 +64,11 @@ pub struct Image {
     pub path: PathBuf,
     /// Bytes, holes included.
     pub size: u64,
-    /// The subvolume's tree.
+    /// The subvolume's tree; 0 where there are no subvolumes.
     pub root: u64,
     /// Its inode there.
     pub inode: u64,
-    /// Whether the filesystem keeps checksums of its data.
+    /// Whether the filesystem keeps checksums of its data. Where it keeps none of any file, all are alike, and this is true.
     pub checksummed: bool,
     /// The number of the machine it belongs to, by its first name.
     pub machine: u32,
@@ -113,6 +113,29 @@ impl Image {
     /// Whether nobody else wanted it since it was opened.
     pub fn may_touch(&self) -> bool {
         !self.revoked.load(Ordering::Acquire)
+    }
+
+    /// When it was changed last, as its inode says.
+    pub(super) fn changed_at(&self) -> (i64, i64) {
+        self.stamp.ctime
+    }
+
+    /// Tells the state that it was opened in from others: inode, size and times.
+    pub(super) fn state_hash(&self) -> u64 {
+        let Stamp {
+            inode,
+            size,
+            mtime,
+            ctime,
+            ..
+        } = self.stamp;
+        let numbers = [inode.1, size];
+        let times = [mtime.0, mtime.1, ctime.0, ctime.1].map(i64::cast_unsigned);
+        let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+        for number in numbers.into_iter().chain(times) {
+            hash.update(&number.to_le_bytes());
+        }
+        hash.digest()
     }
 
     /// Whether size, times, links, mode and owner are what they were when it was opened.
@@ -199,7 +222,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
     };
     // Only what is asked for is read: blocks to be proved lie anywhere, and all else is read ahead by asking.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-    if !fs_info(&file).is_ok_and(|its| its.uuid == info.uuid) {
+    if !fs_info(&file).is_ok_and(|its| its == *info) {
         return leave(Skip::OtherFilesystem);
     }
     let metadata = file.metadata().map_err(Error::io("look at", path))?;
@@ -224,8 +247,16 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
             Err(errno) => return Err(Error::io("take a lease on", path)(errno)),
         }
     }
-    let root = logical_ino::subvolume_of(&file).map_err(Error::io("look at the subvolume of", path))?;
-    let checksummed = !has_no_checksums(&file, metadata.ino(), path)?;
+    let (root, checksummed) = match info.kind {
+        Kind::Btrfs { .. } => (
+            logical_ino::subvolume_of(&file).map_err(Error::io("look at the subvolume of", path))?,
+            !has_no_checksums(&file, metadata.ino(), path)?,
+        ),
+        Kind::Xfs { .. } => (0, true),
+    };
+    if matches!(info.kind, Kind::Xfs { .. }) && is_realtime(&file).map_err(Error::io("look at", path))? {
+        return leave(Skip::OtherFilesystem);
+    }
     Ok(Ok(Image {
         path: path.clone(),
         size: metadata.len(),

@@ -1,12 +1,14 @@
-//! btrfs: extents and checksums from its trees, sharing by `FIDEDUPERANGE`.
+//! A pool on a mounted filesystem, with its images open: btrfs, with extents and checksums from its trees, or XFS, with extents from
+//! its maps. Both share by `FIDEDUPERANGE`.
 
 mod accounting;
 mod btrfs;
 mod fingerprints;
 mod images;
 mod kernel;
+mod xfs;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -16,8 +18,7 @@ use rustix::fs::{Advice, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{Physical, freed_bytes};
-pub use btrfs::Mapped;
-pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint};
+pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint, remember};
 pub use images::{Image, Purpose};
 
 use kernel::Verdict;
@@ -25,12 +26,12 @@ use kernel::Verdict;
 use super::{HeldRange, Outcome, Sharing, SourceFile};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN};
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, ImageId, Proof, proof_of};
+use crate::facts::{Class, Compression, Facts, ImageId, Proof, proof_of};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Skipped};
 use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
-use crate::sys::fs_info::{FsInfo, fs_info};
+use crate::sys::fs_info::{FsInfo, Kind, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
 use crate::sys::readahead::{readahead, write_out};
 use crate::sys::tree_search::{Key, tree_search};
@@ -47,7 +48,18 @@ const EXTENT_ITEM: u8 = 168;
 /// `BTRFS_EXTENT_CSUM_OBJECTID`: -10.
 const CHECKSUM_OBJECT: u64 = u64::MAX - 9;
 
-/// A pool on one btrfs, with its images open.
+/// What is known of where images lie on disk.
+#[derive(Debug)]
+pub struct Mapped {
+    /// Extents and references.
+    pub facts: Facts,
+    /// Bytes that lie in metadata, beside their inodes.
+    pub inline_bytes: u64,
+    /// The images that have such bytes, in their first block.
+    pub inline: Vec<ImageId>,
+}
+
+/// A pool on one filesystem, with its images open.
 #[derive(Debug)]
 pub struct Volume {
     info: FsInfo,
@@ -70,10 +82,10 @@ impl Volume {
     /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards.
     ///
     /// # Errors
-    /// Off btrfs, without root, or where images lie on two filesystems.
+    /// Off btrfs and XFS with reflinks, on btrfs without root, or where images lie on two filesystems.
     pub fn open(images: &[Found], named: &[PathBuf], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
         let info = same_filesystem(named)?;
-        if !rustix::process::geteuid().is_root() {
+        if matches!(info.kind, Kind::Btrfs { .. }) && !rustix::process::geteuid().is_root() {
             return Err(Error::NotRoot);
         }
         let first = images.first().map_or(&named[0], |image| &image.path);
@@ -85,7 +97,7 @@ impl Volume {
         let folder = File::open(scratch).map_err(Error::io("open", scratch))?;
         if purpose == Purpose::Change {
             let release = kernel::release();
-            if kernel::verdict(release) == Verdict::Refuse {
+            if kernel::verdict(release, info.kind) == Verdict::Refuse {
                 return Err(Error::Kernel { release });
             }
             let mount = rustix::fs::fstatvfs(&folder).map_err(Error::io("look at", scratch))?;
@@ -121,11 +133,31 @@ impl Volume {
         &self.images
     }
 
-    /// What the user should know of the running kernel, if there is something.
-    pub fn kernel_fault(&self) -> Option<String> {
-        match kernel::verdict(kernel::release()) {
-            Verdict::Warn(fault) => Some(format!("This kernel has a known fault: {fault}")),
-            _ => None,
+    /// What the user should know of the running kernel and of what cannot be seen here.
+    pub fn shortcomings(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        if let Verdict::Warn(fault) = kernel::verdict(kernel::release(), self.info.kind) {
+            found.push(format!("This kernel has a known fault: {fault}"));
+        }
+        if !self.sees_all_holders() {
+            let why = if rustix::process::geteuid().is_root() {
+                "This XFS has no reverse map (mkfs.xfs -m rmapbt=1)"
+            } else {
+                "Without root"
+            };
+            found.push(format!(
+                "{why}, blocks that other files share with several of the images look as if they could be freed; \
+                 what was freed is then told by the filesystem's free space"
+            ));
+        }
+        found
+    }
+
+    /// Whether it can be told of every block whether something outside the pool refers to it.
+    pub fn sees_all_holders(&self) -> bool {
+        match self.info.kind {
+            Kind::Btrfs { .. } => true,
+            Kind::Xfs { reverse_map, .. } => reverse_map && rustix::process::geteuid().is_root(),
         }
     }
 
@@ -136,17 +168,60 @@ impl Volume {
 
     /// The function that fingerprints are made with.
     pub fn function(&self) -> Function {
-        match self.info.checksum_type {
-            Some(1) => Function::Xxhash64,
+        match self.info.kind {
+            Kind::Btrfs {
+                checksum_type: Some(1), ..
+            } => Function::Xxhash64,
             _ => Function::Crc32c,
+        }
+    }
+
+    /// Whether it frees each block on its own, and not only extents as a whole.
+    pub fn frees_blocks(&self) -> bool {
+        matches!(self.info.kind, Kind::Xfs { .. })
+    }
+
+    /// Bytes of the checksum of a block, 0 where there is none.
+    fn checksum_bytes(&self) -> usize {
+        match self.info.kind {
+            Kind::Btrfs { checksum_bytes, .. } => checksum_bytes.into(),
+            Kind::Xfs { .. } => 0,
+        }
+    }
+
+    /// Reads the extent maps of all images.
+    ///
+    /// # Errors
+    /// Those of reading metadata, or if it makes no sense.
+    pub fn map(&self) -> Result<Mapped> {
+        match self.info.kind {
+            Kind::Btrfs { .. } => self.map_btrfs(),
+            Kind::Xfs { reverse_map, .. } => self.map_xfs(reverse_map),
+        }
+    }
+
+    /// Names of files outside the pool that hold extents, the largest extents first, with the bytes they hold.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    pub fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
+        match self.info.kind {
+            Kind::Btrfs { .. } => self.names_of_holders_btrfs(facts),
+            Kind::Xfs { reverse_map, .. } => self.names_of_holders_xfs(facts, reverse_map),
         }
     }
 
     /// Whether the filesystem's own checksums begin with that function's fingerprint.
     fn has_usable_checksums(&self) -> bool {
         matches!(
-            (self.info.checksum_type, self.info.checksum_bytes),
-            (Some(0), 4) | (Some(1), 8)
+            self.info.kind,
+            Kind::Btrfs {
+                checksum_type: Some(0),
+                checksum_bytes: 4
+            } | Kind::Btrfs {
+                checksum_type: Some(1),
+                checksum_bytes: 8
+            }
         )
     }
 
@@ -220,15 +295,14 @@ impl Volume {
             return Ok(file.clone());
         }
         let file = self.unnamed_file()?;
-        set_class(
-            &file,
-            Class {
-                checksummed,
-                compression: Compression::None,
-                groups: 0,
-            },
-        )
-        .map_err(Error::io("make a donor in", &self.scratch))?;
+        let plain = Class {
+            checksummed,
+            compression: Compression::None,
+            groups: 0,
+        };
+        if !self.frees_blocks() {
+            set_class(&file, plain).map_err(Error::io("make a donor in", &self.scratch))?;
+        }
         let size = self
             .images
             .iter()
@@ -258,10 +332,9 @@ impl Volume {
 
 /// Keeps other runs of vmfold off a filesystem: opening an image breaks the lease that another run has on it.
 fn lock_filesystem(info: &FsInfo, purpose: Purpose, scratch: &Path) -> Result<File> {
-    /// Gone at the next boot, like whoever held a lock there.
-    const LOCKS: &str = "/run/vmfold";
-    let path = Path::new(LOCKS).join(crate::index::hex(&info.uuid));
-    std::fs::create_dir_all(LOCKS).map_err(Error::io("make the folder", Path::new(LOCKS)))?;
+    let locks = folder_for_locks();
+    let path = locks.join(crate::index::hex(&info.uuid));
+    std::fs::create_dir_all(&locks).map_err(Error::io("make the folder", &locks))?;
     let file = File::create(&path).map_err(Error::io("make the lock", &path))?;
     let locked = match purpose {
         Purpose::Look | Purpose::Read => file.try_lock_shared(),
@@ -273,6 +346,18 @@ fn lock_filesystem(info: &FsInfo, purpose: Purpose, scratch: &Path) -> Result<Fi
             path: scratch.to_owned(),
         }),
         Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
+    }
+}
+
+/// A folder that is gone at the next boot, like whoever held a lock there. Runs of different users do not see each other there, but
+/// by their leases.
+fn folder_for_locks() -> PathBuf {
+    let user = rustix::process::geteuid();
+    let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !user.is_root() && !folder.is_empty());
+    match own {
+        Some(folder) => Path::new(&folder).join("vmfold"),
+        None if user.is_root() => "/run/vmfold".into(),
+        None => std::env::temp_dir().join(format!("vmfold-{}", user.as_raw())),
     }
 }
 
@@ -312,16 +397,25 @@ fn set_class(file: &File, class: Class) -> rustix::io::Result<()> {
     rustix::fs::fsetxattr(file, "btrfs.compression", property, XattrFlags::empty())
 }
 
+/// `u32` block numbers hold files and extents up to 16 TiB.
+fn blocks(bytes: u64) -> Result<u32> {
+    u32::try_from(bytes / BLOCK_BYTES).map_err(|_| Error::TooLarge)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Checks that all paths lie on one btrfs that vmfold can work on.
+/// Checks that all paths lie on one filesystem that vmfold can work on.
 fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
     let mut first: Option<(&PathBuf, FsInfo)> = None;
     for path in named {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let info = match fs_info(&file) {
+            Ok(FsInfo {
+                kind: Kind::Xfs { reflinks: false, .. },
+                ..
+            }) => return Err(Error::NoReflinks { path: path.clone() }),
             Ok(info) => info,
             Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => {
                 let magic = rustix::fs::fstatfs(&file).map_err(Error::io("look at", path))?.f_type;
@@ -332,14 +426,14 @@ fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
             }
             Err(errno) => return Err(Error::io("look at the filesystem of", path)(errno)),
         };
-        if info.sector_bytes != 4096 {
+        if info.block_bytes != 4096 {
             return Err(Error::SectorSize {
                 path: path.clone(),
-                sector_bytes: info.sector_bytes,
+                block_bytes: info.block_bytes,
             });
         }
         match first {
-            Some((other, known)) if known.uuid != info.uuid => {
+            Some((other, known)) if known != info => {
                 return Err(Error::TwoFilesystems {
                     first: other.clone(),
                     second: path.clone(),
@@ -358,7 +452,6 @@ fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
 fn name_of_magic(magic: i64) -> String {
     match magic {
         0xef53 => "ext4".into(),
-        0x5846_5342 => "XFS".into(),
         0x0102_1994 => "tmpfs".into(),
         0x2fc1_2fc1 => "ZFS".into(),
         0x6969 => "NFS".into(),
@@ -484,6 +577,10 @@ impl Sharing for Volume {
     }
 
     fn is_allocated(&self, address: u64, generation: u64) -> Result<bool> {
+        if self.frees_blocks() {
+            // There is no extent whose rest a block that differs could hold.
+            return Ok(false);
+        }
         let mut found = false;
         let key = |offset| Key {
             object: address,

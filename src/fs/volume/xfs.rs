@@ -1,0 +1,365 @@
+//! XFS: where images lie, from their maps (`FIEMAP`); who else shares blocks with them, from the reverse map where there is one.
+//!
+//! XFS counts references block by block, so that what is called an extent here is only a range of blocks that are alike: in
+//! their groups, and in whether they may go. Where it begins and ends must not depend on how many refer to its blocks: a plan
+//! must be able to tell what extents it leaves behind.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use super::{Image, Mapped, Volume, blocks};
+use crate::block::BLOCK_BYTES;
+use crate::error::{Error, Result};
+use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::sys::fiemap::fiemap;
+use crate::sys::fsmap::{SharedBlocks, shared_blocks};
+
+/// Extents end where an address is a multiple of this, 16 MiB, so that one change somewhere does not change them all.
+const EXTENT_BLOCKS_MAX: u64 = 4096;
+
+/// A range of an image and where it lies, in blocks.
+#[derive(Debug, Clone, Copy)]
+struct Range {
+    image: ImageId,
+    file_block: u32,
+    block: u64,
+    blocks: u32,
+    preallocated: bool,
+    /// Whether the filesystem says that something else refers to the same blocks.
+    shared: bool,
+    pinned: Option<Pinned>,
+    /// Whether it lies before the end of the image.
+    reachable: bool,
+}
+
+impl Range {
+    /// Cuts off what lies beyond the first blocks.
+    fn split_off(&mut self, blocks: u32) -> Self {
+        let rest = Self {
+            file_block: self.file_block + blocks,
+            block: self.block + u64::from(blocks),
+            blocks: self.blocks - blocks,
+            ..*self
+        };
+        self.blocks = blocks;
+        rest
+    }
+}
+
+/// The ranges of one image.
+fn ranges_of(number: ImageId, image: &Image) -> Result<Vec<Range>> {
+    let io = |errno| Error::io("read the extent map of", &image.path)(errno);
+    let mut found = Vec::new();
+    fiemap(&*image.file, |mapping| found.push(mapping)).map_err(io)?;
+    let whole_blocks = blocks(image.size)?;
+    let image_blocks = blocks(image.size.next_multiple_of(BLOCK_BYTES))?;
+    let mut ranges = Vec::new();
+    for mapping in found {
+        let aligned = [mapping.offset, mapping.address, mapping.length]
+            .iter()
+            .all(|number| number.is_multiple_of(BLOCK_BYTES));
+        if !aligned {
+            return Err(Error::Metadata {
+                path: image.path.clone(),
+                problem: format!("a range that is not in whole blocks at byte {}", mapping.offset),
+            });
+        }
+        let mut range = Range {
+            image: number,
+            file_block: blocks(mapping.offset)?,
+            block: mapping.address / BLOCK_BYTES,
+            blocks: blocks(mapping.length)?,
+            preallocated: mapping.unwritten,
+            shared: mapping.shared,
+            pinned: image.fixed.map(|_| Pinned::Fixed),
+            reachable: true,
+        };
+        let end = range.file_block.checked_add(range.blocks).ok_or(Error::TooLarge)?;
+        // What is allocated beyond the end of a file cannot be reached by any call.
+        if end > image_blocks {
+            let mut beyond = range.split_off(image_blocks.saturating_sub(range.file_block));
+            beyond.reachable = false;
+            beyond.pinned = beyond.pinned.or(Some(Pinned::Preallocated));
+            ranges.push(beyond);
+        }
+        // The kernel takes the last, partial block of a file only with that of another.
+        if image_blocks > whole_blocks && end >= image_blocks && range.blocks > 0 && !range.preallocated {
+            let mut tail = range.split_off(range.blocks - 1);
+            tail.pinned = tail.pinned.or(Some(Pinned::UnalignedTail));
+            ranges.push(tail);
+        }
+        ranges.push(range);
+    }
+    ranges.retain(|range| range.blocks > 0);
+    Ok(ranges)
+}
+
+/// What the blocks at some place have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    groups: u64,
+    pinned: Option<Pinned>,
+    preallocated: bool,
+}
+
+/// What refers to the blocks that are being looked at.
+#[derive(Debug, Default)]
+struct Active {
+    /// By age: how long they are unchanged.
+    images: BTreeMap<usize, u32>,
+    groups: BTreeMap<u8, u32>,
+    pinned: BTreeMap<Pinned, u32>,
+    references: u32,
+    preallocated: u32,
+    shared: u32,
+    /// Files outside the pool.
+    others: u32,
+}
+
+impl Active {
+    fn enter(&mut self, range: &Range, group: u8, age: usize) {
+        *self.images.entry(age).or_default() += 1;
+        *self.groups.entry(group).or_default() += 1;
+        if let Some(pinned) = range.pinned {
+            *self.pinned.entry(pinned).or_default() += 1;
+        }
+        self.references += 1;
+        self.preallocated += u32::from(range.preallocated);
+        self.shared += u32::from(range.shared);
+    }
+
+    fn leave(&mut self, range: &Range, group: u8, age: usize) {
+        decrement(&mut self.images, age);
+        decrement(&mut self.groups, group);
+        if let Some(pinned) = range.pinned {
+            decrement(&mut self.pinned, pinned);
+        }
+        self.references -= 1;
+        self.preallocated -= u32::from(range.preallocated);
+        self.shared -= u32::from(range.shared);
+    }
+
+    /// None where no image refers to.
+    fn state(&self, reverse_map: bool) -> Option<State> {
+        let held = if reverse_map {
+            self.others > 0
+        } else {
+            // One reference here, and more than one in all. Of more than one here, nobody can tell.
+            self.references == 1 && self.shared == 1
+        };
+        (self.references > 0).then(|| State {
+            groups: self.groups.keys().fold(0, |groups, group| groups | 1 << group),
+            pinned: held
+                .then_some(Pinned::HeldByOthers)
+                .or_else(|| self.pinned.keys().next().copied()),
+            preallocated: self.preallocated > 0,
+        })
+    }
+}
+
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: K) {
+    if let std::collections::btree_map::Entry::Occupied(mut entry) = counts.entry(key) {
+        *entry.get_mut() -= 1;
+        if *entry.get() == 0 {
+            entry.remove();
+        }
+    }
+}
+
+/// The states of images, those first that were not touched for longest, and for each image its place there.
+fn by_age(images: &[Image]) -> (Vec<u64>, Vec<usize>) {
+    let mut order: Vec<usize> = (0..images.len()).collect();
+    order.sort_by_key(|image| (images[*image].changed_at(), *image));
+    let mut ages = vec![0; images.len()];
+    for (age, image) in order.iter().enumerate() {
+        ages[*image] = age;
+    }
+    (order.iter().map(|image| images[*image].state_hash()).collect(), ages)
+}
+
+/// What happens at a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// A range of an image begins.
+    Begin(usize),
+    /// It ends.
+    End(usize),
+    /// Blocks begin that a file outside the pool refers to.
+    BeginOther,
+    /// They end.
+    EndOther,
+}
+
+/// Cuts what images refer to into ranges of blocks that are alike.
+fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map: bool) -> Result<Vec<Extent>> {
+    let group = |range: &Range| images[range.image as usize].group;
+    let mut events: Vec<(u64, Event)> = Vec::with_capacity(2 * (ranges.len() + others.len()));
+    for (number, range) in ranges.iter().enumerate() {
+        events.push((range.block, Event::Begin(number)));
+        events.push((range.block + u64::from(range.blocks), Event::End(number)));
+    }
+    for other in others {
+        events.push((other.address / BLOCK_BYTES, Event::BeginOther));
+        events.push(((other.address + other.length) / BLOCK_BYTES, Event::EndOther));
+    }
+    events.sort_unstable();
+    let (by_age, ages) = by_age(images);
+    let mut active = Active::default();
+    let mut extents: Vec<Extent> = Vec::new();
+    let (mut open, mut slot): (Option<(u64, State)>, u32) = (None, 0);
+    // Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block
+    // until now, by the address where it begins to be that.
+    let mut eldest: Vec<(u64, usize)> = Vec::new();
+    let mut close = |open: &mut Option<(u64, State)>, end: u64, eldest: &[(u64, usize)]| -> Result<()> {
+        let Some((mut from, state)) = open.take() else {
+            return Ok(());
+        };
+        while from < end {
+            let length = (end - from).min(EXTENT_BLOCKS_MAX - from % EXTENT_BLOCKS_MAX);
+            let blocks = u32::try_from(length).map_err(|_| Error::TooLarge)?;
+            let first = eldest.partition_point(|(begin, _)| *begin <= from).saturating_sub(1);
+            let over = eldest[first..].iter().take_while(|(begin, _)| *begin < from + length);
+            let over: BTreeSet<usize> = over.map(|(_, age)| *age).collect();
+            let mut generation = xxhash_rust::xxh3::Xxh3Default::new();
+            for age in over {
+                generation.update(&by_age[age].to_le_bytes());
+            }
+            extents.push(Extent {
+                address: from * BLOCK_BYTES,
+                disk_bytes: length * BLOCK_BYTES,
+                generation: generation.digest(),
+                first_slot: slot,
+                blocks,
+                class: Class {
+                    checksummed: true,
+                    compression: Compression::None,
+                    groups: state.groups,
+                },
+                pinned: state.pinned,
+            });
+            slot = slot.checked_add(blocks).ok_or(Error::TooLarge)?;
+            from += length;
+        }
+        Ok(())
+    };
+    let mut events = events.into_iter().peekable();
+    while let Some((at, event)) = events.next() {
+        match event {
+            Event::Begin(number) => {
+                let range = &ranges[number];
+                active.enter(range, group(range), ages[range.image as usize]);
+            }
+            Event::End(number) => {
+                let range = &ranges[number];
+                active.leave(range, group(range), ages[range.image as usize]);
+            }
+            Event::BeginOther => active.others += 1,
+            Event::EndOther => active.others -= 1,
+        }
+        if events.peek().is_some_and(|(next, _)| *next == at) {
+            continue;
+        }
+        let state = active.state(reverse_map);
+        if open.map(|(_, state)| state) != state {
+            close(&mut open, at, &eldest)?;
+            eldest.clear();
+            open = state.map(|state| (at, state));
+        }
+        if let Some(age) = active.images.keys().next()
+            && eldest.last().is_none_or(|(_, last)| last != age)
+        {
+            eldest.push((at, *age));
+        }
+    }
+    Ok(extents)
+}
+
+impl Volume {
+    pub(super) fn map_xfs(&self, reverse_map: bool) -> Result<Mapped> {
+        let mut ranges = Vec::new();
+        for (number, image) in (0u32..).zip(&self.images) {
+            ranges.append(&mut ranges_of(number, image)?);
+        }
+        let others = if reverse_map { self.others()? } else { None };
+        let extents = cut(
+            &ranges,
+            others.as_deref().unwrap_or_default(),
+            &self.images,
+            others.is_some(),
+        )?;
+        let references = ranges.iter().filter(|range| range.reachable).flat_map(|range| {
+            let end = range.block + u64::from(range.blocks);
+            let block_of = |extent: &Extent| extent.address / BLOCK_BYTES;
+            let first = extents.partition_point(|extent| block_of(extent) + u64::from(extent.blocks) <= range.block);
+            let over = (first..extents.len()).take_while({
+                let extents = &extents;
+                move |place| block_of(&extents[*place]) < end
+            });
+            over.map({
+                let extents = &extents;
+                move |place| {
+                    let extent = &extents[place];
+                    let (from, to) = (
+                        block_of(extent).max(range.block),
+                        (block_of(extent) + u64::from(extent.blocks)).min(end),
+                    );
+                    // All of these are less than the lengths of an extent and of a range.
+                    let small = |blocks: u64| u32::try_from(blocks).unwrap_or(u32::MAX);
+                    Reference {
+                        image: range.image,
+                        file_block: range.file_block + small(from - range.block),
+                        slot: extent.first_slot + small(from - block_of(extent)),
+                        blocks: small(to - from),
+                        extent: u32::try_from(place).unwrap_or(u32::MAX),
+                        preallocated: range.preallocated,
+                    }
+                }
+            })
+        });
+        let references = references.collect();
+        let mut facts = Facts::new(extents, references, self.function().of_zeros());
+        facts.machines = self.images.iter().map(|image| image.machine).collect();
+        facts.frees_blocks = true;
+        Ok(Mapped {
+            facts,
+            inline_bytes: 0,
+            inline: Vec::new(),
+        })
+    }
+
+    /// Blocks that files outside the pool share with something. None where only root may ask, and nobody did.
+    fn others(&self) -> Result<Option<Vec<SharedBlocks>>> {
+        let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
+        let mut others = Vec::new();
+        let asked = shared_blocks(self.any_fd()?, |blocks| {
+            if !mine.contains(&blocks.inode) {
+                others.push(blocks);
+            }
+        });
+        match asked {
+            Ok(()) => Ok(Some(others)),
+            Err(rustix::io::Errno::PERM) => Ok(None),
+            Err(errno) => Err(Error::io("read the reverse map of", &self.scratch)(errno)),
+        }
+    }
+
+    /// Files outside the pool that hold extents, by their inodes: XFS has no call that tells their names.
+    pub(super) fn names_of_holders_xfs(&self, facts: &Facts, reverse_map: bool) -> Result<BTreeMap<String, u64>> {
+        let mut held = BTreeMap::new();
+        if !reverse_map {
+            return Ok(held);
+        }
+        for other in self.others()?.unwrap_or_default() {
+            let end = other.address + other.length;
+            let extents = &facts.extents;
+            let first = extents.partition_point(|extent| extent.address + extent.disk_bytes <= other.address);
+            let over = extents[first..].iter().take_while(|extent| extent.address < end);
+            let shared: u64 = over
+                .map(|extent| (extent.address + extent.disk_bytes).min(end) - extent.address.max(other.address))
+                .sum();
+            if shared > 0 {
+                *held.entry(format!("inode {}", other.inode)).or_default() += shared;
+            }
+        }
+        Ok(held)
+    }
+}

@@ -1,0 +1,114 @@
+//! `FS_IOC_GETFSMAP`: who owns which blocks of an XFS that keeps a reverse map (`rmapbt`). Takes root.
+
+use std::os::fd::AsFd;
+
+use rustix::io::{Errno, Result};
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+
+/// `struct fsmap` (uapi/linux/fsmap.h).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Record {
+    device: u32,
+    flags: u32,
+    physical: u64,
+    owner: u64,
+    offset: u64,
+    length: u64,
+    reserved: [u64; 3],
+}
+
+/// `struct fsmap_head`.
+#[repr(C)]
+struct Header {
+    flags_in: u32,
+    flags_out: u32,
+    count: u32,
+    entries: u32,
+    reserved: [u64; 6],
+    keys: [Record; 2],
+}
+
+const RECORDS: usize = 1024;
+
+#[repr(C)]
+struct Request {
+    header: Header,
+    records: [Record; RECORDS],
+}
+
+const FS_IOC_GETFSMAP: Opcode = opcode::read_write::<Header>(b'X', 59);
+const OF_SHARED: u32 = 0x8;
+const OF_SPECIAL_OWNER: u32 = 0x10;
+const OF_LAST: u32 = 0x20;
+
+/// Blocks of a file's data that others refer to as well. Numbers are bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedBlocks {
+    /// Where they begin on the device.
+    pub address: u64,
+    /// Their length.
+    pub length: u64,
+    /// The inode of one of the files that refer to them.
+    pub inode: u64,
+}
+
+/// Calls `visit` with all shared blocks on the filesystem's first device, once for each file that refers to them.
+///
+/// # Errors
+/// Those of the system call: `EPERM` without root, `EOPNOTSUPP` or `ENOTTY` where it is unknown.
+pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Result<()> {
+    // SAFETY: the structure is plain integers, for which all zeros are valid.
+    let mut request: Box<Request> = unsafe { Box::new(std::mem::zeroed()) };
+    request.header.keys[1] = Record {
+        device: u32::MAX,
+        flags: u32::MAX,
+        physical: u64::MAX,
+        owner: u64::MAX,
+        offset: u64::MAX,
+        length: 0,
+        reserved: [0; 3],
+    };
+    let mut device = None;
+    loop {
+        request.header.count = RECORDS as u32;
+        // SAFETY: the opcode takes a pointer to the header, and writes at most `count` records behind it.
+        unsafe { ioctl(&fd, Updater::<FS_IOC_GETFSMAP, _>::new(&mut *request)) }?;
+        let answered = (request.header.entries as usize).min(RECORDS);
+        let Some(last) = request.records[..answered].last().copied() else {
+            return Ok(());
+        };
+        for record in &request.records[..answered] {
+            // A log or real-time device comes after the one that data lies on.
+            if *device.get_or_insert(record.device) == record.device
+                && record.flags & (OF_SHARED | OF_SPECIAL_OWNER) == OF_SHARED
+            {
+                visit(SharedBlocks {
+                    address: record.physical,
+                    length: record.length,
+                    inode: record.owner,
+                });
+            }
+        }
+        if last.flags & OF_LAST != 0 {
+            return Ok(());
+        }
+        // The kernel goes on behind a record that it is given back as the lower key.
+        let key = |record: &Record| (record.device, record.physical, record.owner, record.offset);
+        if key(&last) < key(&request.header.keys[0]) {
+            return Err(Errno::UCLEAN);
+        }
+        request.header.keys[0] = last;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layout_is_the_kernels() {
+        assert_eq!((size_of::<Header>(), size_of::<Record>()), (192, 64));
+        assert_eq!(FS_IOC_GETFSMAP, 0xc0c0_583b);
+    }
+}
