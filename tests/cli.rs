@@ -410,7 +410,7 @@ fn bad_input_is_one_line_each() {
         return;
     }
     let (fs, other) = (small_pool(), Mounted::btrfs());
-    let xfs = Mounted::new("mkfs.xfs -q", "", 512);
+    let xfs = Mounted::new("mkfs.xfs -q -m reflink=0,rmapbt=0", "", 512);
     let index = fs.index().display().to_string();
     let run = |arguments: &[&str]| {
         let mut all = vec!["reclaim", "--index", &index];
@@ -449,7 +449,7 @@ fn bad_input_is_one_line_each() {
     "#);
     insta::assert_snapshot!(run(&[&xfs.pool().display().to_string()]), @r#"
         --- stderr
-        error: `[xfs]/pool` is on XFS, where vmfold cannot share extents (vmfold reclaims on btrfs only)
+        error: `[xfs]/pool` is on an XFS without reflinks (blocks can be shared on an XFS that was made with mkfs.xfs -m reflink=1 only)
         --- exit 1
     "#);
     insta::assert_snapshot!(run(&["--min-run", "0", &pool]), @r#"
@@ -567,7 +567,7 @@ fn help_and_usage() {
               --memory <SIZE>       Memory for tables of blocks [default: 128MiB]
           -n, --dry-run             Only say what would be done
               --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
-                                    more fragments [default: 16KiB]
+                                    more fragments [default: 8KiB]
               --keep-zeros          Leave blocks of zeros as data instead of making them holes
               --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
               --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]

@@ -148,7 +148,7 @@ pub(super) struct Reclaim {
     #[arg(long, short = 'n')]
     pub(super) dry_run: bool,
     /// Shortest run of equal data worth sharing: less frees more, and makes more fragments
-    #[arg(long, value_name = "SIZE", default_value = "16KiB", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "8KiB", value_parser = parse_size)]
     pub(super) min_run: u64,
     /// Leave blocks of zeros as data instead of making them holes
     #[arg(long)]

@@ -48,55 +48,89 @@ impl Origin {
     }
 }
 
+/// The extents that there would be.
+#[derive(Default)]
+struct After {
+    extents: Vec<Extent>,
+    origin: Origin,
+    kept: Vec<Option<u32>>,
+    /// For each extent that there was, its new place; `u32::MAX` if it is gone.
+    new_place: Vec<u32>,
+    /// The place of the first donor.
+    first_donor: u32,
+}
+
+impl After {
+    fn of(facts: &Facts, layout: &Layout) -> Self {
+        let mut all = Self::default();
+        let mut slot = 0;
+        for (old, extent) in (0u32..).zip(&facts.extents) {
+            if layout.is_gone(old) {
+                all.new_place.push(u32::MAX);
+                for piece in layout.stays_of(facts, old) {
+                    let blocks = piece.end - piece.start;
+                    let stays = Extent {
+                        address: extent.address + bytes(piece.start - extent.first_slot),
+                        disk_bytes: bytes(blocks),
+                        first_slot: slot,
+                        blocks,
+                        ..extent.clone()
+                    };
+                    all.push(stays, None, std::slice::from_ref(&piece));
+                    slot += blocks;
+                }
+                continue;
+            }
+            all.new_place.push(all.len());
+            let moved = Extent {
+                first_slot: slot,
+                ..extent.clone()
+            };
+            all.push(moved, Some(old), &[extent.slots()]);
+            slot += extent.blocks;
+        }
+        all.first_donor = all.len();
+        let mut address = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
+        for donor in layout.donors() {
+            let disk_bytes = donor_bytes(donor.class, donor.blocks, donor.share_bytes);
+            let written = Extent {
+                address,
+                disk_bytes,
+                generation: u64::MAX,
+                first_slot: slot,
+                blocks: donor.blocks,
+                class: donor.class,
+                pinned: None,
+            };
+            all.push(written, None, &donor.pieces);
+            address += disk_bytes;
+            slot += donor.blocks;
+        }
+        all
+    }
+
+    fn len(&self) -> u32 {
+        u32::try_from(self.extents.len()).unwrap_or(u32::MAX)
+    }
+
+    fn push(&mut self, extent: Extent, kept: Option<u32>, pieces: &[std::ops::Range<Slot>]) {
+        self.extents.push(extent);
+        self.kept.push(kept);
+        for piece in pieces {
+            self.origin.push(piece.clone());
+        }
+    }
+}
+
 /// Carries a layout out on paper.
 pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
-    let (mut extents, mut origin, mut kept) = (Vec::new(), Origin::default(), Vec::new());
-    let mut new_place = vec![u32::MAX; facts.extents.len()];
-    let mut slot = 0;
-    for (old, extent) in (0u32..).zip(&facts.extents) {
-        if layout.is_gone(old) {
-            for piece in layout.stays_of(facts, old) {
-                let blocks = piece.end - piece.start;
-                kept.push(None);
-                extents.push(Extent {
-                    address: extent.address + bytes(piece.start - extent.first_slot),
-                    disk_bytes: bytes(blocks),
-                    first_slot: slot,
-                    blocks,
-                    ..extent.clone()
-                });
-                origin.push(piece);
-                slot += blocks;
-            }
-            continue;
-        }
-        new_place[old as usize] = u32::try_from(kept.len()).unwrap_or(u32::MAX);
-        kept.push(Some(old));
-        origin.push(extent.slots());
-        extents.push(Extent {
-            first_slot: slot,
-            ..extent.clone()
-        });
-        slot += extent.blocks;
-    }
-    let mut address = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
-    let first_donor = extents.len();
-    for donor in layout.donors() {
-        let disk_bytes = donor_bytes(donor.class, donor.blocks, donor.share_bytes);
-        extents.push(Extent {
-            address,
-            disk_bytes,
-            generation: u64::MAX,
-            first_slot: slot,
-            blocks: donor.blocks,
-            class: donor.class,
-            pinned: None,
-        });
-        kept.push(None);
-        donor.pieces.iter().for_each(|piece| origin.push(piece.clone()));
-        address += disk_bytes;
-        slot += donor.blocks;
-    }
+    let After {
+        extents,
+        origin,
+        kept,
+        new_place,
+        first_donor,
+    } = After::of(facts, layout);
     let new_of = origin.inverse();
     let references = facts.references.iter().flat_map(|reference| {
         if let Some(extent) = Some(new_place[reference.extent as usize]).filter(|extent| *extent != u32::MAX) {
@@ -124,7 +158,7 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
                             new - extents[extent].first_slot,
                         )
                     }
-                    Final::Donor(donor, at) => (u32::try_from(first_donor).unwrap_or(u32::MAX) + donor, at),
+                    Final::Donor(donor, at) => (first_donor + donor, at),
                 };
                 Some(Reference {
                     image: reference.image,

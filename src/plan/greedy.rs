@@ -403,7 +403,10 @@ impl Pass<'_> {
         } else {
             self.options.min_run_blocks
         };
-        run.blocks >= least || run.blocks as usize == segment.len()
+        let is_single = || self.facts.references_over(run.slot..run.slot + run.blocks) <= 1;
+        run.blocks >= least
+            || run.blocks as usize == segment.len()
+            || (!repeated && u64::from(run.blocks) * 2 >= u64::from(least) && is_single())
     }
 
     /// Whether a run is proved as far as it must be, or may count until it is.

@@ -48,7 +48,8 @@ pub const BATCH_BYTES: u64 = 128 << 20;
 /// What the user may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Shortest run of blocks worth a reference of its own.
+    /// Shortest run of blocks worth a reference of its own. Half of it is enough where only one reference maps the blocks: then it
+    /// takes two more, and not two for each revision.
     pub min_run_blocks: u32,
     /// Leave blocks of zeros as data.
     pub keep_zeros: bool,
@@ -67,7 +68,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            min_run_blocks: 4,
+            min_run_blocks: 2,
             keep_zeros: false,
             keep_preallocated: false,
             work_space_bytes: 1 << 30,
@@ -79,7 +80,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Bytes to be freed for each byte rewritten, in 1/256: a sixteenth at the default of 16 KiB, and the less the smaller the
+    /// Bytes to be freed for each byte rewritten, in 1/256: a 32nd at the default of 8 KiB, and the less the smaller the
     /// runs are that someone accepts, who asks for more rewriting by that.
     fn rewrite_weight(&self) -> u64 {
         u64::from(self.min_run_blocks.min(64)) * 4

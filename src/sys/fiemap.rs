@@ -27,12 +27,12 @@ struct Entry {
     reserved: [u32; 3],
 }
 
-const ENTRIES: usize = 1024;
+const ENTRIES: u32 = 1024;
 
 #[repr(C)]
 struct Request {
     header: Header,
-    entries: [Entry; ENTRIES],
+    entries: [Entry; ENTRIES as usize],
 }
 
 const FS_IOC_FIEMAP: Opcode = opcode::read_write::<Header>(b'f', 11);
@@ -77,12 +77,12 @@ pub fn fiemap(fd: impl AsFd, mut visit: impl FnMut(Mapping)) -> Result<()> {
             length: u64::MAX - start,
             flags: SYNC,
             mapped_extents: 0,
-            extent_count: ENTRIES as u32,
+            extent_count: ENTRIES,
             reserved: 0,
         };
         // SAFETY: the opcode takes a pointer to the header, and writes at most `extent_count` entries behind it.
         unsafe { ioctl(&fd, Updater::<FS_IOC_FIEMAP, _>::new(&mut *request)) }?;
-        let answered = (request.header.mapped_extents as usize).min(ENTRIES);
+        let answered = request.header.mapped_extents.min(ENTRIES) as usize;
         for entry in &request.entries[..answered] {
             let end = entry.logical.checked_add(entry.length).ok_or(Errno::UCLEAN)?;
             let understood = entry.flags & (UNKNOWN | DELALLOC | ENCODED | NOT_ALIGNED | INLINE) == 0;

@@ -29,12 +29,12 @@ struct Header {
     keys: [Record; 2],
 }
 
-const RECORDS: usize = 1024;
+const RECORDS: u32 = 1024;
 
 #[repr(C)]
 struct Request {
     header: Header,
-    records: [Record; RECORDS],
+    records: [Record; RECORDS as usize],
 }
 
 const FS_IOC_GETFSMAP: Opcode = opcode::read_write::<Header>(b'X', 59);
@@ -71,10 +71,10 @@ pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Resu
     };
     let mut device = None;
     loop {
-        request.header.count = RECORDS as u32;
+        request.header.count = RECORDS;
         // SAFETY: the opcode takes a pointer to the header, and writes at most `count` records behind it.
         unsafe { ioctl(&fd, Updater::<FS_IOC_GETFSMAP, _>::new(&mut *request)) }?;
-        let answered = (request.header.entries as usize).min(RECORDS);
+        let answered = request.header.entries.min(RECORDS) as usize;
         let Some(last) = request.records[..answered].last().copied() else {
             return Ok(());
         };

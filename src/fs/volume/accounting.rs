@@ -49,7 +49,7 @@ pub fn freed_bytes(fs: &Volume, before: &Physical, free_before: u64) -> Result<(
         // Blocks that something outside the pool shares with several images look as if they were freed: then the filesystem has
         // less free than it should, by more than what new references take.
         let free = signed(fs.free_bytes()?) - signed(free_before);
-        let slack = counted / 64 + (8 << 20);
+        let slack = counted / 64 + (1 << 20);
         return Ok((if free + slack < counted { free } else { counted }, mapped));
     }
     let mut freed = 0i64;
