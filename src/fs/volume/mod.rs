@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{Advice, IFlags, Mode, OFlags, XattrFlags};
+use rustix::fs::{Advice, FallocateFlags, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{Physical, freed_bytes};
@@ -76,6 +76,7 @@ pub struct Volume {
 struct Donor {
     file: std::sync::Arc<File>,
     length: u64,
+    compressed: bool,
 }
 
 impl Volume {
@@ -529,21 +530,31 @@ impl Sharing for Volume {
         donors.push(Donor {
             file: std::sync::Arc::new(file),
             length: 0,
+            compressed: class.compression != Compression::None,
         });
         Ok(donors.len() - 1)
     }
 
     fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()> {
-        let (file, at) = {
+        let (file, at, compressed) = {
             let mut donors = lock(&self.donors);
             let donor = &mut donors[donor];
             let at = donor.length;
             donor.length += content.len() as u64;
-            (donor.file.clone(), at)
+            (donor.file.clone(), at, donor.compressed)
         };
+        let length = content.len() as u64;
+        // Another thread may commit at any time, which writes out what there is by then, as an extent of its own. What is
+        // preallocated is one extent already, but it is never compressed.
+        if !compressed {
+            match rustix::fs::fallocate(&*file, FallocateFlags::empty(), at, length) {
+                Ok(()) | Err(Errno::OPNOTSUPP) => {}
+                Err(errno) => return Err(self.donor_error(errno.into())),
+            }
+        }
         let written = file
             .write_all_at(content, at)
-            .and_then(|()| write_out(&*file, at, content.len() as u64, false));
+            .and_then(|()| write_out(&*file, at, length, false));
         written.map_err(|error| self.donor_error(error))
     }
 
