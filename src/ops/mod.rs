@@ -138,7 +138,7 @@ fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
     /// Bytes for each slot: its fingerprint, twice, since planning looks at the pool as it would be as well.
     const SLOT_BYTES: u64 = 8;
     /// Bytes for each slot in the block table.
-    const ENTRY_BYTES: u64 = 16;
+    const ENTRY_BYTES: u64 = 17;
     let (slots, half) = (facts.slots() as usize, scope.memory_bytes / 2);
     facts.table_slots_max = usize::try_from(half / ENTRY_BYTES).unwrap_or(usize::MAX);
     facts.fingerprints = if slots as u64 * SLOT_BYTES <= half {

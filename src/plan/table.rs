@@ -5,7 +5,7 @@ use crate::fingerprint::Fingerprints;
 
 const NONE: u32 = u32::MAX;
 
-/// Slots by fingerprint, chained: 12 to 16 bytes for each.
+/// Slots by fingerprint, chained: 13 to 17 bytes for each.
 ///
 /// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
 /// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
@@ -17,6 +17,9 @@ pub(super) struct Table {
     /// is worth.
     entries: Vec<(Slot, u32)>,
     entries_max: usize,
+    /// A bit for each of the fingerprints entered, shared with others: eight for each bucket. Most blocks are like no other, and
+    /// this small table says so without a walk through the large ones.
+    entered: Vec<u8>,
     /// Fingerprints are in the sample if so many bits of their hash are zero.
     sample_bits: u32,
 }
@@ -42,6 +45,7 @@ impl Table {
             heads: vec![NONE; buckets],
             entries: Vec::new(),
             entries_max,
+            entered: vec![0; buckets],
             sample_bits,
         }
     }
@@ -60,13 +64,25 @@ impl Table {
         hash(fingerprint) as usize & (self.heads.len() - 1)
     }
 
+    /// The bit of a fingerprint: which byte, and its value there.
+    fn bit(&self, fingerprint: u32) -> (usize, u8) {
+        // Other bits of the hash than those that choose the bucket and the sample.
+        let hash = hash(fingerprint.rotate_left(16)) as usize;
+        ((hash >> 3) & (self.entered.len() - 1), 1 << (hash & 7))
+    }
+
+    fn may_have(&self, fingerprint: u32) -> bool {
+        let (byte, bit) = self.bit(fingerprint);
+        self.entered[byte] & bit != 0
+    }
+
     /// The slots entered for a fingerprint, latest first.
     pub(super) fn candidates<'a>(
         &'a self,
         fingerprint: u32,
         fingerprints: &'a Fingerprints,
     ) -> impl Iterator<Item = Slot> + 'a {
-        let mut at = if self.has(fingerprint) {
+        let mut at = if self.has(fingerprint) && self.may_have(fingerprint) {
             self.heads[self.bucket(fingerprint)]
         } else {
             NONE
@@ -108,6 +124,8 @@ impl Table {
                 return;
             }
         }
+        let (byte, bit) = self.bit(fingerprint);
+        self.entered[byte] |= bit;
         let bucket = self.bucket(fingerprint);
         let entry = u32::try_from(self.entries.len()).unwrap_or(NONE);
         self.entries.push((slot, self.heads[bucket]));

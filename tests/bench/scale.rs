@@ -1,0 +1,96 @@
+//! Planning at a size that no test machine has: `cargo bench --bench scale -- GIB REVISIONS [MEMORY_MIB]`. Prints the time it took and the
+//! greatest memory of the process. The pool is made up: extents of 1 MiB, every fourth like the one before but for one block.
+//! Nothing here decides a test.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    missing_docs,
+    reason = "a benchmark that prints, and cannot go on has nothing to say"
+)]
+
+use std::convert::Infallible;
+use std::time::Instant;
+
+use vmfold::facts::{Class, Compression, Extent, Facts, Reference};
+use vmfold::fingerprint::Fingerprints;
+use vmfold::plan::{Options, plan_proved};
+
+const MIB_BLOCKS: u32 = 256;
+
+fn number_of(slot: u32) -> u32 {
+    let (number, block) = (slot / MIB_BLOCKS, slot % MIB_BLOCKS);
+    (number - u32::from(number % 4 == 3 && block != MIB_BLOCKS / 2)) * MIB_BLOCKS + block
+}
+
+fn peak_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+}
+
+fn main() {
+    // `cargo bench` adds an argument of its own.
+    let mut numbers = std::env::args()
+        .skip(1)
+        .filter_map(|argument| argument.parse::<u32>().ok());
+    let gib = numbers.next().unwrap_or(100);
+    let revisions = numbers.next().unwrap_or(1);
+    let memory_mib = numbers.next().unwrap_or(64);
+    let extents = gib << 10;
+    let begin = Instant::now();
+    let all = (0..extents).map(|number| Extent {
+        address: u64::from(number) << 20,
+        disk_bytes: 1 << 20,
+        generation: 1,
+        first_slot: number * MIB_BLOCKS,
+        blocks: MIB_BLOCKS,
+        class: Class {
+            checksummed: true,
+            compression: Compression::None,
+            groups: 1,
+        },
+        pinned: None,
+    });
+    let references = (0..extents).flat_map(|number| {
+        (0..revisions).map(move |image| Reference {
+            image,
+            file_block: number * MIB_BLOCKS,
+            slot: number * MIB_BLOCKS,
+            blocks: MIB_BLOCKS,
+            extent: number,
+            preallocated: false,
+        })
+    });
+    let mut facts = Facts::new(all.collect(), references.collect(), 0);
+    let half = (memory_mib as usize) << 19;
+    facts.table_slots_max = half / 16;
+    let slots = facts.slots();
+    facts.fingerprints = if slots as usize * 8 <= half {
+        Fingerprints::in_memory(slots as usize)
+    } else {
+        Fingerprints::in_file(slots as usize, &std::env::temp_dir()).unwrap()
+    };
+    for extent in 0..extents {
+        let first = extent * MIB_BLOCKS;
+        let of: Vec<u32> = (first..first + MIB_BLOCKS)
+            .map(|slot| (number_of(slot) + 1).wrapping_mul(0x9e37_79b9))
+            .collect();
+        facts.fingerprints.write(first, &of);
+    }
+    let (made, known) = (begin.elapsed(), peak_mib());
+    let begin = Instant::now();
+    let plan = plan_proved(&mut facts, &Options::default(), |_, slots| {
+        let proof = |slot: &u32| (*slot, u128::from(number_of(*slot)).to_le_bytes());
+        Ok::<_, Infallible>(slots.iter().map(proof).collect())
+    })
+    .unwrap();
+    println!(
+        "{gib} GiB, {revisions} references to each extent: facts {:.1} s, {known} MiB; plan {:.1} s; {} of {} MiB would be freed; {} MiB of memory at most",
+        made.as_secs_f64(),
+        begin.elapsed().as_secs_f64(),
+        plan.freed_bytes() >> 20,
+        u64::from(extents) / 4,
+        peak_mib()
+    );
+}
