@@ -198,6 +198,9 @@ impl Facts {
             }
         }
         first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
+        // Both grew piece by piece, up to twice what they need, and stay for long.
+        references.shrink_to_fit();
+        cover.shrink_to_fit();
         Self {
             extents,
             references,

@@ -4,7 +4,7 @@
 //! # The way of the data
 //! ```text
 //! pool      which files are images, and why one is left alone
-//! fs        what they map (extents, references) and how to read, share and count; btrfs, and a simulated one
+//! fs        what they map (extents, references) and how to read, share and count; btrfs, XFS, and a simulated one
 //! fingerprint, chunk, index
 //!           a fingerprint of every block; content-defined chunks of them; both remembered across runs
 //! plan      pure: from facts to a list of ops, each with its reason and what it frees and costs

@@ -62,7 +62,12 @@ struct After {
 
 impl After {
     fn of(facts: &Facts, layout: &Layout) -> Self {
-        let mut all = Self::default();
+        let mut all = Self {
+            extents: Vec::with_capacity(facts.extents.len()),
+            kept: Vec::with_capacity(facts.extents.len()),
+            new_place: Vec::with_capacity(facts.extents.len()),
+            ..Self::default()
+        };
         let mut slot = 0;
         for (old, extent) in (0u32..).zip(&facts.extents) {
             if layout.is_gone(old) {

@@ -178,9 +178,10 @@ fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> 
         if slots.is_empty() { Ok(()) } else { Err(slots) }
     };
     let mut layout = Layout::default();
-    let first = greedy::decide(facts, options, ask, |_| false);
-    question(first.unproved)?;
-    layout.compose(facts, &first.gone, |slot| slot, Some);
+    let greedy::Decisions { gone, unproved, pinned } = greedy::decide(facts, options, ask, |_| false);
+    question(unproved)?;
+    layout.compose(facts, &gone, |slot| slot, Some);
+    drop(gone);
     for _ in 1..ROUNDS_MAX {
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
@@ -198,7 +199,7 @@ fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> 
     let mut plan = Plan {
         sampled: table::Table::new(facts.slots() as usize, facts.table_slots_max).sampled(),
         layout,
-        pinned: first.pinned,
+        pinned,
         ..Plan::default()
     };
     ops::schedule(facts, &mut plan);
