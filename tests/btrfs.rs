@@ -65,6 +65,42 @@ fn reclaim_on_plain_btrfs() {
     fs.check();
 }
 
+/// Parts one after the other, in whatever order they are named, then all: the same in the end, within a hundredth.
+#[test]
+fn parts_come_to_the_same_as_all() {
+    if !can_mount() {
+        return;
+    }
+    let taken_after = |runs: &[&[&str]]| {
+        let fs = Mounted::btrfs();
+        build_pool(&fs.pool(), 9);
+        let state = state_of(&fs.pool());
+        for folders in runs {
+            let mut command = fs.command();
+            let _ = command.args(["reclaim", "--index"]).arg(fs.index());
+            let output = command
+                .args(folders.iter().map(|folder| fs.pool().join(folder)))
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        assert_eq!(state_of(&fs.pool()), state);
+        let again = fs.vmfold_json("reclaim -n");
+        assert_eq!(again["planned"]["extents"], 0, "{again}");
+        fs.used()
+    };
+    let all = taken_after(&[&[""]]);
+    let others: [&[&[&str]]; 3] = [
+        &[&["vm-templates", "standalones", "appvms"]],
+        &[&["appvms", "standalones", "vm-templates"]],
+        &[&["appvms"], &["vm-templates/b", "standalones"], &[""]],
+    ];
+    for other in others {
+        let taken = taken_after(other);
+        assert!(taken.abs_diff(all) <= all / 100, "{other:?}: {taken} in place of {all}");
+    }
+}
+
 #[test]
 fn reclaim_down_to_single_blocks() {
     if !can_mount() {
