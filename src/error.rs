@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::block::ByteRange;
+use crate::report::size;
 use crate::shown::shown;
 
 /// Result of everything in this crate that can fail.
@@ -77,6 +78,27 @@ pub enum Error {
         path: PathBuf,
         /// Bytes of its blocks.
         block_bytes: u32,
+    },
+    /// The filesystem does not compress.
+    #[error("`{}` is on XFS, which cannot compress", shown(path))]
+    NoCompression {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Undoing compression takes more than there is.
+    #[error(
+        "what is compressed at `{}` takes {} more when it is not, and {} are free beyond the reserve",
+        shown(path),
+        size(*grows_bytes),
+        size(*free_bytes)
+    )]
+    Grows {
+        /// Where.
+        path: PathBuf,
+        /// Bytes that it takes more.
+        grows_bytes: u64,
+        /// Bytes that are free.
+        free_bytes: u64,
     },
     /// The filesystem is mounted read-only.
     #[error("`{}` is on a filesystem that is mounted read-only", shown(path))]
@@ -299,6 +321,8 @@ impl Error {
             Self::NoSharing { .. } => "vmfold works on btrfs and on XFS",
             Self::NoReflinks { .. } => "blocks can be shared on an XFS that was made with mkfs.xfs -m reflink=1 only",
             Self::SectorSize { .. } => "vmfold supports blocks of 4096 bytes only",
+            Self::NoCompression { .. } => "leave --compress out: reclaim and export work on XFS",
+            Self::Grows { .. } => "free some space, or name fewer images",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
             Self::Busy { .. } => "wait until it has ended",
             Self::Kernel { .. } => "use Linux 5.4 or later",

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::block::Slot;
+use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
 
 /// An image, by its place in the list of images a run works on.
@@ -51,6 +51,24 @@ pub struct Extent {
     pub class: Class,
     /// Why it must stay where it is, if it must.
     pub pinned: Option<Pinned>,
+    /// How its blocks are to lie on disk once they are rewritten, if not as before.
+    pub recoding: Option<Recoding>,
+}
+
+/// How blocks are to lie on disk, where someone asked for compression or for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recoding {
+    /// What their donors are to be like.
+    pub compression: Compression,
+    /// Bytes on disk that are expected for each [`Recoding::WHOLE`] bytes of content.
+    pub share: u32,
+    /// Whether an extent is rewritten for that alone. Where it is not, it is known only what its blocks would become.
+    pub rewrites: bool,
+}
+
+impl Recoding {
+    /// The share of what is not compressed.
+    pub const WHOLE: u32 = 1 << 16;
 }
 
 /// Why an extent cannot be eliminated.
@@ -78,6 +96,31 @@ impl Extent {
     /// Its slots.
     pub fn slots(&self) -> Range<Slot> {
         self.first_slot..self.first_slot + self.blocks
+    }
+
+    /// Whether it is rewritten even if nothing of it is found elsewhere.
+    pub fn is_recoded(&self) -> bool {
+        self.recoding.is_some_and(|recoding| recoding.rewrites)
+    }
+
+    /// What a donor that takes over its blocks must be like.
+    pub fn donor_class(&self) -> Class {
+        Class {
+            compression: self
+                .recoding
+                .map_or(self.class.compression, |recoding| recoding.compression),
+            ..self.class
+        }
+    }
+
+    /// Bytes on disk that `blocks` of its blocks are expected to take in a donor.
+    pub fn donor_bytes(&self, blocks: u32) -> u64 {
+        let whole = u64::from(blocks) * BLOCK_BYTES;
+        match (self.donor_class().compression, self.recoding) {
+            (Compression::None, _) => whole,
+            (_, Some(recoding)) => whole * u64::from(recoding.share.min(Recoding::WHOLE)) / u64::from(Recoding::WHOLE),
+            (_, None) => self.disk_share(blocks).min(whole),
+        }
     }
 
     /// Bytes on disk that `blocks` of its blocks take, as a share of the whole.

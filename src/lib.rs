@@ -8,6 +8,7 @@
 //! fingerprint, chunk, index
 //!           a fingerprint of every block; content-defined chunks of them; both remembered across runs
 //! plan      pure: from facts to a list of ops, each with its reason and what it frees and costs
+//! compress  frames for compressed extents, and what samples of extents would become
 //! archive   records of archives: what they hold, writing, reading
 //! exec      runs a plan, decides nothing
 //! ops       one verb a file: reclaim, report, scan, status
@@ -24,6 +25,7 @@ pub mod archive;
 pub mod block;
 pub mod chunk;
 pub mod cli;
+pub mod compress;
 pub mod error;
 pub mod exec;
 pub mod facts;

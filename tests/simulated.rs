@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use vmfold::exec::{Ran, run};
+use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, proof_of};
 use vmfold::fs::simulated::{Content, Faults, PLAIN, Simulated};
 use vmfold::fs::{Sharing, SourceFile};
@@ -174,7 +174,7 @@ fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
 fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
     let (facts, plan) = planned(fs, options);
     let mut ran = Ran::default();
-    let _ = run(&facts, &plan, 0, fs, &Silent::default(), &mut ran);
+    let _ = run(&facts, &plan, Settings::default(), fs, &Silent::default(), &mut ran);
     fs.close_donors();
     (plan, ran)
 }
@@ -225,7 +225,7 @@ proptest! {
         let (content, before) = (fs.contents(), fs.allocated_bytes());
         let (plan, ran) = reclaim(&fs, &options);
         prop_assert_eq!(fs.contents(), content);
-        prop_assert_eq!(before - fs.allocated_bytes(), plan.freed_bytes());
+        prop_assert_eq!(i64::try_from(before - fs.allocated_bytes()).unwrap(), plan.freed_bytes());
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         prop_assert!(fs.peak_bytes().saturating_sub(before) <= plan.peak_bytes);
         let (_, again) = planned(&fs, &options);
@@ -243,7 +243,7 @@ proptest! {
         let (content, before) = (fs.contents(), fs.allocated_bytes());
         let (plan, _) = reclaim(&fs, &options);
         prop_assert_eq!(fs.contents(), content);
-        prop_assert_eq!(before - fs.allocated_bytes(), plan.freed_bytes());
+        prop_assert_eq!(i64::try_from(before - fs.allocated_bytes()).unwrap(), plan.freed_bytes());
         let (_, again) = planned(&fs, &options);
         prop_assert_eq!(&again.eliminations, &[]);
     }

@@ -141,6 +141,7 @@ fn read_list(list: &Path) -> Result<Vec<PathBuf>> {
 }
 
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Reclaim {
     #[command(flatten)]
     pub(super) scope: Named,
@@ -150,6 +151,15 @@ pub(super) struct Reclaim {
     /// Shortest run of equal data worth sharing: less frees more, and makes more fragments
     #[arg(long, value_name = "SIZE", default_value = "8KiB", value_parser = parse_size)]
     pub(super) min_run: u64,
+    /// Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing it all the same; `none` undoes it
+    #[arg(long, value_name = "HOW", value_parser = parse_compression)]
+    pub(super) compress: Option<Compression>,
+    /// What must be gained to compress something, in hundredths of its size
+    #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub(super) min_gain: u8,
+    /// Compress what is compressed already once more where that gains as much again
+    #[arg(long, requires = "compress")]
+    pub(super) recompress: bool,
     /// Leave blocks of zeros as data instead of making them holes
     #[arg(long)]
     pub(super) keep_zeros: bool,
@@ -275,6 +285,25 @@ pub(super) struct Import {
     pub(super) memory: u64,
 }
 
+/// What `--compress` can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Compression {
+    None,
+    Zstd(i32),
+}
+
+fn parse_compression(text: &str) -> std::result::Result<Compression, String> {
+    match text.split_once(':') {
+        None if text == "none" => Ok(Compression::None),
+        None if text == "zstd" => Ok(Compression::Zstd(3)),
+        Some(("zstd", level)) => match level.parse() {
+            Ok(level @ 1..=19) => Ok(Compression::Zstd(level)),
+            _ => Err("levels of zstd are 1 to 19".into()),
+        },
+        _ => Err("it is `zstd`, `zstd:LEVEL` or `none`".into()),
+    }
+}
+
 fn parse_revisions(text: &str) -> std::result::Result<Revisions, String> {
     Ok(match text {
         "all" => Revisions::All,
@@ -315,6 +344,22 @@ mod tests {
     #[test]
     fn command_line_is_sound() {
         <Args as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn compression_has_a_level() {
+        for (text, parsed) in [
+            ("zstd", Some(Compression::Zstd(3))),
+            ("zstd:15", Some(Compression::Zstd(15))),
+            ("none", Some(Compression::None)),
+            ("zstd:0", None),
+            ("zstd:20", None),
+            ("zstd:", None),
+            ("none:3", None),
+            ("lzo", None),
+        ] {
+            assert_eq!(parse_compression(text).ok(), parsed, "{text}");
+        }
     }
 
     #[test]

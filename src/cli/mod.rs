@@ -12,6 +12,7 @@ use serde::Serialize;
 use args::{Args, Command};
 use progress::Terminal;
 
+use crate::compress::{Packer, Wish};
 use crate::error::{Error, Result};
 use crate::index;
 use crate::monitor::Monitor;
@@ -249,8 +250,19 @@ impl args::Reclaim {
             .filter(|blocks| (1..=1 << 20).contains(blocks));
         let min_run_blocks =
             min_run_blocks.ok_or_else(|| Error::Usage("--min-run must be between 4K and 4G".into()))?;
+        let compress = self.compress.map(|compression| match compression {
+            args::Compression::None => Wish::Undo,
+            args::Compression::Zstd(level) => Wish::Zstd {
+                packer: Packer {
+                    level,
+                    min_gain: self.min_gain,
+                },
+                recompress: self.recompress,
+            },
+        });
         let options = |scope| ops::reclaim::Options {
             scope,
+            compress,
             plan: crate::plan::Options {
                 min_run_blocks,
                 keep_zeros: self.keep_zeros,

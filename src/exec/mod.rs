@@ -12,7 +12,10 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
+use donors::Writer;
+
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
+use crate::compress::Packer;
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fs::{Outcome, Sharing, SourceFile};
@@ -44,6 +47,15 @@ pub struct Counts {
     pub extents_still_held: u64,
 }
 
+/// What the user chose of how a plan is run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Settings {
+    /// Bytes that stay free on the filesystem.
+    pub reserve_bytes: u64,
+    /// How compressed donors are made.
+    pub packer: Packer,
+}
+
 /// How a run ended.
 #[derive(Debug, Default)]
 pub struct Ran {
@@ -60,25 +72,33 @@ pub struct Ran {
 }
 
 /// Runs a plan to its end, or until the user asks to stop. `ran` tells what was done in either case, and after an error.
-/// No donor is written that would leave less than `reserve_bytes` free.
+/// No donor is written that would leave less than the reserve free.
 ///
 /// # Errors
 /// Writing a donor, a full filesystem. Ranges that differ, cannot be read or are refused are no errors.
 pub fn run(
     facts: &Facts,
     plan: &Plan,
-    reserve_bytes: u64,
+    settings: Settings,
     fs: &dyn Sharing,
     monitor: &dyn Monitor,
     ran: &mut Ran,
 ) -> Result<()> {
     let total = plan.batches.iter().map(|batch| batch.compared_bytes).sum::<u64>() + plan.rewritten_bytes();
     monitor.phase("Sharing", total);
+    let writer = Writer {
+        facts,
+        plan,
+        packer: settings.packer,
+        fs,
+        monitor,
+    };
     let mut run = Run {
         facts,
         plan,
         fs,
         monitor,
+        writer,
         ran,
     };
     let shared = Shared::default();
@@ -96,12 +116,10 @@ pub fn run(
                 for file in batch.donor_files.clone() {
                     let donor_file = &plan.donor_files[file];
                     let room = Room {
-                        reserve_bytes,
+                        reserve_bytes: settings.reserve_bytes,
                         before: || shared.wait_for(number),
                     };
-                    let written = room
-                        .keep(plan, donor_file, fs)
-                        .and_then(|()| donors::write(facts, plan, donor_file, fs, monitor));
+                    let written = room.keep(plan, donor_file, fs).and_then(|()| writer.write(donor_file));
                     match written {
                         Ok(donor) => {
                             donor_files[file] = Some(donor.number);
@@ -205,6 +223,7 @@ struct Run<'a> {
     plan: &'a Plan,
     fs: &'a dyn Sharing,
     monitor: &'a dyn Monitor,
+    writer: Writer<'a>,
     ran: &'a mut Ran,
 }
 

@@ -84,7 +84,7 @@ fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) ->
     }
     let donor = run.fs.create_donor(this.class)?;
     if !content.is_empty() {
-        run.fs.append_to_donor(donor, &content)?;
+        run.writer.append(donor, this.class, &content)?;
         run.fs.settle_donor(donor)?;
         run.ran.counts.written_bytes += content.len() as u64;
     }

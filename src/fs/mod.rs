@@ -84,11 +84,15 @@ pub trait Sharing: Sync {
     /// Where no such file can be made.
     fn create_donor(&self, class: Class) -> Result<usize>;
 
-    /// Appends one extent to a donor.
+    /// Whether donors of class [`crate::facts::Compression::Zstd`] take frames; if not, the filesystem compresses them itself.
+    fn takes_frames(&self) -> bool;
+
+    /// Appends one extent to a donor. What there is a zstd `frame` of is stored as that, if the filesystem takes frames; what there
+    /// is none of is then stored as it is.
     ///
     /// # Errors
     /// [`crate::error::Error::NoSpace`] among others.
-    fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()>;
+    fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()>;
 
     /// Gives up a donor that could not be written.
     fn discard_donor(&self, donor: usize);

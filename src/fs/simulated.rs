@@ -36,6 +36,17 @@ struct Allocation {
     content: Vec<Content>,
     class: Class,
     outside: bool,
+    /// Bytes of its frame, if it is compressed.
+    packed_bytes: Option<u64>,
+}
+
+impl Allocation {
+    /// Bytes on disk.
+    fn bytes(&self) -> u64 {
+        let whole = self.content.len() as u64 * BLOCK_BYTES;
+        self.packed_bytes
+            .map_or(whole, |packed| packed.next_multiple_of(BLOCK_BYTES))
+    }
 }
 
 #[derive(Debug, Clone, Default)]
@@ -84,6 +95,7 @@ impl Simulated {
                 content,
                 class,
                 outside: false,
+                packed_bytes: None,
             });
             state.allocations.len() - 1
         })
@@ -153,6 +165,9 @@ impl Simulated {
     /// Bytes of extents that anything refers to, donors too.
     pub fn allocated_bytes(&self) -> u64 {
         self.with(|state| {
+            if !self.frees_blocks {
+                return state.allocated_bytes();
+            }
             let ranges = (0..state.allocations.len()).flat_map(|number| self.ranges_in_use(state, number));
             ranges.map(|range| bytes(range.end - range.start)).sum()
         })
@@ -204,12 +219,17 @@ impl Simulated {
                     );
                     extents.push(Extent {
                         address: State::address(number) + bytes(range.start),
-                        disk_bytes: bytes(blocks),
+                        disk_bytes: if self.frees_blocks {
+                            bytes(blocks)
+                        } else {
+                            allocation.bytes()
+                        },
                         generation: 1,
                         first_slot: slot,
                         blocks,
                         class: allocation.class,
                         pinned: allocation.outside.then_some(Pinned::HeldByOthers),
+                        recoding: None,
                     });
                     slot += blocks;
                     let content = &allocation.content[range.start as usize..range.end as usize];
@@ -292,10 +312,7 @@ impl State {
     }
 
     fn allocated_bytes(&self) -> u64 {
-        self.used()
-            .iter()
-            .map(|number| self.allocations[*number].content.len() as u64 * BLOCK_BYTES)
-            .sum()
+        self.used().iter().map(|number| self.allocations[*number].bytes()).sum()
     }
 
     fn ranges(file: &File) -> Vec<(usize, HeldRange)> {
@@ -389,7 +406,11 @@ impl Sharing for Simulated {
         })
     }
 
-    fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()> {
+    fn takes_frames(&self) -> bool {
+        true
+    }
+
+    fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
         self.with(|state| {
             state.calls += 1;
             let full = self
@@ -414,11 +435,15 @@ impl Sharing for Simulated {
                 state.allocations.len(),
                 u32::try_from(content.len()).unwrap_or(u32::MAX),
             );
-            let class = state.donors[donor].0;
+            let mut class = state.donors[donor].0;
+            if frame.is_none() {
+                class.compression = Compression::None;
+            }
             state.allocations.push(Allocation {
                 content,
                 class,
                 outside: false,
+                packed_bytes: frame.map(|frame| frame.len() as u64),
             });
             state.donors[donor].1.blocks.extend((0..blocks).map(|at| {
                 Some(Mapped {

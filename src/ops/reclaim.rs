@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use super::{Prepared, Scope, prepare_groups, unreadable};
 use crate::block::{Slot, bytes};
+use crate::compress::{Packer, Wish, recode};
 use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
-use crate::fs::volume::{Physical, Purpose, Volume, freed_bytes, remember};
+use crate::fs::volume::{Image, Physical, Purpose, Volume, freed_bytes, remember};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
@@ -24,6 +25,8 @@ pub struct Options {
     pub groups: Vec<String>,
     /// How to plan.
     pub plan: plan::Options,
+    /// What compression is wished.
+    pub compress: Option<Wish>,
     /// Stop after planning.
     pub dry_run: bool,
     /// Bytes that stay free on the filesystem whatever donors would take.
@@ -97,7 +100,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        exec::run(&facts, &plan, options.reserve_bytes, &fs, monitor, &mut ran)
+        exec::run(&facts, &plan, settings(options), &fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
@@ -108,7 +111,9 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     match counted {
         Ok((freed_bytes, mut mapped)) => {
             // It is only a cache, and the next run does without.
-            let remembered = index.as_mut().map(|index| remember(&facts, &mut mapped.facts, index));
+            let remembered = index
+                .as_mut()
+                .map(|index| remember(&fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
                 monitor.note(&super::describe(&error));
             }
@@ -123,6 +128,56 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     Ok(result)
 }
 
+fn settings(options: &Options) -> exec::Settings {
+    let packer = match options.compress {
+        Some(Wish::Zstd { packer, .. }) => packer,
+        _ => Packer::default(),
+    };
+    exec::Settings {
+        reserve_bytes: options.reserve_bytes,
+        packer,
+    }
+}
+
+/// Finds out what compression as it is wished would make of the extents that a plan without it leaves.
+fn look_at_compression(wish: Wish, plan: &Plan, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<()> {
+    if fs.frees_blocks() {
+        return Err(Error::NoCompression {
+            path: fs.path(0).to_owned(),
+        });
+    }
+    let images = fs.images();
+    let count = |is: fn(&Image) -> bool| images.iter().filter(|image| is(image)).count();
+    if matches!(wish, Wish::Zstd { .. }) {
+        let notes = [
+            (
+                count(|image| image.stays_uncompressed),
+                "are marked not to be compressed (property `compression=none`)",
+            ),
+            (
+                count(|image| !image.checksummed),
+                "have no checksums (nodatacow), without which btrfs compresses nothing",
+            ),
+        ];
+        for (images, why) in notes.into_iter().filter(|(images, _)| *images > 0) {
+            monitor.note(&format!("{images} images {why}: they stay as they are"));
+        }
+        if !fs.takes_frames() {
+            monitor.note(
+                "This kernel does not take extents that were compressed beforehand (Linux 5.18): the filesystem compresses them \
+                 itself, at its own level",
+            );
+        }
+    }
+    monitor.phase("Trying compression", 0);
+    let is_candidate = |facts: &Facts, extent: u32| {
+        let mut references = facts.references_to(extent).iter();
+        references.all(|reference| !images[reference.image as usize].stays_uncompressed)
+    };
+    recode(facts, &plan.layout, wish, is_candidate, fs, monitor);
+    Ok(())
+}
+
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
 fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
     monitor.phase("Planning", 0);
@@ -132,7 +187,20 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
         fs.prove(facts, slots)
     };
     let mut plan = plan_proved(facts, &options.plan, &mut prove)?;
+    if let Some(wish) = options.compress {
+        look_at_compression(wish, &plan, fs, facts, monitor)?;
+        monitor.phase("Planning", 0);
+        plan = plan_proved(facts, &options.plan, &mut prove)?;
+    }
     let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
+    let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
+    if grows > free {
+        return Err(Error::Grows {
+            path: fs.path(0).to_owned(),
+            grows_bytes: grows,
+            free_bytes: free,
+        });
+    }
     if plan.needed_bytes > free {
         // In small steps, each makes room for the next.
         let small = plan::Options {

@@ -1,6 +1,5 @@
 //! What a pool would be once a layout is carried out.
 
-use super::donor_bytes;
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Reference};
@@ -97,7 +96,7 @@ impl After {
         all.first_donor = all.len();
         let mut address = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
         for donor in layout.donors() {
-            let disk_bytes = donor_bytes(donor.class, donor.blocks, donor.share_bytes);
+            let disk_bytes = donor.disk_bytes;
             let written = Extent {
                 address,
                 disk_bytes,
@@ -106,6 +105,7 @@ impl After {
                 blocks: donor.blocks,
                 class: donor.class,
                 pinned: None,
+                recoding: None,
             };
             all.push(written, None, &donor.pieces);
             address += disk_bytes;

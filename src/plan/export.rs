@@ -320,6 +320,7 @@ mod tests {
                     groups: 0,
                 },
                 pinned: None,
+                recoding: None,
             });
             references.push(Reference {
                 image: 0,

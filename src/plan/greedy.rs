@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::layout::{Run, Target};
 use super::table::Table;
-use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, donor_bytes};
+use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet};
 use crate::facts::{Extent, Facts, ImageId, Pinned};
 
@@ -180,20 +180,23 @@ struct Match {
     unproved: Vec<Slot>,
 }
 
+impl Match {
+    /// Blocks that are found elsewhere.
+    fn matched(&self) -> u32 {
+        self.runs.iter().map(|run| run.blocks).sum()
+    }
+}
+
 impl Pass<'_> {
     fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
         let facts = self.facts;
         let this = &facts.extents[extent as usize];
         let pinned = is_pinned(facts, self.options, extent);
         let found = self.match_extent(this);
-        let frees = this.disk_bytes.saturating_sub(donor_bytes(
-            this.class,
-            found.left_over,
-            this.disk_share(found.left_over),
-        ));
+        let frees = this.disk_bytes.saturating_sub(this.donor_bytes(found.left_over));
         let more = self.new_references(extent, &found.runs);
         let goes = pinned.is_none()
-            && self.pays(extent, more.values().sum(), frees, rewritten_anyway)
+            && self.pays(extent, more.values().sum(), &found, rewritten_anyway)
             && self.limits.allow(&more);
         if goes {
             self.limits.accept(&more);
@@ -211,6 +214,12 @@ impl Pass<'_> {
             self.homes.insert_range(run.clone());
             run.for_each(|slot| self.enter(slot));
         }
+        if pinned.is_none() && this.is_recoded() && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2 {
+            self.found.gone.push(Decision {
+                extent,
+                runs: Vec::new(),
+            });
+        }
     }
 
     /// Enters a home into the table. Zeros are found in holes, or are to stay; they are shared only amid other data.
@@ -222,15 +231,19 @@ impl Pass<'_> {
         }
     }
 
-    /// Whether eliminating `extent` frees at least what it costs.
-    fn pays(&self, extent: u32, new_references: u64, frees: u64, rewritten_anyway: bool) -> bool {
+    /// Whether eliminating `extent` as `found` frees at least what it costs.
+    fn pays(&self, extent: u32, new_references: u64, found: &Match, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
-        // Where blocks are freed one by one, the others stay where they are.
-        let rewritten = if self.facts.frees_blocks {
-            0
+        let left_over = this.donor_bytes(found.left_over);
+        let rewritten_anyway = rewritten_anyway || this.is_recoded();
+        let frees = if this.is_recoded() {
+            // Rewriting it all is what it is compared with, and no merit of what is found elsewhere.
+            this.donor_bytes(found.left_over + found.matched()) - left_over
         } else {
-            this.disk_bytes - frees
+            this.disk_bytes.saturating_sub(left_over)
         };
+        // Where blocks are freed one by one, the others stay where they are.
+        let rewritten = if self.facts.frees_blocks { 0 } else { left_over };
         let rewriting = if rewritten_anyway {
             0
         } else {

@@ -8,6 +8,9 @@ use super::greedy::Decision;
 use crate::block::Slot;
 use crate::facts::{Class, Compression, Facts};
 
+/// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
+pub const COMPRESSED_BLOCKS_MAX: u32 = 32;
+
 /// Where a run of blocks is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
@@ -45,8 +48,8 @@ pub struct DonorExtent {
     pub pieces: Vec<Range<Slot>>,
     /// Its blocks.
     pub blocks: u32,
-    /// Bytes that those blocks took on disk where they were.
-    pub share_bytes: u64,
+    /// Bytes that it is expected to take on disk; the sum of blocks if it is not compressed.
+    pub disk_bytes: u64,
     /// The batch it is written in.
     pub batch: u32,
 }
@@ -89,10 +92,15 @@ impl Layout {
     /// What stays where it is of an extent that goes: on a filesystem that frees blocks, all that no run covers.
     pub(super) fn stays_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
         if facts.frees_blocks {
-            left_over(facts, facts.extents[extent as usize].slots(), self.runs_of(extent))
+            self.rest_of(facts, extent)
         } else {
             Vec::new()
         }
+    }
+
+    /// The live slots of an extent that are found nowhere else.
+    pub(super) fn rest_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
+        left_over(facts, facts.extents[extent as usize].slots(), self.runs_of(extent))
     }
 
     pub(super) fn runs_of(&self, extent: u32) -> &[Run] {
@@ -146,6 +154,24 @@ impl Layout {
         }
     }
 
+    /// Where extents are rewritten though nothing of them is found elsewhere, they come first, in the order of the images: they need
+    /// nobody, and what needs them comes after them.
+    fn order_for_donors(&mut self, facts: &Facts) {
+        let extent = |place: u32| &facts.extents[place as usize];
+        if !self.order.iter().any(|place| extent(*place).is_recoded()) {
+            return;
+        }
+        let mut order = std::mem::take(&mut self.order);
+        order.sort_by_cached_key(|place| {
+            let references = facts.references_to(*place).iter();
+            let first = references
+                .map(|reference| (reference.image, reference.file_block))
+                .min();
+            first.filter(|_| self.runs_of(*place).is_empty()).ok_or(())
+        });
+        self.order = order;
+    }
+
     /// Lays out the donors for what no run covers, batch by batch.
     pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &Options) {
         self.leftovers.clear();
@@ -153,14 +179,16 @@ impl Layout {
         if facts.frees_blocks {
             return;
         }
+        self.order_for_donors(facts);
         let (mut batch, mut batch_bytes) = (0, 0);
         // The donor extent that is being filled, for each class, and the references it will have.
         let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
         for extent in &self.order {
             let this = &facts.extents[*extent as usize];
-            let pieces = left_over(facts, this.slots(), self.runs_of(*extent));
+            let pieces = self.rest_of(facts, *extent);
             let blocks = pieces.iter().map(|piece| piece.end - piece.start).sum();
-            let share = this.disk_share(blocks);
+            let class = this.donor_class();
+            let share = this.donor_bytes(blocks);
             if batch_bytes > 0 && batch_bytes + share > (options.work_space_bytes / 2).min(options.batch_bytes) {
                 (batch, batch_bytes) = (batch + 1, 0);
                 open.clear();
@@ -170,18 +198,18 @@ impl Layout {
                 let mut from = piece.start;
                 let references = facts.references_over(piece.clone());
                 if open
-                    .get(&this.class)
+                    .get(&class)
                     .is_some_and(|(_, held)| held + references > options.references_max)
                 {
-                    open.remove(&this.class);
+                    open.remove(&class);
                 }
                 while from < piece.end {
-                    let (donor, held) = open.entry(this.class).or_insert_with(|| {
+                    let (donor, held) = open.entry(class).or_insert_with(|| {
                         let empty = DonorExtent {
-                            class: this.class,
+                            class,
                             pieces: Vec::new(),
                             blocks: 0,
-                            share_bytes: 0,
+                            disk_bytes: 0,
                             batch,
                         };
                         self.donors.push(empty);
@@ -190,7 +218,7 @@ impl Layout {
                     *held += references;
                     let donor = *donor;
                     let filled = &mut self.donors[donor as usize];
-                    let blocks = (piece.end - from).min(extent_blocks_max(this.class) - filled.blocks);
+                    let blocks = (piece.end - from).min(extent_blocks_max(class) - filled.blocks);
                     self.leftovers.push(Leftover {
                         slot: from,
                         blocks,
@@ -199,9 +227,9 @@ impl Layout {
                     });
                     filled.pieces.push(from..from + blocks);
                     filled.blocks += blocks;
-                    filled.share_bytes += this.disk_share(blocks);
-                    if filled.blocks == extent_blocks_max(this.class) {
-                        open.remove(&this.class);
+                    filled.disk_bytes += this.donor_bytes(blocks);
+                    if filled.blocks == extent_blocks_max(class) {
+                        open.remove(&class);
                     }
                     from += blocks;
                 }
@@ -267,12 +295,11 @@ impl Layout {
     }
 }
 
-/// Blocks of a donor's extent at most. Small enough that one image's deletion does not leave much behind; compressed
-/// extents are no larger than 128 KiB in any case (kernel: `BTRFS_MAX_UNCOMPRESSED`).
-fn extent_blocks_max(class: Class) -> u32 {
+/// Blocks of a donor's extent at most. Small enough that one image's deletion does not leave much behind.
+pub(super) fn extent_blocks_max(class: Class) -> u32 {
     match class.compression {
         Compression::None => 4096,
-        _ => 32,
+        _ => COMPRESSED_BLOCKS_MAX,
     }
 }
 

@@ -12,16 +12,17 @@ mod greedy;
 pub mod import;
 mod layout;
 mod ops;
+pub mod sample;
 mod table;
 
 use std::collections::BTreeMap;
 
 pub use apply::{Applied, apply};
-pub use layout::{DonorExtent, Final, Layout};
+pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
 pub use ops::{Batch, DonorFile, Op, Source};
 
-use crate::block::{Slot, bytes};
-use crate::facts::{Class, Facts, Pinned, Proof};
+use crate::block::Slot;
+use crate::facts::{Facts, Pinned, Proof};
 
 /// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
 /// (37, rounded up for half-filled leaves), in two copies as btrfs keeps metadata by default.
@@ -99,6 +100,8 @@ pub enum Reason {
     Unreachable,
     /// It was allocated and never written.
     Preallocated,
+    /// Its blocks take less when they are compressed.
+    Compressed,
 }
 
 /// Bytes on disk, by why they are freed.
@@ -113,6 +116,8 @@ pub struct Elimination {
     pub reason: Reason,
     /// Bytes on disk that are freed, net of what is rewritten.
     pub freed_bytes: u64,
+    /// Bytes on disk that it takes more than before: where compression is undone.
+    pub grown_bytes: u64,
     /// Bytes on disk that are copied to a donor.
     pub rewritten_bytes: u64,
     /// Bytes of metadata that the references it leaves behind cost more than those it had.
@@ -132,7 +137,7 @@ pub struct Plan {
     pub donor_files: Vec<DonorFile>,
     /// For each donor extent, the donor file it is in and the block it begins at there.
     donor_places: Vec<(u32, u32)>,
-    /// Bytes on disk that will be freed, net, by reason.
+    /// Bytes on disk that will be freed, by reason.
     pub freed: BytesByReason,
     /// Bytes of extents that stay although something in them could go, by why.
     pub pinned: BTreeMap<Pinned, u64>,
@@ -145,9 +150,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Bytes on disk that will be freed, net.
-    pub fn freed_bytes(&self) -> u64 {
-        self.freed.values().sum()
+    /// Bytes on disk that will be freed, net. Negative if undoing compression takes more than is freed.
+    pub fn freed_bytes(&self) -> i64 {
+        let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let grown = self
+            .eliminations
+            .iter()
+            .map(|elimination| elimination.grown_bytes)
+            .sum();
+        signed(self.freed.values().sum()) - signed(grown)
     }
 
     /// Bytes on disk that will be rewritten.
@@ -228,12 +239,4 @@ pub fn plan_proved<E>(
     }
     // Nothing unproved counts now, so nothing is asked.
     Ok(plan(facts, options, false).unwrap_or_default())
-}
-
-/// Bytes that `blocks` of a new donor of this class take, if they come from extents that take `share` bytes for them.
-fn donor_bytes(class: Class, blocks: u32, share: u64) -> u64 {
-    match class.compression {
-        crate::facts::Compression::None => bytes(blocks),
-        _ => share.min(bytes(blocks)),
-    }
 }

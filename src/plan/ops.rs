@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::greedy::matched_blocks;
-use super::layout::{Final, left_over};
-use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason, donor_bytes};
+use super::layout::Final;
+use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason};
 use crate::block::{Slot, bytes};
 use crate::facts::{Class, Facts, ImageId};
 
@@ -102,7 +102,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
             .iter()
             .flat_map(|file| &file.extents)
             .map(|donor| &layout.donors()[*donor as usize])
-            .map(|donor| donor_bytes(donor.class, donor.blocks, donor.share_bytes))
+            .map(|donor| donor.disk_bytes)
             .sum();
         // The donors of a batch are written while the one before is shared.
         plan.peak_bytes = plan.peak_bytes.max(held + written);
@@ -112,7 +112,10 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         plan.needed_bytes = plan.needed_bytes.max(taken.saturating_sub(given));
         held = (held + written).saturating_sub(released);
         let batch = &plan.eliminations[first..];
-        released = batch.iter().map(|one| one.freed_bytes + one.rewritten_bytes).sum();
+        released = batch
+            .iter()
+            .map(|one| one.freed_bytes + one.rewritten_bytes - one.grown_bytes)
+            .sum();
         let compared = batch
             .iter()
             .flat_map(|one| facts.references_to(one.extent))
@@ -130,9 +133,9 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
 fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
     let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
     let runs = layout.runs_of(extent);
-    let pieces = left_over(facts, this.slots(), runs);
+    let pieces = layout.rest_of(facts, extent);
     let left_over_blocks: u32 = pieces.iter().map(|piece| piece.end - piece.start).sum();
-    let left_over_bytes = donor_bytes(this.class, left_over_blocks, this.disk_share(left_over_blocks));
+    let left_over_bytes = this.donor_bytes(left_over_blocks);
     let freed_bytes = this.disk_bytes.saturating_sub(left_over_bytes);
     let rewritten_bytes = if facts.frees_blocks { 0 } else { left_over_bytes };
 
@@ -140,7 +143,10 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     let (zeros, duplicates) = matched_blocks(runs);
     let zeros = this.disk_share(zeros).min(freed_bytes);
     let duplicates = this.disk_share(duplicates).min(freed_bytes - zeros);
-    let nothing = freed_bytes - zeros - duplicates;
+    // What is not compressed anew takes in a donor what it took before.
+    let compressed = this.disk_share(left_over_blocks).saturating_sub(left_over_bytes);
+    let compressed = compressed.min(freed_bytes - zeros - duplicates);
+    let nothing = freed_bytes - zeros - duplicates - compressed;
     let references = facts.references_to(extent);
     let preallocated = references.iter().any(|reference| reference.preallocated);
     let nothing = (
@@ -151,7 +157,12 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
         },
         nothing,
     );
-    let mut freed = vec![(Reason::Zeros, zeros), (Reason::Duplicate, duplicates), nothing];
+    let mut freed = vec![
+        (Reason::Zeros, zeros),
+        (Reason::Duplicate, duplicates),
+        (Reason::Compressed, compressed),
+        nothing,
+    ];
     let reason = freed
         .iter()
         .max_by_key(|(_, bytes)| *bytes)
@@ -171,6 +182,7 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
             extent,
             reason,
             freed_bytes,
+            grown_bytes: left_over_bytes.saturating_sub(this.disk_bytes),
             rewritten_bytes,
             metadata_bytes,
         },

@@ -48,8 +48,8 @@ impl PoolBytes {
 /// A plan's summary, in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Planned {
-    /// What will be freed on disk, net.
-    pub freed_bytes: u64,
+    /// What will be freed on disk, net. Negative if undoing compression takes more than is freed.
+    pub freed_bytes: i64,
     /// The same, by why.
     pub freed_by_reason: BytesByReason,
     /// What will be copied to donors.

@@ -24,6 +24,7 @@ fn reason(reason: Reason) -> &'static str {
         Reason::Zeros => "zeros",
         Reason::Unreachable => "unreachable",
         Reason::Preallocated => "preallocated",
+        Reason::Compressed => "compression",
     }
 }
 
@@ -269,7 +270,7 @@ impl Display for Reclaimed {
         write!(
             f,
             "{would} {} in {} extents",
-            size(planned.freed_bytes),
+            signed_size(planned.freed_bytes),
             planned.extents
         )?;
         let reasons = planned

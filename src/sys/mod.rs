@@ -7,6 +7,7 @@
 pub mod byte_locks;
 pub mod clone;
 pub mod dedupe;
+pub mod encoded_write;
 pub mod fiemap;
 pub mod fs_info;
 pub mod fsmap;

@@ -35,6 +35,7 @@ fn pool(extents: u32, revisions: u32) -> Facts {
         blocks: MIB_BLOCKS,
         class,
         pinned: None,
+        recoding: None,
     });
     let references = (0..extents).flat_map(|number| {
         (0..revisions).map(move |image| Reference {

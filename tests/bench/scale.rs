@@ -51,6 +51,7 @@ fn main() {
             groups: 1,
         },
         pinned: None,
+        recoding: None,
     });
     let references = (0..extents).flat_map(|number| {
         (0..revisions).map(move |image| Reference {

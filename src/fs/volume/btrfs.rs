@@ -215,6 +215,7 @@ impl Volume {
                             groups: 1 << image.group,
                         },
                         pinned,
+                        recoding: None,
                     },
                     references: 1,
                 });

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::Result;
-use crate::facts::{Compression, Facts};
+use crate::facts::{Compression, Facts, Place};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
@@ -74,46 +74,80 @@ pub fn fingerprint(
     Ok(found)
 }
 
-/// Enters the state after a run into the index, where blocks are where they were, and only extents begin and end elsewhere: so that
-/// the next run need not read them again.
+/// Enters the state after a run into the index, so that the next one need not read what this one wrote: each place of an image holds
+/// what it held, in whatever extent it lies now.
 ///
 /// # Errors
 /// Those of the index.
-pub fn remember(before: &Facts, after: &mut Facts, index: &mut Index) -> Result<()> {
-    if !after.frees_blocks {
+pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Index) -> Result<()> {
+    let is_compressed = |extent: &crate::facts::Extent| extent.class.compression != Compression::None;
+    if fs.has_usable_checksums() && !after.extents.iter().any(is_compressed) {
         return Ok(());
     }
     let mut known = SlotSet::new(after.slots() as usize);
     after.fingerprints = before.fingerprints.alike(after.slots() as usize);
     index.look_up(after, &mut known)?;
+    let unchanged: Vec<bool> = fs.images().iter().map(super::Image::is_unchanged).collect();
+    let places = Places::of(before);
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let mut unknown = Vec::new();
     for (number, extent) in (0u32..).zip(&after.extents) {
-        for run in after.live_runs(extent.slots()) {
-            let address = extent.address + bytes(run.start - extent.first_slot);
-            let place = before.extents.partition_point(|old| old.address <= address);
-            let (mut place, mut slot) = (place.saturating_sub(1), run.start);
-            while slot < run.end {
-                let Some(old) = before.extents.get(place) else { break };
-                let address = address + bytes(slot - run.start);
-                let at = u32::try_from(address.saturating_sub(old.address) / BLOCK_BYTES).unwrap_or(u32::MAX);
-                if address < old.address || at >= old.blocks {
-                    break;
-                }
-                let blocks = (run.end - slot).min(old.blocks - at);
-                let first = old.first_slot + at;
-                fingerprints.write(slot, &before.fingerprints.range(first..first + blocks));
-                slot += blocks;
-                place += 1;
-            }
-            if slot < run.end {
-                unknown.push(number);
-            }
+        let all = after.live_runs(extent.slots()).flat_map(|run| after.places_of(run));
+        let found = all.fold(true, |found, (slot, place)| {
+            found
+                && unchanged[place.image as usize]
+                && places.copy(before, place, |done, old| {
+                    fingerprints.write(slot + done, &before.fingerprints.range(old))
+                })
+        });
+        if !found {
+            unknown.push(number);
         }
     }
     after.fingerprints = fingerprints;
     index.forget(unknown);
     index.update(after)
+}
+
+/// References by where they are in images.
+struct Places(Vec<u32>);
+
+impl Places {
+    fn of(facts: &Facts) -> Self {
+        let references = &facts.references;
+        let mut places: Vec<u32> = (0u32..)
+            .zip(references)
+            .filter(|(_, reference)| !reference.preallocated)
+            .map(|(place, _)| place)
+            .collect();
+        places.sort_unstable_by_key(|place| {
+            let reference = &references[*place as usize];
+            (reference.image, reference.file_block)
+        });
+        Self(places)
+    }
+
+    /// Calls `copy` with the slots that a range of an image maps: how many blocks into the range, and which. False if it does not map
+    /// some all the way.
+    fn copy(&self, facts: &Facts, range: Place, mut copy: impl FnMut(u32, std::ops::Range<Slot>)) -> bool {
+        let reference = |place: u32| &facts.references[place as usize];
+        let mut done = 0;
+        let first = self.0.partition_point(|place| {
+            let reference = reference(*place);
+            (reference.image, reference.file_block + reference.blocks) <= (range.image, range.file_block)
+        });
+        for reference in self.0[first..].iter().map(|place| reference(*place)) {
+            let at = range.file_block + done;
+            if done >= range.blocks || reference.image != range.image || reference.file_block > at {
+                break;
+            }
+            let offset = at - reference.file_block;
+            let blocks = (reference.blocks - offset).min(range.blocks - done);
+            copy(done, reference.slot + offset..reference.slot + offset + blocks);
+            done += blocks;
+        }
+        done >= range.blocks
+    }
 }
 
 fn count(facts: &Facts, known: &SlotSet) -> u32 {

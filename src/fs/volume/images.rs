@@ -76,6 +76,8 @@ pub struct Image {
     pub group: u8,
     /// Why it keeps its extents, if it does: others may share them.
     pub fixed: Option<Skip>,
+    /// Whether its owner wants it not to be compressed.
+    pub stays_uncompressed: bool,
     pub(super) file: Arc<File>,
     /// The same file, to be read past the page cache, where everything is read once.
     pub(super) direct: Option<File>,
@@ -266,6 +268,7 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         machine: 0,
         group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),
+        stays_uncompressed: is_marked_uncompressed(&file),
         direct: if purpose == Purpose::Read {
             open_direct(&file)
         } else {
@@ -275,6 +278,15 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         stamp: Stamp::of(&metadata),
         revoked: Arc::default(),
     }))
+}
+
+/// Whether someone said on purpose that a file is not to be compressed: by the property. The inode's mark (`chattr +m`) does not tell
+/// that, since the filesystem sets it as well, on files of which one range did not shrink (kernel: `BTRFS_INODE_NOCOMPRESS` in
+/// `compress_file_range`).
+fn is_marked_uncompressed(file: &File) -> bool {
+    let mut value = [0; 16];
+    let length = rustix::fs::fgetxattr(file, "btrfs.compression", &mut value[..]).unwrap_or(0);
+    matches!(&value[..length], b"none" | b"no")
 }
 
 /// Opens a file once more, for direct reading. None where that cannot be: then it is read through the page cache.

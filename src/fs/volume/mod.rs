@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{Advice, FallocateFlags, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
@@ -31,6 +31,7 @@ use crate::fingerprint::Function;
 use crate::pool::{Found, Skipped};
 use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
+use crate::sys::encoded_write::write_frame;
 use crate::sys::fs_info::{FsInfo, Kind, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
 use crate::sys::readahead::{readahead, write_out};
@@ -68,6 +69,8 @@ pub struct Volume {
     scratch: PathBuf,
     donors: Mutex<Vec<Donor>>,
     holes: Mutex<[Option<std::sync::Arc<File>>; 2]>,
+    /// Whether the kernel takes compressed extents as they are; asked when the first are to be written.
+    takes_frames: OnceLock<bool>,
     _leases: Option<images::LeaseKeeper>,
     _run_lock: File,
 }
@@ -76,7 +79,7 @@ pub struct Volume {
 struct Donor {
     file: std::sync::Arc<File>,
     length: u64,
-    compressed: bool,
+    compression: Compression,
 }
 
 impl Volume {
@@ -122,6 +125,7 @@ impl Volume {
             scratch,
             donors: Mutex::default(),
             holes: Mutex::default(),
+            takes_frames: OnceLock::new(),
             _leases: leases,
             _run_lock: run_lock,
         };
@@ -286,6 +290,18 @@ impl Volume {
 
     fn unnamed_file(&self) -> Result<File> {
         unnamed_file_in(&self.scratch).map_err(|errno| self.donor_error(errno.into()))
+    }
+
+    /// Writes a frame to a file that vanishes at once.
+    fn try_frame(&self) -> Result<()> {
+        let packer = crate::compress::Packer::default();
+        let content = [0; 2 * BLOCK_LEN];
+        let frame = packer
+            .compressor()
+            .and_then(|mut compressor| packer.pack(&mut compressor, &content));
+        let frame = frame.ok().flatten().unwrap_or_default();
+        let written = write_frame(&self.unnamed_file()?, 0, &frame, content.len() as u64);
+        written.map_err(|errno| self.donor_error(errno.into()))
     }
 
     /// A file without data, as long as the largest image.
@@ -530,23 +546,31 @@ impl Sharing for Volume {
         donors.push(Donor {
             file: std::sync::Arc::new(file),
             length: 0,
-            compressed: class.compression != Compression::None,
+            compression: class.compression,
         });
         Ok(donors.len() - 1)
     }
 
-    fn append_to_donor(&self, donor: usize, content: &[u8]) -> Result<()> {
-        let (file, at, compressed) = {
+    fn takes_frames(&self) -> bool {
+        *self.takes_frames.get_or_init(|| self.try_frame().is_ok())
+    }
+
+    fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
+        let length = content.len() as u64;
+        let (file, at, compression) = {
             let mut donors = lock(&self.donors);
             let donor = &mut donors[donor];
             let at = donor.length;
-            donor.length += content.len() as u64;
-            (donor.file.clone(), at, donor.compressed)
+            donor.length += length;
+            (donor.file.clone(), at, donor.compression)
         };
-        let length = content.len() as u64;
+        let by_frames = compression == Compression::Zstd && self.takes_frames();
+        if let Some(frame) = frame.filter(|_| by_frames) {
+            return write_frame(&*file, at, frame, length).map_err(|errno| self.donor_error(errno.into()));
+        }
         // Another thread may commit at any time, which writes out what there is by then, as an extent of its own. What is
-        // preallocated is one extent already, but it is never compressed.
-        if !compressed {
+        // preallocated is one extent already, and never compressed.
+        if by_frames || compression == Compression::None {
             match rustix::fs::fallocate(&*file, FallocateFlags::empty(), at, length) {
                 Ok(()) | Err(Errno::OPNOTSUPP) => {}
                 Err(errno) => return Err(self.donor_error(errno.into())),

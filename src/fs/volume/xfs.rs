@@ -235,6 +235,7 @@ fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map:
                     groups: state.groups,
                 },
                 pinned: state.pinned,
+                recoding: None,
             });
             slot = slot.checked_add(blocks).ok_or(Error::TooLarge)?;
             from += length;

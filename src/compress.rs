@@ -1,0 +1,279 @@
+//! Compression of extents: zstd frames that btrfs takes as they are, and what extents would become.
+//!
+//! A frame holds at most 128 KiB of content, as the kernel's own do (kernel: `BTRFS_MAX_UNCOMPRESSED`), and takes whole blocks on
+//! disk, so that what matters is how many of them it saves.
+
+use std::io;
+
+use rayon::prelude::*;
+use zstd::bulk::Compressor;
+use zstd::zstd_safe::CParameter;
+
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
+use crate::facts::{Compression, Facts, Recoding};
+use crate::fs::{Sharing, SourceFile};
+use crate::monitor::Monitor;
+use crate::plan::sample::{Sample, samples};
+use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout};
+
+/// What compression the user asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Compress what gains by it.
+    Zstd {
+        /// How frames are made.
+        packer: Packer,
+        /// Whether what is compressed already is compressed again where that gains.
+        recompress: bool,
+    },
+    /// Undo compression.
+    Undo,
+}
+
+/// How frames are made, and which are worth it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packer {
+    /// Level of zstd, 1 to 19.
+    pub level: i32,
+    /// Hundredths of its blocks that a frame must save.
+    pub min_gain: u8,
+}
+
+impl Default for Packer {
+    /// As the filesystem does it itself: whatever saves a block is worth it.
+    fn default() -> Self {
+        Self { level: 3, min_gain: 0 }
+    }
+}
+
+impl Packer {
+    /// `log2` of the greatest window that the kernel decodes (kernel: `ZSTD_BTRFS_MAX_WINDOWLOG`).
+    const WINDOW_LOG: u32 = 17;
+
+    /// A compressor for [`Packer::pack`], which takes up to 100 MiB at the highest levels.
+    ///
+    /// # Errors
+    /// Those of zstd.
+    pub fn compressor(self) -> io::Result<Compressor<'static>> {
+        let mut compressor = Compressor::new(self.level)?;
+        compressor.set_parameter(CParameter::WindowLog(Self::WINDOW_LOG))?;
+        compressor.set_parameter(CParameter::ChecksumFlag(false))?;
+        Ok(compressor)
+    }
+
+    /// The frame for some content, if it saves enough.
+    ///
+    /// # Errors
+    /// Those of zstd.
+    pub fn pack(self, compressor: &mut Compressor<'_>, content: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let frame = compressor.compress(content)?;
+        Ok(self
+            .is_worth(on_disk(frame.len()), content.len() as u64)
+            .then_some(frame))
+    }
+
+    /// Whether taking so many bytes on disk instead of others is worth it.
+    fn is_worth(self, new: u64, old: u64) -> bool {
+        new < old && new.saturating_mul(100) <= old.saturating_mul(100u64.saturating_sub(self.min_gain.into()))
+    }
+}
+
+/// Bytes on disk of a frame.
+fn on_disk(frame: usize) -> u64 {
+    (frame as u64).next_multiple_of(BLOCK_BYTES)
+}
+
+/// What samples of an extent became, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Became {
+    content: u64,
+    /// Expected on disk, amid other content of the kind.
+    expected: u64,
+    /// On disk as frames of their own.
+    alone: u64,
+}
+
+impl Became {
+    fn and(self, other: Self) -> Self {
+        Self {
+            content: self.content + other.content,
+            expected: self.expected + other.expected,
+            alone: self.alone + other.alone,
+        }
+    }
+
+    fn share(self) -> u32 {
+        let share = u128::from(self.expected) * u128::from(Recoding::WHOLE) / u128::from(self.content.max(1));
+        u32::try_from(share).unwrap_or(Recoding::WHOLE).min(Recoding::WHOLE)
+    }
+}
+
+/// Fills in how extents are to lie on disk: of those that are candidates and that a layout leaves something of, samples are
+/// compressed. What cannot be read stays as it is.
+pub fn recode(
+    facts: &mut Facts,
+    layout: &Layout,
+    wish: Wish,
+    is_candidate: impl Fn(&Facts, u32) -> bool + Sync,
+    fs: &dyn Sharing,
+    monitor: &dyn Monitor,
+) {
+    let count = u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
+    let Wish::Zstd { packer, recompress } = wish else {
+        for place in 0..count {
+            let packed = facts.extents[place as usize].class.compression != Compression::None;
+            let plain = Recoding {
+                compression: Compression::None,
+                share: Recoding::WHOLE,
+                rewrites: true,
+            };
+            facts.extents[place as usize].recoding = packed.then_some(plain);
+        }
+        return;
+    };
+    /// Extents whose samples are compressed before the next are chosen.
+    const AT_ONCE: u32 = 4096;
+    let wanted = |facts: &Facts, place: u32| {
+        let extent = &facts.extents[place as usize];
+        let packed = extent.class.compression != Compression::None;
+        extent.class.checksummed && extent.pinned.is_none() && (recompress || !packed) && is_candidate(facts, place)
+    };
+    let mut pool = Became::default();
+    for first in (0..count).step_by(AT_ONCE as usize) {
+        if monitor.interrupted() {
+            return;
+        }
+        let some = first..count.min(first.saturating_add(AT_ONCE));
+        let chosen: Vec<Sample> = samples(facts, layout, some.filter(|place| wanted(facts, *place))).collect();
+        let became: Vec<Option<Became>> = chosen
+            .par_iter()
+            .map_init(
+                || packer.compressor(),
+                |compressor, sample| {
+                    let compressor = compressor.as_mut().ok()?;
+                    let windows = sample
+                        .windows
+                        .iter()
+                        .map(|window| try_window(facts, fs, packer, compressor, window));
+                    windows.sum::<Option<Became>>()
+                },
+            )
+            .collect();
+        for (sample, became) in chosen.iter().zip(became) {
+            let Some(became) = became.filter(|became| became.content > 0) else {
+                continue;
+            };
+            pool = pool.and(became);
+            let extent = &mut facts.extents[sample.extent as usize];
+            let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
+            extent.recoding = Some(Recoding {
+                compression: Compression::Zstd,
+                share: became.share(),
+                rewrites: packer.is_worth(became.alone, extent.disk_share(blocks)),
+            });
+        }
+    }
+    // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
+    for place in (0..count)
+        .filter(|place| pool.content > 0 && wanted(facts, *place))
+        .collect::<Vec<_>>()
+    {
+        facts.extents[place as usize].recoding.get_or_insert(Recoding {
+            compression: Compression::Zstd,
+            share: pool.share(),
+            rewrites: false,
+        });
+    }
+}
+
+impl std::iter::Sum for Became {
+    fn sum<I: Iterator<Item = Self>>(windows: I) -> Self {
+        windows.fold(Self::default(), Self::and)
+    }
+}
+
+/// What a window becomes; nothing if it cannot be read.
+fn try_window(
+    facts: &Facts,
+    fs: &dyn Sharing,
+    packer: Packer,
+    compressor: &mut Compressor<'_>,
+    window: &[std::ops::Range<Slot>],
+) -> Option<Became> {
+    let content = read_slots(facts, fs, window).ok()?;
+    let frame = compressor.compress(&content).ok()?.len();
+    let whole = content.len() as u64;
+    let alone = Some(on_disk(frame))
+        .filter(|alone| packer.is_worth(*alone, whole))
+        .unwrap_or(whole);
+    let is_full = content.len() == COMPRESSED_BLOCKS_MAX as usize * BLOCK_LEN;
+    // Less than a frame goes into one with others, whose last block is half full on average.
+    let part = frame as u64 + whole * BLOCK_BYTES / 2 / bytes(COMPRESSED_BLOCKS_MAX);
+    Some(Became {
+        content: whole,
+        expected: if is_full { alone } else { part.min(whole) },
+        alone,
+    })
+}
+
+/// Reads slots, one range after the other.
+///
+/// # Errors
+/// Those of reading.
+pub fn read_slots(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) -> crate::error::Result<Vec<u8>> {
+    let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
+    let mut content = vec![0; blocks * BLOCK_LEN];
+    let mut rest = &mut content[..];
+    for (_, place) in slots.iter().flat_map(|range| facts.places_of(range.clone())) {
+        let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
+        fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
+        rest = after;
+    }
+    Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn frames_keep_to_the_kernels_window() {
+        let content: Vec<u8> = (0..131_072u32)
+            .map(|n| (n.wrapping_mul(0x9e37_79b9) >> 28) as u8)
+            .collect();
+        for level in 1..=19 {
+            let packer = Packer { level, min_gain: 10 };
+            let frame = packer
+                .pack(&mut packer.compressor().unwrap(), &content)
+                .unwrap()
+                .unwrap();
+            let mut decoder = zstd::bulk::Decompressor::new().unwrap();
+            decoder.window_log_max(Packer::WINDOW_LOG).unwrap();
+            assert_eq!(decoder.decompress(&frame, content.len()).unwrap(), content);
+        }
+    }
+
+    #[test]
+    fn what_gains_too_little_is_left_as_it_is() {
+        let packer = Packer { level: 3, min_gain: 10 };
+        // 32 blocks must become 28 at most.
+        assert!(packer.is_worth(28 * 4096, 32 * 4096));
+        assert!(!packer.is_worth(29 * 4096, 32 * 4096));
+        assert!(Packer::default().is_worth(31 * 4096, 32 * 4096));
+        assert!(!Packer::default().is_worth(4096, 4096));
+    }
+
+    proptest! {
+        #[test]
+        fn frames_come_back_as_they_were(content in prop::collection::vec(any::<u8>(), 1..40), blocks in 1usize..33) {
+            let content: Vec<u8> = content.into_iter().cycle().take(blocks * BLOCK_LEN).collect();
+            let packer = Packer::default();
+            if let Some(frame) = packer.pack(&mut packer.compressor().unwrap(), &content).unwrap() {
+                prop_assert_eq!(zstd::bulk::decompress(&frame, content.len()).unwrap(), content);
+            } else {
+                prop_assert_eq!(blocks, 1);
+            }
+        }
+    }
+}

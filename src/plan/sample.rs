@@ -1,0 +1,66 @@
+//! Which parts of extents are compressed to see what the whole would become.
+
+use std::ops::Range;
+
+use super::layout::{COMPRESSED_BLOCKS_MAX, Layout};
+use crate::block::Slot;
+use crate::facts::Facts;
+
+/// Of so many windows of an extent one is tried, two at least.
+const ONE_IN: usize = 8;
+
+/// Parts of an extent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// The extent.
+    pub extent: u32,
+    /// Windows as long as what is compressed at a time, each with its slots in order.
+    pub windows: Vec<Vec<Range<Slot>>>,
+}
+
+/// Samples of what a layout leaves of extents, cut as donors that begin with them would be: what was written as a frame of its own, and
+/// was not worth compressing, is tried as that very frame again.
+pub fn samples(facts: &Facts, layout: &Layout, extents: impl Iterator<Item = u32>) -> impl Iterator<Item = Sample> {
+    extents.filter_map(move |extent| {
+        let mut windows = cut(layout.rest_of(facts, extent));
+        let tried = windows.len().div_ceil(ONE_IN).max(2);
+        if windows.len() > tried {
+            let step = windows.len();
+            windows = (0..tried)
+                .map(|n| std::mem::take(&mut windows[(2 * n + 1) * step / (2 * tried)]))
+                .collect();
+        }
+        (!windows.is_empty()).then_some(Sample { extent, windows })
+    })
+}
+
+/// Cuts ranges of slots into windows.
+fn cut(pieces: Vec<Range<Slot>>) -> Vec<Vec<Range<Slot>>> {
+    let (mut windows, mut room) = (Vec::new(), 0);
+    for mut piece in pieces {
+        while !piece.is_empty() {
+            if room == 0 {
+                windows.push(Vec::new());
+                room = COMPRESSED_BLOCKS_MAX;
+            }
+            let end = piece.end.min(piece.start + room);
+            room -= end - piece.start;
+            if let Some(window) = windows.last_mut() {
+                window.push(piece.start..end);
+            }
+            piece.start = end;
+        }
+    }
+    windows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_full_but_the_last() {
+        assert_eq!(cut(vec![0..10, 20..60]), [vec![0..10, 20..42], vec![42..60]]);
+        assert_eq!(cut(vec![]), Vec::<Vec<Range<Slot>>>::new());
+    }
+}
