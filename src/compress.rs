@@ -108,82 +108,124 @@ impl Became {
     }
 }
 
-/// Fills in how extents are to lie on disk: of those that are candidates and that a layout leaves something of, samples are
-/// compressed. What cannot be read stays as it is.
-pub fn recode(
-    facts: &mut Facts,
-    layout: &Layout,
-    wish: Wish,
-    is_candidate: impl Fn(&Facts, u32) -> bool + Sync,
-    fs: &dyn Sharing,
-    monitor: &dyn Monitor,
-) {
-    let count = u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
-    let Wish::Zstd { packer, recompress } = wish else {
-        for place in 0..count {
-            let packed = facts.extents[place as usize].class.compression != Compression::None;
-            let plain = Recoding {
-                compression: Compression::None,
-                share: Recoding::WHOLE,
-                rewrites: true,
-            };
-            facts.extents[place as usize].recoding = packed.then_some(plain);
-        }
-        return;
+/// Makes extents that are compressed candidates for being written as they are.
+pub fn undo(facts: &mut Facts) {
+    let plain = Recoding {
+        compression: Compression::None,
+        share: Recoding::WHOLE,
+        rewrites: true,
     };
-    /// Extents whose samples are compressed before the next are chosen.
-    const AT_ONCE: u32 = 4096;
-    let wanted = |facts: &Facts, place: u32| {
-        let extent = &facts.extents[place as usize];
-        let packed = extent.class.compression != Compression::None;
-        extent.class.checksummed && extent.pinned.is_none() && (recompress || !packed) && is_candidate(facts, place)
-    };
-    let mut pool = Became::default();
-    for first in (0..count).step_by(AT_ONCE as usize) {
-        if monitor.interrupted() {
-            return;
+    for extent in &mut facts.extents {
+        extent.recoding = (extent.class.compression != Compression::None).then_some(plain);
+    }
+}
+
+/// Finds out what compression would make of extents.
+#[derive(Debug)]
+pub struct Trial {
+    packer: Packer,
+    recompress: bool,
+    /// For each extent, a hash of the sample that was tried; 0 if none was.
+    tried: Vec<u64>,
+    pool: Became,
+}
+
+impl Trial {
+    /// One that knows nothing yet. Unless it is to `recompress`, what is compressed already stays.
+    pub fn new(packer: Packer, recompress: bool) -> Self {
+        Self {
+            packer,
+            recompress,
+            tried: Vec::new(),
+            pool: Became::default(),
         }
-        let some = first..count.min(first.saturating_add(AT_ONCE));
-        let chosen: Vec<Sample> = samples(facts, layout, some.filter(|place| wanted(facts, *place))).collect();
-        let became: Vec<Option<Became>> = chosen
-            .par_iter()
-            .map_init(
-                || packer.compressor(),
-                |compressor, sample| {
-                    let compressor = compressor.as_mut().ok()?;
-                    let windows = sample
-                        .windows
-                        .iter()
-                        .map(|window| try_window(facts, fs, packer, compressor, window));
-                    windows.sum::<Option<Became>>()
-                },
-            )
-            .collect();
-        for (sample, became) in chosen.iter().zip(became) {
-            let Some(became) = became.filter(|became| became.content > 0) else {
-                continue;
-            };
-            pool = pool.and(became);
-            let extent = &mut facts.extents[sample.extent as usize];
-            let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
-            extent.recoding = Some(Recoding {
+    }
+
+    /// Fills in how candidates are to lie on disk, by compressing samples of what a layout leaves of them. What cannot be read
+    /// stays as it is. Says whether a plan is due that knows it: one extent at least that this layout keeps is to be rewritten,
+    /// which was not known when it was made.
+    pub fn look_at(
+        &mut self,
+        facts: &mut Facts,
+        layout: &Layout,
+        is_candidate: impl Fn(&Facts, u32) -> bool,
+        fs: &dyn Sharing,
+        monitor: &dyn Monitor,
+    ) -> bool {
+        /// Extents whose samples are compressed before the next are chosen.
+        const AT_ONCE: usize = 4096;
+        let count = u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
+        self.tried.resize(facts.extents.len(), 0);
+        let wanted = |facts: &Facts, place: u32| {
+            let extent = &facts.extents[place as usize];
+            let may = self.recompress || extent.class.compression == Compression::None;
+            extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
+        };
+        let candidates: Vec<u32> = (0..count).filter(|place| wanted(facts, *place)).collect();
+        let mut is_new = false;
+        for some in candidates.chunks(AT_ONCE) {
+            if monitor.interrupted() {
+                return false;
+            }
+            let chosen: Vec<(Sample, u64)> = samples(facts, layout, some.iter().copied())
+                .map(|sample| (hash_of(&sample), sample))
+                .filter(|(hash, sample)| {
+                    let tried = self.tried[sample.extent as usize];
+                    tried == 0 || (tried != *hash && !layout.is_gone(sample.extent))
+                })
+                .map(|(hash, sample)| (sample, hash))
+                .collect();
+            let became = self.compress(facts, &chosen, fs);
+            for ((sample, hash), became) in chosen.iter().zip(became) {
+                let Some(became) = became.filter(|became| became.content > 0) else {
+                    continue;
+                };
+                self.pool = self.pool.and(became);
+                self.tried[sample.extent as usize] = *hash;
+                let extent = &mut facts.extents[sample.extent as usize];
+                let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
+                let rewrites = self.packer.is_worth(became.alone, extent.disk_share(blocks));
+                is_new |= rewrites && !extent.is_recoded() && !layout.is_gone(sample.extent);
+                extent.recoding = Some(Recoding {
+                    compression: Compression::Zstd,
+                    share: became.share(),
+                    rewrites,
+                });
+            }
+        }
+        // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
+        for place in candidates.into_iter().filter(|_| self.pool.content > 0) {
+            facts.extents[place as usize].recoding.get_or_insert(Recoding {
                 compression: Compression::Zstd,
-                share: became.share(),
-                rewrites: packer.is_worth(became.alone, extent.disk_share(blocks)),
+                share: self.pool.share(),
+                rewrites: false,
             });
         }
+        is_new
     }
-    // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
-    for place in (0..count)
-        .filter(|place| pool.content > 0 && wanted(facts, *place))
-        .collect::<Vec<_>>()
-    {
-        facts.extents[place as usize].recoding.get_or_insert(Recoding {
-            compression: Compression::Zstd,
-            share: pool.share(),
-            rewrites: false,
-        });
+
+    /// Compresses samples on all cores; nothing becomes of what cannot be read.
+    fn compress(&self, facts: &Facts, chosen: &[(Sample, u64)], fs: &dyn Sharing) -> Vec<Option<Became>> {
+        let compressor = || self.packer.compressor();
+        let compress = |compressor: &mut io::Result<Compressor<'_>>, (sample, _): &(Sample, u64)| {
+            let compressor = compressor.as_mut().ok()?;
+            let windows = sample.windows.iter();
+            windows
+                .map(|window| try_window(facts, fs, self.packer, compressor, window))
+                .sum()
+        };
+        chosen.par_iter().map_init(compressor, compress).collect()
     }
+}
+
+/// A hash of what is in a sample; never 0.
+fn hash_of(sample: &Sample) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    for piece in sample.windows.iter().flatten() {
+        hash.update(&piece.start.to_le_bytes());
+        hash.update(&piece.end.to_le_bytes());
+    }
+    hash.digest().max(1)
 }
 
 impl std::iter::Sum for Became {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Prepared, Scope, prepare_groups, unreadable};
 use crate::block::{Slot, bytes};
-use crate::compress::{Packer, Wish, recode};
+use crate::compress::{Packer, Trial, Wish, undo};
 use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
@@ -139,8 +139,8 @@ fn settings(options: &Options) -> exec::Settings {
     }
 }
 
-/// Finds out what compression as it is wished would make of the extents that a plan without it leaves.
-fn look_at_compression(wish: Wish, plan: &Plan, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<()> {
+/// Checks that compression can be as it is wished, and notes what of it cannot.
+fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<()> {
     if fs.frees_blocks() {
         return Err(Error::NoCompression {
             path: fs.path(0).to_owned(),
@@ -169,28 +169,40 @@ fn look_at_compression(wish: Wish, plan: &Plan, fs: &Volume, facts: &mut Facts, 
             );
         }
     }
-    monitor.phase("Trying compression", 0);
-    let is_candidate = |facts: &Facts, extent: u32| {
-        let mut references = facts.references_to(extent).iter();
-        references.all(|reference| !images[reference.image as usize].stays_uncompressed)
-    };
-    recode(facts, &plan.layout, wish, is_candidate, fs, monitor);
     Ok(())
 }
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
 fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+    /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
+    const TRIALS_MAX: usize = 6;
+    if let Some(wish) = options.compress {
+        check_compression(wish, fs, monitor)?;
+    }
     monitor.phase("Planning", 0);
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
         fs.prove(facts, slots)
     };
+    if options.compress == Some(Wish::Undo) {
+        undo(facts);
+    }
     let mut plan = plan_proved(facts, &options.plan, &mut prove)?;
-    if let Some(wish) = options.compress {
-        look_at_compression(wish, &plan, fs, facts, monitor)?;
-        monitor.phase("Planning", 0);
-        plan = plan_proved(facts, &options.plan, &mut prove)?;
+    if let Some(Wish::Zstd { packer, recompress }) = options.compress {
+        let mut trial = Trial::new(packer, recompress);
+        let is_candidate = |facts: &Facts, extent: u32| {
+            let mut references = facts.references_to(extent).iter();
+            references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
+        };
+        for _ in 0..TRIALS_MAX {
+            monitor.phase("Trying compression", 0);
+            if !trial.look_at(facts, &plan.layout, is_candidate, fs, monitor) {
+                break;
+            }
+            monitor.phase("Planning", 0);
+            plan = plan_proved(facts, &options.plan, &mut prove)?;
+        }
     }
     let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);

@@ -240,7 +240,8 @@ impl Pass<'_> {
             // Rewriting it all is what it is compared with, and no merit of what is found elsewhere.
             this.donor_bytes(found.left_over + found.matched()) - left_over
         } else {
-            this.disk_bytes.saturating_sub(left_over)
+            // Nor is it one that what is left over happens to take less in a donor.
+            this.disk_bytes - this.disk_share(found.left_over)
         };
         // Where blocks are freed one by one, the others stay where they are.
         let rewritten = if self.facts.frees_blocks { 0 } else { left_over };
