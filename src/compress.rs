@@ -10,11 +10,11 @@ use zstd::bulk::Compressor;
 use zstd::zstd_safe::CParameter;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
-use crate::facts::{Compression, Facts, Recoding};
+use crate::facts::{Compression, Facts, Proof, Recoding};
 use crate::fs::{Sharing, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
-use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout};
+use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, Options, Plan, plan_proved};
 
 /// What compression the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,8 +108,42 @@ impl Became {
     }
 }
 
-/// Makes extents that are compressed candidates for being written as they are.
-pub fn undo(facts: &mut Facts) {
+/// Makes a plan that compresses as it is wished, of extents that are candidates; `prove` as in [`plan_proved`].
+///
+/// # Errors
+/// Whatever `prove` fails with.
+pub fn plan_wished<E>(
+    wish: Option<Wish>,
+    facts: &mut Facts,
+    options: &Options,
+    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
+    is_candidate: impl Fn(&Facts, u32) -> bool,
+    fs: &dyn Sharing,
+    monitor: &dyn Monitor,
+) -> Result<Plan, E> {
+    /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
+    const TRIALS_MAX: usize = 8;
+    if wish == Some(Wish::Undo) {
+        undo(facts);
+    }
+    monitor.phase("Planning", 0);
+    let mut plan = plan_proved(facts, options, &mut prove)?;
+    if let Some(Wish::Zstd { packer, recompress }) = wish {
+        let mut trial = Trial::new(packer, recompress);
+        for _ in 0..TRIALS_MAX {
+            monitor.phase("Trying compression", 0);
+            if !trial.look_at(facts, &plan.layout, &is_candidate, fs, monitor) {
+                break;
+            }
+            monitor.phase("Planning", 0);
+            plan = plan_proved(facts, options, &mut prove)?;
+        }
+    }
+    Ok(plan)
+}
+
+/// Has extents that are compressed written as they are.
+fn undo(facts: &mut Facts) {
     let plain = Recoding {
         compression: Compression::None,
         share: Recoding::WHOLE,
@@ -122,7 +156,7 @@ pub fn undo(facts: &mut Facts) {
 
 /// Finds out what compression would make of extents.
 #[derive(Debug)]
-pub struct Trial {
+struct Trial {
     packer: Packer,
     recompress: bool,
     /// For each extent, a hash of the sample that was tried; 0 if none was.
@@ -132,7 +166,7 @@ pub struct Trial {
 
 impl Trial {
     /// One that knows nothing yet. Unless it is to `recompress`, what is compressed already stays.
-    pub fn new(packer: Packer, recompress: bool) -> Self {
+    fn new(packer: Packer, recompress: bool) -> Self {
         Self {
             packer,
             recompress,
@@ -142,9 +176,9 @@ impl Trial {
     }
 
     /// Fills in how candidates are to lie on disk, by compressing samples of what a layout leaves of them. What cannot be read
-    /// stays as it is. Says whether a plan is due that knows it: one extent at least that this layout keeps is to be rewritten,
-    /// which was not known when it was made.
-    pub fn look_at(
+    /// stays as it is. Says whether a plan is due that knows it: where this layout rewrites something without knowing, or keeps
+    /// what is to be rewritten.
+    fn look_at(
         &mut self,
         facts: &mut Facts,
         layout: &Layout,
@@ -185,7 +219,11 @@ impl Trial {
                 let extent = &mut facts.extents[sample.extent as usize];
                 let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
                 let rewrites = self.packer.is_worth(became.alone, extent.disk_share(blocks));
-                is_new |= rewrites && !extent.is_recoded() && !layout.is_gone(sample.extent);
+                is_new |= if layout.is_gone(sample.extent) {
+                    extent.recoding.is_none()
+                } else {
+                    rewrites && !extent.is_recoded()
+                };
                 extent.recoding = Some(Recoding {
                     compression: Compression::Zstd,
                     share: became.share(),

@@ -11,12 +11,14 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use vmfold::block::Slot;
+use vmfold::compress::{Packer, Wish, plan_wished};
 use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, proof_of};
-use vmfold::fs::simulated::{Content, Faults, PLAIN, Simulated};
+use vmfold::fs::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 use vmfold::fs::{Sharing, SourceFile};
 use vmfold::monitor::Silent;
-use vmfold::plan::{Options, Plan, plan_proved};
+use vmfold::plan::{Options, Plan};
 
 /// A step in the life of a pool.
 #[derive(Debug, Clone)]
@@ -56,6 +58,7 @@ fn content() -> impl Strategy<Value = Vec<Content>> {
         1 => (1usize..20).prop_map(|length| vec![0; length]),
         1 => (1u64..5, 1usize..60).prop_map(|(value, length)| vec![value; length]),
         2 => prop::collection::vec(1_000_000u64..9_000_000, 1..10),
+        1 => prop::collection::vec(INCOMPRESSIBLE..INCOMPRESSIBLE + 9_000_000, 1..70),
     ];
     prop::collection::vec(stretch, 1..5).prop_map(|stretches| stretches.concat())
 }
@@ -148,8 +151,12 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
 }
 
 fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
+    planned_as(fs, options, None)
+}
+
+fn planned_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Facts, Plan) {
     let mut facts = fs.facts();
-    let plan = plan_proved(&mut facts, options, |facts, slots| {
+    let prove = |facts: &Facts, slots: &[Slot]| {
         let mut block = vec![0; 4096];
         Ok::<_, vmfold::error::Error>(
             slots
@@ -166,15 +173,27 @@ fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
                 })
                 .collect(),
         )
-    })
-    .unwrap();
+    };
+    let plan = plan_wished(wish, &mut facts, options, prove, |_, _| true, fs, &Silent::default()).unwrap();
     (facts, plan)
 }
 
 fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
-    let (facts, plan) = planned(fs, options);
+    reclaim_as(fs, options, None)
+}
+
+fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Plan, Ran) {
+    let (facts, plan) = planned_as(fs, options, wish);
     let mut ran = Ran::default();
-    let _ = run(&facts, &plan, Settings::default(), fs, &Silent::default(), &mut ran);
+    let packer = match wish {
+        Some(Wish::Zstd { packer, .. }) => packer,
+        _ => Packer::default(),
+    };
+    let settings = Settings {
+        packer,
+        ..Settings::default()
+    };
+    let _ = run(&facts, &plan, settings, fs, &Silent::default(), &mut ran);
     fs.close_donors();
     (plan, ran)
 }
@@ -229,6 +248,36 @@ proptest! {
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         prop_assert!(fs.peak_bytes().saturating_sub(before) <= plan.peak_bytes);
         let (_, again) = planned(&fs, &options);
+        prop_assert_eq!(&again.eliminations, &[]);
+    }
+
+    #[test]
+    fn compression_converges_and_can_be_undone(
+        steps in prop::collection::vec(step(), 1..12),
+        options in options(),
+        min_gain in 1u8..60,
+        recompress: bool,
+        held in prop::option::of(0usize..20),
+    ) {
+        let fs = build(&steps, Faults::default(), false);
+        if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
+            fs.hold_from_outside(extent);
+        }
+        let (content, before) = (fs.contents(), fs.allocated_bytes());
+        let wish = Some(Wish::Zstd { packer: Packer { level: 1, min_gain }, recompress });
+        let (_, ran) = reclaim_as(&fs, &options, wish);
+        prop_assert_eq!(fs.contents(), content.clone());
+        prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
+        let after = fs.allocated_bytes();
+        prop_assert!(after <= before);
+        let (_, again) = planned_as(&fs, &options, wish);
+        prop_assert_eq!(&again.eliminations, &[]);
+        let (plan, ran) = reclaim_as(&fs, &options, Some(Wish::Undo));
+        prop_assert_eq!(fs.contents(), content);
+        prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
+        let signed = |bytes: u64| i64::try_from(bytes).unwrap();
+        prop_assert_eq!(signed(after) - signed(fs.allocated_bytes()), plan.freed_bytes());
+        let (_, again) = planned_as(&fs, &options, Some(Wish::Undo));
         prop_assert_eq!(&again.eliminations, &[]);
     }
 
@@ -296,7 +345,7 @@ fn plan_is_the_same_every_time() {
         let extent = fs.allocate(PLAIN, content.clone());
         fs.map(image, shift, extent, 0, 199, false);
     }
-    let counts: BTreeMap<u64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
+    let counts: BTreeMap<i64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
         *counts
             .entry(planned(&fs, &Options::default()).1.freed_bytes())
             .or_default() += 1;

@@ -14,8 +14,22 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
 
-/// A block's content: the number that its bytes repeat; 0 for zeros.
+/// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
+/// for zeros.
 pub type Content = u64;
+
+/// From here on, content is such that it cannot be compressed.
+pub const INCOMPRESSIBLE: Content = 1 << 40;
+
+fn fill(block: &mut [u8], content: Content) {
+    let mut number = content;
+    for bytes in block.chunks_mut(8) {
+        bytes.copy_from_slice(&number.to_le_bytes()[..bytes.len()]);
+        if content >= INCOMPRESSIBLE {
+            number = number.wrapping_mul(0x5851_f42d_4c95_7f2d).rotate_left(29) ^ 0x1405_7b7e_f767_814f;
+        }
+    }
+}
 
 /// What a block of a file maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -377,9 +391,7 @@ impl Sharing for Simulated {
                 let content = state
                     .file(file)
                     .map_or(0, |file| state.content(file, block_at(offset) + n));
-                block
-                    .chunks_mut(8)
-                    .for_each(|bytes| bytes.copy_from_slice(&content.to_le_bytes()[..bytes.len()]));
+                fill(block, content);
             }
         });
         Ok(())

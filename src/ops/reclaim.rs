@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Prepared, Scope, prepare_groups, unreadable};
 use crate::block::{Slot, bytes};
-use crate::compress::{Packer, Trial, Wish, undo};
+use crate::compress::{Packer, Wish, plan_wished};
 use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
@@ -174,36 +174,20 @@ fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<(
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
 fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
-    /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
-    const TRIALS_MAX: usize = 6;
     if let Some(wish) = options.compress {
         check_compression(wish, fs, monitor)?;
     }
-    monitor.phase("Planning", 0);
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
         fs.prove(facts, slots)
     };
-    if options.compress == Some(Wish::Undo) {
-        undo(facts);
-    }
-    let mut plan = plan_proved(facts, &options.plan, &mut prove)?;
-    if let Some(Wish::Zstd { packer, recompress }) = options.compress {
-        let mut trial = Trial::new(packer, recompress);
-        let is_candidate = |facts: &Facts, extent: u32| {
-            let mut references = facts.references_to(extent).iter();
-            references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
-        };
-        for _ in 0..TRIALS_MAX {
-            monitor.phase("Trying compression", 0);
-            if !trial.look_at(facts, &plan.layout, is_candidate, fs, monitor) {
-                break;
-            }
-            monitor.phase("Planning", 0);
-            plan = plan_proved(facts, &options.plan, &mut prove)?;
-        }
-    }
+    let is_candidate = |facts: &Facts, extent: u32| {
+        let mut references = facts.references_to(extent).iter();
+        references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
+    };
+    let wish = options.compress;
+    let mut plan = plan_wished(wish, facts, &options.plan, &mut prove, &is_candidate, fs, monitor)?;
     let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
     if grows > free {

@@ -7,8 +7,8 @@ use std::ops::Range;
 use super::layout::{Run, Target};
 use super::table::Table;
 use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS};
-use crate::block::{BLOCK_BYTES, Slot, SlotSet};
-use crate::facts::{Extent, Facts, ImageId, Pinned};
+use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
+use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
 
 /// An extent that is to go, and where its blocks are found. What no run covers is left over.
 #[derive(Debug)]
@@ -235,14 +235,21 @@ impl Pass<'_> {
     fn pays(&self, extent: u32, new_references: u64, found: &Match, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
         let left_over = this.donor_bytes(found.left_over);
-        let rewritten_anyway = rewritten_anyway || this.is_recoded();
-        let frees = if this.is_recoded() {
+        let others = this.blocks - found.left_over;
+        let frees = if rewritten_anyway {
+            // Whatever it will be like: what pays then must pay now, or a second run would find it.
+            bytes(others)
+        } else if this.is_recoded() {
             // Rewriting it all is what it is compared with, and no merit of what is found elsewhere.
             this.donor_bytes(found.left_over + found.matched()) - left_over
+        } else if this.class.compression == Compression::None {
+            // Nor is it one that what is left over may take less in a donor.
+            this.disk_bytes - bytes(found.left_over)
         } else {
-            // Nor is it one that what is left over happens to take less in a donor.
-            this.disk_bytes - this.disk_share(found.left_over)
+            // What it takes is known after it was written only. A plan must not hang on that.
+            bytes(others) / 2
         };
+        let rewritten_anyway = rewritten_anyway || this.is_recoded();
         // Where blocks are freed one by one, the others stay where they are.
         let rewritten = if self.facts.frees_blocks { 0 } else { left_over };
         let rewriting = if rewritten_anyway {
@@ -401,13 +408,23 @@ impl Pass<'_> {
         best
     }
 
-    /// Whether a run is part of one block's repetition.
+    /// Whether a run is part of one block's repetition. Where it ends with its segment, its home tells how that would go on: where
+    /// donors end within a repetition would change from one plan to the next.
     fn is_repeated(&self, run: &Run, segment: &Range<Slot>) -> bool {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
         let fingerprint = |slot| self.facts.fingerprints.get(slot);
         let first = fingerprint(run.slot);
-        (run.slot..run.slot + run.blocks).all(|slot| fingerprint(slot) == first)
-            && around.filter(|slot| fingerprint(*slot) == first).take(2).count() > 1
+        let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
+        let goes_on = || match run.target {
+            Target::Home(home) => {
+                let before = home.checked_sub(1).filter(|_| run.slot == segment.start);
+                let after = Some(home + run.blocks).filter(|_| run.slot + run.blocks == segment.end);
+                before.iter().chain(&after).any(is_first)
+            }
+            Target::Hole => false,
+        };
+        (run.slot..run.slot + run.blocks).all(|slot| is_first(&slot))
+            && (around.filter(is_first).take(2).count() > 1 || goes_on())
     }
 
     /// Long enough to be worth a reference, or all there is, so that it takes no more references than before.
