@@ -185,30 +185,43 @@ fn commits(inner: &Inner, archive: &str) -> usize {
 
 const RECLAIM: [&str; 6] = ["reclaim", "pool", "--work-space", "4M", "--min-run", "4K"];
 
+const COMPRESS: [&str; 6] = ["reclaim", "pool", "--work-space", "4M", "--compress", "zstd"];
+
 #[test]
 fn reclaim_killed_200_times() {
-    if !can_mount() {
-        return;
+    if can_mount() {
+        killed(RECLAIM, 60, 200);
     }
+}
+
+#[test]
+fn compression_killed_100_times() {
+    if can_mount() {
+        killed(COMPRESS, 66, 100);
+    }
+}
+
+/// Kills runs at random moments.
+fn killed(arguments: [&str; 6], seed: u64, times: u32) {
     let nest = Nest::new();
-    let pristine = nest.pristine(60);
+    let pristine = nest.pristine(seed);
     let (state, used) = (pristine.state(), pristine.used());
     sh(&format!("umount {}", pristine.mount.display()));
     let trial = nest.copy(&pristine, "trial");
     trial.mount();
-    let takes = u64::try_from(trial.run(&RECLAIM).as_micros()).unwrap();
+    let takes = u64::try_from(trial.run(&arguments).as_micros()).unwrap();
     let goal = trial.used();
     trial.check_and_remove();
     assert!(goal < used);
-    let (mut random, mut kills, mut round, mut within) = (Random(61), 0, 0, takes);
-    while kills < 200 {
+    let (mut random, mut kills, mut round, mut within) = (Random(seed + 1), 0, 0, takes);
+    while kills < times {
         let inner = nest.copy(&pristine, "killed");
         inner.mount();
         round += 1;
         assert!(round < 400, "{kills} kills in {round} rounds");
         // Some are killed again and again without an end.
         for _ in 0..=random.below(8) {
-            let killed = kill_after(inner.start(&RECLAIM), Duration::from_micros(random.below(within)));
+            let killed = kill_after(inner.start(&arguments), Duration::from_micros(random.below(within)));
             kills += u32::from(killed);
             // What was killed late has less left to do.
             within = if killed {
@@ -220,7 +233,7 @@ fn reclaim_killed_200_times() {
         }
         assert_eq!(inner.state(), state, "after {kills} kills");
         if round % 8 == 0 {
-            inner.run(&RECLAIM);
+            inner.run(&arguments);
             assert_eq!(inner.state(), state);
             assert!(inner.used() <= goal + goal / 100, "{} in place of {goal}", inner.used());
         }
@@ -230,18 +243,29 @@ fn reclaim_killed_200_times() {
 
 #[test]
 fn reclaim_cut_off_50_times() {
-    if !can_mount() {
-        return;
+    if can_mount() {
+        cut_off(RECLAIM, 62, 50);
     }
+}
+
+#[test]
+fn compression_cut_off_30_times() {
+    if can_mount() {
+        cut_off(COMPRESS, 68, 30);
+    }
+}
+
+/// Takes copies of the filesystem at many moments of runs.
+fn cut_off(arguments: [&str; 6], seed: u64, times: u32) {
     let nest = Nest::new();
-    let pristine = nest.pristine(62);
+    let pristine = nest.pristine(seed);
     let (state, used) = (pristine.state(), pristine.used());
     sh(&format!("umount {}", pristine.mount.display()));
     let (mut cuts, mut between) = (0, 0);
-    while cuts < 50 {
+    while cuts < times {
         let inner = nest.copy(&pristine, "cut");
         inner.mount();
-        let mut child = inner.start(&RECLAIM);
+        let mut child = inner.start(&arguments);
         let mut copies = Vec::new();
         while child.try_wait().unwrap().is_none() {
             copies.push(nest.copy(&inner, &format!("copy{}", copies.len())));
@@ -257,7 +281,7 @@ fn reclaim_cut_off_50_times() {
             assert!(left <= used, "a power cut leaves nothing behind");
             between += u32::from(left > goal && left < used);
             if cuts % 10 == 0 {
-                copy.run(&RECLAIM);
+                copy.run(&arguments);
                 assert_eq!(copy.state(), state);
             }
             copy.check_and_remove();

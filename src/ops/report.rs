@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{Scope, discover};
 use crate::block::bytes;
 use crate::error::Result;
-use crate::facts::{Facts, ImageId, Pinned};
+use crate::facts::{Compression, Facts, ImageId, Pinned};
 use crate::fs::volume::{Purpose, Volume};
 use crate::monitor::Monitor;
 use crate::report::{ImageBytes, PoolBytes, Reported};
@@ -38,6 +38,10 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
             let of = &mut images[image as usize];
             of.data_bytes += bytes(blocks);
             of.unreachable_bytes += dead;
+            if extent.class.compression != Compression::None {
+                of.compressed_bytes += extent.disk_bytes;
+                of.uncompressed_bytes += bytes(extent.blocks);
+            }
             if exclusive {
                 of.exclusive_bytes += extent.disk_bytes;
             } else {

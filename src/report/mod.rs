@@ -12,7 +12,7 @@ pub use text::size;
 use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::Counts;
-use crate::facts::{Facts, Pinned};
+use crate::facts::{Compression, Extent, Facts, Pinned};
 use crate::fs::volume::{Fingerprinted, Physical, Volume};
 use crate::plan::{BytesByReason, Plan};
 use crate::pool::Skipped;
@@ -26,6 +26,10 @@ pub struct PoolBytes {
     pub referenced_bytes: u64,
     /// The distinct extents they refer to, on disk.
     pub physical_bytes: u64,
+    /// Of those, the compressed ones, on disk.
+    pub compressed_bytes: u64,
+    /// What those hold.
+    pub uncompressed_bytes: u64,
     /// Distinct extents.
     pub extents: u64,
     /// References to them.
@@ -35,10 +39,14 @@ pub struct PoolBytes {
 impl PoolBytes {
     /// Adds a pool up.
     pub fn of(fs: &Volume, facts: &Facts) -> Self {
+        let is_compressed = |extent: &&Extent| extent.class.compression != Compression::None;
+        let compressed = || facts.extents.iter().filter(is_compressed);
         Self {
             logical_bytes: fs.images().iter().map(|image| image.size).sum(),
             referenced_bytes: facts.references.iter().map(|reference| bytes(reference.blocks)).sum(),
             physical_bytes: Physical::of(facts).bytes,
+            compressed_bytes: compressed().map(|extent| extent.disk_bytes).sum(),
+            uncompressed_bytes: compressed().map(|extent| bytes(extent.blocks)).sum(),
             extents: facts.extents.len() as u64,
             references: facts.references.len() as u64,
         }
@@ -54,6 +62,10 @@ pub struct Planned {
     pub freed_by_reason: BytesByReason,
     /// What will be copied to donors.
     pub rewritten_bytes: u64,
+    /// Content of donors that are compressed.
+    pub uncompressed_bytes: u64,
+    /// What that is expected to take on disk.
+    pub compressed_bytes: u64,
     /// What the new references are estimated to cost in metadata.
     pub metadata_bytes: u64,
     /// What donors take at most before what they replace is freed.
@@ -73,7 +85,15 @@ pub struct Planned {
 impl Planned {
     /// Sums a plan up.
     pub fn of(plan: &Plan, proved_bytes: u64) -> Self {
+        let donors = plan.layout.donors().iter();
+        let (uncompressed_bytes, compressed_bytes) = donors
+            .filter(|donor| donor.class.compression != Compression::None)
+            .fold((0, 0), |(content, disk), donor| {
+                (content + bytes(donor.blocks), disk + donor.disk_bytes)
+            });
         Self {
+            uncompressed_bytes,
+            compressed_bytes,
             freed_bytes: plan.freed_bytes(),
             freed_by_reason: plan.freed.clone(),
             rewritten_bytes: plan.rewritten_bytes(),
@@ -162,6 +182,10 @@ pub struct ImageBytes {
     pub exclusive_bytes: u64,
     /// Extents it has in common with others, on disk.
     pub shared_bytes: u64,
+    /// Of both, those that are compressed, on disk.
+    pub compressed_bytes: u64,
+    /// What those hold.
+    pub uncompressed_bytes: u64,
     /// Parts of its extents that nothing reaches, and that stay as long as the extents do.
     pub unreachable_bytes: u64,
 }

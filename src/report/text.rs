@@ -38,7 +38,16 @@ impl Display for PoolBytes {
             size(self.logical_bytes),
             self.extents,
             self.references
-        )
+        )?;
+        if self.compressed_bytes > 0 {
+            write!(
+                f,
+                ", {} of it compressed from {}",
+                size(self.compressed_bytes),
+                size(self.uncompressed_bytes)
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -297,6 +306,14 @@ impl Display for Reclaimed {
                 size(planned.peak_bytes)
             )?;
         }
+        if planned.uncompressed_bytes > 0 {
+            writeln!(
+                f,
+                "Of what is rewritten, {} of data are compressed to about {}",
+                size(planned.uncompressed_bytes),
+                size(planned.compressed_bytes)
+            )?;
+        }
         if planned.sampled > 1 {
             writeln!(
                 f,
@@ -386,17 +403,19 @@ impl Display for Reported {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         writeln!(
             f,
-            "{:>11} {:>11} {:>11} {:>11} {:>11}  Image",
-            "Size", "Data", "Exclusive", "Shared", "Unreachable"
+            "{:>11} {:>11} {:>11} {:>11} {:>11} {:>12} {:>11}  Image",
+            "Size", "Data", "Exclusive", "Shared", "Compressed", "Uncompressed", "Unreachable"
         )?;
         for image in &self.images {
             writeln!(
                 f,
-                "{:>11} {:>11} {:>11} {:>11} {:>11}  {}",
+                "{:>11} {:>11} {:>11} {:>11} {:>11} {:>12} {:>11}  {}",
                 size(image.size),
                 size(image.data_bytes),
                 size(image.exclusive_bytes),
                 size(image.shared_bytes),
+                size(image.compressed_bytes),
+                size(image.uncompressed_bytes),
                 size(image.unreachable_bytes),
                 shown(&image.path)
             )?;
