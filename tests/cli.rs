@@ -71,10 +71,10 @@ fn reclaim_report_scan_and_status() {
     let fs = small_pool();
     let run = |command: &str| outcome(&fs.vmfold(command), &fs.mount);
     insta::assert_snapshot!(run("report"), @r#"
-               Size        Data   Exclusive      Shared Unreachable  Image
-            5.0 MiB     5.0 MiB     5.0 MiB         0 B         0 B  [folder]/pool/one.img
-            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B  [folder]/pool/two.img
-            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
+               Size        Data   Exclusive      Shared  Compressed Uncompressed Unreachable  Image
+            5.0 MiB     5.0 MiB     5.0 MiB         0 B         0 B          0 B         0 B  [folder]/pool/one.img
+            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img
+            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
         3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
         Unreachable parts of extents: 0 B
         --- stderr
@@ -109,10 +109,10 @@ fn reclaim_report_scan_and_status() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run("report"), @r#"
-               Size        Data   Exclusive      Shared Unreachable  Image
-            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B  [folder]/pool/one.img
-            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B  [folder]/pool/two.img
-            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
+               Size        Data   Exclusive      Shared  Compressed Uncompressed Unreachable  Image
+            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B          0 B         0 B  [folder]/pool/one.img
+            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img
+            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
         3 images: 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
         Unreachable parts of extents: 0 B
         --- stderr
@@ -144,6 +144,71 @@ fn reclaim_report_scan_and_status() {
 }
 
 #[test]
+fn compression() {
+    if !can_mount() {
+        return;
+    }
+    let fs = small_pool();
+    let run = |command: &str| outcome(&fs.vmfold(command), &fs.mount);
+    insta::assert_snapshot!(run("reclaim --compress zstd --dry-run"), @r#"
+        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Would free 7.9 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB)
+        To do so: 15.0 MiB compared, 2.1 MiB rewritten, about 24.0 KiB of metadata, up to 2.1 MiB of extra space on the way
+        Of what is rewritten, 4.0 MiB of data are compressed to about 2.1 MiB
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim --compress zstd"), @r#"
+        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Planned 7.9 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB)
+        To do so: 15.0 MiB compared, 2.1 MiB rewritten, about 24.0 KiB of metadata, up to 2.1 MiB of extra space on the way
+        Of what is rewritten, 4.0 MiB of data are compressed to about 2.1 MiB
+        Freed 7.9 MiB: now 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim --compress zstd"), @r#"
+        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Planned 0 B in 0 extents
+        Freed 0 B: now 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("report"), @r#"
+               Size        Data   Exclusive      Shared  Compressed Uncompressed Unreachable  Image
+            5.0 MiB     4.0 MiB         0 B     2.1 MiB     2.1 MiB      4.0 MiB         0 B  [folder]/pool/one.img
+            5.0 MiB     4.0 MiB         0 B     2.1 MiB     2.1 MiB      4.0 MiB         0 B  [folder]/pool/two.img
+            5.0 MiB     4.0 MiB         0 B     2.1 MiB     2.1 MiB      4.0 MiB         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
+        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Unreachable parts of extents: 0 B
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim --compress none --dry-run"), @r#"
+        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Would take more: 1.9 MiB in 32 extents
+        To do so: 12.0 MiB compared, 4.0 MiB rewritten, about 0 B of metadata, up to 4.0 MiB of extra space on the way
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim --compress none"), @r#"
+        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Planned to take more: 1.9 MiB in 32 extents
+        To do so: 12.0 MiB compared, 4.0 MiB rewritten, about 0 B of metadata, up to 4.0 MiB of extra space on the way
+        Took more: 1.9 MiB: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run("reclaim --compress lzo"), @r#"
+        --- stderr
+        error: invalid value 'lzo' for '--compress <HOW>': it is `zstd`, `zstd:LEVEL` or `none`
+
+        For more information, try '--help'.
+        --- exit 2
+    "#);
+}
+
+#[test]
 fn reclaim_json() {
     if !can_mount() {
         return;
@@ -163,6 +228,8 @@ fn reclaim_json() {
             "logical_bytes": 15728640,
             "referenced_bytes": 15728640,
             "physical_bytes": 10485760,
+            "compressed_bytes": 0,
+            "uncompressed_bytes": 0,
             "extents": 2,
             "references": 3
           },
@@ -180,6 +247,8 @@ fn reclaim_json() {
               "zeros": 2097152
             },
             "rewritten_bytes": 4194304,
+            "uncompressed_bytes": 0,
+            "compressed_bytes": 0,
             "metadata_bytes": 768,
             "peak_bytes": 4194304,
             "compared_bytes": 15728640,
@@ -194,6 +263,8 @@ fn reclaim_json() {
               "logical_bytes": 15728640,
               "referenced_bytes": 12582912,
               "physical_bytes": 4194304,
+              "compressed_bytes": 0,
+              "uncompressed_bytes": 0,
               "extents": 1,
               "references": 3
             },
@@ -568,6 +639,12 @@ fn help_and_usage() {
           -n, --dry-run             Only say what would be done
               --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
                                     more fragments [default: 8KiB]
+              --compress <HOW>      Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if
+                                    not said), sharing it all the same; `none` undoes it
+              --min-gain <PERCENT>  What must be gained to compress something, in hundredths of its size
+                                    [default: 10]
+              --recompress          Compress what is compressed already once more where that gains as much
+                                    again
               --keep-zeros          Leave blocks of zeros as data instead of making them holes
               --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
               --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]

@@ -188,10 +188,10 @@ fn compressed_and_plain_copies_are_shared() {
 
 #[test]
 fn space_on_the_way_is_bounded() {
+    const WORK_SPACE: u64 = 16 << 20;
     if !can_mount() {
         return;
     }
-    const WORK_SPACE: u64 = 16 << 20;
     let fs = Mounted::btrfs();
     build_pool(&fs.pool(), 75);
     let used = fs.used();

@@ -187,7 +187,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
         references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
     };
     let wish = options.compress;
-    let mut plan = plan_wished(wish, facts, &options.plan, &mut prove, &is_candidate, fs, monitor)?;
+    let mut plan = plan_wished(wish, facts, &options.plan, &mut prove, is_candidate, fs, monitor)?;
     let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
     if grows > free {

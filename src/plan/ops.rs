@@ -171,10 +171,12 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
 
     let (mut batch, mut ops) = (None, 0);
     for op in plan.ops(facts, extent) {
-        if let Source::Donor(file, _) = op.source {
+        if let Source::Donor(file, at) = op.source {
             batch = batch.max(Some(plan.donor_files[file as usize].batch));
+            ops += plan.donor_extents_over(file, at..at + op.blocks);
+        } else {
+            ops += 1;
         }
-        ops += 1;
     }
     let metadata_bytes = u64::saturating_sub(ops, references.len() as u64) * METADATA_BYTES_PER_REFERENCE;
     (
@@ -192,6 +194,13 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
 }
 
 impl Plan {
+    /// How many extents of a donor file a range of it reaches into: a reference is needed for each.
+    fn donor_extents_over(&self, file: u32, range: Range<u32>) -> u64 {
+        let extents = &self.donor_files[file as usize].extents;
+        let begin_before = |block| extents.partition_point(|donor| self.donor_places[*donor as usize].1 < block);
+        (begin_before(range.end) - begin_before(range.start + 1)) as u64 + 1
+    }
+
     /// The ops that eliminate one extent, reference by reference.
     pub fn ops<'a>(&'a self, facts: &'a Facts, extent: u32) -> impl Iterator<Item = Op> + 'a {
         let ops = facts.references_to(extent).iter().flat_map(move |reference| {

@@ -60,7 +60,11 @@ mod tests {
 
     #[test]
     fn windows_are_full_but_the_last() {
-        assert_eq!(cut(vec![0..10, 20..60]), [vec![0..10, 20..42], vec![42..60]]);
-        assert_eq!(cut(vec![]), Vec::<Vec<Range<Slot>>>::new());
+        let lengths = |windows: Vec<Vec<Range<Slot>>>| -> Vec<Vec<usize>> {
+            let lengths = |window: &Vec<Range<Slot>>| window.iter().map(ExactSizeIterator::len).collect();
+            windows.iter().map(lengths).collect()
+        };
+        assert_eq!(lengths(cut(vec![0..10, 20..60])), [vec![10, 22], vec![18]]);
+        assert!(cut(vec![]).is_empty());
     }
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter, Result};
 
-use super::{Change, Diffed, Exported, Imported, Listed, LostImage, PoolBytes, Reclaimed, Reported, Scanned, Verified};
+use super::{
+    Change, Diffed, Exported, Imported, Listed, LostImage, Planned, PoolBytes, Reclaimed, Reported, Scanned, Verified,
+};
 use crate::index::Status;
 use crate::plan::Reason;
 use crate::pool::{Skip, Skipped};
@@ -12,10 +14,6 @@ use crate::shown::shown;
 /// A number of bytes as people read it.
 pub fn size(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
-}
-
-fn signed_size(bytes: i64) -> String {
-    format!("{}{}", if bytes < 0 { "-" } else { "" }, size(bytes.unsigned_abs()))
 }
 
 fn reason(reason: Reason) -> &'static str {
@@ -271,57 +269,67 @@ fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>
         .try_for_each(|(name, bytes)| writeln!(f, "Held by: {}: {}", shown(std::path::Path::new(name)), size(**bytes)))
 }
 
+/// What is planned, and what it takes.
+fn planned(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result {
+    let would = match (planned.freed_bytes < 0, dry_run) {
+        (false, true) => "Would free",
+        (false, false) => "Planned",
+        (true, true) => "Would take more:",
+        (true, false) => "Planned to take more:",
+    };
+    write!(
+        f,
+        "{would} {} in {} extents",
+        size(planned.freed_bytes.unsigned_abs()),
+        planned.extents
+    )?;
+    let reasons = planned
+        .freed_by_reason
+        .iter()
+        .map(|(why, bytes)| format!("{} {}", reason(*why), size(*bytes)));
+    let reasons = reasons.collect::<Vec<_>>().join(", ");
+    writeln!(
+        f,
+        "{}",
+        if reasons.is_empty() {
+            String::new()
+        } else {
+            format!(" ({reasons})")
+        }
+    )?;
+    if planned.extents > 0 {
+        writeln!(
+            f,
+            "To do so: {} compared, {} rewritten, about {} of metadata, up to {} of extra space on the way",
+            size(planned.compared_bytes),
+            size(planned.rewritten_bytes),
+            size(planned.metadata_bytes),
+            size(planned.peak_bytes)
+        )?;
+    }
+    if planned.uncompressed_bytes > 0 {
+        writeln!(
+            f,
+            "Of what is rewritten, {} of data are compressed to about {}",
+            size(planned.uncompressed_bytes),
+            size(planned.compressed_bytes)
+        )?;
+    }
+    if planned.sampled > 1 {
+        writeln!(
+            f,
+            "Looked up one block in {}: the pool is large for the memory allowed; more --memory finds shorter runs",
+            planned.sampled
+        )?;
+    }
+    Ok(())
+}
+
 impl Display for Reclaimed {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         writeln!(f, "{} images: {}", self.images, self.pool)?;
-        let planned = &self.planned;
-        let would = if self.dry_run { "Would free" } else { "Planned" };
-        write!(
-            f,
-            "{would} {} in {} extents",
-            signed_size(planned.freed_bytes),
-            planned.extents
-        )?;
-        let reasons = planned
-            .freed_by_reason
-            .iter()
-            .map(|(why, bytes)| format!("{} {}", reason(*why), size(*bytes)));
-        let reasons = reasons.collect::<Vec<_>>().join(", ");
-        writeln!(
-            f,
-            "{}",
-            if reasons.is_empty() {
-                String::new()
-            } else {
-                format!(" ({reasons})")
-            }
-        )?;
-        if planned.extents > 0 {
-            writeln!(
-                f,
-                "To do so: {} compared, {} rewritten, about {} of metadata, up to {} of extra space on the way",
-                size(planned.compared_bytes),
-                size(planned.rewritten_bytes),
-                size(planned.metadata_bytes),
-                size(planned.peak_bytes)
-            )?;
-        }
-        if planned.uncompressed_bytes > 0 {
-            writeln!(
-                f,
-                "Of what is rewritten, {} of data are compressed to about {}",
-                size(planned.uncompressed_bytes),
-                size(planned.compressed_bytes)
-            )?;
-        }
-        if planned.sampled > 1 {
-            writeln!(
-                f,
-                "Looked up one block in {}: the pool is large for the memory allowed; more --memory finds shorter runs",
-                planned.sampled
-            )?;
-        }
-        for (why, bytes) in &planned.pinned {
+        planned(f, &self.planned, self.dry_run)?;
+        for (why, bytes) in &self.planned.pinned {
             let why = match why {
                 crate::facts::Pinned::HeldByOthers => "files or snapshots outside the given paths hold",
                 crate::facts::Pinned::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
@@ -332,7 +340,8 @@ impl Display for Reclaimed {
         }
         held(f, &self.held_by)?;
         if let Some(done) = &self.done {
-            writeln!(f, "Freed {}: now {}", signed_size(done.freed_bytes), done.after)?;
+            let did = if done.freed_bytes < 0 { "Took more:" } else { "Freed" };
+            writeln!(f, "{did} {}: now {}", size(done.freed_bytes.unsigned_abs()), done.after)?;
             let counts = &done.counts;
             if counts.differing_bytes > 0 {
                 writeln!(

@@ -97,7 +97,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
             found
                 && unchanged[place.image as usize]
                 && places.copy(before, place, |done, old| {
-                    fingerprints.write(slot + done, &before.fingerprints.range(old))
+                    fingerprints.write(slot + done, &before.fingerprints.range(old));
                 })
         });
         if !found {
