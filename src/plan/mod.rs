@@ -194,6 +194,9 @@ fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> 
     layout.compose(facts, &gone, |slot| slot, Some);
     drop(gone);
     for _ in 1..ROUNDS_MAX {
+        if layout.gone().is_empty() {
+            break;
+        }
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
         let again = greedy::decide(&applied.facts, options, ask, |extent| {
