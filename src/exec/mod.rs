@@ -84,8 +84,9 @@ pub fn run(
     monitor: &dyn Monitor,
     ran: &mut Ran,
 ) -> Result<()> {
-    let total = plan.batches.iter().map(|batch| batch.compared_bytes).sum::<u64>() + plan.rewritten_bytes();
-    monitor.phase("Sharing", total);
+    let compared: u64 = plan.batches.iter().map(|batch| batch.compared_bytes).sum();
+    let written: u64 = plan.layout.donors().iter().map(|donor| bytes(donor.blocks)).sum();
+    monitor.phase("Sharing", compared + written);
     let writer = Writer {
         facts,
         plan,

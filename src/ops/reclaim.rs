@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
-use crate::fs::volume::{Image, Physical, Purpose, Volume, freed_bytes, remember};
+use crate::fs::volume::{Image, Purpose, Volume, freed_bytes, remember};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
@@ -63,7 +63,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         inline,
         mut index,
     } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
-    let (before, free_before) = (Physical::of(&facts), fs.free_bytes()?);
+    let free_before = fs.free_bytes()?;
     let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
     // Kernels' modules are attached to many machines, and are none.
     let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
@@ -105,7 +105,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     monitor.phase("Counting", 0);
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
-    let counted = freed_bytes(&fs, &before, free_before);
+    let counted = freed_bytes(&fs, &facts, free_before);
     result.skipped.extend(left_meanwhile(&fs, &ran));
     result.failed = outcome.err();
     match counted {

@@ -1,6 +1,5 @@
 //! One pass over all extents: what stays, and where the blocks of what goes are found.
 
-use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -52,28 +51,29 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
 fn order(facts: &Facts, options: &Options) -> Vec<u32> {
     /// An extent with this share of it unreachable is better not built upon, in 1/16.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
-    let mut order: Vec<_> = (0u32..).zip(&facts.extents).collect();
-    order.sort_by_cached_key(|(place, extent)| {
+    const USAGE_MAX: u64 = u64::MAX >> 2;
+    let rank = |(place, extent): (u32, &Extent)| {
         let live: usize = facts.live_runs(extent.slots()).map(|run| run.len()).sum();
         let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
-        (
-            is_pinned(facts, options, *place).is_none(),
-            u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS),
-            Reverse(
-                facts
-                    .references_to(*place)
-                    .iter()
-                    .map(|reference| u64::from(reference.blocks))
-                    .sum::<u64>(),
-            ),
-            live_hash(facts, extent),
-            facts
-                .references_to(*place)
-                .first()
-                .map(|reference| (reference.image, reference.file_block)),
-        )
+        let is_wasteful = u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS);
+        let references = facts.references_to(place).iter();
+        let usage: u64 = references.map(|reference| u64::from(reference.blocks)).sum();
+        // One number takes less memory than three.
+        let first = u64::from(is_pinned(facts, options, place).is_none()) << 63
+            | u64::from(is_wasteful) << 62
+            | (USAGE_MAX - usage.min(USAGE_MAX));
+        (first, live_hash(facts, extent), place)
+    };
+    let mut order: Vec<_> = (0u32..).zip(&facts.extents).map(rank).collect();
+    let first_reference = |place: u32| {
+        let reference = facts.references_to(place).first();
+        reference.map(|reference| (reference.image, reference.file_block))
+    };
+    order.sort_unstable_by(|one, other| {
+        let tie = || (first_reference(one.2), one.2).cmp(&(first_reference(other.2), other.2));
+        (one.0, one.1).cmp(&(other.0, other.1)).then_with(tie)
     });
-    order.into_iter().map(|(place, _)| place).collect()
+    order.into_iter().map(|(_, _, place)| place).collect()
 }
 
 /// A hash of what can be reached of an extent.

@@ -13,7 +13,7 @@ use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::Counts;
 use crate::facts::{Compression, Extent, Facts, Pinned};
-use crate::fs::volume::{Fingerprinted, Physical, Volume};
+use crate::fs::volume::{Fingerprinted, Volume, physical_bytes};
 use crate::plan::{BytesByReason, Plan};
 use crate::pool::Skipped;
 
@@ -44,7 +44,7 @@ impl PoolBytes {
         Self {
             logical_bytes: fs.images().iter().map(|image| image.size).sum(),
             referenced_bytes: facts.references.iter().map(|reference| bytes(reference.blocks)).sum(),
-            physical_bytes: Physical::of(facts).bytes,
+            physical_bytes: physical_bytes(facts),
             compressed_bytes: compressed().map(|extent| extent.disk_bytes).sum(),
             uncompressed_bytes: compressed().map(|extent| bytes(extent.blocks)).sum(),
             extents: facts.extents.len() as u64,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Benchmark of reclaim beside a peer, in one run: bash tests/bench/reclaim.sh POOL.fsimg
+# Benchmark of reclaim beside peers, in one run: bash tests/bench/reclaim.sh POOL.fsimg
 #
 # POOL.fsimg is a btrfs in a file, with images in its folder `pool`. Each run gets a fresh copy of it in $WORK (default: the
 # file's folder; /dev/shm takes the disk out of the figures) and cold caches. Prints a table in Markdown. Takes root, and
@@ -32,5 +32,8 @@ row "vmfold reclaim --dry-run" '"$VMFOLD" reclaim --dry-run --index "$D" "$P"'
 row "vmfold reclaim" '"$VMFOLD" reclaim --index "$D" "$P"'
 row "vmfold reclaim --min-run 4K" '"$VMFOLD" reclaim --min-run 4K --index "$D" "$P"'
 row "vmfold reclaim --memory 1M" '"$VMFOLD" reclaim --memory 1M --index "$D" "$P"'
+row "vmfold reclaim --compress zstd" '"$VMFOLD" reclaim --compress zstd --index "$D" "$P"'
+row "vmfold reclaim --compress zstd:15" '"$VMFOLD" reclaim --compress zstd:15 --index "$D" "$P"'
+row "btrfs filesystem defragment -czstd -r" 'btrfs filesystem defragment -czstd -r "$P"'
 row "duperemove -dr" 'duperemove -qdr --hashfile="$D/hashes" "$P"'
 row "duperemove -dr --dedupe-options=partial,same" 'duperemove -qdr --dedupe-options=partial,same --hashfile="$D/hashes" "$P"'

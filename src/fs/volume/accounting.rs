@@ -1,34 +1,20 @@
 //! What a pool takes on disk, counted from the filesystem's own records.
 
-use std::collections::BTreeMap;
-
 use super::{Mapped, Volume};
 use crate::error::Result;
-use crate::facts::Facts;
+use crate::facts::{Extent, Facts};
 use crate::fs::Sharing;
 
-/// The distinct extents that a pool refers to.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Physical {
-    /// Their bytes on disk.
-    pub bytes: u64,
-    /// By address: generation and bytes.
-    extents: BTreeMap<u64, (u64, u64)>,
+/// Bytes on disk of the distinct extents that a pool refers to.
+pub fn physical_bytes(facts: &Facts) -> u64 {
+    facts.extents.iter().map(|extent| extent.disk_bytes).sum()
 }
 
-impl Physical {
-    /// Counts the extents of a map.
-    pub fn of(facts: &Facts) -> Self {
-        let extents = facts
-            .extents
-            .iter()
-            .map(|extent| (extent.address, (extent.generation, extent.disk_bytes)));
-        let extents: BTreeMap<_, _> = extents.collect();
-        Self {
-            bytes: extents.values().map(|(_, bytes)| bytes).sum(),
-            extents,
-        }
-    }
+/// Whether there is that very extent, and not a later one at its place.
+fn has(facts: &Facts, extent: &Extent) -> bool {
+    let extents = &facts.extents;
+    let found = extents.binary_search_by_key(&extent.address, |other| other.address);
+    found.is_ok_and(|at| extents[at].generation == extent.generation)
 }
 
 /// Bytes that are free now and were not: extents that are gone, less those that are new. An extent that the pool no longer
@@ -36,12 +22,12 @@ impl Physical {
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn freed_bytes(fs: &Volume, before: &Physical, free_before: u64) -> Result<(i64, Mapped)> {
+pub fn freed_bytes(fs: &Volume, before: &Facts, free_before: u64) -> Result<(i64, Mapped)> {
     let mapped = fs.map()?;
-    let after = Physical::of(&mapped.facts);
+    let after = &mapped.facts;
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     if fs.frees_blocks() {
-        let counted = signed(before.bytes) - signed(after.bytes);
+        let counted = signed(physical_bytes(before)) - signed(physical_bytes(after));
         // Sharing blocks never moves data here, so what is referred to now was before.
         if fs.sees_all_holders() {
             return Ok((counted, mapped));
@@ -53,16 +39,13 @@ pub fn freed_bytes(fs: &Volume, before: &Physical, free_before: u64) -> Result<(
         return Ok((if free + slack < counted { free } else { counted }, mapped));
     }
     let mut freed = 0i64;
-    for (address, (generation, bytes)) in &before.extents {
-        let kept = after.extents.get(address).is_some_and(|(now, _)| now == generation);
-        if !kept && !fs.is_allocated(*address, *generation)? {
-            freed += signed(*bytes);
+    for extent in before.extents.iter().filter(|extent| !has(after, extent)) {
+        if !fs.is_allocated(extent.address, extent.generation)? {
+            freed += signed(extent.disk_bytes);
         }
     }
-    for (address, (generation, bytes)) in &after.extents {
-        if before.extents.get(address).is_none_or(|(then, _)| then != generation) {
-            freed -= signed(*bytes);
-        }
+    for extent in after.extents.iter().filter(|extent| !has(before, extent)) {
+        freed -= signed(extent.disk_bytes);
     }
     Ok((freed, mapped))
 }

@@ -17,7 +17,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use rustix::fs::{Advice, FallocateFlags, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-pub use accounting::{Physical, freed_bytes};
+pub use accounting::{freed_bytes, physical_bytes};
 pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint, remember};
 pub use images::{Image, Purpose};
 
