@@ -131,7 +131,6 @@ pub fn plan_wished<E>(
     if let Some(Wish::Zstd { packer, recompress }) = wish {
         let mut trial = Trial::new(packer, recompress);
         for _ in 0..TRIALS_MAX {
-            monitor.phase("Trying compression", 0);
             if !trial.look_at(facts, &plan.layout, &is_candidate, fs, monitor) {
                 break;
             }
@@ -196,6 +195,11 @@ impl Trial {
             extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
         };
         let candidates: Vec<u32> = (0..count).filter(|place| wanted(facts, *place)).collect();
+        let all = |facts: &Facts, places: &[u32]| -> u64 {
+            let blocks = places.iter().map(|place| facts.extents[*place as usize].blocks);
+            blocks.map(bytes).sum()
+        };
+        monitor.phase("Trying compression", all(facts, &candidates));
         let mut is_new = false;
         for some in candidates.chunks(AT_ONCE) {
             if monitor.interrupted() {
@@ -210,6 +214,7 @@ impl Trial {
                 .map(|(hash, sample)| (sample, hash))
                 .collect();
             let became = self.compress(facts, &chosen, fs);
+            monitor.advance(all(facts, some));
             for ((sample, hash), became) in chosen.iter().zip(became) {
                 let Some(became) = became.filter(|became| became.content > 0) else {
                     continue;

@@ -1,8 +1,10 @@
 //! Writes donors: what extents that go leave over, contiguous, so that every reference to them can move there.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use crate::block::bytes;
+use crate::block::{BLOCK_LEN, bytes};
 use crate::compress::{Packer, read_slots};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts};
@@ -14,9 +16,29 @@ use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, Plan};
 const SIDE_BY_SIDE: usize = 64;
 
 /// A donor that was written.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Donor {
     pub(super) number: usize,
+    /// Blocks that it does not hold, since they could not be read.
+    missing: Vec<Range<u32>>,
+}
+
+impl Donor {
+    /// Whether a range of blocks is there.
+    pub(super) fn has(&self, range: &Range<u32>) -> bool {
+        !self
+            .missing
+            .iter()
+            .any(|missing| missing.start < range.end && range.start < missing.end)
+    }
+}
+
+/// What came of writing donors.
+#[derive(Debug, Default)]
+pub(super) struct Written {
     pub(super) bytes: u64,
+    /// What could not be read for them.
+    pub(super) unreadable: Vec<Error>,
 }
 
 /// What donors are written for, and how.
@@ -37,52 +59,84 @@ struct Packed {
 
 impl Writer<'_> {
     /// Writes one donor file. If the user asks to stop, it stays incomplete, and nothing will be shared with it.
-    pub(super) fn write(self, file: &DonorFile) -> Result<Donor> {
+    pub(super) fn write(self, file: &DonorFile, written: &mut Written) -> Result<Donor> {
         let mut donor = Donor {
             number: self.fs.create_donor(file.class)?,
-            bytes: 0,
+            ..Donor::default()
         };
-        let written = self.fill(file, &mut donor);
-        if let Err(error) = written.and_then(|()| self.fs.settle_donor(donor.number)) {
+        let filled = self.fill(file, &mut donor, written);
+        if let Err(error) = filled.and_then(|()| self.fs.settle_donor(donor.number)) {
             self.fs.discard_donor(donor.number);
             return Err(error);
         }
         Ok(donor)
     }
 
-    fn fill(self, file: &DonorFile, donor: &mut Donor) -> Result<()> {
+    fn fill(self, file: &DonorFile, donor: &mut Donor, written: &mut Written) -> Result<()> {
         let extent = |place: &u32| &self.plan.layout.donors()[*place as usize];
         let side_by_side = if packs(self.fs, file.class) { SIDE_BY_SIDE } else { 1 };
         let mut groups = file.extents.chunks(side_by_side).peekable();
+        let mut at = 0;
         while let Some(group) = groups.next() {
-            groups
-                .peek()
-                .iter()
-                .flat_map(|next| next.iter())
-                .for_each(|place| self.read_ahead(extent(place)));
-            let read = |place: &u32| read_slots(self.facts, self.fs, &extent(place).pieces);
-            let packed: Result<Vec<Packed>> = if packs(self.fs, file.class) {
-                let pack = |compressor: &mut _, place: &u32| self.pack(compressor, read(place)?);
-                group.par_iter().map_init(|| self.packer.compressor(), pack).collect()
-            } else {
-                let plain = |place: &u32| {
-                    Ok(Packed {
-                        content: read(place)?,
-                        frame: None,
-                    })
+            let next = groups.peek().copied().unwrap_or_default();
+            for place in next {
+                self.read_ahead(extent(place));
+            }
+            for (extent, read) in group.iter().map(extent).zip(self.read(file.class, group)) {
+                let read = match read {
+                    // Others need what is around it. In its place are zeros, which nothing is shared with.
+                    Err(error) if error.is_read() => {
+                        written.unreadable.push(self.first_unreadable(extent).unwrap_or(error));
+                        donor.missing.push(at..at + extent.blocks);
+                        Packed {
+                            content: vec![0; extent.blocks as usize * BLOCK_LEN],
+                            frame: None,
+                        }
+                    }
+                    read => read?,
                 };
-                group.iter().map(plain).collect()
-            };
-            for Packed { content, frame } in packed? {
-                self.fs.append_to_donor(donor.number, &content, frame.as_deref())?;
-                donor.bytes += content.len() as u64;
-                self.monitor.advance(content.len() as u64);
+                self.fs
+                    .append_to_donor(donor.number, &read.content, read.frame.as_deref())?;
+                at += extent.blocks;
+                written.bytes += bytes(extent.blocks);
+                self.monitor.advance(bytes(extent.blocks));
             }
             if self.monitor.interrupted() {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// Reads what extents are to hold, and makes their frames side by side.
+    fn read(self, class: Class, places: &[u32]) -> Vec<Result<Packed>> {
+        let read = |place: &u32| {
+            let extent = &self.plan.layout.donors()[*place as usize];
+            read_slots(self.facts, self.fs, &extent.pieces)
+        };
+        if packs(self.fs, class) {
+            let pack = |compressor: &mut _, place: &u32| self.pack(compressor, read(place)?);
+            return places.par_iter().map_init(|| self.packer.compressor(), pack).collect();
+        }
+        let plain = |place: &u32| {
+            Ok(Packed {
+                content: read(place)?,
+                frame: None,
+            })
+        };
+        places.iter().map(plain).collect()
+    }
+
+    /// The error of the first block of what an extent takes over that cannot be read.
+    fn first_unreadable(self, extent: &DonorExtent) -> Option<Error> {
+        let places = extent
+            .pieces
+            .iter()
+            .flat_map(|piece| self.facts.places_of(piece.clone()));
+        places.into_iter().find_map(|(_, place)| {
+            let file = SourceFile::Image(place.image);
+            super::first_unreadable(self.fs, file, bytes(place.file_block), bytes(place.blocks))
+        })
     }
 
     fn read_ahead(self, extent: &DonorExtent) {

@@ -12,7 +12,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-use donors::Writer;
+use donors::{Donor, Writer, Written};
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::compress::Packer;
@@ -112,7 +112,7 @@ pub fn run(
         scope.spawn(move || {
             let mut donor_files = vec![None; plan.donor_files.len()];
             for (number, batch) in plan.batches.iter().enumerate() {
-                let mut bytes = 0;
+                let mut made = Written::default();
                 let mut failed = None;
                 for file in batch.donor_files.clone() {
                     let donor_file = &plan.donor_files[file];
@@ -120,28 +120,23 @@ pub fn run(
                         reserve_bytes: settings.reserve_bytes,
                         before: || shared.wait_for(number),
                     };
-                    let written = room.keep(plan, donor_file, fs).and_then(|()| writer.write(donor_file));
-                    match written {
-                        Ok(donor) => {
-                            donor_files[file] = Some(donor.number);
-                            bytes += donor.bytes;
-                        }
+                    let kept = room.keep(plan, donor_file, fs);
+                    match kept.and_then(|()| writer.write(donor_file, &mut made)) {
+                        Ok(donor) => donor_files[file] = Some(donor),
                         // What does not need this donor can go all the same, and may make the space that the next one takes.
                         Err(error) => failed = failed.or(Some(error)),
                     }
                 }
-                if written.send((batch, bytes, failed, donor_files.clone())).is_err() {
+                if written.send((batch, made, failed, donor_files.clone())).is_err() {
                     return;
                 }
             }
         });
         let mut failed = None;
-        for (batch, bytes, problem, donor_files) in batches {
-            run.ran.counts.written_bytes += bytes;
-            match problem {
-                Some(problem) if problem.is_read() => run.ran.unreadable.push(problem),
-                problem => failed = failed.or(problem),
-            }
+        for (batch, made, problem, donor_files) in batches {
+            run.ran.counts.written_bytes += made.bytes;
+            run.ran.unreadable.extend(made.unreadable);
+            failed = failed.or(problem);
             run.batch(batch, &donor_files)?;
             shared.one_more();
             if run.ran.interrupted {
@@ -240,15 +235,17 @@ struct Call {
 
 impl Run<'_> {
     /// Shares what a batch is about; `donor_files` are the donors that were made for the plan's donor files.
-    fn batch(&mut self, batch: &Batch, donor_files: &[Option<usize>]) -> Result<()> {
+    fn batch(&mut self, batch: &Batch, donor_files: &[Option<Donor>]) -> Result<()> {
         if self.stop() {
             return Ok(());
         }
-        let extents: Vec<u32> = self.plan.eliminations[batch.eliminations.clone()]
-            .iter()
-            .map(|one| one.extent)
-            .collect();
         let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
+        // What needs a donor that is not there stays as it is: moving the rest of it would free nothing.
+        let has_all = |extent: &u32| plan.ops(facts, *extent).all(|op| call(fs, donor_files, &op).is_some());
+        let extents = plan.eliminations[batch.eliminations.clone()]
+            .iter()
+            .map(|one| one.extent);
+        let extents: Vec<u32> = extents.filter(has_all).collect();
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let ran = &mut *self.ran;
@@ -262,8 +259,7 @@ impl Run<'_> {
             Ok(true)
         })?;
         self.fs.commit()?;
-        // Extents whose donor is missing are held for that reason, and no second turn changes it.
-        if self.ran.interrupted || donor_files[..batch.donor_files.end].contains(&None) {
+        if self.ran.interrupted {
             return Ok(());
         }
         second::round(self, &extents)
@@ -275,11 +271,15 @@ impl Run<'_> {
     }
 }
 
-/// The range to share for an op; none if its donor was not written.
-fn call(fs: &dyn Sharing, donor_files: &[Option<usize>], op: &Op) -> Option<Call> {
+/// The range to share for an op; none if its donor does not hold it.
+fn call(fs: &dyn Sharing, donor_files: &[Option<Donor>], op: &Op) -> Option<Call> {
     let (source, source_block) = match op.source {
         Source::Image(image, block) => (SourceFile::Image(image), block),
-        Source::Donor(file, block) => (SourceFile::Donor(donor_files[file as usize]?), block),
+        Source::Donor(file, block) => {
+            let donor = donor_files[file as usize].as_ref();
+            let donor = donor.filter(|donor| donor.has(&(block..block + op.blocks)))?;
+            (SourceFile::Donor(donor.number), block)
+        }
         Source::Hole => (
             SourceFile::Hole {
                 checksummed: fs.is_checksummed(op.image),

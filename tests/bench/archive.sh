@@ -3,13 +3,15 @@
 #
 # POOL.fsimg is a btrfs in a file, with images in its folder `pool`; it is only read. Archives and the filesystem that is restored to
 # are made in $WORK (default: the file's folder; /dev/shm takes the disk out of the figures). Caches are cold before each command.
-# What is restored is compared with the pool. Prints a table in Markdown. Takes root, borgbackup and restic (installed where they are
-# missing). Nothing here decides a test.
+# What is restored is compared with the pool. Prints a table in Markdown. Takes root, borgbackup, restic, zpaq and casync (installed
+# where they are missing). Nothing here decides a test.
 set -euo pipefail
 image=$(realpath "$1"); cd "$(dirname "$0")/../.."
 . tests/install.sh
 need borg borgbackup borgbackup
 need restic restic restic
+need zpaq zpaq zpaq
+need casync casync casync
 need openssl openssl openssl
 [ -x /usr/bin/time ] || need /usr/bin/time time time
 cargo build --quiet --release --locked
@@ -28,7 +30,7 @@ row() { # name store restore, with $P for the pool, $A for a folder for the arch
   export A=$dir/archive T=$dir/to; rm -rf "$A"; mkdir "$A"
   timed "$2"; local stored=$took size; size=$(($(du -sb "$A" | cut -f1) >> 20))
   [ -n "$3" ] || { echo "| $1 | $size | $stored | not measured | | |"; return; }
-  truncate -s 64G "$dir/fs"; mkfs.btrfs -q "$dir/fs" 2>/dev/null; mount -o loop "$dir/fs" "$T"
+  truncate -s 64G "$dir/fs"; mkfs.btrfs -q "$dir/fs" >/dev/null 2>&1; mount -o loop "$dir/fs" "$T"
   timed "$3"; local restored=$took used root same=no
   sync -f "$T"; btrfs filesystem sync "$T" >/dev/null
   used=$(btrfs filesystem df -b "$T" | awk -F'used=' '/^Data/ {print int($2 / 1048576)}')
@@ -44,3 +46,5 @@ row "borg, buzhash 16 KiB, zstd 3" 'borg init -e none "$A/r" && cd "$P" && borg 
 # Before 0.15 restic writes holes out as zeros, which a disk in memory may not hold: then it only stores.
 if restic restore --help | grep -q sparse; then sparse='restic -q --no-cache -r "$A/r" restore latest --sparse --target "$T"'; else sparse=; fi
 row "restic" 'restic init -q -r "$A/r" && cd "$P" && restic -q --no-cache backup -r "$A/r" .' "$sparse"
+row "zpaq -m1" 'cd "$P" && zpaq a "$A/a.zpaq" . -m1' 'cd "$T" && zpaq x "$A/a.zpaq"'
+row "casync" 'casync make --store="$A/store.castr" "$A/a.caidx" "$P"' 'casync extract --store="$A/store.castr" "$A/a.caidx" "$T/restored"'
