@@ -12,7 +12,7 @@ vmfold=$PWD/target/release/vmfold
 work=$(mktemp -d "${TRY_DIR:-/var/tmp}/vmfold-try.XXXXXX"); mnt=$work/mnt; mkdir "$mnt"
 cleanup() { umount -q "$work/guest" || true; umount -q "$mnt" || true; rm -rf --one-file-system "$work"; }
 trap cleanup EXIT
-truncate -s 8G "$work/scratch"; mkfs.btrfs -q "$work/scratch" 2>/dev/null; mount -o loop "$work/scratch" "$mnt"
+truncate -s 8G "$work/scratch"; mkfs.btrfs -q "$work/scratch" >/dev/null 2>&1; mount -o loop "$work/scratch" "$mnt"
 pool=$mnt/qubes
 
 make_pool "$pool" "$work"

@@ -24,6 +24,12 @@ pub struct Origin {
 
 impl Origin {
     fn push(&mut self, old: std::ops::Range<Slot>) {
+        if let Some((_, first, blocks)) = self.runs.last_mut()
+            && *first + *blocks == old.start
+        {
+            *blocks += old.end - old.start;
+            return;
+        }
         let new = self.runs.last().map_or(0, |(new, _, blocks)| new + blocks);
         self.runs.push((new, old.start, old.end - old.start));
     }

@@ -180,62 +180,74 @@ impl Layout {
             return;
         }
         self.order_for_donors(facts);
-        let (mut batch, mut batch_bytes) = (0, 0);
-        // The donor extent that is being filled, for each class, and the references it will have.
-        let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
-        for extent in &self.order {
-            let this = &facts.extents[*extent as usize];
-            let pieces = self.rest_of(facts, *extent);
-            let blocks = pieces.iter().map(|piece| piece.end - piece.start).sum();
-            let class = this.donor_class();
-            let share = this.donor_bytes(blocks);
-            if batch_bytes > 0 && batch_bytes + share > (options.work_space_bytes / 2).min(options.batch_bytes) {
+        let batch_bytes_max = (options.work_space_bytes / 2).min(options.batch_bytes);
+        let (mut batch, mut batch_bytes, mut pieces) = (0, 0, Vec::new());
+        for extent in std::mem::take(&mut self.order) {
+            let rest = self.rest_of(facts, extent);
+            let blocks = rest.iter().map(|piece| piece.end - piece.start).sum();
+            let share = facts.extents[extent as usize].donor_bytes(blocks);
+            if batch_bytes > 0 && batch_bytes + share > batch_bytes_max {
+                self.place_batch(facts, options, batch, std::mem::take(&mut pieces));
                 (batch, batch_bytes) = (batch + 1, 0);
-                open.clear();
             }
             batch_bytes += share;
-            for piece in pieces {
-                let mut from = piece.start;
-                let references = facts.references_over(piece.clone());
-                if open
-                    .get(&class)
-                    .is_some_and(|(_, held)| held + references > options.references_max)
-                {
+            pieces.extend(rest.into_iter().map(|piece| (extent, piece)));
+            self.order.push(extent);
+        }
+        self.place_batch(facts, options, batch, pieces);
+        self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
+    }
+
+    /// Lays out the donors of one batch, in the order in which images are read.
+    fn place_batch(&mut self, facts: &Facts, options: &Options, batch: u32, mut pieces: Vec<(u32, Range<Slot>)>) {
+        pieces.sort_by_cached_key(|(_, piece)| {
+            let place = facts.place_of(piece.clone());
+            place.map(|place| (place.image, place.file_block))
+        });
+        // The donor extent that is being filled, for each class, and the references it will have.
+        let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
+        for (extent, piece) in pieces {
+            let this = &facts.extents[extent as usize];
+            let class = this.donor_class();
+            let references = facts.references_over(piece.clone());
+            if open
+                .get(&class)
+                .is_some_and(|(_, held)| held + references > options.references_max)
+            {
+                open.remove(&class);
+            }
+            let mut from = piece.start;
+            while from < piece.end {
+                let (donor, held) = open.entry(class).or_insert_with(|| {
+                    let empty = DonorExtent {
+                        class,
+                        pieces: Vec::new(),
+                        blocks: 0,
+                        disk_bytes: 0,
+                        batch,
+                    };
+                    self.donors.push(empty);
+                    (u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX), 0)
+                });
+                *held += references;
+                let donor = *donor;
+                let filled = &mut self.donors[donor as usize];
+                let blocks = (piece.end - from).min(extent_blocks_max(class) - filled.blocks);
+                self.leftovers.push(Leftover {
+                    slot: from,
+                    blocks,
+                    donor,
+                    at: filled.blocks,
+                });
+                filled.pieces.push(from..from + blocks);
+                filled.blocks += blocks;
+                filled.disk_bytes += this.donor_bytes(blocks);
+                if filled.blocks == extent_blocks_max(class) {
                     open.remove(&class);
                 }
-                while from < piece.end {
-                    let (donor, held) = open.entry(class).or_insert_with(|| {
-                        let empty = DonorExtent {
-                            class,
-                            pieces: Vec::new(),
-                            blocks: 0,
-                            disk_bytes: 0,
-                            batch,
-                        };
-                        self.donors.push(empty);
-                        (u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX), 0)
-                    });
-                    *held += references;
-                    let donor = *donor;
-                    let filled = &mut self.donors[donor as usize];
-                    let blocks = (piece.end - from).min(extent_blocks_max(class) - filled.blocks);
-                    self.leftovers.push(Leftover {
-                        slot: from,
-                        blocks,
-                        donor,
-                        at: filled.blocks,
-                    });
-                    filled.pieces.push(from..from + blocks);
-                    filled.blocks += blocks;
-                    filled.disk_bytes += this.donor_bytes(blocks);
-                    if filled.blocks == extent_blocks_max(class) {
-                        open.remove(&class);
-                    }
-                    from += blocks;
-                }
+                from += blocks;
             }
         }
-        self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
     }
 
     /// Where a range of live slots ends up: the beginning of it, and for how many blocks.

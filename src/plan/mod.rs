@@ -1,7 +1,7 @@
 //! Planning: from what is known of a pool to what is to be done with it. Pure: no I/O, no clock, the same every time.
 //!
 //! btrfs frees an extent only whole, so a plan is made extent by extent. Extents are looked at in an order that does not
-//! depend on where they lie; each is matched, block by block, against what is to stay ([`greedy`]). Where eliminating it frees
+//! depend on where they lie; each is matched, block by block, against what is to stay (`greedy`). Where eliminating it frees
 //! more than it costs, its references move: to equal blocks that stay (*homes*), to holes, and what is found nowhere else is
 //! *left over* and goes to a donor. That is done again on the pool as it would then be, until nothing more is found, so
 //! that a second run has nothing to do.

@@ -11,7 +11,7 @@ dir=$(mktemp -d "${WORK:-${TMPDIR:-/tmp}}/bench.XXXXXX"); export WORK=$dir
 trap 'umount -q "$dir/guest" "$dir/mnt" || true; rm -rf --one-file-system "$dir"' EXIT
 if [ -z "$pool" ]; then
   pool=$dir/pool.fsimg; mkdir "$dir/mnt"
-  truncate -s 8G "$pool"; mkfs.btrfs -q "$pool" > /dev/null; mount -o loop "$pool" "$dir/mnt"
+  truncate -s 8G "$pool"; mkfs.btrfs -q "$pool" > /dev/null 2>&1; mount -o loop "$pool" "$dir/mnt"
   make_pool "$dir/mnt/pool" "$dir"
   umount "$dir/mnt"
 fi

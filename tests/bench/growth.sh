@@ -14,7 +14,7 @@ cargo build --quiet --release --locked
 vmfold=$PWD/target/release/vmfold
 dir=$(mktemp -d "${WORK:-${TMPDIR:-/tmp}}/bench.XXXXXX"); mnt=$dir/mnt; mkdir "$mnt"
 trap 'umount -q "$mnt" || true; rm -rf --one-file-system "$dir"' EXIT
-fresh() { umount -q "$mnt" || true; rm -rf "$dir/fs" "$dir/index"; truncate -s 100G "$dir/fs"; mkfs.btrfs -q "$dir/fs" >/dev/null; mount -o loop "$dir/fs" "$mnt"; mkdir "$mnt/pool"; }
+fresh() { umount -q "$mnt" || true; rm -rf "$dir/fs" "$dir/index"; truncate -s 100G "$dir/fs"; mkfs.btrfs -q "$dir/fs" >/dev/null 2>&1; mount -o loop "$dir/fs" "$mnt"; mkdir "$mnt/pool"; }
 # The end of the pipe closes it: openssl fails by that, as it should.
 stream() { { openssl enc -aes-128-ctr -pass "pass:$1" -nosalt -pbkdf2 -iter 1 < /dev/zero 2>/dev/null || true; } | head -c "$2"; }
 overwrite() { # image pieces seed: pieces of 1 MB, spread evenly
