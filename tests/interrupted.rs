@@ -288,7 +288,7 @@ fn cut_off(arguments: [&str; 6], seed: u64, times: u32) {
             cuts += 1;
         }
     }
-    assert!(between > 5, "{between} of {cuts} cuts were in the middle");
+    assert!(between > times / 10, "{between} of {cuts} cuts were in the middle");
 }
 
 #[test]
