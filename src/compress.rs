@@ -102,9 +102,9 @@ impl Became {
         }
     }
 
-    fn share(self) -> u32 {
+    fn share(self) -> u16 {
         let share = u128::from(self.expected) * u128::from(Recoding::WHOLE) / u128::from(self.content.max(1));
-        u32::try_from(share).unwrap_or(Recoding::WHOLE).min(Recoding::WHOLE)
+        u16::try_from(share).unwrap_or(Recoding::WHOLE).min(Recoding::WHOLE)
     }
 }
 

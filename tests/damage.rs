@@ -49,7 +49,7 @@ fn restore(archive: &Path, to: &Path, commit: Option<&str>, partial: bool) -> Re
         commit: commit.map(str::to_owned),
         seeds: Vec::new(),
         index: to.join("index"),
-        memory_bytes: 64 << 20,
+        memory_bytes: Some(64 << 20),
         replace: false,
         resume: false,
         partial,

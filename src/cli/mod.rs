@@ -44,6 +44,7 @@ impl From<Exit> for ExitCode {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    crate::sys::allocator::give_back_early();
     let args = Args::parse();
     // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
@@ -332,7 +333,7 @@ impl args::Diff {
             paths: self.pool.clone(),
             exclude: Vec::new(),
             index: index::DEFAULT_FOLDER.into(),
-            memory_bytes: 0,
+            memory_bytes: None,
         };
         (self.first.clone(), With::Pool(scope))
     }

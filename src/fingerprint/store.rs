@@ -11,8 +11,8 @@ use crate::block::Slot;
 
 /// Fingerprints in a page.
 const PAGE: usize = 1024;
-/// Pages in memory: 16 MiB.
-const FRAMES: usize = 4096;
+/// Pages in memory: 4 MiB.
+const FRAMES: usize = 1024;
 
 /// A fingerprint for each slot; zero until one is written.
 #[derive(Debug)]
@@ -61,7 +61,7 @@ impl Fingerprints {
         vec![0; slots].into()
     }
 
-    /// Fingerprints that take four bytes of disk each, in an unnamed file in `folder`, and 16 MiB of memory in all.
+    /// Fingerprints that take four bytes of disk each, in an unnamed file in `folder`, and 4 MiB of memory in all.
     ///
     /// # Errors
     /// If there can be no such file.

@@ -64,8 +64,8 @@ pub struct Options {
     pub seeds: Vec<PathBuf>,
     /// Where indexes are kept.
     pub index: PathBuf,
-    /// Memory for fingerprints, in bytes.
-    pub memory_bytes: u64,
+    /// Memory for fingerprints of seeds, in bytes, as in [`super::Scope`].
+    pub memory_bytes: Option<u64>,
     /// Put images in the place of existing ones.
     pub replace: bool,
     /// Go on with an import that was interrupted.

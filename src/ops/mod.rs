@@ -13,10 +13,10 @@ use std::path::PathBuf;
 
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
-use crate::fingerprint::Fingerprints;
 use crate::fs::volume::{Fingerprinted, Purpose, Volume, fingerprint};
 use crate::index::Index;
 use crate::monitor::Monitor;
+use crate::plan;
 use crate::pool::{self, Found, Skip, Skipped};
 use crate::shown::shown;
 
@@ -29,9 +29,9 @@ pub struct Scope {
     pub exclude: Vec<String>,
     /// Where indexes are kept.
     pub index: PathBuf,
-    /// Memory for fingerprints and the block table, in bytes. A pool that needs more keeps its fingerprints in a file beside the
-    /// index, and looks up a sample of its blocks.
-    pub memory_bytes: u64,
+    /// Memory for fingerprints and the block table, in bytes, if not [`plan::memory_bytes`]. A pool that needs more keeps its
+    /// fingerprints in a file beside the index, and looks up a sample of its blocks.
+    pub memory_bytes: Option<u64>,
 }
 
 /// A pool that was opened and read.
@@ -135,20 +135,12 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
 
 /// Decides where fingerprints are kept and how large a block table may be.
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
-    /// Bytes for each slot: its fingerprint, twice, since planning looks at the pool as it would be as well.
-    const SLOT_BYTES: u64 = 8;
-    /// Bytes for each slot in the block table.
-    const ENTRY_BYTES: u64 = 17;
-    let (slots, half) = (facts.slots() as usize, scope.memory_bytes / 2);
-    facts.table_slots_max = usize::try_from(half / ENTRY_BYTES).unwrap_or(usize::MAX);
-    facts.fingerprints = if slots as u64 * SLOT_BYTES <= half {
-        Fingerprints::in_memory(slots)
-    } else {
+    let memory_bytes = scope.memory_bytes.unwrap_or_else(|| plan::memory_bytes(facts));
+    if !plan::fits(facts, memory_bytes) {
         std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
-        Fingerprints::in_file(slots, &scope.index)
-            .map_err(Error::io("make a file for fingerprints in", &scope.index))?
-    };
-    Ok(())
+    }
+    plan::make_room(facts, memory_bytes, &scope.index)
+        .map_err(Error::io("make a file for fingerprints in", &scope.index))
 }
 
 /// Looks for images, and notes what could not be looked at.

@@ -2,22 +2,60 @@
 
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
-use crate::facts::{Extent, Facts, Reference};
+use crate::facts::{Extent, Facts, PackedExtents, PackedReferences, Proof, Reference};
 
 /// A pool as it would be, and where its parts come from.
 #[derive(Debug)]
 pub struct Applied {
     /// What would be known of it. Donors have addresses beyond all others.
     pub facts: Facts,
-    /// Which slot each slot was: of a donor's block, the one it is copied from.
-    pub origin: Origin,
-    /// For each extent, which one it was. None for donors, and for what stays of extents that part of goes.
-    pub kept: Vec<Option<u32>>,
+    origins: Origins,
+    extents: PackedExtents,
+    references: PackedReferences,
+    proofs: Vec<(Slot, Proof)>,
+}
+
+/// Where the parts of a pool as it would be come from.
+#[derive(Debug)]
+pub struct Origins {
+    slots: Origin,
+    /// For each extent, which one it was, or [`Origins::NEW`].
+    kept: Vec<u32>,
+}
+
+impl Origins {
+    /// No extent there was.
+    const NEW: u32 = u32::MAX;
+
+    /// Which slot a slot was: of a donor's block, the one it is copied from.
+    pub fn slot(&self, slot: Slot) -> Slot {
+        self.slots.of(slot)
+    }
+
+    /// Which extent an extent was. None for donors, and for what stays of extents that part of goes.
+    pub fn extent(&self, extent: u32) -> Option<u32> {
+        Some(self.kept[extent as usize]).filter(|extent| *extent != Self::NEW)
+    }
+}
+
+impl Applied {
+    /// Where its parts come from.
+    pub fn origins(&self) -> &Origins {
+        &self.origins
+    }
+
+    /// Gives back to `facts` what was taken from it.
+    pub fn undo(self, facts: &mut Facts) -> Origins {
+        drop(self.facts);
+        facts.bring_back(&self.extents, &self.references);
+        facts.add_proofs(self.proofs);
+        self.origins
+    }
 }
 
 /// Where slots come from, run by run.
 #[derive(Debug, Default)]
-pub struct Origin {
+struct Origin {
     /// First slot, first slot there was, blocks; by the first.
     runs: Vec<(Slot, Slot, u32)>,
 }
@@ -35,7 +73,7 @@ impl Origin {
     }
 
     /// The slot that `slot` was.
-    pub fn of(&self, slot: Slot) -> Slot {
+    fn of(&self, slot: Slot) -> Slot {
         let after = self.runs.partition_point(|(new, ..)| *new <= slot);
         let (new, old, _) = self.runs[after - 1];
         old + (slot - new)
@@ -58,7 +96,7 @@ impl Origin {
 struct After {
     extents: Vec<Extent>,
     origin: Origin,
-    kept: Vec<Option<u32>>,
+    kept: Vec<u32>,
     /// For each extent that there was, its new place; `u32::MAX` if it is gone.
     new_place: Vec<u32>,
     /// The place of the first donor.
@@ -86,7 +124,7 @@ impl After {
                         blocks,
                         ..extent.clone()
                     };
-                    all.push(stays, None, std::slice::from_ref(&piece));
+                    all.push(stays, Origins::NEW, std::slice::from_ref(&piece));
                     slot += blocks;
                 }
                 continue;
@@ -96,7 +134,7 @@ impl After {
                 first_slot: slot,
                 ..extent.clone()
             };
-            all.push(moved, Some(old), &[extent.slots()]);
+            all.push(moved, old, &[extent.slots()]);
             slot += extent.blocks;
         }
         all.first_donor = all.len();
@@ -113,7 +151,7 @@ impl After {
                 pinned: None,
                 recoding: None,
             };
-            all.push(written, None, &donor.pieces);
+            all.push(written, Origins::NEW, &donor.pieces);
             address += disk_bytes;
             slot += donor.blocks;
         }
@@ -124,7 +162,7 @@ impl After {
         u32::try_from(self.extents.len()).unwrap_or(u32::MAX)
     }
 
-    fn push(&mut self, extent: Extent, kept: Option<u32>, pieces: &[std::ops::Range<Slot>]) {
+    fn push(&mut self, extent: Extent, kept: u32, pieces: &[std::ops::Range<Slot>]) {
         self.extents.push(extent);
         self.kept.push(kept);
         for piece in pieces {
@@ -133,8 +171,9 @@ impl After {
     }
 }
 
-/// Carries a layout out on paper.
-pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
+/// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, references and proofs are gone until
+/// [`Applied::undo`].
+pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
     let After {
         extents,
         origin,
@@ -143,21 +182,23 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
         first_donor,
     } = After::of(facts, layout);
     let new_of = origin.inverse();
-    let references = facts.references.iter().flat_map(|reference| {
+    let aside = facts.set_references_aside();
+    let facts_then = &*facts;
+    let moved = aside.unpack(&facts.extents).flat_map(|reference| {
         if let Some(extent) = Some(new_place[reference.extent as usize]).filter(|extent| *extent != u32::MAX) {
             let slot = extents[extent as usize].first_slot
-                + (reference.slot - facts.extents[reference.extent as usize].first_slot);
+                + (reference.slot - facts_then.extents[reference.extent as usize].first_slot);
             return vec![Reference {
                 slot,
                 extent,
-                ..*reference
+                ..reference
             }];
         }
         if reference.preallocated {
             return Vec::new();
         }
         let pieces = layout
-            .resolve_all(facts, reference.slots())
+            .resolve_all(facts_then, reference.slots())
             .filter_map(|(piece, found)| {
                 let (extent, offset) = match found {
                     Final::Hole => return None,
@@ -182,7 +223,10 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
             });
         pieces.collect()
     });
-    let references = references.collect();
+    let mut references = Vec::with_capacity(aside.len());
+    references.extend(moved);
+    let packed = facts.set_extents_aside();
+    drop(new_place);
     let mut after = Facts::new(extents, references, facts.zero_fingerprint);
     after.frees_blocks = facts.frees_blocks;
     after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
@@ -193,17 +237,13 @@ pub fn apply(facts: &Facts, layout: &Layout) -> Applied {
             .fingerprints
             .write(*new, &facts.fingerprints.range(*old..old + blocks));
     }
-    if !facts.proofs.is_empty() {
-        after.add_proofs(
-            facts
-                .proofs
-                .iter()
-                .filter_map(|(old, proof)| Some((new_of(*old)?, *proof))),
-        );
-    }
+    let proofs: Vec<_> = std::mem::take(&mut facts.proofs).into_iter().collect();
+    after.add_proofs(proofs.iter().filter_map(|(old, proof)| Some((new_of(*old)?, *proof))));
     Applied {
         facts: after,
-        origin,
-        kept,
+        origins: Origins { slots: origin, kept },
+        extents: packed,
+        references: aside,
+        proofs,
     }
 }

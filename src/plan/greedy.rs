@@ -31,16 +31,18 @@ const REPEATED_RUN_BLOCKS: u32 = 32;
 /// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only in a plan, which cost nothing to write otherwise.
 pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyway: impl Fn(u32) -> bool) -> Decisions {
     let slots = facts.slots() as usize;
+    // Before there are tables: it takes memory of its own while it is made.
+    let order = order(facts, options);
     let mut pass = Pass {
         facts,
         options,
         ask,
-        table: Table::new(facts.slots() as usize, facts.table_slots_max),
+        table: Table::new(slots, facts.table_slots_max),
         homes: SlotSet::new(slots),
         limits: Limits::new(facts, options),
         found: Decisions::default(),
     };
-    for extent in order(facts, options) {
+    for extent in order {
         pass.look_at(extent, rewritten_anyway(extent));
     }
     pass.found
@@ -201,10 +203,9 @@ impl Pass<'_> {
         if goes {
             self.limits.accept(&more);
             self.found.unproved.extend(found.unproved);
-            self.found.gone.push(Decision {
-                extent,
-                runs: found.runs,
-            });
+            let mut runs = found.runs;
+            runs.shrink_to_fit();
+            self.found.gone.push(Decision { extent, runs });
             return;
         }
         if let Some(why) = pinned.filter(|_| frees > 0 && (!found.runs.is_empty() || this.pinned.is_none())) {

@@ -12,15 +12,18 @@ mod greedy;
 pub mod import;
 mod layout;
 mod ops;
+mod room;
 pub mod sample;
 mod table;
 
 use std::collections::BTreeMap;
 
-pub use apply::{Applied, apply};
+pub use apply::{Applied, Origins, apply};
 pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
 pub use ops::{Batch, DonorFile, Op, Source};
+pub use room::{fits, make_room, memory_bytes};
 
+use self::table::Table;
 use crate::block::Slot;
 use crate::facts::{Facts, Pinned, Proof};
 
@@ -182,7 +185,7 @@ impl Plan {
 ///
 /// # Errors
 /// The slots to read, if it is to `ask` and would count on short runs that are not proved.
-fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> {
+fn plan(facts: &mut Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> {
     let question = |mut slots: Vec<Slot>| {
         slots.sort_unstable();
         slots.dedup();
@@ -200,18 +203,23 @@ fn plan(facts: &Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> 
         layout.place_leftovers(facts, options);
         let applied = apply(facts, &layout);
         let again = greedy::decide(&applied.facts, options, ask, |extent| {
-            applied.kept[extent as usize].is_none()
+            applied.origins().extent(extent).is_none()
         });
-        question(again.unproved.into_iter().map(|slot| applied.origin.of(slot)).collect())?;
+        let origins = applied.undo(facts);
+        question(again.unproved.into_iter().map(|slot| origins.slot(slot)).collect())?;
         if again.gone.is_empty() {
             break;
         }
-        let kept = |extent: u32| applied.kept[extent as usize];
-        layout.compose(facts, &again.gone, |slot| applied.origin.of(slot), kept);
+        layout.compose(
+            facts,
+            &again.gone,
+            |slot| origins.slot(slot),
+            |extent| origins.extent(extent),
+        );
     }
     layout.place_leftovers(facts, options);
     let mut plan = Plan {
-        sampled: table::Table::new(facts.slots() as usize, facts.table_slots_max).sampled(),
+        sampled: Table::sampled(facts.slots() as usize, facts.table_slots_max),
         layout,
         pinned,
         ..Plan::default()

@@ -3,56 +3,52 @@
 use crate::block::Slot;
 use crate::fingerprint::Fingerprints;
 
-const NONE: u32 = u32::MAX;
-
-/// Slots by fingerprint, chained: 13 to 17 bytes for each.
+/// Slots by fingerprint: [`Table::SLOT_BYTES`] for each, in one open-addressed table with linear probing.
 ///
 /// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
 /// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
 /// directions, block by block.
 #[derive(Debug)]
 pub(super) struct Table {
-    heads: Vec<u32>,
-    /// The slots, each with the entry that follows it in its chain. Nothing is ever taken out: the caller checks what a candidate
-    /// is worth.
-    entries: Vec<(Slot, u32)>,
-    entries_max: usize,
-    /// A bit for each of the fingerprints entered, shared with others: eight for each bucket. Most blocks are like no other, and
-    /// this small table says so without a walk through the large ones.
-    entered: Vec<u8>,
+    /// Eight bits of each fingerprint's hash, or [`EMPTY`]. Most blocks are like no other, and these say so without a look at the
+    /// fingerprints, which may be on disk.
+    tags: Vec<u8>,
+    /// The slots, where a tag is. Nothing is ever taken out: the caller checks what a candidate is worth.
+    slots: Vec<Slot>,
     /// Fingerprints are in the sample if so many bits of their hash are zero.
     sample_bits: u32,
 }
 
+const EMPTY: u8 = 0;
+
 impl Table {
+    /// Bytes of memory for each slot that the table has room for: a slot and a tag, and a quarter of the places free.
+    pub(super) const SLOT_BYTES: u64 = 7;
     /// Slots entered for one fingerprint. One that more blocks share says too little: guests keep blocks whose checksums are
     /// alike though they differ, and long stretches of one pattern.
     const SLOTS_PER_FINGERPRINT: usize = 16;
-    /// Slots of one machine that are entered beyond that: a guest that forges checksums of another's blocks fills the places that
-    /// all share, and no more.
+    /// Beyond those, each machine may enter as many: a guest that fills its disk with other guests' checksums keeps out nobody.
     const SLOTS_PER_MACHINE: usize = 2;
     /// Slots looked at for one question.
     const CANDIDATES_MAX: usize = 64;
-    /// Entries looked at for one question, other fingerprints of the same bucket included: guests can fill buckets, too.
+    /// Places looked at for one question, other fingerprints of the same region included: guests can fill regions, too.
     const STEPS_MAX: usize = 1024;
 
     /// An empty table for so many slots, that holds so many of them at most.
     pub(super) fn new(slots: usize, slots_max: usize) -> Self {
-        let entries_max = slots_max.clamp(16, NONE as usize - 1);
-        let sample_bits = (0..20).find(|bits| slots >> bits <= entries_max).unwrap_or(20);
-        let buckets = (slots >> sample_bits).clamp(16, entries_max).next_power_of_two();
+        let sample_bits = sample_bits(slots, slots_max);
+        let room = slots >> sample_bits;
+        let places = (room + room / 4 + 16).min(u32::MAX as usize);
         Self {
-            heads: vec![NONE; buckets],
-            entries: Vec::new(),
-            entries_max,
-            entered: vec![0; buckets],
+            tags: vec![EMPTY; places],
+            slots: vec![0; places],
             sample_bits,
         }
     }
 
-    /// One fingerprint in so many can be looked up.
-    pub(super) fn sampled(&self) -> u32 {
-        1 << self.sample_bits
+    /// Of so many slots, with room for so many, one fingerprint in how many can be looked up.
+    pub(super) fn sampled(slots: usize, slots_max: usize) -> u32 {
+        1 << sample_bits(slots, slots_max)
     }
 
     /// Whether blocks with this fingerprint are entered and looked up.
@@ -60,20 +56,28 @@ impl Table {
         self.sample_bits == 0 || hash(fingerprint) >> (32 - self.sample_bits) == 0
     }
 
-    fn bucket(&self, fingerprint: u32) -> usize {
-        hash(fingerprint) as usize & (self.heads.len() - 1)
+    /// The place where the search for a fingerprint begins. The sample is chosen by the upper bits, this by the lower.
+    fn home(&self, fingerprint: u32) -> usize {
+        let spread = u64::from(hash(fingerprint).reverse_bits());
+        usize::try_from((spread * self.tags.len() as u64) >> 32).unwrap_or(0)
     }
 
-    /// The bit of a fingerprint: which byte, and its value there.
-    fn bit(&self, fingerprint: u32) -> (usize, u8) {
-        // Other bits of the hash than those that choose the bucket and the sample.
-        let hash = hash(fingerprint.rotate_left(16)) as usize;
-        ((hash >> 3) & (self.entered.len() - 1), 1 << (hash & 7))
+    /// The place so many steps from another.
+    fn place(&self, home: usize, step: usize) -> usize {
+        let place = home + step;
+        if place < self.tags.len() {
+            place
+        } else {
+            place % self.tags.len()
+        }
     }
 
-    fn may_have(&self, fingerprint: u32) -> bool {
-        let (byte, bit) = self.bit(fingerprint);
-        self.entered[byte] & bit != 0
+    /// How many places from `home` on are taken, at most [`Table::STEPS_MAX`].
+    fn taken(&self, home: usize) -> usize {
+        let limit = Self::STEPS_MAX.min(self.tags.len());
+        (0..limit)
+            .find(|step| self.tags[self.place(home, *step)] == EMPTY)
+            .unwrap_or(limit)
     }
 
     /// The slots entered for a fingerprint, latest first.
@@ -82,19 +86,16 @@ impl Table {
         fingerprint: u32,
         fingerprints: &'a Fingerprints,
     ) -> impl Iterator<Item = Slot> + 'a {
-        let mut at = if self.has(fingerprint) && self.may_have(fingerprint) {
-            self.heads[self.bucket(fingerprint)]
-        } else {
-            NONE
-        };
-        std::iter::from_fn(move || {
-            let (slot, next) = *self.entries.get(at as usize)?;
-            at = next;
-            Some(slot)
-        })
-        .take(Self::STEPS_MAX)
-        .filter(move |slot| fingerprints.get(*slot) == fingerprint)
-        .take(Self::CANDIDATES_MAX)
+        let home = self.home(fingerprint);
+        let taken = if self.has(fingerprint) { self.taken(home) } else { 0 };
+        let tag = tag(fingerprint);
+        (0..taken)
+            .rev()
+            .map(move |step| self.place(home, step))
+            .filter(move |place| self.tags[*place] == tag)
+            .map(|place| self.slots[place])
+            .filter(move |slot| fingerprints.get(*slot) == fingerprint)
+            .take(Self::CANDIDATES_MAX)
     }
 
     /// Enters a slot, unless its fingerprint has enough of them.
@@ -105,7 +106,7 @@ impl Table {
         machine_of: impl Fn(Slot) -> M,
     ) {
         let fingerprint = fingerprints.get(slot);
-        if !self.has(fingerprint) || self.entries.len() >= self.entries_max {
+        if !self.has(fingerprint) {
             return;
         }
         let mut alike = 0;
@@ -124,16 +125,30 @@ impl Table {
                 return;
             }
         }
-        let (byte, bit) = self.bit(fingerprint);
-        self.entered[byte] |= bit;
-        let bucket = self.bucket(fingerprint);
-        let entry = u32::try_from(self.entries.len()).unwrap_or(NONE);
-        self.entries.push((slot, self.heads[bucket]));
-        self.heads[bucket] = entry;
+        let home = self.home(fingerprint);
+        let free = self.place(home, self.taken(home));
+        if self.tags[free] == EMPTY {
+            self.tags[free] = tag(fingerprint);
+            self.slots[free] = slot;
+        }
     }
 }
 
-/// Spreads a fingerprint over 32 bits (the finalizer of `MurmurHash3`): the upper bits choose the sample, the lower the bucket.
+/// How many bits of a fingerprint's hash must be zero for `slots_max` of `slots` to be in the sample.
+fn sample_bits(slots: usize, slots_max: usize) -> u32 {
+    const SAMPLE_BITS_MAX: u32 = 20;
+    (0..SAMPLE_BITS_MAX)
+        .find(|bits| slots >> bits <= slots_max.max(16))
+        .unwrap_or(SAMPLE_BITS_MAX)
+}
+
+/// Which of the others that begin near it a fingerprint is not: other bits of the hash than those that choose place and sample.
+fn tag(fingerprint: u32) -> u8 {
+    let [tag, ..] = hash(fingerprint.rotate_left(16)).to_le_bytes();
+    tag.max(EMPTY + 1)
+}
+
+/// Spreads a fingerprint over 32 bits (the finalizer of `MurmurHash3`): the upper bits choose the sample, the lower the place.
 fn hash(fingerprint: u32) -> u32 {
     let h = (fingerprint ^ (fingerprint >> 16)).wrapping_mul(0x85eb_ca6b);
     let h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);

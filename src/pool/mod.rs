@@ -30,7 +30,7 @@ pub struct Found {
     /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
     /// machine are left alone while one is in use.
     pub machines: BTreeSet<PathBuf>,
-    /// Which of the groups that are kept apart it belongs to, below 64.
+    /// Which of the groups that are kept apart it belongs to, below 32.
     pub group: u8,
     /// A file that says that one of them runs, or did when its host stopped.
     pub sign: Option<(Skip, PathBuf)>,
@@ -307,10 +307,10 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
 /// Gives each image the number of the first pattern that matches one of its names, from 1 on; those that none matches are group 0.
 ///
 /// # Errors
-/// [`Error::Usage`] for what is no pattern, or for more than 63.
+/// [`Error::Usage`] for what is no pattern, or for more than 31.
 pub fn group(images: &mut [Found], groups: &[String]) -> Result<()> {
     /// As many as fit into the bits of [`crate::facts::Class::groups`], beside those without a group.
-    const GROUPS_MAX: usize = 63;
+    const GROUPS_MAX: usize = 31;
     if groups.len() > GROUPS_MAX {
         return Err(Error::Usage(format!("--group can be given {GROUPS_MAX} times at most")));
     }

@@ -4,6 +4,7 @@
 //! returns what the kernel said.
 #![expect(unsafe_code, reason = "ioctl and fcntl are made here and nowhere else")]
 
+pub mod allocator;
 pub mod byte_locks;
 pub mod clone;
 pub mod dedupe;

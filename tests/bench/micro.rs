@@ -106,10 +106,10 @@ fn benchmarks(criterion: &mut Criterion) {
 }
 
 /// What the block at a slot holds, as [`pool`] makes it.
-fn proof(slot: u32) -> [u8; 16] {
+fn proof(slot: u32) -> [u8; 8] {
     let (number, block) = (slot / MIB_BLOCKS, slot % MIB_BLOCKS);
     let same = number - u32::from(number % 4 == 3 && block != MIB_BLOCKS / 2);
-    u128::from(same * MIB_BLOCKS + block).to_le_bytes()
+    u64::from(same * MIB_BLOCKS + block).to_le_bytes()
 }
 
 criterion_group!(all, benchmarks);

@@ -13,8 +13,7 @@ use std::convert::Infallible;
 use std::time::Instant;
 
 use vmfold::facts::{Class, Compression, Extent, Facts, Reference};
-use vmfold::fingerprint::Fingerprints;
-use vmfold::plan::{Options, plan_proved};
+use vmfold::plan::{Options, make_room, memory_bytes, plan_proved};
 
 const MIB_BLOCKS: u32 = 256;
 
@@ -30,13 +29,14 @@ fn peak_mib() -> u64 {
 }
 
 fn main() {
+    vmfold::sys::allocator::give_back_early();
     // `cargo bench` adds an argument of its own.
     let mut numbers = std::env::args()
         .skip(1)
         .filter_map(|argument| argument.parse::<u32>().ok());
     let gib = numbers.next().unwrap_or(100);
     let revisions = numbers.next().unwrap_or(1);
-    let memory_mib = numbers.next().unwrap_or(64);
+    let memory_mib = numbers.next();
     let extents = gib << 10;
     let begin = Instant::now();
     let all = (0..extents).map(|number| Extent {
@@ -64,14 +64,8 @@ fn main() {
         })
     });
     let mut facts = Facts::new(all.collect(), references.collect(), 0);
-    let half = (memory_mib as usize) << 19;
-    facts.table_slots_max = half / 16;
-    let slots = facts.slots();
-    facts.fingerprints = if slots as usize * 8 <= half {
-        Fingerprints::in_memory(slots as usize)
-    } else {
-        Fingerprints::in_file(slots as usize, &std::env::temp_dir()).unwrap()
-    };
+    let memory_bytes = memory_mib.map_or_else(|| memory_bytes(&facts), |mib| u64::from(mib) << 20);
+    make_room(&mut facts, memory_bytes, &std::env::temp_dir()).unwrap();
     for extent in 0..extents {
         let first = extent * MIB_BLOCKS;
         let of: Vec<u32> = (first..first + MIB_BLOCKS)
@@ -82,12 +76,13 @@ fn main() {
     let (made, known) = (begin.elapsed(), peak_mib());
     let begin = Instant::now();
     let plan = plan_proved(&mut facts, &Options::default(), |_, slots| {
-        let proof = |slot: &u32| (*slot, u128::from(number_of(*slot)).to_le_bytes());
+        let proof = |slot: &u32| (*slot, u64::from(number_of(*slot)).to_le_bytes());
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     })
     .unwrap();
     println!(
-        "{gib} GiB, {revisions} references to each extent: facts {:.1} s, {known} MiB; plan {:.1} s; {} of {} MiB would be freed; {} MiB of memory at most",
+        "{gib} GiB, {revisions} references to each extent: {} MiB for tables of blocks; facts {:.1} s, {known} MiB; plan {:.1} s; {} of {} MiB would be freed; {} MiB of memory at most",
+        memory_bytes >> 20,
         made.as_secs_f64(),
         begin.elapsed().as_secs_f64(),
         plan.freed_bytes() >> 20,

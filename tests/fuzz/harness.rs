@@ -103,7 +103,7 @@ pub(crate) fn archive(bytes: &[u8], folder: &Path) {
             commit: None,
             seeds: Vec::new(),
             index: folder.join("index"),
-            memory_bytes: 1 << 20,
+            memory_bytes: Some(1 << 20),
             replace: false,
             resume: false,
             partial,

@@ -96,7 +96,7 @@ fn ranges_of(number: ImageId, image: &Image) -> Result<Vec<Range>> {
 /// What the blocks at some place have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct State {
-    groups: u64,
+    groups: u32,
     pinned: Option<Pinned>,
     preallocated: bool,
 }

@@ -1,7 +1,11 @@
 //! What is known of a pool before anything is planned: extents, references, fingerprints. Plain data, no I/O.
 
+mod aside;
+
 use std::collections::HashMap;
 use std::ops::Range;
+
+pub(crate) use aside::{PackedExtents, PackedReferences};
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
@@ -31,7 +35,7 @@ pub struct Class {
     /// How the bytes lie on disk. Extents of any compression may share with each other.
     pub compression: Compression,
     /// The groups of the images that refer to it, as bits. What the user wants kept apart shares only within the same groups.
-    pub groups: u64,
+    pub groups: u32,
 }
 
 /// One physical allocation of the filesystem. It is freed only as a whole, once nothing refers to any part of it.
@@ -56,19 +60,19 @@ pub struct Extent {
 }
 
 /// How blocks are to lie on disk, where someone asked for compression or for none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Recoding {
     /// What their donors are to be like.
     pub compression: Compression,
     /// Bytes on disk that are expected for each [`Recoding::WHOLE`] bytes of content.
-    pub share: u32,
+    pub share: u16,
     /// Whether an extent is rewritten for that alone. Where it is not, it is known only what its blocks would become.
     pub rewrites: bool,
 }
 
 impl Recoding {
     /// The share of what is not compressed.
-    pub const WHOLE: u32 = 1 << 16;
+    pub const WHOLE: u16 = 1 << 15;
 }
 
 /// Why an extent cannot be eliminated.
@@ -131,7 +135,7 @@ impl Extent {
 }
 
 /// A range of an image that maps part of an extent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reference {
     /// The image.
     pub image: ImageId,
@@ -193,13 +197,13 @@ pub struct Facts {
 }
 
 /// What a block was found to hold when it was read.
-pub type Proof = [u8; 16];
+pub type Proof = [u8; 8];
 
 /// A range of slots and the reference it is read through.
 #[derive(Debug, Clone, Copy)]
 struct Cover {
     slot: Slot,
-    blocks: u32,
+    /// It covers to the end of this reference.
     reference: u32,
 }
 
@@ -216,23 +220,42 @@ pub struct Place {
 
 impl Facts {
     /// Puts extents (by address, slots in that order) and references together; fingerprints are still to be filled in.
-    pub fn new(extents: Vec<Extent>, mut references: Vec<Reference>, zero_fingerprint: u32) -> Self {
+    pub fn new(mut extents: Vec<Extent>, mut references: Vec<Reference>, zero_fingerprint: u32) -> Self {
         references.sort_unstable_by_key(|r| (r.extent, r.image, r.file_block));
         references.dedup_by(|next, last| last.absorb(next));
         references.sort_unstable_by_key(|r| (r.extent, r.slot, r.image, r.file_block));
-        let mut first_reference = Vec::with_capacity(extents.len() + 1);
-        let mut cover: Vec<Cover> = Vec::new();
+        // Both grew piece by piece, up to twice what they need, and stay for long.
+        extents.shrink_to_fit();
+        references.shrink_to_fit();
+        let mut facts = Self {
+            extents,
+            references,
+            first_reference: Vec::new(),
+            fingerprints: Fingerprints::default(),
+            table_slots_max: usize::MAX,
+            machines: Vec::new(),
+            frees_blocks: false,
+            zero_fingerprint,
+            proofs: HashMap::new(),
+            cover: Vec::new(),
+        };
+        facts.arrange();
+        facts
+    }
+
+    /// Finds out which references belong to which extent, and what they cover.
+    fn arrange(&mut self) {
+        let mut first_reference = Vec::with_capacity(self.extents.len() + 1);
+        let mut cover: Vec<Cover> = Vec::with_capacity(self.extents.len());
         let mut at = 0;
-        for extent in 0..u32::try_from(extents.len()).unwrap_or(u32::MAX) {
+        for (extent, this) in (0u32..).zip(&self.extents) {
             first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
-            let mut covered = extents[extent as usize].first_slot;
-            while let Some(reference) = references.get(at).filter(|r| r.extent == extent) {
+            let mut covered = this.first_slot;
+            while let Some(reference) = self.references.get(at).filter(|r| r.extent == extent) {
                 let end = reference.slots().end;
                 if !reference.preallocated && end > covered {
-                    let start = covered.max(reference.slot);
                     cover.push(Cover {
-                        slot: start,
-                        blocks: end - start,
+                        slot: covered.max(reference.slot),
                         reference: u32::try_from(at).unwrap_or(u32::MAX),
                     });
                     covered = end;
@@ -241,21 +264,9 @@ impl Facts {
             }
         }
         first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
-        // Both grew piece by piece, up to twice what they need, and stay for long.
-        references.shrink_to_fit();
         cover.shrink_to_fit();
-        Self {
-            extents,
-            references,
-            first_reference,
-            fingerprints: Fingerprints::default(),
-            table_slots_max: usize::MAX,
-            machines: Vec::new(),
-            frees_blocks: false,
-            zero_fingerprint,
-            proofs: HashMap::new(),
-            cover,
-        }
+        self.first_reference = first_reference;
+        self.cover = cover;
     }
 
     /// Slots in all.
@@ -286,17 +297,20 @@ impl Facts {
         u32::try_from(after.saturating_sub(1)).unwrap_or(u32::MAX)
     }
 
+    fn end_of(&self, cover: Cover) -> Slot {
+        self.references[cover.reference as usize].slots().end
+    }
+
     /// The maximal runs of slots of `within` that some image can reach, other than as preallocated, in order.
     pub fn live_runs(&self, within: Range<Slot>) -> impl Iterator<Item = Range<Slot>> + '_ {
-        let first = self
-            .cover
-            .partition_point(|cover| cover.slot + cover.blocks <= within.start);
-        let covers = self.cover[first..].iter().take_while({
+        let after = self.cover.partition_point(|cover| cover.slot <= within.start);
+        let covers = self.cover[after.saturating_sub(1)..].iter().take_while({
             let end = within.end;
             move |cover| cover.slot < end
         });
         let mut covers = covers
-            .map(move |cover| cover.slot.max(within.start)..(cover.slot + cover.blocks).min(within.end))
+            .map(move |cover| cover.slot.max(within.start)..self.end_of(*cover).min(within.end))
+            .filter(|slots| slots.start < slots.end)
             .peekable();
         std::iter::from_fn(move || {
             let mut run = covers.next()?;
@@ -311,7 +325,7 @@ impl Facts {
     pub fn place_of(&self, slots: Range<Slot>) -> Option<Place> {
         let after = self.cover.partition_point(|cover| cover.slot <= slots.start);
         let cover = self.cover.get(after.checked_sub(1)?)?;
-        let end = (cover.slot + cover.blocks).min(slots.end);
+        let end = self.end_of(*cover).min(slots.end);
         let reference = self.references.get(cover.reference as usize)?;
         (slots.start < end).then(|| Place {
             image: reference.image,
@@ -369,7 +383,7 @@ impl Facts {
     }
 }
 
-/// The strong hash of a block: the first half of its BLAKE3.
+/// The strong hash of a block: the beginning of its BLAKE3, 64 bits, since it decides what is planned and not what is shared.
 pub fn proof_of(block: &[u8]) -> Proof {
     let mut proof = Proof::default();
     proof.copy_from_slice(&blake3::hash(block).as_bytes()[..size_of::<Proof>()]);

@@ -1,0 +1,251 @@
+//! Extents and references set aside, in a sixth of their memory, while a plan looks at the pool as it would be.
+
+use std::collections::HashMap;
+
+use super::{Class, Extent, Facts, Pinned, Recoding, Reference};
+use crate::archive::bytes::{Decoder, put_varint, put_zigzag};
+use crate::block::bytes;
+
+/// What is the same for many extents.
+type Kind = (Class, Option<Pinned>, Option<Recoding>);
+
+/// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
+#[derive(Debug)]
+pub(crate) struct PackedExtents {
+    packed: Vec<u8>,
+    count: usize,
+    kinds: Vec<Kind>,
+}
+
+/// References as differences from the one before, and from their extents.
+#[derive(Debug)]
+pub(crate) struct PackedReferences {
+    packed: Vec<u8>,
+    count: usize,
+}
+
+impl Facts {
+    /// Sets the references aside. Until they are brought back there are none.
+    pub(crate) fn set_references_aside(&mut self) -> PackedReferences {
+        let aside = PackedReferences::of(&self.references, &self.extents);
+        self.references = Vec::new();
+        self.first_reference = Vec::new();
+        self.cover = Vec::new();
+        aside
+    }
+
+    /// Sets the extents aside, after their references.
+    pub(crate) fn set_extents_aside(&mut self) -> PackedExtents {
+        let aside = PackedExtents::of(&self.extents);
+        self.extents = Vec::new();
+        aside
+    }
+
+    /// Brings back what was set aside.
+    pub(crate) fn bring_back(&mut self, extents: &PackedExtents, references: &PackedReferences) {
+        self.extents = extents.unpack();
+        self.references = Vec::with_capacity(references.count);
+        self.references.extend(references.unpack(&self.extents));
+        self.arrange();
+    }
+}
+
+impl PackedExtents {
+    fn of(extents: &[Extent]) -> Self {
+        let (mut packed, mut kinds) = (Vec::new(), Vec::new());
+        let mut numbers: HashMap<Kind, usize> = HashMap::new();
+        let (mut address, mut generation, mut slot) = (0, 0, 0);
+        for extent in extents {
+            let kind = (extent.class, extent.pinned, extent.recoding);
+            let number = *numbers.entry(kind).or_insert_with(|| {
+                kinds.push(kind);
+                kinds.len() - 1
+            });
+            put_varint(&mut packed, number as u64);
+            put_varint(&mut packed, u64::from(extent.blocks));
+            put_zigzag(&mut packed, extent.address.wrapping_sub(address).cast_signed());
+            let usual = bytes(extent.blocks);
+            put_zigzag(&mut packed, extent.disk_bytes.wrapping_sub(usual).cast_signed());
+            put_zigzag(&mut packed, extent.generation.wrapping_sub(generation).cast_signed());
+            put_zigzag(&mut packed, difference(extent.first_slot, slot));
+            address = extent.address.wrapping_add(extent.disk_bytes);
+            generation = extent.generation;
+            slot = extent.slots().end;
+        }
+        packed.shrink_to_fit();
+        Self {
+            packed,
+            count: extents.len(),
+            kinds,
+        }
+    }
+
+    fn unpack(&self) -> Vec<Extent> {
+        let mut packed = Unpacker(Decoder::new(&self.packed));
+        let (mut address, mut generation, mut slot) = (0u64, 0u64, 0);
+        let next = |_| {
+            let (class, pinned, recoding) = self.kinds[packed.number() as usize];
+            let blocks = packed.number();
+            address = address.wrapping_add_signed(packed.signed());
+            let disk_bytes = bytes(blocks).wrapping_add_signed(packed.signed());
+            generation = generation.wrapping_add_signed(packed.signed());
+            let extent = Extent {
+                address,
+                disk_bytes,
+                generation,
+                first_slot: packed.after(slot),
+                blocks,
+                class,
+                pinned,
+                recoding,
+            };
+            address = address.wrapping_add(disk_bytes);
+            slot = extent.slots().end;
+            extent
+        };
+        (0..self.count).map(next).collect()
+    }
+}
+
+impl PackedReferences {
+    fn of(references: &[Reference], extents: &[Extent]) -> Self {
+        let mut packed = Vec::new();
+        let mut last = Reference::default();
+        for reference in references {
+            let extent = &extents[reference.extent as usize];
+            put_varint(&mut packed, u64::from(reference.preallocated));
+            put_varint(&mut packed, u64::from(reference.extent - last.extent));
+            put_zigzag(&mut packed, difference(reference.image, last.image));
+            put_zigzag(&mut packed, difference(reference.file_block, last.file_block));
+            put_varint(&mut packed, u64::from(reference.slot - extent.first_slot));
+            put_zigzag(&mut packed, difference(reference.blocks, extent.blocks));
+            last = *reference;
+        }
+        packed.shrink_to_fit();
+        Self {
+            packed,
+            count: references.len(),
+        }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// The references, in order; `extents` are those they were set aside with.
+    pub(crate) fn unpack<'a>(&'a self, extents: &'a [Extent]) -> impl Iterator<Item = Reference> + 'a {
+        let mut packed = Unpacker(Decoder::new(&self.packed));
+        let mut last = Reference::default();
+        (0..self.count).map(move |_| {
+            let preallocated = packed.number() == 1;
+            let extent = last.extent + packed.number();
+            let of = &extents[extent as usize];
+            last = Reference {
+                extent,
+                preallocated,
+                image: packed.after(last.image),
+                file_block: packed.after(last.file_block),
+                slot: of.first_slot + packed.number(),
+                blocks: packed.after(of.blocks),
+            };
+            last
+        })
+    }
+}
+
+/// How far a number is from another.
+fn difference(number: u32, from: u32) -> i64 {
+    i64::from(number) - i64::from(from)
+}
+
+/// Reads numbers that were packed here.
+struct Unpacker<'a>(Decoder<'a>);
+
+impl Unpacker<'_> {
+    fn signed(&mut self) -> i64 {
+        self.0.zigzag().unwrap_or_default()
+    }
+
+    fn number(&mut self) -> u32 {
+        self.0.varint32().unwrap_or_default()
+    }
+
+    /// The number that is so far from another.
+    fn after(&mut self, from: u32) -> u32 {
+        u32::try_from(i64::from(from) + self.signed()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Compression;
+    use proptest::prelude::*;
+
+    fn extent() -> impl Strategy<Value = (Extent, u64)> {
+        let recoding = (any::<u16>(), any::<bool>()).prop_map(|(share, rewrites)| Recoding {
+            compression: Compression::Zstd,
+            share,
+            rewrites,
+        });
+        let numbers = (0u64..1 << 60, 0u64..1 << 40, any::<u64>(), 1u32..100_000, 0u32..3);
+        let kind = (any::<bool>(), any::<u32>(), any::<bool>(), prop::option::of(recoding));
+        (numbers, kind).prop_map(
+            |((gap, disk_bytes, generation, blocks, skipped), (checksummed, groups, pinned, recoding))| {
+                let extent = Extent {
+                    address: 0,
+                    disk_bytes,
+                    generation,
+                    first_slot: skipped,
+                    blocks,
+                    class: Class {
+                        checksummed,
+                        compression: Compression::Lzo,
+                        groups,
+                    },
+                    pinned: pinned.then_some(Pinned::HeldByOthers),
+                    recoding,
+                };
+                (extent, gap >> 8)
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_set_aside_comes_back(
+            made in prop::collection::vec(extent(), 1..20),
+            references in prop::collection::vec((any::<u32>(), any::<u32>(), any::<prop::sample::Index>(), any::<bool>()), 0..40),
+        ) {
+            let (mut extents, mut address, mut slot) = (Vec::new(), 0u64, 0);
+            for (mut extent, gap) in made {
+                extent.address = address + gap;
+                extent.first_slot += slot;
+                address = extent.address + extent.disk_bytes;
+                slot = extent.slots().end;
+                extents.push(extent);
+            }
+            let references = references.into_iter().map(|(image, file_block, extent, preallocated)| {
+                let place = extent.index(extents.len());
+                let of = &extents[place];
+                let skipped = image % of.blocks;
+                Reference {
+                    image,
+                    file_block: file_block / 2,
+                    slot: of.first_slot + skipped,
+                    blocks: of.blocks - skipped,
+                    extent: u32::try_from(place).unwrap(),
+                    preallocated,
+                }
+            });
+            let mut facts = Facts::new(extents.clone(), references.collect(), 0);
+            let before = format!("{facts:?}");
+            let references = facts.set_references_aside();
+            let packed = facts.set_extents_aside();
+            prop_assert!(facts.extents.is_empty() && facts.references.is_empty());
+            facts.bring_back(&packed, &references);
+            prop_assert_eq!(before, format!("{facts:?}"));
+        }
+    }
+}
