@@ -282,13 +282,23 @@ impl Facts {
 
     /// How many references map some of the slots, which are of one extent.
     pub fn references_over(&self, slots: Range<Slot>) -> u32 {
+        u32::try_from(self.over(slots).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether so many references, or more, map some of the slots, which are of one extent.
+    pub fn has_references_over(&self, slots: Range<Slot>, count: usize) -> bool {
+        self.over(slots).take(count).count() == count
+    }
+
+    /// The references that map some of the slots, which are of one extent.
+    fn over(&self, slots: Range<Slot>) -> impl Iterator<Item = &Reference> {
         let references = self.references_to(self.extent_of(slots.start));
-        // They are in the order of their slots.
+        // They are in the order of their slots, so that most of those are near the end of them.
         let before = references.partition_point(|reference| reference.slot < slots.end);
-        let over = references[..before]
+        references[..before]
             .iter()
-            .filter(|reference| !reference.preallocated && reference.slots().end > slots.start);
-        u32::try_from(over.count()).unwrap_or(u32::MAX)
+            .rev()
+            .filter(move |reference| !reference.preallocated && reference.slots().end > slots.start)
     }
 
     /// The extent that `slot` belongs to.

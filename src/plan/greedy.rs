@@ -364,6 +364,8 @@ impl Pass<'_> {
     fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
         let facts = self.facts;
         let fingerprint = facts.fingerprints.get(at);
+        // Those over one block are no more than that, and take longer to count.
+        let all = u32::try_from(facts.references_to(facts.extent_of(at)).len()).unwrap_or(u32::MAX);
         let mut best: Option<Run> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
             if !self.homes.contains(home) || home == at {
@@ -376,6 +378,7 @@ impl Pass<'_> {
             }
             // Within one extent, references only change places.
             if other.first_slot != extent.first_slot
+                && self.limits.of_extent(number) + all > self.options.references_max
                 && self.limits.of_extent(number) + facts.references_over(at..at + 1) > self.options.references_max
             {
                 continue;
@@ -435,7 +438,7 @@ impl Pass<'_> {
         } else {
             self.options.min_run_blocks
         };
-        let is_single = || self.facts.references_over(run.slot..run.slot + run.blocks) <= 1;
+        let is_single = || !self.facts.has_references_over(run.slot..run.slot + run.blocks, 2);
         run.blocks >= least
             || run.blocks as usize == segment.len()
             || (!repeated && u64::from(run.blocks) * 2 >= u64::from(least) && is_single())

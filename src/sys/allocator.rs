@@ -2,7 +2,7 @@
 
 /// Bytes from which an allocation is a mapping of its own, which is given back as a whole.
 #[cfg(target_env = "gnu")]
-const MAPPED_BYTES: libc::c_int = 64 << 10;
+const MAPPED_BYTES: libc::c_int = 128 << 10;
 
 /// Has large allocations given back to the system as soon as they are freed. By default glibc raises the size from which on it does
 /// so to that of whatever was freed (up to 32 MiB), and keeps twice as much at hand: on a host of few gigabytes that is a lot.
