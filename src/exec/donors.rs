@@ -75,36 +75,54 @@ impl Writer<'_> {
     fn fill(self, file: &DonorFile, donor: &mut Donor, written: &mut Written) -> Result<()> {
         let extent = |place: &u32| &self.plan.layout.donors()[*place as usize];
         let side_by_side = if packs(self.fs, file.class) { SIDE_BY_SIDE } else { 1 };
-        let mut groups = file.extents.chunks(side_by_side).peekable();
+        let groups: Vec<&[u32]> = file.extents.chunks(side_by_side).collect();
+        let group = |number: usize| groups.get(number).copied().unwrap_or_default();
         let mut at = 0;
-        while let Some(group) = groups.next() {
-            let next = groups.peek().copied().unwrap_or_default();
-            for place in next {
+        let mut read = self.read(file.class, group(0));
+        for number in 0..groups.len() {
+            // While one group is written, the next is read, and the one after that asked for.
+            for place in group(number + 2) {
                 self.read_ahead(extent(place));
             }
-            for (extent, read) in group.iter().map(extent).zip(self.read(file.class, group)) {
-                let read = match read {
-                    // Others need what is around it. In its place are zeros, which nothing is shared with.
-                    Err(error) if error.is_read() => {
-                        written.unreadable.push(self.first_unreadable(extent).unwrap_or(error));
-                        donor.missing.push(at..at + extent.blocks);
-                        Packed {
-                            content: vec![0; extent.blocks as usize * BLOCK_LEN],
-                            frame: None,
-                        }
-                    }
-                    read => read?,
-                };
-                self.fs
-                    .append_to_donor(donor.number, &read.content, read.frame.as_deref())?;
-                at += extent.blocks;
-                written.bytes += bytes(extent.blocks);
-                self.monitor.advance(bytes(extent.blocks));
-            }
+            let mut extents = group(number).iter().map(extent).zip(read);
+            let (next, appended) = rayon::join(
+                || self.read(file.class, group(number + 1)),
+                || extents.try_for_each(|one| self.append_read(one, &mut at, donor, written)),
+            );
+            appended?;
             if self.monitor.interrupted() {
                 break;
             }
+            read = next;
         }
+        Ok(())
+    }
+
+    /// Appends what was read for an extent, which is to be at block `at`.
+    fn append_read(
+        self,
+        (extent, read): (&DonorExtent, Result<Packed>),
+        at: &mut u32,
+        donor: &mut Donor,
+        written: &mut Written,
+    ) -> Result<()> {
+        let read = match read {
+            // Others need what is around it. In its place are zeros, which nothing is shared with.
+            Err(error) if error.is_read() => {
+                written.unreadable.push(self.first_unreadable(extent).unwrap_or(error));
+                donor.missing.push(*at..*at + extent.blocks);
+                Packed {
+                    content: vec![0; extent.blocks as usize * BLOCK_LEN],
+                    frame: None,
+                }
+            }
+            read => read?,
+        };
+        self.fs
+            .append_to_donor(donor.number, &read.content, read.frame.as_deref())?;
+        *at += extent.blocks;
+        written.bytes += bytes(extent.blocks);
+        self.monitor.advance(bytes(extent.blocks));
         Ok(())
     }
 

@@ -7,15 +7,19 @@ use rustix::io::{Errno, Result};
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
 const BTRFS_IOC_TREE_SEARCH_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_TREE_SEARCH_V2 as Opcode;
+/// Room for items in one call.
 const BUFFER_BYTES: usize = 256 << 10;
+/// The same where few are expected: the kernel touches all of it first. No item is longer than a leaf's 16 KiB, or a quarter of
+/// larger ones.
+const FEW_BYTES: usize = 16 << 10;
 /// `struct btrfs_ioctl_search_header`: transid, objectid, offset, type, length.
 const HEADER_BYTES: usize = 32;
 
 #[repr(C)]
-struct SearchArgs {
+struct SearchArgs<const BYTES: usize> {
     key: btrfs_ioctl_search_key,
     buf_size: u64,
-    buf: [u8; BUFFER_BYTES],
+    buf: [u8; BYTES],
 }
 
 /// A key of a btrfs tree; keys are ordered by object, then type, then offset.
@@ -60,10 +64,34 @@ pub fn tree_search(
     tree: u64,
     first: Key,
     last: Key,
+    visit: impl FnMut(Key, &[u8]) -> Option<Key>,
+) -> Result<()> {
+    search::<BUFFER_BYTES>(fd, tree, first, last, visit)
+}
+
+/// The same where there are few items: faster.
+///
+/// # Errors
+/// Those of [`tree_search`].
+pub fn tree_search_few(
+    fd: impl AsFd,
+    tree: u64,
+    first: Key,
+    last: Key,
+    visit: impl FnMut(Key, &[u8]) -> Option<Key>,
+) -> Result<()> {
+    search::<FEW_BYTES>(fd, tree, first, last, visit)
+}
+
+fn search<const BYTES: usize>(
+    fd: impl AsFd,
+    tree: u64,
+    first: Key,
+    last: Key,
     mut visit: impl FnMut(Key, &[u8]) -> Option<Key>,
 ) -> Result<()> {
     // SAFETY: the structure is plain integers, for which all zeros are valid; it is made on the heap by the allocator.
-    let mut args: Box<SearchArgs> = unsafe { Box::<SearchArgs>::new_zeroed().assume_init() };
+    let mut args = unsafe { Box::<SearchArgs<BYTES>>::new_zeroed().assume_init() };
     let mut next = Some(first);
     while let Some(from) = next.filter(|from| *from <= last) {
         args.key.tree_id = tree;
@@ -72,7 +100,7 @@ pub fn tree_search(
         (args.key.min_offset, args.key.max_offset) = (from.offset, last.offset);
         (args.key.min_transid, args.key.max_transid) = (0, u64::MAX);
         args.key.nr_items = u32::MAX;
-        args.buf_size = BUFFER_BYTES as u64;
+        args.buf_size = BYTES as u64;
         // SAFETY: the opcode takes a pointer to this header, followed by `buf_size` bytes to write to.
         unsafe { ioctl(&fd, Updater::<BTRFS_IOC_TREE_SEARCH_V2, _>::new(&mut *args)) }?;
         if args.key.nr_items == 0 {

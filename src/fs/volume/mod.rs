@@ -35,7 +35,7 @@ use crate::sys::encoded_write::write_frame;
 use crate::sys::fs_info::{FsInfo, Kind, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
 use crate::sys::readahead::{readahead, write_out};
-use crate::sys::tree_search::{Key, tree_search};
+use crate::sys::tree_search::{Key, tree_search, tree_search_few};
 
 /// Trees and item types (btrfs-progs, `Documentation/dev/On-disk-format.rst`).
 const EXTENT_TREE: u64 = 2;
@@ -635,11 +635,12 @@ impl Sharing for Volume {
             kind: EXTENT_ITEM,
             offset,
         };
-        self.search(EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
+        tree_search_few(self.any_fd()?, EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
             found |=
                 key.object == address && btrfs::extent_item(item).is_some_and(|extent| extent.generation == generation);
             None
-        })?;
+        })
+        .map_err(Error::io("read the extent tree of", &self.scratch))?;
         Ok(found)
     }
 
