@@ -1,4 +1,4 @@
-//! Extents and references set aside, in a sixth of their memory, while a plan looks at the pool as it would be.
+//! Extents and references set aside, in a fifth of their memory or less, while a plan looks at the pool as it would be.
 
 use std::collections::HashMap;
 

@@ -360,11 +360,6 @@ impl Facts {
         let image = self.place_of(slot..slot + 1)?.image;
         Some(self.machines.get(image as usize).copied().unwrap_or(image))
     }
-
-    /// Whether the block at `slot` reads as zeros, as far as fingerprints and proofs tell.
-    pub fn is_zero(&self, slot: Slot) -> bool {
-        self.fingerprints.get(slot) == self.zero_fingerprint
-    }
 }
 
 /// What is known of single blocks.
@@ -372,12 +367,6 @@ impl Facts {
     /// Remembers what blocks were found to hold.
     pub fn add_proofs(&mut self, proofs: impl IntoIterator<Item = (Slot, Proof)>) {
         self.proofs.extend(proofs);
-    }
-
-    /// Whether two blocks may be equal: alike in fingerprint, and not known to differ.
-    pub fn may_be_equal(&self, one: Slot, other: Slot) -> bool {
-        self.fingerprints.get(one) == self.fingerprints.get(other)
-            && (self.proofs.is_empty() || self.proved_equal(one, other).unwrap_or(true))
     }
 
     /// Whether two blocks are equal, if both were read.

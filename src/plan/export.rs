@@ -97,7 +97,10 @@ pub fn plan_export(facts: &Facts, known: &[Piece], first_new: StoreBlock, stored
         chunker: Chunker::default(),
     };
     for block in 0..first_new {
-        planner.table.enter(block, &planner.plan.fingerprints, |_| ());
+        let fingerprint = planner.plan.fingerprints.get(block);
+        planner
+            .table
+            .enter(block, fingerprint, &planner.plan.fingerprints, |_| ());
     }
     let mut known = known.iter().peekable();
     for extent in &facts.extents {
@@ -173,7 +176,8 @@ impl Planner<'_> {
                     return None;
                 }
                 self.plan.fingerprints.write(block, &fingerprints[at..=at]);
-                self.table.enter(block, &self.plan.fingerprints, |_| ());
+                let fingerprint = self.plan.fingerprints.get(block);
+                self.table.enter(block, fingerprint, &self.plan.fingerprints, |_| ());
                 self.push(start + as_blocks(at), 1, Source::New(block));
                 self.plan.end += 1;
                 new_from.get_or_insert(at);

@@ -40,6 +40,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
         table: Table::new(slots, facts.table_slots_max),
         homes: SlotSet::new(slots),
         limits: Limits::new(facts, options),
+        here: (0, Vec::new()),
         found: Decisions::default(),
     };
     for extent in order {
@@ -112,6 +113,8 @@ struct Pass<'a> {
     /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
     homes: SlotSet,
     limits: Limits,
+    /// First slot and fingerprints of the extent that is looked at: they are asked for many times, and may be on disk.
+    here: (Slot, Vec<u32>),
     found: Decisions,
 }
 
@@ -194,6 +197,7 @@ impl Pass<'_> {
         let facts = self.facts;
         let this = &facts.extents[extent as usize];
         let pinned = is_pinned(facts, self.options, extent);
+        self.here = (this.first_slot, facts.fingerprints.range(this.slots()));
         let found = self.match_extent(this);
         let frees = this.disk_bytes.saturating_sub(this.donor_bytes(found.left_over));
         let more = self.new_references(extent, &found.runs);
@@ -212,8 +216,11 @@ impl Pass<'_> {
             *self.found.pinned.entry(why).or_default() += frees;
         }
         for run in facts.live_runs(this.slots()) {
-            self.homes.insert_range(run.clone());
-            run.for_each(|slot| self.enter(slot));
+            self.homes.insert_range(run);
+        }
+        // What is left over was entered when it was.
+        for run in &found.runs {
+            (run.slot..run.slot + run.blocks).for_each(|slot| self.enter(slot));
         }
         if pinned.is_none() && this.is_recoded() && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2 {
             self.found.gone.push(Decision {
@@ -225,11 +232,27 @@ impl Pass<'_> {
 
     /// Enters a home into the table. Zeros are found in holes, or are to stay; they are shared only amid other data.
     fn enter(&mut self, slot: Slot) {
-        if !self.facts.is_zero(slot) {
-            let facts = self.facts;
+        let (facts, fingerprint) = (self.facts, self.fingerprint(slot));
+        if fingerprint != facts.zero_fingerprint {
             self.table
-                .enter(slot, &facts.fingerprints, |slot| facts.machine_of(slot));
+                .enter(slot, fingerprint, &facts.fingerprints, |slot| facts.machine_of(slot));
         }
+    }
+
+    fn fingerprint(&self, slot: Slot) -> u32 {
+        let (first, here) = &self.here;
+        let known = slot.checked_sub(*first).and_then(|n| here.get(n as usize));
+        known.copied().unwrap_or_else(|| self.facts.fingerprints.get(slot))
+    }
+
+    /// Whether the block at `slot` reads as zeros, as far as fingerprints tell.
+    fn is_zero(&self, slot: Slot) -> bool {
+        self.fingerprint(slot) == self.facts.zero_fingerprint
+    }
+
+    /// Whether two blocks may be equal: alike in fingerprint, and not known to differ.
+    fn may_be_equal(&self, slot: Slot, home: Slot) -> bool {
+        self.fingerprint(slot) == self.fingerprint(home) && self.facts.proved_equal(slot, home).unwrap_or(true)
     }
 
     /// Whether eliminating `extent` as `found` frees at least what it costs.
@@ -345,11 +368,11 @@ impl Pass<'_> {
 
     /// The run of zeros that begins at `at`, if it is worth a hole.
     fn zeros(&self, at: Slot, segment: &Range<Slot>) -> Option<Run> {
-        if self.options.keep_zeros || !self.facts.is_zero(at) {
+        if self.options.keep_zeros || !self.is_zero(at) {
             return None;
         }
         let end = (at..segment.end)
-            .find(|slot| !self.facts.is_zero(*slot))
+            .find(|slot| !self.is_zero(*slot))
             .unwrap_or(segment.end);
         let run = Run {
             slot: at,
@@ -363,7 +386,7 @@ impl Pass<'_> {
     /// It may begin before `at`, in blocks from `gap` on that are left over so far: they may not be in the table's sample.
     fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
         let facts = self.facts;
-        let fingerprint = facts.fingerprints.get(at);
+        let fingerprint = self.fingerprint(at);
         // Those over one block are no more than that, and take longer to count.
         let all = u32::try_from(facts.references_to(facts.extent_of(at)).len()).unwrap_or(u32::MAX);
         let mut best: Option<Run> = None;
@@ -385,12 +408,12 @@ impl Pass<'_> {
             }
             let room = (segment.end - at).min(other.slots().end - home);
             let blocks = (0..room)
-                .take_while(|n| self.homes.contains(home + n) && facts.may_be_equal(at + n, home + n))
+                .take_while(|n| self.homes.contains(home + n) && self.may_be_equal(at + n, home + n))
                 .count();
             let mut blocks = u32::try_from(blocks).unwrap_or(room);
             let before = (at - gap).min(home - other.first_slot);
             let back =
-                (1..=before).take_while(|n| self.homes.contains(home - n) && facts.may_be_equal(at - n, home - n));
+                (1..=before).take_while(|n| self.homes.contains(home - n) && self.may_be_equal(at - n, home - n));
             let mut back = u32::try_from(back.count()).unwrap_or(0);
             // What the run covers is no home any more, so it must not be what it is found in.
             if home - back < at && at - back < home + blocks {
@@ -416,7 +439,7 @@ impl Pass<'_> {
     /// donors end within a repetition would change from one plan to the next.
     fn is_repeated(&self, run: &Run, segment: &Range<Slot>) -> bool {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
-        let fingerprint = |slot| self.facts.fingerprints.get(slot);
+        let fingerprint = |slot| self.fingerprint(slot);
         let first = fingerprint(run.slot);
         let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
         let goes_on = || match run.target {
@@ -461,7 +484,7 @@ impl Pass<'_> {
         let fingerprints = &self.facts.fingerprints;
         for n in must_be_proved(run) {
             let slot = run.slot + n;
-            let alike = self.table.candidates(fingerprints.get(slot), fingerprints);
+            let alike = self.table.candidates(self.fingerprint(slot), fingerprints);
             let home = match run.target {
                 Target::Home(home) => Some(home + n),
                 Target::Hole => None,

@@ -56,7 +56,9 @@ pub fn find_seeds(
     let mut table = Table::new(facts.slots() as usize, facts.table_slots_max);
     for extent in &facts.extents {
         for run in facts.live_runs(extent.slots()) {
-            run.for_each(|slot| table.enter(slot, &facts.fingerprints, |slot| facts.machine_of(slot)));
+            for (slot, fingerprint) in run.clone().zip(facts.fingerprints.range(run)) {
+                table.enter(slot, fingerprint, &facts.fingerprints, |slot| facts.machine_of(slot));
+            }
         }
     }
     // Nobody reaches the blocks between two live runs: a match ends with its own.

@@ -3,22 +3,24 @@
 use crate::block::Slot;
 use crate::fingerprint::Fingerprints;
 
-/// Slots by fingerprint: [`Table::SLOT_BYTES`] for each, in one open-addressed table with linear probing.
+/// Slots by fingerprint: [`Table::SLOT_BYTES`] for each, in one open-addressed table of groups, of which each is looked at as a whole.
 ///
 /// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
 /// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
 /// directions, block by block.
 #[derive(Debug)]
 pub(super) struct Table {
-    /// Eight bits of each fingerprint's hash, or [`EMPTY`]. Most blocks are like no other, and these say so without a look at the
-    /// fingerprints, which may be on disk.
-    tags: Vec<u8>,
+    /// Eight bits of each fingerprint's hash, from the first place of each group on, or [`EMPTY`]. Most blocks are like no other, and
+    /// these say so without a look at the fingerprints, which may be on disk.
+    tags: Vec<[u8; GROUP]>,
     /// The slots, where a tag is. Nothing is ever taken out: the caller checks what a candidate is worth.
-    slots: Vec<Slot>,
+    slots: Vec<[Slot; GROUP]>,
     /// Fingerprints are in the sample if so many bits of their hash are zero.
     sample_bits: u32,
 }
 
+/// Places in a group.
+const GROUP: usize = 16;
 const EMPTY: u8 = 0;
 
 impl Table {
@@ -31,17 +33,17 @@ impl Table {
     const SLOTS_PER_MACHINE: usize = 2;
     /// Slots looked at for one question.
     const CANDIDATES_MAX: usize = 64;
-    /// Places looked at for one question, other fingerprints of the same region included: guests can fill regions, too.
-    const STEPS_MAX: usize = 1024;
+    /// Groups looked at for one question, other fingerprints of the same region included: guests can fill regions, too.
+    const STEPS_MAX: usize = 1024 / GROUP;
 
     /// An empty table for so many slots, that holds so many of them at most.
     pub(super) fn new(slots: usize, slots_max: usize) -> Self {
         let sample_bits = sample_bits(slots, slots_max);
         let room = slots >> sample_bits;
-        let places = (room + room / 4 + 16).min(u32::MAX as usize);
+        let groups = (room + room / 4).div_ceil(GROUP) + 1;
         Self {
-            tags: vec![EMPTY; places],
-            slots: vec![0; places],
+            tags: vec![[EMPTY; GROUP]; groups],
+            slots: vec![[0; GROUP]; groups],
             sample_bits,
         }
     }
@@ -56,28 +58,25 @@ impl Table {
         self.sample_bits == 0 || hash(fingerprint) >> (32 - self.sample_bits) == 0
     }
 
-    /// The place where the search for a fingerprint begins. The sample is chosen by the upper bits, this by the lower.
+    /// The group where the search for a fingerprint begins. The sample is chosen by the upper bits, this by the lower.
     fn home(&self, fingerprint: u32) -> usize {
         let spread = u64::from(hash(fingerprint).reverse_bits());
         usize::try_from((spread * self.tags.len() as u64) >> 32).unwrap_or(0)
     }
 
-    /// The place so many steps from another.
-    fn place(&self, home: usize, step: usize) -> usize {
-        let place = home + step;
-        if place < self.tags.len() {
-            place
-        } else {
-            place % self.tags.len()
-        }
+    /// The group so many steps from another.
+    fn group(&self, home: usize, step: usize) -> usize {
+        let group = home + step;
+        // There are no more steps than groups. A division would take as long as the rest.
+        group.checked_sub(self.tags.len()).unwrap_or(group)
     }
 
-    /// How many places from `home` on are taken, at most [`Table::STEPS_MAX`].
-    fn taken(&self, home: usize) -> usize {
-        let limit = Self::STEPS_MAX.min(self.tags.len());
-        (0..limit)
-            .find(|step| self.tags[self.place(home, *step)] == EMPTY)
-            .unwrap_or(limit)
+    /// How many steps from `home` it is to a group that has a free place; at most [`Table::STEPS_MAX`] less one.
+    fn last_step(&self, home: usize) -> usize {
+        let last = Self::STEPS_MAX.min(self.tags.len()) - 1;
+        (0..last)
+            .find(|step| self.tags[self.group(home, *step)][GROUP - 1] == EMPTY)
+            .unwrap_or(last)
     }
 
     /// The slots entered for a fingerprint, latest first.
@@ -87,25 +86,28 @@ impl Table {
         fingerprints: &'a Fingerprints,
     ) -> impl Iterator<Item = Slot> + 'a {
         let home = self.home(fingerprint);
-        let taken = if self.has(fingerprint) { self.taken(home) } else { 0 };
+        let steps = if self.has(fingerprint) {
+            self.last_step(home) + 1
+        } else {
+            0
+        };
         let tag = tag(fingerprint);
-        (0..taken)
+        (0..steps)
             .rev()
-            .map(move |step| self.place(home, step))
-            .filter(move |place| self.tags[*place] == tag)
-            .map(|place| self.slots[place])
+            .map(move |step| self.group(home, step))
+            .flat_map(move |group| places(&self.tags[group], tag).map(move |place| self.slots[group][place]))
             .filter(move |slot| fingerprints.get(*slot) == fingerprint)
             .take(Self::CANDIDATES_MAX)
     }
 
-    /// Enters a slot, unless its fingerprint has enough of them.
+    /// Enters a slot under its fingerprint, unless that has enough of them.
     pub(super) fn enter<M: PartialEq>(
         &mut self,
         slot: Slot,
+        fingerprint: u32,
         fingerprints: &Fingerprints,
         machine_of: impl Fn(Slot) -> M,
     ) {
-        let fingerprint = fingerprints.get(slot);
         if !self.has(fingerprint) {
             return;
         }
@@ -126,12 +128,27 @@ impl Table {
             }
         }
         let home = self.home(fingerprint);
-        let free = self.place(home, self.taken(home));
-        if self.tags[free] == EMPTY {
-            self.tags[free] = tag(fingerprint);
-            self.slots[free] = slot;
+        let group = self.group(home, self.last_step(home));
+        if let Some(free) = self.tags[group].iter().position(|tag| *tag == EMPTY) {
+            self.tags[group][free] = tag(fingerprint);
+            self.slots[group][free] = slot;
         }
     }
+}
+
+/// The places of a group that have a tag, last first.
+fn places(tags: &[u8; GROUP], tag: u8) -> impl Iterator<Item = usize> + use<> {
+    /// One in each byte.
+    const ONES: u128 = u128::MAX / 255;
+    // All bytes at once: zero where the tag is, and the upper bit set just there.
+    let other = u128::from_le_bytes(*tags) ^ (ONES * u128::from(tag));
+    let low = ONES * 0x7f;
+    let mut found = !(((other & low) + low) | other | low);
+    std::iter::from_fn(move || {
+        let bit = 127u32.checked_sub(found.leading_zeros())?;
+        found ^= 1 << bit;
+        Some(bit as usize / 8)
+    })
 }
 
 /// How many bits of a fingerprint's hash must be zero for `slots_max` of `slots` to be in the sample.
