@@ -44,8 +44,11 @@ impl From<Exit> for ExitCode {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    crate::sys::allocator::give_back_early();
     let args = Args::parse();
+    // An export and an import make frames all the time, and take longer if each is a new mapping.
+    if !matches!(args.command, Command::Export(_) | Command::Import(_)) {
+        crate::sys::allocator::give_back_early();
+    }
     // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let terminal = Terminal::new();
