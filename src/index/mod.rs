@@ -26,6 +26,9 @@ use crate::shown::shown;
 
 /// Memory that sled may use for its pages.
 const CACHE_BYTES: u64 = 8 << 20;
+/// Bytes of records after which sled is closed and opened again: only so does it give back what its pages take, of which it keeps a
+/// hundred megabytes and more whatever its cache is to take.
+const OPEN_BYTES: usize = 8 << 20;
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
 const SEGMENT_BYTES: u64 = 32 << 20;
 
@@ -39,8 +42,10 @@ pub const DEFAULT_FOLDER: &str = "/var/cache/vmfold";
 #[derive(Debug)]
 pub struct Index {
     folder: PathBuf,
-    tree: sled::Tree,
-    db: sled::Db,
+    /// None only after it could not be opened again.
+    sled: Option<Sled>,
+    /// Bytes of records read and written since it was opened.
+    touched_bytes: usize,
     /// Extents, by place in the facts last looked up, whose entry is as it should be.
     current: Vec<bool>,
     /// Whether fingerprints of uncompressed extents are remembered too: the filesystem's checksums do not serve.
@@ -67,6 +72,34 @@ pub struct Status {
     pub distinct_chunks: u64,
     /// Bytes it takes on disk.
     pub disk_bytes: u64,
+}
+
+/// An open database, and the tree of extents in it.
+#[derive(Debug)]
+struct Sled {
+    db: sled::Db,
+    tree: sled::Tree,
+}
+
+impl Sled {
+    fn open_db(folder: &Path) -> sled::Result<sled::Db> {
+        sled::Config::new()
+            .path(folder.join("sled"))
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .mode(sled::Mode::LowSpace)
+            .open()
+    }
+
+    /// Closes it and opens it again, without what it kept in memory.
+    fn again(self, folder: &Path) -> sled::Result<Self> {
+        let name = self.tree.name();
+        self.db.flush()?;
+        drop(self);
+        let db = Self::open_db(folder)?;
+        let tree = db.open_tree(name)?;
+        Ok(Self { db, tree })
+    }
 }
 
 impl Index {
@@ -183,12 +216,15 @@ impl Index {
             }
             entries.sort_by_key(|entry| entry.address);
             let record = record::encode(&entries);
-            self.tree
+            let bytes = record.len();
+            self.sled()?
+                .tree
                 .insert(segment.to_be_bytes(), record)
                 .map_err(|error| self.error(&error))?;
+            self.touched(bytes)?;
         }
-        self.db.flush().map_err(|error| self.error(&error))?;
-        Ok(())
+        self.sled()?.db.flush().map_err(|error| self.error(&error))?;
+        self.touched(0)
     }
 
     /// The addresses of extents that hold chunks which `is_wanted` takes by their weak ids.
@@ -197,7 +233,7 @@ impl Index {
     /// Those of the index.
     pub fn extents_with(&self, is_wanted: impl Fn(u64) -> bool) -> Result<Vec<u64>> {
         let mut found = Vec::new();
-        for record in &self.tree {
+        for record in &self.sled()?.tree {
             let (_, record) = record.map_err(|error| self.error(&error))?;
             let entries = record::decode(&record).unwrap_or_default();
             let holding = entries
@@ -214,12 +250,33 @@ impl Index {
     }
 
     /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
-    fn read(&self, segment: u64) -> Result<Vec<Entry>> {
+    fn read(&mut self, segment: u64) -> Result<Vec<Entry>> {
         let record = self
+            .sled()?
             .tree
             .get(segment.to_be_bytes())
             .map_err(|error| self.error(&error))?;
+        self.touched(record.as_ref().map_or(0, |record| record.len()))?;
         Ok(record.and_then(|record| record::decode(&record)).unwrap_or_default())
+    }
+
+    fn sled(&self) -> Result<&Sled> {
+        self.sled.as_ref().ok_or_else(|| Error::Index {
+            path: self.folder.clone(),
+            problem: "it could not be opened again".into(),
+        })
+    }
+
+    /// Counts what was read or written, and has sled forget it when that is much.
+    fn touched(&mut self, bytes: usize) -> Result<()> {
+        self.touched_bytes += bytes;
+        if self.touched_bytes > OPEN_BYTES
+            && let Some(sled) = self.sled.take()
+        {
+            self.sled = Some(sled.again(&self.folder).map_err(|error| self.error(&error))?);
+            self.touched_bytes = 0;
+        }
+        Ok(())
     }
 
     fn error(&self, error: &sled::Error) -> Error {
@@ -238,16 +295,16 @@ impl Index {
         const SAMPLE: u64 = 64;
         let mut status = Status {
             folder: self.folder.clone(),
-            name: String::from_utf8_lossy(&self.tree.name()).into_owned(),
+            name: String::from_utf8_lossy(&self.sled()?.tree.name()).into_owned(),
             extents: 0,
             bytes: 0,
             fingerprint_bytes: 0,
             chunks: 0,
             distinct_chunks: 0,
-            disk_bytes: self.db.size_on_disk().map_err(|error| self.error(&error))?,
+            disk_bytes: self.sled()?.db.size_on_disk().map_err(|error| self.error(&error))?,
         };
         let mut seen = std::collections::HashSet::new();
-        for record in &self.tree {
+        for record in &self.sled()?.tree {
             let (_, record) = record.map_err(|error| self.error(&error))?;
             for entry in record::decode(&record).unwrap_or_default() {
                 status.extents += 1;
@@ -298,12 +355,7 @@ fn tree_name(function: Function) -> String {
 /// Opens sled, whose own checks are partly panics. Without a function, whatever tree is there.
 fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<Index, Opening> {
     let open = || -> std::result::Result<Index, sled::Error> {
-        let db = sled::Config::new()
-            .path(folder.join("sled"))
-            .cache_capacity(CACHE_BYTES)
-            .flush_every_ms(None)
-            .mode(sled::Mode::LowSpace)
-            .open()?;
+        let db = Sled::open_db(folder)?;
         let is_extents = |name: &sled::IVec| name.starts_with(TREE_PREFIX.as_bytes());
         let present = db.tree_names().into_iter().find(is_extents).map(|name| name.to_vec());
         let name = function
@@ -320,13 +372,18 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
         }
         let tree = db.open_tree(&name)?;
         // Every record is read once: a damaged page shows now, not in the middle of a run.
+        let mut read_bytes = 0;
         for record in &tree {
-            let _ = record?;
+            read_bytes += record?.1.len();
+        }
+        let mut sled = Sled { db, tree };
+        if read_bytes > OPEN_BYTES {
+            sled = sled.again(folder)?;
         }
         Ok(Index {
             folder: folder.to_owned(),
-            tree,
-            db,
+            sled: Some(sled),
+            touched_bytes: 0,
             current: Vec::new(),
             keep_plain: false,
         })
@@ -390,4 +447,77 @@ fn parse_hex(name: &str) -> Option<[u8; 16]> {
         *byte = u8::from_str_radix(name.get(2 * at..2 * at + 2)?, 16).ok()?;
     }
     Some(uuid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::{Class, Compression, Extent, Reference};
+    use crate::fingerprint::Fingerprints;
+
+    const EXTENT_BLOCKS: u32 = 32 << 10;
+    const EXTENTS: u32 = 100;
+
+    fn facts(fingerprints: Vec<u32>) -> Facts {
+        let extent = |number: u32| Extent {
+            address: u64::from(number) << 27,
+            disk_bytes: 1 << 27,
+            generation: 7,
+            first_slot: number * EXTENT_BLOCKS,
+            blocks: EXTENT_BLOCKS,
+            class: Class {
+                checksummed: true,
+                compression: Compression::None,
+                groups: 1,
+            },
+            pinned: None,
+            recoding: None,
+        };
+        let reference = |number| Reference {
+            image: 0,
+            file_block: number * EXTENT_BLOCKS,
+            slot: number * EXTENT_BLOCKS,
+            blocks: EXTENT_BLOCKS,
+            extent: number,
+            preallocated: false,
+        };
+        let mut facts = Facts::new(
+            (0..EXTENTS).map(extent).collect(),
+            (0..EXTENTS).map(reference).collect(),
+            0,
+        );
+        facts.fingerprints = Fingerprints::from(fingerprints);
+        facts
+    }
+
+    #[test]
+    fn nothing_is_lost_when_it_is_closed_and_opened_again_on_the_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || {
+            Index::open(
+                folder.path(),
+                [1; 16],
+                Some(Function::Crc32c),
+                &crate::monitor::Silent::default(),
+            )
+            .unwrap()
+        };
+        let all: Vec<u32> = (0..EXTENTS * EXTENT_BLOCKS)
+            .map(|slot| slot.wrapping_mul(0x9e37_79b9))
+            .collect();
+        assert!(all.len() * 4 > OPEN_BYTES, "or it is never closed");
+        let known = || SlotSet::new(all.len());
+        {
+            let mut index = open();
+            index.keep_plain();
+            let mut facts = facts(all.clone());
+            index.look_up(&mut facts, &mut known()).unwrap();
+            index.update(&facts).unwrap();
+        }
+        let mut found = facts(vec![0; all.len()]);
+        let mut known = known();
+        open().look_up(&mut found, &mut known).unwrap();
+        assert!((0..found.slots()).all(|slot| known.contains(slot)));
+        assert_eq!(found.fingerprints.range(0..found.slots()), all);
+    }
 }

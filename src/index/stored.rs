@@ -83,7 +83,7 @@ fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<Part>
 impl Index {
     fn stored_tree(&self, archive: &[u8; 16]) -> Result<sled::Tree> {
         let name = format!("{TREE_PREFIX}{}", hex(archive));
-        self.db.open_tree(name).map_err(|error| self.error(&error))
+        self.sled()?.db.open_tree(name).map_err(|error| self.error(&error))
     }
 
     /// What an archive with these commits is known to hold of a pool: extents whose live blocks it has all, in order.
@@ -175,7 +175,7 @@ impl Index {
             }
         }
         tree.apply_batch(batch).map_err(|error| self.error(&error))?;
-        self.db.flush().map_err(|error| self.error(&error))?;
+        self.sled()?.db.flush().map_err(|error| self.error(&error))?;
         Ok(())
     }
 }
