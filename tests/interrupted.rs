@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Random, can_mount, churn, population, reflink, sh, state_of, write_image};
+use common::{Random, can_mount, churn, population, reflink, sh, state_of, unmount, write_image};
 use serde_json::Value;
 
 /// A filesystem with reflinks that holds filesystems as files, so that one can be copied at one instant, in the middle of its work.
@@ -133,11 +133,8 @@ impl Inner {
 
     /// Unmounts it and checks that it is sound.
     fn check_and_remove(self) {
-        sh(&format!(
-            "umount {}; btrfs check {} 2>&1",
-            self.mount.display(),
-            self.image.display()
-        ));
+        unmount(&self.mount);
+        sh(&format!("btrfs check {} 2>&1", self.image.display()));
         std::fs::remove_file(&self.image).unwrap();
     }
 }
@@ -206,7 +203,7 @@ fn killed(arguments: [&str; 6], seed: u64, times: u32) {
     let nest = Nest::new();
     let pristine = nest.pristine(seed);
     let (state, used) = (pristine.state(), pristine.used());
-    sh(&format!("umount {}", pristine.mount.display()));
+    unmount(&pristine.mount);
     let trial = nest.copy(&pristine, "trial");
     trial.mount();
     let takes = u64::try_from(trial.run(&arguments).as_micros()).unwrap();
@@ -260,7 +257,7 @@ fn cut_off(arguments: [&str; 6], seed: u64, times: u32) {
     let nest = Nest::new();
     let pristine = nest.pristine(seed);
     let (state, used) = (pristine.state(), pristine.used());
-    sh(&format!("umount {}", pristine.mount.display()));
+    unmount(&pristine.mount);
     let (mut cuts, mut between) = (0, 0);
     while cuts < times {
         let inner = nest.copy(&pristine, "cut");
@@ -304,7 +301,7 @@ fn export_and_import_cut_off_30_times() {
     sh(&format!("sync -f {}", pristine.mount.display()));
     let changed = pristine.state();
     assert_ne!(changed, state);
-    sh(&format!("umount {}", pristine.mount.display()));
+    unmount(&pristine.mount);
     let cut_off = |name: &str, arguments: &[&str], look: &mut dyn FnMut(&Inner)| {
         let mut cuts = 0;
         while cuts < 30 {

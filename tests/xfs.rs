@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Output;
 use std::time::Duration;
 
-use common::{Mounted, Random, build_pool, can_mount, reflink, sh, state_of};
+use common::{Mounted, Random, build_pool, can_mount, reflink, sh, state_of, unmount};
 use serde_json::Value;
 
 fn xfs(reverse_map: u8) -> Mounted {
@@ -34,11 +34,8 @@ fn freed(done: &Value) -> u64 {
 
 /// Unmounts and checks that the filesystem is sound.
 fn check(fs: &Mounted) {
-    sh(&format!(
-        "umount {}; xfs_repair -n {} 2>&1",
-        fs.mount.display(),
-        fs.device().display()
-    ));
+    unmount(&fs.mount);
+    sh(&format!("xfs_repair -n {} 2>&1", fs.device().display()));
 }
 
 /// Runs reclaim and checks everything that must hold of it. The filesystem counts metadata too, which takes a little.

@@ -45,6 +45,18 @@ pub fn can_mount() -> bool {
     false
 }
 
+/// Unmounts a filesystem. For a moment it may still be busy: while a test beside this one starts a command, the child has copies of all
+/// files that are open here.
+pub fn unmount(mount: &Path) {
+    const TRIES: u32 = 100;
+    let unmounted = |_| {
+        let status = Command::new("umount").arg(mount).status().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(if status.success() { 0 } else { 100 }));
+        status.success()
+    };
+    assert!((0..TRIES).any(unmounted), "`{}` stays busy", mount.display());
+}
+
 /// Runs a command that must succeed, and returns what it printed.
 pub fn sh(command: &str) -> String {
     let output = Command::new("sh").args(["-ec", command]).output().unwrap();
@@ -139,7 +151,7 @@ impl Mounted {
         let mut block = vec![0; 4096];
         File::open(image).unwrap().read_exact_at(&mut block, 4096).unwrap();
         let (mount, device) = (self.mount.display(), self.folder.path().join("fs"));
-        sh(&format!("umount {mount}"));
+        unmount(&self.mount);
         let all = std::fs::read(&device).unwrap();
         let at = all.chunks(4096).position(|candidate| candidate == block).unwrap() as u64 * 4096;
         File::options()
@@ -153,12 +165,9 @@ impl Mounted {
 
     /// Unmounts and checks that the filesystem is sound, checksums included.
     pub fn check(&self) {
-        let mount = self.mount.display();
-        sh(&format!("btrfs scrub start -B {mount}"));
-        sh(&format!(
-            "umount {mount}; btrfs check {} 2>&1",
-            self.folder.path().join("fs").display()
-        ));
+        sh(&format!("btrfs scrub start -B {}", self.mount.display()));
+        unmount(&self.mount);
+        sh(&format!("btrfs check {} 2>&1", self.folder.path().join("fs").display()));
     }
 }
 
