@@ -98,14 +98,14 @@ fn lookup_args(treeid: u64, objectid: u64) -> btrfs_ioctl_ino_lookup_args {
 pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<String> {
     /// `BTRFS_INODE_REF_KEY`: its offset is the parent directory, its data an index (u64), a length (u16) and the name, for each link.
     const INODE_REF: u8 = 12;
-    use super::tree_search::{Key, tree_search_few};
+    use super::tree_search::{FEW, Key, tree_search};
     let (mut parent, mut name) = (None, Vec::new());
     let key = |offset| Key {
         object: inode,
         kind: INODE_REF,
         offset,
     };
-    tree_search_few(&fd, root, key(0), key(u64::MAX), |found, data| {
+    tree_search::<FEW>(&fd, root, key(0), key(u64::MAX), |found, data| {
         if parent.is_none() && found.kind == INODE_REF {
             parent = Some(found.offset);
             let length = data

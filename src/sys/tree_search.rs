@@ -7,11 +7,10 @@ use rustix::io::{Errno, Result};
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
 const BTRFS_IOC_TREE_SEARCH_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_TREE_SEARCH_V2 as Opcode;
-/// Room for items in one call.
-const BUFFER_BYTES: usize = 256 << 10;
-/// The same where few are expected: the kernel touches all of it first. No item is longer than a leaf's 16 KiB, or a quarter of
-/// larger ones.
-const FEW_BYTES: usize = 16 << 10;
+/// Room for many items in one call.
+pub const MANY: usize = 256 << 10;
+/// Room where few are expected: the kernel touches all of it first. No item looked for is longer than a quarter of the largest leaf.
+pub const FEW: usize = 16 << 10;
 /// `struct btrfs_ioctl_search_header`: transid, objectid, offset, type, length.
 const HEADER_BYTES: usize = 32;
 
@@ -55,35 +54,13 @@ impl Key {
 
 /// Calls `visit` with each item of tree `tree` (0: the subvolume `fd` lies in) from `first` to `last`, both included.
 ///
+/// A call has room for `BYTES` of items: [`MANY`] or [`FEW`].
+///
 /// `visit` returns the key to go on from, if not the next one: whoever looks for few items in a large tree skips with it.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN`, `ENOENT` for a tree that does not exist, `ENOTTY` off btrfs.
-pub fn tree_search(
-    fd: impl AsFd,
-    tree: u64,
-    first: Key,
-    last: Key,
-    visit: impl FnMut(Key, &[u8]) -> Option<Key>,
-) -> Result<()> {
-    search::<BUFFER_BYTES>(fd, tree, first, last, visit)
-}
-
-/// The same where there are few items: faster.
-///
-/// # Errors
-/// Those of [`tree_search`].
-pub fn tree_search_few(
-    fd: impl AsFd,
-    tree: u64,
-    first: Key,
-    last: Key,
-    visit: impl FnMut(Key, &[u8]) -> Option<Key>,
-) -> Result<()> {
-    search::<FEW_BYTES>(fd, tree, first, last, visit)
-}
-
-fn search<const BYTES: usize>(
+pub fn tree_search<const BYTES: usize>(
     fd: impl AsFd,
     tree: u64,
     first: Key,

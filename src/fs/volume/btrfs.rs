@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, Pinned, Reference};
 use crate::fs::HeldRange;
 use crate::sys::logical_ino;
-use crate::sys::tree_search::{Key, tree_search};
+use crate::sys::tree_search::{Key, MANY, tree_search};
 
 /// A file extent item, `struct btrfs_file_extent_item` (`uapi/linux/btrfs_tree.h`).
 #[derive(Debug, Clone, Copy)]
@@ -94,7 +94,7 @@ fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Res
         offset,
     };
     let mut problem = None;
-    tree_search(&*image.file, 0, key(0), key(u64::MAX), |key, item| {
+    tree_search::<MANY>(&*image.file, 0, key(0), key(u64::MAX), |key, item| {
         let parsed = parse(key.offset, item);
         let done = parsed
             .map_err(|problem| Error::Metadata {

@@ -19,7 +19,7 @@ use crate::shown::shown;
 use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
 use crate::sys::inode_flags::inode_flags;
 use crate::sys::lease::{self, Lease};
-use crate::sys::tree_search::{Key, tree_search_few};
+use crate::sys::tree_search::{FEW, Key, tree_search};
 use crate::sys::{logical_ino, signals};
 
 /// How often leases are looked at. Whoever opens an image waits no longer than this, and one system call.
@@ -307,7 +307,7 @@ fn has_no_checksums(file: &File, inode: u64, path: &std::path::Path) -> Result<b
         offset: 0,
     };
     let mut flags = None;
-    tree_search_few(file, 0, key, key, |_, item| {
+    tree_search::<FEW>(file, 0, key, key, |_, item| {
         flags = item
             .get(FLAGS_AT..FLAGS_AT + 8)
             .and_then(|bytes| bytes.try_into().ok())

@@ -35,7 +35,7 @@ use crate::sys::encoded_write::write_frame;
 use crate::sys::fs_info::{FsInfo, Kind, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
 use crate::sys::readahead::{readahead, write_out};
-use crate::sys::tree_search::{Key, tree_search, tree_search_few};
+use crate::sys::tree_search::{FEW, Key, MANY, tree_search};
 
 /// Trees and item types (btrfs-progs, `Documentation/dev/On-disk-format.rst`).
 const EXTENT_TREE: u64 = 2;
@@ -297,7 +297,7 @@ impl Volume {
     }
 
     fn search(&self, tree: u64, first: Key, last: Key, visit: impl FnMut(Key, &[u8]) -> Option<Key>) -> Result<()> {
-        tree_search(self.any_fd()?, tree, first, last, visit)
+        tree_search::<MANY>(self.any_fd()?, tree, first, last, visit)
             .map_err(Error::io("read the extent map of", &self.scratch))
     }
 
@@ -635,7 +635,7 @@ impl Sharing for Volume {
             kind: EXTENT_ITEM,
             offset,
         };
-        tree_search_few(self.any_fd()?, EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
+        tree_search::<FEW>(self.any_fd()?, EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
             found |=
                 key.object == address && btrfs::extent_item(item).is_some_and(|extent| extent.generation == generation);
             None
