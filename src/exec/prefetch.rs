@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::fs::{Sharing, SourceFile};
 
 /// Bytes of images in a window. One is worked on while the next is being read and the last is dropped.
-const WINDOW_BYTES: u64 = 32 << 20;
+const WINDOW_BYTES: u64 = 16 << 20;
 /// Calls in a window, where they are short.
 const WINDOW_CALLS: usize = 4096;
 /// Bytes of sources that stay in memory after they were compared: the next revision of an image is compared with the same.
