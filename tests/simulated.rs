@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use vmfold::block::Slot;
 use vmfold::compress::{Packer, Wish, plan_wished};
 use vmfold::exec::{Ran, Settings, run};
-use vmfold::facts::{Class, Compression, Facts, proof_of};
+use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::fs::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 use vmfold::fs::{Sharing, SourceFile};
 use vmfold::monitor::Silent;
@@ -198,6 +198,17 @@ fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Plan, R
     (plan, ran)
 }
 
+/// By image: references, and the blocks they map.
+fn references(facts: &Facts) -> BTreeMap<ImageId, (u64, u64)> {
+    let mut images = BTreeMap::new();
+    for reference in &facts.references {
+        let (references, blocks): &mut (u64, u64) = images.entry(reference.image).or_default();
+        *references += 1;
+        *blocks += u64::from(reference.blocks);
+    }
+    images
+}
+
 fn options() -> impl Strategy<Value = Options> {
     (
         1u32..10,
@@ -241,12 +252,18 @@ proptest! {
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
             fs.hold_from_outside(extent);
         }
+        let held = references(&fs.facts());
         let (content, before) = (fs.contents(), fs.allocated_bytes());
         let (plan, ran) = reclaim(&fs, &options);
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!(i64::try_from(before - fs.allocated_bytes()).unwrap(), plan.freed_bytes());
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         prop_assert!(fs.peak_bytes().saturating_sub(before) <= plan.peak_bytes);
+        for (image, (references, _)) in references(&fs.facts()) {
+            let (had, blocks) = held[&image];
+            let limit = (blocks * u64::from(options.references_per_gib_max)).div_ceil(1 << 18);
+            prop_assert!(references <= limit.max(had));
+        }
         let (_, again) = planned(&fs, &options);
         prop_assert_eq!(&again.eliminations, &[]);
     }
@@ -355,4 +372,27 @@ fn plan_is_the_same_every_time() {
         counts
     });
     assert_eq!(counts, BTreeMap::from([(3 * 199 * 4096, 5)]));
+}
+
+#[test]
+fn an_image_at_its_limit_of_references_frees_what_takes_few() {
+    let fs = Simulated::default();
+    let known: Vec<Content> = (1..250).collect();
+    // Two blocks known and two not, again and again; then many that are known, and zeros.
+    let short = (0..20).flat_map(|n| [1 + 4 * n, 2 + 4 * n, 10_000 + n, 20_000 + n]);
+    let content: Vec<Content> = short.chain(100..160).chain([0; 60]).collect();
+    for content in [known, content] {
+        let (image, blocks) = (fs.add_image(true, IMAGE_BLOCKS), u32::try_from(content.len()).unwrap());
+        let extent = fs.allocate(PLAIN, content);
+        fs.map(image, 0, extent, 0, blocks, false);
+    }
+    let freed_blocks = |references: u32| {
+        let options = Options {
+            // The image has 200 blocks, so that the limit is `references`.
+            references_per_gib_max: references * (1 << 18) / 200,
+            ..Options::default()
+        };
+        planned(&fs, &options).1.freed_bytes() / 4096
+    };
+    assert_eq!([1, 2, 40, 41].map(freed_blocks), [60, 60 + 60, 60 + 60, 60 + 60 + 40]);
 }

@@ -160,20 +160,21 @@ impl Limits {
     }
 
     /// Whether images may get so many more references each.
-    fn allow(&self, images: &BTreeMap<ImageId, u64>) -> bool {
+    fn allow(&self, images: &BTreeMap<ImageId, i64>) -> bool {
         images.iter().all(|(image, more)| {
             let (references, limit) = self.images[*image as usize];
-            references + more <= limit
+            references.saturating_add_signed(*more) <= limit
         })
     }
 
     /// The extent that is looked at goes.
-    fn accept(&mut self, images: &BTreeMap<ImageId, u64>) {
+    fn accept(&mut self, images: &BTreeMap<ImageId, i64>) {
         for (extent, more) in &self.added {
             self.extents[*extent as usize] += more;
         }
         for (image, more) in images {
-            self.images[*image as usize].0 += more;
+            let references = &mut self.images[*image as usize].0;
+            *references = references.saturating_add_signed(*more);
         }
     }
 }
@@ -198,12 +199,19 @@ impl Pass<'_> {
         let this = &facts.extents[extent as usize];
         let pinned = is_pinned(facts, self.options, extent);
         self.here = (this.first_slot, facts.fingerprints.range(this.slots()));
-        let found = self.match_extent(this);
+        let mut found = self.match_extent(this);
+        let mut more = self.new_references(extent, &found.runs);
+        // Where an image is near its limit, the long runs may go without the short ones.
+        let mut least = self.options.min_run_blocks;
+        while pinned.is_none() && !found.runs.is_empty() && !self.limits.allow(&more) {
+            least = least.saturating_mul(2);
+            self.leave_short_runs(&mut found, least);
+            more = self.new_references(extent, &found.runs);
+        }
         let frees = this.disk_bytes.saturating_sub(this.donor_bytes(found.left_over));
-        let more = self.new_references(extent, &found.runs);
-        let goes = pinned.is_none()
-            && self.pays(extent, more.values().sum(), &found, rewritten_anyway)
-            && self.limits.allow(&more);
+        let new_references = u64::try_from(more.values().sum::<i64>()).unwrap_or(0);
+        let goes =
+            pinned.is_none() && self.pays(extent, new_references, &found, rewritten_anyway) && self.limits.allow(&more);
         if goes {
             self.limits.accept(&more);
             self.found.unproved.extend(found.unproved);
@@ -286,17 +294,23 @@ impl Pass<'_> {
             && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * new_references
     }
 
-    /// How many more references each image would have.
-    fn new_references(&self, extent: u32, runs: &[Run]) -> BTreeMap<ImageId, u64> {
+    /// How many more references each image would have. To holes there are none.
+    fn new_references(&self, extent: u32, runs: &[Run]) -> BTreeMap<ImageId, i64> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
+        let holes = runs.iter().filter(|run| matches!(run.target, Target::Hole));
+        let holes: Vec<Range<Slot>> = holes.map(|run| run.slot..run.slot + run.blocks).collect();
         let references = self.facts.references_to(extent).iter();
         let mut more = BTreeMap::new();
         for reference in references.filter(|reference| !reference.preallocated) {
             let inside = reference.slots();
             let first = edges.partition_point(|edge| *edge <= inside.start);
             let last = edges.partition_point(|edge| *edge < inside.end);
-            *more.entry(reference.image).or_default() += last.saturating_sub(first) as u64;
+            let first_hole = holes.partition_point(|hole| hole.end <= inside.start);
+            let last_hole = holes.partition_point(|hole| hole.start < inside.end);
+            let signed = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+            *more.entry(reference.image).or_default() +=
+                signed(last.saturating_sub(first)) - signed(last_hole.saturating_sub(first_hole));
         }
         more
     }
@@ -343,6 +357,28 @@ impl Pass<'_> {
         }
         self.question(&run, &mut found.unproved);
         found.runs.push(run);
+    }
+
+    /// Leaves over after all what runs of fewer than `least` blocks cover, or of half that if they are zeros: a hole takes a
+    /// reference less.
+    fn leave_short_runs(&mut self, found: &mut Match, least: u32) {
+        let is_long = |run: &Run| match run.target {
+            Target::Hole => run.blocks >= least / 2,
+            Target::Home(_) => run.blocks >= least,
+        };
+        let (stay, short) = std::mem::take(&mut found.runs).into_iter().partition(is_long);
+        found.runs = stay;
+        for run in short {
+            let slots = run.slot..run.slot + run.blocks;
+            if let Target::Home(home) = run.target
+                && let Some(added) = self.limits.added.get_mut(&self.facts.extent_of(home))
+            {
+                *added = added.saturating_sub(self.facts.references_over(slots.clone()));
+            }
+            found.left_over += run.blocks;
+            self.homes.insert_range(slots.clone());
+            slots.for_each(|slot| self.enter(slot));
+        }
     }
 
     /// Looks once more at a few blocks that are left over between runs: they take a reference of their own in any case, so
