@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::Options;
+use super::apply::Origins;
 use super::greedy::Decision;
 use crate::block::Slot;
 use crate::facts::{Class, Compression, Facts};
@@ -107,15 +108,33 @@ impl Layout {
         self.runs.get(&extent).map(Vec::as_slice).unwrap_or_default()
     }
 
-    /// Adds decisions that were made on the pool as this layout would leave it. `origin` tells which slot a slot there was,
-    /// and `kept` which extent an extent there was, if it is no donor's.
-    pub(super) fn compose(
-        &mut self,
-        facts: &Facts,
-        decisions: &[Decision],
-        origin: impl Fn(Slot) -> Slot,
-        kept: impl Fn(u32) -> Option<u32>,
-    ) {
+    /// Whether what is known of some slots, in order, speaks against what is to be shared.
+    pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot]) -> bool {
+        let among = |slots: Range<Slot>| {
+            let first = known.partition_point(|slot| *slot < slots.start);
+            known[first..].iter().take_while(move |slot| **slot < slots.end)
+        };
+        self.runs.values().flatten().any(|run| {
+            let ours = among(run.slot..run.slot + run.blocks).map(|slot| slot - run.slot);
+            match run.target {
+                Target::Hole => {
+                    let mut ours = ours;
+                    ours.any(|n| facts.proved_zero(run.slot + n) == Some(false))
+                }
+                Target::Home(home) => {
+                    let theirs = among(home..home + run.blocks).map(|slot| slot - home);
+                    let mut all = ours.chain(theirs);
+                    all.any(|n| facts.proved_equal(run.slot + n, home + n) == Some(false))
+                }
+            }
+        })
+    }
+
+    /// Adds decisions that were made on the pool as this layout would leave it, and where the parts of that come from; none if it
+    /// is the pool as it is.
+    pub(super) fn compose(&mut self, facts: &Facts, decisions: &[Decision], origins: Option<&Origins>) {
+        let origin = |slot| origins.map_or(slot, |origins| origins.slot(slot));
+        let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
         for decision in decisions {
             if let Some(extent) = kept(decision.extent) {
                 self.order.push(extent);

@@ -181,41 +181,45 @@ impl Plan {
     }
 }
 
-/// Makes a plan, or lists what must be proved before there can be one.
+/// Makes a plan that rests on no short run that was not proved: `prove` reads slots and says what they hold.
 ///
 /// # Errors
-/// The slots to read, if it is to `ask` and would count on short runs that are not proved.
-fn plan(facts: &mut Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slot>> {
-    let question = |mut slots: Vec<Slot>| {
-        slots.sort_unstable();
-        slots.dedup();
-        if slots.is_empty() { Ok(()) } else { Err(slots) }
-    };
+/// Whatever `prove` fails with.
+pub fn plan_proved<E>(
+    facts: &mut Facts,
+    options: &Options,
+    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
+) -> Result<Plan, E> {
+    /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
+    const QUESTIONS_MAX: usize = 40;
     let mut layout = Layout::default();
-    let greedy::Decisions { gone, unproved, pinned } = greedy::decide(facts, options, ask, |_| false);
-    question(unproved)?;
-    layout.compose(facts, &gone, |slot| slot, Some);
-    drop(gone);
-    for _ in 1..ROUNDS_MAX {
-        if layout.gone().is_empty() {
+    let (mut rounds, mut questions) = (0, 0);
+    let mut pinned = BTreeMap::new();
+    while rounds < ROUNDS_MAX {
+        let ask = questions < QUESTIONS_MAX;
+        let round = if rounds == 0 {
+            Round::first(facts, options, ask)
+        } else {
+            Round::next(facts, options, ask, &mut layout)
+        };
+        if ask && !round.unproved.is_empty() {
+            questions += 1;
+            let proofs = prove(facts, &round.unproved)?;
+            facts.add_proofs(proofs);
+            // What is known now speaks against few decisions that were made before, and hardly ever.
+            if layout.is_refuted(facts, &round.unproved) {
+                (layout, rounds) = (Layout::default(), 0);
+            }
+            continue;
+        }
+        if rounds == 0 {
+            pinned = round.pinned;
+        }
+        if round.gone.is_empty() {
             break;
         }
-        layout.place_leftovers(facts, options);
-        let applied = apply(facts, &layout);
-        let again = greedy::decide(&applied.facts, options, ask, |extent| {
-            applied.origins().extent(extent).is_none()
-        });
-        let origins = applied.undo(facts);
-        question(again.unproved.into_iter().map(|slot| origins.slot(slot)).collect())?;
-        if again.gone.is_empty() {
-            break;
-        }
-        layout.compose(
-            facts,
-            &again.gone,
-            |slot| origins.slot(slot),
-            |extent| origins.extent(extent),
-        );
+        layout.compose(facts, &round.gone, round.origins.as_ref());
+        rounds += 1;
     }
     layout.place_leftovers(facts, options);
     let mut plan = Plan {
@@ -228,26 +232,42 @@ fn plan(facts: &mut Facts, options: &Options, ask: bool) -> Result<Plan, Vec<Slo
     Ok(plan)
 }
 
-/// Makes a plan that rests on no short run that was not proved: `prove` reads slots and says what they hold.
-///
-/// # Errors
-/// Whatever `prove` fails with.
-pub fn plan_proved<E>(
-    facts: &mut Facts,
-    options: &Options,
-    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
-) -> Result<Plan, E> {
-    /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
-    const QUESTIONS_MAX: usize = 40;
-    for _ in 0..QUESTIONS_MAX {
-        match plan(facts, options, true) {
-            Ok(plan) => return Ok(plan),
-            Err(slots) => {
-                let proofs = prove(facts, &slots)?;
-                facts.add_proofs(proofs);
-            }
+/// What one look at the whole pool came to.
+struct Round {
+    gone: Vec<greedy::Decision>,
+    /// Slots that must be read before this counts, in order.
+    unproved: Vec<Slot>,
+    pinned: BTreeMap<Pinned, u64>,
+    /// Where the parts of the pool that was looked at come from, unless it was looked at as it is.
+    origins: Option<Origins>,
+}
+
+impl Round {
+    /// Looks at the pool as it is.
+    fn first(facts: &Facts, options: &Options, ask: bool) -> Self {
+        Self::of(greedy::decide(facts, options, ask, |_| false), None)
+    }
+
+    /// Looks at the pool as a layout would leave it.
+    fn next(facts: &mut Facts, options: &Options, ask: bool, layout: &mut Layout) -> Self {
+        layout.place_leftovers(facts, options);
+        let applied = apply(facts, layout);
+        let decisions = greedy::decide(&applied.facts, options, ask, |extent| {
+            applied.origins().extent(extent).is_none()
+        });
+        Self::of(decisions, Some(applied.undo(facts)))
+    }
+
+    fn of(decisions: greedy::Decisions, origins: Option<Origins>) -> Self {
+        let origin = |slot| origins.as_ref().map_or(slot, |origins| origins.slot(slot));
+        let mut unproved: Vec<Slot> = decisions.unproved.into_iter().map(origin).collect();
+        unproved.sort_unstable();
+        unproved.dedup();
+        Self {
+            gone: decisions.gone,
+            unproved,
+            pinned: decisions.pinned,
+            origins,
         }
     }
-    // Nothing unproved counts now, so nothing is asked.
-    Ok(plan(facts, options, false).unwrap_or_default())
 }
