@@ -396,3 +396,29 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
     };
     assert_eq!([1, 2, 40, 41].map(freed_blocks), [60, 60 + 60, 60 + 60, 60 + 60 + 40]);
 }
+
+#[test]
+fn a_run_that_takes_more_metadata_than_it_frees_stays() {
+    let fs = Simulated::default();
+    let known: Vec<Content> = (1..200).collect();
+    let content = [1000, 1001, 7, 8, 1002, 1003].into_iter().chain(50..150).collect();
+    for content in [known, content] {
+        let (image, blocks) = (fs.add_image(true, IMAGE_BLOCKS), u32::try_from(content.len()).unwrap());
+        let extent = fs.allocate(PLAIN, content);
+        fs.map(image, 0, extent, 0, blocks, false);
+    }
+    // It stays whatever it is used for.
+    fs.hold_from_outside(0);
+    let options = Options {
+        references_per_gib_max: u32::MAX,
+        ..Options::default()
+    };
+    let freed_blocks = || planned(&fs, &options).1.freed_bytes() / 4096;
+    let mut freed = vec![freed_blocks()];
+    for _ in 0..20 {
+        fs.reflink(1);
+        freed.push(freed_blocks());
+    }
+    // Two blocks are worth sixteen pairs of references of 256 bytes.
+    assert_eq!(freed, [vec![102; 16], vec![100; 5]].concat());
+}

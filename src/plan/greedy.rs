@@ -40,7 +40,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
         table: Table::new(slots, facts.table_slots_max),
         homes: SlotSet::new(slots),
         limits: Limits::new(facts, options),
-        here: (0, Vec::new()),
+        here: Here::default(),
         found: Decisions::default(),
     };
     for extent in order {
@@ -113,9 +113,17 @@ struct Pass<'a> {
     /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
     homes: SlotSet,
     limits: Limits,
-    /// First slot and fingerprints of the extent that is looked at: they are asked for many times, and may be on disk.
-    here: (Slot, Vec<u32>),
+    here: Here,
     found: Decisions,
+}
+
+/// The extent that is looked at.
+#[derive(Default)]
+struct Here {
+    extent: u32,
+    first_slot: Slot,
+    /// They are asked for many times, and may be on disk.
+    fingerprints: Vec<u32>,
 }
 
 /// How many references there are, and may be.
@@ -198,7 +206,11 @@ impl Pass<'_> {
         let facts = self.facts;
         let this = &facts.extents[extent as usize];
         let pinned = is_pinned(facts, self.options, extent);
-        self.here = (this.first_slot, facts.fingerprints.range(this.slots()));
+        self.here = Here {
+            extent,
+            first_slot: this.first_slot,
+            fingerprints: facts.fingerprints.range(this.slots()),
+        };
         let mut found = self.match_extent(this);
         let mut more = self.new_references(extent, &found.runs);
         // Where an image is near its limit, the long runs may go without the short ones.
@@ -248,8 +260,10 @@ impl Pass<'_> {
     }
 
     fn fingerprint(&self, slot: Slot) -> u32 {
-        let (first, here) = &self.here;
-        let known = slot.checked_sub(*first).and_then(|n| here.get(n as usize));
+        let here = &self.here;
+        let known = slot
+            .checked_sub(here.first_slot)
+            .and_then(|n| here.fingerprints.get(n as usize));
         known.copied().unwrap_or_else(|| self.facts.fingerprints.get(slot))
     }
 
@@ -424,7 +438,7 @@ impl Pass<'_> {
         let facts = self.facts;
         let fingerprint = self.fingerprint(at);
         // Those over one block are no more than that, and take longer to count.
-        let all = u32::try_from(facts.references_to(facts.extent_of(at)).len()).unwrap_or(u32::MAX);
+        let all = u32::try_from(facts.references_to(self.here.extent).len()).unwrap_or(u32::MAX);
         let mut best: Option<Run> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
             if !self.homes.contains(home) || home == at {
@@ -498,9 +512,24 @@ impl Pass<'_> {
             self.options.min_run_blocks
         };
         let is_single = || !self.facts.has_references_over(run.slot..run.slot + run.blocks, 2);
-        run.blocks >= least
-            || run.blocks as usize == segment.len()
+        run.blocks as usize == segment.len()
+            || (run.blocks >= least && self.pays_for_references(run))
             || (!repeated && u64::from(run.blocks) * 2 >= u64::from(least) && is_single())
+    }
+
+    /// Whether a run frees more than what it cuts in two takes: where many revisions share the place, a short one does not.
+    fn pays_for_references(&self, run: &Run) -> bool {
+        let each = match run.target {
+            Target::Home(_) => 2 * METADATA_BYTES_PER_REFERENCE,
+            Target::Hole => METADATA_BYTES_PER_REFERENCE,
+        };
+        let worth = usize::try_from(bytes(run.blocks) / each).unwrap_or(usize::MAX);
+        // Counting takes time where there are many, and is rarely needed.
+        let all = self.facts.references_to(self.here.extent).len();
+        all <= worth
+            || !self
+                .facts
+                .has_references_over(run.slot..run.slot + run.blocks, worth + 1)
     }
 
     /// Whether a run is proved as far as it must be, or may count until it is.
