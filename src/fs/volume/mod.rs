@@ -146,12 +146,12 @@ impl Volume {
         }
         if !self.sees_all_holders() {
             let why = if rustix::process::geteuid().is_root() {
-                "This XFS has no reverse map (mkfs.xfs -m rmapbt=1)"
+                "This XFS has no reverse map (mkfs.xfs -m rmapbt=1):"
             } else {
-                "Without root"
+                "Without root,"
             };
             found.push(format!(
-                "{why}, blocks that other files share with several of the images look as if they could be freed; \
+                "{why} blocks that other files share with several of the images look as if they could be freed; \
                  what was freed is then told by the filesystem's free space"
             ));
         }
