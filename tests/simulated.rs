@@ -276,9 +276,9 @@ proptest! {
         recompress: bool,
         held in prop::option::of(0usize..20),
     ) {
-        // How many references a compressed donor takes is known once it was written: where images are at that limit, what it leaves may
-        // take another run.
-        let options = Options { references_per_gib_max: u32::MAX, ..options };
+        // How many bytes and references a compressed donor takes is known once it was written: what these limits leave may take
+        // another run.
+        let options = Options { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
         let fs = build(&steps, Faults::default(), false);
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
             fs.hold_from_outside(extent);

@@ -18,8 +18,8 @@ use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference
 /// for zeros.
 pub type Content = u64;
 
-/// From here on, content is such that it cannot be compressed.
-pub const INCOMPRESSIBLE: Content = 1 << 40;
+/// From here on, content is such that it cannot be compressed. Fingerprints tell 32 bits apart.
+pub const INCOMPRESSIBLE: Content = 1 << 31;
 
 fn fill(block: &mut [u8], content: Content) {
     let mut number = content;

@@ -29,6 +29,26 @@ pub(super) struct Run {
     pub(super) target: Target,
 }
 
+impl Run {
+    /// Whether what is known of some slots, in order, speaks against it. `origin` tells which slot of `facts` a slot is.
+    pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot], origin: impl Fn(Slot) -> Slot) -> bool {
+        let among = |from: Slot| {
+            let first = known.partition_point(|slot| *slot < from);
+            let inside = known[first..]
+                .iter()
+                .take_while(move |slot| **slot < from + self.blocks);
+            inside.map(move |slot| slot - from)
+        };
+        let mut ours = among(self.slot);
+        match self.target {
+            Target::Hole => ours.any(|n| facts.proved_zero(origin(self.slot + n)) == Some(false)),
+            Target::Home(home) => ours
+                .chain(among(home))
+                .any(|n| facts.proved_equal(origin(self.slot + n), origin(home + n)) == Some(false)),
+        }
+    }
+}
+
 /// Where blocks end up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Final {
@@ -110,24 +130,8 @@ impl Layout {
 
     /// Whether what is known of some slots, in order, speaks against what is to be shared.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot]) -> bool {
-        let among = |slots: Range<Slot>| {
-            let first = known.partition_point(|slot| *slot < slots.start);
-            known[first..].iter().take_while(move |slot| **slot < slots.end)
-        };
-        self.runs.values().flatten().any(|run| {
-            let ours = among(run.slot..run.slot + run.blocks).map(|slot| slot - run.slot);
-            match run.target {
-                Target::Hole => {
-                    let mut ours = ours;
-                    ours.any(|n| facts.proved_zero(run.slot + n) == Some(false))
-                }
-                Target::Home(home) => {
-                    let theirs = among(home..home + run.blocks).map(|slot| slot - home);
-                    let mut all = ours.chain(theirs);
-                    all.any(|n| facts.proved_equal(run.slot + n, home + n) == Some(false))
-                }
-            }
-        })
+        let mut runs = self.runs.values().flatten();
+        runs.any(|run| run.is_refuted(facts, known, |slot| slot))
     }
 
     /// Adds decisions that were made on the pool as this layout would leave it, and where the parts of that come from; none if it

@@ -42,8 +42,9 @@ pub const REFERENCES_MAX: u32 = 16 << 10;
 /// References for each GiB of an image, 32 KiB each on average: beyond that, reading it in order and `cp --reflink` get slow.
 pub const REFERENCES_PER_GIB_MAX: u32 = 32 << 10;
 
-/// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual.
-const ROUNDS_MAX: usize = 12;
+/// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual, and a pool with
+/// much to find in many revisions took twelve.
+const ROUNDS_MAX: usize = 32;
 
 /// Usual size of a batch of donors: little enough that they are still in memory when they are compared, and that little extra space
 /// is needed.
@@ -191,7 +192,7 @@ pub fn plan_proved<E>(
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
 ) -> Result<Plan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
-    const QUESTIONS_MAX: usize = 40;
+    const QUESTIONS_MAX: usize = 64;
     let mut layout = Layout::default();
     let (mut rounds, mut questions) = (0, 0);
     let mut pinned = BTreeMap::new();
@@ -204,13 +205,16 @@ pub fn plan_proved<E>(
         };
         if ask && !round.unproved.is_empty() {
             questions += 1;
-            let proofs = prove(facts, &round.unproved)?;
+            let unproved = round.unproved();
+            let proofs = prove(facts, &unproved)?;
             facts.add_proofs(proofs);
-            // What is known now speaks against few decisions that were made before, and hardly ever.
-            if layout.is_refuted(facts, &round.unproved) {
+            if layout.is_refuted(facts, &unproved) {
                 (layout, rounds) = (Layout::default(), 0);
+                continue;
             }
-            continue;
+            if round.is_refuted(facts) {
+                continue;
+            }
         }
         if rounds == 0 {
             pinned = round.pinned;
@@ -258,16 +262,33 @@ impl Round {
         Self::of(decisions, Some(applied.undo(facts)))
     }
 
-    fn of(decisions: greedy::Decisions, origins: Option<Origins>) -> Self {
-        let origin = |slot| origins.as_ref().map_or(slot, |origins| origins.slot(slot));
-        let mut unproved: Vec<Slot> = decisions.unproved.into_iter().map(origin).collect();
-        unproved.sort_unstable();
-        unproved.dedup();
+    fn of(mut decisions: greedy::Decisions, origins: Option<Origins>) -> Self {
+        decisions.unproved.sort_unstable();
+        decisions.unproved.dedup();
         Self {
             gone: decisions.gone,
-            unproved,
+            unproved: decisions.unproved,
             pinned: decisions.pinned,
             origins,
         }
+    }
+
+    /// Which slot of the pool as it is a slot was.
+    fn origin(&self, slot: Slot) -> Slot {
+        self.origins.as_ref().map_or(slot, |origins| origins.slot(slot))
+    }
+
+    /// What must be read before this counts, as slots of the pool as it is, in order.
+    fn unproved(&self) -> Vec<Slot> {
+        let mut slots: Vec<Slot> = self.unproved.iter().map(|slot| self.origin(*slot)).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        slots
+    }
+
+    /// Whether what was read speaks against what counted on it.
+    fn is_refuted(&self, facts: &Facts) -> bool {
+        let mut runs = self.gone.iter().flat_map(|decision| &decision.runs);
+        runs.any(|run| run.is_refuted(facts, &self.unproved, |slot| self.origin(slot)))
     }
 }
