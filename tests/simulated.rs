@@ -150,6 +150,15 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
     fs
 }
 
+/// Adds images of one extent each.
+fn add_images(fs: &Simulated, contents: impl IntoIterator<Item = Vec<Content>>) {
+    for content in contents {
+        let (image, blocks) = (fs.add_image(true, IMAGE_BLOCKS), u32::try_from(content.len()).unwrap());
+        let extent = fs.allocate(PLAIN, content);
+        fs.map(image, 0, extent, 0, blocks, false);
+    }
+}
+
 fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
     planned_as(fs, options, None)
 }
@@ -381,11 +390,7 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
     // Two blocks known and two not, again and again; then many that are known, and zeros.
     let short = (0..20).flat_map(|n| [1 + 4 * n, 2 + 4 * n, 10_000 + n, 20_000 + n]);
     let content: Vec<Content> = short.chain(100..160).chain([0; 60]).collect();
-    for content in [known, content] {
-        let (image, blocks) = (fs.add_image(true, IMAGE_BLOCKS), u32::try_from(content.len()).unwrap());
-        let extent = fs.allocate(PLAIN, content);
-        fs.map(image, 0, extent, 0, blocks, false);
-    }
+    add_images(&fs, [known, content]);
     let freed_blocks = |references: u32| {
         let options = Options {
             // The image has 200 blocks, so that the limit is `references`.
@@ -402,11 +407,7 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     let fs = Simulated::default();
     let known: Vec<Content> = (1..200).collect();
     let content = [1000, 1001, 7, 8, 1002, 1003].into_iter().chain(50..150).collect();
-    for content in [known, content] {
-        let (image, blocks) = (fs.add_image(true, IMAGE_BLOCKS), u32::try_from(content.len()).unwrap());
-        let extent = fs.allocate(PLAIN, content);
-        fs.map(image, 0, extent, 0, blocks, false);
-    }
+    add_images(&fs, [known, content]);
     // It stays whatever it is used for.
     fs.hold_from_outside(0);
     let options = Options {

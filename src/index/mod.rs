@@ -452,8 +452,9 @@ fn parse_hex(name: &str) -> Option<[u8; 16]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{Class, Compression, Extent, Reference};
+    use crate::facts::{Extent, Reference};
     use crate::fingerprint::Fingerprints;
+    use crate::fs::simulated::PLAIN;
 
     const EXTENT_BLOCKS: u32 = 32 << 10;
     const EXTENTS: u32 = 100;
@@ -465,11 +466,7 @@ mod tests {
             generation: 7,
             first_slot: number * EXTENT_BLOCKS,
             blocks: EXTENT_BLOCKS,
-            class: Class {
-                checksummed: true,
-                compression: Compression::None,
-                groups: 1,
-            },
+            class: PLAIN,
             pinned: None,
             recoding: None,
         };

@@ -304,7 +304,8 @@ impl ByImage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{Class, Compression, Extent};
+    use crate::facts::Extent;
+    use crate::fs::simulated::PLAIN;
     use proptest::prelude::*;
 
     /// Extents of one image, one after the other, with these fingerprints; 0 stands for zeros.
@@ -318,11 +319,7 @@ mod tests {
                 generation: 1,
                 first_slot: slot,
                 blocks,
-                class: Class {
-                    checksummed: true,
-                    compression: Compression::None,
-                    groups: 0,
-                },
+                class: PLAIN,
                 pinned: None,
                 recoding: None,
             });

@@ -12,8 +12,9 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
-use vmfold::facts::{Class, Compression, Extent, Facts, Reference};
+use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fingerprint::Function;
+use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, plan_proved};
 
 const MIB: usize = 1 << 20;
@@ -22,18 +23,13 @@ const MIB_BLOCKS: u32 = 256;
 /// A pool of `extents` extents of 1 MiB. Of every four, one repeats the one before with a block changed in the middle, and each has
 /// `revisions` references.
 fn pool(extents: u32, revisions: u32) -> Facts {
-    let class = Class {
-        checksummed: true,
-        compression: Compression::None,
-        groups: 1,
-    };
     let all = (0..extents).map(|number| Extent {
         address: u64::from(number) << 20,
         disk_bytes: MIB as u64,
         generation: 1,
         first_slot: number * MIB_BLOCKS,
         blocks: MIB_BLOCKS,
-        class,
+        class: PLAIN,
         pinned: None,
         recoding: None,
     });

@@ -12,7 +12,8 @@
 use std::convert::Infallible;
 use std::time::Instant;
 
-use vmfold::facts::{Class, Compression, Extent, Facts, Reference};
+use vmfold::facts::{Extent, Facts, Reference};
+use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, make_room, memory_bytes, plan_proved};
 
 const MIB_BLOCKS: u32 = 256;
@@ -45,11 +46,7 @@ fn main() {
         generation: 1,
         first_slot: number * MIB_BLOCKS,
         blocks: MIB_BLOCKS,
-        class: Class {
-            checksummed: true,
-            compression: Compression::None,
-            groups: 1,
-        },
+        class: PLAIN,
         pinned: None,
         recoding: None,
     });
