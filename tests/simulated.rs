@@ -210,7 +210,7 @@ fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Plan, R
 /// By image: references, and the blocks they map.
 fn references(facts: &Facts) -> BTreeMap<ImageId, (u64, u64)> {
     let mut images = BTreeMap::new();
-    for reference in &facts.references {
+    for reference in facts.references() {
         let (references, blocks): &mut (u64, u64) = images.entry(reference.image).or_default();
         *references += 1;
         *blocks += u64::from(reference.blocks);

@@ -1,8 +1,9 @@
-//! Extents and references set aside, in a fifth of their memory or less, while a plan looks at the pool as it would be.
+//! Extents and what images map of them set aside, in a fifth of their memory or less, while a plan looks at the pool as it would be.
 
 use std::collections::HashMap;
 
-use super::{Class, Extent, Facts, Pinned, Recoding, Reference};
+use super::shared::ImageSets;
+use super::{Class, Extent, Facts, Mapping, Pinned, Recoding, Shared};
 use crate::archive::bytes::{Decoder, put_varint, put_zigzag};
 use crate::block::bytes;
 
@@ -17,24 +18,24 @@ pub(crate) struct PackedExtents {
     kinds: Vec<Kind>,
 }
 
-/// References as differences from the one before, and from their extents.
+/// Mappings as differences from the one before, and from their extents.
 #[derive(Debug)]
-pub(crate) struct PackedReferences {
+pub(crate) struct PackedMappings {
     packed: Vec<u8>,
     count: usize,
+    sets: ImageSets,
 }
 
 impl Facts {
-    /// Sets the references aside. Until they are brought back there are none.
-    pub(crate) fn set_references_aside(&mut self) -> PackedReferences {
-        let aside = PackedReferences::of(&self.references, &self.extents);
-        self.references = Vec::new();
-        self.first_reference = Vec::new();
+    /// Sets the mappings aside. Until they are brought back there are none.
+    pub(crate) fn set_mappings_aside(&mut self) -> PackedMappings {
+        let aside = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
+        self.first_mapping = Vec::new();
         self.cover = Vec::new();
         aside
     }
 
-    /// Sets the extents aside, after their references.
+    /// Sets the extents aside, after what is mapped of them.
     pub(crate) fn set_extents_aside(&mut self) -> PackedExtents {
         let aside = PackedExtents::of(&self.extents);
         self.extents = Vec::new();
@@ -42,10 +43,11 @@ impl Facts {
     }
 
     /// Brings back what was set aside.
-    pub(crate) fn bring_back(&mut self, extents: &PackedExtents, references: &PackedReferences) {
+    pub(crate) fn bring_back(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
         self.extents = extents.unpack();
-        self.references = Vec::with_capacity(references.count);
-        self.references.extend(references.unpack(&self.extents));
+        self.mappings.list = Vec::with_capacity(mappings.count);
+        self.mappings.list.extend(mappings.unpack(&self.extents));
+        self.mappings.sets = mappings.sets;
         self.arrange();
     }
 }
@@ -107,49 +109,61 @@ impl PackedExtents {
     }
 }
 
-impl PackedReferences {
-    fn of(references: &[Reference], extents: &[Extent]) -> Self {
+impl PackedMappings {
+    fn of(mappings: Shared<Mapping>, extents: &[Extent]) -> Self {
         let mut packed = Vec::new();
-        let mut last = Reference::default();
-        for reference in references {
-            let extent = &extents[reference.extent as usize];
-            put_varint(&mut packed, u64::from(reference.preallocated));
-            put_varint(&mut packed, u64::from(reference.extent - last.extent));
-            put_zigzag(&mut packed, difference(reference.image, last.image));
-            put_zigzag(&mut packed, difference(reference.file_block, last.file_block));
-            put_varint(&mut packed, u64::from(reference.slot - extent.first_slot));
-            put_zigzag(&mut packed, difference(reference.blocks, extent.blocks));
-            last = *reference;
+        let (mut last, mut last_set) = (Mapping::default(), 0);
+        for (mapping, set) in &mappings.list {
+            let extent = &extents[mapping.extent as usize];
+            put_varint(&mut packed, u64::from(mapping.preallocated));
+            put_varint(&mut packed, u64::from(mapping.extent - last.extent));
+            put_zigzag(&mut packed, difference(*set, last_set));
+            put_zigzag(&mut packed, difference(mapping.file_block, last.file_block));
+            put_varint(&mut packed, u64::from(mapping.slot - extent.first_slot));
+            put_zigzag(&mut packed, difference(mapping.blocks, extent.blocks));
+            (last, last_set) = (*mapping, *set);
         }
         packed.shrink_to_fit();
         Self {
             packed,
-            count: references.len(),
+            count: mappings.list.len(),
+            sets: mappings.sets,
         }
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.count
+    /// What becomes of each, for the same images; `extents` are those they were set aside with.
+    pub(crate) fn flat_map<I: IntoIterator<Item = Mapping>>(
+        &self,
+        extents: &[Extent],
+        mut becomes: impl FnMut(Mapping) -> I,
+    ) -> Shared<Mapping> {
+        let mut list = Vec::with_capacity(self.count);
+        for (mapping, set) in self.unpack(extents) {
+            list.extend(becomes(mapping).into_iter().map(|mapping| (mapping, set)));
+        }
+        Shared {
+            list,
+            sets: self.sets.clone(),
+        }
     }
 
-    /// The references, in order; `extents` are those they were set aside with.
-    pub(crate) fn unpack<'a>(&'a self, extents: &'a [Extent]) -> impl Iterator<Item = Reference> + 'a {
+    /// The mappings and the numbers of their sets, in order.
+    fn unpack<'a>(&'a self, extents: &'a [Extent]) -> impl Iterator<Item = (Mapping, u32)> + 'a {
         let mut packed = Unpacker(Decoder::new(&self.packed));
-        let mut last = Reference::default();
+        let (mut last, mut last_set) = (Mapping::default(), 0);
         (0..self.count).map(move |_| {
             let preallocated = packed.number() == 1;
             let extent = last.extent + packed.number();
+            last_set = packed.after(last_set);
             let of = &extents[extent as usize];
-            last = Reference {
+            last = Mapping {
                 extent,
                 preallocated,
-                image: packed.after(last.image),
                 file_block: packed.after(last.file_block),
                 slot: of.first_slot + packed.number(),
                 blocks: packed.after(of.blocks),
             };
-            last
+            (last, last_set)
         })
     }
 }
@@ -180,7 +194,7 @@ impl Unpacker<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::Compression;
+    use crate::facts::{Compression, Reference};
     use proptest::prelude::*;
 
     fn extent() -> impl Strategy<Value = (Extent, u64)> {
@@ -241,10 +255,10 @@ mod tests {
             });
             let mut facts = Facts::new(extents.clone(), references.collect(), 0);
             let before = format!("{facts:?}");
-            let references = facts.set_references_aside();
+            let mappings = facts.set_mappings_aside();
             let packed = facts.set_extents_aside();
-            prop_assert!(facts.extents.is_empty() && facts.references.is_empty());
-            facts.bring_back(&packed, &references);
+            prop_assert!(facts.extents.is_empty() && facts.references().next().is_none());
+            facts.bring_back(&packed, mappings);
             prop_assert_eq!(before, format!("{facts:?}"));
         }
     }

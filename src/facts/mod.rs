@@ -1,11 +1,14 @@
 //! What is known of a pool before anything is planned: extents, references, fingerprints. Plain data, no I/O.
 
 mod aside;
+mod shared;
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-pub(crate) use aside::{PackedExtents, PackedReferences};
+pub(crate) use aside::{PackedExtents, PackedMappings};
+pub(crate) use shared::Collector;
+pub use shared::Shared;
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
@@ -156,17 +159,109 @@ impl Reference {
     pub fn slots(&self) -> Range<Slot> {
         self.slot..self.slot + self.blocks
     }
+}
 
-    /// Takes in a reference that follows this one in the image and in the extent. Whether the filesystem keeps one item or
-    /// two for such a range depends on how it came about, and nothing may depend on that.
-    fn absorb(&mut self, next: &Self) -> bool {
-        let follows = (next.image, next.extent, next.preallocated) == (self.image, self.extent, self.preallocated)
-            && next.file_block == self.file_block + self.blocks
-            && next.slot == self.slots().end;
-        if follows {
-            self.blocks += next.blocks;
+/// A range that images map, each at the same place in it, to the same part of an extent: so many references in one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mapping {
+    /// Place of the extent in [`Facts::extents`].
+    pub extent: u32,
+    /// First slot it maps.
+    pub slot: Slot,
+    /// First block in the images.
+    pub file_block: u32,
+    /// Blocks.
+    pub blocks: u32,
+    /// Whether the range is preallocated: it reads as zeros, whatever the extent holds there.
+    pub preallocated: bool,
+}
+
+impl Mapping {
+    /// The slots it maps.
+    pub fn slots(&self) -> Range<Slot> {
+        self.slot..self.slot + self.blocks
+    }
+
+    /// One image's.
+    fn reference(self, image: ImageId) -> Reference {
+        Reference {
+            image,
+            file_block: self.file_block,
+            slot: self.slot,
+            blocks: self.blocks,
+            extent: self.extent,
+            preallocated: self.preallocated,
         }
-        follows
+    }
+
+    /// Whether another one follows this one in the extent, and in an image that has both.
+    fn is_followed_by(&self, next: &Self) -> bool {
+        (next.extent, next.preallocated) == (self.extent, self.preallocated)
+            && next.file_block == self.file_block + self.blocks
+            && next.slot == self.slots().end
+    }
+}
+
+impl FromIterator<Reference> for Shared<Mapping> {
+    fn from_iter<I: IntoIterator<Item = Reference>>(references: I) -> Self {
+        let mut all = Collector::new();
+        for reference in references {
+            let mapping = Mapping {
+                extent: reference.extent,
+                slot: reference.slot,
+                file_block: reference.file_block,
+                blocks: reference.blocks,
+                preallocated: reference.preallocated,
+            };
+            all.push(mapping, reference.image);
+        }
+        all.finish()
+    }
+}
+
+impl Shared<Mapping> {
+    /// Makes one of mappings that follow each other in an image and in an extent. Whether the filesystem keeps one item or two for
+    /// such a range depends on how it came about, and nothing may depend on that.
+    fn join(&mut self) {
+        self.rework(
+            |one, other| one.extent == other.extent,
+            |mappings, sets| {
+                let has_next = |(this, set): &(Mapping, u32)| {
+                    let next = (this.slots().end, this.file_block + this.blocks);
+                    let from = mappings.partition_point(|(other, _)| (other.slot, other.file_block) < next);
+                    let follow = mappings[from..]
+                        .iter()
+                        .take_while(|(other, _)| (other.slot, other.file_block) == next);
+                    let of = |set: u32| sets.get(set);
+                    let meet = |one: u32, other: u32| {
+                        one == other || of(one).iter().any(|image| of(other).binary_search(image).is_ok())
+                    };
+                    follow
+                        .filter(|(other, _)| this.is_followed_by(other))
+                        .any(|(_, other)| meet(*set, *other))
+                };
+                mappings.iter().any(has_next)
+            },
+            |each| {
+                each.sort_unstable_by_key(|(image, mapping)| (*image, mapping.file_block));
+                each.dedup_by(|(next_image, next), (image, mapping)| {
+                    let follows = next_image == image && mapping.is_followed_by(next);
+                    if follows {
+                        mapping.blocks += next.blocks;
+                    }
+                    follows
+                });
+            },
+        );
+    }
+
+    /// By extent, then slot, then the first image and the place in it.
+    fn sort(&mut self) {
+        let sets = &self.sets;
+        self.list.sort_unstable_by_key(|(mapping, set)| {
+            let first = sets.get(*set).first().copied();
+            (mapping.extent, mapping.slot, first, mapping.file_block)
+        });
     }
 }
 
@@ -175,10 +270,10 @@ impl Reference {
 pub struct Facts {
     /// Extents by address; slots follow this order.
     pub extents: Vec<Extent>,
-    /// References, by extent, then slot, then image and place in it.
-    pub references: Vec<Reference>,
-    /// For each extent, and one past the last, where its references begin.
-    first_reference: Vec<u32>,
+    /// By extent, then slot, then the first image and the place in it.
+    mappings: Shared<Mapping>,
+    /// For each extent, and one past the last, where its mappings begin.
+    first_mapping: Vec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
     pub fingerprints: Fingerprints,
     /// Fingerprint of a block of zeros.
@@ -192,19 +287,19 @@ pub struct Facts {
     /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
     pub frees_blocks: bool,
-    /// For each slot range that is reachable, a reference to read it through; by slot, without overlap.
+    /// For each slot range that is reachable, a mapping to read it through; by slot, without overlap.
     cover: Vec<Cover>,
 }
 
 /// What a block was found to hold when it was read.
 pub type Proof = [u8; 8];
 
-/// A range of slots and the reference it is read through.
+/// A range of slots and the mapping it is read through.
 #[derive(Debug, Clone, Copy)]
 struct Cover {
     slot: Slot,
-    /// It covers to the end of this reference.
-    reference: u32,
+    /// It covers to the end of this mapping.
+    mapping: u32,
 }
 
 /// A place in an image.
@@ -219,18 +314,17 @@ pub struct Place {
 }
 
 impl Facts {
-    /// Puts extents (by address, slots in that order) and references together; fingerprints are still to be filled in.
-    pub fn new(mut extents: Vec<Extent>, mut references: Vec<Reference>, zero_fingerprint: u32) -> Self {
-        references.sort_unstable_by_key(|r| (r.extent, r.image, r.file_block));
-        references.dedup_by(|next, last| last.absorb(next));
-        references.sort_unstable_by_key(|r| (r.extent, r.slot, r.image, r.file_block));
+    /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in.
+    pub fn new(mut extents: Vec<Extent>, mut mappings: Shared<Mapping>, zero_fingerprint: u32) -> Self {
+        mappings.join();
+        mappings.sort();
         // Both grew piece by piece, up to twice what they need, and stay for long.
         extents.shrink_to_fit();
-        references.shrink_to_fit();
+        mappings.list.shrink_to_fit();
         let mut facts = Self {
             extents,
-            references,
-            first_reference: Vec::new(),
+            mappings,
+            first_mapping: Vec::new(),
             fingerprints: Fingerprints::default(),
             table_slots_max: usize::MAX,
             machines: Vec::new(),
@@ -243,29 +337,30 @@ impl Facts {
         facts
     }
 
-    /// Finds out which references belong to which extent, and what they cover.
+    /// Finds out which mappings belong to which extent, and what they cover.
     fn arrange(&mut self) {
-        let mut first_reference = Vec::with_capacity(self.extents.len() + 1);
+        let mut first_mapping = Vec::with_capacity(self.extents.len() + 1);
         let mut cover: Vec<Cover> = Vec::with_capacity(self.extents.len());
         let mut at = 0;
+        let number = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
         for (extent, this) in (0u32..).zip(&self.extents) {
-            first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
+            first_mapping.push(number(at));
             let mut covered = this.first_slot;
-            while let Some(reference) = self.references.get(at).filter(|r| r.extent == extent) {
-                let end = reference.slots().end;
-                if !reference.preallocated && end > covered {
+            while let Some((mapping, _)) = self.mappings.list.get(at).filter(|(one, _)| one.extent == extent) {
+                let end = mapping.slots().end;
+                if !mapping.preallocated && end > covered {
                     cover.push(Cover {
-                        slot: covered.max(reference.slot),
-                        reference: u32::try_from(at).unwrap_or(u32::MAX),
+                        slot: covered.max(mapping.slot),
+                        mapping: number(at),
                     });
                     covered = end;
                 }
                 at += 1;
             }
         }
-        first_reference.push(u32::try_from(at).unwrap_or(u32::MAX));
+        first_mapping.push(number(at));
         cover.shrink_to_fit();
-        self.first_reference = first_reference;
+        self.first_mapping = first_mapping;
         self.cover = cover;
     }
 
@@ -274,31 +369,82 @@ impl Facts {
         self.extents.last().map_or(0, |last| last.slots().end)
     }
 
+    /// What images map of one extent, each with the images that do, ascending.
+    pub fn mappings_to(&self, extent: u32) -> impl DoubleEndedIterator<Item = (&Mapping, &[ImageId])> {
+        self.mappings_in(self.range_of(extent))
+    }
+
+    fn range_of(&self, extent: u32) -> Range<usize> {
+        let at = |extent: usize| self.first_mapping.get(extent).copied().unwrap_or_default() as usize;
+        at(extent as usize)..at(extent as usize + 1)
+    }
+
+    fn mappings_in(&self, range: Range<usize>) -> impl DoubleEndedIterator<Item = (&Mapping, &[ImageId])> {
+        let sets = &self.mappings.sets;
+        self.mappings.list[range]
+            .iter()
+            .map(|(mapping, set)| (mapping, sets.get(*set)))
+    }
+
     /// The references to one extent.
-    pub fn references_to(&self, extent: u32) -> &[Reference] {
-        let at = |extent: usize| self.first_reference.get(extent).copied().unwrap_or_default() as usize;
-        &self.references[at(extent as usize)..at(extent as usize + 1)]
+    pub fn references_to(&self, extent: u32) -> impl Iterator<Item = Reference> {
+        self.mappings_to(extent)
+            .flat_map(|(mapping, images)| images.iter().map(|image| mapping.reference(*image)))
+    }
+
+    /// How many references there are to one extent.
+    pub fn reference_count(&self, extent: u32) -> u32 {
+        count(self.mappings_to(extent))
+    }
+
+    /// All references, by extent.
+    pub fn references(&self) -> impl Iterator<Item = Reference> {
+        let all = self.mappings.iter();
+        all.flat_map(|(mapping, images)| images.iter().map(|image| mapping.reference(*image)))
+    }
+
+    /// What images map, each with the images that do, by extent.
+    pub(crate) fn mappings(&self) -> &Shared<Mapping> {
+        &self.mappings
+    }
+
+    /// What one image maps, by the place in it.
+    pub fn mappings_of(&self, image: ImageId) -> Vec<Mapping> {
+        let sets = &self.mappings.sets;
+        let numbers = 0..u32::try_from(sets.len()).unwrap_or(u32::MAX);
+        let has: Vec<bool> = numbers.map(|set| sets.get(set).binary_search(&image).is_ok()).collect();
+        let all = self.mappings.list.iter();
+        let mut mappings: Vec<Mapping> = all
+            .filter(|(_, set)| has[*set as usize])
+            .map(|(mapping, _)| *mapping)
+            .collect();
+        mappings.sort_unstable_by_key(|mapping| mapping.file_block);
+        mappings
     }
 
     /// How many references map some of the slots, which are of one extent.
     pub fn references_over(&self, slots: Range<Slot>) -> u32 {
-        u32::try_from(self.over(slots).count()).unwrap_or(u32::MAX)
+        count(self.over(slots))
     }
 
     /// Whether so many references, or more, map some of the slots, which are of one extent.
-    pub fn has_references_over(&self, slots: Range<Slot>, count: usize) -> bool {
-        self.over(slots).take(count).count() == count
+    pub fn has_references_over(&self, slots: Range<Slot>, least: usize) -> bool {
+        let mut found = 0;
+        least == 0
+            || self.over(slots).any(|(_, images)| {
+                found += images.len();
+                found >= least
+            })
     }
 
-    /// The references that map some of the slots, which are of one extent.
-    fn over(&self, slots: Range<Slot>) -> impl Iterator<Item = &Reference> {
-        let references = self.references_to(self.extent_of(slots.start));
+    /// What images map of the slots, which are of one extent.
+    fn over(&self, slots: Range<Slot>) -> impl Iterator<Item = (&Mapping, &[ImageId])> {
+        let all = self.range_of(self.extent_of(slots.start));
         // They are in the order of their slots, so that most of those are near the end of them.
-        let before = references.partition_point(|reference| reference.slot < slots.end);
-        references[..before]
-            .iter()
+        let before = self.mappings.list[all.clone()].partition_point(|(mapping, _)| mapping.slot < slots.end);
+        self.mappings_in(all.start..all.start + before)
             .rev()
-            .filter(move |reference| !reference.preallocated && reference.slots().end > slots.start)
+            .filter(move |(mapping, _)| !mapping.preallocated && mapping.slots().end > slots.start)
     }
 
     /// The extent that `slot` belongs to.
@@ -308,7 +454,7 @@ impl Facts {
     }
 
     fn end_of(&self, cover: Cover) -> Slot {
-        self.references[cover.reference as usize].slots().end
+        self.mappings.list[cover.mapping as usize].0.slots().end
     }
 
     /// The maximal runs of slots of `within` that some image can reach, other than as preallocated, in order.
@@ -336,10 +482,11 @@ impl Facts {
         let after = self.cover.partition_point(|cover| cover.slot <= slots.start);
         let cover = self.cover.get(after.checked_sub(1)?)?;
         let end = self.end_of(*cover).min(slots.end);
-        let reference = self.references.get(cover.reference as usize)?;
+        let (mapping, set) = self.mappings.list.get(cover.mapping as usize)?;
+        let image = *self.mappings.sets.get(*set).first()?;
         (slots.start < end).then(|| Place {
-            image: reference.image,
-            file_block: reference.file_block + (slots.start - reference.slot),
+            image,
+            file_block: mapping.file_block + (slots.start - mapping.slot),
             blocks: end - slots.start,
         })
     }
@@ -382,9 +529,110 @@ impl Facts {
     }
 }
 
+/// How many references those are.
+fn count<'a>(mappings: impl Iterator<Item = (&'a Mapping, &'a [ImageId])>) -> u32 {
+    let count: usize = mappings.map(|(_, images)| images.len()).sum();
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
 /// The strong hash of a block: the beginning of its BLAKE3, 64 bits, since it decides what is planned and not what is shared.
 pub fn proof_of(block: &[u8]) -> Proof {
     let mut proof = Proof::default();
     proof.copy_from_slice(&blake3::hash(block).as_bytes()[..size_of::<Proof>()]);
     proof
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use crate::block::bytes;
+    use crate::fs::simulated::PLAIN;
+
+    fn key(reference: &Reference) -> (u32, ImageId, u32, Slot, u32, bool) {
+        let Reference {
+            image,
+            file_block,
+            slot,
+            blocks,
+            extent,
+            preallocated,
+        } = *reference;
+        (extent, image, file_block, slot, blocks, preallocated)
+    }
+
+    proptest! {
+        /// However items are cut, and whichever images have them in common, references are the longest there are, and each mapping is kept once.
+        #[test]
+        fn references_are_those_that_were_put_in(
+            // What images map, piece by piece: an extent, a place in it, whether it is preallocated.
+            images in prop::collection::vec(prop::collection::vec(prop::option::of((0u32..2, 0u32..6, any::<bool>(), 1u32..3)), 0..12), 1..6),
+            copies in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+        ) {
+            const BLOCKS: u32 = 8;
+            let mut images = images;
+            for copy in copies {
+                images.push(images[copy.index(images.len())].clone());
+            }
+            let mut pieces = Vec::new();
+            for (image, of) in (0u32..).zip(&images) {
+                let mut file_block = 0;
+                for piece in of {
+                    let Some((extent, at, preallocated, blocks)) = *piece else {
+                        file_block += 1;
+                        continue;
+                    };
+                    pieces.push(Reference { image, file_block, slot: extent * BLOCKS + at, blocks, extent, preallocated });
+                    file_block += blocks;
+                }
+            }
+            let extent = |number: u32| Extent {
+                address: u64::from(number) << 20,
+                disk_bytes: bytes(BLOCKS),
+                generation: 1,
+                first_slot: number * BLOCKS,
+                blocks: BLOCKS,
+                class: PLAIN,
+                pinned: None,
+                recoding: None,
+            };
+            let facts = Facts::new((0..2).map(extent).collect(), pieces.iter().copied().collect(), 0);
+
+            let mut expected = pieces;
+            expected.sort_by_key(|one| (one.extent, one.image, one.file_block));
+            expected.dedup_by(|next, last| {
+                let follows = (next.extent, next.image, next.preallocated) == (last.extent, last.image, last.preallocated)
+                    && next.file_block == last.file_block + last.blocks
+                    && next.slot == last.slots().end;
+                last.blocks += if follows { next.blocks } else { 0 };
+                follows
+            });
+            let expected: BTreeSet<_> = expected.iter().map(key).collect();
+            let found: Vec<Reference> = facts.references().collect();
+            prop_assert_eq!(found.iter().map(key).collect::<BTreeSet<_>>(), expected);
+            let mut mappings = BTreeMap::new();
+            for extent in 0..2 {
+                let of_extent: Vec<Reference> = facts.references_to(extent).collect();
+                prop_assert_eq!(of_extent.len(), facts.reference_count(extent) as usize);
+                for (mapping, images) in facts.mappings_to(extent) {
+                    prop_assert!(mappings.insert(*mapping, images).is_none());
+                    prop_assert!(images.is_sorted() && !images.is_empty());
+                }
+                for slot in extent * BLOCKS..(extent + 1) * BLOCKS {
+                    let over = of_extent.iter().filter(|one| !one.preallocated && one.slots().contains(&slot)).count();
+                    prop_assert_eq!(facts.references_over(slot..slot + 1) as usize, over);
+                    prop_assert!(facts.has_references_over(slot..slot + 1, over));
+                    prop_assert!(!facts.has_references_over(slot..slot + 1, over + 1));
+                }
+            }
+            for image in 0..u32::try_from(images.len()).unwrap() {
+                let of_image: Vec<Reference> = facts.mappings_of(image).into_iter().map(|mapping| mapping.reference(image)).collect();
+                prop_assert!(of_image.is_sorted_by_key(|one| one.file_block));
+                let expected = found.iter().filter(|one| one.image == image);
+                prop_assert_eq!(of_image.iter().map(key).collect::<BTreeSet<_>>(), expected.map(key).collect::<BTreeSet<_>>());
+            }
+        }
+    }
 }

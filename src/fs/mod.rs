@@ -38,7 +38,7 @@ pub enum Outcome {
 }
 
 /// A range of an image that refers to an extent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HeldRange {
     /// First block in the image.
     pub file_block: u32,

@@ -24,7 +24,7 @@ use crate::fs::attributes;
 use crate::fs::volume::{Purpose, checksum_digests};
 use crate::index::Index;
 use crate::monitor::Monitor;
-use crate::plan::export::{ByImage, ExportPlan, Piece, Source, plan_export};
+use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
 use crate::pool::{Found, Revision, patterns, revision_of};
 use crate::report::Exported;
 
@@ -324,7 +324,6 @@ impl Exporter<'_> {
         let plan = self.plan(opened, index, &digests)?;
         let first_new = plan.first_new;
         let (folders, images) = self.images()?;
-        let by_image = ByImage::new(facts);
         let sink = opened.sink.take().ok_or(Error::Interrupted)?;
         let epoch = u64::from_le_bytes(random()?);
         let mut writer = Writer::begin(sink, opened.base, epoch).map_err(failed)?;
@@ -334,7 +333,7 @@ impl Exporter<'_> {
         };
         let runs_of = |place: usize, pieces: &[Piece]| {
             let number = u32::try_from(place).unwrap_or(u32::MAX);
-            by_image.runs(facts, pieces, number, images[place].blocks())
+            export::runs_of(facts, pieces, number, images[place].blocks())
         };
         put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
         announce(
@@ -361,7 +360,7 @@ impl Exporter<'_> {
             .map_err(Error::io("use the file of fingerprints in", &self.options.scope.index))?;
         self.check_unchanged()?;
         let pieces = corrected(&plan, &stored.corrections);
-        self.put_corrections(&by_image, &stored, &mut out)?;
+        self.put_corrections(&stored, &mut out)?;
         self.monitor.phase("Committing", 0);
         let summaries = summaries(
             &images,
@@ -531,16 +530,18 @@ impl Exporter<'_> {
     }
 
     /// Writes what turned out otherwise than planned; a record without entries if nothing did.
-    fn put_corrections(&self, by_image: &ByImage, stored: &Stored, out: &mut Out<'_>) -> Result<()> {
+    fn put_corrections(&self, stored: &Stored, out: &mut Out<'_>) -> Result<()> {
         let facts = &self.prepared.facts;
         let mut payloads = Payloads::default();
         if !stored.corrections.is_empty() {
             let slots: BTreeMap<u32, &Piece> = stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
-            for reference in by_image.in_order(facts).filter(|reference| !reference.preallocated) {
-                for (slot, piece) in slots.range(reference.slots()) {
+            let images = 0..u32::try_from(self.prepared.fs.images().len()).unwrap_or(u32::MAX);
+            let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
+            for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
+                for (slot, piece) in slots.range(mapping.slots()) {
                     payloads.push(&Entry::Runs {
-                        image: reference.image,
-                        first_block: reference.file_block + (slot - reference.slot),
+                        image,
+                        first_block: mapping.file_block + (slot - mapping.slot),
                         runs: vec![Run {
                             blocks: 1,
                             content: piece.content_at(*slot),

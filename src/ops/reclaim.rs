@@ -183,7 +183,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
         fs.prove(facts, slots)
     };
     let is_candidate = |facts: &Facts, extent: u32| {
-        let mut references = facts.references_to(extent).iter();
+        let mut references = facts.references_to(extent);
         references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
     };
     let wish = options.compress;

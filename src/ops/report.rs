@@ -74,11 +74,7 @@ fn dead_bytes(facts: &Facts, extent: u32) -> u64 {
     if this.pinned == Some(Pinned::HeldByOthers) {
         return 0;
     }
-    let mut reached: Vec<_> = facts
-        .references_to(extent)
-        .iter()
-        .map(crate::facts::Reference::slots)
-        .collect();
+    let mut reached: Vec<_> = facts.mappings_to(extent).map(|(mapping, _)| mapping.slots()).collect();
     reached.sort_unstable_by_key(|slots| slots.start);
     let (mut end, mut dead) = (this.first_slot, 0);
     for slots in reached {

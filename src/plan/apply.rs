@@ -2,7 +2,7 @@
 
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
-use crate::facts::{Extent, Facts, PackedExtents, PackedReferences, Proof, Reference};
+use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof};
 
 /// A pool as it would be, and where its parts come from.
 #[derive(Debug)]
@@ -11,7 +11,7 @@ pub struct Applied {
     pub facts: Facts,
     origins: Origins,
     extents: PackedExtents,
-    references: PackedReferences,
+    mappings: PackedMappings,
     proofs: Vec<(Slot, Proof)>,
 }
 
@@ -47,7 +47,7 @@ impl Applied {
     /// Gives back to `facts` what was taken from it.
     pub fn undo(self, facts: &mut Facts) -> Origins {
         drop(self.facts);
-        facts.bring_back(&self.extents, &self.references);
+        facts.bring_back(&self.extents, self.mappings);
         facts.add_proofs(self.proofs);
         self.origins
     }
@@ -171,7 +171,7 @@ impl After {
     }
 }
 
-/// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, references and proofs are gone until
+/// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, mappings and proofs are gone until
 /// [`Applied::undo`].
 pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
     let After {
@@ -182,23 +182,23 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
         first_donor,
     } = After::of(facts, layout);
     let new_of = origin.inverse();
-    let aside = facts.set_references_aside();
+    let aside = facts.set_mappings_aside();
     let facts_then = &*facts;
-    let moved = aside.unpack(&facts.extents).flat_map(|reference| {
-        if let Some(extent) = Some(new_place[reference.extent as usize]).filter(|extent| *extent != u32::MAX) {
+    let moved = aside.flat_map(&facts.extents, |mapping| {
+        if let Some(extent) = Some(new_place[mapping.extent as usize]).filter(|extent| *extent != u32::MAX) {
             let slot = extents[extent as usize].first_slot
-                + (reference.slot - facts_then.extents[reference.extent as usize].first_slot);
-            return vec![Reference {
-                slot,
+                + (mapping.slot - facts_then.extents[mapping.extent as usize].first_slot);
+            return vec![Mapping {
                 extent,
-                ..reference
+                slot,
+                ..mapping
             }];
         }
-        if reference.preallocated {
+        if mapping.preallocated {
             return Vec::new();
         }
         let pieces = layout
-            .resolve_all(facts_then, reference.slots())
+            .resolve_all(facts_then, mapping.slots())
             .filter_map(|(piece, found)| {
                 let (extent, offset) = match found {
                     Final::Hole => return None,
@@ -212,9 +212,8 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
                     }
                     Final::Donor(donor, at) => (first_donor + donor, at),
                 };
-                Some(Reference {
-                    image: reference.image,
-                    file_block: reference.file_block + (piece.start - reference.slot),
+                Some(Mapping {
+                    file_block: mapping.file_block + (piece.start - mapping.slot),
                     slot: extents[extent as usize].first_slot + offset,
                     blocks: piece.end - piece.start,
                     extent,
@@ -223,11 +222,9 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
             });
         pieces.collect()
     });
-    let mut references = Vec::with_capacity(aside.len());
-    references.extend(moved);
     let packed = facts.set_extents_aside();
     drop(new_place);
-    let mut after = Facts::new(extents, references, facts.zero_fingerprint);
+    let mut after = Facts::new(extents, moved, facts.zero_fingerprint);
     after.frees_blocks = facts.frees_blocks;
     after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
     after.table_slots_max = facts.table_slots_max;
@@ -243,7 +240,7 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
         facts: after,
         origins: Origins { slots: origin, kept },
         extents: packed,
-        references: aside,
+        mappings: aside,
         proofs,
     }
 }

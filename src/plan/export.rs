@@ -7,7 +7,7 @@ use crate::archive::manifest::{Content, Run, push_run};
 use crate::archive::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::block::Slot;
 use crate::chunk::Chunker;
-use crate::facts::{Facts, ImageId, Reference};
+use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Fingerprints;
 
 /// What a range of slots is in the archive.
@@ -231,80 +231,44 @@ fn as_blocks(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// The references of a pool by image and place in it.
-#[derive(Debug)]
-pub struct ByImage {
-    order: Vec<u32>,
-}
-
-impl ByImage {
-    /// Sorts them.
-    pub fn new(facts: &Facts) -> Self {
-        let mut order: Vec<u32> = (0..as_blocks(facts.references.len())).collect();
-        order.sort_unstable_by_key(|at| {
-            let reference = &facts.references[*at as usize];
-            (reference.image, reference.file_block)
-        });
-        Self { order }
-    }
-
-    /// The references in that order.
-    pub fn in_order<'a>(&'a self, facts: &'a Facts) -> impl Iterator<Item = &'a Reference> {
-        self.order.iter().map(|at| &facts.references[*at as usize])
-    }
-
-    /// What each range of an image of so many blocks holds, given what its slots are.
-    pub fn runs(&self, facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> Vec<Run> {
-        let reference = |at: &u32| &facts.references[*at as usize];
-        let from = self.order.partition_point(|at| reference(at).image < image);
-        let mut runs = Vec::new();
-        let mut at = 0;
-        for reference in self.order[from..]
-            .iter()
-            .map(reference)
-            .take_while(|one| one.image == image)
-        {
-            let hole = Run {
-                blocks: reference.file_block.saturating_sub(at),
-                content: Content::Hole,
+/// What each range of an image of so many blocks holds, given what the slots of its pool are.
+pub fn runs_of(facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> Vec<Run> {
+    let hole = |blocks| Run {
+        blocks,
+        content: Content::Hole,
+    };
+    let mut runs = Vec::new();
+    let mut at = 0;
+    for mapping in facts.mappings_of(image) {
+        push_run(&mut runs, hole(mapping.file_block.saturating_sub(at)));
+        at = mapping.file_block + mapping.blocks;
+        if mapping.preallocated {
+            let unwritten = Run {
+                blocks: mapping.blocks,
+                content: Content::Unwritten,
             };
-            push_run(&mut runs, hole);
-            at = reference.file_block + reference.blocks;
-            if reference.preallocated {
-                let content = Content::Unwritten;
-                push_run(
-                    &mut runs,
-                    Run {
-                        blocks: reference.blocks,
-                        content,
-                    },
-                );
-                continue;
-            }
-            let slots = reference.slots();
-            let first = pieces.partition_point(|piece| piece.end() <= slots.start);
-            for piece in pieces[first..].iter().take_while(|piece| piece.slot < slots.end) {
-                let start = piece.slot.max(slots.start);
-                let run = Run {
-                    blocks: piece.end().min(slots.end) - start,
-                    content: piece.content_at(start),
-                };
-                push_run(&mut runs, run);
-            }
+            push_run(&mut runs, unwritten);
+            continue;
         }
-        let hole = Run {
-            blocks: blocks.saturating_sub(at),
-            content: Content::Hole,
-        };
-        push_run(&mut runs, hole);
-        runs
+        let slots = mapping.slots();
+        let first = pieces.partition_point(|piece| piece.end() <= slots.start);
+        for piece in pieces[first..].iter().take_while(|piece| piece.slot < slots.end) {
+            let start = piece.slot.max(slots.start);
+            let run = Run {
+                blocks: piece.end().min(slots.end) - start,
+                content: piece.content_at(start),
+            };
+            push_run(&mut runs, run);
+        }
     }
+    push_run(&mut runs, hole(blocks.saturating_sub(at)));
+    runs
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::Extent;
+    use crate::facts::{Extent, Reference};
     use crate::fs::simulated::PLAIN;
     use proptest::prelude::*;
 
@@ -334,7 +298,7 @@ mod tests {
             slot += blocks;
             all.extend(fingerprints);
         }
-        let mut facts = Facts::new(list, references, 0);
+        let mut facts = Facts::new(list, references.into_iter().collect(), 0);
         facts.fingerprints = all.into();
         facts
     }
@@ -389,10 +353,10 @@ mod tests {
             }
             prop_assert_eq!((slot, next), (facts.slots(), plan.end));
             prop_assert_eq!(plan.chunks.iter().map(|n| u32::from(*n)).sum::<u32>(), plan.end - first_new);
-            let runs = ByImage::new(&facts).runs(&facts, &plan.pieces, 0, facts.slots() * 2);
+            let runs = runs_of(&facts, &plan.pieces, 0, facts.slots() * 2);
             let each: Vec<Content> = runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect();
             prop_assert_eq!(each.len(), facts.slots() as usize * 2);
-            for reference in &facts.references {
+            for reference in facts.references() {
                 for n in 0..reference.blocks {
                     let fingerprint = facts.fingerprints.get(reference.slot + n);
                     match each[(reference.file_block + n) as usize] {

@@ -59,8 +59,10 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
         let live: usize = facts.live_runs(extent.slots()).map(|run| run.len()).sum();
         let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
         let is_wasteful = u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS);
-        let references = facts.references_to(place).iter();
-        let usage: u64 = references.map(|reference| u64::from(reference.blocks)).sum();
+        let mappings = facts.mappings_to(place);
+        let usage: u64 = mappings
+            .map(|(mapping, images)| u64::from(mapping.blocks) * images.len() as u64)
+            .sum();
         // One number takes less memory than three.
         let first = u64::from(is_pinned(facts, options, place).is_none()) << 63
             | u64::from(is_wasteful) << 62
@@ -69,7 +71,7 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
     };
     let mut order: Vec<_> = (0u32..).zip(&facts.extents).map(rank).collect();
     let first_reference = |place: u32| {
-        let reference = facts.references_to(place).first();
+        let reference = facts.references_to(place).next();
         reference.map(|reference| (reference.image, reference.file_block))
     };
     order.sort_unstable_by(|one, other| {
@@ -95,11 +97,8 @@ fn live_hash(facts: &Facts, extent: &Extent) -> u64 {
 /// Why an extent must stay, if it must.
 fn is_pinned(facts: &Facts, options: &Options, extent: u32) -> Option<Pinned> {
     facts.extents[extent as usize].pinned.or_else(|| {
-        let preallocated = options.keep_preallocated
-            && facts
-                .references_to(extent)
-                .iter()
-                .any(|reference| reference.preallocated);
+        let preallocated =
+            options.keep_preallocated && facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
         preallocated.then_some(Pinned::Preallocated)
     })
 }
@@ -120,8 +119,8 @@ struct Pass<'a> {
 /// The extent that is looked at.
 #[derive(Default)]
 struct Here {
-    extent: u32,
     first_slot: Slot,
+    references: u32,
     /// They are asked for many times, and may be on disk.
     fingerprints: Vec<u32>,
 }
@@ -139,9 +138,9 @@ struct Limits {
 impl Limits {
     fn new(facts: &Facts, options: &Options) -> Self {
         const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
-        let count = facts.references.iter().map(|reference| reference.image + 1).max();
-        let mut images = vec![(0u64, 0u64); count.unwrap_or(0) as usize];
-        for reference in &facts.references {
+        let last = facts.mappings().iter().filter_map(|(_, images)| images.last()).max();
+        let mut images = vec![(0u64, 0u64); last.map_or(0, |last| *last as usize + 1)];
+        for reference in facts.references() {
             let (references, blocks) = &mut images[reference.image as usize];
             *references += 1;
             *blocks += u64::from(reference.blocks);
@@ -154,9 +153,7 @@ impl Limits {
         }
         let extents = 0..u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
         Self {
-            extents: extents
-                .map(|extent| u32::try_from(facts.references_to(extent).len()).unwrap_or(u32::MAX))
-                .collect(),
+            extents: extents.map(|extent| facts.reference_count(extent)).collect(),
             added: BTreeMap::new(),
             images,
         }
@@ -207,8 +204,8 @@ impl Pass<'_> {
         let this = &facts.extents[extent as usize];
         let pinned = is_pinned(facts, self.options, extent);
         self.here = Here {
-            extent,
             first_slot: this.first_slot,
+            references: facts.reference_count(extent),
             fingerprints: facts.fingerprints.range(this.slots()),
         };
         let mut found = self.match_extent(this);
@@ -314,17 +311,19 @@ impl Pass<'_> {
         edges.dedup();
         let holes = runs.iter().filter(|run| matches!(run.target, Target::Hole));
         let holes: Vec<Range<Slot>> = holes.map(|run| run.slot..run.slot + run.blocks).collect();
-        let references = self.facts.references_to(extent).iter();
+        let mappings = self.facts.mappings_to(extent);
         let mut more = BTreeMap::new();
-        for reference in references.filter(|reference| !reference.preallocated) {
-            let inside = reference.slots();
+        for (mapping, images) in mappings.filter(|(mapping, _)| !mapping.preallocated) {
+            let inside = mapping.slots();
             let first = edges.partition_point(|edge| *edge <= inside.start);
             let last = edges.partition_point(|edge| *edge < inside.end);
             let first_hole = holes.partition_point(|hole| hole.end <= inside.start);
             let last_hole = holes.partition_point(|hole| hole.start < inside.end);
             let signed = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
-            *more.entry(reference.image).or_default() +=
-                signed(last.saturating_sub(first)) - signed(last_hole.saturating_sub(first_hole));
+            let each = signed(last.saturating_sub(first)) - signed(last_hole.saturating_sub(first_hole));
+            for image in images {
+                *more.entry(*image).or_default() += each;
+            }
         }
         more
     }
@@ -438,7 +437,7 @@ impl Pass<'_> {
         let facts = self.facts;
         let fingerprint = self.fingerprint(at);
         // Those over one block are no more than that, and take longer to count.
-        let all = u32::try_from(facts.references_to(self.here.extent).len()).unwrap_or(u32::MAX);
+        let all = self.here.references;
         let mut best: Option<Run> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
             if !self.homes.contains(home) || home == at {
@@ -525,8 +524,7 @@ impl Pass<'_> {
         };
         let worth = usize::try_from(bytes(run.blocks) / each).unwrap_or(usize::MAX);
         // Counting takes time where there are many, and is rarely needed.
-        let all = self.facts.references_to(self.here.extent).len();
-        all <= worth
+        self.here.references as usize <= worth
             || !self
                 .facts
                 .has_references_over(run.slot..run.slot + run.blocks, worth + 1)

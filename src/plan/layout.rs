@@ -186,7 +186,7 @@ impl Layout {
         }
         let mut order = std::mem::take(&mut self.order);
         order.sort_by_cached_key(|place| {
-            let references = facts.references_to(*place).iter();
+            let references = facts.references_to(*place);
             let first = references
                 .map(|reference| (reference.image, reference.file_block))
                 .min();

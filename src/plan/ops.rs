@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::greedy::matched_blocks;
 use super::layout::Final;
 use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason};
 use crate::block::{Slot, bytes};
-use crate::facts::{Class, Facts, ImageId};
+use crate::facts::{Class, Facts, ImageId, Mapping};
 
 /// A file that holds the donor extents of one batch and class, one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,8 +148,7 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     let compressed = this.disk_share(left_over_blocks).saturating_sub(left_over_bytes);
     let compressed = compressed.min(freed_bytes - zeros - duplicates);
     let nothing = freed_bytes - zeros - duplicates - compressed;
-    let references = facts.references_to(extent);
-    let preallocated = references.iter().any(|reference| reference.preallocated);
+    let preallocated = facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
     let nothing = (
         if preallocated {
             Reason::Preallocated
@@ -178,7 +178,8 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
             ops += 1;
         }
     }
-    let metadata_bytes = u64::saturating_sub(ops, references.len() as u64) * METADATA_BYTES_PER_REFERENCE;
+    let metadata_bytes =
+        u64::saturating_sub(ops, u64::from(facts.reference_count(extent))) * METADATA_BYTES_PER_REFERENCE;
     (
         Elimination {
             extent,
@@ -203,44 +204,56 @@ impl Plan {
 
     /// The ops that eliminate one extent, reference by reference.
     pub fn ops<'a>(&'a self, facts: &'a Facts, extent: u32) -> impl Iterator<Item = Op> + 'a {
-        let ops = facts.references_to(extent).iter().flat_map(move |reference| {
-            let op = move |slot: Slot, blocks, source| Op {
-                image: reference.image,
-                file_block: reference.file_block + (slot - reference.slot),
-                blocks,
-                source,
-                extent,
-            };
-            if reference.preallocated {
-                return vec![op(reference.slot, reference.blocks, Source::Hole)];
-            }
-            let pieces = self.layout.resolve_all(facts, reference.slots());
-            pieces
-                .flat_map(|(piece, found)| match found {
-                    Final::Hole => vec![op(piece.start, piece.end - piece.start, Source::Hole)],
-                    Final::Donor(donor, at) => {
-                        let (file, first) = self.donor_places[donor as usize];
-                        vec![op(
-                            piece.start,
-                            piece.end - piece.start,
-                            Source::Donor(file, first + at),
-                        )]
-                    }
-                    Final::Kept(home) if home == piece.start => Vec::new(),
-                    Final::Kept(home) => facts
-                        .places_of(home..home + (piece.end - piece.start))
-                        .map(|(slot, place)| {
-                            op(
-                                piece.start + (slot - home),
-                                place.blocks,
-                                Source::Image(place.image, place.file_block),
-                            )
-                        })
-                        .collect(),
+        let ops = facts.mappings_to(extent).flat_map(move |(mapping, images)| {
+            let ops: Arc<[Op]> = self.ops_of(facts, mapping).into();
+            images.iter().flat_map(move |image| {
+                let ops = Arc::clone(&ops);
+                (0..ops.len()).map(move |n| Op {
+                    image: *image,
+                    ..ops[n]
                 })
-                .collect()
+            })
         });
         join(ops)
+    }
+
+    /// The ops for one of the images that map some of an extent.
+    fn ops_of(&self, facts: &Facts, mapping: &Mapping) -> Vec<Op> {
+        let op = |slot: Slot, blocks, source| Op {
+            image: 0,
+            file_block: mapping.file_block + (slot - mapping.slot),
+            blocks,
+            source,
+            extent: mapping.extent,
+        };
+        if mapping.preallocated {
+            return vec![op(mapping.slot, mapping.blocks, Source::Hole)];
+        }
+        let pieces = self.layout.resolve_all(facts, mapping.slots());
+        pieces
+            .flat_map(|(piece, found)| match found {
+                Final::Hole => vec![op(piece.start, piece.end - piece.start, Source::Hole)],
+                Final::Donor(donor, at) => {
+                    let (file, first) = self.donor_places[donor as usize];
+                    vec![op(
+                        piece.start,
+                        piece.end - piece.start,
+                        Source::Donor(file, first + at),
+                    )]
+                }
+                Final::Kept(home) if home == piece.start => Vec::new(),
+                Final::Kept(home) => facts
+                    .places_of(home..home + (piece.end - piece.start))
+                    .map(|(slot, place)| {
+                        op(
+                            piece.start + (slot - home),
+                            place.blocks,
+                            Source::Image(place.image, place.file_block),
+                        )
+                    })
+                    .collect(),
+            })
+            .collect()
     }
 }
 

@@ -43,12 +43,12 @@ impl PoolBytes {
         let compressed = || facts.extents.iter().filter(is_compressed);
         Self {
             logical_bytes: fs.images().iter().map(|image| image.size).sum(),
-            referenced_bytes: facts.references.iter().map(|reference| bytes(reference.blocks)).sum(),
+            referenced_bytes: facts.references().map(|reference| bytes(reference.blocks)).sum(),
             physical_bytes: physical_bytes(facts),
             compressed_bytes: compressed().map(|extent| extent.disk_bytes).sum(),
             uncompressed_bytes: compressed().map(|extent| bytes(extent.blocks)).sum(),
             extents: facts.extents.len() as u64,
-            references: facts.references.len() as u64,
+            references: facts.references().count() as u64,
         }
     }
 }

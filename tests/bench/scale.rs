@@ -1,5 +1,6 @@
 //! Planning at a size that no test machine has: `cargo bench --bench scale -- GIB REVISIONS [MEMORY_MIB]`. Prints the time it took and the
-//! greatest memory of the process. The pool is made up: extents of 1 MiB, every fourth like the one before but for one block.
+//! greatest memory of the process. The pool is made up: extents of 1 MiB, every fourth like the one before but for one block,
+//! and each revision maps all of them but for half of every hundredth.
 //! Nothing here decides a test.
 
 #![allow(
@@ -50,14 +51,22 @@ fn main() {
         pinned: None,
         recoding: None,
     });
-    let references = (0..extents).flat_map(|number| {
-        (0..revisions).map(move |image| Reference {
-            image,
-            file_block: number * MIB_BLOCKS,
-            slot: number * MIB_BLOCKS,
-            blocks: MIB_BLOCKS,
-            extent: number,
-            preallocated: false,
+    // Image by image, as they are read. One in a hundred extents is half replaced in each revision but the first.
+    let references = (0..revisions).flat_map(|image| {
+        (0..extents).map(move |number| {
+            let gone = if image > 0 && number % 100 == image {
+                MIB_BLOCKS / 2
+            } else {
+                0
+            };
+            Reference {
+                image,
+                file_block: number * MIB_BLOCKS + gone,
+                slot: number * MIB_BLOCKS + gone,
+                blocks: MIB_BLOCKS - gone,
+                extent: number,
+                preallocated: false,
+            }
         })
     });
     let mut facts = Facts::new(all.collect(), references.collect(), 0);

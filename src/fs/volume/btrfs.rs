@@ -7,7 +7,7 @@ use super::kernel;
 use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, Mapped, ROOT_ITEM, ROOT_TREE, Volume, blocks};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, Pinned, Reference};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, Pinned};
 use crate::fs::HeldRange;
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
@@ -147,6 +147,14 @@ pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
     })
 }
 
+/// What an image maps, before all extents are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Span {
+    /// Of the extent, in bytes.
+    address: u64,
+    range: HeldRange,
+}
+
 /// An extent as images refer to it, and how often they do.
 struct Seen {
     extent: Extent,
@@ -177,8 +185,7 @@ impl Volume {
     /// Those of reading metadata, or if it makes no sense.
     pub(super) fn map_btrfs(&self) -> Result<Mapped> {
         let mut seen: Vec<Seen> = Vec::new();
-        // References by the addresses of their extents; slots are places in the extent until all extents are known.
-        let mut references: Vec<(u64, Reference)> = Vec::new();
+        let mut spans = Collector::new();
         let (mut inline_bytes, mut inline) = (0, Vec::new());
         for (number, image) in (0u32..).zip(&self.images) {
             let image_end = image.size.next_multiple_of(BLOCK_BYTES);
@@ -220,15 +227,16 @@ impl Volume {
                     references: 1,
                 });
                 if extent.file_offset < image_end {
-                    let reference = Reference {
-                        image: number,
-                        file_block: blocks(extent.file_offset)?,
-                        slot: blocks(extent.offset)?,
-                        blocks: blocks(extent.length.min(image_end - extent.file_offset))?,
-                        extent: 0,
-                        preallocated: extent.preallocated,
+                    let span = Span {
+                        address: extent.address,
+                        range: HeldRange {
+                            file_block: blocks(extent.file_offset)?,
+                            extent_block: blocks(extent.offset)?,
+                            blocks: blocks(extent.length.min(image_end - extent.file_offset))?,
+                            preallocated: extent.preallocated,
+                        },
                     };
-                    references.push((extent.address, reference));
+                    spans.push(span, number);
                 }
                 Ok(())
             })?;
@@ -248,16 +256,19 @@ impl Volume {
             slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
             extents.push(extent);
         }
-        let references = references.into_iter().map(|(address, reference)| {
-            let place = extents.partition_point(|extent| extent.address < address);
-            Reference {
+        let mut place = 0;
+        let mappings = spans.finish().flat_map(|Span { address, range }| {
+            // Both are in the order of addresses.
+            place += extents[place..].partition_point(|extent| extent.address < address);
+            Some(Mapping {
                 extent: u32::try_from(place).unwrap_or(u32::MAX),
-                slot: extents[place].first_slot + reference.slot,
-                ..reference
-            }
+                slot: extents[place].first_slot + range.extent_block,
+                file_block: range.file_block,
+                blocks: range.blocks,
+                preallocated: range.preallocated,
+            })
         });
-        let references = references.collect();
-        let mut facts = Facts::new(extents, references, self.function().of_zeros());
+        let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.images.iter().map(|image| image.machine).collect();
         Ok(Mapped {
             facts,

@@ -1,6 +1,7 @@
 //! Fingerprints of every block: from the checksum tree where it serves, from the index where they are known, and by reading
 //! for the rest.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::Result;
-use crate::facts::{Compression, Facts, Place};
+use crate::facts::{Compression, Facts, Mapping, Place};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
@@ -88,20 +89,29 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
     after.fingerprints = before.fingerprints.alike(after.slots() as usize);
     index.look_up(after, &mut known)?;
     let unchanged: Vec<bool> = fs.images().iter().map(super::Image::is_unchanged).collect();
-    let places = Places::of(before);
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
-    let mut unknown = Vec::new();
-    for (number, extent) in (0u32..).zip(&after.extents) {
-        let all = after.live_runs(extent.slots()).flat_map(|run| after.places_of(run));
-        let found = all.fold(true, |found, (slot, place)| {
-            found
-                && unchanged[place.image as usize]
-                && places.copy(before, place, |done, old| {
+    let after_then = &*after;
+    let extents = (0u32..).zip(&after.extents);
+    let mut places: Vec<(Place, Slot, u32)> = extents
+        .flat_map(|(number, extent)| {
+            let runs = after_then.live_runs(extent.slots());
+            let places = runs.flat_map(|run| after_then.places_of(run));
+            places.map(move |(slot, place)| (place, slot, number))
+        })
+        .collect();
+    places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
+    let mut unknown = BTreeSet::new();
+    for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
+        let image = of_image[0].0.image;
+        let mappings = before.mappings_of(image);
+        for (place, slot, extent) in of_image {
+            let found = unchanged[image as usize]
+                && copy(&mappings, *place, |done, old| {
                     fingerprints.write(slot + done, &before.fingerprints.range(old));
-                })
-        });
-        if !found {
-            unknown.push(number);
+                });
+            if !found {
+                unknown.insert(*extent);
+            }
         }
     }
     after.fingerprints = fingerprints;
@@ -109,45 +119,22 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
     index.update(after)
 }
 
-/// References by where they are in images.
-struct Places(Vec<u32>);
-
-impl Places {
-    fn of(facts: &Facts) -> Self {
-        let references = &facts.references;
-        let mut places: Vec<u32> = (0u32..)
-            .zip(references)
-            .filter(|(_, reference)| !reference.preallocated)
-            .map(|(place, _)| place)
-            .collect();
-        places.sort_unstable_by_key(|place| {
-            let reference = &references[*place as usize];
-            (reference.image, reference.file_block)
-        });
-        Self(places)
-    }
-
-    /// Calls `copy` with the slots that a range of an image maps: how many blocks into the range, and which. False if it does not map
-    /// some all the way.
-    fn copy(&self, facts: &Facts, range: Place, mut copy: impl FnMut(u32, std::ops::Range<Slot>)) -> bool {
-        let reference = |place: u32| &facts.references[place as usize];
-        let mut done = 0;
-        let first = self.0.partition_point(|place| {
-            let reference = reference(*place);
-            (reference.image, reference.file_block + reference.blocks) <= (range.image, range.file_block)
-        });
-        for reference in self.0[first..].iter().map(|place| reference(*place)) {
-            let at = range.file_block + done;
-            if done >= range.blocks || reference.image != range.image || reference.file_block > at {
-                break;
-            }
-            let offset = at - reference.file_block;
-            let blocks = (reference.blocks - offset).min(range.blocks - done);
-            copy(done, reference.slot + offset..reference.slot + offset + blocks);
-            done += blocks;
+/// Calls `copy` with the slots that a range of an image maps: how many blocks into the range, and which. False if it does not map
+/// some all the way. `mappings` are those of the image, by the place in it.
+fn copy(mappings: &[Mapping], range: Place, mut copy: impl FnMut(u32, std::ops::Range<Slot>)) -> bool {
+    let mut done = 0;
+    let first = mappings.partition_point(|mapping| mapping.file_block + mapping.blocks <= range.file_block);
+    for mapping in mappings[first..].iter().filter(|mapping| !mapping.preallocated) {
+        let at = range.file_block + done;
+        if done >= range.blocks || mapping.file_block > at {
+            break;
         }
-        done >= range.blocks
+        let offset = at - mapping.file_block;
+        let blocks = (mapping.blocks - offset).min(range.blocks - done);
+        copy(done, mapping.slot + offset..mapping.slot + offset + blocks);
+        done += blocks;
     }
+    done >= range.blocks
 }
 
 fn count(facts: &Facts, known: &SlotSet) -> u32 {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use super::{Image, Mapped, Volume, blocks};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
 
@@ -17,11 +17,10 @@ use crate::sys::fsmap::{SharedBlocks, shared_blocks};
 const EXTENT_BLOCKS_MAX: u64 = 4096;
 
 /// A range of an image and where it lies, in blocks.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Range {
-    image: ImageId,
-    file_block: u32,
     block: u64,
+    file_block: u32,
     blocks: u32,
     preallocated: bool,
     /// Whether the filesystem says that something else refers to the same blocks.
@@ -46,7 +45,7 @@ impl Range {
 }
 
 /// The ranges of one image.
-fn ranges_of(number: ImageId, image: &Image) -> Result<Vec<Range>> {
+fn ranges_of(image: &Image) -> Result<Vec<Range>> {
     let io = |errno| Error::io("read the extent map of", &image.path)(errno);
     let mut found = Vec::new();
     fiemap(&*image.file, |mapping| found.push(mapping)).map_err(io)?;
@@ -64,7 +63,6 @@ fn ranges_of(number: ImageId, image: &Image) -> Result<Vec<Range>> {
             });
         }
         let mut range = Range {
-            image: number,
             file_block: blocks(mapping.offset)?,
             block: mapping.address / BLOCK_BYTES,
             blocks: blocks(mapping.length)?,
@@ -101,12 +99,35 @@ struct State {
     preallocated: bool,
 }
 
+/// What counts of the images that map the same range.
+#[derive(Debug, Clone, Copy)]
+struct Members {
+    count: u32,
+    /// The age of the eldest: how long it is unchanged.
+    age: usize,
+    /// As bits.
+    groups: u32,
+}
+
+impl Members {
+    fn of(numbers: &[ImageId], images: &[Image], ages: &[usize]) -> Self {
+        let ages = numbers.iter().map(|image| ages[*image as usize]);
+        Self {
+            count: u32::try_from(numbers.len()).unwrap_or(u32::MAX),
+            age: ages.min().unwrap_or(usize::MAX),
+            groups: numbers
+                .iter()
+                .fold(0, |groups, image| groups | 1 << images[*image as usize].group),
+        }
+    }
+}
+
 /// What refers to the blocks that are being looked at.
 #[derive(Debug, Default)]
 struct Active {
-    /// By age: how long they are unchanged.
-    images: BTreeMap<usize, u32>,
-    groups: BTreeMap<u8, u32>,
+    /// By the age of the eldest image.
+    ages: BTreeMap<usize, u32>,
+    groups: BTreeMap<u32, u32>,
     pinned: BTreeMap<Pinned, u32>,
     references: u32,
     preallocated: u32,
@@ -116,26 +137,26 @@ struct Active {
 }
 
 impl Active {
-    fn enter(&mut self, range: &Range, group: u8, age: usize) {
-        *self.images.entry(age).or_default() += 1;
-        *self.groups.entry(group).or_default() += 1;
+    fn enter(&mut self, range: &Range, members: Members) {
+        *self.ages.entry(members.age).or_default() += 1;
+        *self.groups.entry(members.groups).or_default() += 1;
         if let Some(pinned) = range.pinned {
             *self.pinned.entry(pinned).or_default() += 1;
         }
-        self.references += 1;
+        self.references += members.count;
         self.preallocated += u32::from(range.preallocated);
-        self.shared += u32::from(range.shared);
+        self.shared += members.count * u32::from(range.shared);
     }
 
-    fn leave(&mut self, range: &Range, group: u8, age: usize) {
-        decrement(&mut self.images, age);
-        decrement(&mut self.groups, group);
+    fn leave(&mut self, range: &Range, members: Members) {
+        decrement(&mut self.ages, members.age);
+        decrement(&mut self.groups, members.groups);
         if let Some(pinned) = range.pinned {
             decrement(&mut self.pinned, pinned);
         }
-        self.references -= 1;
+        self.references -= members.count;
         self.preallocated -= u32::from(range.preallocated);
-        self.shared -= u32::from(range.shared);
+        self.shared -= members.count * u32::from(range.shared);
     }
 
     /// None where no image refers to.
@@ -147,7 +168,7 @@ impl Active {
             self.references == 1 && self.shared == 1
         };
         (self.references > 0).then(|| State {
-            groups: self.groups.keys().fold(0, |groups, group| groups | 1 << group),
+            groups: self.groups.keys().fold(0, |all, groups| all | groups),
             pinned: held
                 .then_some(Pinned::HeldByOthers)
                 .or_else(|| self.pinned.keys().next().copied()),
@@ -180,9 +201,9 @@ fn by_age(images: &[Image]) -> (Vec<u64>, Vec<usize>) {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     /// A range of an image begins.
-    Begin(usize),
+    Begin(u32),
     /// It ends.
-    End(usize),
+    End(u32),
     /// Blocks begin that a file outside the pool refers to.
     BeginOther,
     /// They end.
@@ -190,10 +211,9 @@ enum Event {
 }
 
 /// Cuts what images refer to into ranges of blocks that are alike.
-fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map: bool) -> Result<Vec<Extent>> {
-    let group = |range: &Range| images[range.image as usize].group;
-    let mut events: Vec<(u64, Event)> = Vec::with_capacity(2 * (ranges.len() + others.len()));
-    for (number, range) in ranges.iter().enumerate() {
+fn cut(ranges: &Shared<Range>, others: &[SharedBlocks], images: &[Image], reverse_map: bool) -> Result<Vec<Extent>> {
+    let mut events: Vec<(u64, Event)> = Vec::with_capacity(2 * (ranges.iter().len() + others.len()));
+    for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
         events.push((range.block, Event::Begin(number)));
         events.push((range.block + u64::from(range.blocks), Event::End(number)));
     }
@@ -203,6 +223,10 @@ fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map:
     }
     events.sort_unstable();
     let (by_age, ages) = by_age(images);
+    let of = |number: u32| {
+        let (range, numbers) = ranges.get(number as usize);
+        (range, Members::of(numbers, images, &ages))
+    };
     let mut active = Active::default();
     let mut extents: Vec<Extent> = Vec::new();
     let (mut open, mut slot): (Option<(u64, State)>, u32) = (None, 0);
@@ -246,12 +270,12 @@ fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map:
     while let Some((at, event)) = events.next() {
         match event {
             Event::Begin(number) => {
-                let range = &ranges[number];
-                active.enter(range, group(range), ages[range.image as usize]);
+                let (range, members) = of(number);
+                active.enter(range, members);
             }
             Event::End(number) => {
-                let range = &ranges[number];
-                active.leave(range, group(range), ages[range.image as usize]);
+                let (range, members) = of(number);
+                active.leave(range, members);
             }
             Event::BeginOther => active.others += 1,
             Event::EndOther => active.others -= 1,
@@ -265,7 +289,7 @@ fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map:
             eldest.clear();
             open = state.map(|state| (at, state));
         }
-        if let Some(age) = active.images.keys().next()
+        if let Some(age) = active.ages.keys().next()
             && eldest.last().is_none_or(|(_, last)| last != age)
         {
             eldest.push((at, *age));
@@ -276,10 +300,13 @@ fn cut(ranges: &[Range], others: &[SharedBlocks], images: &[Image], reverse_map:
 
 impl Volume {
     pub(super) fn map_xfs(&self, reverse_map: bool) -> Result<Mapped> {
-        let mut ranges = Vec::new();
+        let mut ranges = Collector::new();
         for (number, image) in (0u32..).zip(&self.images) {
-            ranges.append(&mut ranges_of(number, image)?);
+            for range in ranges_of(image)? {
+                ranges.push(range, number);
+            }
         }
+        let ranges = ranges.finish();
         let others = if reverse_map { self.others()? } else { None };
         let extents = cut(
             &ranges,
@@ -287,13 +314,13 @@ impl Volume {
             &self.images,
             others.is_some(),
         )?;
-        let references = ranges.iter().filter(|range| range.reachable).flat_map(|range| {
+        let mappings = ranges.flat_map(|range| {
             let end = range.block + u64::from(range.blocks);
             let block_of = |extent: &Extent| extent.address / BLOCK_BYTES;
             let first = extents.partition_point(|extent| block_of(extent) + u64::from(extent.blocks) <= range.block);
             let over = (first..extents.len()).take_while({
                 let extents = &extents;
-                move |place| block_of(&extents[*place]) < end
+                move |place| range.reachable && block_of(&extents[*place]) < end
             });
             over.map({
                 let extents = &extents;
@@ -305,8 +332,7 @@ impl Volume {
                     );
                     // All of these are less than the lengths of an extent and of a range.
                     let small = |blocks: u64| u32::try_from(blocks).unwrap_or(u32::MAX);
-                    Reference {
-                        image: range.image,
+                    Mapping {
                         file_block: range.file_block + small(from - range.block),
                         slot: extent.first_slot + small(from - block_of(extent)),
                         blocks: small(to - from),
@@ -316,8 +342,7 @@ impl Volume {
                 }
             })
         });
-        let references = references.collect();
-        let mut facts = Facts::new(extents, references, self.function().of_zeros());
+        let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.images.iter().map(|image| image.machine).collect();
         facts.frees_blocks = true;
         Ok(Mapped {
