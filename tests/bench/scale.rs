@@ -1,4 +1,4 @@
-//! Planning at a size that no test machine has: `cargo bench --bench scale -- GIB REVISIONS [MEMORY_MIB]`. Prints the time it took and the
+//! Planning at a size that no test machine has: `cargo bench --bench scale -- GIB REVISIONS CHANGED [MEMORY_MIB]`. Prints the time it took and the
 //! greatest memory of the process. The pool is made up: extents of 1 MiB, every fourth like the one before but for one block,
 //! and each revision maps all of them but for half of every hundredth.
 //! Nothing here decides a test.
@@ -19,9 +19,11 @@ use vmfold::plan::{Options, make_room, memory_bytes, plan_proved};
 
 const MIB_BLOCKS: u32 = 256;
 
-fn number_of(slot: u32) -> u32 {
+/// Every fourth extent is like the one before but for so many blocks.
+fn number_of(slot: u32, changed: u32) -> u32 {
     let (number, block) = (slot / MIB_BLOCKS, slot % MIB_BLOCKS);
-    (number - u32::from(number % 4 == 3 && block != MIB_BLOCKS / 2)) * MIB_BLOCKS + block
+    let apart = MIB_BLOCKS / changed;
+    (number - u32::from(number % 4 == 3 && block % apart != apart / 2)) * MIB_BLOCKS + block
 }
 
 fn peak_mib() -> u64 {
@@ -38,6 +40,7 @@ fn main() {
         .filter_map(|argument| argument.parse::<u32>().ok());
     let gib = numbers.next().unwrap_or(100);
     let revisions = numbers.next().unwrap_or(1);
+    let changed = numbers.next().unwrap_or(1);
     let memory_mib = numbers.next();
     let extents = gib << 10;
     let begin = Instant::now();
@@ -75,14 +78,14 @@ fn main() {
     for extent in 0..extents {
         let first = extent * MIB_BLOCKS;
         let of: Vec<u32> = (first..first + MIB_BLOCKS)
-            .map(|slot| (number_of(slot) + 1).wrapping_mul(0x9e37_79b9))
+            .map(|slot| (number_of(slot, changed) + 1).wrapping_mul(0x9e37_79b9))
             .collect();
         facts.fingerprints.write(first, &of);
     }
     let (made, known) = (begin.elapsed(), peak_mib());
     let begin = Instant::now();
     let plan = plan_proved(&mut facts, &Options::default(), |_, slots| {
-        let proof = |slot: &u32| (*slot, u64::from(number_of(*slot)).to_le_bytes());
+        let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, changed)).to_le_bytes());
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     })
     .unwrap();
