@@ -1,6 +1,6 @@
-//! Planning at a size that no test machine has: `cargo bench --bench scale -- GIB REVISIONS CHANGED [MEMORY_MIB]`. Prints the time it took and the
-//! greatest memory of the process. The pool is made up: extents of 1 MiB, every fourth like the one before but for one block,
-//! and each revision maps all of them but for half of every hundredth.
+//! Planning at a size that no test machine has: `cargo bench --bench scale -- GIB REVISIONS CHANGED EXTENT_KIB [MEMORY_MIB]`. Prints the
+//! time it took and the greatest memory of the process. The pool is made up: extents of 1 MiB unless you say otherwise, every fourth
+//! like the one before but for some blocks, and each revision maps all of them but for half of every hundredth.
 //! Nothing here decides a test.
 
 #![allow(
@@ -13,17 +13,16 @@
 use std::convert::Infallible;
 use std::time::Instant;
 
+use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, make_room, memory_bytes, plan_proved};
 
-const MIB_BLOCKS: u32 = 256;
-
-/// Every fourth extent is like the one before but for so many blocks.
-fn number_of(slot: u32, changed: u32) -> u32 {
-    let (number, block) = (slot / MIB_BLOCKS, slot % MIB_BLOCKS);
-    let apart = MIB_BLOCKS / changed;
-    (number - u32::from(number % 4 == 3 && block % apart != apart / 2)) * MIB_BLOCKS + block
+/// Every fourth extent of so many blocks is like the one before but for some.
+fn number_of(slot: u32, blocks: u32, changed: u32) -> u32 {
+    let (number, block) = (slot / blocks, slot % blocks);
+    let apart = blocks / changed;
+    (number - u32::from(number % 4 == 3 && block % apart != apart / 2)) * blocks + block
 }
 
 fn peak_mib() -> u64 {
@@ -41,15 +40,16 @@ fn main() {
     let gib = numbers.next().unwrap_or(100);
     let revisions = numbers.next().unwrap_or(1);
     let changed = numbers.next().unwrap_or(1);
+    let blocks = numbers.next().unwrap_or(1024) / 4;
     let memory_mib = numbers.next();
-    let extents = gib << 10;
+    let extents = (gib << 18) / blocks;
     let begin = Instant::now();
     let all = (0..extents).map(|number| Extent {
-        address: u64::from(number) << 20,
-        disk_bytes: 1 << 20,
+        address: u64::from(number) * bytes(blocks),
+        disk_bytes: bytes(blocks),
         generation: 1,
-        first_slot: number * MIB_BLOCKS,
-        blocks: MIB_BLOCKS,
+        first_slot: number * blocks,
+        blocks,
         class: PLAIN,
         pinned: None,
         recoding: None,
@@ -58,15 +58,15 @@ fn main() {
     let references = (0..revisions).flat_map(|image| {
         (0..extents).map(move |number| {
             let gone = if image > 0 && number % 100 == image {
-                MIB_BLOCKS / 2
+                blocks / 2
             } else {
                 0
             };
             Reference {
                 image,
-                file_block: number * MIB_BLOCKS + gone,
-                slot: number * MIB_BLOCKS + gone,
-                blocks: MIB_BLOCKS - gone,
+                file_block: number * blocks + gone,
+                slot: number * blocks + gone,
+                blocks: blocks - gone,
                 extent: number,
                 preallocated: false,
             }
@@ -76,16 +76,16 @@ fn main() {
     let memory_bytes = memory_mib.map_or_else(|| memory_bytes(&facts), |mib| u64::from(mib) << 20);
     make_room(&mut facts, memory_bytes, &std::env::temp_dir()).unwrap();
     for extent in 0..extents {
-        let first = extent * MIB_BLOCKS;
-        let of: Vec<u32> = (first..first + MIB_BLOCKS)
-            .map(|slot| (number_of(slot, changed) + 1).wrapping_mul(0x9e37_79b9))
+        let first = extent * blocks;
+        let of: Vec<u32> = (first..first + blocks)
+            .map(|slot| (number_of(slot, blocks, changed) + 1).wrapping_mul(0x9e37_79b9))
             .collect();
         facts.fingerprints.write(first, &of);
     }
     let (made, known) = (begin.elapsed(), peak_mib());
     let begin = Instant::now();
     let plan = plan_proved(&mut facts, &Options::default(), |_, slots| {
-        let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, changed)).to_le_bytes());
+        let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     })
     .unwrap();
@@ -95,7 +95,7 @@ fn main() {
         made.as_secs_f64(),
         begin.elapsed().as_secs_f64(),
         plan.freed_bytes() >> 20,
-        u64::from(extents) / 4,
+        u64::from(gib) << 8,
         peak_mib()
     );
 }
