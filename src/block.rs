@@ -31,7 +31,7 @@ impl std::fmt::Display for ByteRange {
     }
 }
 
-/// A set of slots, one bit each.
+/// A set of slots, or of other small numbers, one bit each.
 #[derive(Debug, Clone, Default)]
 pub struct SlotSet {
     words: Vec<u64>,

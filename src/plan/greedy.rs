@@ -9,17 +9,13 @@ use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
 
-/// An extent that is to go, and where its blocks are found. What no run covers is left over.
-#[derive(Debug)]
-pub(super) struct Decision {
-    pub(super) extent: u32,
-    pub(super) runs: Vec<Run>,
-}
-
 /// What a pass found.
 #[derive(Debug, Default)]
 pub(super) struct Decisions {
-    pub(super) gone: Vec<Decision>,
+    /// Extents that are to go.
+    pub(super) gone: Vec<u32>,
+    /// Where their blocks are found. What no run covers is left over.
+    pub(super) runs: Vec<Run>,
     pub(super) unproved: Vec<Slot>,
     pub(super) pinned: BTreeMap<Pinned, u64>,
 }
@@ -224,9 +220,8 @@ impl Pass<'_> {
         if goes {
             self.limits.accept(&more);
             self.found.unproved.extend(found.unproved);
-            let mut runs = found.runs;
-            runs.shrink_to_fit();
-            self.found.gone.push(Decision { extent, runs });
+            self.found.gone.push(extent);
+            self.found.runs.append(&mut found.runs);
             return;
         }
         if let Some(why) = pinned.filter(|_| frees > 0 && (!found.runs.is_empty() || this.pinned.is_none())) {
@@ -240,10 +235,7 @@ impl Pass<'_> {
             (run.slot..run.slot + run.blocks).for_each(|slot| self.enter(slot));
         }
         if pinned.is_none() && this.is_recoded() && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2 {
-            self.found.gone.push(Decision {
-                extent,
-                runs: Vec::new(),
-            });
+            self.found.gone.push(extent);
         }
     }
 

@@ -5,8 +5,7 @@ use std::ops::Range;
 
 use super::Options;
 use super::apply::Origins;
-use super::greedy::Decision;
-use crate::block::Slot;
+use crate::block::{Slot, SlotSet};
 use crate::facts::{Class, Compression, Facts};
 
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
@@ -87,9 +86,12 @@ struct Leftover {
 /// Where every block is to be.
 #[derive(Debug, Clone, Default)]
 pub struct Layout {
-    /// Extents that go, in the order in which that was decided, each with its runs by slot.
+    /// Extents that go, in the order in which that was decided.
     order: Vec<u32>,
-    runs: BTreeMap<u32, Vec<Run>>,
+    /// Which those are.
+    gone: SlotSet,
+    /// What of them is found elsewhere, by slot.
+    runs: Vec<Run>,
     leftovers: Vec<Leftover>,
     donors: Vec<DonorExtent>,
 }
@@ -102,7 +104,7 @@ impl Layout {
 
     /// Whether an extent goes.
     pub fn is_gone(&self, extent: u32) -> bool {
-        self.runs.contains_key(&extent)
+        self.gone.contains(extent)
     }
 
     /// The donors to write.
@@ -121,31 +123,36 @@ impl Layout {
 
     /// The live slots of an extent that are found nowhere else.
     pub(super) fn rest_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
-        left_over(facts, facts.extents[extent as usize].slots(), self.runs_of(extent))
+        left_over(
+            facts,
+            facts.extents[extent as usize].slots(),
+            self.runs_of(facts, extent),
+        )
     }
 
-    pub(super) fn runs_of(&self, extent: u32) -> &[Run] {
-        self.runs.get(&extent).map(Vec::as_slice).unwrap_or_default()
+    pub(super) fn runs_of(&self, facts: &Facts, extent: u32) -> &[Run] {
+        let slots = facts.extents[extent as usize].slots();
+        let from = self.runs.partition_point(|run| run.slot < slots.start);
+        let count = self.runs[from..].partition_point(|run| run.slot < slots.end);
+        &self.runs[from..from + count]
     }
 
     /// Whether what is known of some slots, in order, speaks against what is to be shared.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot]) -> bool {
-        let mut runs = self.runs.values().flatten();
-        runs.any(|run| run.is_refuted(facts, known, |slot| slot))
+        self.runs.iter().any(|run| run.is_refuted(facts, known, |slot| slot))
     }
 
     /// Adds decisions that were made on the pool as this layout would leave it, and where the parts of that come from; none if it
     /// is the pool as it is.
-    pub(super) fn compose(&mut self, facts: &Facts, decisions: &[Decision], origins: Option<&Origins>) {
+    pub(super) fn compose(&mut self, facts: &Facts, gone: &[u32], runs: &[Run], origins: Option<&Origins>) {
         let origin = |slot| origins.map_or(slot, |origins| origins.slot(slot));
         let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
-        for decision in decisions {
-            if let Some(extent) = kept(decision.extent) {
-                self.order.push(extent);
-                self.runs.entry(extent).or_default();
-            }
+        self.gone.grow(facts.extents.len());
+        for extent in gone.iter().filter_map(|extent| kept(*extent)) {
+            self.order.push(extent);
+            self.gone.insert(extent);
         }
-        for run in decisions.iter().flat_map(|decision| &decision.runs) {
+        for run in runs {
             let mut done = 0;
             while done < run.blocks {
                 let slot = origin(run.slot + done);
@@ -164,7 +171,7 @@ impl Layout {
                 let extent = facts.extent_of(slot);
                 let room = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
                 let blocks = (1..room).find(|n| !follows(*n)).unwrap_or(room);
-                self.runs.entry(extent).or_default().push(Run {
+                self.runs.push(Run {
                     slot,
                     blocks,
                     target: first,
@@ -172,9 +179,7 @@ impl Layout {
                 done += blocks;
             }
         }
-        for runs in self.runs.values_mut() {
-            runs.sort_unstable_by_key(|run| run.slot);
-        }
+        self.runs.sort_unstable_by_key(|run| run.slot);
     }
 
     /// Where extents are rewritten though nothing of them is found elsewhere, they come first, in the order of the images: they need
@@ -190,7 +195,7 @@ impl Layout {
             let first = references
                 .map(|reference| (reference.image, reference.file_block))
                 .min();
-            first.filter(|_| self.runs_of(*place).is_empty()).ok_or(())
+            first.filter(|_| self.runs_of(facts, *place).is_empty()).ok_or(())
         });
         self.order = order;
     }
@@ -278,15 +283,10 @@ impl Layout {
         let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);
         // Each step leads to a slot that was a home when the step was decided and never becomes one again, so this ends.
         loop {
-            let extent = facts.extent_of(slot);
-            let Some(runs) = self.runs.get(&extent) else {
-                let end = facts.extents[extent as usize].slots().end;
-                return (blocks.min(end - slot), Final::Kept(slot));
-            };
-            let after = runs.partition_point(|run| run.slot <= slot);
+            let after = self.runs.partition_point(|run| run.slot <= slot);
             if let Some(run) = after
                 .checked_sub(1)
-                .map(|at| runs[at])
+                .map(|at| self.runs[at])
                 .filter(|run| slot < run.slot + run.blocks)
             {
                 blocks = blocks.min(run.slot + run.blocks - slot);
@@ -296,9 +296,13 @@ impl Layout {
                 }
                 continue;
             }
+            let extent = facts.extent_of(slot);
+            let end = facts.extents[extent as usize].slots().end;
+            if !self.is_gone(extent) {
+                return (blocks.min(end - slot), Final::Kept(slot));
+            }
             if facts.frees_blocks {
-                let extent_end = facts.extents[extent as usize].slots().end;
-                let end = runs.get(after).map_or(extent_end, |next| next.slot);
+                let end = self.runs.get(after).map_or(end, |next| next.slot.min(end));
                 return (blocks.min(end - slot), Final::Kept(slot));
             }
             let place = self.leftovers.partition_point(|leftover| leftover.slot <= slot);

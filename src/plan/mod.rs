@@ -222,7 +222,7 @@ pub fn plan_proved<E>(
         if round.gone.is_empty() {
             break;
         }
-        layout.compose(facts, &round.gone, round.origins.as_ref());
+        layout.compose(facts, &round.gone, &round.runs, round.origins.as_ref());
         rounds += 1;
     }
     layout.place_leftovers(facts, options);
@@ -238,7 +238,8 @@ pub fn plan_proved<E>(
 
 /// What one look at the whole pool came to.
 struct Round {
-    gone: Vec<greedy::Decision>,
+    gone: Vec<u32>,
+    runs: Vec<layout::Run>,
     /// Slots that must be read before this counts, in order.
     unproved: Vec<Slot>,
     pinned: BTreeMap<Pinned, u64>,
@@ -267,6 +268,7 @@ impl Round {
         decisions.unproved.dedup();
         Self {
             gone: decisions.gone,
+            runs: decisions.runs,
             unproved: decisions.unproved,
             pinned: decisions.pinned,
             origins,
@@ -288,7 +290,8 @@ impl Round {
 
     /// Whether what was read speaks against what counted on it.
     fn is_refuted(&self, facts: &Facts) -> bool {
-        let mut runs = self.gone.iter().flat_map(|decision| &decision.runs);
-        runs.any(|run| run.is_refuted(facts, &self.unproved, |slot| self.origin(slot)))
+        self.runs
+            .iter()
+            .any(|run| run.is_refuted(facts, &self.unproved, |slot| self.origin(slot)))
     }
 }

@@ -133,7 +133,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
 /// What eliminating one extent frees, why, and the batch of the last donor that it needs, if any.
 fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
     let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
-    let runs = layout.runs_of(extent);
+    let runs = layout.runs_of(facts, extent);
     let pieces = layout.rest_of(facts, extent);
     let left_over_blocks: u32 = pieces.iter().map(|piece| piece.end - piece.start).sum();
     let left_over_bytes = this.donor_bytes(left_over_blocks);
