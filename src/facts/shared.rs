@@ -140,6 +140,8 @@ impl<T: Ord + Copy> Collector<T> {
     }
 }
 
+/// Makes one of each thing that is in the list several times, with all its images. `old` are the sets the list speaks of; of those, the ones
+/// that are still needed are numbered anew in `new`.
 fn unite<T: Ord + Copy>(list: &mut Vec<(T, u32)>, old: &ImageSets, new: &mut Numbering) {
     list.sort_unstable_by_key(|(thing, _)| *thing);
     let mut renumbered = vec![None; old.len()];
@@ -164,8 +166,8 @@ fn unite<T: Ord + Copy>(list: &mut Vec<(T, u32)>, old: &ImageSets, new: &mut Num
 }
 
 impl<T: Ord + Copy> Shared<T> {
-    /// Takes some things out of it, image by image, and puts others in their place. `of` cuts it into parts that have nothing to do with each
-    /// other, of which `needs` tells whether that is to be done.
+    /// Takes some things apart, image by image, and puts what `rework` makes of them in their place. `is_same_part` cuts them, in order,
+    /// into parts that have nothing to do with each other; `needs` tells of which parts that is to be done.
     pub(super) fn rework(
         &mut self,
         is_same_part: impl Fn(&T, &T) -> bool,
