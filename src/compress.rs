@@ -15,6 +15,7 @@ use crate::fs::{Sharing, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, Options, Plan, plan_proved};
+use crate::spill::SpillVec;
 
 /// What compression the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,7 +117,7 @@ pub fn plan_wished<E>(
     wish: Option<Wish>,
     facts: &mut Facts,
     options: &Options,
-    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
+    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
     is_candidate: impl Fn(&Facts, u32) -> bool,
     fs: &dyn Sharing,
     monitor: &dyn Monitor,
@@ -159,7 +160,7 @@ struct Trial {
     packer: Packer,
     recompress: bool,
     /// For each extent, a hash of the sample that was tried; 0 if none was.
-    tried: Vec<u64>,
+    tried: SpillVec<u64>,
     pool: Became,
 }
 
@@ -169,7 +170,7 @@ impl Trial {
         Self {
             packer,
             recompress,
-            tried: Vec::new(),
+            tried: SpillVec::new(),
             pool: Became::default(),
         }
     }
@@ -194,7 +195,7 @@ impl Trial {
             let may = self.recompress || extent.class.compression == Compression::None;
             extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
         };
-        let candidates: Vec<u32> = (0..count).filter(|place| wanted(facts, *place)).collect();
+        let candidates: SpillVec<u32> = (0..count).filter(|place| wanted(facts, *place)).collect();
         let all = |facts: &Facts, places: &[u32]| -> u64 {
             let blocks = places.iter().map(|place| facts.extents[*place as usize].blocks);
             blocks.map(bytes).sum()

@@ -38,4 +38,5 @@ pub mod plan;
 pub mod pool;
 pub mod report;
 pub mod shown;
+pub mod spill;
 pub mod sys;

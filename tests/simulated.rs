@@ -274,7 +274,7 @@ proptest! {
             prop_assert!(references <= limit.max(had));
         }
         let (_, again) = planned(&fs, &options);
-        prop_assert_eq!(&again.eliminations, &[]);
+        prop_assert_eq!(&again.eliminations[..], &[]);
     }
 
     #[test]
@@ -300,14 +300,14 @@ proptest! {
         let after = fs.allocated_bytes();
         prop_assert!(after <= before);
         let (_, again) = planned_as(&fs, &options, wish);
-        prop_assert_eq!(&again.eliminations, &[]);
+        prop_assert_eq!(&again.eliminations[..], &[]);
         let (plan, ran) = reclaim_as(&fs, &options, Some(Wish::Undo));
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         let signed = |bytes: u64| i64::try_from(bytes).unwrap();
         prop_assert_eq!(signed(after) - signed(fs.allocated_bytes()), plan.freed_bytes());
         let (_, again) = planned_as(&fs, &options, Some(Wish::Undo));
-        prop_assert_eq!(&again.eliminations, &[]);
+        prop_assert_eq!(&again.eliminations[..], &[]);
     }
 
     #[test]
@@ -323,7 +323,7 @@ proptest! {
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!(i64::try_from(before - fs.allocated_bytes()).unwrap(), plan.freed_bytes());
         let (_, again) = planned(&fs, &options);
-        prop_assert_eq!(&again.eliminations, &[]);
+        prop_assert_eq!(&again.eliminations[..], &[]);
     }
 
     #[test]
@@ -361,7 +361,7 @@ proptest! {
         prop_assert_eq!(&fs.contents(), &content);
         prop_assert_eq!(ran.counts.extents_still_held, 0);
         let (_, again) = planned(&fs, &options);
-        prop_assert_eq!(&again.eliminations, &[]);
+        prop_assert_eq!(&again.eliminations[..], &[]);
     }
 }
 

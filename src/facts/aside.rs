@@ -6,6 +6,7 @@ use super::shared::ImageSets;
 use super::{Class, Extent, Facts, Mapping, Pinned, Recoding, Shared};
 use crate::archive::bytes::{Decoder, put_varint, put_zigzag};
 use crate::block::bytes;
+use crate::spill::SpillVec;
 
 /// What is the same for many extents.
 type Kind = (Class, Option<Pinned>, Option<Recoding>);
@@ -13,7 +14,7 @@ type Kind = (Class, Option<Pinned>, Option<Recoding>);
 /// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
 #[derive(Debug)]
 pub(crate) struct PackedExtents {
-    packed: Vec<u8>,
+    packed: SpillVec<u8>,
     count: usize,
     kinds: Vec<Kind>,
 }
@@ -21,7 +22,7 @@ pub(crate) struct PackedExtents {
 /// Mappings as differences from the one before, and from their extents.
 #[derive(Debug)]
 pub(crate) struct PackedMappings {
-    packed: Vec<u8>,
+    packed: SpillVec<u8>,
     count: usize,
     sets: ImageSets,
 }
@@ -30,22 +31,22 @@ impl Facts {
     /// Sets the mappings aside. Until they are brought back there are none.
     pub(crate) fn set_mappings_aside(&mut self) -> PackedMappings {
         let aside = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
-        self.first_mapping = Vec::new();
-        self.cover = Vec::new();
+        self.first_mapping = SpillVec::new();
+        self.cover = SpillVec::new();
         aside
     }
 
     /// Sets the extents aside, after what is mapped of them.
     pub(crate) fn set_extents_aside(&mut self) -> PackedExtents {
         let aside = PackedExtents::of(&self.extents);
-        self.extents = Vec::new();
+        self.extents = SpillVec::new();
         aside
     }
 
     /// Brings back what was set aside.
     pub(crate) fn bring_back(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
         self.extents = extents.unpack();
-        self.mappings.list = Vec::with_capacity(mappings.count);
+        self.mappings.list = SpillVec::with_capacity(mappings.count);
         self.mappings.list.extend(mappings.unpack(&self.extents));
         self.mappings.sets = mappings.sets;
         self.arrange();
@@ -54,7 +55,7 @@ impl Facts {
 
 impl PackedExtents {
     fn of(extents: &[Extent]) -> Self {
-        let (mut packed, mut kinds) = (Vec::new(), Vec::new());
+        let (mut packed, mut record, mut kinds) = (SpillVec::new(), Vec::new(), Vec::new());
         let mut numbers: HashMap<Kind, usize> = HashMap::new();
         let (mut address, mut generation, mut slot) = (0, 0, 0);
         for extent in extents {
@@ -63,13 +64,15 @@ impl PackedExtents {
                 kinds.push(kind);
                 kinds.len() - 1
             });
-            put_varint(&mut packed, number as u64);
-            put_varint(&mut packed, u64::from(extent.blocks));
-            put_zigzag(&mut packed, extent.address.wrapping_sub(address).cast_signed());
+            record.clear();
+            put_varint(&mut record, number as u64);
+            put_varint(&mut record, u64::from(extent.blocks));
+            put_zigzag(&mut record, extent.address.wrapping_sub(address).cast_signed());
             let usual = bytes(extent.blocks);
-            put_zigzag(&mut packed, extent.disk_bytes.wrapping_sub(usual).cast_signed());
-            put_zigzag(&mut packed, extent.generation.wrapping_sub(generation).cast_signed());
-            put_zigzag(&mut packed, difference(extent.first_slot, slot));
+            put_zigzag(&mut record, extent.disk_bytes.wrapping_sub(usual).cast_signed());
+            put_zigzag(&mut record, extent.generation.wrapping_sub(generation).cast_signed());
+            put_zigzag(&mut record, difference(extent.first_slot, slot));
+            packed.extend_from_slice(&record);
             address = extent.address.wrapping_add(extent.disk_bytes);
             generation = extent.generation;
             slot = extent.slots().end;
@@ -82,7 +85,7 @@ impl PackedExtents {
         }
     }
 
-    fn unpack(&self) -> Vec<Extent> {
+    fn unpack(&self) -> SpillVec<Extent> {
         let mut packed = Unpacker(Decoder::new(&self.packed));
         let (mut address, mut generation, mut slot) = (0u64, 0u64, 0);
         let next = |_| {
@@ -111,16 +114,18 @@ impl PackedExtents {
 
 impl PackedMappings {
     fn of(mappings: Shared<Mapping>, extents: &[Extent]) -> Self {
-        let mut packed = Vec::new();
+        let (mut packed, mut record) = (SpillVec::new(), Vec::new());
         let (mut last, mut last_set) = (Mapping::default(), 0);
         for (mapping, set) in &mappings.list {
             let extent = &extents[mapping.extent as usize];
-            put_varint(&mut packed, u64::from(mapping.preallocated));
-            put_varint(&mut packed, u64::from(mapping.extent - last.extent));
-            put_zigzag(&mut packed, difference(*set, last_set));
-            put_zigzag(&mut packed, difference(mapping.file_block, last.file_block));
-            put_varint(&mut packed, u64::from(mapping.slot - extent.first_slot));
-            put_zigzag(&mut packed, difference(mapping.blocks, extent.blocks));
+            record.clear();
+            put_varint(&mut record, u64::from(mapping.preallocated));
+            put_varint(&mut record, u64::from(mapping.extent - last.extent));
+            put_zigzag(&mut record, difference(*set, last_set));
+            put_zigzag(&mut record, difference(mapping.file_block, last.file_block));
+            put_varint(&mut record, u64::from(mapping.slot - extent.first_slot));
+            put_zigzag(&mut record, difference(mapping.blocks, extent.blocks));
+            packed.extend_from_slice(&record);
             (last, last_set) = (*mapping, *set);
         }
         packed.shrink_to_fit();
@@ -137,7 +142,7 @@ impl PackedMappings {
         extents: &[Extent],
         mut becomes: impl FnMut(Mapping) -> I,
     ) -> Shared<Mapping> {
-        let mut list = Vec::with_capacity(self.count);
+        let mut list = SpillVec::with_capacity(self.count);
         for (mapping, set) in self.unpack(extents) {
             list.extend(becomes(mapping).into_iter().map(|mapping| (mapping, set)));
         }
@@ -232,7 +237,7 @@ mod tests {
             made in prop::collection::vec(extent(), 1..20),
             references in prop::collection::vec((any::<u32>(), any::<u32>(), any::<prop::sample::Index>(), any::<bool>()), 0..40),
         ) {
-            let (mut extents, mut address, mut slot) = (Vec::new(), 0u64, 0);
+            let (mut extents, mut address, mut slot) = (SpillVec::new(), 0u64, 0);
             for (mut extent, gap) in made {
                 extent.address = address + gap;
                 extent.first_slot += slot;

@@ -3,7 +3,6 @@
 mod aside;
 mod shared;
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 pub(crate) use aside::{PackedExtents, PackedMappings};
@@ -12,6 +11,7 @@ pub use shared::Shared;
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
+use crate::spill::{SpillMap, SpillVec};
 
 /// An image, by its place in the list of images a run works on.
 pub type ImageId = u32;
@@ -269,17 +269,17 @@ impl Shared<Mapping> {
 #[derive(Debug, Default)]
 pub struct Facts {
     /// Extents by address; slots follow this order.
-    pub extents: Vec<Extent>,
+    pub extents: SpillVec<Extent>,
     /// By extent, then slot, then the first image and the place in it.
     mappings: Shared<Mapping>,
     /// For each extent, and one past the last, where its mappings begin.
-    first_mapping: Vec<u32>,
+    first_mapping: SpillVec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
     pub fingerprints: Fingerprints,
     /// Fingerprint of a block of zeros.
     pub zero_fingerprint: u32,
     /// Strong hashes of the few blocks that were read because their fingerprint alone does not prove equality.
-    pub proofs: HashMap<Slot, Proof>,
+    pub proofs: Proofs,
     /// How many slots a block table may hold; a pool with more is sampled.
     pub table_slots_max: usize,
     /// For each image, the number of the machine it belongs to; where there is none, each image is on its own.
@@ -288,11 +288,14 @@ pub struct Facts {
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
     pub frees_blocks: bool,
     /// For each slot range that is reachable, a mapping to read it through; by slot, without overlap.
-    cover: Vec<Cover>,
+    cover: SpillVec<Cover>,
 }
 
 /// What a block was found to hold when it was read.
 pub type Proof = [u8; 8];
+
+/// What blocks were found to hold.
+pub type Proofs = SpillMap<Slot, Proof>;
 
 /// A range of slots and the mapping it is read through.
 #[derive(Debug, Clone, Copy)]
@@ -315,7 +318,7 @@ pub struct Place {
 
 impl Facts {
     /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in.
-    pub fn new(mut extents: Vec<Extent>, mut mappings: Shared<Mapping>, zero_fingerprint: u32) -> Self {
+    pub fn new(mut extents: SpillVec<Extent>, mut mappings: Shared<Mapping>, zero_fingerprint: u32) -> Self {
         mappings.join();
         mappings.sort();
         // Both grew piece by piece, up to twice what they need, and stay for long.
@@ -324,14 +327,14 @@ impl Facts {
         let mut facts = Self {
             extents,
             mappings,
-            first_mapping: Vec::new(),
+            first_mapping: SpillVec::new(),
             fingerprints: Fingerprints::default(),
             table_slots_max: usize::MAX,
             machines: Vec::new(),
             frees_blocks: false,
             zero_fingerprint,
-            proofs: HashMap::new(),
-            cover: Vec::new(),
+            proofs: Proofs::default(),
+            cover: SpillVec::new(),
         };
         facts.arrange();
         facts
@@ -339,8 +342,8 @@ impl Facts {
 
     /// Finds out which mappings belong to which extent, and what they cover.
     fn arrange(&mut self) {
-        let mut first_mapping = Vec::with_capacity(self.extents.len() + 1);
-        let mut cover: Vec<Cover> = Vec::with_capacity(self.extents.len());
+        let mut first_mapping = SpillVec::with_capacity(self.extents.len() + 1);
+        let mut cover: SpillVec<Cover> = SpillVec::with_capacity(self.extents.len());
         let mut at = 0;
         let number = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
         for (extent, this) in (0u32..).zip(&self.extents) {

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use super::ImageId;
+use crate::spill::SpillVec;
 
 /// Sets of images, by number.
 #[derive(Debug, Clone, Default)]
@@ -55,14 +56,14 @@ impl Numbering {
 /// Things, each with the set of images that have it.
 #[derive(Debug)]
 pub struct Shared<T> {
-    pub(super) list: Vec<(T, u32)>,
+    pub(super) list: SpillVec<(T, u32)>,
     pub(super) sets: ImageSets,
 }
 
 impl<T> Default for Shared<T> {
     fn default() -> Self {
         Self {
-            list: Vec::new(),
+            list: SpillVec::new(),
             sets: ImageSets::default(),
         }
     }
@@ -95,7 +96,7 @@ impl<T> Shared<T> {
 /// Finds out what images have in common, while it comes in image by image: what all have is kept once from the beginning.
 #[derive(Debug)]
 pub(crate) struct Collector<T> {
-    list: Vec<(T, u32)>,
+    list: SpillVec<(T, u32)>,
     numbering: Numbering,
     unite_at: usize,
 }
@@ -107,7 +108,7 @@ impl<T: Ord + Copy> Collector<T> {
     /// With nothing in it.
     pub(crate) fn new() -> Self {
         Self {
-            list: Vec::new(),
+            list: SpillVec::new(),
             numbering: Numbering::default(),
             unite_at: Self::WAITING_MIN,
         }
@@ -142,7 +143,7 @@ impl<T: Ord + Copy> Collector<T> {
 
 /// Makes one of each thing that is in the list several times, with all its images. `old` are the sets the list speaks of; of those, the ones
 /// that are still needed are numbered anew in `new`.
-fn unite<T: Ord + Copy>(list: &mut Vec<(T, u32)>, old: &ImageSets, new: &mut Numbering) {
+fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, u32)>, old: &ImageSets, new: &mut Numbering) {
     list.sort_unstable_by_key(|(thing, _)| *thing);
     let mut renumbered = vec![None; old.len()];
     let (mut from, mut kept, mut members) = (0, 0, Vec::new());

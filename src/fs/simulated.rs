@@ -273,7 +273,11 @@ impl Simulated {
                     });
                 }
             }
-            let mut facts = Facts::new(extents, references.into_iter().collect(), self.fingerprint(0));
+            let mut facts = Facts::new(
+                extents.into_iter().collect(),
+                references.into_iter().collect(),
+                self.fingerprint(0),
+            );
             facts.fingerprints = fingerprints.into();
             facts.frees_blocks = self.frees_blocks;
             facts.table_slots_max = self.faults.table_slots_max.unwrap_or(usize::MAX);

@@ -11,6 +11,7 @@ pub mod verify;
 
 use std::path::PathBuf;
 
+use crate::block::Slot;
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fs::volume::{Fingerprinted, Purpose, Volume, fingerprint};
@@ -19,6 +20,7 @@ use crate::monitor::Monitor;
 use crate::plan;
 use crate::pool::{self, Found, Skip, Skipped};
 use crate::shown::shown;
+use crate::spill::limit_lists;
 
 /// What a verb works on.
 #[derive(Debug, Clone)]
@@ -110,6 +112,8 @@ fn unreadable(error: &Error) -> Option<Skipped> {
 
 fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
     monitor.phase("Reading extent maps", 0);
+    // How large the pool is, is known once its lists were made.
+    divide_memory(scope, 0);
     let (fs, skipped) = Volume::open(images, &scope.paths, purpose)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
@@ -133,9 +137,18 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
     })
 }
 
+/// Decides how many bytes of lists are in memory, for a pool of so many slots, and how many tables of blocks may take.
+fn divide_memory(scope: &Scope, slots: Slot) -> u64 {
+    let memory_bytes = scope.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots));
+    // Where there can be no folder, they stay in memory.
+    let _ = std::fs::create_dir_all(&scope.index);
+    limit_lists(plan::lists_bytes(memory_bytes), &scope.index);
+    memory_bytes
+}
+
 /// Decides where fingerprints are kept and how large a block table may be.
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
-    let memory_bytes = scope.memory_bytes.unwrap_or_else(|| plan::memory_bytes(facts));
+    let memory_bytes = divide_memory(scope, facts.slots());
     if !plan::fits(facts, memory_bytes) {
         std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
     }

@@ -3,6 +3,7 @@
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof};
+use crate::spill::SpillVec;
 
 /// A pool as it would be, and where its parts come from.
 #[derive(Debug)]
@@ -12,7 +13,7 @@ pub struct Applied {
     origins: Origins,
     extents: PackedExtents,
     mappings: PackedMappings,
-    proofs: Vec<(Slot, Proof)>,
+    proofs: SpillVec<(Slot, Proof)>,
 }
 
 /// Where the parts of a pool as it would be come from.
@@ -20,7 +21,7 @@ pub struct Applied {
 pub struct Origins {
     slots: Origin,
     /// For each extent, which one it was, or [`Origins::NEW`].
-    kept: Vec<u32>,
+    kept: SpillVec<u32>,
 }
 
 impl Origins {
@@ -57,7 +58,7 @@ impl Applied {
 #[derive(Debug, Default)]
 struct Origin {
     /// First slot, first slot there was, blocks; by the first.
-    runs: Vec<(Slot, Slot, u32)>,
+    runs: SpillVec<(Slot, Slot, u32)>,
 }
 
 impl Origin {
@@ -94,11 +95,11 @@ impl Origin {
 /// The extents that there would be.
 #[derive(Default)]
 struct After {
-    extents: Vec<Extent>,
+    extents: SpillVec<Extent>,
     origin: Origin,
-    kept: Vec<u32>,
+    kept: SpillVec<u32>,
     /// For each extent that there was, its new place; `u32::MAX` if it is gone.
-    new_place: Vec<u32>,
+    new_place: SpillVec<u32>,
     /// The place of the first donor.
     first_donor: u32,
 }
@@ -106,9 +107,9 @@ struct After {
 impl After {
     fn of(facts: &Facts, layout: &Layout) -> Self {
         let mut all = Self {
-            extents: Vec::with_capacity(facts.extents.len()),
-            kept: Vec::with_capacity(facts.extents.len()),
-            new_place: Vec::with_capacity(facts.extents.len()),
+            extents: SpillVec::with_capacity(facts.extents.len()),
+            kept: SpillVec::with_capacity(facts.extents.len()),
+            new_place: SpillVec::with_capacity(facts.extents.len()),
             ..Self::default()
         };
         let mut slot = 0;
@@ -129,7 +130,8 @@ impl After {
                 }
                 continue;
             }
-            all.new_place.push(all.len());
+            let place = all.len();
+            all.new_place.push(place);
             let moved = Extent {
                 first_slot: slot,
                 ..extent.clone()
@@ -234,7 +236,7 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
             .fingerprints
             .write(*new, &facts.fingerprints.range(*old..old + blocks));
     }
-    let proofs: Vec<_> = std::mem::take(&mut facts.proofs).into_iter().collect();
+    let proofs: SpillVec<_> = std::mem::take(&mut facts.proofs).into_iter().collect();
     after.add_proofs(proofs.iter().filter_map(|(old, proof)| Some((new_of(*old)?, *proof))));
     Applied {
         facts: after,

@@ -298,7 +298,7 @@ mod tests {
             slot += blocks;
             all.extend(fingerprints);
         }
-        let mut facts = Facts::new(list, references.into_iter().collect(), 0);
+        let mut facts = Facts::new(list.into_iter().collect(), references.into_iter().collect(), 0);
         facts.fingerprints = all.into();
         facts
     }

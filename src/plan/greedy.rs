@@ -8,15 +8,16 @@ use super::table::Table;
 use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
+use crate::spill::SpillVec;
 
 /// What a pass found.
 #[derive(Debug, Default)]
 pub(super) struct Decisions {
     /// Extents that are to go.
-    pub(super) gone: Vec<u32>,
+    pub(super) gone: SpillVec<u32>,
     /// Where their blocks are found. What no run covers is left over.
-    pub(super) runs: Vec<Run>,
-    pub(super) unproved: Vec<Slot>,
+    pub(super) runs: SpillVec<Run>,
+    pub(super) unproved: SpillVec<Slot>,
     pub(super) pinned: BTreeMap<Pinned, u64>,
 }
 
@@ -47,7 +48,7 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
 
 /// Extents that stay anyhow first, then those that are used best, then the large: what is looked at early is likely to stay.
 /// Of extents that hold the same, the one that the first image refers to: addresses differ between a plan and what became of it.
-fn order(facts: &Facts, options: &Options) -> Vec<u32> {
+fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
     /// An extent with this share of it unreachable is better not built upon, in 1/16.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
     const USAGE_MAX: u64 = u64::MAX >> 2;
@@ -65,7 +66,7 @@ fn order(facts: &Facts, options: &Options) -> Vec<u32> {
             | (USAGE_MAX - usage.min(USAGE_MAX));
         (first, live_hash(facts, extent), place)
     };
-    let mut order: Vec<_> = (0u32..).zip(&facts.extents).map(rank).collect();
+    let mut order: SpillVec<_> = (0u32..).zip(&facts.extents).map(rank).collect();
     let first_reference = |place: u32| {
         let reference = facts.references_to(place).next();
         reference.map(|reference| (reference.image, reference.file_block))
@@ -124,7 +125,7 @@ struct Here {
 /// How many references there are, and may be.
 struct Limits {
     /// By extent.
-    extents: Vec<u32>,
+    extents: SpillVec<u32>,
     /// What the extent that is looked at would add to them.
     added: BTreeMap<u32, u32>,
     /// By image: references, and how many there may be.
@@ -221,7 +222,7 @@ impl Pass<'_> {
             self.limits.accept(&more);
             self.found.unproved.extend(found.unproved);
             self.found.gone.push(extent);
-            self.found.runs.append(&mut found.runs);
+            self.found.runs.extend(found.runs);
             return;
         }
         if let Some(why) = pinned.filter(|_| frees > 0 && (!found.runs.is_empty() || this.pinned.is_none())) {

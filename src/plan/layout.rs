@@ -7,6 +7,7 @@ use super::Options;
 use super::apply::Origins;
 use crate::block::{Slot, SlotSet};
 use crate::facts::{Class, Compression, Facts};
+use crate::spill::SpillVec;
 
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
 pub const COMPRESSED_BLOCKS_MAX: u32 = 32;
@@ -87,13 +88,13 @@ struct Leftover {
 #[derive(Debug, Clone, Default)]
 pub struct Layout {
     /// Extents that go, in the order in which that was decided.
-    order: Vec<u32>,
+    order: SpillVec<u32>,
     /// Which those are.
     gone: SlotSet,
     /// What of them is found elsewhere, by slot.
-    runs: Vec<Run>,
-    leftovers: Vec<Leftover>,
-    donors: Vec<DonorExtent>,
+    runs: SpillVec<Run>,
+    leftovers: SpillVec<Leftover>,
+    donors: SpillVec<DonorExtent>,
 }
 
 impl Layout {
@@ -190,13 +191,20 @@ impl Layout {
             return;
         }
         let mut order = std::mem::take(&mut self.order);
-        order.sort_by_cached_key(|place| {
-            let references = facts.references_to(*place);
+        let key = |place: u32| {
+            let references = facts.references_to(place);
             let first = references
                 .map(|reference| (reference.image, reference.file_block))
                 .min();
-            first.filter(|_| self.runs_of(facts, *place).is_empty()).ok_or(())
-        });
+            first.filter(|_| self.runs_of(facts, place).is_empty()).ok_or(())
+        };
+        let mut keyed: SpillVec<_> = (0u32..)
+            .zip(&order)
+            .map(|(at, place)| (key(*place), at, *place))
+            .collect();
+        keyed.sort_unstable();
+        order.clear();
+        order.extend(keyed.iter().map(|(.., place)| *place));
         self.order = order;
     }
 

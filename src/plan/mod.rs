@@ -21,11 +21,12 @@ use std::collections::BTreeMap;
 pub use apply::{Applied, Origins, apply};
 pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
 pub use ops::{Batch, DonorFile, Op, Source};
-pub use room::{fits, make_room, memory_bytes};
+pub use room::{fits, lists_bytes, make_room, memory_bytes};
 
 use self::table::Table;
 use crate::block::Slot;
 use crate::facts::{Facts, Pinned, Proof};
+use crate::spill::SpillVec;
 
 /// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
 /// (37, rounded up for half-filled leaves), in two copies as btrfs keeps metadata by default.
@@ -134,13 +135,13 @@ pub struct Plan {
     /// Where every block is to be.
     pub layout: Layout,
     /// Extents to eliminate, in the order of their batches.
-    pub eliminations: Vec<Elimination>,
+    pub eliminations: SpillVec<Elimination>,
     /// What is done one after the other, each within the work space.
     pub batches: Vec<Batch>,
     /// Donor files to write, by batch.
     pub donor_files: Vec<DonorFile>,
     /// For each donor extent, the donor file it is in and the block it begins at there.
-    donor_places: Vec<(u32, u32)>,
+    donor_places: SpillVec<(u32, u32)>,
     /// Bytes on disk that will be freed, by reason.
     pub freed: BytesByReason,
     /// Bytes of extents that stay although something in them could go, by why.
@@ -189,7 +190,7 @@ impl Plan {
 pub fn plan_proved<E>(
     facts: &mut Facts,
     options: &Options,
-    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<Vec<(Slot, Proof)>, E>,
+    mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
 ) -> Result<Plan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
     const QUESTIONS_MAX: usize = 64;
@@ -238,10 +239,10 @@ pub fn plan_proved<E>(
 
 /// What one look at the whole pool came to.
 struct Round {
-    gone: Vec<u32>,
-    runs: Vec<layout::Run>,
+    gone: SpillVec<u32>,
+    runs: SpillVec<layout::Run>,
     /// Slots that must be read before this counts, in order.
-    unproved: Vec<Slot>,
+    unproved: SpillVec<Slot>,
     pinned: BTreeMap<Pinned, u64>,
     /// Where the parts of the pool that was looked at come from, unless it was looked at as it is.
     origins: Option<Origins>,
@@ -281,8 +282,8 @@ impl Round {
     }
 
     /// What must be read before this counts, as slots of the pool as it is, in order.
-    fn unproved(&self) -> Vec<Slot> {
-        let mut slots: Vec<Slot> = self.unproved.iter().map(|slot| self.origin(*slot)).collect();
+    fn unproved(&self) -> SpillVec<Slot> {
+        let mut slots: SpillVec<Slot> = self.unproved.iter().map(|slot| self.origin(*slot)).collect();
         slots.sort_unstable();
         slots.dedup();
         slots

@@ -9,6 +9,7 @@ use super::layout::Final;
 use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason};
 use crate::block::{Slot, bytes};
 use crate::facts::{Class, Facts, ImageId, Mapping};
+use crate::spill::SpillVec;
 
 /// A file that holds the donor extents of one batch and class, one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +70,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         .into_iter()
         .map(|((batch, class), extents)| DonorFile { batch, class, extents })
         .collect();
-    plan.donor_places = vec![(0, 0); layout.donors().len()];
+    plan.donor_places = SpillVec::of((0, 0), layout.donors().len());
     for (file, extents) in (0u32..).zip(plan.donor_files.iter().map(|file| &file.extents)) {
         let mut at = 0;
         for donor in extents {
@@ -78,21 +79,25 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         }
     }
     // What needs no donor comes first: it takes no space, and makes some.
-    let mut by_batch: BTreeMap<Option<u32>, Vec<Elimination>> = BTreeMap::new();
-    for extent in layout.gone() {
+    let mut by_batch = SpillVec::with_capacity(layout.gone().len());
+    for (turn, extent) in (0u32..).zip(layout.gone()) {
         let (elimination, freed, batch) = eliminate(facts, plan, *extent);
         for (reason, bytes) in freed {
             *plan.freed.entry(reason).or_default() += bytes;
         }
-        by_batch.entry(batch).or_default().push(elimination);
+        by_batch.push((batch, turn, elimination));
     }
+    by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
+    let mut by_batch = by_batch.into_iter().peekable();
     let last = plan.donor_files.last().map(|file| file.batch);
     let (mut held, mut released, mut file) = (0u64, 0u64, 0);
     // All that donors took, and all that was freed, until now.
     let (mut taken, mut given) = (0u64, 0u64);
     for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
         let first = plan.eliminations.len();
-        plan.eliminations.extend(by_batch.remove(&number).unwrap_or_default());
+        while let Some((.., elimination)) = by_batch.next_if(|(batch, ..)| *batch == number) {
+            plan.eliminations.push(elimination);
+        }
         let files = file..file
             + plan.donor_files[file..]
                 .iter()

@@ -4,6 +4,7 @@ use std::io::Result;
 use std::path::Path;
 
 use super::table::Table;
+use crate::block::Slot;
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
 
@@ -11,9 +12,15 @@ use crate::fingerprint::Fingerprints;
 const FINGERPRINT_BYTES: u64 = 8;
 
 /// Memory for tables of blocks, in bytes, unless someone says otherwise: 32 MiB, and 48 MiB more for each TiB of extents.
-pub fn memory_bytes(facts: &Facts) -> u64 {
+pub fn memory_bytes(slots: Slot) -> u64 {
     const SLOTS_PER_MIB: u64 = (1 << 28) / 48;
-    (32 + u64::from(facts.slots()) / SLOTS_PER_MIB) << 20
+    (32 + u64::from(slots) / SLOTS_PER_MIB) << 20
+}
+
+/// Memory for lists of extents, of what images map, and of what is to be done, in bytes, beside tables of so many. What is more of them
+/// lies in files.
+pub fn lists_bytes(memory_bytes: u64) -> u64 {
+    memory_bytes / 2
 }
 
 /// Whether a pool's fingerprints fit in, beside a block table of all its slots. If not, they are kept in a file, and as many slots as

@@ -1,7 +1,7 @@
 //! Every system call that the standard library does not offer, one file per call, each behind a safe function.
 //!
 //! This is the only folder with `unsafe` code. Nothing here decides anything: a function makes its call and
-//! returns what the kernel said.
+//! returns what the kernel said, but for [`spill`].
 #![expect(unsafe_code, reason = "ioctl and fcntl are made here and nowhere else")]
 
 pub mod allocator;
@@ -19,4 +19,5 @@ pub mod loop_status;
 pub mod priority;
 pub mod readahead;
 pub mod signals;
+pub mod spill;
 pub mod tree_search;

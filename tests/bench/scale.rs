@@ -11,12 +11,14 @@
 )]
 
 use std::convert::Infallible;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fs::simulated::PLAIN;
-use vmfold::plan::{Options, make_room, memory_bytes, plan_proved};
+use vmfold::plan::{Options, lists_bytes, make_room, memory_bytes, plan_proved};
+use vmfold::spill::limit_lists;
 
 /// Every fourth extent of so many blocks is like the one before but for some.
 fn number_of(slot: u32, blocks: u32, changed: u32) -> u32 {
@@ -25,14 +27,26 @@ fn number_of(slot: u32, blocks: u32, changed: u32) -> u32 {
     (number - u32::from(number % 4 == 3 && block % apart != apart / 2)) * blocks + block
 }
 
-fn peak_mib() -> u64 {
+/// A number of `/proc/self/status`, in MiB.
+fn mib(name: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+}
+
+/// The greatest memory of the process so far, but for pages of files: the kernel keeps no such number.
+static PEAK: AtomicU64 = AtomicU64::new(0);
+
+fn watch() {
+    loop {
+        PEAK.fetch_max(mib("RssAnon:"), Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn main() {
     vmfold::sys::allocator::give_back_early();
+    std::thread::spawn(watch);
     // `cargo bench` adds an argument of its own.
     let mut numbers = std::env::args()
         .skip(1)
@@ -43,6 +57,10 @@ fn main() {
     let blocks = numbers.next().unwrap_or(1024) / 4;
     let memory_mib = numbers.next();
     let extents = (gib << 18) / blocks;
+    let slots = gib << 18;
+    let memory_bytes = memory_mib.map_or_else(|| memory_bytes(slots), |mib| u64::from(mib) << 20);
+    let folder = std::env::var_os("SPILL").map_or_else(std::env::temp_dir, Into::into);
+    limit_lists(lists_bytes(memory_bytes), &folder);
     let begin = Instant::now();
     let all = (0..extents).map(|number| Extent {
         address: u64::from(number) * bytes(blocks),
@@ -73,8 +91,7 @@ fn main() {
         })
     });
     let mut facts = Facts::new(all.collect(), references.collect(), 0);
-    let memory_bytes = memory_mib.map_or_else(|| memory_bytes(&facts), |mib| u64::from(mib) << 20);
-    make_room(&mut facts, memory_bytes, &std::env::temp_dir()).unwrap();
+    make_room(&mut facts, memory_bytes, &folder).unwrap();
     for extent in 0..extents {
         let first = extent * blocks;
         let of: Vec<u32> = (first..first + blocks)
@@ -82,7 +99,7 @@ fn main() {
             .collect();
         facts.fingerprints.write(first, &of);
     }
-    let (made, known) = (begin.elapsed(), peak_mib());
+    let (made, known) = (begin.elapsed(), PEAK.load(Ordering::Relaxed));
     let begin = Instant::now();
     let plan = plan_proved(&mut facts, &Options::default(), |_, slots| {
         let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
@@ -90,12 +107,13 @@ fn main() {
     })
     .unwrap();
     println!(
-        "{gib} GiB, {revisions} references to each extent: {} MiB for tables of blocks; facts {:.1} s, {known} MiB; plan {:.1} s; {} of {} MiB would be freed; {} MiB of memory at most",
+        "{gib} GiB, {revisions} references to each extent: {} MiB for tables of blocks; facts {:.1} s, {known} MiB; plan {:.1} s; {} of {} MiB would be freed; {} MiB of memory at most, {} MiB with pages of files",
         memory_bytes >> 20,
         made.as_secs_f64(),
         begin.elapsed().as_secs_f64(),
         plan.freed_bytes() >> 20,
         u64::from(gib) << 8,
-        peak_mib()
+        PEAK.load(Ordering::Relaxed),
+        mib("VmHWM:")
     );
 }

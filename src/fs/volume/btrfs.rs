@@ -7,8 +7,9 @@ use super::kernel;
 use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, Mapped, ROOT_ITEM, ROOT_TREE, Volume, blocks};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, Pinned};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
 use crate::fs::HeldRange;
+use crate::spill::SpillVec;
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
 
@@ -159,17 +160,24 @@ struct Span {
 struct Seen {
     extent: Extent,
     references: u64,
+    /// The first image that does.
+    image: ImageId,
 }
 
-/// Makes one of what was seen of each extent. False if items disagree about one.
-fn merge(seen: &mut Vec<Seen>) -> bool {
-    seen.sort_by_key(|seen| seen.extent.address);
-    let mut agree = true;
+/// Makes one of what was seen of each extent.
+///
+/// # Errors
+/// The image that disagrees with another one about an extent.
+fn merge(seen: &mut SpillVec<Seen>) -> std::result::Result<(), ImageId> {
+    seen.sort_unstable_by_key(|seen| (seen.extent.address, seen.image));
+    let mut agree = Ok(());
     seen.dedup_by(|next, kept| {
         if next.extent.address != kept.extent.address {
             return false;
         }
-        agree &= (next.extent.disk_bytes, next.extent.blocks) == (kept.extent.disk_bytes, kept.extent.blocks);
+        if (next.extent.disk_bytes, next.extent.blocks) != (kept.extent.disk_bytes, kept.extent.blocks) {
+            agree = Err(next.image);
+        }
         kept.references += next.references;
         kept.extent.class.groups |= next.extent.class.groups;
         kept.extent.pinned = kept.extent.pinned.or(next.extent.pinned);
@@ -184,7 +192,13 @@ impl Volume {
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
     pub(super) fn map_btrfs(&self) -> Result<Mapped> {
-        let mut seen: Vec<Seen> = Vec::new();
+        /// Items that may wait to be merged.
+        const WAITING_MIN: usize = 1 << 16;
+        let disagree = |image: ImageId| Error::Metadata {
+            path: self.images[image as usize].path.clone(),
+            problem: "items disagree about the length of an extent".into(),
+        };
+        let (mut seen, mut merge_at) = (SpillVec::new(), WAITING_MIN);
         let mut spans = Collector::new();
         let (mut inline_bytes, mut inline) = (0, Vec::new());
         for (number, image) in (0u32..).zip(&self.images) {
@@ -225,6 +239,7 @@ impl Volume {
                         recoding: None,
                     },
                     references: 1,
+                    image: number,
                 });
                 if extent.file_offset < image_end {
                     let span = Span {
@@ -240,17 +255,15 @@ impl Volume {
                 }
                 Ok(())
             })?;
-            if !merge(&mut seen) {
-                let problem = "items disagree about the length of an extent".into();
-                return Err(Error::Metadata {
-                    path: image.path.clone(),
-                    problem,
-                });
+            if seen.len() >= merge_at {
+                merge(&mut seen).map_err(disagree)?;
+                merge_at = WAITING_MIN.max(2 * seen.len());
             }
         }
+        merge(&mut seen).map_err(disagree)?;
         self.count_references(&mut seen)?;
         let mut slot = 0u32;
-        let mut extents: Vec<Extent> = Vec::with_capacity(seen.len());
+        let mut extents: SpillVec<Extent> = SpillVec::with_capacity(seen.len());
         for mut extent in seen.into_iter().map(|seen| seen.extent) {
             extent.first_slot = slot;
             slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
@@ -290,7 +303,7 @@ impl Volume {
         let (first, last) = (key(first.extent.address, 0), key(last.extent.address, u64::MAX));
         let mut at = 0;
         // What is not found there is not understood, and stays.
-        let mut total = vec![u64::MAX; seen.len()];
+        let mut total = SpillVec::of(u64::MAX, seen.len());
         self.search(EXTENT_TREE, first, last, |found, item| {
             while seen.get(at).is_some_and(|seen| seen.extent.address < found.object) {
                 at += 1;

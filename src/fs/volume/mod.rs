@@ -29,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts, ImageId, Proof, proof_of};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Skipped};
+use crate::spill::SpillVec;
 use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
 use crate::sys::encoded_write::write_frame;
@@ -243,10 +244,12 @@ impl Volume {
     ///
     /// # Errors
     /// If no image reaches one of them.
-    pub fn prove(&self, facts: &crate::facts::Facts, slots: &[u32]) -> Result<Vec<(u32, Proof)>> {
+    pub fn prove(&self, facts: &crate::facts::Facts, slots: &[u32]) -> Result<SpillVec<(u32, Proof)>> {
         use rayon::prelude::*;
         /// Blocks asked for at a time: single ones, far from each other, which a device reads best when it knows of many.
         const AHEAD: usize = 256;
+        /// Blocks that are read before what they hold is put where there is room for it.
+        const AT_ONCE: usize = 256 * AHEAD;
         let place_of = |slot: u32| {
             let place = facts.place_of(slot..slot + 1).ok_or_else(|| Error::Metadata {
                 path: self.scratch.clone(),
@@ -269,8 +272,12 @@ impl Volume {
             }
             slots.iter().map(read).collect()
         };
-        let proofs: Result<Vec<Vec<_>>> = slots.par_chunks(AHEAD).map(read_all).collect();
-        Ok(proofs?.into_iter().flatten().collect())
+        let mut proofs = SpillVec::with_capacity(slots.len());
+        for slots in slots.chunks(AT_ONCE) {
+            let read: Result<Vec<Vec<_>>> = slots.par_chunks(AHEAD).map(read_all).collect();
+            proofs.extend(read?.into_iter().flatten());
+        }
+        Ok(proofs)
     }
 
     /// Makes a range of a new file share a range of an image.

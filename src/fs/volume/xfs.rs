@@ -10,6 +10,7 @@ use super::{Image, Mapped, Volume, blocks};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
+use crate::spill::SpillVec;
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
 
@@ -211,8 +212,13 @@ enum Event {
 }
 
 /// Cuts what images refer to into ranges of blocks that are alike.
-fn cut(ranges: &Shared<Range>, others: &[SharedBlocks], images: &[Image], reverse_map: bool) -> Result<Vec<Extent>> {
-    let mut events: Vec<(u64, Event)> = Vec::with_capacity(2 * (ranges.iter().len() + others.len()));
+fn cut(
+    ranges: &Shared<Range>,
+    others: &[SharedBlocks],
+    images: &[Image],
+    reverse_map: bool,
+) -> Result<SpillVec<Extent>> {
+    let mut events: SpillVec<(u64, Event)> = SpillVec::with_capacity(2 * (ranges.iter().len() + others.len()));
     for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
         events.push((range.block, Event::Begin(number)));
         events.push((range.block + u64::from(range.blocks), Event::End(number)));
@@ -228,7 +234,7 @@ fn cut(ranges: &Shared<Range>, others: &[SharedBlocks], images: &[Image], revers
         (range, Members::of(numbers, images, &ages))
     };
     let mut active = Active::default();
-    let mut extents: Vec<Extent> = Vec::new();
+    let mut extents = SpillVec::new();
     let (mut open, mut slot): (Option<(u64, State)>, u32) = (None, 0);
     // Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block
     // until now, by the address where it begins to be that.
@@ -310,7 +316,7 @@ impl Volume {
         let others = if reverse_map { self.others()? } else { None };
         let extents = cut(
             &ranges,
-            others.as_deref().unwrap_or_default(),
+            others.as_ref().map_or(&[][..], |others| &others[..]),
             &self.images,
             others.is_some(),
         )?;
@@ -353,9 +359,9 @@ impl Volume {
     }
 
     /// Blocks that files outside the pool share with something. None where only root may ask, and nobody did.
-    fn others(&self) -> Result<Option<Vec<SharedBlocks>>> {
+    fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
         let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
-        let mut others = Vec::new();
+        let mut others = SpillVec::new();
         let asked = shared_blocks(self.any_fd()?, |blocks| {
             if !mine.contains(&blocks.inode) {
                 others.push(blocks);

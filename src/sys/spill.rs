@@ -1,0 +1,248 @@
+//! Memory for long lists: anonymous mappings as far as a budget goes, mappings of unnamed files beyond it.
+//!
+//! Pages of a file are the page cache's: where memory gets short, the kernel writes them to the disk and takes them away, which it can
+//! do with anonymous ones only on a host that has swap. This is the one place of this folder that decides something: what an
+//! allocator does cannot be asked elsewhere.
+
+use std::fs::File;
+use std::io::{ErrorKind, Result};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use allocator_api2::alloc::{AllocError, Allocator, Global, Layout};
+use memmap2::{Advice, MmapOptions, MmapRaw, RemapOptions};
+use rustix::fs::{FallocateFlags, IFlags, fallocate, fstatvfs};
+
+use super::inode_flags::add_inode_flags;
+
+/// Bytes from which an allocation is looked at here; what is smaller is the ordinary allocator's.
+const LARGE_BYTES: usize = 1 << 20;
+/// Files are no smaller than a page on any machine.
+const ALIGNMENT_MAX: usize = 4096;
+/// Of what is free where files are made, one takes this share at most.
+const FREE_SHARE: u64 = 4;
+/// Says how many bytes of lists are in memory at most, and where files for more of them are made, for what is allocated from now on.
+/// Until then, all are in memory.
+pub fn limit(bytes: usize, folder: PathBuf) {
+    space().limit = Some((bytes, folder));
+}
+
+/// Bytes of lists in files now.
+pub fn bytes_in_files() -> usize {
+    let space = space();
+    let in_files = space.mappings.iter().filter(|one| one.file.is_some());
+    in_files.map(|one| one.map.len()).sum()
+}
+
+/// An allocator for lists that may get long.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Spill;
+
+// SAFETY: blocks are the ordinary allocator's or mappings of the space, by their size alone; both stay valid until they are given
+// back, wherever the allocator is moved, and all copies of it are alike. A mapping is as long as what was asked for, and lies at the
+// beginning of a page.
+unsafe impl Allocator for Spill {
+    fn allocate(&self, layout: Layout) -> std::result::Result<NonNull<[u8]>, AllocError> {
+        if is_small(layout) {
+            return Global.allocate(layout);
+        }
+        space().map(layout.size()).map_err(|_| AllocError)
+    }
+
+    unsafe fn deallocate(&self, at: NonNull<u8>, layout: Layout) {
+        if is_small(layout) {
+            // SAFETY: it came from there, since the layout is the same.
+            unsafe { Global.deallocate(at, layout) };
+        } else {
+            space().unmap(at);
+        }
+    }
+
+    unsafe fn grow(&self, at: NonNull<u8>, old: Layout, new: Layout) -> std::result::Result<NonNull<[u8]>, AllocError> {
+        // SAFETY: what the caller promises of growing is what this asks for.
+        unsafe { self.resize(at, old, new) }
+    }
+
+    unsafe fn shrink(
+        &self,
+        at: NonNull<u8>,
+        old: Layout,
+        new: Layout,
+    ) -> std::result::Result<NonNull<[u8]>, AllocError> {
+        // SAFETY: what the caller promises of shrinking is what this asks for.
+        unsafe { self.resize(at, old, new) }
+    }
+}
+
+impl Spill {
+    /// Makes a block longer or shorter.
+    ///
+    /// # Safety
+    /// `at` is a block of this allocator with the layout `old`.
+    unsafe fn resize(
+        self,
+        at: NonNull<u8>,
+        old: Layout,
+        new: Layout,
+    ) -> std::result::Result<NonNull<[u8]>, AllocError> {
+        match (is_small(old), is_small(new)) {
+            (true, true) if new.size() >= old.size() => {
+                // SAFETY: it came from there.
+                unsafe { Global.grow(at, old, new) }
+            }
+            (true, true) => {
+                // SAFETY: it came from there.
+                unsafe { Global.shrink(at, old, new) }
+            }
+            (false, false) => space().remap(at, new.size()).map_err(|_| AllocError),
+            _ => {
+                let moved = self.allocate(new)?;
+                // SAFETY: both are at least as long, and apart: the old one was not given back yet.
+                unsafe {
+                    let bytes = old.size().min(new.size());
+                    moved.cast::<u8>().copy_from_nonoverlapping(at, bytes);
+                    self.deallocate(at, old);
+                }
+                Ok(moved)
+            }
+        }
+    }
+}
+
+fn is_small(layout: Layout) -> bool {
+    layout.size() < LARGE_BYTES || layout.align() > ALIGNMENT_MAX
+}
+
+/// A large block.
+#[derive(Debug)]
+struct Mapping {
+    map: MmapRaw,
+    /// Whose pages it is.
+    file: Option<File>,
+}
+
+impl Mapping {
+    fn in_memory(bytes: usize) -> Result<Self> {
+        let map = MmapOptions::new().len(bytes).map_anon()?.into();
+        Ok(Self { map, file: None })
+    }
+
+    /// In a file of which every block is there: writing to it later finds room, or the process would get a signal.
+    fn in_file(bytes: usize, folder: &Path) -> Result<Self> {
+        let file = tempfile::tempfile_in(folder)?;
+        // On btrfs, blocks of other files are written elsewhere each time, where there may be no room. Others know no such flag.
+        let _ = add_inode_flags(&file, IFlags::NOCOW);
+        make_room(&file, bytes)?;
+        let map = MmapOptions::new().len(bytes).map_raw(&file)?;
+        // Where memory is short, what lies around a page is not worth what it takes the place of.
+        let _ = map.advise(Advice::Random);
+        Ok(Self { map, file: Some(file) })
+    }
+
+    /// Makes it longer or shorter, perhaps elsewhere in memory.
+    fn resize(&mut self, bytes: usize) -> Result<()> {
+        if let Some(file) = &self.file {
+            make_room(file, bytes)?;
+        }
+        // SAFETY: nobody has a reference into it, but the one pointer that the new place is returned for.
+        unsafe { self.map.remap(bytes, RemapOptions::new().may_move(true)) }?;
+        if let Some(file) = &self.file {
+            // What is not given back is gone with the file.
+            let _ = file.set_len(bytes as u64);
+        }
+        Ok(())
+    }
+
+    fn block(&self) -> Result<NonNull<[u8]>> {
+        let at = NonNull::new(self.map.as_mut_ptr()).ok_or(ErrorKind::OutOfMemory)?;
+        Ok(NonNull::slice_from_raw_parts(at, self.map.len()))
+    }
+}
+
+/// Allocates the blocks of a file, unless too little would be free after that.
+fn make_room(file: &File, bytes: usize) -> Result<()> {
+    let has = file.metadata()?.len();
+    let more = (bytes as u64).saturating_sub(has);
+    if more == 0 {
+        return Ok(());
+    }
+    let stat = fstatvfs(file)?;
+    if more > stat.f_bavail.saturating_mul(stat.f_frsize) / FREE_SHARE {
+        return Err(ErrorKind::StorageFull.into());
+    }
+    fallocate(file, FallocateFlags::empty(), has, more)?;
+    Ok(())
+}
+
+/// All large blocks.
+#[derive(Debug)]
+struct Space {
+    /// Bytes in memory at most, and where files are made.
+    limit: Option<(usize, PathBuf)>,
+    mappings: Vec<Mapping>,
+}
+
+static SPACE: Mutex<Space> = Mutex::new(Space {
+    limit: None,
+    mappings: Vec::new(),
+});
+
+fn space() -> MutexGuard<'static, Space> {
+    SPACE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Space {
+    fn map(&mut self, bytes: usize) -> Result<NonNull<[u8]>> {
+        let mapping = self.make(bytes, 0)?;
+        let block = mapping.block()?;
+        self.mappings.push(mapping);
+        Ok(block)
+    }
+
+    fn unmap(&mut self, at: NonNull<u8>) {
+        if let Some(place) = self.place(at) {
+            self.mappings.swap_remove(place);
+        }
+    }
+
+    fn remap(&mut self, at: NonNull<u8>, bytes: usize) -> Result<NonNull<[u8]>> {
+        let place = self.place(at).ok_or(ErrorKind::NotFound)?;
+        let old = &self.mappings[place];
+        let length = old.map.len();
+        let in_memory = if old.file.is_none() { length } else { 0 };
+        let may_stay = in_memory == 0 || bytes <= length || self.fits(bytes - length);
+        if !may_stay || self.mappings[place].resize(bytes).is_err() {
+            let new = self.make(bytes, in_memory)?;
+            let from = self.mappings[place].block()?.cast::<u8>();
+            // SAFETY: both are at least as long, and apart, since both are mapped.
+            unsafe {
+                let to = new.block()?.cast::<u8>();
+                to.copy_from_nonoverlapping(from, length.min(bytes));
+            }
+            self.mappings[place] = new;
+        }
+        self.mappings[place].block()
+    }
+
+    /// A new mapping, in place of `instead` bytes that are in memory now.
+    fn make(&self, bytes: usize, instead: usize) -> Result<Mapping> {
+        if !self.fits(bytes.saturating_sub(instead))
+            && let Some((_, folder)) = &self.limit
+            && let Ok(mapping) = Mapping::in_file(bytes, folder)
+        {
+            return Ok(mapping);
+        }
+        Mapping::in_memory(bytes)
+    }
+
+    fn fits(&self, more: usize) -> bool {
+        let in_memory = self.mappings.iter().filter(|one| one.file.is_none());
+        let in_memory: usize = in_memory.map(|one| one.map.len()).sum();
+        self.limit.as_ref().is_none_or(|(limit, _)| in_memory + more <= *limit)
+    }
+
+    fn place(&self, at: NonNull<u8>) -> Option<usize> {
+        self.mappings.iter().position(|one| one.map.as_mut_ptr() == at.as_ptr())
+    }
+}

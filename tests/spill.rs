@@ -1,0 +1,174 @@
+//! Lists that lie in files: they hold what they would hold in memory, and plans made with them are the same.
+
+use std::convert::Infallible;
+use std::sync::{Mutex, PoisonError};
+
+use proptest::prelude::*;
+use vmfold::block::bytes;
+use vmfold::facts::{Extent, Facts, Proof, Reference};
+use vmfold::fs::simulated::PLAIN;
+use vmfold::plan::{Options, Plan, plan_proved};
+use vmfold::spill::{SpillMap, SpillVec, bytes_in_files, limit_lists};
+
+/// Large enough that few make a list that may lie in a file.
+type Item = [u64; 1024];
+
+/// The limit is one for the whole process.
+static LIMIT: Mutex<()> = Mutex::new(());
+
+/// Does something with so many bytes of lists in memory.
+fn limited<T>(bytes: u64, does: impl FnOnce(&tempfile::TempDir) -> T) -> T {
+    let _alone = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().expect("a folder for temporary files");
+    limit_lists(bytes, folder.path());
+    does(&folder)
+}
+
+#[derive(Debug, Clone)]
+enum Change {
+    Push(u64),
+    Extend(usize, u64),
+    Truncate(usize),
+    Shrink,
+    Clone,
+    Sort,
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        4 => any::<u64>().prop_map(Change::Push),
+        4 => (0usize..400, any::<u64>()).prop_map(|(count, value)| Change::Extend(count, value)),
+        2 => (0usize..800).prop_map(Change::Truncate),
+        2 => Just(Change::Shrink),
+        1 => Just(Change::Clone),
+        1 => Just(Change::Sort),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn a_list_holds_what_it_would_in_memory(changes in prop::collection::vec(change(), 1..30), limit_mib in 0u64..6) {
+        limited(limit_mib << 20, |_| {
+            let (mut list, mut expected): (SpillVec<Item>, Vec<Item>) = (SpillVec::new(), Vec::new());
+            for change in changes {
+                match change {
+                    Change::Push(value) => {
+                        list.push([value; 1024]);
+                        expected.push([value; 1024]);
+                    }
+                    Change::Extend(count, value) => {
+                        let all = (value >> 1..).take(count).map(|value| [value; 1024]);
+                        list.extend(all.clone());
+                        expected.extend(all);
+                    }
+                    Change::Truncate(count) => {
+                        list.truncate(count);
+                        expected.truncate(count);
+                    }
+                    Change::Shrink => {
+                        list.shrink_to_fit();
+                        expected.shrink_to_fit();
+                    }
+                    Change::Clone => list = list.clone(),
+                    Change::Sort => {
+                        list.sort_unstable();
+                        expected.sort_unstable();
+                    }
+                }
+                // In one comparison: printing what differs would take longer than anything else.
+                prop_assert!(list[..] == expected[..]);
+            }
+            Ok(())
+        })?;
+    }
+}
+
+#[test]
+fn what_is_beyond_the_limit_lies_in_files() {
+    limited(4 << 20, |folder| {
+        let small: SpillVec<u8> = SpillVec::of(1, 3 << 20);
+        assert_eq!(bytes_in_files(), 0);
+        let large: SpillVec<u8> = SpillVec::of(2, 3 << 20);
+        assert_eq!(bytes_in_files(), 3 << 20);
+        // One that grows over it moves.
+        let mut growing: SpillVec<u8> = SpillVec::with_capacity(1 << 20);
+        growing.resize(1 << 20, 3);
+        assert_eq!(bytes_in_files(), 3 << 20);
+        growing.reserve_exact(1 << 20);
+        assert_eq!(bytes_in_files(), 5 << 20);
+        let map: SpillMap<u32, u64> = (0..200_000).map(|number| (number, u64::from(number) * 3)).collect();
+        assert!(bytes_in_files() > 5 << 20);
+        assert!((0..200_000).all(|number| map.get(&number) == Some(&(u64::from(number) * 3))));
+        assert!(small.iter().all(|byte| *byte == 1) && large.iter().all(|byte| *byte == 2));
+        assert!(growing.len() == 1 << 20 && growing.iter().all(|byte| *byte == 3));
+        // They have no name that someone else could come by.
+        assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 0);
+        drop((small, large, growing, map));
+        assert_eq!(bytes_in_files(), 0);
+    });
+}
+
+#[test]
+fn without_a_folder_everything_is_in_memory() {
+    limited(0, |folder| {
+        limit_lists(0, &folder.path().join("nowhere"));
+        let mut list: SpillVec<u8> = SpillVec::of(7, 2 << 20);
+        list.resize(5 << 20, 7);
+        assert_eq!(bytes_in_files(), 0);
+        assert!(list.len() == 5 << 20 && list.iter().all(|byte| *byte == 7));
+    });
+}
+
+/// A plan for enough extents that lists of them may lie in files, and how many bytes did on the way. Of every fourth, half is like the one
+/// before.
+fn plan() -> (Plan, usize) {
+    const EXTENTS: u32 = 40_000;
+    const BLOCKS: u32 = 16;
+    let number_of = |slot: u32| {
+        let (extent, block) = (slot / BLOCKS, slot % BLOCKS);
+        (extent - u32::from(extent % 4 == 3 && block < BLOCKS / 2)) * BLOCKS + block
+    };
+    let extents = (0..EXTENTS).map(|extent| Extent {
+        address: u64::from(extent) * bytes(BLOCKS),
+        disk_bytes: bytes(BLOCKS),
+        generation: 1,
+        first_slot: extent * BLOCKS,
+        blocks: BLOCKS,
+        class: PLAIN,
+        pinned: None,
+        recoding: None,
+    });
+    let references = (0..EXTENTS).map(|extent| Reference {
+        image: extent % 3,
+        file_block: extent * BLOCKS,
+        slot: extent * BLOCKS,
+        blocks: BLOCKS,
+        extent,
+        preallocated: false,
+    });
+    let mut facts = Facts::new(extents.collect(), references.collect(), 0);
+    let fingerprint = |slot| (number_of(slot) + 1).wrapping_mul(0x9e37_79b9);
+    facts.fingerprints = (0..EXTENTS * BLOCKS).map(fingerprint).collect::<Vec<_>>().into();
+    let mut in_files = 0;
+    let prove = |_: &Facts, slots: &[u32]| {
+        in_files = bytes_in_files();
+        let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
+        Ok::<_, Infallible>(slots.iter().map(proof).collect())
+    };
+    let Ok(plan) = plan_proved(&mut facts, &Options::default(), prove);
+    (plan, in_files)
+}
+
+#[test]
+fn plans_are_the_same_wherever_lists_lie() {
+    let (in_memory, none) = limited(u64::MAX, |_| plan());
+    let (in_files, bytes) = limited(0, |_| plan());
+    assert!(none == 0 && bytes > 1 << 20, "{none} and {bytes} bytes in files");
+    assert!(
+        in_memory.eliminations.len() > 9000,
+        "{} extents go",
+        in_memory.eliminations.len()
+    );
+    assert_eq!(format!("{in_memory:?}"), format!("{in_files:?}"));
+}
