@@ -130,7 +130,7 @@ impl Writer<'_> {
     fn read(self, class: Class, places: &[u32]) -> Vec<Result<Packed>> {
         let read = |place: &u32| {
             let extent = &self.plan.layout.donors()[*place as usize];
-            read_slots(self.facts, self.fs, &extent.pieces)
+            read_slots(self.facts, self.fs, self.plan.layout.pieces_of(extent))
         };
         if packs(self.fs, class) {
             let pack = |compressor: &mut _, place: &u32| self.pack(compressor, read(place)?);
@@ -147,10 +147,8 @@ impl Writer<'_> {
 
     /// The error of the first block of what an extent takes over that cannot be read.
     fn first_unreadable(self, extent: &DonorExtent) -> Option<Error> {
-        let places = extent
-            .pieces
-            .iter()
-            .flat_map(|piece| self.facts.places_of(piece.clone()));
+        let pieces = self.plan.layout.pieces_of(extent).iter();
+        let places = pieces.flat_map(|piece| self.facts.places_of(piece.clone()));
         places.into_iter().find_map(|(_, place)| {
             let file = SourceFile::Image(place.image);
             super::first_unreadable(self.fs, file, bytes(place.file_block), bytes(place.blocks))
@@ -158,11 +156,8 @@ impl Writer<'_> {
     }
 
     fn read_ahead(self, extent: &DonorExtent) {
-        for (_, place) in extent
-            .pieces
-            .iter()
-            .flat_map(|piece| self.facts.places_of(piece.clone()))
-        {
+        let pieces = self.plan.layout.pieces_of(extent).iter();
+        for (_, place) in pieces.flat_map(|piece| self.facts.places_of(piece.clone())) {
             let file = SourceFile::Image(place.image);
             self.fs.read_ahead(file, bytes(place.file_block), bytes(place.blocks));
         }

@@ -22,6 +22,7 @@ use crate::fs::{Outcome, Sharing, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::{Batch, DonorFile, Op, Plan, Source};
 use crate::pool::Skip;
+use crate::spill::SpillVec;
 
 /// Bytes that one call compares at most: btrfs splits longer ones (kernel: `BTRFS_MAX_DEDUPE_LEN`), and both files are locked.
 pub const CALL_BYTES: u64 = 16 << 20;
@@ -245,7 +246,7 @@ impl Run<'_> {
         let extents = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.extent);
-        let extents: Vec<u32> = extents.filter(has_all).collect();
+        let extents: SpillVec<u32> = extents.filter(has_all).collect();
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let ran = &mut *self.ran;

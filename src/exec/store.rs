@@ -19,6 +19,7 @@ use crate::fingerprint::Function;
 use crate::fs::{Sharing, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::export::{ExportPlan, Piece, Source};
+use crate::spill::SpillVec;
 
 /// Bytes of images read at a time, while those before are compressed, and those before that are written.
 const BATCH_BYTES: u64 = 8 << 20;
@@ -202,8 +203,8 @@ fn is_zero(block: &[u8]) -> bool {
 }
 
 /// The ranges to be read, in the order they lie on disk.
-fn tasks(facts: &Facts, plan: &ExportPlan) -> Vec<Task> {
-    let mut tasks: Vec<Task> = Vec::new();
+fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<Task> {
+    let mut tasks: SpillVec<Task> = SpillVec::new();
     let mut extent_end = 0;
     for (number, piece) in plan
         .pieces

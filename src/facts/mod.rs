@@ -412,12 +412,12 @@ impl Facts {
     }
 
     /// What one image maps, by the place in it.
-    pub fn mappings_of(&self, image: ImageId) -> Vec<Mapping> {
+    pub fn mappings_of(&self, image: ImageId) -> SpillVec<Mapping> {
         let sets = &self.mappings.sets;
         let numbers = 0..u32::try_from(sets.len()).unwrap_or(u32::MAX);
         let has: Vec<bool> = numbers.map(|set| sets.get(set).binary_search(&image).is_ok()).collect();
         let all = self.mappings.list.iter();
-        let mut mappings: Vec<Mapping> = all
+        let mut mappings: SpillVec<Mapping> = all
             .filter(|(_, set)| has[*set as usize])
             .map(|(mapping, _)| *mapping)
             .collect();

@@ -10,7 +10,7 @@
 mod record;
 pub mod stored;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -19,10 +19,11 @@ use record::Entry;
 use crate::block::SlotSet;
 use crate::chunk::{self, Chunker};
 use crate::error::{Error, Result};
-use crate::facts::Facts;
+use crate::facts::{Extent, Facts};
 use crate::fingerprint::Function;
 use crate::monitor::Monitor;
 use crate::shown::shown;
+use crate::spill::SpillVec;
 
 /// Memory that sled may use for its pages.
 const CACHE_BYTES: u64 = 8 << 20;
@@ -47,7 +48,7 @@ pub struct Index {
     /// Bytes of records read and written since it was opened.
     touched_bytes: usize,
     /// Extents, by place in the facts last looked up, whose entry is as it should be.
-    current: Vec<bool>,
+    current: SpillVec<bool>,
     /// Whether fingerprints of uncompressed extents are remembered too: the filesystem's checksums do not serve.
     keep_plain: bool,
 }
@@ -136,7 +137,7 @@ impl Index {
     /// # Errors
     /// Those of the index.
     pub fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
-        self.current = vec![false; facts.extents.len()];
+        self.current = SpillVec::of(false, facts.extents.len());
         let mut at = 0;
         while at < facts.extents.len() {
             let segment = facts.extents[at].address / SEGMENT_BYTES;
@@ -200,16 +201,23 @@ impl Index {
     /// # Errors
     /// Those of the index.
     pub fn update(&mut self, facts: &Facts) -> Result<()> {
-        let mut changed: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
-        for (place, extent) in facts.extents.iter().enumerate() {
-            if !self.current.get(place).copied().unwrap_or(false) {
-                changed.entry(extent.address / SEGMENT_BYTES).or_default().push(place);
-            }
-        }
+        let segment_of = |extent: &Extent| extent.address / SEGMENT_BYTES;
         let mut chunker = Chunker::default();
-        for (segment, places) in changed {
+        let mut next = 0;
+        for extents in facts
+            .extents
+            .chunk_by(|one, other| segment_of(one) == segment_of(other))
+        {
+            let places = next..next + extents.len();
+            next = places.end;
+            let is_current = |place: usize| self.current.get(place).copied().unwrap_or(false);
+            let changed: Vec<usize> = places.filter(|place| !is_current(*place)).collect();
+            if changed.is_empty() {
+                continue;
+            }
+            let segment = segment_of(&extents[0]);
             let mut entries = self.read(segment)?;
-            for place in places {
+            for place in changed {
                 let new = Entry::of(facts, place, self.keep_plain, &mut chunker);
                 entries.retain(|old| old.end() <= new.address || new.end() <= old.address);
                 entries.push(new);
@@ -384,7 +392,7 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
             folder: folder.to_owned(),
             sled: Some(sled),
             touched_bytes: 0,
-            current: Vec::new(),
+            current: SpillVec::new(),
             keep_plain: false,
         })
     };

@@ -10,6 +10,7 @@ use crate::archive::reader::Committed;
 use crate::error::Result;
 use crate::facts::{Extent, Facts};
 use crate::plan::export::{Piece, Source};
+use crate::spill::SpillVec;
 
 /// What the names of these trees begin with.
 const TREE_PREFIX: &str = "archive-v1-";
@@ -96,9 +97,9 @@ impl Index {
         commits: &[Committed],
         facts: &Facts,
         digests: &[Option<u128>],
-    ) -> Result<Vec<Piece>> {
+    ) -> Result<SpillVec<Piece>> {
         let tree = self.stored_tree(archive)?;
-        let mut pieces = Vec::new();
+        let mut pieces = SpillVec::new();
         for (extent, digest) in facts.extents.iter().zip(digests) {
             let Some(digest) = digest.filter(|_| extent.class.checksummed) else {
                 continue;

@@ -27,6 +27,7 @@ use crate::monitor::Monitor;
 use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
 use crate::pool::{Found, Revision, patterns, revision_of};
 use crate::report::Exported;
+use crate::spill::SpillVec;
 
 /// Which revisions to export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -319,7 +320,7 @@ impl Exporter<'_> {
         let index = self.prepared.index.as_ref().filter(|_| opened.file.is_some());
         let digests = match index {
             Some(_) => checksum_digests(fs, facts)?,
-            None => Vec::new(),
+            None => SpillVec::new(),
         };
         let plan = self.plan(opened, index, &digests)?;
         let first_new = plan.first_new;
@@ -431,7 +432,7 @@ impl Exporter<'_> {
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {
             (Some(index), Some(archive)) => index.stored(&archive.id(), archive.commits(), facts, digests)?,
-            _ => Vec::new(),
+            _ => SpillVec::new(),
         };
         let first_new = opened.base.store_end;
         let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
@@ -609,9 +610,9 @@ fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
 }
 
 /// The plan's pieces with what turned out otherwise.
-fn corrected(plan: &ExportPlan, corrections: &[Piece]) -> Vec<Piece> {
+fn corrected(plan: &ExportPlan, corrections: &[Piece]) -> SpillVec<Piece> {
     let mut corrections = corrections.iter().peekable();
-    let mut pieces = Vec::with_capacity(plan.pieces.len());
+    let mut pieces = SpillVec::with_capacity(plan.pieces.len());
     for piece in &plan.pieces {
         let mut at = piece.slot;
         let part = |from: u32, to: u32| Piece {

@@ -153,7 +153,7 @@ impl After {
                 pinned: None,
                 recoding: None,
             };
-            all.push(written, Origins::NEW, &donor.pieces);
+            all.push(written, Origins::NEW, layout.pieces_of(donor));
             address += disk_bytes;
             slot += donor.blocks;
         }

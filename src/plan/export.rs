@@ -9,6 +9,7 @@ use crate::block::Slot;
 use crate::chunk::Chunker;
 use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Fingerprints;
+use crate::spill::SpillVec;
 
 /// What a range of slots is in the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,9 +70,9 @@ impl Piece {
 #[derive(Debug, Default)]
 pub struct ExportPlan {
     /// All live slots, in order.
-    pub pieces: Vec<Piece>,
+    pub pieces: SpillVec<Piece>,
     /// Lengths of the chunks of new blocks, in order.
-    pub chunks: Vec<u8>,
+    pub chunks: SpillVec<u8>,
     /// Store address of the first new block.
     pub first_new: StoreBlock,
     /// And of the one after the last.
@@ -88,8 +89,8 @@ pub fn plan_export(facts: &Facts, known: &[Piece], first_new: StoreBlock, stored
         facts,
         table: Table::new(stored.len(), facts.table_slots_max),
         plan: ExportPlan {
-            pieces: Vec::new(),
-            chunks: Vec::new(),
+            pieces: SpillVec::new(),
+            chunks: SpillVec::new(),
             first_new,
             end: first_new,
             fingerprints: stored,

@@ -65,8 +65,8 @@ pub enum Final {
 pub struct DonorExtent {
     /// Like the extents whose blocks it takes over.
     pub class: Class,
-    /// The slots it takes over, in order.
-    pub pieces: Vec<Range<Slot>>,
+    /// The slots it takes over, as places in what [`Layout::pieces_of`] looks in.
+    pieces: Range<u32>,
     /// Its blocks.
     pub blocks: u32,
     /// Bytes that it is expected to take on disk; the sum of blocks if it is not compressed.
@@ -94,6 +94,8 @@ pub struct Layout {
     /// What of them is found elsewhere, by slot.
     runs: SpillVec<Run>,
     leftovers: SpillVec<Leftover>,
+    /// The same, donor by donor.
+    pieces: SpillVec<Range<Slot>>,
     donors: SpillVec<DonorExtent>,
 }
 
@@ -111,6 +113,11 @@ impl Layout {
     /// The donors to write.
     pub fn donors(&self) -> &[DonorExtent] {
         &self.donors
+    }
+
+    /// The slots that a donor's extent takes over, in order.
+    pub fn pieces_of(&self, donor: &DonorExtent) -> &[Range<Slot>] {
+        &self.pieces[donor.pieces.start as usize..donor.pieces.end as usize]
     }
 
     /// What stays where it is of an extent that goes: on a filesystem that frees blocks, all that no run covers.
@@ -211,6 +218,7 @@ impl Layout {
     /// Lays out the donors for what no run covers, batch by batch.
     pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &Options) {
         self.leftovers.clear();
+        self.pieces.clear();
         self.donors.clear();
         if facts.frees_blocks {
             return;
@@ -231,7 +239,22 @@ impl Layout {
             self.order.push(extent);
         }
         self.place_batch(facts, options, batch, pieces);
+        self.list_pieces();
         self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
+    }
+
+    /// Lists what each donor's extent takes over.
+    fn list_pieces(&mut self) {
+        self.leftovers
+            .sort_unstable_by_key(|leftover| (leftover.donor, leftover.at));
+        self.pieces.clear();
+        for of_donor in self.leftovers.chunk_by(|one, other| one.donor == other.donor) {
+            let place = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+            let first = place(self.pieces.len());
+            self.pieces
+                .extend(of_donor.iter().map(|one| one.slot..one.slot + one.blocks));
+            self.donors[of_donor[0].donor as usize].pieces = first..place(self.pieces.len());
+        }
     }
 
     /// Lays out the donors of one batch, in the order in which images are read.
@@ -257,7 +280,7 @@ impl Layout {
                 let (donor, held) = open.entry(class).or_insert_with(|| {
                     let empty = DonorExtent {
                         class,
-                        pieces: Vec::new(),
+                        pieces: 0..0,
                         blocks: 0,
                         disk_bytes: 0,
                         batch,
@@ -275,7 +298,6 @@ impl Layout {
                     donor,
                     at: filled.blocks,
                 });
-                filled.pieces.push(from..from + blocks);
                 filled.blocks += blocks;
                 filled.disk_bytes += this.donor_bytes(blocks);
                 if filled.blocks == extent_blocks_max(class) {

@@ -1,7 +1,6 @@
 //! Fingerprints of every block: from the checksum tree where it serves, from the index where they are known, and by reading
 //! for the rest.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -13,6 +12,7 @@ use crate::facts::{Compression, Facts, Mapping, Place};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
+use crate::spill::SpillVec;
 use crate::sys::tree_search::Key;
 
 /// Where fingerprints came from, in bytes of images.
@@ -53,7 +53,7 @@ pub fn fingerprint(
         monitor.note(&crate::ops::describe(&error));
     }
     found.from_index = bytes(count(facts, &known) - before);
-    let unknown: Vec<std::ops::Range<Slot>> = (0..facts.extents.len())
+    let unknown: SpillVec<std::ops::Range<Slot>> = (0..facts.extents.len())
         .flat_map(|extent| unknown_runs(facts, &known, extent))
         .collect();
     let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
@@ -92,7 +92,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let after_then = &*after;
     let extents = (0u32..).zip(&after.extents);
-    let mut places: Vec<(Place, Slot, u32)> = extents
+    let mut places: SpillVec<(Place, Slot, u32)> = extents
         .flat_map(|(number, extent)| {
             let runs = after_then.live_runs(extent.slots());
             let places = runs.flat_map(|run| after_then.places_of(run));
@@ -100,7 +100,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
         })
         .collect();
     places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
-    let mut unknown = BTreeSet::new();
+    let mut unknown = SpillVec::new();
     for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
         let image = of_image[0].0.image;
         let mappings = before.mappings_of(image);
@@ -110,7 +110,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
                     fingerprints.write(slot + done, &before.fingerprints.range(old));
                 });
             if !found {
-                unknown.insert(*extent);
+                unknown.push(*extent);
             }
         }
     }
@@ -186,9 +186,9 @@ fn from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<Vec<Option<u128>>> {
+pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
     let width = fs.checksum_bytes().max(1);
-    let mut digests = vec![None; facts.extents.len()];
+    let mut digests = SpillVec::of(None, facts.extents.len());
     if fs.frees_blocks() {
         return Ok(digests);
     }
