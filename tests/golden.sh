@@ -18,7 +18,7 @@ ln "$root" "$pool/appvms/work/root.img"
 head -c 900 /dev/zero | tr '\0' x > "$pool/appvms/work/small.img"
 python3 -c 'import os, sys; os.setxattr(sys.argv[1], "user.note", b"kept")' "$root"
 chmod 640 "$root"; find "$pool" -exec touch -h -d 2026-01-02T03:04:05.123456789Z {} +
-sync -f "$pool"; vmfold=${VMFOLD:-target/release/vmfold}
+sync -f "$pool"; vmfold=${VMFOLD:-${CARGO_TARGET_DIR:-target}/release/vmfold}
 "$vmfold" export "$out" --index "$work/index" --label first "$pool"
 blocks 200 203 | dd of="$pool/appvms/work/small.img" bs=4096 conv=notrunc status=none
 touch -d 2026-01-03T03:04:05Z "$pool/appvms/work/small.img"; sync -f "$pool"

@@ -120,6 +120,45 @@ fn without_a_folder_everything_is_in_memory() {
     });
 }
 
+/// Loses the file of a list, as a failing disk would have it, and reads on.
+#[test]
+#[ignore = "ends the process: the next test runs it in one of its own"]
+fn a_list_is_lost() {
+    vmfold::sys::signals::explain_sigbus();
+    limited(0, |_| {
+        let list: SpillVec<u8> = SpillVec::of(1, 2 << 20);
+        for file in std::fs::read_dir("/proc/self/fd").expect("the open files") {
+            let file = file.expect("an open file").path();
+            let target = std::fs::read_link(&file).unwrap_or_default();
+            if target.to_string_lossy().ends_with(" (deleted)") {
+                let file = std::fs::File::options()
+                    .write(true)
+                    .open(file)
+                    .expect("a file of its own");
+                file.set_len(0).expect("a file that can be cut");
+            }
+        }
+        panic!(
+            "{} bytes are still there",
+            list.iter().filter(|byte| **byte == 1).count()
+        );
+    });
+}
+
+#[test]
+fn who_loses_a_list_says_so() {
+    let output = std::process::Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", "a_list_is_lost", "--ignored", "--nocapture"])
+        .output()
+        .expect("a process of its own");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("error: what does not fit into memory lies in files beside the index"),
+        "{stderr}"
+    );
+}
+
 /// A plan for enough extents that lists of them may lie in files, and how many bytes did on the way. Of every fourth, half is like the one
 /// before.
 fn plan() -> (Plan, usize) {

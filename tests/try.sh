@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 . tests/install.sh
 . tests/pool.sh
 cargo build --quiet --release --locked
-if [ "$(id -u)" != 0 ]; then exec sudo --preserve-env=TRY_DIR,PATH bash "$0"; fi
-vmfold=$PWD/target/release/vmfold
+if [ "$(id -u)" != 0 ]; then exec sudo --preserve-env=TRY_DIR,PATH,CARGO_TARGET_DIR bash "$0"; fi
+vmfold=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold
 work=$(mktemp -d "${TRY_DIR:-/var/tmp}/vmfold-try.XXXXXX"); mnt=$work/mnt; mkdir "$mnt"
 cleanup() { umount -q "$work/guest" || true; umount -q "$mnt" || true; rm -rf --one-file-system "$work"; }
 trap cleanup EXIT

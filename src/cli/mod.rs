@@ -49,6 +49,7 @@ pub fn main() -> ExitCode {
     if !matches!(args.command, Command::Export(_) | Command::Import(_)) {
         crate::sys::allocator::give_back_early();
     }
+    crate::sys::signals::explain_sigbus();
     // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let terminal = Terminal::new();

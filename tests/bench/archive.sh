@@ -15,7 +15,7 @@ need casync casync casync
 need openssl openssl openssl
 [ -x /usr/bin/time ] || need /usr/bin/time time time
 cargo build --quiet --release --locked
-export VMFOLD=$PWD/target/release/vmfold RESTIC_PASSWORD=bench
+export VMFOLD=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold RESTIC_PASSWORD=bench
 export BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes BORG_RELOCATED_REPO_ACCESS_IS_OK=yes
 work=${WORK:-$(dirname "$image")}; dir=$(mktemp -d "$work/bench.XXXXXX"); export BORG_BASE_DIR=$dir/borg
 mkdir "$dir/from" "$dir/to"; trap 'umount -q "$dir/from" "$dir/to" || true; rm -rf --one-file-system "$dir"' EXIT

@@ -10,7 +10,7 @@ image=$(realpath "$1"); shift; cd "$(dirname "$0")/../.."
 . tests/install.sh
 need fio fio fio
 cargo build --quiet --release --locked
-vmfold=$PWD/target/release/vmfold rounds=${ROUNDS:-3}
+vmfold=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold rounds=${ROUNDS:-3}
 work=${WORK:-$(dirname "$image")}; dir=$(mktemp -d "$work/bench.XXXXXX")
 trap 'umount -q "$dir/before" "$dir/after" || true; rm -rf --one-file-system "$dir"' EXIT
 for one in before after; do

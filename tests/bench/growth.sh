@@ -11,7 +11,7 @@ picture=$(realpath "$1"); cd "$(dirname "$0")/../.."
 need openssl openssl openssl
 [ -x /usr/bin/time ] || need /usr/bin/time time time
 cargo build --quiet --release --locked
-vmfold=$PWD/target/release/vmfold
+vmfold=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold
 dir=$(mktemp -d "${WORK:-${TMPDIR:-/tmp}}/bench.XXXXXX"); mnt=$dir/mnt; mkdir "$mnt"
 trap 'umount -q "$mnt" || true; rm -rf --one-file-system "$dir"' EXIT
 fresh() { umount -q "$mnt" || true; rm -rf "$dir/fs" "$dir/index"; truncate -s 100G "$dir/fs"; mkfs.btrfs -q "$dir/fs" >/dev/null 2>&1; mount -o loop "$dir/fs" "$mnt"; mkdir "$mnt/pool"; }

@@ -10,7 +10,7 @@ image=$(realpath "$1"); cd "$(dirname "$0")/../.."
 need duperemove duperemove duperemove
 [ -x /usr/bin/time ] || need /usr/bin/time time time
 cargo build --quiet --release --locked
-export VMFOLD=$PWD/target/release/vmfold
+export VMFOLD=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold
 work=${WORK:-$(dirname "$image")}; dir=$(mktemp -d "$work/bench.XXXXXX"); mnt=$dir/mnt; mkdir "$mnt"
 trap 'umount -q "$mnt" || true; rm -rf --one-file-system "$dir"' EXIT
 used() { sync -f "$mnt"; btrfs filesystem sync "$mnt" >/dev/null; btrfs filesystem df -b "$mnt" | awk -F'used=' '/^Data/ {print int($2 / 1048576)}'; }
