@@ -17,10 +17,10 @@ pub fn memory_bytes(slots: Slot) -> u64 {
     (32 + u64::from(slots) / SLOTS_PER_MIB) << 20
 }
 
-/// Memory for lists of extents, of what images map, and of what is to be done, in bytes, beside tables of so many. What is more of them
-/// lies in files.
+/// Memory for lists of extents, of what images map, and of what is to be done, in bytes, beside tables of so many: as much again. What is
+/// more of them lies in files.
 pub fn lists_bytes(memory_bytes: u64) -> u64 {
-    memory_bytes / 2
+    memory_bytes
 }
 
 /// Whether a pool's fingerprints fit in, beside a block table of all its slots. If not, they are kept in a file, and as many slots as
