@@ -116,7 +116,8 @@ fn what_is_beyond_the_limit_lies_in_files() {
 #[test]
 fn without_a_folder_everything_is_in_memory() {
     limited(0, |folder| {
-        limit_lists(0, &folder.path().join("nowhere"));
+        std::fs::write(folder.path().join("file"), "").expect("a file");
+        limit_lists(0, &folder.path().join("file/no folder"));
         let mut list: SpillVec<u8> = SpillVec::of(7, 2 << 20);
         list.resize(5 << 20, 7);
         assert_eq!(bytes_in_files(), 0);

@@ -140,8 +140,6 @@ fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &d
 /// Decides how many bytes of lists are in memory, for a pool of so many slots, and how many tables of blocks may take.
 fn divide_memory(scope: &Scope, slots: Slot) -> u64 {
     let memory_bytes = scope.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots));
-    // Where there can be no folder, they stay in memory.
-    let _ = std::fs::create_dir_all(&scope.index);
     limit_lists(plan::lists_bytes(memory_bytes), &scope.index);
     memory_bytes
 }

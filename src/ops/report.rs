@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Scope, discover};
+use super::{Scope, discover, divide_memory};
 use crate::block::bytes;
 use crate::error::Result;
 use crate::facts::{Compression, Facts, ImageId, Pinned};
@@ -17,6 +17,7 @@ use crate::report::{ImageBytes, PoolBytes, Reported};
 pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let found = discover(scope, monitor)?;
     monitor.phase("Reading extent maps", 0);
+    divide_memory(scope, 0);
     let (fs, mut skipped) = Volume::open(&found.images, &scope.paths, Purpose::Look)?;
     skipped.extend(found.skipped);
     let mapped = fs.map()?;

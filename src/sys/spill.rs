@@ -130,6 +130,7 @@ impl Mapping {
 
     /// In a file of which every block is there: writing to it later finds room, or the process would get a signal.
     fn in_file(bytes: usize, folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
         let file = tempfile::tempfile_in(folder)?;
         // On btrfs, blocks of other files are written elsewhere each time, where there may be no room. Others know no such flag.
         let _ = add_inode_flags(&file, IFlags::NOCOW);
