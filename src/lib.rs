@@ -14,6 +14,7 @@
 //! ops       one verb a file: reclaim, report, scan, status
 //! report    what the verbs found, as data
 //! cli       arguments, progress, printing
+//! spill     lists of millions, in memory as far as it goes and in files beyond that
 //! sys       every `unsafe` line
 //! ```
 //! # Rules of the house

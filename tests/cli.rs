@@ -635,8 +635,8 @@ fn help_and_usage() {
               --qubes-root <DIR>    Where dom0's root filesystem is mounted, in a rescue system [default: /]
               --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
               --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
-              --memory <SIZE>       Memory for tables of blocks; 32 MiB, and 48 MiB more for each TiB of
-                                    extents, if not said
+              --memory <SIZE>       Memory for tables of blocks, and as much again for lists; 32 MiB, and 48
+                                    MiB more for each TiB of extents, if not said
           -n, --dry-run             Only say what would be done
               --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
                                     more fragments [default: 8KiB]

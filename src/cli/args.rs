@@ -76,7 +76,7 @@ pub(super) struct Named {
     /// Folder for the index, which is only a cache
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     index: PathBuf,
-    /// Memory for tables of blocks; 32 MiB, and 48 MiB more for each TiB of extents, if not said
+    /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if not said
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
 }
@@ -280,7 +280,7 @@ pub(super) struct Import {
     /// Folder for the index, which is only a cache
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     pub(super) index: PathBuf,
-    /// Memory for tables of blocks; 32 MiB, and 48 MiB more for each TiB of extents, if not said
+    /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if not said
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) memory: Option<u64>,
 }
