@@ -13,6 +13,7 @@ pub mod stored;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use record::Entry;
 
@@ -92,12 +93,25 @@ impl Sled {
             .open()
     }
 
+    /// Opens a database that was open until now: threads of its own may have it open for a moment yet.
+    fn open_db_again(folder: &Path) -> sled::Result<sled::Db> {
+        const TRIES: u32 = 1000;
+        const BETWEEN: Duration = Duration::from_millis(10);
+        for _ in 0..TRIES {
+            match Self::open_db(folder) {
+                Err(error) if is_locked(&error) => std::thread::sleep(BETWEEN),
+                opened => return opened,
+            }
+        }
+        Self::open_db(folder)
+    }
+
     /// Closes it and opens it again, without what it kept in memory.
     fn again(self, folder: &Path) -> sled::Result<Self> {
         let name = self.tree.name();
         self.db.flush()?;
         drop(self);
-        let db = Self::open_db(folder)?;
+        let db = Self::open_db_again(folder)?;
         let tree = db.open_tree(name)?;
         Ok(Self { db, tree })
     }
@@ -340,6 +354,11 @@ impl Index {
     }
 }
 
+/// Whether someone else has it open.
+fn is_locked(error: &sled::Error) -> bool {
+    matches!(error, sled::Error::Io(error) if error.to_string().contains("could not acquire lock"))
+}
+
 enum Opening {
     Busy,
     Io(std::io::Error),
@@ -402,7 +421,7 @@ fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<I
     std::panic::set_hook(quiet);
     match opened {
         Ok(Ok(index)) => Ok(index),
-        Ok(Err(sled::Error::Io(error))) if error.to_string().contains("could not acquire lock") => Err(Opening::Busy),
+        Ok(Err(error)) if is_locked(&error) => Err(Opening::Busy),
         Ok(Err(sled::Error::Io(error)))
             if matches!(
                 error.kind(),
@@ -493,6 +512,19 @@ mod tests {
         );
         facts.fingerprints = Fingerprints::from(fingerprints);
         facts
+    }
+
+    #[test]
+    fn it_waits_until_it_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = Sled::open_db(folder.path()).unwrap();
+        assert!(Sled::open_db(folder.path()).is_err_and(|error| is_locked(&error)));
+        std::thread::scope(|scope| {
+            let again = scope.spawn(|| Sled::open_db_again(folder.path()).map(drop));
+            std::thread::sleep(Duration::from_millis(50));
+            drop(open);
+            again.join().unwrap().unwrap();
+        });
     }
 
     #[test]
