@@ -231,11 +231,16 @@ impl Index {
             }
             let segment = segment_of(&extents[0]);
             let mut entries = self.read(segment)?;
-            for place in changed {
-                let new = Entry::of(facts, place, self.keep_plain, &mut chunker);
-                entries.retain(|old| old.end() <= new.address || new.end() <= old.address);
-                entries.push(new);
-            }
+            // By their addresses, without overlap.
+            let new = changed.iter();
+            let new: Vec<Entry> = new
+                .map(|place| Entry::of(facts, *place, self.keep_plain, &mut chunker))
+                .collect();
+            entries.retain(|old| {
+                let after = new.partition_point(|new| new.end() <= old.address);
+                new.get(after).is_none_or(|new| old.end() <= new.address)
+            });
+            entries.extend(new);
             entries.sort_by_key(|entry| entry.address);
             let record = record::encode(&entries);
             let bytes = record.len();
@@ -479,6 +484,9 @@ fn parse_hex(name: &str) -> Option<[u8; 16]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ops::Range;
+
+    use crate::block::{BLOCK_BYTES, bytes};
     use crate::facts::{Extent, Reference};
     use crate::fingerprint::Fingerprints;
     use crate::fs::simulated::PLAIN;
@@ -486,32 +494,67 @@ mod tests {
     const EXTENT_BLOCKS: u32 = 32 << 10;
     const EXTENTS: u32 = 100;
 
-    fn facts(fingerprints: Vec<u32>) -> Facts {
-        let extent = |number: u32| Extent {
-            address: u64::from(number) << 27,
-            disk_bytes: 1 << 27,
-            generation: 7,
-            first_slot: number * EXTENT_BLOCKS,
-            blocks: EXTENT_BLOCKS,
-            class: PLAIN,
-            pinned: None,
-            recoding: None,
-        };
-        let reference = |number| Reference {
-            image: 0,
-            file_block: number * EXTENT_BLOCKS,
-            slot: number * EXTENT_BLOCKS,
-            blocks: EXTENT_BLOCKS,
-            extent: number,
-            preallocated: false,
-        };
-        let mut facts = Facts::new(
-            (0..EXTENTS).map(extent).collect(),
-            (0..EXTENTS).map(reference).collect(),
-            0,
-        );
+    /// Extents at these blocks of the disk, one after the other in an image.
+    fn facts_at(places: impl Iterator<Item = Range<u32>>, fingerprints: Vec<u32>) -> Facts {
+        let (mut extents, mut references, mut slot) = (Vec::new(), Vec::new(), 0);
+        for (number, place) in (0u32..).zip(places) {
+            let blocks = place.end - place.start;
+            extents.push(Extent {
+                address: bytes(place.start),
+                disk_bytes: bytes(blocks),
+                generation: 7,
+                first_slot: slot,
+                blocks,
+                class: PLAIN,
+                pinned: None,
+                recoding: None,
+            });
+            references.push(Reference {
+                image: 0,
+                file_block: slot,
+                slot,
+                blocks,
+                extent: number,
+                preallocated: false,
+            });
+            slot += blocks;
+        }
+        let mut facts = Facts::new(extents.into_iter().collect(), references.into_iter().collect(), 0);
         facts.fingerprints = Fingerprints::from(fingerprints);
         facts
+    }
+
+    fn facts(fingerprints: Vec<u32>) -> Facts {
+        let extent = |number| number * EXTENT_BLOCKS..(number + 1) * EXTENT_BLOCKS;
+        facts_at((0..EXTENTS).map(extent), fingerprints)
+    }
+
+    fn open(folder: &Path) -> Index {
+        Index::open(
+            folder,
+            [1; 16],
+            Some(Function::Crc32c),
+            &crate::monitor::Silent::default(),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn what_lies_where_an_extent_was_takes_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut index = open(folder.path());
+        index.keep_plain();
+        let mut enter = |places: &[Range<u32>]| {
+            let slots: u32 = places.iter().map(|place| place.end - place.start).sum();
+            let mut facts = facts_at(places.iter().cloned(), (0..slots).collect());
+            index.look_up(&mut facts, &mut SlotSet::new(slots as usize)).unwrap();
+            index.update(&facts).unwrap();
+            let entries = index.read(0).unwrap().into_iter();
+            entries.map(|entry| entry.address / BLOCK_BYTES).collect::<Vec<_>>()
+        };
+        assert_eq!(enter(&[0..8, 8..16, 16..24, 40..48]), [0, 8, 16, 40]);
+        assert_eq!(enter(&[4..12, 24..32]), [4, 16, 24, 40]);
+        assert_eq!(enter(&[12..16, 20..44]), [4, 12, 20]);
     }
 
     #[test]
@@ -530,15 +573,7 @@ mod tests {
     #[test]
     fn nothing_is_lost_when_it_is_closed_and_opened_again_on_the_way() {
         let folder = tempfile::tempdir().unwrap();
-        let open = || {
-            Index::open(
-                folder.path(),
-                [1; 16],
-                Some(Function::Crc32c),
-                &crate::monitor::Silent::default(),
-            )
-            .unwrap()
-        };
+        let open = || open(folder.path());
         let all: Vec<u32> = (0..EXTENTS * EXTENT_BLOCKS)
             .map(|slot| slot.wrapping_mul(0x9e37_79b9))
             .collect();
