@@ -18,10 +18,11 @@ use super::inode_flags::add_inode_flags;
 
 /// Bytes from which an allocation is looked at here; what is smaller is the ordinary allocator's.
 const LARGE_BYTES: usize = 1 << 20;
-/// Files are no smaller than a page on any machine.
+/// The largest alignment that a mapping serves: no machine has smaller pages.
 const ALIGNMENT_MAX: usize = 4096;
 /// Of what is free where files are made, one takes this share at most.
 const FREE_SHARE: u64 = 4;
+
 /// Says how many bytes of lists are in memory at most, and where files for more of them are made, for what is allocated from now on.
 /// Until then, all are in memory.
 pub fn limit(bytes: usize, folder: PathBuf) {
