@@ -13,6 +13,7 @@ use super::{HeldRange, Outcome, Sharing, SourceFile};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::spill::SpillVec;
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
 /// for zeros.
@@ -549,3 +550,32 @@ pub const PLAIN: Class = Class {
     compression: Compression::None,
     groups: 0,
 };
+
+/// What is known of an image whose extents lie at these blocks of the disk; each is `apart` times as far from the image's beginning as
+/// what they hold together before it. Fingerprints are still to be filled in.
+pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Facts {
+    let (mut extents, mut references, mut slot) = (SpillVec::new(), Vec::new(), 0);
+    for (number, place) in (0u32..).zip(places) {
+        let blocks = place.end - place.start;
+        extents.push(Extent {
+            address: bytes(place.start),
+            disk_bytes: bytes(blocks),
+            generation: 7,
+            first_slot: slot,
+            blocks,
+            class: PLAIN,
+            pinned: None,
+            recoding: None,
+        });
+        references.push(Reference {
+            image: 0,
+            file_block: slot * apart,
+            slot,
+            blocks,
+            extent: number,
+            preallocated: false,
+        });
+        slot += blocks;
+    }
+    Facts::new(extents, references.into_iter().collect(), 0)
+}

@@ -486,47 +486,17 @@ mod tests {
     use super::*;
     use std::ops::Range;
 
-    use crate::block::{BLOCK_BYTES, bytes};
-    use crate::facts::{Extent, Reference};
-    use crate::fingerprint::Fingerprints;
-    use crate::fs::simulated::PLAIN;
+    use crate::block::BLOCK_BYTES;
+    use crate::fs::simulated::one_image;
 
     const EXTENT_BLOCKS: u32 = 32 << 10;
     const EXTENTS: u32 = 100;
 
-    /// Extents at these blocks of the disk, one after the other in an image.
-    fn facts_at(places: impl Iterator<Item = Range<u32>>, fingerprints: Vec<u32>) -> Facts {
-        let (mut extents, mut references, mut slot) = (Vec::new(), Vec::new(), 0);
-        for (number, place) in (0u32..).zip(places) {
-            let blocks = place.end - place.start;
-            extents.push(Extent {
-                address: bytes(place.start),
-                disk_bytes: bytes(blocks),
-                generation: 7,
-                first_slot: slot,
-                blocks,
-                class: PLAIN,
-                pinned: None,
-                recoding: None,
-            });
-            references.push(Reference {
-                image: 0,
-                file_block: slot,
-                slot,
-                blocks,
-                extent: number,
-                preallocated: false,
-            });
-            slot += blocks;
-        }
-        let mut facts = Facts::new(extents.into_iter().collect(), references.into_iter().collect(), 0);
-        facts.fingerprints = Fingerprints::from(fingerprints);
-        facts
-    }
-
     fn facts(fingerprints: Vec<u32>) -> Facts {
         let extent = |number| number * EXTENT_BLOCKS..(number + 1) * EXTENT_BLOCKS;
-        facts_at((0..EXTENTS).map(extent), fingerprints)
+        let mut facts = one_image((0..EXTENTS).map(extent), 1);
+        facts.fingerprints = fingerprints.into();
+        facts
     }
 
     fn open(folder: &Path) -> Index {
@@ -546,7 +516,8 @@ mod tests {
         index.keep_plain();
         let mut enter = |places: &[Range<u32>]| {
             let slots: u32 = places.iter().map(|place| place.end - place.start).sum();
-            let mut facts = facts_at(places.iter().cloned(), (0..slots).collect());
+            let mut facts = one_image(places.iter().cloned(), 1);
+            facts.fingerprints = (0..slots).collect::<Vec<_>>().into();
             index.look_up(&mut facts, &mut SlotSet::new(slots as usize)).unwrap();
             index.update(&facts).unwrap();
             let entries = index.read(0).unwrap().into_iter();

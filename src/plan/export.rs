@@ -269,38 +269,17 @@ pub fn runs_of(facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{Extent, Reference};
-    use crate::fs::simulated::PLAIN;
+    use crate::fs::simulated::one_image;
     use proptest::prelude::*;
 
     /// Extents of one image, one after the other, with these fingerprints; 0 stands for zeros.
     fn facts(extents: &[Vec<u32>]) -> Facts {
-        let (mut list, mut references, mut slot, mut all) = (Vec::new(), Vec::new(), 0, Vec::new());
-        for (number, fingerprints) in (0u32..).zip(extents) {
-            let blocks = as_blocks(fingerprints.len());
-            list.push(Extent {
-                address: u64::from(number) << 30,
-                disk_bytes: u64::from(blocks) * 4096,
-                generation: 1,
-                first_slot: slot,
-                blocks,
-                class: PLAIN,
-                pinned: None,
-                recoding: None,
-            });
-            references.push(Reference {
-                image: 0,
-                file_block: slot * 2,
-                slot,
-                blocks,
-                extent: number,
-                preallocated: false,
-            });
-            slot += blocks;
-            all.extend(fingerprints);
-        }
-        let mut facts = Facts::new(list.into_iter().collect(), references.into_iter().collect(), 0);
-        facts.fingerprints = all.into();
+        let place = |(number, fingerprints): (u32, &Vec<u32>)| {
+            let first = number << 18;
+            first..first + as_blocks(fingerprints.len())
+        };
+        let mut facts = one_image((0u32..).zip(extents).map(place), 2);
+        facts.fingerprints = extents.concat().into();
         facts
     }
 
