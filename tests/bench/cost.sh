@@ -3,14 +3,14 @@
 #
 # POOL.fsimg is a filesystem in a file, with images in its folder `pool`. Of two copies of it in $WORK (default: the file's folder)
 # one is reclaimed; then every image is read in order and at random with cold caches, and copied with `cp --reflink`, in the one and
-# the other in turn. Prints a table in Markdown: sums over all images, each the least of $ROUNDS rounds (default 3), and the worst
+# the other in turn. Prints a table in Markdown: sums over all images, each the least of $ROUNDS rounds (default 5), and the worst
 # image. Takes root, and fio (installed where it is missing). Nothing here decides a test.
 set -euo pipefail
 image=$(realpath "$1"); shift; cd "$(dirname "$0")/../.."
 . tests/install.sh
 need fio fio fio
 cargo build --quiet --release --locked
-vmfold=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold rounds=${ROUNDS:-3}
+vmfold=$(realpath "${CARGO_TARGET_DIR:-target}")/release/vmfold rounds=${ROUNDS:-5}
 work=${WORK:-$(dirname "$image")}; dir=$(mktemp -d "$work/bench.XXXXXX")
 trap 'umount -q "$dir/before" "$dir/after" || true; rm -rf --one-file-system "$dir"' EXIT
 for one in before after; do
