@@ -84,11 +84,20 @@ struct Leftover {
     at: u32,
 }
 
+/// An extent that goes.
+#[derive(Debug, Clone, Copy)]
+struct Gone {
+    extent: u32,
+    /// Its blocks that were left over when that was decided. Batches go by this: what is found of them later must not move others to
+    /// another batch, away from what they lie beside in their images.
+    left_over: u32,
+}
+
 /// Where every block is to be.
 #[derive(Debug, Clone, Default)]
 pub struct Layout {
     /// Extents that go, in the order in which that was decided.
-    order: SpillVec<u32>,
+    order: SpillVec<Gone>,
     /// Which those are.
     gone: SlotSet,
     /// What of them is found elsewhere, by slot.
@@ -101,8 +110,8 @@ pub struct Layout {
 
 impl Layout {
     /// The extents that go, in the order in which that was decided.
-    pub fn gone(&self) -> &[u32] {
-        &self.order
+    pub fn gone(&self) -> impl ExactSizeIterator<Item = u32> {
+        self.order.iter().map(|gone| gone.extent)
     }
 
     /// Whether an extent goes.
@@ -157,7 +166,6 @@ impl Layout {
         let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
         self.gone.grow(facts.extents.len());
         for extent in gone.iter().filter_map(|extent| kept(*extent)) {
-            self.order.push(extent);
             self.gone.insert(extent);
         }
         for run in runs {
@@ -188,16 +196,21 @@ impl Layout {
             }
         }
         self.runs.sort_unstable_by_key(|run| run.slot);
+        for extent in gone.iter().filter_map(|extent| kept(*extent)) {
+            let rest = self.rest_of(facts, extent);
+            let left_over = rest.iter().map(|piece| piece.end - piece.start).sum();
+            self.order.push(Gone { extent, left_over });
+        }
     }
 
     /// Where extents are rewritten though nothing of them is found elsewhere, they come first, in the order of the images: they need
     /// nobody, and what needs them comes after them.
     fn order_for_donors(&mut self, facts: &Facts) {
         let extent = |place: u32| &facts.extents[place as usize];
-        if !self.order.iter().any(|place| extent(*place).is_recoded()) {
+        if !self.gone().any(|place| extent(place).is_recoded()) {
             return;
         }
-        let mut order = std::mem::take(&mut self.order);
+        let order = std::mem::take(&mut self.order);
         let key = |place: u32| {
             let references = facts.references_to(place);
             let first = references
@@ -205,14 +218,9 @@ impl Layout {
                 .min();
             first.filter(|_| self.runs_of(facts, place).is_empty()).ok_or(())
         };
-        let mut keyed: SpillVec<_> = (0u32..)
-            .zip(&order)
-            .map(|(at, place)| (key(*place), at, *place))
-            .collect();
+        let mut keyed: SpillVec<_> = (0u32..).zip(&order).map(|(at, gone)| (key(gone.extent), at)).collect();
         keyed.sort_unstable();
-        order.clear();
-        order.extend(keyed.iter().map(|(.., place)| *place));
-        self.order = order;
+        self.order.extend(keyed.iter().map(|(_, at)| order[*at as usize]));
     }
 
     /// Lays out the donors for what no run covers, batch by batch.
@@ -226,19 +234,19 @@ impl Layout {
         self.order_for_donors(facts);
         let batch_bytes_max = (options.work_space_bytes / 2).min(options.batch_bytes);
         let (mut batch, mut batch_bytes, mut pieces) = (0, 0, Vec::new());
-        for extent in std::mem::take(&mut self.order) {
+        let order = std::mem::take(&mut self.order);
+        for Gone { extent, left_over } in order.iter().copied() {
             let rest = self.rest_of(facts, extent);
-            let blocks = rest.iter().map(|piece| piece.end - piece.start).sum();
-            let share = facts.extents[extent as usize].donor_bytes(blocks);
+            let share = facts.extents[extent as usize].donor_bytes(left_over);
             if batch_bytes > 0 && batch_bytes + share > batch_bytes_max {
                 self.place_batch(facts, options, batch, std::mem::take(&mut pieces));
                 (batch, batch_bytes) = (batch + 1, 0);
             }
             batch_bytes += share;
             pieces.extend(rest.into_iter().map(|piece| (extent, piece)));
-            self.order.push(extent);
         }
         self.place_batch(facts, options, batch, pieces);
+        self.order = order;
         self.list_pieces();
         self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
     }

@@ -81,7 +81,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
     // What needs no donor comes first: it takes no space, and makes some.
     let mut by_batch = SpillVec::with_capacity(layout.gone().len());
     for (turn, extent) in (0u32..).zip(layout.gone()) {
-        let (elimination, freed, batch) = eliminate(facts, plan, *extent);
+        let (elimination, freed, batch) = eliminate(facts, plan, extent);
         for (reason, bytes) in freed {
             *plan.freed.entry(reason).or_default() += bytes;
         }
