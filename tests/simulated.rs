@@ -406,20 +406,26 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
 fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     let fs = Simulated::default();
     let known: Vec<Content> = (1..200).collect();
-    let content = [1000, 1001, 7, 8, 1002, 1003].into_iter().chain(50..150).collect();
-    add_images(&fs, [known, content]);
+    let content = [1000, 1001, 7, 8, 1002, 1003, 17, 18, 19, 1004, 1005];
+    add_images(&fs, [known, content.into_iter().chain(50..150).collect()]);
     // It stays whatever it is used for.
     fs.hold_from_outside(0);
-    let options = Options {
-        references_per_gib_max: u32::MAX,
-        ..Options::default()
+    let freed_blocks = |min_run_blocks| {
+        let options = Options {
+            min_run_blocks,
+            references_per_gib_max: u32::MAX,
+            ..Options::default()
+        };
+        planned(&fs, &options).1.freed_bytes() / 4096
     };
-    let freed_blocks = || planned(&fs, &options).1.freed_bytes() / 4096;
-    let mut freed = vec![freed_blocks()];
-    for _ in 0..20 {
+    let mut freed = vec![[1, 2].map(freed_blocks)];
+    for _ in 1..30 {
         fs.reflink(1);
-        freed.push(freed_blocks());
+        freed.push([1, 2].map(freed_blocks));
     }
-    // Two blocks are worth sixteen pairs of references of 256 bytes.
-    assert_eq!(freed, [vec![102; 16], vec![100; 5]].concat());
+    let [least, default] = [0, 1].map(|n| freed.iter().map(|each| each[n]).collect::<Vec<_>>());
+    // Two blocks are worth sixteen pairs of references of 256 bytes, and three are worth twenty-four.
+    assert_eq!(least, [vec![105; 16], vec![103; 8], vec![100; 6]].concat());
+    // At 8 KiB two are so little that two revisions may share them at most; three are enough.
+    assert_eq!(default, [vec![105; 2], vec![103; 22], vec![100; 6]].concat());
 }

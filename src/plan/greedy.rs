@@ -25,6 +25,13 @@ pub(super) struct Decisions {
 /// would make every later look at them slow.
 const REPEATED_RUN_BLOCKS: u32 = 32;
 
+/// Of more references to a place, these count when a run is weighed, besides what they take of metadata: the others are of revisions, which
+/// are kept rather than run.
+const REFERENCES_COUNTED_MAX: u64 = 3;
+
+/// Blocks left over between two runs that are looked at once more.
+const GAP_BLOCKS_MAX: u32 = 32;
+
 /// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only in a plan, which cost nothing to write otherwise.
 pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyway: impl Fn(u32) -> bool) -> Decisions {
     let slots = facts.slots() as usize;
@@ -46,49 +53,37 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
     pass.found
 }
 
-/// Extents that stay anyhow first, then those that are used best, then the large: what is looked at early is likely to stay.
-/// Of extents that hold the same, the one that the first image refers to: addresses differ between a plan and what became of it.
+/// Extents that stay anyhow first, then those that most images use on average, then image by image in the order in which each is
+/// read: what is looked at early is likely to stay. So one of several images that are alike stays as it is, and the others refer to
+/// it in long runs; an order that mixes them would cut all of them into pieces. Addresses differ between a plan and what became of it.
 fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
     /// An extent with this share of it unreachable is better not built upon, in 1/16.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
-    const USAGE_MAX: u64 = u64::MAX >> 2;
+    /// Nor is a small one: runs end where extents do.
+    const SMALL_BLOCKS: u32 = 16;
+    const USE_MAX: u64 = (1 << 29) - 1;
     let rank = |(place, extent): (u32, &Extent)| {
         let live: usize = facts.live_runs(extent.slots()).map(|run| run.len()).sum();
         let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
         let is_wasteful = u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS);
         let mappings = facts.mappings_to(place);
-        let usage: u64 = mappings
+        let used: u64 = mappings
             .map(|(mapping, images)| u64::from(mapping.blocks) * images.len() as u64)
             .sum();
-        // One number takes less memory than three.
-        let first = u64::from(is_pinned(facts, options, place).is_none()) << 63
-            | u64::from(is_wasteful) << 62
-            | (USAGE_MAX - usage.min(USAGE_MAX));
-        (first, live_hash(facts, extent), place)
+        // In halves: revisions differ by a few blocks, which must not part what lies side by side.
+        let halves = (used * 2 / (live as u64).max(1)).min(USE_MAX);
+        let class = u64::from(is_pinned(facts, options, place).is_none()) << 31
+            | u64::from(is_wasteful) << 30
+            | u64::from(extent.blocks < SMALL_BLOCKS) << 29
+            | (USE_MAX - halves);
+        let first = facts.references_to(place).next();
+        // Numbers take less memory than what they are made of.
+        let image = class << 32 | u64::from(first.map_or(u32::MAX, |reference| reference.image));
+        (image, first.map_or(0, |reference| reference.file_block), place)
     };
     let mut order: SpillVec<_> = (0u32..).zip(&facts.extents).map(rank).collect();
-    let first_reference = |place: u32| {
-        let reference = facts.references_to(place).next();
-        reference.map(|reference| (reference.image, reference.file_block))
-    };
-    order.sort_unstable_by(|one, other| {
-        let tie = || (first_reference(one.2), one.2).cmp(&(first_reference(other.2), other.2));
-        (one.0, one.1).cmp(&(other.0, other.1)).then_with(tie)
-    });
+    order.sort_unstable();
     order.into_iter().map(|(_, _, place)| place).collect()
-}
-
-/// A hash of what can be reached of an extent.
-fn live_hash(facts: &Facts, extent: &Extent) -> u64 {
-    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
-    for run in facts.live_runs(extent.slots()) {
-        let start = run.start - extent.first_slot;
-        for fingerprint in facts.fingerprints.range(run) {
-            hash.update(&fingerprint.to_le_bytes());
-        }
-        hash.update(&start.to_le_bytes());
-    }
-    hash.digest()
 }
 
 /// Why an extent must stay, if it must.
@@ -335,7 +330,7 @@ impl Pass<'_> {
             let mut gap = at;
             while at < segment.end {
                 let run = self
-                    .zeros(at, &segment)
+                    .zeros(at, &segment, gap)
                     .or_else(|| self.longest(extent, at, &segment, gap));
                 if let Some(run) = run {
                     (run.slot..at).for_each(|slot| self.homes.remove(slot));
@@ -393,14 +388,14 @@ impl Pass<'_> {
         let blocks = gap.end - gap.start;
         let is_used =
             |run: &Run| matches!(run.target, Target::Home(home) if home < gap.end && gap.start < home + run.blocks);
-        if blocks == 0 || blocks >= self.options.min_run_blocks || next.is_some_and(is_used) {
+        if blocks == 0 || blocks > GAP_BLOCKS_MAX || next.is_some_and(is_used) {
             return;
         }
         gap.clone().for_each(|slot| self.homes.remove(slot));
-        if let Some(run) = self
-            .zeros(gap.start, &gap)
-            .or_else(|| self.longest(extent, gap.start, &gap, gap.start))
-        {
+        let run = self
+            .zeros(gap.start, &gap, gap.start)
+            .or_else(|| self.longest(extent, gap.start, &gap, gap.start));
+        if let Some(run) = run.filter(|run| run.blocks == blocks) {
             found.left_over -= blocks;
             self.accept(run, found);
         } else {
@@ -408,8 +403,8 @@ impl Pass<'_> {
         }
     }
 
-    /// The run of zeros that begins at `at`, if it is worth a hole.
-    fn zeros(&self, at: Slot, segment: &Range<Slot>) -> Option<Run> {
+    /// The run of zeros that begins at `at`, if it is worth a hole. From `gap` on blocks are left over so far.
+    fn zeros(&self, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
         if self.options.keep_zeros || !self.is_zero(at) {
             return None;
         }
@@ -421,7 +416,7 @@ impl Pass<'_> {
             blocks: end - at,
             target: Target::Hole,
         };
-        (self.is_long_enough(&run, segment, false) && self.may_count(&run)).then_some(run)
+        (self.is_long_enough(&run, segment, gap, false) && self.may_count(&run)).then_some(run)
     }
 
     /// The longest run around `at` that is found in a home, if it is worth a reference.
@@ -468,7 +463,7 @@ impl Pass<'_> {
                 target: Target::Home(home - back),
             };
             if blocks > best.map_or(0, |best| best.blocks)
-                && self.is_long_enough(&run, segment, self.is_repeated(&run, segment))
+                && self.is_long_enough(&run, segment, gap, self.is_repeated(&run, segment))
                 && self.may_count(&run)
             {
                 best = Some(run);
@@ -485,42 +480,43 @@ impl Pass<'_> {
         let first = fingerprint(run.slot);
         let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
         let goes_on = || match run.target {
-            Target::Home(home) => {
-                let before = home.checked_sub(1).filter(|_| run.slot == segment.start);
-                let after = Some(home + run.blocks).filter(|_| run.slot + run.blocks == segment.end);
-                before.iter().chain(&after).any(is_first)
+            Target::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
+                // On either side: of a repetition, it may be the beginning or the end.
+                home.checked_sub(1).iter().chain(&Some(home + run.blocks)).any(is_first)
             }
-            Target::Hole => false,
+            _ => false,
         };
         (run.slot..run.slot + run.blocks).all(|slot| is_first(&slot))
             && (around.filter(is_first).take(2).count() > 1 || goes_on())
     }
 
-    /// Long enough to be worth a reference, or all there is, so that it takes no more references than before.
-    fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, repeated: bool) -> bool {
-        let least = if repeated {
-            self.options.min_run_blocks.max(REPEATED_RUN_BLOCKS)
-        } else {
-            self.options.min_run_blocks
+    /// Whether a run is worth the references that it adds: one for each end of it where nothing ends yet, a hole one less, and that for each
+    /// reference to the place. All there is adds none.
+    fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
+        if run.blocks as usize == segment.len() {
+            return true;
+        }
+        if repeated && run.blocks < self.options.min_run_blocks.max(REPEATED_RUN_BLOCKS) {
+            return false;
+        }
+        let slots = run.slot..run.slot + run.blocks;
+        let ends = u64::from(slots.start > gap) + u64::from(slots.end < segment.end);
+        let new = match run.target {
+            Target::Home(_) => ends,
+            Target::Hole => ends.saturating_sub(1),
         };
-        let is_single = || !self.facts.has_references_over(run.slot..run.slot + run.blocks, 2);
-        run.blocks as usize == segment.len()
-            || (run.blocks >= least && self.pays_for_references(run))
-            || (!repeated && u64::from(run.blocks) * 2 >= u64::from(least) && is_single())
-    }
-
-    /// Whether a run frees more than what it cuts in two takes: where many revisions share the place, a short one does not.
-    fn pays_for_references(&self, run: &Run) -> bool {
-        let each = match run.target {
-            Target::Home(_) => 2 * METADATA_BYTES_PER_REFERENCE,
-            Target::Hole => METADATA_BYTES_PER_REFERENCE,
-        };
-        let worth = usize::try_from(bytes(run.blocks) / each).unwrap_or(usize::MAX);
+        if new == 0 {
+            return true;
+        }
+        let each = bytes(run.blocks) / new;
+        let mut most = each / METADATA_BYTES_PER_REFERENCE;
+        let weight = self.options.bytes_per_reference();
+        if each < weight * REFERENCES_COUNTED_MAX {
+            most = most.min(each / weight);
+        }
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
         // Counting takes time where there are many, and is rarely needed.
-        self.here.references as usize <= worth
-            || !self
-                .facts
-                .has_references_over(run.slot..run.slot + run.blocks, worth + 1)
+        self.here.references as usize <= most || !self.facts.has_references_over(slots, most + 1)
     }
 
     /// Whether a run is proved as far as it must be, or may count until it is.

@@ -24,7 +24,7 @@ pub use ops::{Batch, DonorFile, Op, Source};
 pub use room::{fits, lists_bytes, make_room, memory_bytes};
 
 use self::table::Table;
-use crate::block::Slot;
+use crate::block::{Slot, bytes};
 use crate::facts::{Facts, Pinned, Proof};
 use crate::spill::SpillVec;
 
@@ -54,8 +54,9 @@ pub const BATCH_BYTES: u64 = 128 << 20;
 /// What the user may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Shortest run of blocks worth a reference of its own. Half of it is enough where only one reference maps the blocks: then it
-    /// takes two more, and not two for each revision.
+    /// Shortest run of blocks worth sharing amid other data where two revisions have the place. Half of it is enough where only one
+    /// reference maps it, and half again for each end of the run where one run or the data ends anyhow: it is weighed by the
+    /// references that it adds.
     pub min_run_blocks: u32,
     /// Leave blocks of zeros as data.
     pub keep_zeros: bool,
@@ -86,6 +87,16 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Bytes that a run must free for each reference that it adds. Amid other data one adds two for each reference to the place; at the
+    /// shortest run there is, only what those take counts.
+    fn bytes_per_reference(&self) -> u64 {
+        if self.min_run_blocks == 1 {
+            METADATA_BYTES_PER_REFERENCE
+        } else {
+            bytes(self.min_run_blocks) / 4
+        }
+    }
+
     /// Bytes to be freed for each byte rewritten, in 1/256: a 32nd at the default of 8 KiB, and the less the smaller the
     /// runs are that someone accepts, who asks for more rewriting by that.
     fn rewrite_weight(&self) -> u64 {
