@@ -490,8 +490,9 @@ impl Pass<'_> {
             && (around.filter(is_first).take(2).count() > 1 || goes_on())
     }
 
-    /// Whether a run is worth the references that it adds: one for each end of it where nothing ends yet, a hole one less, and that for each
-    /// reference to the place. All there is adds none.
+    /// Whether a run is worth the references that it adds: two, or one where it follows another, a hole one less, and that for each
+    /// reference to the place. All there is adds none. At an end of its extent it would add less, too, but where donors end changes
+    /// with all that goes before: what such an end makes worth while, the next round would find at another, and so on.
     fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
         if run.blocks as usize == segment.len() {
             return true;
@@ -500,10 +501,11 @@ impl Pass<'_> {
             return false;
         }
         let slots = run.slot..run.slot + run.blocks;
-        let ends = u64::from(slots.start > gap) + u64::from(slots.end < segment.end);
+        let follows_a_run = slots.start == gap && gap > segment.start;
+        let ends: u64 = if follows_a_run { 1 } else { 2 };
         let new = match run.target {
             Target::Home(_) => ends,
-            Target::Hole => ends.saturating_sub(1),
+            Target::Hole => ends - 1,
         };
         if new == 0 {
             return true;

@@ -43,9 +43,9 @@ pub const REFERENCES_MAX: u32 = 16 << 10;
 /// References for each GiB of an image, 32 KiB each on average: beyond that, reading it in order and `cp --reflink` get slow.
 pub const REFERENCES_PER_GIB_MAX: u32 = 32 << 10;
 
-/// Rounds of looking again at the pool as it would be. Each frees more than the one before left; three are usual, and a pool with
-/// much to find in many revisions took twelve.
-const ROUNDS_MAX: usize = 32;
+/// Rounds of looking again at the pool as it would be. Each frees more than the one before left. Three are usual, and six with
+/// compression; extents of one block each that lie side by side, and whose home is at its limit of references, go one in a round.
+const ROUNDS_MAX: usize = 256;
 
 /// Usual size of a batch of donors: little enough that they are still in memory when they are compared, and that little extra space
 /// is needed.
