@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::layout::{Run, Target};
 use super::table::Table;
-use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS};
+use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
 use crate::spill::SpillVec;
@@ -523,7 +523,7 @@ impl Pass<'_> {
 
     /// Whether a run is proved as far as it must be, or may count until it is.
     fn may_count(&self, run: &Run) -> bool {
-        must_be_proved(run).all(|n| {
+        self.must_be_proved(run).all(|n| {
             let known = match run.target {
                 Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
                 Target::Hole => self.facts.proved_zero(run.slot + n),
@@ -532,11 +532,36 @@ impl Pass<'_> {
         })
     }
 
+    /// The blocks of a run that must be proved: all of a short one, and one of a long one that is found in other data. Checksums prove
+    /// long runs unless someone forged them, and then not those of every block: whoever is matched with a forgery is to be matched with
+    /// something else instead. Zeros are nobody else's.
+    fn must_be_proved(&self, run: &Run) -> Range<u32> {
+        match run.target {
+            _ if run.blocks <= UNPROVED_BLOCKS => 0..run.blocks,
+            Target::Hole => 0..0,
+            Target::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
+            Target::Home(_) => {
+                // Where it is, follows from the run, so that asking again asks the same.
+                let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
+                n..n + 1
+            }
+        }
+    }
+
+    /// Whether two blocks of a short run have the same fingerprint.
+    fn has_blocks_alike(&self, run: &Run) -> bool {
+        let mut fingerprints: Vec<u32> = (run.slot..run.slot + run.blocks)
+            .map(|slot| self.fingerprint(slot))
+            .collect();
+        fingerprints.sort_unstable();
+        fingerprints.windows(2).any(|pair| pair[0] == pair[1])
+    }
+
     /// Lists what must be read before a run counts: some of its blocks, and all that look like them, since another of those may
     /// be the one that is equal.
     fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
         let fingerprints = &self.facts.fingerprints;
-        for n in must_be_proved(run) {
+        for n in self.must_be_proved(run) {
             let slot = run.slot + n;
             let alike = self.table.candidates(self.fingerprint(slot), fingerprints);
             let home = match run.target {
@@ -545,21 +570,6 @@ impl Pass<'_> {
             };
             let slots = alike.filter(|_| home.is_some()).chain(home).chain([slot]);
             unproved.extend(slots.filter(|slot| !self.facts.proofs.contains_key(slot)));
-        }
-    }
-}
-
-/// The blocks of a run that must be proved: all of a short one, and one of a long one that is found in other data. Checksums prove long
-/// runs unless someone forged them, and then not those of every block: whoever is matched with a forgery is to be matched with
-/// something else instead. Zeros are nobody else's.
-fn must_be_proved(run: &Run) -> std::ops::Range<u32> {
-    match run.target {
-        _ if run.blocks <= UNPROVED_BLOCKS => 0..run.blocks,
-        Target::Hole => 0..0,
-        Target::Home(_) => {
-            // Where it is, follows from the run, so that asking again asks the same.
-            let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
-            n..n + 1
         }
     }
 }

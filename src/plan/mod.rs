@@ -36,6 +36,10 @@ pub const METADATA_BYTES_PER_REFERENCE: u64 = 256;
 /// those have the same checksum. Two neighbours of that kind happen; more do not.
 pub const UNPROVED_BLOCKS: u32 = 2;
 
+/// Longest run that a fingerprint alone does not prove if two of its blocks look alike: ext4 keeps copies of its superblock and group
+/// descriptors, which have two checksums among them, and once they were put together in a donor they make longer runs.
+const UNPROVED_BLOCKS_ALIKE: u32 = 16;
+
 /// References to one extent: every look at who holds it takes time with their number. `btrfs send` clones only what has 1024 at
 /// most (kernel: `SEND_MAX_EXTENT_REFS`), but keeping to that leaves a twentieth of what can be freed, and planning takes longer.
 pub const REFERENCES_MAX: u32 = 16 << 10;
