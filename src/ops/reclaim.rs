@@ -188,7 +188,11 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     };
     let wish = options.compress;
     let mut plan = plan_wished(wish, facts, &options.plan, &mut prove, is_candidate, fs, monitor)?;
-    let free = fs.free_bytes()?.saturating_sub(options.reserve_bytes);
+    let all_free = fs.free_bytes()?;
+    let free = all_free.saturating_sub(options.reserve_bytes);
+    // Where less is free than is to stay, what is freed on the way makes up for that first.
+    let is_short =
+        |plan: &Plan| plan.needed_bytes > free || (all_free < options.reserve_bytes && plan.rewritten_bytes() > 0);
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
     if grows > free {
         return Err(Error::Grows {
@@ -197,14 +201,14 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
             free_bytes: free,
         });
     }
-    if plan.needed_bytes > free {
+    if is_short(&plan) {
         // In small steps, each makes room for the next.
         let small = plan::Options {
             batch_bytes: free / 2,
             ..options.plan
         };
         plan = plan_proved(facts, &small, &mut prove)?;
-        if plan.needed_bytes > free {
+        if is_short(&plan) {
             monitor.note(&format!(
                 "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
                 size(free),
