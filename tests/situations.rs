@@ -723,19 +723,20 @@ fn a_nearly_full_filesystem_is_reclaimed_in_one_run() {
         stat.f_bavail * stat.f_frsize
     };
     let ballast = File::create(fs.mount.join("ballast")).unwrap();
-    let block = Random(57).data(4 << 20);
+    let block = Random(57).data(1 << 20);
     let mut at = 0;
-    while free() > (128 + 15) << 20 {
+    while free() > (128 + 6) << 20 {
         ballast.write_all_at(&block, at).unwrap();
-        at += 4 << 20;
+        at += 1 << 20;
     }
     drop(ballast);
+    let room = free().saturating_sub(128 << 20);
     let (state, used) = (state_of(&fs.pool()), fs.used());
     let predicted = json(&fs.vmfold("--json reclaim -n"));
     let output = fs.vmfold("--json reclaim");
     let done = json(&output);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
-    assert!(done["planned"]["rewritten_bytes"].as_u64().unwrap() > 8 << 20, "{done}");
+    assert!(done["planned"]["rewritten_bytes"].as_u64().unwrap() > room, "{done}");
     assert_eq!(done["done"]["freed_bytes"], predicted["planned"]["freed_bytes"]);
     assert_eq!(done["done"]["freed_bytes"].as_u64().unwrap(), used - fs.used());
     assert_eq!(json(&fs.vmfold("--json reclaim"))["planned"]["extents"], 0);

@@ -58,9 +58,9 @@ pub const BATCH_BYTES: u64 = 128 << 20;
 /// What the user may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Shortest run of blocks worth sharing amid other data where two revisions have the place. Half of it is enough where only one
-    /// reference maps it, and half again for each end of the run where one run or the data ends anyhow: it is weighed by the
-    /// references that it adds.
+    /// Shortest run of blocks worth sharing amid other data, where two revisions have the place. It is weighed by the references that it
+    /// adds: half of it is enough where only one reference maps the place, and half where it follows another run; half as much again is
+    /// needed where there are three references or more.
     pub min_run_blocks: u32,
     /// Leave blocks of zeros as data.
     pub keep_zeros: bool,
