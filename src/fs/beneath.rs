@@ -1,0 +1,165 @@
+//! Files and folders below an open folder. Nothing is found through a symbolic link, and nothing outside: whoever owns a folder in
+//! between can move things about, but not lead out of what the user named.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, Stat};
+use rustix::io::{Errno, Result};
+
+/// How folders are opened: to look into them, and only if they are folders.
+const FOLDER: OFlags = OFlags::DIRECTORY
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::CLOEXEC)
+    .union(OFlags::RDONLY);
+
+/// An open folder. Copies share the descriptor.
+#[derive(Debug, Clone)]
+pub struct Folder {
+    fd: Arc<OwnedFd>,
+}
+
+impl Folder {
+    /// Opens a folder that the user named: links in its path are followed.
+    ///
+    /// # Errors
+    /// Those of opening; `ENOTDIR` if it is no folder.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fd = rustix::fs::open(path, FOLDER - OFlags::NOFOLLOW, Mode::empty())?;
+        Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// Opens a folder below.
+    ///
+    /// # Errors
+    /// As for [`Folder::open_file`]; `ENOTDIR` if it is no folder.
+    pub fn folder(&self, relative: &Path) -> Result<Self> {
+        let fd = self.open_below(relative, FOLDER)?;
+        Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// Opens what lies below, with flags beside those that keep it below, and close it when another program is started.
+    ///
+    /// # Errors
+    /// `ELOOP` if a component is a symbolic link, `EXDEV` if the path leads out; otherwise those of opening.
+    pub fn open_file(&self, relative: &Path, flags: OFlags) -> Result<File> {
+        self.open_below(relative, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC)
+            .map(File::from)
+    }
+
+    fn open_below(&self, relative: &Path, flags: OFlags) -> Result<OwnedFd> {
+        let relative = if relative.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            relative
+        };
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        match rustix::fs::openat2(&*self.fd, relative, flags, Mode::empty(), resolve) {
+            // Linux before 5.6, or a filter of system calls that does not know it.
+            Err(Errno::NOSYS | Errno::PERM) => self.open_by_components(relative, flags),
+            opened => opened,
+        }
+    }
+
+    /// The same, one component after the other.
+    fn open_by_components(&self, relative: &Path, flags: OFlags) -> Result<OwnedFd> {
+        let mut folder: Option<OwnedFd> = None;
+        let mut components = relative.components().peekable();
+        while let Some(component) = components.next() {
+            let name = match component {
+                Component::Normal(name) => name,
+                Component::CurDir => OsStr::new("."),
+                _ => return Err(Errno::XDEV),
+            };
+            let flags = if components.peek().is_some() { FOLDER } else { flags };
+            let opened = match &folder {
+                Some(folder) => rustix::fs::openat(folder, name, flags, Mode::empty()),
+                None => rustix::fs::openat(&*self.fd, name, flags, Mode::empty()),
+            };
+            folder = Some(opened?);
+        }
+        folder.ok_or(Errno::NOENT)
+    }
+
+    /// What stands in this folder under a name; a symbolic link is looked at itself.
+    ///
+    /// # Errors
+    /// Those of the system call.
+    pub fn stat(&self, name: &OsStr) -> Result<Stat> {
+        rustix::fs::statat(&*self.fd, name, AtFlags::SYMLINK_NOFOLLOW)
+    }
+
+    /// The names in it, sorted, without `.` and `..`.
+    ///
+    /// # Errors
+    /// Those of reading it.
+    pub fn names(&self) -> Result<Vec<OsString>> {
+        // A descriptor of its own: reading moves its position.
+        let own = rustix::fs::openat(&*self.fd, ".", FOLDER, Mode::empty())?;
+        let mut names = Vec::new();
+        for entry in Dir::new(own)? {
+            let name = OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned();
+            if name != "." && name != ".." {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+impl AsFd for Folder {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn nothing_leads_out() {
+        let (outside, inside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::create_dir_all(inside.path().join("a/b")).unwrap();
+        std::fs::write(inside.path().join("a/b/c"), "c").unwrap();
+        std::fs::write(outside.path().join("c"), "other").unwrap();
+        symlink(outside.path(), inside.path().join("link")).unwrap();
+        symlink(outside.path().join("c"), inside.path().join("a/file")).unwrap();
+        symlink("b", inside.path().join("a/inner")).unwrap();
+        let root = Folder::open(inside.path()).unwrap();
+        type Open = fn(&Folder, &Path, OFlags) -> Result<OwnedFd>;
+        for open in [Folder::open_below as Open, Folder::open_by_components] {
+            let opens = |path: &str| open(&root, Path::new(path), OFlags::RDONLY | OFlags::NOFOLLOW).is_ok();
+            assert!(opens("a/b/c") && opens("a") && opens("./a/b"));
+            for bad in ["link/c", "a/file", "a/inner/c", "../x", "/etc/passwd", "absent"] {
+                assert!(!opens(bad), "{bad}");
+            }
+        }
+        assert_eq!(root.names().unwrap(), ["a", "link"]);
+        let deeper = root.folder(Path::new("a/b")).unwrap();
+        assert_eq!(deeper.stat(OsStr::new("c")).unwrap().st_size, 1);
+        assert!(root.folder(Path::new("link")).is_err());
+        assert!(root.folder(Path::new("a/b/c")).is_err());
+    }
+
+    #[test]
+    fn a_folder_that_is_moved_stays_the_one_that_was_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let (here, there) = (root.path().join("here"), root.path().join("there"));
+        std::fs::create_dir(&here).unwrap();
+        std::fs::write(here.join("x"), "mine").unwrap();
+        let folder = Folder::open(&here).unwrap();
+        std::fs::rename(&here, &there).unwrap();
+        std::fs::create_dir(&here).unwrap();
+        std::fs::write(here.join("x"), "another's").unwrap();
+        let opened = folder.open_file(Path::new("x"), OFlags::RDONLY).unwrap();
+        assert_eq!(std::io::read_to_string(opened).unwrap(), "mine");
+    }
+}
