@@ -1,7 +1,6 @@
 //! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
 
 pub mod attributes;
-pub mod beneath;
 pub mod simulated;
 pub mod volume;
 

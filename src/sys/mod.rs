@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "ioctl and fcntl are made here and nowhere else")]
 
 pub mod allocator;
+pub mod beneath;
 pub mod byte_locks;
 pub mod clone;
 pub mod dedupe;

@@ -1,9 +1,9 @@
-//! Files and folders below an open folder. Nothing is found through a symbolic link, and nothing outside: whoever owns a folder in
+//! `openat2`: files and folders below an open folder. Nothing is found through a symbolic link, and nothing outside: whoever owns a folder in
 //! between can move things about, but not lead out of what the user named.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 use std::sync::Arc;
@@ -110,6 +110,15 @@ impl Folder {
         names.sort();
         Ok(names)
     }
+}
+
+/// Opens once more what is open, with other flags: the very same file, whatever its name leads to meanwhile. Takes `/proc`.
+///
+/// # Errors
+/// Those of opening.
+pub fn reopen(file: impl AsFd, flags: OFlags) -> Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
 }
 
 impl AsFd for Folder {
