@@ -112,6 +112,12 @@ pub enum Error {
         /// A path there.
         path: PathBuf,
     },
+    /// A folder that only this user should write to is another's, or open to others.
+    #[error("`{}` is not a folder that you alone can write to", shown(path))]
+    NotOurs {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The running kernel has bugs that sharing extents runs into.
     #[error("Linux {}.{} has bugs that sharing extents on btrfs runs into", release.0, release.1)]
     Kernel {
@@ -325,6 +331,7 @@ impl Error {
             Self::Grows { .. } => "free some space, or name fewer images",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
             Self::Busy { .. } => "wait until it has ended",
+            Self::NotOurs { .. } => "remove it, or set XDG_RUNTIME_DIR to a folder of yours",
             Self::Kernel { .. } => "use Linux 5.4 or later",
             Self::NotRoot => "run it with sudo",
             Self::TooLarge => "run once for each folder",

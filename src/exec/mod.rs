@@ -309,10 +309,15 @@ fn split(call: Call) -> impl Iterator<Item = Call> {
 
 /// Makes one call. Where the bytes differ somewhere, the blocks that are equal are shared all the same.
 fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
-    if !fs.may_touch(call.image) || matches!(call.source, SourceFile::Image(source) if !fs.may_touch(source)) {
+    let source = match call.source {
+        SourceFile::Image(source) => Some(source),
+        _ => None,
+    };
+    let opened = [Some(call.image), source].into_iter().flatten();
+    let opened: BTreeSet<ImageId> = opened.filter(|image| !fs.may_touch(*image)).collect();
+    if !opened.is_empty() {
         ran.counts.abandoned_bytes += call.length;
-        ran.opened_meanwhile
-            .extend((!fs.may_touch(call.image)).then_some(call.image));
+        ran.opened_meanwhile.extend(opened);
         return Ok(());
     }
     if ran

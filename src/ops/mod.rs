@@ -18,7 +18,7 @@ use crate::fs::volume::{Fingerprinted, Purpose, Volume, fingerprint};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan;
-use crate::pool::{self, Found, Skip, Skipped};
+use crate::pool::{self, Found, Named, Skip, Skipped};
 use crate::shown::shown;
 use crate::spill::limit_lists;
 
@@ -72,7 +72,7 @@ fn prepare_found(
     let mut images = found.images;
     let mut left_alone = found.skipped;
     loop {
-        match prepare_images(scope, &images, purpose, monitor) {
+        match prepare_images(scope, &images, &found.named, purpose, monitor) {
             Ok(mut prepared) => {
                 prepared.skipped.append(&mut left_alone);
                 prepared.skipped.sort_by(|a, b| a.path.cmp(&b.path));
@@ -110,11 +110,17 @@ fn unreadable(error: &Error) -> Option<Skipped> {
     })
 }
 
-fn prepare_images(scope: &Scope, images: &[Found], purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
+fn prepare_images(
+    scope: &Scope,
+    images: &[Found],
+    named: &[Named],
+    purpose: Purpose,
+    monitor: &dyn Monitor,
+) -> Result<Prepared> {
     monitor.phase("Reading extent maps", 0);
     // How large the pool is, is known once its lists were made.
     divide_memory(scope, 0);
-    let (fs, skipped) = Volume::open(images, &scope.paths, purpose)?;
+    let (fs, skipped) = Volume::open(images, named, purpose)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;

@@ -7,24 +7,32 @@ mod signs;
 pub mod users;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use walkdir::WalkDir;
+use rustix::fs::{FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
 
 pub use naming::{Kind, Revision, kind_of, machine_of, revision_of};
 pub use qubes::qubes_folders;
 
 use crate::error::{Error, Result};
+use crate::sys::beneath::{Folder, reopen};
+use users::FileId;
 
-/// An image as found by name; nothing of it was opened yet.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// An image as it was found. It is not open, but what opens is what was found: see [`Found::open`].
+#[derive(Debug, Clone)]
 pub struct Found {
     /// Its path: of several names of one inode, the first.
     pub path: PathBuf,
     /// All its names below the paths that were named.
     pub names: BTreeSet<PathBuf>,
+    /// Which file it is.
+    pub id: FileId,
     /// Bytes, holes included.
     pub size: u64,
     /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
@@ -34,6 +42,83 @@ pub struct Found {
     pub group: u8,
     /// A file that says that one of them runs, or did when its host stopped.
     pub sign: Option<(Skip, PathBuf)>,
+    /// A folder that was named, and where `path` lies below it.
+    place: (Folder, PathBuf),
+}
+
+impl Found {
+    /// Opens the image, if what lies there still is the file that was found.
+    ///
+    /// # Errors
+    /// `ESTALE` if something else lies there: that is not even opened, be it a device. Otherwise those of opening.
+    pub fn open(&self, flags: OFlags) -> rustix::io::Result<File> {
+        let (folder, below) = &self.place;
+        let there = folder.open_file(below, OFlags::PATH)?;
+        let stat = rustix::fs::fstat(&there)?;
+        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        if !is_file || (stat.st_dev, stat.st_ino) != self.id {
+            return Err(Errno::STALE);
+        }
+        reopen(&there, flags)
+    }
+
+    /// Opens the folder that the image lies in.
+    ///
+    /// # Errors
+    /// Those of opening; `ELOOP` or `ENOTDIR` if it was replaced by a link.
+    pub fn open_folder(&self) -> rustix::io::Result<Folder> {
+        let (folder, below) = &self.place;
+        folder.folder(below.parent().unwrap_or(Path::new("")))
+    }
+}
+
+/// A path that was named, with what it stands for open.
+#[derive(Debug, Clone)]
+pub struct Named {
+    /// As it was named, for messages.
+    pub path: PathBuf,
+    /// The same without links: the folder, or the folder that the file lies in.
+    pub root: PathBuf,
+    /// That folder.
+    pub folder: Folder,
+    /// The file's name there, and which file it is, if it is one.
+    file: Option<(OsString, FileId)>,
+}
+
+impl Named {
+    /// Opens what was named, following links.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchPath`], [`Error::NotAnImage`], or those of opening.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |errno: Errno| match errno {
+            Errno::NOENT => Error::NoSuchPath { path: path.to_owned() },
+            errno => Error::io("look at", path)(errno),
+        };
+        let there = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+        let stat = rustix::fs::fstat(&there).map_err(failed)?;
+        let full =
+            std::fs::read_link(format!("/proc/self/fd/{}", there.as_raw_fd())).map_err(Error::io("look at", path))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => Ok(Self {
+                path: path.to_owned(),
+                root: full,
+                folder: reopen(&there, OFlags::DIRECTORY).map(Folder::from).map_err(failed)?,
+                file: None,
+            }),
+            FileType::RegularFile => {
+                let root = full.parent().unwrap_or(Path::new("/")).to_owned();
+                let name = full.file_name().unwrap_or_default().to_owned();
+                Ok(Self {
+                    path: path.to_owned(),
+                    folder: Folder::open(&root).map_err(failed)?,
+                    root,
+                    file: Some((name, (stat.st_dev, stat.st_ino))),
+                })
+            }
+            _ => Err(Error::NotAnImage { path: path.to_owned() }),
+        }
+    }
 }
 
 /// Why an image is left alone.
@@ -155,6 +240,8 @@ impl std::fmt::Display for Skipped {
 /// What was found below the paths that were named.
 #[derive(Debug, Clone, Default)]
 pub struct Pool {
+    /// What was named.
+    pub named: Vec<Named>,
     /// Images, by path.
     pub images: Vec<Found>,
     /// Images that are left alone for their name.
@@ -205,103 +292,160 @@ fn filesystem_id(path: &Path) -> Option<Vec<u8>> {
 /// # Errors
 /// [`Error::NoSuchPath`], [`Error::NoImages`], or a pattern that makes no sense.
 pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
-    let exclude = patterns(exclude)?;
-    let mut pool = Pool::default();
-    let mut found: BTreeMap<(u64, u64), Found> = BTreeMap::new();
-    let mut importing = BTreeSet::new();
-    let mut add = |path: &Path, metadata: &std::fs::Metadata, pool: &mut Pool| {
-        let machine = machine_of(path);
-        match kind_of(path) {
-            Kind::Image => {
-                let known = found.entry((metadata.dev(), metadata.ino())).or_insert_with(|| Found {
-                    path: path.to_owned(),
-                    names: BTreeSet::new(),
-                    size: metadata.len(),
-                    machines: BTreeSet::new(),
-                    group: 0,
-                    sign: None,
-                });
-                known.machines.insert(machine);
-                known.names.insert(path.to_owned());
-                if *path < *known.path {
-                    path.clone_into(&mut known.path);
-                }
-            }
-            Kind::Import => {
-                importing.insert(machine);
-                pool.skipped.push(Skipped::new(path, Skip::ImportInProgress));
-            }
-            Kind::Volatile => pool.skipped.push(Skipped::new(path, Skip::Volatile)),
-            Kind::Temporary => {}
-        }
+    let mut search = Search {
+        exclude: patterns(exclude)?,
+        found: BTreeMap::new(),
+        importing: BTreeSet::new(),
+        signs: signs::Signs::default(),
+        pool: Pool::default(),
     };
     for path in paths {
-        let metadata = match path.metadata() {
-            Ok(metadata) => metadata,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::NoSuchPath { path: path.clone() });
-            }
-            Err(error) => return Err(Error::io("look at", path)(error)),
-        };
-        let full = path.canonicalize().map_err(Error::io("look at", path))?;
-        if metadata.is_file() {
-            add(&full, &metadata, &mut pool);
-            continue;
+        let named = Named::open(path)?;
+        match &named.file {
+            Some((name, id)) => search.file(&named, name, *id)?,
+            None => search.folder(&named),
         }
-        if !metadata.is_dir() {
-            return Err(Error::NotAnImage { path: path.clone() });
-        }
-        let is_left_out =
-            |path: &Path| exclude.is_match(path.strip_prefix(&full).unwrap_or(path)) || exclude.is_match(path);
-        let mut devices = BTreeMap::from([(metadata.dev(), true)]);
-        let mut may_hold_images = |entry: &walkdir::DirEntry| {
-            let device = entry
-                .metadata()
-                .ok()
-                .filter(|_| entry.file_type().is_dir())
-                .map(|folder| folder.dev());
-            device.is_none_or(|device| {
-                *devices
-                    .entry(device)
-                    .or_insert_with(|| mounts::is_on_disk(entry.path()))
-            })
-        };
-        for entry in WalkDir::new(&full)
-            .sort_by_file_name()
-            .into_iter()
-            .filter_entry(|entry| !is_left_out(entry.path()) && may_hold_images(entry))
-        {
-            match entry.and_then(|entry| entry.metadata().map(|metadata| (entry, metadata))) {
-                Ok((entry, metadata)) => {
-                    if metadata.is_file() && naming::looks_like_image(entry.path(), metadata.len()) {
-                        add(entry.path(), &metadata, &mut pool);
-                    }
-                }
-                Err(error) => {
-                    let path = error.path().unwrap_or(&full).to_owned();
-                    let problem = error
-                        .io_error()
-                        .map_or_else(|| "its links lead in a circle".to_owned(), ToString::to_string);
-                    pool.unreadable.push((path, problem));
-                }
-            }
-        }
+        search.pool.named.push(named);
     }
-    let mut signs = signs::Signs::default();
-    for mut image in found.into_values() {
-        let sign = image.names.iter().find_map(|name| signs.of(name));
-        if !importing.is_disjoint(&image.machines) || matches!(sign, Some((Skip::ImportInProgress, _))) {
-            pool.skipped.push(Skipped::new(&image.path, Skip::ImportInProgress));
-        } else {
-            image.sign = sign;
-            pool.images.push(image);
-        }
-    }
-    pool.images.sort_by(|a, b| a.path.cmp(&b.path));
+    let pool = search.end();
     if pool.images.is_empty() && pool.skipped.is_empty() {
         return Err(Error::NoImages { paths: paths.to_vec() });
     }
     Ok(pool)
+}
+
+/// Looking for images, and what was found so far.
+struct Search {
+    exclude: GlobSet,
+    found: BTreeMap<FileId, Found>,
+    importing: BTreeSet<PathBuf>,
+    signs: signs::Signs,
+    pool: Pool,
+}
+
+impl Search {
+    /// A file that was named.
+    fn file(&mut self, named: &Named, name: &OsStr, id: FileId) -> Result<()> {
+        let stat = named.folder.stat(name).map_err(Error::io("look at", &named.path))?;
+        if (stat.st_dev, stat.st_ino) != id {
+            return Err(Error::io("look at", &named.path)(Errno::STALE));
+        }
+        let names = named.folder.names().map_err(Error::io("look into", &named.root))?;
+        self.signs.note(&named.root, &names);
+        self.add(named, Path::new(name), &stat);
+        Ok(())
+    }
+
+    /// A folder that was named, and all below it. What moves meanwhile may be missed, or found twice; it is one image by its inode.
+    fn folder(&mut self, named: &Named) {
+        let mut devices = BTreeMap::new();
+        // Only the names are kept, not the folders open: they may be nested deeper than there may be open files.
+        let mut folders = vec![PathBuf::new()];
+        while let Some(below) = folders.pop() {
+            let full = named.root.join(&below);
+            let mut look = || {
+                let folder = named.folder.folder(&below)?;
+                // Where filesystems are mounted below, some are made up by the kernel or by programs.
+                let device = rustix::fs::fstat(&folder)?.st_dev;
+                let is_named = below.as_os_str().is_empty();
+                if !is_named && !*devices.entry(device).or_insert_with(|| mounts::is_on_disk(&folder)) {
+                    return Ok(None);
+                }
+                devices.insert(device, true);
+                Ok(Some((folder.names()?, folder)))
+            };
+            let (names, folder) = match look() {
+                Ok(Some(found)) => found,
+                Ok(None) => continue,
+                Err(errno) => {
+                    let errno: Errno = errno;
+                    self.pool
+                        .unreadable
+                        .push((full, std::io::Error::from(errno).to_string()));
+                    continue;
+                }
+            };
+            self.signs.note(&full, &names);
+            let mut inner = Vec::new();
+            for name in &names {
+                let below = below.join(name);
+                let full = named.root.join(&below);
+                if self.exclude.is_match(&below) || self.exclude.is_match(&full) {
+                    continue;
+                }
+                match folder.stat(name) {
+                    Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
+                        FileType::Directory => inner.push(below),
+                        FileType::RegularFile if naming::looks_like_image(&full, size_of(&stat)) => {
+                            self.add(named, &below, &stat);
+                        }
+                        _ => {}
+                    },
+                    // It went since the folder was read.
+                    Err(Errno::NOENT) => {}
+                    Err(errno) => {
+                        self.pool
+                            .unreadable
+                            .push((full, std::io::Error::from(errno).to_string()));
+                    }
+                }
+            }
+            folders.extend(inner.into_iter().rev());
+        }
+    }
+
+    /// A file with an image's name, or one that was named.
+    fn add(&mut self, named: &Named, below: &Path, stat: &Stat) {
+        let path = named.root.join(below);
+        let machine = machine_of(&path);
+        match kind_of(&path) {
+            Kind::Image => {
+                let id = (stat.st_dev, stat.st_ino);
+                let known = self.found.entry(id).or_insert_with(|| Found {
+                    path: path.clone(),
+                    names: BTreeSet::new(),
+                    id,
+                    size: size_of(stat),
+                    machines: BTreeSet::new(),
+                    group: 0,
+                    sign: None,
+                    place: (named.folder.clone(), below.to_owned()),
+                });
+                known.machines.insert(machine);
+                if path < known.path {
+                    path.clone_into(&mut known.path);
+                    known.place = (named.folder.clone(), below.to_owned());
+                }
+                known.names.insert(path);
+            }
+            Kind::Import => {
+                self.importing.insert(machine);
+                self.pool.skipped.push(Skipped::new(&path, Skip::ImportInProgress));
+            }
+            Kind::Volatile => self.pool.skipped.push(Skipped::new(&path, Skip::Volatile)),
+            Kind::Temporary => {}
+        }
+    }
+
+    /// What was found, with the signs that machines run.
+    fn end(mut self) -> Pool {
+        let mut pool = self.pool;
+        for mut image in self.found.into_values() {
+            let sign = image.names.iter().find_map(|name| self.signs.of(name));
+            if !self.importing.is_disjoint(&image.machines) || matches!(sign, Some((Skip::ImportInProgress, _))) {
+                pool.skipped.push(Skipped::new(&image.path, Skip::ImportInProgress));
+            } else {
+                image.sign = sign;
+                pool.images.push(image);
+            }
+        }
+        pool.images.sort_by(|a, b| a.path.cmp(&b.path));
+        pool
+    }
+}
+
+fn size_of(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_size).unwrap_or(0)
 }
 
 /// Gives each image the number of the first pattern that matches one of its names, from 1 on; those that none matches are group 0.

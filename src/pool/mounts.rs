@@ -1,6 +1,8 @@
 //! What is mounted where: `/proc/self/mountinfo` (proc(5)), and filesystems named by device or UUID.
 
 use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -18,28 +20,25 @@ pub(super) struct Mount {
 
 /// All mounts that can be seen.
 pub(super) fn mounts() -> Vec<Mount> {
-    parse(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+    parse(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
 }
 
 /// Fields 4 and 5 of each line, and the second behind the dash.
-fn parse(text: &str) -> Vec<Mount> {
-    let mounts = text.lines().filter_map(|line| {
-        let (before, after) = line.split_once(" - ")?;
-        let mut before = before.split(' ').skip(3);
-        Some(Mount {
-            root: unescape(before.next()?),
-            folder: unescape(before.next()?),
-            source: unescape(after.split(' ').nth(1)?),
-        })
+fn parse(text: &[u8]) -> Vec<Mount> {
+    let mounts = text.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(3);
+        let (root, folder) = (unescape(fields.next()?), unescape(fields.next()?));
+        let mut rest = fields.skip_while(|field| *field != b"-").skip(2);
+        let source = unescape(rest.next()?);
+        Some(Mount { root, folder, source })
     });
     mounts.collect()
 }
 
-/// Undoes the octal escapes of `/proc/swaps` and `/proc/self/mountinfo`.
-pub(super) fn unescape(name: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
+/// Undoes the octal escapes of `/proc/swaps` and `/proc/self/mountinfo`. Names may be any bytes.
+pub(super) fn unescape(name: &[u8]) -> PathBuf {
     let mut bytes = Vec::new();
-    let mut rest = name.as_bytes();
+    let mut rest = name;
     while let Some((first, after)) = rest.split_first() {
         let octal = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
         match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
@@ -58,7 +57,7 @@ pub(super) fn unescape(name: &str) -> PathBuf {
 
 /// Whether a folder is on a filesystem that keeps files, and not on one that the kernel or a program makes up (`/proc`, `/sys`, `/run`):
 /// those are not searched, where a folder that was named has them below it.
-pub(super) fn is_on_disk(folder: &Path) -> bool {
+pub(super) fn is_on_disk(folder: impl AsFd) -> bool {
     /// Magic numbers (uapi/linux/magic.h, and those of XFS, ZFS, bcachefs, exFAT and NTFS).
     const ON_DISK: [i64; 14] = [
         0x9123_683e,
@@ -76,7 +75,7 @@ pub(super) fn is_on_disk(folder: &Path) -> bool {
         0x7366_746e,
         0x6573_5546,
     ];
-    rustix::fs::statfs(folder).is_ok_and(|found| ON_DISK.contains(&found.f_type))
+    rustix::fs::fstatfs(folder).is_ok_and(|found| ON_DISK.contains(&found.f_type))
 }
 
 /// Where the filesystem of a block device, or of a UUID, is mounted; anything else stands for itself. Of several mounts that of
@@ -149,19 +148,29 @@ mod tests {
     #[test]
     fn lines_of_mountinfo() {
         let text =
-            "36 25 0:31 /@home /mnt/a\\040b rw,noatime shared:1 master:2 - btrfs /dev/loop1 rw,subvol=/@home\nshort\n";
-        let expected = Mount {
-            root: "/@home".into(),
-            folder: "/mnt/a b".into(),
-            source: "/dev/loop1".into(),
-        };
-        assert_eq!(parse(text), [expected]);
+            b"36 25 0:31 /@home /mnt/a\\040b rw,noatime shared:1 master:2 - btrfs /dev/loop1 rw,subvol=/@home\nshort\n\
+            37 25 0:32 / /mnt/\xff - xfs /dev/\xfe rw\n";
+        let name = |bytes: &[u8]| PathBuf::from(OsString::from_vec(bytes.to_vec()));
+        let expected = [
+            Mount {
+                root: "/@home".into(),
+                folder: "/mnt/a b".into(),
+                source: "/dev/loop1".into(),
+            },
+            Mount {
+                root: "/".into(),
+                folder: name(b"/mnt/\xff"),
+                source: name(b"/dev/\xfe"),
+            },
+        ];
+        assert_eq!(parse(text), expected);
     }
 
     #[test]
     fn what_the_kernel_makes_up_is_not_searched() {
-        assert!(!is_on_disk(Path::new("/proc")));
-        assert!(!is_on_disk(Path::new("/sys")));
+        for folder in ["/proc", "/sys"] {
+            assert!(!is_on_disk(std::fs::File::open(folder).unwrap()));
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Files that tell that a machine runs, or did when its host stopped.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::Skip;
@@ -17,6 +19,11 @@ pub(super) struct Signs {
 }
 
 impl Signs {
+    /// Takes note of the names in a folder that was read, so that it is not looked up again.
+    pub(super) fn note(&mut self, folder: &Path, names: &[OsString]) {
+        self.folders.insert(folder.to_owned(), signs_among(folder, names));
+    }
+
     /// The file that says that an image's machine runs, or that it is being imported, if there is one.
     pub(super) fn of(&mut self, image: &Path) -> Option<(Skip, PathBuf)> {
         let folder = image.parent()?;
@@ -48,10 +55,14 @@ impl Signs {
 /// Files in a folder that say so by their names.
 fn signs_in(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let paths = entries.map(|entry| entry.path());
-    let mut found: Vec<PathBuf> = paths
-        .filter(|path| path.to_str().is_some_and(|name| name.ends_with("-dirty.img")) || kind_of(path) == Kind::Import)
-        .collect();
+    let names: Vec<OsString> = entries.map(|entry| entry.file_name()).collect();
+    signs_among(folder, &names)
+}
+
+fn signs_among(folder: &Path, names: &[OsString]) -> Vec<PathBuf> {
+    let is_sign =
+        |name: &&OsString| name.as_bytes().ends_with(b"-dirty.img") || kind_of(Path::new(name)) == Kind::Import;
+    let mut found: Vec<PathBuf> = names.iter().filter(is_sign).map(|name| folder.join(name)).collect();
     found.sort();
     found
 }

@@ -86,9 +86,10 @@ fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
 
 /// Files that are swapped to; the kernel writes spaces in their names as `\040`.
 fn swap_files() -> Vec<PathBuf> {
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    let names = swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next());
-    names.map(unescape).collect()
+    let swaps = std::fs::read("/proc/swaps").unwrap_or_default();
+    let lines = swaps.split(|byte| *byte == b'\n').skip(1);
+    let names = lines.filter_map(|line| line.split(u8::is_ascii_whitespace).next());
+    names.filter(|name| !name.is_empty()).map(unescape).collect()
 }
 
 /// Loop devices that have a file, with that file.

@@ -121,6 +121,15 @@ pub fn reopen(file: impl AsFd, flags: OFlags) -> Result<File> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
 }
 
+impl From<File> for Folder {
+    /// Takes a file that is an open folder.
+    fn from(folder: File) -> Self {
+        Self {
+            fd: Arc::new(folder.into()),
+        }
+    }
+}
+
 impl AsFd for Folder {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -4,6 +4,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::io::Errno;
 
+use super::signals::ignore_sigio;
+
 /// What a lease keeps off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {
@@ -22,11 +24,18 @@ impl Lease {
     }
 }
 
-/// Takes a lease on a file. From then on whomever it keeps off waits until [`release`] or `/proc/sys/fs/lease-break-time`.
+/// Has the signal that tells of openers end nothing. Taking a lease does this, too; who handles the signal calls it before.
+pub fn prepare() {
+    ignore_sigio();
+}
+
+/// Takes a lease on a file, or changes the one that this descriptor has. From then on whomever it keeps off waits until [`release`] or
+/// `/proc/sys/fs/lease-break-time`. The signal that the kernel sends then ends nothing.
 ///
 /// # Errors
 /// `EAGAIN` if someone has the file open; `EINVAL` where the filesystem has no leases.
 pub fn take(fd: impl AsFd, lease: Lease) -> Result<(), Errno> {
+    ignore_sigio();
     set(fd, lease.kind())
 }
 

@@ -1,25 +1,82 @@
-//! `ioprio_set` and `sched_setscheduler`: to give way to everyone else.
+//! `ioprio_set` and `sched_setscheduler`: to give way to everyone else, but not while somebody waits for us.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::{Errno, Result};
 
-/// `IOPRIO_WHO_PROCESS` and `IOPRIO_CLASS_IDLE` (uapi/linux/ioprio.h).
+/// `IOPRIO_WHO_PROCESS` and classes (uapi/linux/ioprio.h).
 const WHO_PROCESS: libc::c_int = 1;
+const CLASS_NONE: libc::c_int = 0;
 const CLASS_IDLE: libc::c_int = 3 << 13;
+
+/// Whether threads are to give way.
+static GIVES_WAY: AtomicBool = AtomicBool::new(false);
 
 /// Puts this thread, and those it starts from now on, into the idle classes for the processor and the disk.
 ///
 /// # Errors
 /// Those of the system calls.
 pub fn give_way() -> Result<()> {
+    GIVES_WAY.store(true, Ordering::Release);
+    set(0, libc::SCHED_IDLE, CLASS_IDLE)
+}
+
+/// Lifts the threads of this process out of the idle classes while somebody waits for what they hold: a call in the middle of which
+/// a thread does not get the processor keeps an image locked. Where that is not permitted, all stays as it is.
+#[derive(Debug)]
+pub struct Urgency {
+    is_raised: std::cell::Cell<bool>,
+}
+
+impl Urgency {
+    /// Takes the calling thread out of the idle classes for good: it is the one that notices who waits.
+    pub fn of_this_thread() -> Self {
+        if GIVES_WAY.load(Ordering::Acquire) {
+            let _ = set(0, libc::SCHED_OTHER, CLASS_NONE);
+        }
+        Self {
+            is_raised: std::cell::Cell::new(false),
+        }
+    }
+
+    /// Somebody waits.
+    pub fn raise(&self) {
+        self.change(true);
+    }
+
+    /// Nobody does any more.
+    pub fn settle(&self) {
+        self.change(false);
+    }
+
+    fn change(&self, raise: bool) {
+        if !GIVES_WAY.load(Ordering::Acquire) || self.is_raised.replace(raise) == raise {
+            return;
+        }
+        let me = rustix::thread::gettid().as_raw_nonzero().get();
+        let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let numbers = threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        for thread in numbers.filter(|thread| *thread != me) {
+            let _ = if raise {
+                set(thread, libc::SCHED_OTHER, CLASS_NONE)
+            } else {
+                set(thread, libc::SCHED_IDLE, CLASS_IDLE)
+            };
+        }
+    }
+}
+
+/// Sets the classes of a thread; 0 is the calling one.
+fn set(thread: libc::pid_t, policy: libc::c_int, io_class: libc::c_int) -> Result<()> {
     // SAFETY: both calls take plain integers, and a structure that outlives the call.
     unsafe {
         let parameters: libc::sched_param = std::mem::zeroed();
         check(libc::c_long::from(libc::sched_setscheduler(
-            0,
-            libc::SCHED_IDLE,
+            thread,
+            policy,
             &raw const parameters,
         )))?;
-        check(libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, CLASS_IDLE))
+        check(libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, thread, io_class))
     }
 }
 

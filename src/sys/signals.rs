@@ -1,10 +1,15 @@
 //! Signal dispositions that the kernel's answers depend on.
 
-/// Ignores `SIGIO`, which the kernel sends when someone opens a leased file and whose default is to end the process.
-/// The lease is asked instead ([`super::lease::is_held`]).
+use std::sync::Once;
+
+/// Ignores `SIGIO`, which the kernel sends when someone opens a leased file and whose default is to end the process. Only the first
+/// call has an effect: a handler that was installed since stays.
 pub fn ignore_sigio() {
-    // SAFETY: SIG_IGN is a valid disposition for SIGIO and no handler is installed.
-    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    static IGNORED: Once = Once::new();
+    // SAFETY: SIG_IGN is a valid disposition for SIGIO, and no handler is installed yet.
+    IGNORED.call_once(|| unsafe {
+        libc::signal(libc::SIGIO, libc::SIG_IGN);
+    });
 }
 
 /// Has the process say why it ends where a page of a file that lists lie in ([`super::spill`]) cannot be read or written: the kernel

@@ -362,7 +362,7 @@ impl Volume {
                 .iter()
                 .any(|holder| !mine.contains(&(holder.root, holder.inode)))),
             Err(errno @ rustix::io::Errno::PERM) => {
-                Err(Error::io("look for holders of extents of", &self.scratch)(errno))
+                Err(Error::io("look for holders of extents of", &self.scratch_path)(errno))
             }
             Ok(None) | Err(_) => Ok(true),
         }
@@ -397,9 +397,9 @@ impl Volume {
                 *bytes.entry(other).or_insert(0u64) += extent.disk_bytes;
             }
         }
-        let fd = self.any_fd()?;
+        let fd = &self.scratch;
         for ((root, inode), bytes) in bytes {
-            let name = logical_ino::path_in_subvolume(&fd, root, inode).map_or_else(
+            let name = logical_ino::path_in_subvolume(fd, root, inode).map_or_else(
                 |_| format!("inode {inode} of subvolume {root}"),
                 |path| format!("{path} (subvolume {root})"),
             );

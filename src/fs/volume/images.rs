@@ -1,29 +1,27 @@
 //! Opening images, each with a lease that tells whether anyone else uses it, now or later.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, Metadata, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use rustix::fs::IFlags;
+use rustix::fs::{IFlags, OFlags};
 use rustix::io::Errno;
 
 use super::INODE_ITEM;
+use super::watch::Watch;
 use crate::error::{Error, Result};
-use crate::pool::{Found, Skip, Skipped, users};
+use crate::pool::users::{self, FileId};
+use crate::pool::{Found, Skip, Skipped};
 use crate::shown::shown;
+use crate::sys::beneath::reopen;
 use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
 use crate::sys::inode_flags::inode_flags;
-use crate::sys::lease::{self, Lease};
+use crate::sys::lease::Lease;
+use crate::sys::logical_ino;
 use crate::sys::tree_search::{FEW, Key, tree_search};
-use crate::sys::{logical_ino, signals};
-
-/// How often leases are looked at. Whoever opens an image waits no longer than this, and one system call.
-const LEASE_POLL: Duration = Duration::from_millis(20);
 
 /// `FS_VERITY_FL` (uapi/linux/fs.h): the file is sealed by fs-verity.
 const VERITY: IFlags = IFlags::from_bits_retain(0x0010_0000);
@@ -79,7 +77,7 @@ pub struct Image {
     /// Whether its owner wants it not to be compressed.
     pub stays_uncompressed: bool,
     pub(super) file: Arc<File>,
-    /// The same file, to be read past the page cache, where everything is read once.
+    /// The same file, to be read past the page cache, where everything is read once. None where that cannot be.
     pub(super) direct: Option<File>,
     stamp: Stamp,
     revoked: Arc<AtomicBool>,
@@ -148,27 +146,45 @@ impl Image {
     }
 }
 
-/// Opens images; those that are left alone are returned with the reason.
-pub(super) fn open(
-    found: &[Found],
-    info: &FsInfo,
-    purpose: Purpose,
-) -> Result<(Vec<Image>, Vec<Skipped>, Option<LeaseKeeper>)> {
+/// What became of the images that were found.
+#[derive(Debug)]
+pub(super) struct Opened {
+    /// Those that are open, by their numbers.
+    pub(super) images: Vec<Image>,
+    /// Those that are left alone, and those that keep their extents.
+    pub(super) skipped: Vec<Skipped>,
+    /// Which files those that are left alone are.
+    pub(super) left_alone: BTreeMap<FileId, PathBuf>,
+    /// Notices who opens them.
+    pub(super) watch: Option<Watch>,
+}
+
+/// Opens images.
+pub(super) fn open(found: &[Found], info: &FsInfo, purpose: Purpose) -> Result<Opened> {
     raise_file_limit();
-    signals::ignore_sigio();
-    let (mut images, mut skipped, mut busy) = (Vec::new(), Vec::new(), BTreeSet::new());
-    let mut used = BTreeMap::new();
+    let watch = match purpose.lease() {
+        Some(lease) => {
+            let first = found.first().map_or(Path::new("/"), |image| &image.path);
+            Some((Watch::start().map_err(Error::io("watch", first))?, lease))
+        }
+        None => None,
+    };
+    let (mut images, mut skipped) = (Vec::new(), Vec::new());
+    // Machines that are in use, each with what tells so.
+    let mut busy: BTreeMap<&PathBuf, &PathBuf> = BTreeMap::new();
+    let (mut used, mut left_alone) = (BTreeMap::new(), BTreeMap::new());
     for image in found {
-        match open_one(image, info, purpose)? {
-            Ok(opened) => images.push((opened, &image.machines)),
+        match open_one(image, info, purpose, watch.as_ref())? {
+            Ok(opened) => images.push((opened, image)),
             Err(one) => {
-                if one.reason == Skip::InUse
-                    && let Ok(metadata) = image.path.metadata()
-                {
-                    used.insert(users::file_id(&metadata), skipped.len());
+                left_alone.insert(image.id, image.path.clone());
+                if one.reason == Skip::InUse {
+                    used.insert(image.id, skipped.len());
                 }
                 if purpose.shares() && matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running) {
-                    busy.extend(&image.machines);
+                    for machine in &image.machines {
+                        busy.entry(machine).or_insert(&image.path);
+                    }
                 }
                 skipped.push(one);
             }
@@ -179,86 +195,125 @@ pub(super) fn open(
         let locked = detail.take();
         *detail = Some(users.into_iter().chain(locked).collect::<Vec<_>>().join(", "));
     }
-    let (images, idle): (Vec<_>, Vec<_>) = images
-        .into_iter()
-        .partition(|(_, machines)| machines.iter().all(|machine| !busy.contains(machine)));
-    let idle = idle
-        .iter()
-        .map(|(image, _)| Skipped::new(&image.path, Skip::MachineInUse));
-    skipped.extend(idle);
+    let busy_machine = |found: &Found| found.machines.iter().find_map(|machine| busy.get_key_value(machine));
+    let (idle, images): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, found)| busy_machine(found).is_some());
+    for (image, found) in idle {
+        left_alone.insert(found.id, image.path.clone());
+        skipped.push(Skipped {
+            detail: busy_machine(found).map(|(machine, used)| who_keeps(machine, used)),
+            ..Skipped::new(&image.path, Skip::MachineInUse)
+        });
+    }
     let fixed = images
         .iter()
         .filter_map(|(image, _)| Some(Skipped::new(&image.path, image.fixed?)));
     skipped.extend(fixed);
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
     let mut machines = BTreeMap::new();
-    let numbered = images.into_iter().map(|(mut image, names)| {
+    let numbered = images.into_iter().map(|(mut image, found)| {
         let next = u32::try_from(machines.len()).unwrap_or(u32::MAX);
-        image.machine = *machines.entry(names.first()).or_insert(next);
+        image.machine = *machines.entry(found.machines.first()).or_insert(next);
         image
     });
-    let images: Vec<Image> = numbered.collect();
-    let keeper = purpose.lease().map(|lease| LeaseKeeper::new(&images, lease));
-    Ok((images, skipped, keeper))
+    Ok(Opened {
+        images: numbered.collect(),
+        skipped,
+        left_alone,
+        watch: watch.map(|(watch, _)| watch),
+    })
 }
 
-fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::result::Result<Image, Skipped>> {
+/// Which machine keeps an image from being worked on, and by which of its images.
+fn who_keeps(machine: &Path, used: &Path) -> String {
+    let name = machine.file_name().map_or(machine, Path::new);
+    format!("{}: {}", shown(name), shown(used))
+}
+
+/// Whether an error of a system call says that this process has no more of something, rather than anything of one image.
+fn is_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOMEM)
+}
+
+/// Opens one image. Whatever is wrong with it, the others can be worked on.
+fn open_one(
+    found: &Found,
+    info: &FsInfo,
+    purpose: Purpose,
+    watch: Option<&(Watch, Lease)>,
+) -> Result<std::result::Result<Image, Skipped>> {
     let path = &found.path;
-    let leave = |reason| Ok(Err(Skipped::new(path, reason)));
+    let leave_for = |reason, detail| {
+        Ok(Err(Skipped {
+            detail,
+            ..Skipped::new(path, reason)
+        }))
+    };
+    let leave = |reason| leave_for(reason, None);
     if let Some((reason, file)) = found.sign.as_ref().filter(|_| purpose.shares()) {
-        return Ok(Err(Skipped {
-            detail: Some(shown(file).to_string()),
-            ..Skipped::new(path, *reason)
-        }));
+        return leave_for(*reason, Some(shown(file).to_string()));
     }
-    let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .custom_flags(libc::O_NOATIME | libc::O_NONBLOCK | libc::O_NOFOLLOW);
-    let file = match options.open(path) {
-        Ok(file) => file,
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let opened = match found.open(flags | OFlags::NOATIME) {
+        // Only its owner may read a file without a trace.
+        Err(Errno::PERM) => found.open(flags),
+        opened => opened,
+    };
+    let failed = |operation: &'static str, errno: Errno| {
+        if is_shortage(errno) {
+            return Err(Error::io(operation, path)(errno));
+        }
+        leave_for(
+            Skip::Unreadable,
+            Some(format!("cannot {operation} it: {}", std::io::Error::from(errno))),
+        )
+    };
+    let file = match opened {
+        Ok(file) => Arc::new(file),
         // Someone else holds a lease and must give it up first: a second run, or a file server.
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return leave(Skip::InUse),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return leave(Skip::Changed),
-        Err(error) => return Err(Error::io("open", path)(error)),
+        Err(Errno::AGAIN) => return leave(Skip::InUse),
+        Err(Errno::NOENT | Errno::STALE | Errno::LOOP | Errno::NOTDIR) => return leave(Skip::Changed),
+        Err(errno) => return failed("open", errno),
     };
     // Only what is asked for is read: blocks to be proved lie anywhere, and all else is read ahead by asking.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
     if !fs_info(&file).is_ok_and(|its| its == *info) {
         return leave(Skip::OtherFilesystem);
     }
-    let metadata = file.metadata().map_err(Error::io("look at", path))?;
-    if !metadata.is_file() {
-        return leave(Skip::Changed);
-    }
-    let flags = inode_flags(&file).map_err(Error::io("look at", path))?;
+    let flags = match inode_flags(&file) {
+        Ok(flags) => flags,
+        Err(errno) => return failed("look at", errno),
+    };
     let fixed = if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
         Some(Skip::Immutable)
     } else {
         flags.contains(VERITY).then_some(Skip::Verity)
     };
-    if let Some(lease) = purpose.lease() {
-        match lease::take(&file, lease) {
-            Ok(()) => {}
-            Err(Errno::AGAIN) => {
-                return Ok(Err(Skipped {
-                    detail: users::locked_by(&file).map(str::to_owned),
-                    ..Skipped::new(path, Skip::InUse)
-                }));
-            }
-            Err(errno) => return Err(Error::io("take a lease on", path)(errno)),
-        }
-    }
-    let (root, checksummed) = match info.kind {
-        Kind::Btrfs { .. } => (
-            logical_ino::subvolume_of(&file).map_err(Error::io("look at the subvolume of", path))?,
-            !has_no_checksums(&file, metadata.ino(), path)?,
-        ),
-        Kind::Xfs { .. } => (0, true),
+    // Before the lease: while that keeps off readers, it would keep off ourselves.
+    let direct = (purpose == Purpose::Read)
+        .then(|| reopen(&file, OFlags::RDONLY | OFlags::DIRECT | OFlags::NOATIME).ok())
+        .flatten();
+    let revoked = match watch.map(|(watch, lease)| watch.add(&file, *lease)) {
+        None => Arc::default(),
+        Some(Ok(revoked)) => revoked,
+        Some(Err(Errno::AGAIN)) => return leave_for(Skip::InUse, users::locked_by(&file).map(str::to_owned)),
+        Some(Err(errno)) => return failed("take a lease on", errno),
     };
-    if matches!(info.kind, Kind::Xfs { .. }) && is_realtime(&file).map_err(Error::io("look at", path))? {
-        return leave(Skip::OtherFilesystem);
-    }
+    let metadata = match file.metadata() {
+        Ok(metadata) => metadata,
+        Err(error) => return leave_for(Skip::Unreadable, Some(error.to_string())),
+    };
+    let details = match info.kind {
+        Kind::Btrfs { .. } => logical_ino::subvolume_of(&file)
+            .and_then(|root| Ok(Some((root, !has_no_checksums(&file, metadata.ino())?)))),
+        Kind::Xfs { .. } => is_realtime(&file).map(|elsewhere| (!elsewhere).then_some((0, true))),
+    };
+    let (root, checksummed) = match details {
+        Ok(Some(details)) => details,
+        Ok(None) => return leave(Skip::OtherFilesystem),
+        // Without the capability that takes, no image can be looked at.
+        Err(Errno::PERM) => return Err(Error::io("read the extent map of", path)(Errno::PERM)),
+        Err(errno) => return failed("look at", errno),
+    };
     Ok(Ok(Image {
         path: path.clone(),
         size: metadata.len(),
@@ -269,14 +324,10 @@ fn open_one(found: &Found, info: &FsInfo, purpose: Purpose) -> Result<std::resul
         group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),
         stays_uncompressed: is_marked_uncompressed(&file),
-        direct: if purpose == Purpose::Read {
-            open_direct(&file)
-        } else {
-            None
-        },
-        file: Arc::new(file),
+        direct,
+        file,
         stamp: Stamp::of(&metadata),
-        revoked: Arc::default(),
+        revoked,
     }))
 }
 
@@ -289,17 +340,11 @@ fn is_marked_uncompressed(file: &File) -> bool {
     matches!(&value[..length], b"none" | b"no")
 }
 
-/// Opens a file once more, for direct reading. None where that cannot be: then it is read through the page cache.
-fn open_direct(file: &File) -> Option<File> {
-    use std::os::fd::AsRawFd;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(libc::O_DIRECT | libc::O_NOATIME);
-    options.open(path).ok()
-}
-
 /// Whether the inode has `BTRFS_INODE_NODATASUM` (bit 0 of the inode item's flags, at byte 64 of the item).
-fn has_no_checksums(file: &File, inode: u64, path: &std::path::Path) -> Result<bool> {
+///
+/// # Errors
+/// Those of the tree search; `EUCLEAN` if the tree has no such item.
+fn has_no_checksums(file: &File, inode: u64) -> rustix::io::Result<bool> {
     const FLAGS_AT: usize = 64;
     let key = Key {
         object: inode,
@@ -313,13 +358,8 @@ fn has_no_checksums(file: &File, inode: u64, path: &std::path::Path) -> Result<b
             .and_then(|bytes| bytes.try_into().ok())
             .map(u64::from_le_bytes);
         None
-    })
-    .map_err(Error::io("read the extent map of", path))?;
-    let flags = flags.ok_or_else(|| Error::Metadata {
-        path: path.to_owned(),
-        problem: "no inode item".into(),
     })?;
-    Ok(flags & 1 != 0)
+    flags.map(|flags| flags & 1 != 0).ok_or(Errno::UCLEAN)
 }
 
 /// Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them; the usual
@@ -335,50 +375,4 @@ fn raise_file_limit() {
             maximum,
         },
     );
-}
-
-/// Looks after the leases: gives one back as soon as someone waits for it.
-#[derive(Debug)]
-pub(super) struct LeaseKeeper {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl LeaseKeeper {
-    fn new(images: &[Image], lease: Lease) -> Self {
-        let mut held: Vec<_> = images
-            .iter()
-            .map(|image| (image.file.clone(), image.revoked.clone()))
-            .collect();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || {
-            while !stopped.load(Ordering::Acquire) {
-                held.retain(|(file, revoked)| {
-                    let mine = lease::is_held(&**file, lease);
-                    if !mine {
-                        // First no call begins any more, then the opener goes on.
-                        revoked.store(true, Ordering::Release);
-                        let _ = lease::release(&**file);
-                    }
-                    mine
-                });
-                std::thread::park_timeout(LEASE_POLL);
-            }
-        });
-        Self {
-            stop,
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Drop for LeaseKeeper {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
-    }
 }

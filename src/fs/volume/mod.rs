@@ -6,10 +6,12 @@ mod btrfs;
 mod fingerprints;
 mod images;
 mod kernel;
+mod locks;
+mod watch;
 mod xfs;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -28,8 +30,10 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts, ImageId, Proof, proof_of};
 use crate::fingerprint::Function;
-use crate::pool::{Found, Skipped};
+use crate::pool::users::FileId;
+use crate::pool::{Found, Named, Skipped};
 use crate::spill::SpillVec;
+use crate::sys::beneath::Folder;
 use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
 use crate::sys::encoded_write::write_frame;
@@ -66,13 +70,17 @@ pub struct Mapped {
 pub struct Volume {
     info: FsInfo,
     images: Vec<Image>,
+    /// Files that were found and are left alone.
+    left_alone: BTreeMap<FileId, PathBuf>,
     /// A folder on the filesystem where donors are made; they have no name there.
-    scratch: PathBuf,
+    scratch: Folder,
+    /// Its path, for messages.
+    scratch_path: PathBuf,
     donors: Mutex<Vec<Donor>>,
     holes: Mutex<[Option<std::sync::Arc<File>>; 2]>,
     /// Whether the kernel takes compressed extents as they are; asked when the first are to be written.
     takes_frames: OnceLock<bool>,
-    _leases: Option<images::LeaseKeeper>,
+    _watch: Option<watch::Watch>,
     _run_lock: File,
 }
 
@@ -88,50 +96,44 @@ impl Volume {
     ///
     /// # Errors
     /// Off btrfs and XFS with reflinks, on btrfs without root, or where images lie on two filesystems.
-    pub fn open(images: &[Found], named: &[PathBuf], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
-        let info = same_filesystem(named)?;
+    pub fn open(found: &[Found], named: &[Named], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
+        let (info, first) = same_filesystem(named)?;
         if matches!(info.kind, Kind::Btrfs { .. }) && !rustix::process::geteuid().is_root() {
             return Err(Error::NotRoot);
         }
-        let first = images.first().map_or(&named[0], |image| &image.path);
-        let scratch = if first.is_dir() {
-            first.as_path()
-        } else {
-            first.parent().unwrap_or(first)
-        };
-        let folder = File::open(scratch).map_err(Error::io("open", scratch))?;
         if purpose == Purpose::Change {
             let release = kernel::release();
             if kernel::verdict(release, info.kind) == Verdict::Refuse {
                 return Err(Error::Kernel { release });
             }
-            let mount = rustix::fs::fstatvfs(&folder).map_err(Error::io("look at", scratch))?;
+            let mount = rustix::fs::fstatvfs(&first.folder).map_err(Error::io("look at", &first.root))?;
             if mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
                 return Err(Error::ReadOnly {
-                    path: scratch.to_owned(),
+                    path: first.root.clone(),
                 });
             }
         }
-        let run_lock = lock_filesystem(&info, purpose, scratch)?;
-        let (images, skipped, leases) = images::open(images, &info, purpose)?;
-        let scratch = if purpose == Purpose::Change {
-            folder_for_donors(&images, scratch)
-        } else {
-            scratch
-        }
-        .to_owned();
-        let opened = Self {
+        // Before any image is opened, which would break the leases of another run.
+        let run_lock = locks::lock_filesystem(&info, purpose, &first.root)?;
+        let opened = images::open(found, &info, purpose)?;
+        let for_donors = (purpose == Purpose::Change)
+            .then(|| folder_for_donors(found, &opened.images, &info))
+            .flatten();
+        let (scratch, scratch_path) = for_donors.unwrap_or_else(|| (first.folder.clone(), first.root.clone()));
+        let volume = Self {
             info,
-            images,
+            images: opened.images,
+            left_alone: opened.left_alone,
             scratch,
+            scratch_path,
             donors: Mutex::default(),
             holes: Mutex::default(),
             takes_frames: OnceLock::new(),
-            _leases: leases,
+            _watch: opened.watch,
             _run_lock: run_lock,
         };
-        opened.sync()?;
-        Ok((opened, skipped))
+        volume.sync()?;
+        Ok((volume, opened.skipped))
     }
 
     /// The images, by their numbers.
@@ -252,7 +254,7 @@ impl Volume {
         const AT_ONCE: usize = 256 * AHEAD;
         let place_of = |slot: u32| {
             let place = facts.place_of(slot..slot + 1).ok_or_else(|| Error::Metadata {
-                path: self.scratch.clone(),
+                path: self.scratch_path.clone(),
                 problem: format!("no image reaches block {slot}"),
             })?;
             Ok((SourceFile::Image(place.image), bytes(place.file_block)))
@@ -295,17 +297,13 @@ impl Volume {
         clone_range(&*self.images[image as usize].file, offset, file, file_offset, length)
     }
 
-    fn any_fd(&self) -> Result<File> {
-        File::open(&self.scratch).map_err(Error::io("open", &self.scratch))
-    }
-
     fn sync(&self) -> Result<()> {
-        rustix::fs::syncfs(self.any_fd()?).map_err(Error::io("sync the filesystem of", &self.scratch))
+        rustix::fs::syncfs(&self.scratch).map_err(Error::io("sync the filesystem of", &self.scratch_path))
     }
 
     fn search(&self, tree: u64, first: Key, last: Key, visit: impl FnMut(Key, &[u8]) -> Option<Key>) -> Result<()> {
-        tree_search::<MANY>(self.any_fd()?, tree, first, last, visit)
-            .map_err(Error::io("read the extent map of", &self.scratch))
+        tree_search::<MANY>(&self.scratch, tree, first, last, visit)
+            .map_err(Error::io("read the extent map of", &self.scratch_path))
     }
 
     fn unnamed_file(&self) -> Result<File> {
@@ -338,7 +336,7 @@ impl Volume {
             groups: 0,
         };
         if !self.frees_blocks() {
-            set_class(&file, plain).map_err(Error::io("make a donor in", &self.scratch))?;
+            set_class(&file, plain).map_err(Error::io("make a donor in", &self.scratch_path))?;
         }
         let size = self
             .images
@@ -348,7 +346,7 @@ impl Volume {
             .unwrap_or(0)
             .next_multiple_of(BLOCK_BYTES);
         file.set_len(size)
-            .map_err(Error::io("make a donor in", &self.scratch))?;
+            .map_err(Error::io("make a donor in", &self.scratch_path))?;
         Ok(slot.insert(std::sync::Arc::new(file)).clone())
     }
 
@@ -360,57 +358,33 @@ impl Volume {
             }
             SourceFile::Donor(donor) => {
                 let file = lock(&self.donors)[donor].file.clone();
-                work(&file, &self.scratch)
+                work(&file, &self.scratch_path)
             }
-            SourceFile::Hole { checksummed } => work(&*self.hole(checksummed)?, &self.scratch),
+            SourceFile::Hole { checksummed } => work(&*self.hole(checksummed)?, &self.scratch_path),
         }
     }
 }
 
-/// Keeps other runs of vmfold off a filesystem: opening an image breaks the lease that another run has on it.
-fn lock_filesystem(info: &FsInfo, purpose: Purpose, scratch: &Path) -> Result<File> {
-    let locks = folder_for_locks();
-    let path = locks.join(crate::index::hex(&info.uuid));
-    std::fs::create_dir_all(&locks).map_err(Error::io("make the folder", &locks))?;
-    let file = File::create(&path).map_err(Error::io("make the lock", &path))?;
-    let locked = match purpose {
-        Purpose::Look | Purpose::Read => file.try_lock_shared(),
-        Purpose::Plan | Purpose::Change => file.try_lock(),
-    };
-    match locked {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::Busy {
-            path: scratch.to_owned(),
-        }),
-        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
-    }
-}
-
-/// A folder that is gone at the next boot, like whoever held a lock there. Runs of different users do not see each other there, but
-/// by their leases.
-fn folder_for_locks() -> PathBuf {
-    let user = rustix::process::geteuid();
-    let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !user.is_root() && !folder.is_empty());
-    match own {
-        Some(folder) => Path::new(&folder).join("vmfold"),
-        None if user.is_root() => "/run/vmfold".into(),
-        None => std::env::temp_dir().join(format!("vmfold-{}", user.as_raw())),
-    }
-}
-
-fn unnamed_file_in(folder: &Path) -> rustix::io::Result<File> {
+fn unnamed_file_in(folder: &Folder) -> rustix::io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR).map(File::from)
+    rustix::fs::openat(folder, ".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
 }
 
-/// The first folder of an image where a donor can be made: those in read-only snapshots are none.
-fn folder_for_donors<'a>(images: &'a [Image], otherwise: &'a Path) -> &'a Path {
-    let folders = images.iter().filter_map(|image| image.path.parent());
+/// The first folder of an image where a donor can be made, with its path: those in read-only snapshots are none.
+fn folder_for_donors(found: &[Found], images: &[Image], info: &FsInfo) -> Option<(Folder, PathBuf)> {
+    let by_path: BTreeMap<&Path, &Found> = found.iter().map(|found| (found.path.as_path(), found)).collect();
     let mut tried = BTreeSet::new();
-    let mut folders = folders.filter(|folder| tried.insert(folder.to_owned()));
-    folders
-        .find(|folder| unnamed_file_in(folder).is_ok())
-        .unwrap_or(otherwise)
+    let mut folders = images.iter().filter_map(|image| {
+        let path = image.path.parent()?;
+        let folder = by_path.get(image.path.as_path())?;
+        tried.insert(path.to_owned()).then(|| (folder, path))
+    });
+    folders.find_map(|(found, path)| {
+        let folder = found.open_folder().ok()?;
+        // What moved since may lie anywhere.
+        let is_here = fs_info(&folder).is_ok_and(|its| its == *info);
+        (is_here && unnamed_file_in(&folder).is_ok()).then(|| (folder, path.to_owned()))
+    })
 }
 
 /// `FS_NOCOMP_FL` (uapi/linux/fs.h): the filesystem's own compression is not for this file.
@@ -443,19 +417,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Checks that all paths lie on one filesystem that vmfold can work on.
-fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
-    let mut first: Option<(&PathBuf, FsInfo)> = None;
-    for path in named {
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        let info = match fs_info(&file) {
+/// Checks that all that was named lies on one filesystem that vmfold can work on.
+fn same_filesystem(named: &[Named]) -> Result<(FsInfo, &Named)> {
+    let mut first: Option<(&Named, FsInfo)> = None;
+    for one in named {
+        let path = &one.path;
+        let info = match fs_info(&one.folder) {
             Ok(FsInfo {
                 kind: Kind::Xfs { reflinks: false, .. },
                 ..
             }) => return Err(Error::NoReflinks { path: path.clone() }),
             Ok(info) => info,
             Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => {
-                let magic = rustix::fs::fstatfs(&file).map_err(Error::io("look at", path))?.f_type;
+                let magic = rustix::fs::fstatfs(&one.folder)
+                    .map_err(Error::io("look at", path))?
+                    .f_type;
                 return Err(Error::NoSharing {
                     path: path.clone(),
                     filesystem: name_of_magic(magic),
@@ -472,16 +448,16 @@ fn same_filesystem(named: &[PathBuf]) -> Result<FsInfo> {
         match first {
             Some((other, known)) if known != info => {
                 return Err(Error::TwoFilesystems {
-                    first: other.clone(),
+                    first: other.path.clone(),
                     second: path.clone(),
                 });
             }
             Some(_) => {}
-            None => first = Some((path, info)),
+            None => first = Some((one, info)),
         }
     }
     first
-        .map(|(_, info)| info)
+        .map(|(named, info)| (info, named))
         .ok_or_else(|| Error::Usage("name at least one path".into()))
 }
 
@@ -555,13 +531,13 @@ impl Sharing for Volume {
     }
 
     fn free_bytes(&self) -> Result<u64> {
-        let free = rustix::fs::statvfs(&self.scratch).map_err(Error::io("look at", &self.scratch))?;
+        let free = rustix::fs::fstatvfs(&self.scratch).map_err(Error::io("look at", &self.scratch_path))?;
         Ok(free.f_bavail.saturating_mul(free.f_frsize))
     }
 
     fn create_donor(&self, class: Class) -> Result<usize> {
         let file = self.unnamed_file()?;
-        set_class(&file, class).map_err(Error::io("make a donor in", &self.scratch))?;
+        set_class(&file, class).map_err(Error::io("make a donor in", &self.scratch_path))?;
         let mut donors = lock(&self.donors);
         donors.push(Donor {
             file: std::sync::Arc::new(file),
@@ -642,12 +618,12 @@ impl Sharing for Volume {
             kind: EXTENT_ITEM,
             offset,
         };
-        tree_search::<FEW>(self.any_fd()?, EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
+        tree_search::<FEW>(&self.scratch, EXTENT_TREE, key(0), key(u64::MAX), |key, item| {
             found |=
                 key.object == address && btrfs::extent_item(item).is_some_and(|extent| extent.generation == generation);
             None
         })
-        .map_err(Error::io("read the extent tree of", &self.scratch))?;
+        .map_err(Error::io("read the extent tree of", &self.scratch_path))?;
         Ok(found)
     }
 
@@ -665,9 +641,9 @@ impl Volume {
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
                 doing: "writing a donor",
-                path: self.scratch.clone(),
+                path: self.scratch_path.clone(),
             },
-            _ => Error::io("write a donor in", &self.scratch)(error),
+            _ => Error::io("write a donor in", &self.scratch_path)(error),
         }
     }
 }

@@ -362,7 +362,7 @@ impl Volume {
     fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
         let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
         let mut others = SpillVec::new();
-        let asked = shared_blocks(self.any_fd()?, |blocks| {
+        let asked = shared_blocks(&self.scratch, |blocks| {
             if !mine.contains(&blocks.inode) {
                 others.push(blocks);
             }
@@ -370,7 +370,7 @@ impl Volume {
         match asked {
             Ok(()) => Ok(Some(others)),
             Err(rustix::io::Errno::PERM) => Ok(None),
-            Err(errno) => Err(Error::io("read the reverse map of", &self.scratch)(errno)),
+            Err(errno) => Err(Error::io("read the reverse map of", &self.scratch_path)(errno)),
         }
     }
 

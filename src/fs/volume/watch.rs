@@ -1,0 +1,177 @@
+//! Notices when someone else opens an image, and lets them go on at once.
+//!
+//! A lease on a file that nobody else has open tells that it is idle, but whoever opens it then has to wait until it is given back,
+//! and is refused if he does not want to wait (`O_NONBLOCK`, as libvirt looks at images). So the lease becomes one that only keeps
+//! off writers, and `inotify` tells of all others: reading what is being shared is harmless, since its bytes stay the same.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::io::Errno;
+use signal_hook::consts::SIGIO;
+
+use super::lock;
+use crate::sys::lease::{self, Lease};
+use crate::sys::priority::Urgency;
+
+/// How long the thread sleeps at most. The kernel wakes it before when there is something to do; this is for signals that got lost.
+const SLEEP: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 250_000_000,
+};
+
+/// Watches images from a thread of its own, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Watch {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    signal: Option<signal_hook::SigId>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    images: Mutex<Vec<Watched>>,
+    opens: Option<OwnedFd>,
+    /// What wakes the thread: whatever is written to the first is read from the second.
+    wake: (UnixStream, UnixStream),
+    ends: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Watched {
+    file: Arc<File>,
+    lease: Lease,
+    /// Its number in `opens`.
+    number: Option<i32>,
+    revoked: Arc<AtomicBool>,
+}
+
+impl Watch {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// Those of making what wakes it.
+    pub(super) fn start() -> std::io::Result<Self> {
+        lease::prepare();
+        let wake = UnixStream::pair()?;
+        wake.1.set_nonblocking(true)?;
+        let signal = signal_hook::low_level::pipe::register(SIGIO, wake.0.try_clone()?)?;
+        let shared = Arc::new(Shared {
+            images: Mutex::default(),
+            // Without it the leases keep off readers, too.
+            opens: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok(),
+            wake,
+            ends: AtomicBool::new(false),
+        });
+        let thread = std::thread::spawn({
+            let shared = shared.clone();
+            move || shared.run()
+        });
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+            signal: Some(signal),
+        })
+    }
+
+    /// Takes a lease on an image and watches it. What is returned is set once someone else wants the image.
+    ///
+    /// # Errors
+    /// `EAGAIN` if someone has it open already.
+    pub(super) fn add(&self, file: &Arc<File>, lease: Lease) -> Result<Arc<AtomicBool>, Errno> {
+        // Who opens it from here on is noticed, be it while the lease changes.
+        let mut images = lock(&self.shared.images);
+        lease::take(&**file, lease)?;
+        let mut watched = Watched {
+            file: file.clone(),
+            lease,
+            number: None,
+            revoked: Arc::default(),
+        };
+        if lease == Lease::All
+            && let Some(opens) = &self.shared.opens
+            && let Ok(number) =
+                inotify::add_watch(opens, format!("/proc/self/fd/{}", file.as_raw_fd()), WatchFlags::OPEN)
+            && lease::take(&**file, Lease::Writers).is_ok()
+        {
+            (watched.number, watched.lease) = (Some(number), Lease::Writers);
+        }
+        let revoked = watched.revoked.clone();
+        images.push(watched);
+        Ok(revoked)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.ends.store(true, Ordering::Release);
+        let _ = std::io::Write::write(&mut &self.shared.wake.0, &[0]);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        if let Some(signal) = self.signal.take() {
+            signal_hook::low_level::unregister(signal);
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        let urgency = Urgency::of_this_thread();
+        while !self.ends.load(Ordering::Acquire) {
+            let mut sources = vec![PollFd::new(&self.wake.1, PollFlags::IN)];
+            sources.extend(self.opens.as_ref().map(|opens| PollFd::new(opens, PollFlags::IN)));
+            // An interruption is a reason to look, like any other.
+            let _ = poll(&mut sources, Some(&SLEEP));
+            let mut buffer = [0; 64];
+            while std::io::Read::read(&mut &self.wake.1, &mut buffer).is_ok_and(|read| read > 0) {}
+            let opened = self.opened();
+            let mut images = lock(&self.images);
+            if self.revoke(&mut images, &opened) {
+                urgency.raise();
+            } else {
+                urgency.settle();
+            }
+        }
+    }
+
+    /// The numbers of the images that were opened; `None` stands for any, where there were more than the kernel remembers.
+    fn opened(&self) -> Vec<Option<i32>> {
+        let Some(opens) = &self.opens else {
+            return Vec::new();
+        };
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(opens, &mut buffer);
+        let mut opened = Vec::new();
+        while let Ok(event) = events.next() {
+            if event.events().contains(ReadFlags::QUEUE_OVERFLOW) {
+                opened.push(None);
+            } else if event.events().contains(ReadFlags::OPEN) {
+                opened.push(Some(event.wd()));
+            }
+        }
+        opened
+    }
+
+    /// Gives back what someone wants, and says whether there was any.
+    fn revoke(&self, images: &mut MutexGuard<'_, Vec<Watched>>, opened: &[Option<i32>]) -> bool {
+        let before = images.len();
+        images.retain(|image| {
+            let is_opened = opened.iter().any(|number| number.is_none() || *number == image.number);
+            let is_mine = lease::is_held(&*image.file, image.lease) && !is_opened;
+            if !is_mine {
+                // First no call begins any more, then the opener goes on.
+                image.revoked.store(true, Ordering::Release);
+                let _ = lease::release(&*image.file);
+            }
+            is_mine
+        });
+        images.len() < before
+    }
+}
