@@ -17,6 +17,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
+pub use mounts::{MountedAt, mounted_at};
 pub use naming::{Kind, Revision, kind_of, machine_of, revision_of};
 pub use qubes::qubes_folders;
 

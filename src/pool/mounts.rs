@@ -1,6 +1,7 @@
 //! What is mounted where: `/proc/self/mountinfo` (proc(5)), and filesystems named by device or UUID.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,28 @@ pub(super) struct Mount {
     pub(super) root: PathBuf,
     /// Where.
     pub(super) folder: PathBuf,
+    /// The kind of filesystem.
+    pub(super) kind: PathBuf,
     /// The device.
     pub(super) source: PathBuf,
+}
+
+/// A folder where part of a filesystem is mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountedAt {
+    /// What of the filesystem is mounted: `/`, or a subvolume.
+    pub root: PathBuf,
+    /// Where.
+    pub folder: PathBuf,
+}
+
+/// Where a filesystem of a kind is mounted. `is_it` tells it from others of its kind by an open folder.
+pub fn mounted_at(kind: &str, is_it: impl Fn(&File) -> bool) -> Vec<MountedAt> {
+    let mut here = mounts();
+    here.retain(|mount| mount.kind == Path::new(kind) && File::open(&mount.folder).is_ok_and(|folder| is_it(&folder)));
+    here.into_iter()
+        .map(|Mount { root, folder, .. }| MountedAt { root, folder })
+        .collect()
 }
 
 /// All mounts that can be seen.
@@ -23,14 +44,19 @@ pub(super) fn mounts() -> Vec<Mount> {
     parse(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
 }
 
-/// Fields 4 and 5 of each line, and the second behind the dash.
+/// Fields 4 and 5 of each line, and the first two behind the dash.
 fn parse(text: &[u8]) -> Vec<Mount> {
     let mounts = text.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ').skip(3);
         let (root, folder) = (unescape(fields.next()?), unescape(fields.next()?));
-        let mut rest = fields.skip_while(|field| *field != b"-").skip(2);
-        let source = unescape(rest.next()?);
-        Some(Mount { root, folder, source })
+        let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
+        let (kind, source) = (unescape(rest.next()?), unescape(rest.next()?));
+        Some(Mount {
+            root,
+            folder,
+            kind,
+            source,
+        })
     });
     mounts.collect()
 }
@@ -155,11 +181,13 @@ mod tests {
             Mount {
                 root: "/@home".into(),
                 folder: "/mnt/a b".into(),
+                kind: "btrfs".into(),
                 source: "/dev/loop1".into(),
             },
             Mount {
                 root: "/".into(),
                 folder: name(b"/mnt/\xff"),
+                kind: "xfs".into(),
                 source: name(b"/dev/\xfe"),
             },
         ];
@@ -169,7 +197,7 @@ mod tests {
     #[test]
     fn what_the_kernel_makes_up_is_not_searched() {
         for folder in ["/proc", "/sys"] {
-            assert!(!is_on_disk(std::fs::File::open(folder).unwrap()));
+            assert!(!is_on_disk(File::open(folder).unwrap()));
         }
     }
 

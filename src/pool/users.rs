@@ -165,6 +165,7 @@ mod tests {
     fn mounts_are_told_from_devices_with_longer_names() {
         let mount = |folder: &str, source: &str| Mount {
             root: "/".into(),
+            kind: "ext4".into(),
             folder: folder.into(),
             source: source.into(),
         };

@@ -142,6 +142,8 @@ mod tests {
 
     use super::*;
 
+    type Open = fn(&Folder, &Path, OFlags) -> Result<OwnedFd>;
+
     #[test]
     fn nothing_leads_out() {
         let (outside, inside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -152,7 +154,6 @@ mod tests {
         symlink(outside.path().join("c"), inside.path().join("a/file")).unwrap();
         symlink("b", inside.path().join("a/inner")).unwrap();
         let root = Folder::open(inside.path()).unwrap();
-        type Open = fn(&Folder, &Path, OFlags) -> Result<OwnedFd>;
         for open in [Folder::open_below as Open, Folder::open_by_components] {
             let opens = |path: &str| open(&root, Path::new(path), OFlags::RDONLY | OFlags::NOFOLLOW).is_ok();
             assert!(opens("a/b/c") && opens("a") && opens("./a/b"));

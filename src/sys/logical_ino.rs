@@ -1,6 +1,9 @@
 //! `BTRFS_IOC_LOGICAL_INO_V2` and `BTRFS_IOC_INO_PATHS`: who refers to an extent, snapshots included.
 
+use std::ffi::OsStr;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use linux_raw_sys::btrfs::{btrfs_ioctl_ino_lookup_args, btrfs_ioctl_logical_ino_args};
 use rustix::io::Result;
@@ -95,7 +98,7 @@ fn lookup_args(treeid: u64, objectid: u64) -> btrfs_ioctl_ino_lookup_args {
 ///
 /// # Errors
 /// `ENOENT` if there is none.
-pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<String> {
+pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<PathBuf> {
     /// `BTRFS_INODE_REF_KEY`: its offset is the parent directory, its data an index (u64), a length (u16) and the name, for each link.
     const INODE_REF: u8 = 12;
     use super::tree_search::{FEW, Key, tree_search};
@@ -116,16 +119,19 @@ pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<String>
         None
     })?;
     let parent = parent.ok_or(rustix::io::Errno::NOENT)?;
-    let mut args = lookup_args(root, parent);
+    Ok(path_of_folder(fd, root, parent)?.join(OsStr::from_bytes(&name)))
+}
+
+/// The path of a folder, by its inode, in subvolume `root`, relative to that subvolume.
+///
+/// # Errors
+/// `ENOENT` if there is none.
+pub fn path_of_folder(fd: impl AsFd, root: u64, inode: u64) -> Result<PathBuf> {
+    let mut args = lookup_args(root, inode);
     // SAFETY: the opcode takes a pointer to exactly this structure.
     unsafe { ioctl(fd, Updater::<BTRFS_IOC_INO_LOOKUP, _>::new(&mut args)) }?;
-    // The kernel ends the directory's path with a slash.
-    let mut path: Vec<u8> = args
-        .name
-        .iter()
-        .map(|byte| byte.cast_unsigned())
-        .take_while(|byte| *byte != 0)
-        .collect();
-    path.extend_from_slice(&name);
-    Ok(String::from_utf8_lossy(&path).into_owned())
+    // The kernel ends the path with a slash.
+    let path = args.name.iter().map(|byte| byte.cast_unsigned());
+    let path: Vec<u8> = path.take_while(|byte| *byte != 0).collect();
+    Ok(PathBuf::from(OsStr::from_bytes(&path)))
 }

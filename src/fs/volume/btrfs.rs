@@ -1,7 +1,7 @@
 //! What images map: file extents from their subvolumes' trees, reference counts from the extent tree, other holders from
 //! back references.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 
 use super::kernel;
 use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, Mapped, ROOT_ITEM, ROOT_TREE, Volume, blocks};
@@ -366,46 +366,6 @@ impl Volume {
             }
             Ok(None) | Err(_) => Ok(true),
         }
-    }
-
-    /// Names of files outside the pool that hold extents, the largest extents first, with the bytes they hold.
-    ///
-    /// # Errors
-    /// Those of reading metadata.
-    pub(super) fn names_of_holders_btrfs(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
-        /// Extents asked for: enough to name who matters.
-        const EXTENTS_MAX: usize = 64;
-        let mut held: Vec<&Extent> = facts
-            .extents
-            .iter()
-            .filter(|extent| extent.pinned == Some(Pinned::HeldByOthers))
-            .collect();
-        held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
-        let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
-        let (mut bytes, mut names) = (BTreeMap::new(), BTreeMap::new());
-        for extent in held.into_iter().take(EXTENTS_MAX) {
-            let holders = logical_ino::holders(&*self.images[0].file, extent.address)
-                .ok()
-                .flatten()
-                .unwrap_or_default();
-            let others: HashSet<_> = holders
-                .iter()
-                .map(|holder| (holder.root, holder.inode))
-                .filter(|one| !mine.contains(one))
-                .collect();
-            for other in others {
-                *bytes.entry(other).or_insert(0u64) += extent.disk_bytes;
-            }
-        }
-        let fd = &self.scratch;
-        for ((root, inode), bytes) in bytes {
-            let name = logical_ino::path_in_subvolume(fd, root, inode).map_or_else(
-                |_| format!("inode {inode} of subvolume {root}"),
-                |path| format!("{path} (subvolume {root})"),
-            );
-            *names.entry(name).or_insert(0) += bytes;
-        }
-        Ok(names)
     }
 }
 

@@ -4,6 +4,7 @@
 mod accounting;
 mod btrfs;
 mod fingerprints;
+mod holders;
 mod images;
 mod kernel;
 mod locks;
@@ -208,13 +209,14 @@ impl Volume {
         }
     }
 
-    /// Names of files outside the pool that hold extents, the largest extents first, with the bytes they hold.
+    /// Names of files that hold extents and are none of the images that are worked on, the largest extents first, with the bytes
+    /// they hold.
     ///
     /// # Errors
     /// Those of reading metadata.
     pub fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
         match self.info.kind {
-            Kind::Btrfs { .. } => self.names_of_holders_btrfs(facts),
+            Kind::Btrfs { .. } => Ok(self.names_of_holders_btrfs(facts)),
             Kind::Xfs { reverse_map, .. } => self.names_of_holders_xfs(facts, reverse_map),
         }
     }
@@ -377,7 +379,7 @@ fn folder_for_donors(found: &[Found], images: &[Image], info: &FsInfo) -> Option
     let mut folders = images.iter().filter_map(|image| {
         let path = image.path.parent()?;
         let folder = by_path.get(image.path.as_path())?;
-        tried.insert(path.to_owned()).then(|| (folder, path))
+        tried.insert(path.to_owned()).then_some((folder, path))
     });
     folders.find_map(|(found, path)| {
         let folder = found.open_folder().ok()?;

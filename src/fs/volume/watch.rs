@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -133,7 +133,7 @@ impl Shared {
             while std::io::Read::read(&mut &self.wake.1, &mut buffer).is_ok_and(|read| read > 0) {}
             let opened = self.opened();
             let mut images = lock(&self.images);
-            if self.revoke(&mut images, &opened) {
+            if revoke(&mut images, &opened) {
                 urgency.raise();
             } else {
                 urgency.settle();
@@ -158,20 +158,92 @@ impl Shared {
         }
         opened
     }
+}
 
-    /// Gives back what someone wants, and says whether there was any.
-    fn revoke(&self, images: &mut MutexGuard<'_, Vec<Watched>>, opened: &[Option<i32>]) -> bool {
-        let before = images.len();
-        images.retain(|image| {
-            let is_opened = opened.iter().any(|number| number.is_none() || *number == image.number);
-            let is_mine = lease::is_held(&*image.file, image.lease) && !is_opened;
-            if !is_mine {
-                // First no call begins any more, then the opener goes on.
-                image.revoked.store(true, Ordering::Release);
-                let _ = lease::release(&*image.file);
-            }
-            is_mine
-        });
-        images.len() < before
+/// Gives back what someone wants, and says whether there was any.
+fn revoke(images: &mut Vec<Watched>, opened: &[Option<i32>]) -> bool {
+    let before = images.len();
+    images.retain(|image| {
+        let is_opened = opened.iter().any(|number| number.is_none() || *number == image.number);
+        let is_mine = lease::is_held(&*image.file, image.lease) && !is_opened;
+        if !is_mine {
+            // First no call begins any more, then the opener goes on.
+            image.revoked.store(true, Ordering::Release);
+            let _ = lease::release(&*image.file);
+        }
+        is_mine
+    });
+    images.len() < before
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{Mode, OFlags};
+
+    use super::*;
+
+    fn image() -> (tempfile::NamedTempFile, Arc<File>) {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let path = named.into_temp_path();
+        let file = File::open(&path).unwrap();
+        (
+            tempfile::NamedTempFile::from_parts(file.try_clone().unwrap(), path),
+            Arc::new(file),
+        )
+    }
+
+    fn becomes_set(revoked: &AtomicBool) -> bool {
+        let since = Instant::now();
+        while !revoked.load(Ordering::Acquire) && since.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        revoked.load(Ordering::Acquire)
+    }
+
+    #[test]
+    fn who_only_looks_is_let_through_and_noticed() {
+        let watch = Watch::start().unwrap();
+        let ((named, file), (_other_named, other)) = (image(), image());
+        let revoked = watch.add(&file, Lease::All).unwrap();
+        let untouched = watch.add(&other, Lease::All).unwrap();
+        // As libvirt looks at images: it would rather fail than wait.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let looked = rustix::fs::open(named.path(), flags, Mode::empty());
+        assert!(looked.is_ok(), "{looked:?}");
+        assert!(becomes_set(&revoked));
+        assert!(!untouched.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn who_writes_waits_for_a_moment_only() {
+        let watch = Watch::start().unwrap();
+        for lease in [Lease::All, Lease::Writers] {
+            let (named, file) = image();
+            let revoked = watch.add(&file, lease).unwrap();
+            // The kernel would take the lease away after 45 seconds, and let him through without our doing.
+            let since = Instant::now();
+            let opened = File::options().write(true).open(named.path());
+            assert!(opened.is_ok(), "{opened:?}");
+            assert!(since.elapsed() < Duration::from_secs(20));
+            assert!(
+                revoked.load(Ordering::Acquire),
+                "no call may begin once the opener goes on"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_open_elsewhere_is_not_taken() {
+        let watch = Watch::start().unwrap();
+        let (named, file) = image();
+        let reader = File::open(named.path()).unwrap();
+        assert_eq!(watch.add(&file, Lease::All).unwrap_err(), Errno::AGAIN);
+        drop(reader);
+        assert!(watch.add(&file, Lease::All).is_ok());
+        let (named, file) = image();
+        let _writer = File::options().write(true).open(named.path()).unwrap();
+        assert_eq!(watch.add(&file, Lease::Writers).unwrap_err(), Errno::AGAIN);
     }
 }

@@ -359,7 +359,7 @@ impl Volume {
     }
 
     /// Blocks that files outside the pool share with something. None where only root may ask, and nobody did.
-    fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
+    pub(super) fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
         let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
         let mut others = SpillVec::new();
         let asked = shared_blocks(&self.scratch, |blocks| {
@@ -372,26 +372,5 @@ impl Volume {
             Err(rustix::io::Errno::PERM) => Ok(None),
             Err(errno) => Err(Error::io("read the reverse map of", &self.scratch_path)(errno)),
         }
-    }
-
-    /// Files outside the pool that hold extents, by their inodes: XFS has no call that tells their names.
-    pub(super) fn names_of_holders_xfs(&self, facts: &Facts, reverse_map: bool) -> Result<BTreeMap<String, u64>> {
-        let mut held = BTreeMap::new();
-        if !reverse_map {
-            return Ok(held);
-        }
-        for other in self.others()?.unwrap_or_default() {
-            let end = other.address + other.length;
-            let extents = &facts.extents;
-            let first = extents.partition_point(|extent| extent.address + extent.disk_bytes <= other.address);
-            let over = extents[first..].iter().take_while(|extent| extent.address < end);
-            let shared: u64 = over
-                .map(|extent| (extent.address + extent.disk_bytes).min(end) - extent.address.max(other.address))
-                .sum();
-            if shared > 0 {
-                *held.entry(format!("inode {}", other.inode)).or_default() += shared;
-            }
-        }
-        Ok(held)
     }
 }
