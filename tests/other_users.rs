@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Mounted, Random, build_pool, can_mount, reflink, sh, state_of};
+use common::{Mounted, Random, can_mount, reflink, sh, state_of};
 use serde_json::Value;
 use vmfold::sys::lease::{self, Lease};
 
@@ -267,40 +267,39 @@ fn a_folder_swapped_for_a_link_gives_nothing_away() {
 
 #[test]
 fn donors_stay_on_the_filesystem_of_the_images() {
+    const ROUNDS: u64 = 16;
     if !can_mount() {
         return;
     }
     let (fs, others) = (Mounted::btrfs(), Mounted::btrfs());
     let pool = fs.pool();
-    build_pool(&pool, 41);
     // Donors are made in the folder of the first image.
-    let theirs = pool.join("a-theirs");
+    let (theirs, link) = (pool.join("a-theirs"), fs.mount.join("link"));
     std::fs::create_dir(&theirs).unwrap();
-    reflink(&pool.join("vm-templates/b/root.img"), &theirs.join("a.img"));
-    symlink(others.pool(), pool.join("link")).unwrap();
-    sh(&format!("sync -f {}", pool.display()));
-    let images: Vec<PathBuf> = [
-        "appvms/work/private.img",
-        "vm-templates/a/root.img",
-        "vm-templates/b/root.img",
-    ]
-    .iter()
-    .map(|name| pool.join(name))
-    .collect();
-    let mut mine: HashSet<[u8; 32]> = HashSet::new();
-    images.iter().for_each(|image| mine.extend(blocks_of(image)));
-    let before: Vec<_> = images.iter().map(|image| state_of(image)).collect();
+    symlink(others.pool(), &link).unwrap();
+    std::fs::write(theirs.join("a.img"), Random(9).data(1 << 20)).unwrap();
+    let common = Random(10).data(2 << 20);
+    std::fs::write(pool.join("first.img"), &common).unwrap();
     let mut rewritten = 0;
-    while_swapping(&theirs, &pool.join("link"), || {
-        for _ in 0..6 {
-            let output = fs.vmfold("--json reclaim --min-run 4K --work-space 8M");
+    while_swapping(&theirs, &link, || {
+        for round in 0..ROUNDS {
+            // Half of it is known, so that the other half moves to a donor.
+            let content = [common.clone(), Random(100 + round).data(2 << 20)].concat();
+            std::fs::write(pool.join(format!("image{round}.img")), content).unwrap();
+            sh(&format!("sync -f {}", pool.display()));
+            let before = state_of(&pool.join("first.img"));
+            let output = fs.vmfold("--json reclaim --min-run 4K");
             let done = json(&output);
             assert!(matches!(output.status.code(), Some(0 | 3)), "{done} {}", text(&output));
             rewritten += done["done"]["counts"]["written_bytes"].as_u64().unwrap();
+            assert_eq!(state_of(&pool.join("first.img")), before);
         }
     });
-    assert!(rewritten > 0, "nothing was rewritten");
-    assert_eq!(images.iter().map(|image| state_of(image)).collect::<Vec<_>>(), before);
+    assert!(rewritten > ROUNDS << 20, "{rewritten} bytes were rewritten");
+    let mut mine = HashSet::new();
+    for round in 0..ROUNDS {
+        mine.extend(blocks_of(&pool.join(format!("image{round}.img"))));
+    }
     common::unmount(&others.mount);
     let found = blocks_of(&others.device());
     assert_eq!(
