@@ -429,3 +429,29 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     // At 8 KiB two are so little that two revisions may share them at most; three are enough.
     assert_eq!(default, [vec![105; 2], vec![103; 22], vec![100; 6]].concat());
 }
+
+#[test]
+fn what_needs_an_image_that_someone_opened_is_not_begun() {
+    let mut fs = Simulated::default();
+    fs.faults.opened = Some((0, 0));
+    // Everything that is common lies in the first image; of each other one, a part would go to a donor.
+    let common: Vec<Content> = (1..64).collect();
+    let others = (1u64..20).map(|n| common.iter().copied().chain(10_000 * n..10_000 * n + 16).collect());
+    let images: Vec<Vec<Content>> = std::iter::once(common.iter().copied().chain(5000..5100).collect())
+        .chain(others)
+        .collect();
+    add_images(&fs, images);
+    let before = fs.allocated_bytes();
+    let (plan, ran) = reclaim(&fs, &Options::default());
+    assert!(plan.freed_bytes() > 19 * 40 * 4096);
+    assert_eq!(fs.allocated_bytes(), before, "what is begun and not ended takes more");
+    assert_eq!((ran.counts.calls, ran.counts.second_round_extents), (0, 0));
+    assert!(ran.opened_meanwhile.contains(&0) && ran.counts.abandoned_bytes > 0);
+    fs.faults = Faults::default();
+    fs.close_everyone_else();
+    let (plan, _) = reclaim(&fs, &Options::default());
+    assert_eq!(
+        i128::from(before - fs.allocated_bytes()),
+        i128::from(plan.freed_bytes())
+    );
+}

@@ -241,12 +241,21 @@ impl Run<'_> {
             return Ok(());
         }
         let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
-        // What needs a donor that is not there stays as it is: moving the rest of it would free nothing.
+        // What needs a donor that is not there, or an image that someone opened, stays as it is: moving the rest of it would free
+        // nothing.
         let has_all = |extent: &u32| plan.ops(facts, *extent).all(|op| call(fs, donor_files, &op).is_some());
+        let calls = |extent| plan.ops(facts, extent).filter_map(|op| call(fs, donor_files, &op));
+        let is_free = |extent: &u32| {
+            let is_free = calls(*extent).all(|call| opened(fs, &call).next().is_none());
+            if !is_free {
+                calls(*extent).for_each(|call| abandon(fs, &call, self.ran));
+            }
+            is_free
+        };
         let extents = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.extent);
-        let extents: SpillVec<u32> = extents.filter(has_all).collect();
+        let extents: SpillVec<u32> = extents.filter(has_all).filter(is_free).collect();
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let ran = &mut *self.ran;
@@ -307,17 +316,26 @@ fn split(call: Call) -> impl Iterator<Item = Call> {
     })
 }
 
-/// Makes one call. Where the bytes differ somewhere, the blocks that are equal are shared all the same.
-fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
+/// The images of a call that someone opened meanwhile.
+fn opened(fs: &dyn Sharing, call: &Call) -> impl Iterator<Item = ImageId> {
     let source = match call.source {
         SourceFile::Image(source) => Some(source),
         _ => None,
     };
-    let opened = [Some(call.image), source].into_iter().flatten();
-    let opened: BTreeSet<ImageId> = opened.filter(|image| !fs.may_touch(*image)).collect();
-    if !opened.is_empty() {
-        ran.counts.abandoned_bytes += call.length;
-        ran.opened_meanwhile.extend(opened);
+    let images = [Some(call.image), source].into_iter().flatten();
+    images.filter(|image| !fs.may_touch(*image))
+}
+
+/// Counts a call that is not made.
+fn abandon(fs: &dyn Sharing, call: &Call, ran: &mut Ran) {
+    ran.counts.abandoned_bytes += call.length;
+    ran.opened_meanwhile.extend(opened(fs, call));
+}
+
+/// Makes one call. Where the bytes differ somewhere, the blocks that are equal are shared all the same.
+fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
+    if opened(fs, &call).next().is_some() {
+        abandon(fs, &call, ran);
         return Ok(());
     }
     if ran
