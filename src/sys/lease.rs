@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+use linux_raw_sys::general::{F_OWNER_TID, F_SETOWN_EX, f_owner_ex};
 use rustix::io::Errno;
 
 use super::signals::ignore_sigio;
@@ -53,12 +54,29 @@ pub fn is_held(fd: impl AsFd, lease: Lease) -> bool {
     unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETLEASE) == lease.kind() }
 }
 
+/// Has the kernel tell one thread, and no other, when someone waits for the lease on a file: another may not get the processor for long.
+///
+/// # Errors
+/// `ESRCH` if there is no such thread.
+pub fn tell(fd: impl AsFd, thread: rustix::thread::Pid) -> Result<(), Errno> {
+    let owner = f_owner_ex {
+        type_: F_OWNER_TID.cast_signed(),
+        pid: thread.as_raw_nonzero().get(),
+    };
+    // SAFETY: the kernel reads the structure, which outlives the call.
+    let told = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_SETOWN_EX.cast_signed(), &raw const owner) };
+    if told == 0 { Ok(()) } else { Err(last_error()) }
+}
+
+fn last_error() -> Errno {
+    let error = std::io::Error::last_os_error().raw_os_error();
+    error.map_or(Errno::IO, Errno::from_raw_os_error)
+}
+
 fn set(fd: impl AsFd, kind: i32) -> Result<(), Errno> {
     // SAFETY: F_SETLEASE takes the lease type as an integer.
     match unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLEASE, kind) } {
         0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()
-            .raw_os_error()
-            .map_or(Errno::IO, Errno::from_raw_os_error)),
+        _ => Err(last_error()),
     }
 }

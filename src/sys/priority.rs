@@ -21,6 +21,34 @@ pub fn give_way() -> Result<()> {
     set(0, libc::SCHED_IDLE, CLASS_IDLE)
 }
 
+/// Keeps the calling thread out of the idle classes until it is dropped: what it does meanwhile, others may have to wait for. Where that
+/// is not permitted, all stays as it is.
+#[derive(Debug)]
+pub struct Hurry {
+    /// It holds for the thread that made it.
+    _thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Hurry {
+    /// Begins.
+    pub fn begin() -> Self {
+        if GIVES_WAY.load(Ordering::Acquire) {
+            let _ = set(0, libc::SCHED_OTHER, CLASS_NONE);
+        }
+        Self {
+            _thread: std::marker::PhantomData,
+        }
+    }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        if GIVES_WAY.load(Ordering::Acquire) {
+            let _ = set(0, libc::SCHED_IDLE, CLASS_IDLE);
+        }
+    }
+}
+
 /// Lifts the threads of this process out of the idle classes while somebody waits for what they hold: a call in the middle of which
 /// a thread does not get the processor keeps an image locked. Where that is not permitted, all stays as it is.
 #[derive(Debug)]
@@ -31,9 +59,8 @@ pub struct Urgency {
 impl Urgency {
     /// Takes the calling thread out of the idle classes for good: it is the one that notices who waits.
     pub fn of_this_thread() -> Self {
-        if GIVES_WAY.load(Ordering::Acquire) {
-            let _ = set(0, libc::SCHED_OTHER, CLASS_NONE);
-        }
+        // For good.
+        std::mem::forget(Hurry::begin());
         Self {
             is_raised: std::cell::Cell::new(false),
         }

@@ -21,6 +21,7 @@ use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
 use crate::sys::inode_flags::inode_flags;
 use crate::sys::lease::Lease;
 use crate::sys::logical_ino;
+use crate::sys::priority::Hurry;
 use crate::sys::tree_search::{FEW, Key, tree_search};
 
 /// `FS_VERITY_FL` (uapi/linux/fs.h): the file is sealed by fs-verity.
@@ -162,6 +163,8 @@ pub(super) struct Opened {
 /// Opens images.
 pub(super) fn open(found: &[Found], info: &FsInfo, purpose: Purpose) -> Result<Opened> {
     raise_file_limit();
+    // While a lease is being taken, whoever opens the image waits for this thread.
+    let _hurry = Hurry::begin();
     let watch = match purpose.lease() {
         Some(lease) => {
             let first = found.first().map_or(Path::new("/"), |image| &image.path);

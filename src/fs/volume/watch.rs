@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
+use rustix::thread::Pid;
 use signal_hook::consts::SIGIO;
 
 use super::lock;
@@ -31,6 +32,8 @@ const SLEEP: Timespec = Timespec {
 pub(super) struct Watch {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// The thread's number.
+    number: Pid,
     signal: Option<signal_hook::SigId>,
 }
 
@@ -69,11 +72,16 @@ impl Watch {
             wake,
             ends: AtomicBool::new(false),
         });
+        let (started, number) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::spawn({
             let shared = shared.clone();
-            move || shared.run()
+            move || {
+                let _ = started.send(rustix::thread::gettid());
+                shared.run();
+            }
         });
         Ok(Self {
+            number: number.recv().map_err(std::io::Error::other)?,
             shared,
             thread: Some(thread),
             signal: Some(signal),
@@ -87,6 +95,8 @@ impl Watch {
     pub(super) fn add(&self, file: &Arc<File>, lease: Lease) -> Result<Arc<AtomicBool>, Errno> {
         // Who opens it from here on is noticed, be it while the lease changes.
         let mut images = lock(&self.shared.images);
+        // Any thread could be told, and one that gives way would have the opener wait until it gets the processor.
+        let _ = lease::tell(&**file, self.number);
         lease::take(&**file, lease)?;
         let mut watched = Watched {
             file: file.clone(),
