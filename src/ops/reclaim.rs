@@ -35,6 +35,9 @@ pub struct Options {
     pub time: Option<Duration>,
 }
 
+/// Shortest runs, in blocks, from which on sending and copying images takes at most some twice as long as before: 64 KiB.
+const FEW_FRAGMENTS_BLOCKS: u32 = 16;
+
 /// Reclaims a pool, or says what that would do.
 ///
 /// # Errors
@@ -87,6 +90,12 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     }
     fs.shortcomings().iter().for_each(|one| monitor.note(one));
     let (plan, proved) = make_plan(options, &fs, &mut facts, monitor)?;
+    if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS && !plan.eliminations.is_empty() && fs.may_be_sent()? {
+        monitor.note(
+            "There are read-only snapshots of these images. If you send or copy them often, --min-run 64K keeps that several \
+             times faster, and frees somewhat less",
+        );
+    }
     result.planned = Planned::of(&plan, proved);
     result.held_by = if plan.pinned.is_empty() {
         BTreeMap::new()

@@ -354,6 +354,38 @@ impl Volume {
         Ok(snapshots)
     }
 
+    /// Whether there are read-only snapshots of subvolumes that images lie in: who makes them may send them.
+    pub(super) fn have_read_only_snapshots(&self) -> Result<bool> {
+        /// The first and the last number of a subvolume (`BTRFS_FIRST_FREE_OBJECTID`, `BTRFS_LAST_FREE_OBJECTID`).
+        const SUBVOLUMES: (u64, u64) = (256, u64::MAX - 255);
+        /// `flags`, `uuid` and `parent_uuid` of `struct btrfs_root_item`, and the flag `BTRFS_ROOT_SUBVOL_RDONLY`.
+        const FLAGS_AT: usize = 208;
+        const READ_ONLY: u64 = 1;
+        const UUID_AT: usize = 247;
+        const PARENT_AT: usize = 263;
+        let key = |object, offset| Key {
+            object,
+            kind: ROOT_ITEM,
+            offset,
+        };
+        let roots: HashSet<u64> = self.images.iter().map(|image| image.root).collect();
+        let (mut uuids, mut parents) = (HashSet::new(), HashSet::new());
+        let (first, last) = (key(SUBVOLUMES.0, 0), key(SUBVOLUMES.1, u64::MAX));
+        self.search(ROOT_TREE, first, last, |found, item| {
+            let uuid = |at: usize| item.get(at..at + 16).map(<[u8]>::to_vec);
+            if found.kind == ROOT_ITEM {
+                if roots.contains(&found.object) {
+                    uuids.extend(uuid(UUID_AT));
+                }
+                if number(item, FLAGS_AT).is_some_and(|flags| flags & READ_ONLY != 0) {
+                    parents.extend(uuid(PARENT_AT));
+                }
+            }
+            None
+        })?;
+        Ok(!uuids.is_disjoint(&parents))
+    }
+
     /// Whether anything but the images refers to an extent. Where the kernel cannot tell (the extent may have gone meanwhile, or
     /// its references may be too many to list), it counts as held.
     fn is_held_elsewhere(&self, address: u64, mine: &HashSet<(u64, u64)>) -> Result<bool> {

@@ -194,6 +194,17 @@ impl Volume {
         found
     }
 
+    /// Whether there are read-only snapshots of what images lie in, which `btrfs send` may read.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    pub fn may_be_sent(&self) -> Result<bool> {
+        match self.info.kind {
+            Kind::Btrfs { .. } => self.have_read_only_snapshots(),
+            Kind::Xfs { .. } => Ok(false),
+        }
+    }
+
     /// Whether it can be told of every block whether something outside the pool refers to it.
     pub fn sees_all_holders(&self) -> bool {
         match self.info.kind {
