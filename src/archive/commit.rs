@@ -1,18 +1,21 @@
 //! COMMIT and TAIL: what belongs together, and where it is.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::StoreBlock;
 use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use super::manifest::store_block;
-use super::record::{Hash, Kind};
+use super::record::{HEADER_BYTES, Hash, Kind};
 
 const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 /// How much smaller a payload can be stored at most, beside 64 KiB: it is hashes for the most part.
 const PAYLOAD_RATIO_MAX: usize = 16;
 const TEXT_BYTES_MAX: usize = 4096;
+/// The number of the last commit that an archive can have.
+pub const COMMITS_MAX: u32 = u32::MAX - 1;
 
 /// Where a record is, and what it must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +131,26 @@ impl Commit {
         Ok(body)
     }
 
+    /// The bytes of the archive that its records lie in. They follow the commit before, and none lies in another: otherwise a small
+    /// archive could have one record read a million times.
+    ///
+    /// # Errors
+    /// Where that is not so.
+    pub fn span(&self) -> Decoded<Range<u64>> {
+        let end_of = |(offset, length): (u64, u64)| offset.checked_add(length).ok_or("a record lies beyond the archive's end");
+        let start = end_of((self.previous.offset, self.previous.length))?;
+        let mut places: Vec<(u64, u64)> = self.records.iter().map(|one| (one.offset, one.length)).collect();
+        places.sort_unstable();
+        let mut end = start;
+        for (offset, length) in places {
+            if offset < end || length < HEADER_BYTES as u64 {
+                return Err("records of a commit lie in each other");
+            }
+            end = end_of((offset, length))?;
+        }
+        Ok(start..end)
+    }
+
     /// Reads the body.
     ///
     /// # Errors
@@ -142,6 +165,9 @@ impl Commit {
         let plain = unpack_payload(encoding, stored, plain_length, limit)?;
         let mut decoder = Decoder::new(&plain);
         let (number, time) = (decoder.varint32()?, (decoder.zigzag()?, decoder.varint32()?));
+        if !(1..=COMMITS_MAX).contains(&number) {
+            return Err("a commit has a number that is not allowed");
+        }
         let label = decoder.text(TEXT_BYTES_MAX)?;
         let root = PathBuf::from(OsStr::from_bytes(decoder.string(TEXT_BYTES_MAX)?));
         let previous = CommitLocation {
@@ -240,7 +266,7 @@ mod tests {
         #[test]
         fn commits_come_back(label in ".{0,40}", numbers: (u32, i64, u64), paths in prop::collection::vec("[a-z/]{1,20}", 0..5)) {
             let commit = Commit {
-                number: numbers.0,
+                number: numbers.0.clamp(1, COMMITS_MAX),
                 time: (numbers.1, 5),
                 label,
                 root: "/var/lib/qubes".into(),
@@ -260,6 +286,44 @@ mod tests {
             whole.extend(&payload);
             let _ = Commit::decode(&whole);
             let _ = decode_tail(&body);
+        }
+    }
+
+    #[test]
+    fn records_lie_behind_the_commit_before_and_in_no_other() {
+        let record = |offset, length| Location {
+            kind: Kind::Pack,
+            part: 0,
+            sequence: 4,
+            offset,
+            length,
+            first: 0,
+            blocks: 1,
+            body_hash: [1; 32],
+        };
+        let commit = |records: Vec<Location>| Commit {
+            number: 2,
+            time: (0, 0),
+            label: String::new(),
+            root: PathBuf::new(),
+            previous: CommitLocation {
+                offset: 300,
+                length: 100,
+                body_hash: [0; 32],
+            },
+            store_end: 10,
+            images: Vec::new(),
+            records,
+        };
+        assert_eq!(commit(vec![record(600, 100), record(400, 200)]).span(), Ok(400..700));
+        for bad in [
+            vec![record(399, 100)],
+            vec![record(400, 200), record(400, 200)],
+            vec![record(400, 200), record(599, 100)],
+            vec![record(400, 0)],
+            vec![record(u64::MAX - 100, 101)],
+        ] {
+            assert!(commit(bad).span().is_err());
         }
     }
 

@@ -1,23 +1,25 @@
 //! Reads an archive in a file: its commits, manifests, frames and hashes. Where its end or its directories are damaged, it is
 //! searched from the beginning.
 
-use std::collections::HashMap;
-use std::fs::File;
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use super::commit::{Commit, CommitLocation, Location, decode_tail};
+use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, decode_tail};
 use super::head::Head;
 use super::manifest::{self, Announced, Builder, Manifest, Part};
 use super::pack::{self, FrameInfo};
-use super::record::{BadHeader, HEADER_BYTES, Hash, Header, Kind, hash_of};
+use super::record::{BadHeader, HEADER_BYTES, Hash, Header, Kind, MAGIC, hash_of};
 use super::stream::{Event, Stream};
 use super::writer::Base;
 use super::{StoreBlock, index};
 use crate::block::ByteRange;
 use crate::error::{Error, Result};
+
+const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
 
 /// A commit and where it is.
 #[derive(Debug, Clone)]
@@ -98,18 +100,33 @@ impl Archive {
     /// # Errors
     /// If the file is no archive, or needs a later version.
     pub fn open_any(path: &Path) -> Result<Self> {
-        let file = match File::open(path) {
-            Ok(file) => file,
+        let none = || Error::NotAnArchive { path: path.to_owned() };
+        match path.metadata() {
+            // To open a device can do something, and a pipe may have nobody at its other end.
+            Ok(metadata) if !metadata.is_file() => return Err(none()),
+            Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err(Error::NoSuchPath { path: path.to_owned() });
             }
-            Err(error) => return Err(Error::io("open", path)(error)),
-        };
+            Err(error) => return Err(Error::io("look at", path)(error)),
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let file = options.open(path).map_err(Error::io("open", path))?;
         let metadata = file.metadata().map_err(Error::io("look at", path))?;
         if !metadata.is_file() {
-            return Err(Error::NotAnArchive { path: path.to_owned() });
+            return Err(none());
         }
-        Self::of(file, path, metadata.len())
+        Self::in_file(file, path)
+    }
+
+    /// The same for a file that is open already; `path` is for messages.
+    ///
+    /// # Errors
+    /// As for [`Archive::open_any`].
+    pub fn in_file(file: File, path: &Path) -> Result<Self> {
+        let length = file.metadata().map_err(Error::io("look at", path))?.len();
+        Self::of(file, path, length)
     }
 
     fn of(file: File, path: &Path, length: u64) -> Result<Self> {
@@ -163,6 +180,9 @@ impl Archive {
         self.end = (self.length, tail.sequence + 1);
         while next.length > 0 {
             let header = self.header_at(next.offset)?;
+            if next.length != HEADER_BYTES as u64 + header.body_bytes {
+                return Err(self.problem(next.offset, "a COMMIT has another length than it should have"));
+            }
             if header.kind != Kind::Commit || header.body_hash != next.body_hash || header.archive != self.id {
                 return Err(self.problem(next.offset, "a COMMIT is not where it should be"));
             }
@@ -174,7 +194,11 @@ impl Archive {
                 return Err(self.problem(next.offset, "the chain of commits leads in a circle"));
             }
             if !self.can_hold(commit.store_end) {
-                return Err(self.problem(next.offset, "a commit has more blocks than the archive can hold"));
+                return Err(self.problem(next.offset, TOO_MANY_BLOCKS));
+            }
+            let span = commit.span().map_err(|problem| self.problem(next.offset, problem))?;
+            if span.end > next.offset {
+                return Err(self.problem(next.offset, "a record lies behind its COMMIT"));
             }
             self.commits.push(Committed {
                 commit,
@@ -195,12 +219,16 @@ impl Archive {
         self.commits.clear();
         let searched = self.searched()?;
         let Some((first, _)) = searched.records.first() else {
+            let mut start = [0; MAGIC.len()];
+            if self.read_at(0, &mut start).is_ok() && start == MAGIC {
+                return Err(Error::damaged(&self.path, 0, self.length, "none of its records is intact"));
+            }
             return Err(Error::NotAnArchive {
                 path: self.path.clone(),
             });
         };
         let id = first.archive;
-        let mut commits: Vec<Committed> = Vec::new();
+        let (mut commits, mut refused) = (Vec::new(), Vec::new());
         let (mut end, mut head) = ((0, 0), None);
         for (header, offset) in searched.records.iter().filter(|(header, _)| header.archive == id) {
             match header.kind {
@@ -209,24 +237,27 @@ impl Archive {
                     head = Some(decoded.map_err(|problem| self.unsupported(problem))?);
                 }
                 Kind::Commit => {
-                    let Ok(commit) = Commit::decode(&self.body_of(*offset, header)?) else {
-                        continue;
+                    let location = CommitLocation {
+                        offset: *offset,
+                        length: HEADER_BYTES as u64 + header.body_bytes,
+                        body_hash: header.body_hash,
                     };
-                    end = (offset + HEADER_BYTES as u64 + header.body_bytes, header.sequence + 1);
-                    // One that stands there twice counts once.
-                    let is_known = commits.iter().any(|known| known.commit.number == commit.number);
-                    if is_known || !self.can_hold(commit.store_end) {
-                        continue;
-                    }
-                    commits.push(Committed {
-                        commit,
-                        location: CommitLocation {
-                            offset: *offset,
-                            length: HEADER_BYTES as u64 + header.body_bytes,
-                            body_hash: header.body_hash,
-                        },
-                        salvaged: false,
+                    let decoded = Commit::decode(&self.body_of(*offset, header)?).and_then(|commit| {
+                        let span = commit.span()?;
+                        if self.can_hold(commit.store_end) {
+                            Ok((commit, span))
+                        } else {
+                            Err(TOO_MANY_BLOCKS)
+                        }
                     });
+                    match decoded {
+                        Ok((commit, span)) => {
+                            end = (location.offset + location.length, header.sequence + 1);
+                            let salvaged = false;
+                            commits.push((Committed { commit, location, salvaged }, span));
+                        }
+                        Err(problem) => refused.push((location, problem)),
+                    }
                 }
                 Kind::Tail if end.0 == *offset => {
                     end = (offset + HEADER_BYTES as u64 + header.body_bytes, header.sequence + 1);
@@ -234,11 +265,32 @@ impl Archive {
                 _ => {}
             }
         }
-        commits.sort_by_key(|committed| committed.commit.number);
+        commits.sort_by_key(|(committed, _)| committed.commit.number);
+        // One that stands there twice counts once.
+        commits.dedup_by_key(|(committed, _)| committed.commit.number);
+        let mut before = 0;
+        commits.retain(|(committed, span)| {
+            let follows = before <= span.start;
+            if follows {
+                before = span.end;
+            } else {
+                refused.push((committed.location, "a commit takes records of another for its own"));
+            }
+            follows
+        });
         self.id = id;
         self.head = head.unwrap_or_else(Head::current);
-        self.commits = commits;
+        self.commits = commits.into_iter().map(|(committed, _)| committed).collect();
         self.end = end;
+        if let Some(searched) = self.searched.get_mut() {
+            searched.damage.extend(refused.into_iter().map(|(location, problem)| Damage {
+                range: ByteRange {
+                    start: location.offset,
+                    length: location.length,
+                },
+                problem: problem.to_owned(),
+            }));
+        }
         Ok(())
     }
 
@@ -253,10 +305,12 @@ impl Archive {
                 epochs.entry(header.epoch).or_default().push((*header, *offset));
             }
         }
-        let mut known: Vec<u64> = Vec::new();
-        for committed in &self.commits {
-            known.extend(self.epoch_of(&committed.location));
-        }
+        let known: HashSet<u64> = self
+            .commits
+            .iter()
+            .filter_map(|committed| self.epoch_of(&committed.location))
+            .collect();
+        let mut numbers: HashSet<u32> = self.commits.iter().map(|committed| committed.commit.number).collect();
         let mut found = Vec::new();
         for (epoch, records) in epochs {
             if !known.contains(&epoch)
@@ -274,11 +328,7 @@ impl Archive {
                 };
                 list.push(*location);
             }
-            if self
-                .commits
-                .iter()
-                .all(|known| known.commit.number != committed.commit.number)
-            {
+            if numbers.insert(committed.commit.number) {
                 self.commits.push(committed);
             }
         }
@@ -363,7 +413,8 @@ impl Archive {
             commit.store_end = commit.store_end.max(location.first + location.blocks);
             commit.records.push(location);
         }
-        Ok((corrected && commit.number > 0).then(|| Committed {
+        let is_numbered = (1..=COMMITS_MAX).contains(&commit.number);
+        Ok((corrected && is_numbered).then(|| Committed {
             commit,
             location: CommitLocation::default(),
             salvaged: true,

@@ -10,6 +10,8 @@ pub const HEADER_BYTES: usize = 96;
 const VERSION: u8 = 1;
 const FLAG_CRITICAL: u16 = 1;
 const FLAG_ENCRYPTED: u16 = 2;
+/// Numbers of records are below: what is counted on from one of them never overflows.
+pub const SEQUENCES: u64 = 1 << 63;
 /// Bytes of the header that its own hash covers.
 const HASHED_BYTES: usize = 88;
 
@@ -87,12 +89,14 @@ impl Kind {
     /// Bytes of its body at most.
     pub fn body_bytes_max(self) -> u64 {
         match self {
-            Self::Head | Self::Other(_) => 64 << 10,
+            Self::Head => 64 << 10,
             Self::Plan => 5 << 20,
             Self::Pack => 32 << 20,
             Self::Index => 16 << 20,
             Self::Commit => 17 << 20,
             Self::Tail => 96,
+            // A reader holds one record in memory, whatever it is.
+            Self::Other(_) => 64 << 20,
         }
     }
 
@@ -201,8 +205,11 @@ impl Header {
                 "it has records of a kind that this version does not know",
             ));
         }
-        if is_known && header.body_bytes > header.kind.body_bytes_max() {
+        if header.body_bytes > header.kind.body_bytes_max() {
             return Err(BadHeader::Damaged("a record is longer than allowed"));
+        }
+        if header.sequence >= SEQUENCES {
+            return Err(BadHeader::Damaged("a record has a number larger than allowed"));
         }
         Ok(header)
     }
@@ -239,8 +246,12 @@ mod tests {
         assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
         bytes[10] = 2;
         assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
-        let mut long = Header::of(Kind::Tail, [0; 16], 0, 0, b"");
-        long.body_bytes = 97;
-        assert!(matches!(Header::decode(&long.encode()), Err(BadHeader::Damaged(_))));
+        for (kind, longer) in [(Kind::Tail, 97), (Kind::Other(9), (64 << 20) + 1), (Kind::Other(9), u64::MAX)] {
+            let mut long = Header::of(kind, [0; 16], 0, 0, b"");
+            long.body_bytes = longer;
+            assert!(matches!(Header::decode(&long.encode()), Err(BadHeader::Damaged(_))));
+        }
+        let last = Header::of(Kind::Tail, [0; 16], 0, u64::MAX, b"");
+        assert!(matches!(Header::decode(&last.encode()), Err(BadHeader::Damaged(_))));
     }
 }

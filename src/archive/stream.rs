@@ -7,6 +7,11 @@ use crate::block::ByteRange;
 
 /// Bytes asked for at a time while looking for a record.
 const SEARCH_BYTES: usize = 64 << 10;
+/// Bytes of records that do not match their hashes, beside [`FAILED_RATIO`] times what was read: headers that overlap could otherwise
+/// have every byte hashed a hundred thousand times.
+const FAILED_BYTES: u64 = 1 << 30;
+/// Times that each byte may be hashed in vain.
+const FAILED_RATIO: u64 = 16;
 
 /// What comes next.
 #[derive(Debug)]
@@ -43,6 +48,10 @@ pub struct Stream<R> {
     /// Where the buffer begins in the archive.
     base: u64,
     at_end: bool,
+    /// Bytes of records that turned out not to match their hashes.
+    failed_bytes: u64,
+    /// Nothing more is looked for.
+    gave_up: bool,
 }
 
 impl<R: Read> Stream<R> {
@@ -54,6 +63,8 @@ impl<R: Read> Stream<R> {
             done: 0,
             base: offset,
             at_end: false,
+            failed_bytes: 0,
+            gave_up: false,
         }
     }
 
@@ -87,7 +98,7 @@ impl<R: Read> Stream<R> {
     /// Those of reading.
     pub fn next_event(&mut self) -> io::Result<Option<Event>> {
         self.fill(HEADER_BYTES)?;
-        if self.available().is_empty() {
+        if self.available().is_empty() || self.gave_up {
             return Ok(None);
         }
         let Some(bytes) = self.available().first_chunk::<HEADER_BYTES>() else {
@@ -99,7 +110,7 @@ impl<R: Read> Stream<R> {
             Err(BadHeader::Damaged(problem)) => return self.skip(problem, None).map(Some),
         };
         let offset = self.offset();
-        let length = HEADER_BYTES + usize::try_from(header.body_bytes).unwrap_or(usize::MAX - HEADER_BYTES);
+        let length = record_bytes(&header);
         self.fill(length)?;
         let Some(body) = self.available().get(HEADER_BYTES..length) else {
             return self
@@ -119,13 +130,19 @@ impl<R: Read> Stream<R> {
         let start = self.offset();
         // The length of a damaged record is known from its header: what follows it is the next record, unless bytes are missing.
         if let Some(header) = header {
-            let length = HEADER_BYTES + usize::try_from(header.body_bytes).unwrap_or(usize::MAX - 2 * HEADER_BYTES);
+            let length = record_bytes(&header);
             self.fill(length + MAGIC.len())?;
             if let Some(after) = self.available().get(length..)
                 && (after.is_empty() || after.starts_with(&MAGIC))
             {
                 self.done += length;
                 return Ok(self.damage(start, problem, Some(header)));
+            }
+            self.failed_bytes = self.failed_bytes.saturating_add(length as u64);
+            if self.failed_bytes > FAILED_BYTES.max(start.saturating_mul(FAILED_RATIO)) {
+                self.gave_up = true;
+                self.done = self.buffer.len();
+                return Ok(self.damage(start, "records that overlap stand where one should be", None));
             }
         }
         self.done += 1;
@@ -153,6 +170,11 @@ impl<R: Read> Stream<R> {
             header,
         }
     }
+}
+
+/// Bytes of a record with its header, which says at most 64 MiB.
+fn record_bytes(header: &Header) -> usize {
+    HEADER_BYTES + usize::try_from(header.body_bytes.min(header.kind.body_bytes_max())).unwrap_or(0)
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
@@ -195,6 +217,29 @@ mod tests {
         assert_eq!(read(&records(5).concat()), (vec![0, 1, 2, 3, 4], 0));
         assert_eq!(read(b""), (vec![], 0));
         assert_eq!(read(b"no archive at all"), (vec![], 17));
+    }
+
+    #[test]
+    fn lengths_in_headers_are_not_believed() {
+        for (kind, length) in [(Kind::Other(200), u64::MAX), (Kind::Other(200), u64::MAX - 96), (Kind::Pack, u64::MAX)] {
+            let mut header = Header::of(kind, [1; 16], 2, 7, b"");
+            header.body_bytes = length;
+            let bytes = [&header.encode()[..], &records(2).concat()].concat();
+            assert_eq!(read(&bytes), (vec![0, 1], HEADER_BYTES as u64), "{length}");
+        }
+    }
+
+    #[test]
+    fn headers_that_overlap_do_not_take_for_ever() {
+        let mut header = Header::of(Kind::Pack, [1; 16], 2, 7, b"");
+        header.body_bytes = Kind::Pack.body_bytes_max() - 1;
+        let bytes = [&header.encode().repeat(10_000)[..], &vec![0; 33 << 20]].concat();
+        let mut stream = Stream::new(&bytes[..], 0);
+        let mut events = 0;
+        while stream.next_event().unwrap().is_some() {
+            events += 1;
+        }
+        assert!(events < 100, "{events}");
     }
 
     proptest! {

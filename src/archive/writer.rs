@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io::{self, Write};
 
 use super::StoreBlock;
-use super::commit::{Commit, CommitLocation, Location, encode_tail};
+use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, encode_tail};
 use super::head::Head;
-use super::record::{HEADER_BYTES, Header, Kind};
+use super::record::{HEADER_BYTES, Header, Kind, SEQUENCES};
 
 /// Where an archive goes.
 #[derive(Debug)]
@@ -78,6 +78,9 @@ impl Writer {
     /// # Errors
     /// Those of writing.
     pub fn begin(sink: Sink, base: Base, epoch: u64) -> io::Result<Self> {
+        if base.commits >= COMMITS_MAX {
+            return Err(io::Error::other("the archive has used up the numbers of its commits"));
+        }
         let mut writer = Self {
             sink,
             base,
@@ -92,7 +95,8 @@ impl Writer {
 
     /// The number of the commit that this epoch makes.
     pub fn commit_number(&self) -> u32 {
-        self.base.commits + 1
+        // A reader refuses a commit with the last number.
+        self.base.commits.saturating_add(1)
     }
 
     /// Bytes written in this epoch.
@@ -116,6 +120,9 @@ impl Writer {
                 "a {} record would be longer than the format allows",
                 kind.name()
             )));
+        }
+        if self.sequence >= SEQUENCES {
+            return Err(io::Error::other("the archive has used up the numbers of its records"));
         }
         let header = Header::of(kind, self.base.archive, self.epoch, self.sequence, body);
         self.sink.write_all(&header.encode())?;
