@@ -345,6 +345,8 @@ impl Error {
                     "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude"
                 }
                 libc::ENOSPC => "free some space and run it again",
+                libc::EDQUOT => "a quota is used up: raise it or free some space, and run it again",
+                libc::EFBIG => "no file may be that large: see ulimit -f, and what the filesystem allows",
                 _ => return None,
             },
             Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
@@ -364,6 +366,11 @@ impl Error {
             Self::Lost { .. } => "--partial restores what is intact",
             Self::Interrupted | Self::Usage(_) => return None,
         })
+    }
+
+    /// Whether an archive is at fault: it is not what was written, or does not make sense.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. } | Self::Lost { .. })
     }
 
     /// Whether the command line is at fault, rather than the world.

@@ -1,9 +1,10 @@
 //! COMMIT and TAIL: what belongs together, and where it is.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::StoreBlock;
 use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
@@ -62,6 +63,11 @@ pub struct Summary {
     pub new_blocks: u64,
     /// BLAKE3 of the hashes of its blocks, one after the other, 32 zero bytes for each block of zeros.
     pub digest: Hash,
+}
+
+/// Images by the names they are called by; of several with one name, the first.
+pub fn by_path(images: &[Summary]) -> HashMap<&Path, &Summary> {
+    images.iter().rev().map(|image| (image.path.as_path(), image)).collect()
 }
 
 /// What a COMMIT says.
@@ -137,7 +143,11 @@ impl Commit {
     /// # Errors
     /// Where that is not so.
     pub fn span(&self) -> Decoded<Range<u64>> {
-        let end_of = |(offset, length): (u64, u64)| offset.checked_add(length).ok_or("a record lies beyond the archive's end");
+        let end_of = |(offset, length): (u64, u64)| {
+            offset
+                .checked_add(length)
+                .ok_or("a record lies beyond the archive's end")
+        };
         let start = end_of((self.previous.offset, self.previous.length))?;
         let mut places: Vec<(u64, u64)> = self.records.iter().map(|one| (one.offset, one.length)).collect();
         places.sort_unstable();

@@ -553,6 +553,8 @@ pub struct Manifest {
 pub struct Builder {
     manifest: Manifest,
     places: HashMap<u32, usize>,
+    /// Blocks of each image that its runs cover so far.
+    covered: Vec<u32>,
     corrections: HashMap<u32, Vec<(u32, Run)>>,
     /// Runs and entries so far.
     entries: usize,
@@ -588,6 +590,7 @@ impl Builder {
                         image,
                         runs: Vec::new(),
                     });
+                    self.covered.push(0);
                 }
                 Entry::Runs {
                     image,
@@ -598,7 +601,7 @@ impl Builder {
                     let mut at = first_block;
                     for run in runs {
                         corrections.push((at, run));
-                        at += run.blocks;
+                        at = at.checked_add(run.blocks).ok_or("runs go beyond the largest image")?;
                     }
                 }
                 Entry::Runs {
@@ -608,9 +611,12 @@ impl Builder {
                 } => {
                     // Where the image's own entry was lost, so is this.
                     let Some(known) = self.places.get(&image) else { continue };
-                    let image = &mut self.manifest.images[*known];
-                    let covered = length_of(&image.runs);
-                    let gap = first_block.checked_sub(covered).ok_or("runs of an image overlap")?;
+                    let (image, covered) = (&mut self.manifest.images[*known], &mut self.covered[*known]);
+                    let gap = first_block.checked_sub(*covered).ok_or("runs of an image overlap")?;
+                    let length = checked_length_of(&runs).and_then(|length| first_block.checked_add(length));
+                    *covered = length
+                        .filter(|end| *end <= image.image.blocks())
+                        .ok_or("runs go beyond the end of an image")?;
                     let lost = Run {
                         blocks: gap,
                         content: Content::Lost,
@@ -618,9 +624,6 @@ impl Builder {
                     std::iter::once(lost)
                         .chain(runs)
                         .for_each(|run| push_run(&mut image.runs, run));
-                    if length_of(&image.runs) > image.image.blocks() {
-                        return Err("runs go beyond the end of an image");
-                    }
                 }
             }
         }
@@ -632,9 +635,9 @@ impl Builder {
     /// # Errors
     /// Where two images have one name, or what is a folder's name for one is an image's for another.
     pub fn finish(mut self) -> Decoded<Manifest> {
-        for image in &mut self.manifest.images {
+        for (image, covered) in self.manifest.images.iter_mut().zip(&self.covered) {
             let lost = Run {
-                blocks: image.image.blocks() - length_of(&image.runs),
+                blocks: image.image.blocks() - covered,
                 content: Content::Lost,
             };
             push_run(&mut image.runs, lost);
@@ -658,8 +661,9 @@ impl Builder {
     }
 }
 
-fn length_of(runs: &[Run]) -> u32 {
-    runs.iter().map(|run| run.blocks).sum()
+/// Blocks that runs cover; none if no image is as long.
+fn checked_length_of(runs: &[Run]) -> Option<u32> {
+    runs.iter().try_fold(0u32, |sum, run| sum.checked_add(run.blocks))
 }
 
 /// Runs with some ranges replaced.
@@ -840,6 +844,35 @@ mod tests {
         assert!(built(vec![image(1, &["a"]), image(2, &["a"])]).is_err());
         assert!(built(vec![image(1, &["a/b"]), image(2, &["c", "a"])]).is_err());
         assert!(built(vec![image(1, &["a/b"]), image(2, &["a.c", "a/bc"])]).is_ok());
+    }
+
+    /// As many as an archive may have, in as many entries: each is looked at once.
+    #[test]
+    fn an_image_may_come_in_very_many_entries() {
+        const ENTRIES: u32 = 1 << 20;
+        let image = Entry::Image(Image {
+            number: 1,
+            names: vec!["a".into()],
+            size: u64::from(ENTRIES) * BLOCK_BYTES,
+            metadata: Metadata::default(),
+        });
+        let runs = (0..ENTRIES).map(|first_block| Entry::Runs {
+            image: 1,
+            first_block,
+            runs: vec![Run {
+                blocks: 1,
+                content: if first_block % 2 == 0 {
+                    Content::Zeros
+                } else {
+                    Content::Hole
+                },
+            }],
+        });
+        let mut builder = Builder::default();
+        builder
+            .add(Part::Images(std::iter::once(image).chain(runs).collect()))
+            .unwrap();
+        assert_eq!(builder.finish().unwrap().images[0].runs.len(), ENTRIES as usize);
     }
 
     #[test]

@@ -221,7 +221,12 @@ impl Archive {
         let Some((first, _)) = searched.records.first() else {
             let mut start = [0; MAGIC.len()];
             if self.read_at(0, &mut start).is_ok() && start == MAGIC {
-                return Err(Error::damaged(&self.path, 0, self.length, "none of its records is intact"));
+                return Err(Error::damaged(
+                    &self.path,
+                    0,
+                    self.length,
+                    "none of its records is intact",
+                ));
             }
             return Err(Error::NotAnArchive {
                 path: self.path.clone(),
@@ -254,7 +259,14 @@ impl Archive {
                         Ok((commit, span)) => {
                             end = (location.offset + location.length, header.sequence + 1);
                             let salvaged = false;
-                            commits.push((Committed { commit, location, salvaged }, span));
+                            commits.push((
+                                Committed {
+                                    commit,
+                                    location,
+                                    salvaged,
+                                },
+                                span,
+                            ));
                         }
                         Err(problem) => refused.push((location, problem)),
                     }
@@ -283,13 +295,15 @@ impl Archive {
         self.commits = commits.into_iter().map(|(committed, _)| committed).collect();
         self.end = end;
         if let Some(searched) = self.searched.get_mut() {
-            searched.damage.extend(refused.into_iter().map(|(location, problem)| Damage {
-                range: ByteRange {
-                    start: location.offset,
-                    length: location.length,
-                },
-                problem: problem.to_owned(),
-            }));
+            searched
+                .damage
+                .extend(refused.into_iter().map(|(location, problem)| Damage {
+                    range: ByteRange {
+                        start: location.offset,
+                        length: location.length,
+                    },
+                    problem: problem.to_owned(),
+                }));
         }
         Ok(())
     }
@@ -538,16 +552,26 @@ impl Archive {
     /// `latest` is the last one, `previous` the one before.
     ///
     /// # Errors
-    /// [`Error::NoSuchCommit`].
+    /// [`Error::NoSuchCommit`], or [`Error::Damaged`] where it may have been there.
     pub fn commit(&self, name: Option<&str>) -> Result<&Committed> {
         let found = match name {
             None | Some("latest") => self.commits.last(),
             Some("previous") => self.commits.iter().nth_back(1),
             Some(name) => find_commit(&self.commits, name),
         };
-        found.ok_or_else(|| Error::NoSuchCommit {
-            path: self.path.clone(),
-            commit: name.unwrap_or("latest").to_owned(),
+        found.ok_or_else(|| {
+            let commit = name.unwrap_or("latest").to_owned();
+            match self.damage().first() {
+                Some(damage) => Error::Damaged {
+                    path: self.path.clone(),
+                    range: Some(damage.range),
+                    problem: format!("{}, and of what is intact nothing is commit `{commit}`", damage.problem),
+                },
+                None => Error::NoSuchCommit {
+                    path: self.path.clone(),
+                    commit,
+                },
+            }
         })
     }
 

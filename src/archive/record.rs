@@ -246,7 +246,11 @@ mod tests {
         assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
         bytes[10] = 2;
         assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
-        for (kind, longer) in [(Kind::Tail, 97), (Kind::Other(9), (64 << 20) + 1), (Kind::Other(9), u64::MAX)] {
+        for (kind, longer) in [
+            (Kind::Tail, 97),
+            (Kind::Other(9), (64 << 20) + 1),
+            (Kind::Other(9), u64::MAX),
+        ] {
             let mut long = Header::of(kind, [0; 16], 0, 0, b"");
             long.body_bytes = longer;
             assert!(matches!(Header::decode(&long.encode()), Err(BadHeader::Damaged(_))));

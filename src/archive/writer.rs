@@ -13,34 +13,30 @@ use super::record::{HEADER_BYTES, Header, Kind, SEQUENCES};
 pub enum Sink {
     /// A file, written from where it is positioned.
     File(File),
-    /// Standard output.
-    Pipe(io::Stdout),
+    /// A copy of standard output: what Rust's own handle writes to a descriptor that is none is lost without an error.
+    Pipe(File),
 }
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::File(file) => file.write(bytes),
-            Self::Pipe(pipe) => pipe.write(bytes),
-        }
+        let (Self::File(file) | Self::Pipe(file)) = self;
+        file.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::File(_) => Ok(()),
-            Self::Pipe(pipe) => pipe.flush(),
-        }
+        Ok(())
     }
 }
 
 impl Sink {
     /// Waits until everything is on disk, where it is a disk.
     fn settle(&mut self) -> io::Result<()> {
-        self.flush()?;
-        match self {
-            Self::File(file) => file.sync_data(),
-            Self::Pipe(_) => Ok(()),
+        let (Self::File(file) | Self::Pipe(file)) = self;
+        // Standard output may be a file as well.
+        if file.metadata()?.is_file() {
+            file.sync_data()?;
         }
+        Ok(())
     }
 }
 

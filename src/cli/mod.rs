@@ -4,9 +4,11 @@ mod args;
 mod progress;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::io::Errno;
 use serde::Serialize;
 
 use args::{Args, Command};
@@ -23,6 +25,7 @@ use crate::ops::{self, describe, list::list, reclaim::reclaim, report::report, s
 use crate::report::Change;
 use crate::shown::shown;
 use crate::sys::priority::give_way;
+use crate::sys::stdout;
 
 /// How a command ended; the numbers are part of what scripts rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,29 +47,55 @@ impl From<Exit> for ExitCode {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            let printed = error.print().and_then(|()| std::io::stdout().flush());
+            return match u8::try_from(error.exit_code()) {
+                Ok(0) if printed.is_err() || stdout::was_closed() => Exit::Failed.into(),
+                code => code.unwrap_or(Exit::Usage as u8).into(),
+            };
+        }
+    };
     // An export and an import make frames all the time, and take longer if each is a new mapping.
     if !matches!(args.command, Command::Export(_) | Command::Import(_)) {
         crate::sys::allocator::give_back_early();
     }
     crate::sys::signals::explain_sigbus();
+    crate::sys::signals::ignore_sigxfsz();
     // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let terminal = Terminal::new();
-    let outcome = run(&args, &terminal);
+    let outcome = check_stdout().and_then(|()| run(&args, &terminal));
     terminal.finish();
     match outcome {
         Ok(exit) => exit.into(),
-        Err(Error::Interrupted) => Exit::Interrupted.into(),
         Err(error) => {
-            print_error(&error);
-            if error.is_usage() {
-                Exit::Usage.into()
-            } else {
-                Exit::Failed.into()
+            if !matches!(error, Error::Interrupted) {
+                print_error(&error);
             }
+            Exit::of(&error).into()
         }
     }
+}
+
+impl Exit {
+    fn of(error: &Error) -> Self {
+        match error {
+            Error::Interrupted => Self::Interrupted,
+            error if error.is_damage() => Self::Damaged,
+            error if error.is_usage() => Self::Usage,
+            _ => Self::Failed,
+        }
+    }
+}
+
+/// Refuses to begin where what is found could not be told: nobody would see it, and the exit code would say that all is well.
+fn check_stdout() -> Result<()> {
+    if stdout::was_closed() {
+        return Err(Error::io("write to", Path::new("stdout"))(Errno::BADF));
+    }
+    Ok(())
 }
 
 fn print_error(error: &Error) {
@@ -235,13 +264,13 @@ fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &
     if to_stderr {
         return std::io::stderr()
             .write_all(text.as_bytes())
-            .map_err(Error::io("write to", std::path::Path::new("stderr")));
+            .map_err(Error::io("write to", Path::new("stderr")));
     }
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         // Whoever reads us has enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        other => other.map_err(Error::io("write to", std::path::Path::new("stdout"))),
+        other => other.map_err(Error::io("write to", Path::new("stdout"))),
     }
 }
 

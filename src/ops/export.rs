@@ -18,7 +18,7 @@ use crate::archive::writer::{Base, Sink, Writer};
 use crate::archive::{StoreBlock, manifest};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::error::{Error, Result};
-use crate::exec::hashes::{HashLog, StoredHashes};
+use crate::exec::hashes::{Digest, HashLog, StoredHashes};
 use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::attributes;
 use crate::fs::volume::{Purpose, checksum_digests};
@@ -196,7 +196,7 @@ impl Opened {
                 target: target.clone(),
                 archive: None,
                 base,
-                sink: Some(Sink::Pipe(std::io::stdout())),
+                sink: Some(Sink::Pipe(standard_output()?)),
                 file: None,
                 is_new: true,
             });
@@ -294,6 +294,14 @@ fn is_torn_beginning(file: &File, length: u64) -> std::io::Result<bool> {
     Ok(MAGIC.starts_with(&start[..count]))
 }
 
+/// A copy of the descriptor of standard output.
+fn standard_output() -> Result<File> {
+    let failed = Error::io("write to", Path::new("stdout"));
+    rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)
+        .map(File::from)
+        .map_err(failed)
+}
+
 fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;
@@ -373,7 +381,8 @@ impl Exporter<'_> {
                 runs
             },
             &stored.hashes,
-            &mut old(archive),
+            (&mut old(archive), &path),
+            self.monitor,
         )?;
         let store_end = stored.hashes.end();
         let commit = self.commit(summaries, store_end);
@@ -658,7 +667,8 @@ fn summaries(
     images: &[Image],
     runs: impl Fn(usize) -> Vec<Run>,
     log: &HashLog,
-    old: &mut StoredHashes<'_>,
+    (old, archive): (&mut StoredHashes<'_>, &Path),
+    monitor: &dyn Monitor,
 ) -> Result<Vec<Summary>> {
     /// Hashes read at a time: a run may be as long as the image.
     const PART: u32 = 1 << 16;
@@ -679,20 +689,19 @@ fn summaries(
                 }
             }
         }
-        let digest = digest(&runs, |first, blocks, hasher| {
+        let digest = digest(&runs, monitor, |first, blocks, digest| {
             let before = first_new.saturating_sub(first).min(blocks);
-            for block in first..first + before {
-                let hash = old.get(block)?.ok_or_else(|| {
-                    Error::Usage(format!(
-                        "the hash of block {block} of the archive is lost: run vmfold verify"
-                    ))
-                })?;
-                hasher.update(&hash);
+            if !old.add_to(digest, first, before)? {
+                return Err(Error::Damaged {
+                    path: archive.to_owned(),
+                    range: None,
+                    problem: "hashes of blocks that its images refer to are lost".into(),
+                });
             }
             let mut at = first + before;
             while at < first + blocks {
                 let part = PART.min(first + blocks - at);
-                hasher.update(log.read(at, part)?.as_flattened());
+                digest.update(log.read(at, part)?.as_flattened())?;
                 at += part;
             }
             Ok(())
@@ -711,26 +720,20 @@ fn summaries(
 /// The digest of an image with these runs; `stored` adds the hashes of a range of the store.
 ///
 /// # Errors
-/// Those of `stored`.
+/// Those of `stored`, or [`Error::Interrupted`].
 pub(super) fn digest(
     runs: &[Run],
-    mut stored: impl FnMut(StoreBlock, u32, &mut blake3::Hasher) -> Result<()>,
+    monitor: &dyn Monitor,
+    mut stored: impl FnMut(StoreBlock, u32, &mut Digest<'_>) -> Result<()>,
 ) -> Result<Hash> {
-    const ZEROS: [Hash; 256] = [[0; 32]; 256];
-    let mut hasher = blake3::Hasher::new();
+    let mut digest = Digest::new(monitor);
     for run in runs {
-        if let Content::Stored(first) = run.content {
-            stored(first, run.blocks, &mut hasher)?;
-        } else {
-            let mut left = run.blocks as usize;
-            while left > 0 {
-                let part = left.min(ZEROS.len());
-                hasher.update(ZEROS[..part].as_flattened());
-                left -= part;
-            }
+        match run.content {
+            Content::Stored(first) => stored(first, run.blocks, &mut digest)?,
+            _ => digest.zeros(run.blocks)?,
         }
     }
-    Ok(*hasher.finalize().as_bytes())
+    Ok(digest.finish())
 }
 
 fn now() -> (i64, u32) {

@@ -14,14 +14,14 @@ pub use target::Target;
 
 use super::export::digest;
 use crate::archive::StoreBlock;
-use crate::archive::commit::Summary;
+use crate::archive::commit::{Summary, by_path};
 use crate::archive::manifest::{Announced, Content, ImageRuns, Manifest};
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::error::{Error, Result};
-use crate::exec::hashes::StoredHashes;
+use crate::exec::hashes::{Digest, StoredHashes};
 use crate::exec::restore::folder::Root;
 use crate::exec::restore::place::{self, can_share};
 use crate::exec::restore::staging::Staging;
@@ -110,6 +110,17 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     for one in archive.damage().iter().chain(&damage) {
         monitor.note(&format!("The archive is damaged at {}: {}", one.range, one.problem));
     }
+    if let Some(one) = damage.first()
+        && manifest.images.is_empty()
+        && committed.commit.images.is_empty()
+    {
+        return Err(Error::damaged(
+            path,
+            one.range.start,
+            one.range.length,
+            one.problem.clone(),
+        ));
+    }
     let restore = Restore::new(options, manifest, &committed.commit.images, monitor)?;
     let (id, number) = (archive.id(), committed.commit.number);
     let wanted = wanted(restore.chosen());
@@ -160,7 +171,7 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
             monitor,
         )?;
         let doubtful = !damage.is_empty();
-        let mixed_up = restore.mixed_up(&committed.commit.images, doubtful, &mut hashes)?;
+        let mixed_up = restore.mixed_up(&committed.commit.images, doubtful, &mut hashes, monitor)?;
         lost.sort_unstable_by_key(|range| range.start);
         restore.finish(
             &mut work,
@@ -505,18 +516,10 @@ impl<'a> Restore<'a> {
         summaries: &[Summary],
         doubtful: bool,
         hashes: &mut StoredHashes<'_>,
+        monitor: &dyn Monitor,
     ) -> Result<BTreeSet<usize>> {
-        self.mixed_up_by(summaries, doubtful, |first, blocks, hasher| {
-            let mut all = true;
-            for block in first..first + blocks {
-                match hashes.get(block)? {
-                    Some(hash) => {
-                        hasher.update(&hash);
-                    }
-                    None => all = false,
-                }
-            }
-            Ok(all)
+        self.mixed_up_by(summaries, doubtful, monitor, |first, blocks, digest| {
+            hashes.add_to(digest, first, blocks)
         })
     }
 
@@ -526,18 +529,20 @@ impl<'a> Restore<'a> {
         &self,
         summaries: &[Summary],
         doubtful: bool,
-        mut stored: impl FnMut(StoreBlock, u32, &mut blake3::Hasher) -> Result<bool>,
+        monitor: &dyn Monitor,
+        mut stored: impl FnMut(StoreBlock, u32, &mut Digest<'_>) -> Result<bool>,
     ) -> Result<BTreeSet<usize>> {
         let mut mixed_up = BTreeSet::new();
+        let summaries = by_path(summaries);
         for target in &self.targets {
             let image = &self.manifest.images[target.image];
-            let Some(summary) = summaries.iter().find(|summary| summary.path == image.image.path()) else {
+            let Some(summary) = summaries.get(image.image.path()) else {
                 continue;
             };
             let has_gaps = image.runs.iter().any(|run| run.content == Content::Lost);
             let mut all = true;
-            let found = digest(&image.runs, |first, blocks, hasher| {
-                all &= stored(first, blocks, hasher)?;
+            let found = digest(&image.runs, monitor, |first, blocks, digest| {
+                all &= stored(first, blocks, digest)?;
                 Ok(())
             })?;
             let is_wrong = all && !has_gaps && (found != summary.digest || image.image.size != summary.size);

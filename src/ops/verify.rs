@@ -1,6 +1,6 @@
 //! `verify`: every hash of an archive, and every reference of every manifest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::export::digest;
 use super::import::{SetOf, lost_ranges};
 use crate::archive::StoreBlock;
-use crate::archive::commit::Location;
+use crate::archive::commit::{Location, by_path};
 use crate::archive::manifest::Content;
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
 use crate::archive::record::{Kind, hash_of};
@@ -44,7 +44,10 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
         .max()
         .unwrap_or(0);
     let packs: Vec<&Location> = archive.packs(0, store_end).collect();
-    monitor.phase("Verifying blocks", packs.iter().map(|pack| bytes(pack.blocks)).sum());
+    let all_bytes = packs
+        .iter()
+        .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
+    monitor.phase("Verifying blocks", all_bytes);
     let checked: Vec<Result<Checked>> = packs
         .par_iter()
         .map(|pack| {
@@ -75,15 +78,18 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
         ..Verified::default()
     };
     monitor.phase("Verifying manifests", 0);
-    let mut number = 0;
+    let mut number = 0u64;
     for committed in archive.commits() {
-        if committed.salvaged || committed.commit.number != number + 1 {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        if committed.salvaged || u64::from(committed.commit.number) != number + 1 {
             damage.push(Damage {
                 range: ByteRange::default(),
                 problem: format!("the COMMIT of commit {} is lost", number + 1),
             });
         }
-        number = committed.commit.number;
+        number = u64::from(committed.commit.number);
         // PACKs were read above, and what of a PLAN is needed is read below.
         for location in committed
             .commit
@@ -100,7 +106,7 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
                 Err(error) => return Err(error),
             }
         }
-        check_commit(&archive, committed, &lost_blocks, &mut damage, &mut result)?;
+        check_commit(&archive, committed, &lost_blocks, (&mut damage, &mut result), monitor)?;
     }
     if archive.commits().is_empty() {
         damage.push(Damage {
@@ -185,7 +191,7 @@ fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
         };
         checked.blocks += u32::from(frame.blocks);
         if blocks.end > known.end {
-            known = blocks.start..all.end.min(blocks.start + HASHES_AT_ONCE);
+            known = blocks.start..all.end.min(blocks.start.saturating_add(HASHES_AT_ONCE));
             hashes = archive.hashes(known.start, known.end)?;
         }
         let expected = &hashes[(blocks.start - known.start) as usize..];
@@ -205,8 +211,8 @@ fn check_commit(
     archive: &Archive,
     committed: &Committed,
     lost: &SetOf,
-    damage: &mut Vec<Damage>,
-    result: &mut Verified,
+    (damage, result): (&mut Vec<Damage>, &mut Verified),
+    monitor: &dyn Monitor,
 ) -> Result<()> {
     let commit = &committed.commit;
     let (manifest, mut found) = match archive.manifest(committed) {
@@ -228,22 +234,21 @@ fn check_commit(
     let doubtful = !found.is_empty();
     damage.append(&mut found);
     let mut hashes = StoredHashes::new(Some(archive), commit.store_end);
+    let summaries = by_path(&commit.images);
+    let mut listed: HashSet<&Path> = HashSet::new();
     for image in &manifest.images {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
         result.images += 1;
         let path = image.image.path();
+        listed.insert(path);
         let mut has_all = !image.runs.iter().any(|run| run.content == Content::Lost);
-        let found = digest(&image.runs, |first, blocks, hasher| {
-            for block in first..first + blocks {
-                match hashes.get(block)? {
-                    Some(hash) => {
-                        hasher.update(&hash);
-                    }
-                    None => has_all = false,
-                }
-            }
+        let found = digest(&image.runs, monitor, |first, blocks, digest| {
+            has_all &= hashes.add_to(digest, first, blocks)?;
             Ok(())
         })?;
-        let summary = commit.images.iter().find(|summary| summary.path == path);
+        let summary = summaries.get(path);
         let differs = summary.is_some_and(|summary| summary.digest != found || summary.size != image.image.size);
         if (has_all && differs) || (!has_all && doubtful) {
             result
@@ -265,7 +270,7 @@ fn check_commit(
         }
     }
     for summary in &commit.images {
-        if !manifest.images.iter().any(|image| image.image.path() == summary.path) {
+        if !listed.contains(summary.path.as_path()) {
             result
                 .lost
                 .push(whole(commit.number, summary.path.clone(), summary.size));

@@ -21,4 +21,5 @@ pub mod priority;
 pub mod readahead;
 pub mod signals;
 pub mod spill;
+pub mod stdout;
 pub mod tree_search;

@@ -12,6 +12,13 @@ pub fn ignore_sigio() {
     });
 }
 
+/// Ignores `SIGXFSZ`, whose default is to end the process where a file would get larger than it may be: the call that writes fails with
+/// `EFBIG` instead.
+pub fn ignore_sigxfsz() {
+    // SAFETY: SIG_IGN is a valid disposition for SIGXFSZ and no handler is installed.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Has the process say why it ends where a page of a file that lists lie in ([`super::spill`]) cannot be read or written: the kernel
 /// sends `SIGBUS` then, and there is nothing to go on with.
 pub fn explain_sigbus() {

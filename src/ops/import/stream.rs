@@ -2,6 +2,7 @@
 //!
 //! Every block that comes goes into the staging file, since a later commit may need it; with patterns, only what the chosen images need.
 
+use std::cell::Cell;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
@@ -15,7 +16,7 @@ use crate::archive::head::Head;
 use crate::archive::manifest::{self, Announced, Builder, Manifest, Part};
 use crate::archive::reader::{Committed, find_commit};
 use crate::archive::record::{Header, Kind, hash_of};
-use crate::archive::stream::{Event, Stream};
+use crate::archive::stream::{Event, Input, Stream};
 use crate::archive::{StoreBlock, index, pack};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::error::{Error, Result};
@@ -28,7 +29,7 @@ use crate::report::{Imported, Restored};
 const STDIN: &str = "stdin";
 
 pub(super) fn from_pipe(options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
-    let mut input = std::io::stdin().lock();
+    let mut input = Input::new(monitor).map_err(Error::io("read", Path::new(STDIN)))?;
     let mut importer = Importer {
         options,
         monitor,
@@ -42,6 +43,7 @@ pub(super) fn from_pipe(options: &Options, monitor: &dyn Monitor) -> Result<Impo
         wants_seeds: super::seeds::are_possible(options),
         committed: None,
         done: Restored::default(),
+        is_damaged: Cell::new(false),
     };
     let read = importer.read(&mut Stream::new(&mut input, 0));
     let ended = match read {
@@ -103,13 +105,18 @@ struct Importer<'a> {
     wants_seeds: bool,
     committed: Option<(Committed, Manifest, bool)>,
     done: Restored,
+    is_damaged: Cell<bool>,
 }
 
 impl Importer<'_> {
     /// Reads records to the end, or to the commit that was asked for. Returns the plan alone for a dry run.
     fn read(&mut self, stream: &mut Stream<impl Read>) -> Result<Option<Imported>> {
         let path = Path::new(STDIN);
-        while let Some(event) = stream.next_event().map_err(Error::io("read", path))? {
+        let failed = |error| match self.monitor.interrupted() {
+            true => Error::Interrupted,
+            false => Error::io("read", path)(error),
+        };
+        while let Some(event) = stream.next_event().map_err(failed)? {
             if self.monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
@@ -153,6 +160,7 @@ impl Importer<'_> {
     /// Damage ends the import, unless what is intact is wanted.
     fn damaged(&self, start: u64, length: u64, problem: &str) -> Result<()> {
         let error = Error::damaged(Path::new(STDIN), start, length, problem);
+        self.is_damaged.set(true);
         if self.options.partial {
             self.monitor.note(&crate::ops::describe(&error));
             Ok(())
@@ -381,15 +389,16 @@ impl Importer<'_> {
     fn finish(&mut self) -> Result<Imported> {
         let path = Path::new(STDIN);
         let Some((committed, manifest, doubtful)) = self.committed.take() else {
-            if let Some(commit) = self.options.commit.clone().filter(|_| self.archive.is_some()) {
+            let whole = self.archive.is_some() && !self.is_damaged.get();
+            if let Some(commit) = self.options.commit.clone().filter(|_| whole) {
                 return Err(Error::NoSuchCommit {
                     path: path.to_owned(),
                     commit,
                 });
             }
             return Err(match self.archive {
-                None => Error::NotAnArchive { path: path.to_owned() },
-                Some(_) => Error::Damaged {
+                None if !self.is_damaged.get() => Error::NotAnArchive { path: path.to_owned() },
+                _ => Error::Damaged {
                     path: path.to_owned(),
                     range: None,
                     problem: "it ends before its COMMIT".into(),
@@ -398,7 +407,11 @@ impl Importer<'_> {
         };
         let restore = Restore::new(self.options, manifest, &committed.commit.images, self.monitor)?;
         let Some(work) = &mut self.work else {
-            return Err(Error::NotAnArchive { path: path.to_owned() });
+            return Err(Error::Damaged {
+                path: path.to_owned(),
+                range: None,
+                problem: "nothing was intact that says what its blocks are for".into(),
+            });
         };
         let ranges = wanted(restore.chosen());
         let lost: Vec<_> = ranges
@@ -419,15 +432,20 @@ impl Importer<'_> {
         }
         work.staging.settle()?;
         let (log, has_all) = (&self.hashes, self.has_all_hashes);
-        let mixed_up = restore.mixed_up_by(&committed.commit.images, doubtful, |first, blocks, hasher| {
-            if !has_all || first + blocks > log.end() {
-                return Ok(false);
-            }
-            for part in parts(first..first + blocks) {
-                hasher.update(log.read(part.start, part.end - part.start)?.as_flattened());
-            }
-            Ok(true)
-        })?;
+        let mixed_up = restore.mixed_up_by(
+            &committed.commit.images,
+            doubtful,
+            self.monitor,
+            |first, blocks, digest| {
+                if !has_all || first + blocks > log.end() {
+                    return Ok(false);
+                }
+                for part in parts(first..first + blocks) {
+                    digest.update(log.read(part.start, part.end - part.start)?.as_flattened())?;
+                }
+                Ok(true)
+            },
+        )?;
         let mut imported = restore.imported(path, committed.commit.number, committed.id());
         imported.planned = restore.planned(&ranges, &[], 0);
         imported.planned.seeded_bytes = self.done.seeded_bytes;
