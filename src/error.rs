@@ -163,6 +163,17 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// A file that is to be written to was put there by another user.
+    #[error(
+        "`{}` belongs to another user (uid {uid}), in a folder that is not yours alone",
+        shown(path)
+    )]
+    OfAnother {
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        uid: u32,
+    },
     /// An archive is not what was written.
     #[error("the archive `{}` is damaged{}: {problem}", shown(path), range.map(|range| format!(" at {range}")).unwrap_or_default())]
     Damaged {
@@ -350,6 +361,9 @@ impl Error {
                 _ => return None,
             },
             Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
+            Self::OfAnother { .. } => {
+                "whoever owns it could read what is written: name another file, or one in a folder of your own"
+            }
             Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",
             Self::Unsupported { .. } => "use a later version of vmfold",
             Self::NoSuchCommit { .. } => "vmfold list shows what there is",

@@ -56,6 +56,7 @@ fn restore(archive: &Path, to: &Path, commit: Option<&str>, partial: bool) -> Re
         dry_run: false,
         as_revision: false,
         numeric_owner: false,
+        preserve_special: false,
     };
     import(&options, &Silent::default())
 }

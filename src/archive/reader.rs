@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -443,11 +443,17 @@ impl Archive {
         Ok(self.searched.get_or_init(Searched::default))
     }
 
+    /// Its bytes from an offset on. The descriptor's own position is that of an export that appends.
+    fn from(&self, offset: u64) -> From<'_> {
+        From {
+            file: &self.file,
+            offset,
+        }
+    }
+
     fn search(&self) -> Result<Searched> {
         let mut searched = Searched::default();
-        let mut file = self.file.try_clone().map_err(Error::io("open", &self.path))?;
-        file.seek(SeekFrom::Start(0)).map_err(Error::io("read", &self.path))?;
-        let mut stream = Stream::new(file, 0);
+        let mut stream = Stream::new(self.from(0), 0);
         while let Some(event) = stream.next_event().map_err(Error::io("read", &self.path))? {
             match event {
                 Event::Record { header, offset, .. } => {
@@ -520,10 +526,7 @@ impl Archive {
     /// # Errors
     /// Those of reading.
     pub fn ends_in_leftovers_only(&self) -> Result<bool> {
-        let mut file = self.file.try_clone().map_err(Error::io("open", &self.path))?;
-        file.seek(SeekFrom::Start(self.end.0))
-            .map_err(Error::io("read", &self.path))?;
-        let mut stream = Stream::new(file, self.end.0);
+        let mut stream = Stream::new(self.from(self.end.0), self.end.0);
         let mut sequence = self.end.1;
         let mut broken = false;
         while let Some(event) = stream.next_event().map_err(Error::io("read", &self.path))? {
@@ -782,6 +785,20 @@ impl Archive {
             path: self.path.clone(),
             problem,
         }
+    }
+}
+
+/// A file from an offset on.
+struct From<'a> {
+    file: &'a File,
+    offset: u64,
+}
+
+impl Read for From<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(buffer, self.offset)?;
+        self.offset += read as u64;
+        Ok(read)
     }
 }
 

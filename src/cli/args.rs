@@ -277,6 +277,9 @@ pub(super) struct Import {
     /// Take owners by number even where their names are known here
     #[arg(long)]
     pub(super) numeric_owner: bool,
+    /// Restore what can give privileges: set-user-ID, set-group-ID and sticky bits, attributes of security.* and trusted.*
+    #[arg(long)]
+    pub(super) preserve_special: bool,
     /// Folder for the index, which is only a cache
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     pub(super) index: PathBuf,

@@ -352,6 +352,7 @@ impl args::Import {
             dry_run: self.dry_run,
             as_revision: self.as_revision,
             numeric_owner: self.numeric_owner,
+            preserve_special: self.preserve_special,
         }
     }
 }

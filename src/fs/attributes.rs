@@ -2,53 +2,82 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use rustix::fs::{Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{Gid, IFlags, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
+use super::acl;
 use crate::archive::manifest::Metadata;
 use crate::error::{Error, Result};
+use crate::shown::shown;
+use crate::sys::inode_flags::{add_inode_flags, inode_flags};
 
 /// Bytes of an extended attribute, and of a list of their names, that the kernel hands out at most (`XATTR_SIZE_MAX`).
 const XATTR_BYTES_MAX: usize = 64 << 10;
 /// What the filesystem itself made of a file and would refuse elsewhere.
 const XATTRS_LEFT_OUT: [&[u8]; 2] = [b"btrfs.", b"system."];
+/// The name that stands among extended attributes for `FS_NOCOW_FL`, which is none. No file can have an attribute of this name.
+pub const NODATACOW: &[u8] = b"vmfold.nodatacow";
+/// Set-user-ID, set-group-ID and sticky bit: whoever writes an archive could make a program run as another user by them.
+const SPECIAL_MODE: u32 = 0o7000;
 
-/// Reads them.
+/// How what an archive says of a file is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct How {
+    /// Take owners by number even where their names are known here.
+    pub numeric_owner: bool,
+    /// Restore special mode bits, and attributes that give privileges or are for root.
+    pub preserve_special: bool,
+}
+
+/// What was not restored of a file, in words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NotRestored {
+    /// What could not be.
+    pub problems: Vec<String>,
+    /// What was not to be.
+    pub left_out: Vec<String>,
+}
+
+/// Reads those of an open file or folder; `path` is for messages.
 ///
 /// # Errors
 /// Those of the system calls.
-pub fn read(path: &Path) -> Result<Metadata> {
-    let metadata = path.symlink_metadata().map_err(Error::io("look at", path))?;
+pub fn read(file: impl AsFd, path: &Path) -> Result<Metadata> {
+    let stat = rustix::fs::fstat(&file).map_err(Error::io("look at", path))?;
     let name = |found: std::result::Result<Option<String>, nix::Error>| found.ok().flatten().unwrap_or_default();
     Ok(Metadata {
-        mode: metadata.mode() & 0o7777,
-        uid: metadata.uid(),
-        gid: metadata.gid(),
-        user: name(nix::unistd::User::from_uid(metadata.uid().into()).map(|user| user.map(|user| user.name))),
-        group: name(nix::unistd::Group::from_gid(metadata.gid().into()).map(|group| group.map(|group| group.name))),
-        mtime: (metadata.mtime(), u32::try_from(metadata.mtime_nsec()).unwrap_or(0)),
-        xattrs: xattrs(path)?,
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        user: name(nix::unistd::User::from_uid(stat.st_uid.into()).map(|user| user.map(|user| user.name))),
+        group: name(nix::unistd::Group::from_gid(stat.st_gid.into()).map(|group| group.map(|group| group.name))),
+        mtime: (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+        xattrs: xattrs(&file, path)?,
     })
 }
 
-fn xattrs(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+fn xattrs(file: impl AsFd, path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let mut names = vec![0u8; XATTR_BYTES_MAX];
-    let length = match rustix::fs::llistxattr(path, &mut names[..]) {
+    let length = match rustix::fs::flistxattr(&file, &mut names[..]) {
         Ok(length) => length,
         Err(Errno::OPNOTSUPP) => 0,
         Err(errno) => return Err(Error::io("list the attributes of", path)(errno)),
     };
     let mut found = Vec::new();
+    if inode_flags(&file).is_ok_and(|flags| flags.contains(IFlags::NOCOW)) {
+        found.push((NODATACOW.to_vec(), Vec::new()));
+    }
     let mut value = vec![0u8; XATTR_BYTES_MAX];
     for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-        if XATTRS_LEFT_OUT.iter().any(|prefix| name.starts_with(prefix)) {
+        let is_acl = name == acl::ACCESS || name == acl::DEFAULT;
+        if !is_acl && XATTRS_LEFT_OUT.iter().any(|prefix| name.starts_with(prefix)) {
             continue;
         }
-        match rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value[..]) {
+        match rustix::fs::fgetxattr(&file, OsStr::from_bytes(name), &mut value[..]) {
             Ok(length) => found.push((name.to_vec(), value[..length].to_vec())),
             Err(Errno::NODATA) => {}
             Err(errno) => return Err(Error::io("read an attribute of", path)(errno)),
@@ -58,14 +87,28 @@ fn xattrs(path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     Ok(found)
 }
 
-/// Sets them on an open file or folder: owner by name where that is known here, else by number; mode; attributes; times last.
-/// Returns what could not be set, in words.
+/// Whether a file is to be restored without copy on write, and so without checksums: its blocks can be shared with none that has them.
+pub fn is_nodatacow(metadata: &Metadata) -> bool {
+    metadata.xattrs.iter().any(|(name, _)| name == NODATACOW)
+}
+
+/// Sets what must be set before a file has data. Returns what could not be set, in words.
+pub fn prepare(file: &File, metadata: &Metadata) -> Option<String> {
+    if !is_nodatacow(metadata) {
+        return None;
+    }
+    let set = add_inode_flags(file, IFlags::NOCOW);
+    set.err().map(|errno| format!("nodatacow: {errno}"))
+}
+
+/// Sets the rest on an open file or folder: owner by name where that is known here, else by number; attributes; mode and access control
+/// list; times last. At no moment may anyone do more than in the end. Returns what was not set.
 ///
 /// # Errors
 /// If mode or times cannot be set.
-pub fn apply(file: &File, path: &Path, metadata: &Metadata, numeric_owner: bool) -> Result<Vec<String>> {
-    let mut problems = Vec::new();
-    let by_name = |name: &str| !numeric_owner && !name.is_empty();
+pub fn apply(file: &File, path: &Path, metadata: &Metadata, how: How) -> Result<NotRestored> {
+    let mut not = NotRestored::default();
+    let by_name = |name: &str| !how.numeric_owner && !name.is_empty();
     let uid = by_name(&metadata.user)
         .then(|| nix::unistd::User::from_name(&metadata.user).ok().flatten())
         .flatten()
@@ -77,18 +120,21 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, numeric_owner: bool)
     // All bits set means "leave it", which no archive may ask for.
     let owner = |id: u32| (id != u32::MAX).then_some(id);
     if let Err(errno) = rustix::fs::fchown(file, owner(uid).map(Uid::from_raw), owner(gid).map(Gid::from_raw)) {
-        problems.push(format!("owner: {errno}"));
+        not.problems.push(format!("owner: {errno}"));
     }
-    for (name, value) in &metadata.xattrs {
-        let set = CString::new(name.clone())
-            .map_err(|_| Errno::INVAL)
-            .and_then(|name| rustix::fs::fsetxattr(file, name.as_c_str(), value, XattrFlags::empty()));
-        if let Err(errno) = set {
-            problems.push(format!("attribute {}: {errno}", String::from_utf8_lossy(name)));
+    let stat = rustix::fs::fstat(file).map_err(Error::io("look at", path))?;
+    let owned = (stat.st_uid == uid, stat.st_gid == gid);
+    for (name, value) in metadata.xattrs.iter().filter(|(name, _)| name.as_slice() != NODATACOW) {
+        if name == acl::ACCESS || name == acl::DEFAULT {
+            continue;
+        }
+        match may_restore(name, how) {
+            Some(true) => set_xattr(file, name, value, &mut not),
+            Some(false) => not.left_out.push(named(name)),
+            None => {}
         }
     }
-    rustix::fs::fchmod(file, Mode::from_raw_mode(metadata.mode & 0o7777))
-        .map_err(Error::io("set the mode of", path))?;
+    set_mode(file, path, metadata, how, owned, &mut not)?;
     let time = Timespec {
         tv_sec: metadata.mtime.0,
         tv_nsec: metadata.mtime.1.into(),
@@ -98,5 +144,98 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, numeric_owner: bool)
         last_modification: time,
     };
     rustix::fs::futimens(file, &times).map_err(Error::io("set the time of", path))?;
-    Ok(problems)
+    Ok(not)
+}
+
+/// Whether an extended attribute is restored. None for what is left out without a word: the label of SELinux says who may access a file
+/// by the policy of the host it was on, and the file gets one by the policy of this host.
+fn may_restore(name: &[u8], how: How) -> Option<bool> {
+    let special = name.starts_with(b"security.") || name.starts_with(b"trusted.");
+    if name.starts_with(b"user.") || (how.preserve_special && special) {
+        return Some(true);
+    }
+    (name != b"security.selinux").then_some(false)
+}
+
+fn named(name: &[u8]) -> String {
+    format!("attribute {}", shown(Path::new(OsStr::from_bytes(name))))
+}
+
+fn set_xattr(file: &File, name: &[u8], value: &[u8], not: &mut NotRestored) {
+    let set = CString::new(name)
+        .map_err(|_| Errno::INVAL)
+        .and_then(|name| rustix::fs::fsetxattr(file, name.as_c_str(), value, XattrFlags::empty()));
+    if let Err(errno) = set {
+        not.problems.push(format!("{}: {errno}", named(name)));
+    }
+}
+
+/// Sets mode and access control lists, so that at no moment the group may do what only others on the list may.
+fn set_mode(
+    file: &File,
+    path: &Path,
+    metadata: &Metadata,
+    how: How,
+    (by_user, by_group): (bool, bool),
+    not: &mut NotRestored,
+) -> Result<()> {
+    let list = |wanted: &[u8]| {
+        metadata
+            .xattrs
+            .iter()
+            .find(|(name, _)| name == wanted)
+            .map(|(_, value)| value)
+    };
+    let set =
+        |mode: u32| rustix::fs::fchmod(file, Mode::from_raw_mode(mode)).map_err(Error::io("set the mode of", path));
+    let special = metadata.mode & SPECIAL_MODE;
+    let mut mode = metadata.mode & 0o777;
+    if how.preserve_special && by_user && by_group {
+        mode |= special;
+    } else if how.preserve_special && special != 0 {
+        not.problems
+            .push(format!("mode bits {special:o}: it has another owner"));
+    } else if special != 0 {
+        not.left_out.push(format!("mode bits {special:o}"));
+    }
+    // The folder may have given it a list of its own, whose mask the group bits of the mode would be.
+    match rustix::fs::fremovexattr(file, OsStr::from_bytes(acl::ACCESS)) {
+        Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        Err(errno) => not.problems.push(format!("{}: {errno}", named(acl::ACCESS))),
+    }
+    let others = mode & 0o007;
+    let group = |permissions: u32| (mode & !0o070) | (mode & 0o070 & (permissions << 3));
+    if !by_group {
+        // It has another group than it had: that may do what everyone may.
+        set(group(others))?;
+        if list(acl::ACCESS).is_some() {
+            not.problems
+                .push(format!("{}: it has another group", named(acl::ACCESS)));
+        }
+        return Ok(());
+    }
+    match list(acl::ACCESS) {
+        None => set(mode)?,
+        Some(value) => {
+            let permissions = acl::group_permissions(value);
+            set(group(permissions.unwrap_or(others)))?;
+            let before = not.problems.len();
+            match permissions {
+                Some(_) => set_xattr(file, acl::ACCESS, value, not),
+                None => not.problems.push(format!("{}: it is malformed", named(acl::ACCESS))),
+            }
+            if not.problems.len() == before && mode & SPECIAL_MODE != 0 {
+                // A list changes the mode's bits, and may take special ones away.
+                let stat = rustix::fs::fstat(file).map_err(Error::io("look at", path))?;
+                set((stat.st_mode & 0o777) | (mode & SPECIAL_MODE))?;
+            }
+        }
+    }
+    if let Some(value) = list(acl::DEFAULT) {
+        match acl::group_permissions(value) {
+            Some(_) => set_xattr(file, acl::DEFAULT, value, not),
+            None => not.problems.push(format!("{}: it is malformed", named(acl::DEFAULT))),
+        }
+    }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
 
+pub mod acl;
 pub mod attributes;
 pub mod simulated;
 pub mod volume;

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use rustix::fs::SeekFrom;
+use rustix::fs::{OFlags, SeekFrom};
 
 use super::Scope;
 use super::export::root_of;
@@ -17,7 +17,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
-use crate::pool;
+use crate::pool::{self, Found};
 use crate::report::{Change, Diffed, DiffedImage};
 
 /// What an archive's commit is compared with.
@@ -73,6 +73,9 @@ fn manifest_of(archive: &Archive, committed: &Committed) -> Result<BTreeMap<Path
     Ok(by_path.collect())
 }
 
+/// Blocks compared between two looks at whether the user has stopped it.
+const LOOK_EVERY: u32 = 1 << 16;
+
 fn commits(archive: &Archive, one: &Committed, other: &Committed, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
     monitor.phase("Comparing", 0);
     let (one, other) = (manifest_of(archive, one)?, manifest_of(archive, other)?);
@@ -86,15 +89,22 @@ fn commits(archive: &Archive, one: &Committed, other: &Committed, monitor: &dyn 
     let paths: BTreeSet<&PathBuf> = one.keys().chain(other.keys()).collect();
     let mut images = Vec::new();
     for path in paths {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
         images.push(match (one.get(path), other.get(path)) {
             (Some(one), Some(other)) => {
                 let mut ranges = Ranges::new(one.image.size, other.image.size);
                 for (at, blocks, pair) in side_by_side(&one.runs, &other.runs) {
                     let (one, other) = pair;
-                    if one == other {
+                    let is_stored = |content| matches!(content, Content::Stored(_));
+                    if one == other || (!is_stored(one) && !is_stored(other)) {
                         continue;
                     }
                     for n in 0..blocks {
+                        if n % LOOK_EVERY == 0 && monitor.interrupted() {
+                            return Err(Error::Interrupted);
+                        }
                         let of = |content: Content, hashes: &mut StoredHashes<'_>| hash_at(content, n, hashes, archive);
                         if of(one, &mut hashes)? != of(other, &mut hashes)? {
                             ranges.add(bytes(at + n), BLOCK_BYTES);
@@ -146,26 +156,25 @@ fn side_by_side<'a>(one: &'a [Run], other: &'a [Run]) -> impl Iterator<Item = (u
 
 fn with_pool(archive: &Archive, one: &Committed, scope: &Scope, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
     let manifest = manifest_of(archive, one)?;
-    let root = root_of(&scope.paths)?;
     let found = pool::discover(&scope.paths, &scope.exclude)?;
-    let on_disk: BTreeMap<PathBuf, PathBuf> = found
+    let root = root_of(&found.named);
+    let on_disk: BTreeMap<PathBuf, &Found> = found
         .images
-        .into_iter()
-        .flat_map(|image| image.names)
-        .map(|path| (path.strip_prefix(&root).unwrap_or(&path).to_owned(), path))
+        .iter()
+        .flat_map(|image| image.names.iter().map(move |name| (name, image)))
+        .map(|(name, image)| (name.strip_prefix(&root).unwrap_or(name).to_owned(), image))
         .collect();
     let names: BTreeSet<&PathBuf> = manifest.values().flat_map(|image| &image.image.names).collect();
     let mut images: Vec<DiffedImage> = Vec::new();
-    for (path, full) in &on_disk {
+    for (path, found) in &on_disk {
         if !names.contains(path) {
-            let size = full.metadata().map_err(Error::io("look at", full))?.len();
-            images.push(only(path, Change::OnlyInSecond, size));
+            images.push(only(path, Change::OnlyInSecond, found.size));
         }
     }
     monitor.phase("Comparing", manifest.values().map(|image| image.image.size).sum());
     for (path, image) in &manifest {
         match on_disk.get(path) {
-            Some(full) => images.push(with_file(archive, one, image, full, monitor)?.into_image(path)),
+            Some(found) => images.push(with_file(archive, one, image, found, monitor)?.into_image(path)),
             None => images.push(only(path, Change::OnlyInFirst, image.image.size)),
         }
     }
@@ -178,12 +187,15 @@ fn with_file(
     archive: &Archive,
     committed: &Committed,
     image: &ImageRuns,
-    path: &Path,
+    found: &Found,
     monitor: &dyn Monitor,
 ) -> Result<Ranges> {
     /// Blocks read at a time.
     const PART: u32 = 1024;
-    let file = File::open(path).map_err(Error::io("open", path))?;
+    let path = found.path.as_path();
+    let file = found
+        .open(OFlags::RDONLY | OFlags::NONBLOCK)
+        .map_err(Error::io("open", path))?;
     let size = file.metadata().map_err(Error::io("look at", path))?.len();
     let mut hashes = StoredHashes::new(Some(archive), committed.commit.store_end);
     let mut ranges = Ranges::new(image.image.size, size);

@@ -1,10 +1,15 @@
 //! `export`: images and revisions into an archive, each distinct block once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::{Prepared, Scope, discover, prepare_found};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
@@ -25,9 +30,10 @@ use crate::fs::volume::{Purpose, checksum_digests};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
-use crate::pool::{Found, Revision, patterns, revision_of};
+use crate::pool::{Found, Named, Revision, patterns, revision_of};
 use crate::report::Exported;
 use crate::spill::SpillVec;
+use crate::sys::beneath;
 
 /// Which revisions to export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +79,7 @@ pub struct Options {
 /// it had before, and no more bytes.
 pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
     let mut found = discover(&options.scope, monitor)?;
-    let root = root_of(&options.scope.paths)?;
+    let root = root_of(&found.named);
     found.images = choose(found.images, options, &root)?;
     if found.images.is_empty() && found.skipped.is_empty() {
         return Err(Error::NoImages {
@@ -86,49 +92,41 @@ pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
         .iter()
         .map(|image| (image.path.clone(), image.names.clone()))
         .collect();
-    let prepared = prepare_found(&options.scope, found, Purpose::Read, false, monitor)?;
-    if monitor.interrupted() {
-        return Err(Error::Interrupted);
-    }
-    let done = Exporter {
-        options,
-        prepared: &prepared,
-        root: &root,
-        names: &names,
-        monitor,
-    }
-    .run(&mut opened);
-    match done {
-        Ok(exported) => Ok(exported),
-        Err(error) => {
-            opened.undo(monitor);
-            Err(error)
+    let named = found.named.clone();
+    let run = || {
+        let prepared = prepare_found(&options.scope, found, Purpose::Read, false, monitor)?;
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
         }
+        let exporter = Exporter {
+            options,
+            prepared: &prepared,
+            root: &root,
+            named: &named,
+            names: &names,
+            monitor,
+        };
+        exporter.run(&mut opened)
+    };
+    let done = run();
+    if done.is_err() {
+        opened.undo(monitor);
     }
+    done
 }
 
 /// The folder that names in the archive are relative to: the deepest that holds everything that was named.
-pub(super) fn root_of(paths: &[PathBuf]) -> Result<PathBuf> {
-    let mut root: Option<PathBuf> = None;
-    for path in paths {
-        let full = path.canonicalize().map_err(Error::io("look at", path))?;
-        let folder = if full.is_dir() {
-            full
-        } else {
-            full.parent().map_or(full.clone(), Path::to_owned)
-        };
-        root = Some(match root {
-            None => folder,
-            Some(root) => {
-                let common = root.components().zip(folder.components());
-                common
-                    .take_while(|(one, other)| one == other)
-                    .map(|(one, _)| one)
-                    .collect()
-            }
-        });
-    }
-    Ok(root.unwrap_or_default())
+pub(super) fn root_of(named: &[Named]) -> PathBuf {
+    let common = |one: PathBuf, other: &Path| -> PathBuf {
+        let pairs = one.components().zip(other.components());
+        pairs
+            .take_while(|(one, other)| one == other)
+            .map(|(one, _)| one)
+            .collect()
+    };
+    let mut roots = named.iter().map(|one| one.root.as_path());
+    let first = roots.next().unwrap_or(Path::new("")).to_owned();
+    roots.fold(first, common)
 }
 
 /// The images that the options choose.
@@ -181,39 +179,28 @@ struct Opened {
     base: Base,
     sink: Option<Sink>,
     /// Kept for its lock, and to cut off what an export that failed wrote.
-    file: Option<File>,
-    is_new: bool,
+    file: Option<OpenFile>,
 }
 
 impl Opened {
     fn new(target: &Target) -> Result<Self> {
-        let mut base = Base {
+        let base = Base {
             archive: random()?,
             ..Base::default()
         };
-        let Target::File(path) = target else {
-            return Ok(Self {
-                target: target.clone(),
-                archive: None,
-                base,
-                sink: Some(Sink::Pipe(standard_output()?)),
-                file: None,
-                is_new: true,
-            });
+        let mut opened = Self {
+            target: target.clone(),
+            archive: None,
+            base,
+            sink: None,
+            file: None,
         };
-        let is_new = !path.exists();
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(Error::io("open", path))?;
-        let metadata = file.metadata().map_err(Error::io("look at", path))?;
-        if !metadata.is_file() {
-            return Err(Error::NotAnArchive { path: path.clone() });
-        }
-        match file.try_lock() {
+        let Target::File(path) = target else {
+            opened.sink = Some(Sink::Pipe(standard_output()?));
+            return Ok(opened);
+        };
+        let file = OpenFile::open(path)?;
+        match file.file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
                 return Err(Error::Usage(format!(
@@ -223,40 +210,39 @@ impl Opened {
             }
             Err(std::fs::TryLockError::Error(error)) => return Err(Error::io("lock", path)(error)),
         }
-        let mut archive = None;
-        let is_torn = is_torn_beginning(&file, metadata.len()).map_err(Error::io("read", path))?;
+        let length = file.file.metadata().map_err(Error::io("look at", path))?.len();
+        let is_torn = is_torn_beginning(&file.file, length).map_err(Error::io("read", path))?;
         if is_torn {
-            file.set_len(0).map_err(Error::io("write to", path))?;
-        } else if metadata.len() > 0 {
-            let found = Archive::open_any(path)?;
+            file.file.set_len(0).map_err(Error::io("write to", path))?;
+        } else if length > 0 {
+            let same = file.file.try_clone().map_err(Error::io("open", path))?;
+            let found = Archive::in_file(same, path)?;
             if !found.head().may_append() {
                 return Err(Error::Unsupported {
                     path: path.clone(),
                     problem: "it was made by another version, which cuts chunks in another way or knows more features",
                 });
             }
-            base = found.base();
-            if base.length < found.length() {
+            opened.base = found.base();
+            if opened.base.length < found.length() {
                 if !found.ends_in_leftovers_only()? {
-                    let length = found.length() - base.length;
+                    let length = found.length() - opened.base.length;
                     let problem = "what follows its last intact commit is not just an export that did not end";
-                    return Err(Error::damaged(path, base.length, length, problem));
+                    return Err(Error::damaged(path, opened.base.length, length, problem));
                 }
-                file.set_len(base.length).map_err(Error::io("write to", path))?;
+                file.file
+                    .set_len(opened.base.length)
+                    .map_err(Error::io("write to", path))?;
             }
-            archive = (!found.commits().is_empty()).then_some(found);
+            opened.archive = (!found.commits().is_empty()).then_some(found);
         }
-        file.seek(SeekFrom::Start(base.length))
+        let mut writes = file.file.try_clone().map_err(Error::io("open", path))?;
+        writes
+            .seek(SeekFrom::Start(opened.base.length))
             .map_err(Error::io("write to", path))?;
-        let writes = file.try_clone().map_err(Error::io("open", path))?;
-        Ok(Self {
-            target: target.clone(),
-            archive,
-            base,
-            sink: Some(Sink::File(writes)),
-            file: Some(file),
-            is_new,
-        })
+        opened.sink = Some(Sink::File(writes));
+        opened.file = Some(file);
+        Ok(opened)
     }
 
     fn path(&self) -> &Path {
@@ -268,18 +254,135 @@ impl Opened {
 
     /// Takes back what was written: nothing of it counts without a commit.
     fn undo(&self, monitor: &dyn Monitor) {
-        let (Some(file), Target::File(path)) = (&self.file, &self.target) else {
-            return;
-        };
-        let undone = if self.is_new {
-            std::fs::remove_file(path)
+        let Some(file) = &self.file else { return };
+        let undone = if file.is_new {
+            file.remove()
         } else {
-            file.set_len(self.base.length)
+            file.file.set_len(self.base.length)
         };
         if let Err(error) = undone {
             monitor.note(&format!("What was written so far could not be taken back: {error}"));
         }
     }
+}
+
+/// An archive's file, and where it has its name. What it holds is for who runs vmfold alone.
+struct OpenFile {
+    file: File,
+    folder: beneath::Folder,
+    name: OsString,
+    is_new: bool,
+}
+
+impl OpenFile {
+    /// Makes the file, or opens the one that is there, if that is no trap: it is a regular file, and was not put there by another user,
+    /// who would read along.
+    fn open(path: &Path) -> Result<Self> {
+        /// Links followed to the file.
+        const LINKS_MAX: u32 = 8;
+        let mut at = path.to_owned();
+        for _ in 0..LINKS_MAX {
+            let name = at.file_name().ok_or_else(|| not_an_archive(path))?.to_owned();
+            let parent = at.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let parent = parent.unwrap_or(Path::new("."));
+            let folder = beneath::Folder::open(parent).map_err(Error::io("open", parent))?;
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            match rustix::fs::openat(&folder, &name, flags, Mode::RUSR | Mode::WUSR) {
+                Ok(file) => {
+                    return Ok(Self {
+                        file: file.into(),
+                        folder,
+                        name,
+                        is_new: true,
+                    });
+                }
+                Err(Errno::EXIST) => {}
+                Err(errno) => return Err(Error::io("make", path)(errno)),
+            }
+            let failed = |errno: Errno| Error::io("open", path)(errno);
+            // What it is, is looked at before it is opened: to open a device can do something.
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let there = rustix::fs::openat(&folder, &name, flags, Mode::empty()).map_err(failed)?;
+            let stat = rustix::fs::fstat(&there).map_err(failed)?;
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile => {
+                    refuse_if_of_another(&folder, &stat, path)?;
+                    let file = beneath::reopen(&there, OFlags::RDWR | OFlags::NONBLOCK).map_err(failed)?;
+                    return Ok(Self {
+                        file,
+                        folder,
+                        name,
+                        is_new: false,
+                    });
+                }
+                FileType::Symlink => {
+                    refuse_if_of_another(&folder, &stat, path)?;
+                    let link = rustix::fs::readlinkat(&there, "", Vec::new()).map_err(failed)?;
+                    at = parent.join(OsStr::from_bytes(link.to_bytes()));
+                }
+                _ => return Err(not_an_archive(path)),
+            }
+        }
+        Err(Error::io("open", path)(Errno::LOOP))
+    }
+
+    /// Whether the file still has its name: else it is gone, or soon will be.
+    fn has_its_name(&self) -> rustix::io::Result<bool> {
+        let (stat, mine) = (self.folder.stat(&self.name)?, rustix::fs::fstat(&self.file)?);
+        Ok((stat.st_dev, stat.st_ino) == (mine.st_dev, mine.st_ino))
+    }
+
+    /// Makes its name durable, and says where it has lost it.
+    fn settle(&self, path: &Path) -> Result<()> {
+        rustix::fs::fsync(&self.folder).map_err(Error::io("sync the folder of", path))?;
+        match self.has_its_name() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::io("find again", path)(Errno::STALE)),
+            Err(errno) => Err(Error::io("find again", path)(errno)),
+        }
+    }
+
+    fn remove(&self) -> std::io::Result<()> {
+        if self.has_its_name()? {
+            rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())?;
+        }
+        Ok(())
+    }
+}
+
+fn not_an_archive(path: &Path) -> Error {
+    Error::NotAnArchive { path: path.to_owned() }
+}
+
+/// Refuses a file or link that neither the user of this process nor root made, in a folder where others can put one. Filesystems that
+/// keep no owners, or have them from another host, cannot tell.
+fn refuse_if_of_another(folder: &beneath::Folder, stat: &rustix::fs::Stat, path: &Path) -> Result<()> {
+    /// vfat, exfat, ntfs3, cifs, smb2, nfs, 9p, fuse (linux/magic.h).
+    const WITHOUT_OWNERS: [i64; 8] = [
+        0x4d44,
+        0x2011_bab0,
+        0x7366_746e,
+        0xff53_4d42,
+        0xfe53_4d42,
+        0x6969,
+        0x0102_1997,
+        0x6573_5546,
+    ];
+    let failed = Error::io("look at the folder of", path);
+    let is_mine = |uid: u32| uid == 0 || uid == rustix::process::geteuid().as_raw();
+    if is_mine(stat.st_uid) {
+        return Ok(());
+    }
+    let of_folder = rustix::fs::fstat(folder).map_err(failed)?;
+    let others_write = Mode::from_raw_mode(of_folder.st_mode).intersects(Mode::WGRP | Mode::WOTH);
+    let magic = rustix::fs::fstatfs(folder).map_or(0, |found| found.f_type);
+    if (is_mine(of_folder.st_uid) && !others_write) || WITHOUT_OWNERS.contains(&magic) {
+        return Ok(());
+    }
+    Err(Error::OfAnother {
+        path: path.to_owned(),
+        uid: stat.st_uid,
+    })
 }
 
 /// Whether a file is nothing but the beginning of the first record of an archive: what an export leaves that was killed at once.
@@ -316,6 +419,7 @@ struct Exporter<'a> {
     options: &'a Options,
     prepared: &'a Prepared,
     root: &'a Path,
+    named: &'a [Named],
     names: &'a BTreeMap<PathBuf, BTreeSet<PathBuf>>,
     monitor: &'a dyn Monitor,
 }
@@ -395,9 +499,9 @@ impl Exporter<'_> {
         };
         // From here on the archive has the commit, whatever comes.
         opened.base = base;
-        opened.is_new = false;
-        if before.length == 0 && opened.file.is_some() {
-            sync_folder_of(&path)?;
+        if let Some(file) = &mut opened.file {
+            file.is_new = false;
+            file.settle(&path)?;
         }
         if let Some(index) = index {
             let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &pieces);
@@ -499,7 +603,7 @@ impl Exporter<'_> {
             let names = self.names.get(&image.path).cloned().unwrap_or_default();
             for name in &names {
                 let path = relative(name);
-                if !manifest::is_safe(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())) {
+                if !manifest::is_safe(path.as_os_str().as_bytes()) {
                     return Err(Error::Usage(format!(
                         "`{}` has too long a name",
                         crate::shown::shown(name)
@@ -512,7 +616,7 @@ impl Exporter<'_> {
                         .map(Path::to_owned),
                 );
             }
-            let metadata = attributes::read(&image.path)?;
+            let metadata = attributes::read(image.file(), &image.path)?;
             let attributes: usize = metadata
                 .xattrs
                 .iter()
@@ -533,10 +637,22 @@ impl Exporter<'_> {
             });
         }
         let folders = folders.into_iter().map(|path| {
-            let metadata = attributes::read(&self.root.join(&path))?;
+            let full = self.root.join(&path);
+            let folder = self.folder(&full).map_err(Error::io("open", &full))?;
+            let metadata = attributes::read(&folder, &full)?;
             Ok(Folder { path, metadata })
         });
         Ok((folders.collect::<Result<_>>()?, images))
+    }
+
+    /// Opens a folder that images lie in: through what was named, for whoever owns a folder below can put a link in its place.
+    fn folder(&self, full: &Path) -> rustix::io::Result<beneath::Folder> {
+        let below = |one: &Named| Some(one.folder.folder(full.strip_prefix(&one.root).ok()?));
+        match self.named.iter().find_map(below) {
+            Some(opened) => opened,
+            // It lies between what several that were named have in common and one of them.
+            None => beneath::Folder::open(self.root)?.folder(full.strip_prefix(self.root).unwrap_or(full)),
+        }
     }
 
     /// Writes what turned out otherwise than planned; a record without entries if nothing did.
@@ -594,15 +710,6 @@ fn put_images(folders: &[Folder], images: &[Image], runs: impl Fn(usize) -> Vec<
         });
     }
     put_payloads(PART_IMAGES, payloads, out)
-}
-
-/// Makes the name of a new archive durable.
-fn sync_folder_of(path: &Path) -> Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    File::open(parent)
-        .and_then(|folder| folder.sync_all())
-        .map_err(Error::io("sync", parent))
 }
 
 fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {

@@ -78,6 +78,8 @@ pub struct Options {
     pub as_revision: bool,
     /// Take owners by number even where their names are known here.
     pub numeric_owner: bool,
+    /// Restore set-user-ID, set-group-ID and sticky bits, and attributes of `security.*` and `trusted.*`.
+    pub preserve_special: bool,
 }
 
 /// Imports images.
@@ -482,7 +484,12 @@ impl<'a> Restore<'a> {
         let distinct_bytes = length_of(wanted) * bytes(1);
         let seeded_bytes = length_of(seeded) * bytes(1);
         let new_bytes = distinct_bytes - seeded_bytes;
-        let copies = if self.shares { 0 } else { data_bytes };
+        let copied = images().filter(|image| !self.shares || attributes::is_nodatacow(&image.image.metadata));
+        let copies: u64 = copied
+            .flat_map(|image| &image.runs)
+            .filter(|run| matches!(run.content, Content::Stored(_)))
+            .map(|run| bytes(run.blocks))
+            .sum();
         let metadata_bytes = runs * METADATA_BYTES_PER_REFERENCE + images().count() as u64 * bytes(1);
         let free_bytes =
             rustix::fs::fstatvfs(self.root.file()).map_or(u64::MAX, |found| found.f_bavail * found.f_frsize);
@@ -770,9 +777,21 @@ fn apply(
     options: &Options,
     monitor: &dyn Monitor,
 ) -> Result<()> {
-    let problems = attributes::apply(file, path, metadata, options.numeric_owner)?;
-    if !problems.is_empty() {
-        monitor.note(&format!("`{}`: could not set {}", shown(path), problems.join(", ")));
+    let how = attributes::How {
+        numeric_owner: options.numeric_owner,
+        preserve_special: options.preserve_special,
+    };
+    let not = attributes::apply(file, path, metadata, how)?;
+    if !not.problems.is_empty() {
+        let problems = not.problems.join(", ");
+        monitor.note(&format!("`{}`: could not set {problems}", shown(path)));
+    }
+    if !not.left_out.is_empty() {
+        let left_out = not.left_out.join(", ");
+        monitor.note(&format!(
+            "`{}`: left out {left_out}; --preserve-special restores it",
+            shown(path)
+        ));
     }
     Ok(())
 }

@@ -27,11 +27,10 @@ pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
 
 fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
     let commit = &committed.commit;
-    let before = archive
-        .commits()
-        .iter()
-        .find(|one| one.commit.number + 1 == commit.number)
-        .map_or(0, |one| one.commit.store_end);
+    let commits = archive.commits();
+    let before = commits
+        .binary_search_by_key(&commit.number.saturating_sub(1), |one| one.commit.number)
+        .map_or(0, |at| commits[at].commit.store_end);
     let images = commit.images.iter().map(|image| ListedImage {
         path: image.path.clone(),
         size: image.size,

@@ -110,6 +110,7 @@ pub(crate) fn archive(bytes: &[u8], folder: &Path) {
             dry_run: true,
             as_revision: false,
             numeric_owner: false,
+            preserve_special: false,
         };
         let _ = import(&options, &Silent::default());
     }

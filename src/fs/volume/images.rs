@@ -116,6 +116,11 @@ impl Image {
         !self.revoked.load(Ordering::Acquire)
     }
 
+    /// The open image, to look at what its inode has beside its content.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// When it was changed last, as its inode says.
     pub(super) fn changed_at(&self) -> (i64, i64) {
         self.stamp.ctime

@@ -11,6 +11,7 @@ use crate::archive::manifest::Manifest;
 use crate::error::{Error, Result};
 use crate::exec::restore::folder::{Place, Root};
 use crate::exec::restore::place::{Counts, fill};
+use crate::fs::attributes;
 use crate::monitor::Monitor;
 use crate::pool::{Revision, revision_of};
 use crate::shown::shown;
@@ -195,6 +196,9 @@ pub(super) fn place(
         .map(|job| {
             let image = &restore.manifest.images[job.target.image];
             let file = job.temporary.create()?;
+            if let Some(problem) = attributes::prepare(&file, &image.image.metadata) {
+                monitor.note(&format!("`{}`: could not set {problem}", shown(&job.temporary.path)));
+            }
             let counts = fill(
                 (staging.file(), staging.path()),
                 (&file, &job.temporary.path),
@@ -281,7 +285,12 @@ fn set_folders(restore: &Restore<'_>, made: &BTreeSet<PathBuf>, monitor: &dyn Mo
     for folder in folders {
         if let Some(fd) = restore.root.folder(&folder.path, false, |_| {})? {
             let path = restore.root.path().join(&folder.path);
-            apply(&File::from(fd), &path, &folder.metadata, restore.options, monitor)?;
+            let folder_file = File::from(fd);
+            // What is made there later gets it from the folder.
+            if let Some(problem) = attributes::prepare(&folder_file, &folder.metadata) {
+                monitor.note(&format!("`{}`: could not set {problem}", shown(&path)));
+            }
+            apply(&folder_file, &path, &folder.metadata, restore.options, monitor)?;
         }
     }
     Ok(())
