@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use vmfold::archive::record::{HEADER_BYTES, Header, Kind};
+use vmfold::archive::commit::{Commit, CommitLocation, Summary, encode_tail};
+use vmfold::archive::record::{HEADER_BYTES, Header, Kind, hash_of};
 use vmfold::error::Error;
 use vmfold::monitor::Silent;
 use vmfold::ops::import::{Options, Source, import};
@@ -353,7 +354,7 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
                     String::from_utf8_lossy(&output.stderr)
                 );
                 let code = output.status.code();
-                assert!(matches!(code, Some(0 | 1 | 2 | 4)), "{case}: {code:?}");
+                assert!(matches!(code, Some(0 | 4)), "{case}: {code:?}");
                 assert!(
                     partial || code != Some(0) || *kind == Kind::Tail,
                     "{case}: it was not noticed"
@@ -375,13 +376,11 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
     assert!(restored > 50, "{restored}");
 }
 
-/// An archive of one small image with this name, as nothing but a hostile writer makes it.
-fn named(name: &[u8], path: &Path) {
+/// An archive of small images of zeros with these names, as nothing but a hostile writer makes it.
+fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     use std::os::unix::ffi::OsStrExt;
-    use vmfold::archive::commit::{Commit, CommitLocation};
     use vmfold::archive::manifest::{self, Content as Holds, Entry, Image, Metadata, Payloads, Run};
     use vmfold::archive::writer::{Base, Sink, Writer};
-    let name = PathBuf::from(std::ffi::OsStr::from_bytes(name));
     let sink = Sink::File(std::fs::File::create(path).unwrap());
     let base = Base {
         archive: [1; 16],
@@ -389,32 +388,41 @@ fn named(name: &[u8], path: &Path) {
     };
     let mut writer = Writer::begin(sink, base, 5).unwrap();
     let mut payloads = Payloads::default();
-    payloads.push(&Entry::Image(Image {
-        number: 0,
-        names: vec![name],
-        size: 4096,
-        metadata: Metadata::default(),
-    }));
-    payloads.push(&Entry::Runs {
-        image: 0,
-        first_block: 0,
-        runs: vec![Run {
-            blocks: 1,
-            content: Holds::Zeros,
-        }],
-    });
-    for (part, payload) in [
-        (manifest::PART_IMAGES, payloads.finish().remove(0)),
-        (manifest::PART_CORRECTIONS, Vec::new()),
+    let mut summaries = Vec::new();
+    for (number, name) in (0..).zip(names) {
+        summaries.push(Summary {
+            path: PathBuf::from(std::ffi::OsStr::from_bytes(name)),
+            size: 4096,
+            data_blocks: 0,
+            new_blocks: 0,
+            digest: hash_of(&[0; 32]),
+        });
+        payloads.push(&Entry::Image(Image {
+            number,
+            names: vec![PathBuf::from(std::ffi::OsStr::from_bytes(name))],
+            size: 4096,
+            metadata: Metadata::default(),
+        }));
+        payloads.push(&Entry::Runs {
+            image: number,
+            first_block: 0,
+            runs: vec![Run {
+                blocks: 1,
+                content: Holds::Zeros,
+            }],
+        });
+    }
+    let images = payloads.finish();
+    let corrections = vec![Vec::new()];
+    for (part, payloads) in [
+        (manifest::PART_IMAGES, images),
+        (manifest::PART_CORRECTIONS, corrections),
     ] {
-        writer
-            .put(
-                Kind::Plan,
-                part,
-                (0, 0),
-                &manifest::encode(1, part, true, &payload).unwrap(),
-            )
-            .unwrap();
+        let count = payloads.len();
+        for (n, payload) in (1..).zip(payloads) {
+            let body = manifest::encode(1, part, n == count, &payload).unwrap();
+            writer.put(Kind::Plan, part, (0, 0), &body).unwrap();
+        }
     }
     let commit = Commit {
         number: 0,
@@ -423,10 +431,252 @@ fn named(name: &[u8], path: &Path) {
         root: PathBuf::new(),
         previous: CommitLocation::default(),
         store_end: 0,
-        images: Vec::new(),
+        images: summaries,
         records: Vec::new(),
     };
     writer.finish(commit).unwrap();
+}
+
+fn named(name: &[u8], path: &Path) {
+    archive_of(std::iter::once(name), path);
+}
+
+/// A record with another header, whose hash is right.
+fn with_header(record: &[u8], change: impl Fn(&mut Header)) -> Vec<u8> {
+    let mut header = Header::decode(record.first_chunk().unwrap()).unwrap();
+    change(&mut header);
+    [&header.encode()[..], &record[HEADER_BYTES..]].concat()
+}
+
+/// Lists, compares and appends to: all must end with an answer.
+fn use_otherwise(case: &str, bytes: &[u8]) {
+    let folder = scratch();
+    let archive = folder.path().join("a.vmfold");
+    std::fs::write(&archive, bytes).unwrap();
+    for arguments in [&["list"][..], &["diff"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_vmfold"))
+            .args(arguments)
+            .arg(&archive)
+            .output()
+            .unwrap();
+        let code = output.status.code();
+        let text = String::from_utf8_lossy(&output.stderr);
+        // `diff` of the only commit that is left has nothing to compare it with.
+        assert!(
+            matches!(code, Some(0 | 2 | 4 | 5)),
+            "{case}: {arguments:?}: {code:?} {text}"
+        );
+        assert!(!text.contains("panicked"), "{case}: {text}");
+    }
+}
+
+/// Numbers that no writer writes, in headers whose hashes are right.
+#[test]
+fn numbers_of_hostile_headers_are_not_believed() {
+    let intact = intact();
+    let records = records(GOLDEN);
+    for (n, (range, kind)) in records.iter().enumerate() {
+        let put = |what: &str, record: Vec<u8>, instead: bool| {
+            let rest = if instead { range.end } else { range.start };
+            let bytes = [&GOLDEN[..range.start], &record, &GOLDEN[rest..]].concat();
+            let case = format!("{} {n}: {what}", kind.name());
+            check(&case, &bytes, &intact);
+            use_otherwise(&case, &bytes);
+        };
+        let record = &GOLDEN[range.clone()];
+        for number in [u64::MAX, u64::MAX - 1, 1 << 63] {
+            put(
+                &format!("sequence {number}"),
+                with_header(record, |header| header.sequence = number),
+                true,
+            );
+        }
+        put(
+            "length",
+            with_header(record, |header| header.body_bytes = u64::MAX),
+            true,
+        );
+        let unknown = |length| {
+            let mut header = Header::of(Kind::Other(77), [0; 16], u64::MAX, u64::MAX - 1, b"");
+            header.body_bytes = length;
+            header.encode().to_vec()
+        };
+        for length in [u64::MAX, u64::MAX - 96, u64::MAX / 2, 1 << 40] {
+            put(
+                &format!("a kind not known of {length} bytes before it"),
+                unknown(length),
+                false,
+            );
+        }
+    }
+}
+
+/// A COMMIT that says what cannot be, with hashes that are right all the way from the TAIL.
+#[test]
+fn commits_that_contradict_themselves_are_damage() {
+    let records = records(GOLDEN);
+    let (range, _) = records.iter().rfind(|(_, kind)| *kind == Kind::Commit).unwrap();
+    let (tail, _) = records.last().unwrap();
+    let commit = Commit::decode(&GOLDEN[range.start + HEADER_BYTES..range.end]).unwrap();
+    type Change = fn(&mut Commit);
+    let changes: [(&str, Change); 7] = [
+        ("the last number", |commit| commit.number = u32::MAX),
+        ("no number", |commit| commit.number = 0),
+        ("a commit before it of any length", |commit| {
+            commit.previous.length = u64::MAX
+        }),
+        ("a commit before it anywhere", |commit| {
+            commit.previous.offset = u64::MAX - 5
+        }),
+        ("one record a thousand times", |commit| {
+            let one = commit.records[3];
+            commit.records.extend(std::iter::repeat_n(one, 1000));
+        }),
+        ("a record of the commit before", |commit| commit.records[2].offset = 0),
+        ("records without a body", |commit| commit.records[2].length = 0),
+    ];
+    let location_of = |header: &Header, length: u64| CommitLocation {
+        offset: range.start as u64,
+        length,
+        body_hash: header.body_hash,
+    };
+    let archive_with = |commit: &Commit, length: Option<u64>| {
+        let body = commit.encode().unwrap();
+        let old = Header::decode(GOLDEN[range.start..].first_chunk().unwrap()).unwrap();
+        let header = Header::of(Kind::Commit, old.archive, old.epoch, old.sequence, &body);
+        let whole = (HEADER_BYTES + body.len()) as u64;
+        let tail_body = encode_tail(&location_of(&header, length.unwrap_or(whole)));
+        let old = Header::decode(GOLDEN[tail.start..].first_chunk().unwrap()).unwrap();
+        let tail = Header::of(Kind::Tail, old.archive, old.epoch, old.sequence, &tail_body);
+        [
+            &GOLDEN[..range.start],
+            &header.encode(),
+            &body,
+            &tail.encode(),
+            &tail_body,
+        ]
+        .concat()
+    };
+    let intact = intact();
+    check("unchanged", &archive_with(&commit, None), &intact);
+    // The TAIL is believed of no length either; the COMMIT is found all the same.
+    check("a TAIL of any length", &archive_with(&commit, Some(u64::MAX)), &intact);
+    for (case, change) in changes {
+        let mut changed = commit.clone();
+        change(&mut changed);
+        let bytes = archive_with(&changed, None);
+        let outcome = check(case, &bytes, &intact);
+        assert!(outcome.noticed, "{case}");
+        use_otherwise(case, &bytes);
+        let folder = scratch();
+        let archive = folder.path().join("a.vmfold");
+        std::fs::write(&archive, &bytes).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_vmfold"))
+            .arg("verify")
+            .arg(&archive)
+            .output()
+            .unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(4),
+            "{case}: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+    }
+}
+
+/// Each damage of an archive has the same exit code, whatever is done with it.
+#[test]
+fn damage_has_one_exit_code() {
+    let records = records(GOLDEN);
+    let (last, _) = records.iter().rfind(|(_, kind)| *kind == Kind::Commit).unwrap();
+    let mut no_commit = GOLDEN.to_vec();
+    for (range, _) in records.iter().filter(|(_, kind)| *kind == Kind::Commit) {
+        no_commit[range.end - 1] ^= 1;
+    }
+    let mut lost_commit = GOLDEN.to_vec();
+    lost_commit[last.end - 1] ^= 1;
+    let mut first_header = GOLDEN[..60].to_vec();
+    first_header[30] ^= 1;
+    // Two images with one name, and one that lies in the other.
+    let contradictory = |names: &[&[u8]]| {
+        let folder = scratch();
+        let path = folder.path().join("a.vmfold");
+        archive_of(names.iter().copied(), &path);
+        std::fs::read(path).unwrap()
+    };
+    let twice = contradictory(&[b"a.img", b"a.img"]);
+    let inside = contradictory(&[b"a.img", b"a.img/b.img"]);
+    let cut = &GOLDEN[..last.start - 10];
+    let all: &[&str] = &[
+        "list",
+        "verify",
+        "diff",
+        "import",
+        "import --partial",
+        "pipe",
+        "pipe --partial",
+    ];
+    let manifests: &[&str] = &["verify", "diff 1 1", "import", "import --partial", "pipe"];
+    for (case, bytes, verbs) in [
+        (
+            "no commit",
+            &no_commit[..],
+            &["list", "verify", "diff", "import", "pipe", "pipe --partial"][..],
+        ),
+        ("one record, torn", &first_header[..], all),
+        (
+            "the commit that is asked for",
+            &lost_commit[..],
+            &["list 2", "diff 2", "import --commit 2"][..],
+        ),
+        ("two images with one name", &twice[..], manifests),
+        ("an image in an image", &inside[..], manifests),
+        (
+            "cut short, from a pipe",
+            cut,
+            &["pipe", "pipe --commit 2", "pipe --commit 2 --partial"][..],
+        ),
+    ] {
+        let folder = scratch();
+        let archive = folder.path().join("a.vmfold");
+        std::fs::write(&archive, bytes).unwrap();
+        for verb in verbs {
+            let mut words = verb.split(' ');
+            let name = words.next().unwrap();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_vmfold"));
+            if name == "pipe" {
+                command
+                    .args(["import", "-"])
+                    .stdin(std::fs::File::open(&archive).unwrap());
+            } else {
+                command.arg(name).arg(&archive);
+            }
+            if name == "pipe" || name == "import" {
+                command.arg("--to").arg(folder.path().join("to"));
+                command.arg("--index").arg(folder.path().join("index"));
+            }
+            let output = command.args(words).output().unwrap();
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(4), "{case}: {verb}: {text}");
+            let _ = std::fs::remove_dir_all(folder.path().join("to"));
+        }
+    }
+}
+
+/// Each image is looked at once, not once for each other.
+#[test]
+fn archives_of_very_many_images_are_verified_in_bearable_time() {
+    const IMAGES: u32 = 20_000;
+    let folder = scratch();
+    let archive = folder.path().join("a.vmfold");
+    let names: Vec<Vec<u8>> = (0..IMAGES)
+        .map(|n| format!("f{}/{n}.img", n % 100).into_bytes())
+        .collect();
+    archive_of(names.iter().map(Vec::as_slice), &archive);
+    let found = verify(&archive, &Silent::default()).unwrap();
+    assert_eq!(found.damage, []);
+    assert_eq!((found.images, found.lost.len()), (u64::from(IMAGES), 0));
 }
 
 #[test]

@@ -150,7 +150,7 @@ pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 /// How a payload is stored.
-const RAW: u8 = 0;
+pub(super) const RAW: u8 = 0;
 const ZSTD: u8 = 1;
 /// Level for payloads: they are small, and hold what must be read first.
 const PAYLOAD_LEVEL: i32 = 9;

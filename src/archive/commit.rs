@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::StoreBlock;
-use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
+use super::bytes::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use super::manifest::store_block;
 use super::record::{HEADER_BYTES, Hash, Kind};
 
@@ -17,6 +17,11 @@ const PAYLOAD_RATIO_MAX: usize = 16;
 const TEXT_BYTES_MAX: usize = 4096;
 /// The number of the last commit that an archive can have.
 pub const COMMITS_MAX: u32 = u32::MAX - 1;
+
+/// Bytes of a payload at most that is stored in so many.
+fn limit_of(stored: usize) -> usize {
+    PAYLOAD_BYTES_MAX.min(stored * PAYLOAD_RATIO_MAX + (64 << 10))
+}
 
 /// Where a record is, and what it must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +135,12 @@ impl Commit {
             }
             out.extend(record.body_hash);
         }
-        let (encoding, stored) = pack_payload(&plain)?;
+        let (mut encoding, mut stored) = pack_payload(&plain)?;
+        if plain.len() > limit_of(stored.len()) {
+            // Many images that are alike shrink by more than a reader believes.
+            encoding = RAW;
+            stored.clone_from(&plain);
+        }
         let mut body = vec![encoding, 0, 0, 0];
         body.extend(u32::try_from(plain.len()).unwrap_or(u32::MAX).to_le_bytes());
         body.extend(stored);
@@ -171,8 +181,7 @@ impl Commit {
         decoder.zeros(3)?;
         let plain_length = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
         let stored = decoder.take(decoder.left())?;
-        let limit = PAYLOAD_BYTES_MAX.min(stored.len() * PAYLOAD_RATIO_MAX + (64 << 10));
-        let plain = unpack_payload(encoding, stored, plain_length, limit)?;
+        let plain = unpack_payload(encoding, stored, plain_length, limit_of(stored.len()))?;
         let mut decoder = Decoder::new(&plain);
         let (number, time) = (decoder.varint32()?, (decoder.zigzag()?, decoder.varint32()?));
         if !(1..=COMMITS_MAX).contains(&number) {
@@ -297,6 +306,29 @@ mod tests {
             let _ = Commit::decode(&whole);
             let _ = decode_tail(&body);
         }
+    }
+
+    /// They shrink by more than what a reader takes for possible.
+    #[test]
+    fn a_commit_of_very_many_images_that_are_alike_can_be_read() {
+        let image = |n: u32| Summary {
+            path: format!("machine/private.img.{n}@2026-01-01T00:00:00Z").into(),
+            size: 4096,
+            data_blocks: 1,
+            new_blocks: 0,
+            digest: [7; 32],
+        };
+        let commit = Commit {
+            number: 1,
+            time: (0, 0),
+            label: String::new(),
+            root: PathBuf::new(),
+            previous: CommitLocation::default(),
+            store_end: 10,
+            images: (0..20_000).map(image).collect(),
+            records: Vec::new(),
+        };
+        assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));
     }
 
     #[test]

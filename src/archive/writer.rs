@@ -148,7 +148,14 @@ impl Writer {
         commit.number = self.commit_number();
         commit.previous = self.base.last;
         commit.records = std::mem::take(&mut self.records);
-        let location = self.write(Kind::Commit, 0, (0, 0), &commit.encode()?)?;
+        let body = commit.encode()?;
+        // Nothing is called done that a reader would refuse.
+        if Commit::decode(&body).as_ref() != Ok(&commit) || commit.span().is_err() {
+            return Err(io::Error::other(
+                "the commit has more images, longer names or a longer label than the format allows",
+            ));
+        }
+        let location = self.write(Kind::Commit, 0, (0, 0), &body)?;
         let last = CommitLocation {
             offset: location.offset,
             length: location.length,

@@ -18,7 +18,7 @@ use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 pub use mounts::{MountedAt, mounted_at};
-pub use naming::{Kind, Revision, kind_of, machine_of, revision_of};
+pub use naming::{Kind, Revision, kind_of, looks_like_image, machine_of, revision_of};
 pub use qubes::qubes_folders;
 
 use crate::error::{Error, Result};

@@ -87,7 +87,7 @@ pub fn revision_of(path: &Path) -> Option<Revision> {
 
 /// Whether a file in a folder is an image: by extension, also before a revision's number (`private.img.7@…`) or a snapshot's
 /// (`private.img.wyng1`), or, without any, by size.
-pub(super) fn looks_like_image(path: &Path, size: u64) -> bool {
+pub fn looks_like_image(path: &Path, size: u64) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let mut parts = name.split(['.', '@', '~']).skip(1).peekable();
     if parts.peek().is_none() {

@@ -5,6 +5,9 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
+use walkdir::WalkDir;
+
 use super::{Options, parts, prove, proved};
 use crate::archive::StoreBlock;
 use crate::archive::manifest::Announced;
@@ -19,12 +22,17 @@ use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
 use crate::plan::import::{Seeded, find_seeds};
-use crate::sys::fs_info::{FsInfo, fs_info};
+use crate::pool;
+use crate::sys::beneath::Folder;
+use crate::sys::fiemap::fiemap;
+use crate::sys::fs_info::{FsInfo, Kind, fs_info};
 use crate::sys::logical_ino;
 
 /// Seeds that were opened and fingerprinted.
 pub(super) struct Seeds {
     prepared: Prepared,
+    /// The folder of indexes, where lists may lie.
+    index: PathBuf,
 }
 
 impl Seeds {
@@ -75,7 +83,10 @@ impl Seeds {
                 second: paths.first().cloned().unwrap_or_default(),
             });
         }
-        Ok(Self { prepared })
+        Ok(Self {
+            prepared,
+            index: options.index.clone(),
+        })
     }
 
     fn fs(&self) -> &Volume {
@@ -101,7 +112,7 @@ impl Seeds {
         let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
         for all in [&fingerprints, &facts.fingerprints] {
             all.check()
-                .map_err(|error| Error::Usage(format!("the file of fingerprints failed: {error}")))?;
+                .map_err(Error::io("use the file of fingerprints in", &self.index))?;
         }
         Ok(found.iter().flat_map(|seeded| self.without_tails(seeded)).collect())
     }
@@ -223,20 +234,24 @@ pub(super) fn are_possible(options: &Options) -> bool {
     !options.seeds.is_empty() || filesystem_of(options).is_some_and(knows)
 }
 
-/// The folder that is restored to, or what exists of the way to it, and its filesystem, if that is btrfs.
+/// The folder that is restored to, or what exists of the way to it, and its filesystem, if extents can be shared there.
 fn filesystem_of(options: &Options) -> Option<(File, FsInfo)> {
-    let existing = options
-        .to
-        .ancestors()
-        .find(|folder| folder.exists())
-        .unwrap_or(Path::new("."));
-    let folder = File::open(existing).ok()?;
+    let folder = File::open(existing(&options.to)).ok()?;
     let info = fs_info(&folder).ok()?;
     Some((folder, info))
 }
 
-/// Images in the subvolume that is restored to that the index knows to hold wanted chunks, those with most of them. None where the
-/// index or the filesystem cannot tell.
+/// What exists of the way to a folder.
+fn existing(to: &Path) -> &Path {
+    // A path without folders lies in the current one.
+    let exists = to
+        .ancestors()
+        .find(|folder| !folder.as_os_str().is_empty() && folder.exists());
+    exists.unwrap_or(Path::new("."))
+}
+
+/// Images that the index knows to hold wanted chunks, those with most of them: of the subvolume that is restored to, or of the XFS. None
+/// where the index or the filesystem cannot tell.
 fn known_images<'a>(
     options: &Options,
     wanted: &[Range<StoreBlock>],
@@ -246,18 +261,33 @@ fn known_images<'a>(
     /// More of them would bring little.
     const IMAGES_MAX: usize = 64;
     let (folder, info) = filesystem_of(options)?;
-    if !Index::exists(&options.index, info.uuid) || !rustix::process::geteuid().is_root() {
+    let is_btrfs = matches!(info.kind, Kind::Btrfs { .. });
+    // Only root may ask btrfs who holds an extent.
+    if !Index::exists(&options.index, info.uuid) || (is_btrfs && !rustix::process::geteuid().is_root()) {
         return None;
     }
     let ids = weak_ids(wanted, announced);
     let index = Index::open(&options.index, info.uuid, None, monitor).ok()?;
     let addresses = index.extents_with(|id| ids.contains(&id)).ok()?;
-    let here = logical_ino::subvolume_of(&folder).ok()?;
-    let top = top_of_subvolume(&options.to)?;
-    let mut held: BTreeMap<u64, u32> = BTreeMap::new();
+    drop(index);
+    let mut chosen = if is_btrfs {
+        holders_on_btrfs(&options.to, &folder, &addresses)?
+    } else {
+        holders_on_xfs(&options.to, addresses, monitor)?
+    };
+    chosen.sort_unstable_by(|a, b| b.cmp(a));
+    chosen.truncate(IMAGES_MAX);
+    Some(chosen.into_iter().map(|(_, path)| path).collect())
+}
+
+/// Files of the subvolume that hold extents, with how many of them.
+fn holders_on_btrfs(to: &Path, folder: &File, addresses: &[u64]) -> Option<Vec<(usize, PathBuf)>> {
+    let here = logical_ino::subvolume_of(folder).ok()?;
+    let top = top_of_subvolume(to)?;
+    let mut held: BTreeMap<u64, usize> = BTreeMap::new();
     for address in addresses {
         // An extent that is gone has none.
-        let Ok(Some(found)) = logical_ino::holders(&folder, address) else {
+        let Ok(Some(found)) = logical_ino::holders(folder, *address) else {
             continue;
         };
         let inodes: BTreeSet<u64> = found
@@ -269,14 +299,56 @@ fn known_images<'a>(
             *held.entry(inode).or_default() += 1;
         }
     }
-    let mut chosen: Vec<(u32, u64)> = held.into_iter().map(|(inode, extents)| (extents, inode)).collect();
-    chosen.sort_unstable_by(|a, b| b.cmp(a));
-    chosen.truncate(IMAGES_MAX);
-    let paths = chosen.into_iter().filter_map(|(_, inode)| {
-        let path = logical_ino::path_in_subvolume(&folder, here, inode).ok()?;
-        Some(top.join(path)).filter(|path| path.is_file())
+    let paths = held.into_iter().filter_map(|(inode, extents)| {
+        let path = logical_ino::path_in_subvolume(folder, here, inode).ok()?;
+        Some((extents, top.join(path))).filter(|(_, path)| path.is_file())
     });
     Some(paths.collect())
+}
+
+/// Images on the XFS that map the addresses where extents begin, with how many of them. XFS cannot be asked who holds an extent: its images
+/// are looked for, by their names, and their maps are read.
+fn holders_on_xfs(to: &Path, mut addresses: Vec<u64>, monitor: &dyn Monitor) -> Option<Vec<(usize, PathBuf)>> {
+    /// Files and folders looked at: a filesystem that has more is one of much else.
+    const ENTRIES_MAX: usize = 1 << 20;
+    if addresses.is_empty() {
+        return Some(Vec::new());
+    }
+    addresses.sort_unstable();
+    addresses.dedup();
+    let top = top_of_mount(to)?;
+    let folder = Folder::open(&top).ok()?;
+    let mut found = Vec::new();
+    let entries = WalkDir::new(&top).same_file_system(true).into_iter();
+    for entry in entries.take(ENTRIES_MAX).filter_map(std::result::Result::ok) {
+        if monitor.interrupted() {
+            return None;
+        }
+        let is_image = entry.file_type().is_file()
+            && pool::kind_of(entry.path()) == pool::Kind::Image
+            && entry
+                .metadata()
+                .is_ok_and(|metadata| pool::looks_like_image(entry.path(), metadata.len()));
+        let Ok(below) = entry.path().strip_prefix(&top) else {
+            continue;
+        };
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let Some(file) = is_image.then(|| folder.open_file(below, flags).ok()).flatten() else {
+            continue;
+        };
+        let mut held = 0;
+        let mapped = fiemap(&file, |mapping| {
+            if !mapping.unwritten {
+                let end = mapping.address.saturating_add(mapping.length);
+                let from = addresses.partition_point(|address| *address < mapping.address);
+                held += addresses[from..].partition_point(|address| *address < end);
+            }
+        });
+        if mapped.is_ok() && held > 0 {
+            found.push((held, entry.into_path()));
+        }
+    }
+    Some(found)
 }
 
 /// The weak ids of the chunks that have wanted blocks.
@@ -305,9 +377,20 @@ fn top_of_subvolume(path: &Path) -> Option<PathBuf> {
     use std::os::unix::fs::MetadataExt;
     /// `BTRFS_FIRST_FREE_OBJECTID`: the inode of the top folder of every subvolume.
     const TOP: u64 = 256;
-    let existing = path.ancestors().find(|folder| folder.exists())?.canonicalize().ok()?;
+    let existing = existing(path).canonicalize().ok()?;
     let top = existing
         .ancestors()
         .find(|folder| folder.metadata().is_ok_and(|metadata| metadata.ino() == TOP));
     top.map(Path::to_owned)
+}
+
+/// The highest folder above a path, or what exists of it, on the same filesystem.
+fn top_of_mount(path: &Path) -> Option<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    let existing = existing(path).canonicalize().ok()?;
+    let device = existing.metadata().ok()?.dev();
+    let here = existing
+        .ancestors()
+        .take_while(|folder| folder.metadata().is_ok_and(|metadata| metadata.dev() == device));
+    here.last().map(Path::to_owned)
 }

@@ -221,7 +221,10 @@ impl Importer<'_> {
         if self.plan.as_ref().is_some_and(|plan| plan.epoch == header.epoch) {
             return Ok(None);
         }
-        let manifest = self.epoch.builder.clone().finish().map_err(malformed)?;
+        let manifest = self.epoch.builder.clone().finish().map_err(&malformed)?;
+        if manifest.images.is_empty() && self.epoch.doubtful {
+            return Err(malformed("what says which images its blocks are for is lost"));
+        }
         let restore = Restore::new(self.options, manifest, &[], self.monitor)?;
         let ranges = wanted(restore.chosen());
         if self.seeds.is_none() {
