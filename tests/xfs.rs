@@ -298,3 +298,49 @@ fn without_root() {
     assert_eq!(state_of(&fs.pool()), state);
     check(&fs);
 }
+
+/// Images that the index knows serve as seeds, as on btrfs, whether or not the filesystem can tell who holds a block.
+#[test]
+fn images_that_are_here_are_shared_with_what_is_imported() {
+    if !can_mount() {
+        return;
+    }
+    for reverse_map in [0, 1] {
+        let fs = xfs(reverse_map);
+        let (held, image) = (fs.pool().join("held.img"), fs.pool().join("deep/in/other.img"));
+        let mut random = Random(11);
+        let content = random.data(24 << 20);
+        std::fs::create_dir_all(image.parent().unwrap()).unwrap();
+        std::fs::write(&held, &content[..16 << 20]).unwrap();
+        std::fs::write(&image, &content).unwrap();
+        let archive = fs.device().with_file_name("a.vmfold");
+        let run = |arguments: &[&str]| {
+            let mut command = fs.command();
+            let output = command
+                .arg("--json")
+                .args(arguments)
+                .arg("--index")
+                .arg(fs.index())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            serde_json::from_slice::<Value>(&output.stdout).unwrap()
+        };
+        let (archive, pool) = (archive.to_str().unwrap(), fs.pool());
+        run(&["export", archive, image.to_str().unwrap()]);
+        std::fs::remove_file(&image).unwrap();
+        run(&["scan", pool.to_str().unwrap()]);
+        let (to, before) = (fs.mount.join("to"), used(&fs));
+        let done = run(&["import", archive, "--to", to.to_str().unwrap()]);
+        let number = |key: &str| done["done"][key].as_u64().unwrap();
+        assert!(std::fs::read(to.join("other.img")).unwrap() == content);
+        // Found by whole chunks, which are not cut alike everywhere.
+        assert!(number("seeded_bytes") > (16 << 20) * 9 / 10, "{done}");
+        assert!(
+            used(&fs) - before < 11 << 20,
+            "{} more in use: {done}",
+            used(&fs) - before
+        );
+        check(&fs);
+    }
+}
