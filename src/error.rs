@@ -405,3 +405,17 @@ impl Error {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_full_disk_a_quota_and_a_limit_ask_for_is_said() {
+        let hint = |number| Error::io("write to", Path::new("a"))(std::io::Error::from_raw_os_error(number)).hint();
+        for number in [libc::ENOSPC, libc::EDQUOT, libc::EFBIG] {
+            assert!(hint(number).is_some(), "{number}");
+        }
+        assert_eq!(hint(libc::EPERM), None);
+    }
+}

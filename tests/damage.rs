@@ -514,19 +514,19 @@ fn numbers_of_hostile_headers_are_not_believed() {
 /// A COMMIT that says what cannot be, with hashes that are right all the way from the TAIL.
 #[test]
 fn commits_that_contradict_themselves_are_damage() {
+    type Change = fn(&mut Commit);
     let records = records(GOLDEN);
     let (range, _) = records.iter().rfind(|(_, kind)| *kind == Kind::Commit).unwrap();
     let (tail, _) = records.last().unwrap();
     let commit = Commit::decode(&GOLDEN[range.start + HEADER_BYTES..range.end]).unwrap();
-    type Change = fn(&mut Commit);
     let changes: [(&str, Change); 7] = [
         ("the last number", |commit| commit.number = u32::MAX),
         ("no number", |commit| commit.number = 0),
         ("a commit before it of any length", |commit| {
-            commit.previous.length = u64::MAX
+            commit.previous.length = u64::MAX;
         }),
         ("a commit before it anywhere", |commit| {
-            commit.previous.offset = u64::MAX - 5
+            commit.previous.offset = u64::MAX - 5;
         }),
         ("one record a thousand times", |commit| {
             let one = commit.records[3];

@@ -72,10 +72,12 @@ fn attribute(path: &Path, name: &str) -> Option<String> {
         .arg(path)
         .output()
         .unwrap();
-    output
-        .status
-        .success()
-        .then(|| output.stdout.iter().map(|byte| format!("{byte:02x}")).collect())
+    output.status.success().then(|| {
+        output
+            .stdout
+            .iter()
+            .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+    })
 }
 
 fn mode(path: &Path) -> u32 {
@@ -231,10 +233,10 @@ impl Drop for Stop<'_> {
 /// The owner of a folder in the pool puts a link to another's images in its place, again and again, while root exports.
 #[test]
 fn an_export_takes_owner_and_content_from_one_file() {
+    const ROUNDS: u32 = 25;
     if !can_mount() {
         return;
     }
-    const ROUNDS: u32 = 25;
     let fs = Mounted::btrfs();
     let (own, secret) = (fs.pool().join("user"), fs.mount.join("secret"));
     std::fs::create_dir_all(own.join("x")).unwrap();

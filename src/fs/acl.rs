@@ -1,4 +1,4 @@
-//! POSIX access control lists as the kernel hands them out in extended attributes (uapi/linux/posix_acl_xattr.h).
+//! POSIX access control lists as the kernel hands them out in extended attributes (`uapi/linux/posix_acl_xattr.h`).
 
 /// The attribute of the list that says who may access a file.
 pub const ACCESS: &[u8] = b"system.posix_acl_access";

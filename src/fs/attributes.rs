@@ -147,7 +147,7 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, how: How) -> Result<
     Ok(not)
 }
 
-/// Whether an extended attribute is restored. None for what is left out without a word: the label of SELinux says who may access a file
+/// Whether an extended attribute is restored. None for what is left out without a word: the label of `SELinux` says who may access a file
 /// by the policy of the host it was on, and the file gets one by the policy of this host.
 fn may_restore(name: &[u8], how: How) -> Option<bool> {
     let special = name.starts_with(b"security.") || name.starts_with(b"trusted.");

@@ -117,18 +117,21 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
             problem: "none of its commits is intact".into(),
         });
     }
+    result.damage = places_of(damage);
+    Ok(result)
+}
+
+/// Damaged places in order, each once.
+fn places_of(damage: Vec<Damage>) -> Vec<DamagedPlace> {
     let mut places: BTreeMap<(u64, u64), String> = BTreeMap::new();
     for one in damage {
         places.entry((one.range.start, one.range.length)).or_insert(one.problem);
     }
-    result.damage = places
-        .into_iter()
-        .map(|((start, length), problem)| DamagedPlace {
-            range: ByteRange { start, length },
-            problem,
-        })
-        .collect();
-    Ok(result)
+    let places = places.into_iter().map(|((start, length), problem)| DamagedPlace {
+        range: ByteRange { start, length },
+        problem,
+    });
+    places.collect()
 }
 
 /// The ranges of the store that PACKs say they hold, ascending.

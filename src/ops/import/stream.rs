@@ -112,9 +112,12 @@ impl Importer<'_> {
     /// Reads records to the end, or to the commit that was asked for. Returns the plan alone for a dry run.
     fn read(&mut self, stream: &mut Stream<impl Read>) -> Result<Option<Imported>> {
         let path = Path::new(STDIN);
-        let failed = |error| match self.monitor.interrupted() {
-            true => Error::Interrupted,
-            false => Error::io("read", path)(error),
+        let failed = |error| {
+            if self.monitor.interrupted() {
+                Error::Interrupted
+            } else {
+                Error::io("read", path)(error)
+            }
         };
         while let Some(event) = stream.next_event().map_err(failed)? {
             if self.monitor.interrupted() {
