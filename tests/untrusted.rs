@@ -199,6 +199,45 @@ fn an_archive_gives_no_privileges_and_takes_no_access_list_away() {
     fs.check();
 }
 
+/// Images without copy on write share their blocks with each other when they come back.
+#[test]
+fn images_without_checksums_come_back_shared() {
+    if !can_mount() {
+        return;
+    }
+    let (fs, target) = (Mounted::btrfs(), Mounted::btrfs());
+    let image = fs.pool().join("a.img");
+    sh(&format!("touch '{0}'; chattr +C '{0}'", image.display()));
+    std::fs::write(&image, Random(8).data(32 << 20)).unwrap();
+    for n in 1..5 {
+        let revision = fs.pool().join(format!("a.img.{n}@2026-01-01T00:00:00Z"));
+        sh(&format!(
+            "touch '{0}'; chattr +C '{0}'; cp --reflink=always '{1}' '{0}'",
+            revision.display(),
+            image.display()
+        ));
+    }
+    // One with checksums has the same blocks.
+    std::fs::copy(&image, fs.pool().join("b.img")).unwrap();
+    done(&vmfold(&fs, &["export", "a.vmfold", as_str(&fs.pool())]));
+    let (to, before) = (target.mount.join("to"), target.used());
+    done(&vmfold(&fs, &["import", "a.vmfold", "--to", as_str(&to)]));
+    let mut count = 0;
+    for entry in std::fs::read_dir(fs.pool()).unwrap().flatten() {
+        let path = to.join(entry.file_name());
+        assert!(std::fs::read(&path).unwrap() == std::fs::read(entry.path()).unwrap());
+        assert_eq!(has_nodatacow(&path), has_nodatacow(&entry.path()), "{}", path.display());
+        count += 1;
+    }
+    assert_eq!(count, 6);
+    let grown = target.used() - before;
+    assert!(
+        grown < 66 << 20,
+        "{grown} bytes for 32 MiB with checksums and 32 without"
+    );
+    target.check();
+}
+
 /// Where there are no access lists, the group gets what the list gave it, not what the mask let others have.
 #[test]
 fn without_access_lists_modes_are_narrowed() {

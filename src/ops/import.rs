@@ -459,6 +459,14 @@ impl<'a> Restore<'a> {
         self.targets.iter().map(|target| &self.manifest.images[target.image])
     }
 
+    /// What the chosen images without copy on write refer to.
+    fn nodatacow_blocks(&self) -> Vec<Range<StoreBlock>> {
+        wanted(
+            self.chosen()
+                .filter(|image| attributes::is_nodatacow(&image.image.metadata)),
+        )
+    }
+
     fn imported(&self, archive: &Path, commit: u32, id: String) -> Imported {
         Imported {
             archive: archive.to_owned(),
@@ -484,12 +492,11 @@ impl<'a> Restore<'a> {
         let distinct_bytes = length_of(wanted) * bytes(1);
         let seeded_bytes = length_of(seeded) * bytes(1);
         let new_bytes = distinct_bytes - seeded_bytes;
-        let copied = images().filter(|image| !self.shares || attributes::is_nodatacow(&image.image.metadata));
-        let copies: u64 = copied
-            .flat_map(|image| &image.runs)
-            .filter(|run| matches!(run.content, Content::Stored(_)))
-            .map(|run| bytes(run.blocks))
-            .sum();
+        let copies = if self.shares {
+            length_of(&self.nodatacow_blocks()) * bytes(1)
+        } else {
+            data_bytes
+        };
         let metadata_bytes = runs * METADATA_BYTES_PER_REFERENCE + images().count() as u64 * bytes(1);
         let free_bytes =
             rustix::fs::fstatvfs(self.root.file()).map_or(u64::MAX, |found| found.f_bavail * found.f_frsize);

@@ -1,9 +1,11 @@
 //! Makes images from the staging file, sharing its extents where the filesystem can.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use rustix::fs::{IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::archive::StoreBlock;
@@ -12,6 +14,7 @@ use crate::block::bytes;
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::sys::clone::clone_range;
+use crate::sys::inode_flags::{add_inode_flags, inode_flags};
 
 /// Bytes copied at a time where extents cannot be shared.
 const COPY_BYTES: u64 = 1 << 20;
@@ -39,17 +42,11 @@ pub fn fill(
     shares: bool,
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
-    let failed = |error: std::io::Error| match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
-            doing: "restoring",
-            path: path.to_owned(),
-        },
-        _ => Error::io("write to", path)(error),
-    };
+    let failed = no_space_or("write to", path);
     let mut counts = Counts::default();
     let mut at = 0u64;
     let mut buffer = Vec::new();
-    image.set_len(size).map_err(failed)?;
+    image.set_len(size).map_err(&failed)?;
     for run in runs {
         let length = bytes(run.blocks);
         if let Content::Stored(first) = run.content {
@@ -85,7 +82,7 @@ pub fn fill(
                         from + done,
                         piece,
                     ))?;
-                    image.write_all_at(&buffer, to + done).map_err(failed)?;
+                    image.write_all_at(&buffer, to + done).map_err(&failed)?;
                     done += piece;
                     monitor.advance(piece);
                 }
@@ -95,10 +92,60 @@ pub fn fill(
         at += length;
     }
     // The last block of an image may be a partial one.
-    if image.metadata().map_err(failed)?.len() != size {
-        image.set_len(size).map_err(failed)?;
+    if image.metadata().map_err(&failed)?.len() != size {
+        image.set_len(size).map_err(&failed)?;
     }
     Ok(counts)
+}
+
+/// A copy of ranges of the staging file without copy on write, for images that have none: the filesystem lets those share blocks with no
+/// others. It has no name, and is gone with its descriptor. None where there can be none, or the staging file is of that kind.
+///
+/// # Errors
+/// [`Error::NoSpace`] among others.
+pub fn without_checksums(
+    (staging, path): (&File, &Path),
+    folder: &File,
+    ranges: Vec<Range<StoreBlock>>,
+    monitor: &dyn Monitor,
+) -> Result<Option<File>> {
+    let is_alike = inode_flags(staging).is_ok_and(|flags| flags.contains(IFlags::NOCOW));
+    let Some(copy) = unnamed(folder).ok().filter(|_| !is_alike) else {
+        return Ok(None);
+    };
+    if add_inode_flags(&copy, IFlags::NOCOW).is_err() {
+        return Ok(None);
+    }
+    let failed = no_space_or("write to", path);
+    let length = staging.metadata().map_err(Error::io("look at", path))?.len();
+    copy.set_len(length).map_err(&failed)?;
+    let mut buffer = Vec::new();
+    for range in ranges {
+        let (mut at, end) = (bytes(range.start), bytes(range.end));
+        while at < end {
+            if monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            let piece = COPY_BYTES.min(end - at);
+            buffer.resize(usize::try_from(piece).unwrap_or(usize::MAX), 0);
+            let read = staging.read_exact_at(&mut buffer, at);
+            read.map_err(Error::io_at("read", path, at, piece))?;
+            copy.write_all_at(&buffer, at).map_err(&failed)?;
+            at += piece;
+        }
+    }
+    Ok(Some(copy))
+}
+
+/// What a failed call that writes means.
+fn no_space_or<'a>(operation: &'static str, path: &'a Path) -> impl Fn(std::io::Error) -> Error + 'a {
+    move |error| match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
+            doing: "restoring",
+            path: path.to_owned(),
+        },
+        _ => Error::io(operation, path)(error),
+    }
 }
 
 /// The parts of a range of the store that are not lost.
@@ -106,7 +153,7 @@ fn intact(
     first: StoreBlock,
     blocks: u32,
     is_lost: impl Fn(StoreBlock) -> bool,
-) -> impl Iterator<Item = std::ops::Range<StoreBlock>> {
+) -> impl Iterator<Item = Range<StoreBlock>> {
     let end = first + blocks;
     let mut at = first;
     std::iter::from_fn(move || {
@@ -121,13 +168,15 @@ fn intact(
     })
 }
 
+/// A new file without a name, on the filesystem of a folder.
+fn unnamed(folder: &File) -> rustix::io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    rustix::fs::openat(folder, ".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
+}
+
 /// Whether files in a folder can share extents: tried out on two that have no name.
 pub fn can_share(folder: &File) -> bool {
-    use rustix::fs::{Mode, OFlags};
-    let make = || {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        rustix::fs::openat(folder, ".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
-    };
+    let make = || unnamed(folder);
     let tried = || -> std::io::Result<()> {
         let (one, other) = (make()?, make()?);
         one.write_all_at(&[1; 4096], 0)?;

@@ -10,7 +10,8 @@ use super::{Open, Options, Restore, SetOf, add, apply};
 use crate::archive::manifest::Manifest;
 use crate::error::{Error, Result};
 use crate::exec::restore::folder::{Place, Root};
-use crate::exec::restore::place::{Counts, fill};
+use crate::exec::restore::place::{Counts, fill, without_checksums};
+use crate::exec::restore::staging::Staging;
 use crate::fs::attributes;
 use crate::monitor::Monitor;
 use crate::pool::{Revision, revision_of};
@@ -191,6 +192,7 @@ pub(super) fn place(
         });
     }
     let staging = &work.staging;
+    let without_checksums = staged_without_checksums(restore, staging, monitor)?;
     let made: Vec<Result<Counts>> = jobs
         .par_iter()
         .map(|job| {
@@ -199,8 +201,10 @@ pub(super) fn place(
             if let Some(problem) = attributes::prepare(&file, &image.image.metadata) {
                 monitor.note(&format!("`{}`: could not set {problem}", shown(&job.temporary.path)));
             }
+            let apart = without_checksums.as_ref();
+            let apart = apart.filter(|_| attributes::is_nodatacow(&image.image.metadata));
             let counts = fill(
-                (staging.file(), staging.path()),
+                (apart.unwrap_or(staging.file()), staging.path()),
                 (&file, &job.temporary.path),
                 (&image.runs, image.image.size),
                 |block| lost.contains(block),
@@ -246,6 +250,16 @@ pub(super) fn place(
         }
     }
     Ok(counts)
+}
+
+/// What images without copy on write refer to, staged once more for them to share.
+fn staged_without_checksums(restore: &Restore<'_>, staging: &Staging, monitor: &dyn Monitor) -> Result<Option<File>> {
+    let blocks = restore.nodatacow_blocks();
+    let staged: Vec<_> = blocks.into_iter().flat_map(|range| staging.present(range)).collect();
+    if staged.is_empty() || !restore.shares {
+        return Ok(None);
+    }
+    without_checksums((staging.file(), staging.path()), restore.root.file(), staged, monitor)
 }
 
 /// Gives an image its names.
