@@ -208,6 +208,9 @@ fn set_mode(
     if !by_group {
         // It has another group than it had: that may do what everyone may.
         set(group(others))?;
+        if group(others) != mode {
+            not.problems.push("what its group may do: it has another group".into());
+        }
         if list(acl::ACCESS).is_some() {
             not.problems
                 .push(format!("{}: it has another group", named(acl::ACCESS)));
@@ -238,4 +241,66 @@ fn set_mode(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CAREFUL: How = How {
+        numeric_owner: true,
+        preserve_special: false,
+    };
+
+    fn own(mode: u32, xattrs: &[(&[u8], &[u8])]) -> Metadata {
+        Metadata {
+            mode,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            xattrs: xattrs
+                .iter()
+                .map(|(name, value)| (name.to_vec(), value.to_vec()))
+                .collect(),
+            ..Metadata::default()
+        }
+    }
+
+    fn applied(metadata: &Metadata) -> (u32, NotRestored) {
+        let file = tempfile::tempfile().unwrap();
+        let not = apply(&file, Path::new("a"), metadata, CAREFUL).unwrap();
+        (rustix::fs::fstat(&file).unwrap().st_mode & 0o7777, not)
+    }
+
+    #[test]
+    fn a_malformed_access_list_gives_the_group_nothing() {
+        for value in [&b""[..], b"\x02\0\0\0", &[0xff; 44]] {
+            let (mode, not) = applied(&own(0o664, &[(acl::ACCESS, value)]));
+            assert_eq!(mode, 0o644);
+            assert!(not.problems[0].contains("malformed"), "{not:?}");
+        }
+    }
+
+    #[test]
+    fn a_group_that_cannot_be_restored_gives_no_other_one_anything() {
+        let strange = Metadata {
+            gid: u32::MAX,
+            ..own(0o2670, &[])
+        };
+        let (mode, not) = applied(&strange);
+        assert_eq!(mode, 0o600);
+        assert!(
+            not.problems.iter().any(|problem| problem.contains("another group")),
+            "{not:?}"
+        );
+    }
+
+    #[test]
+    fn what_is_left_out_is_said_on_one_line() {
+        let (mode, not) = applied(&own(
+            0o6711,
+            &[(b"trusted.\x1b[31m\n", b"x"), (b"security.selinux", b"x")],
+        ));
+        assert_eq!(mode, 0o711);
+        assert_eq!(not.left_out, ["attribute trusted.\\u{1b}[31m\\n", "mode bits 6000"]);
+    }
 }

@@ -790,17 +790,27 @@ fn apply(
     };
     let not = attributes::apply(file, path, metadata, how)?;
     if !not.problems.is_empty() {
-        let problems = not.problems.join(", ");
+        let problems = some_of(&not.problems);
         monitor.note(&format!("`{}`: could not set {problems}", shown(path)));
     }
     if !not.left_out.is_empty() {
-        let left_out = not.left_out.join(", ");
+        let left_out = some_of(&not.left_out);
         monitor.note(&format!(
             "`{}`: left out {left_out}; --preserve-special restores it",
             shown(path)
         ));
     }
     Ok(())
+}
+
+/// The first of a list, which an archive can make very long.
+fn some_of(all: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let more = match all.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    all[..all.len().min(SHOWN)].join(", ") + &more
 }
 
 /// What `place::fill` counts, added up.
