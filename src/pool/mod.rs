@@ -297,6 +297,7 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         exclude: patterns(exclude)?,
         found: BTreeMap::new(),
         importing: BTreeSet::new(),
+        dirty: Vec::new(),
         signs: signs::Signs::default(),
         pool: Pool::default(),
     };
@@ -320,6 +321,8 @@ struct Search {
     exclude: GlobSet,
     found: BTreeMap<FileId, Found>,
     importing: BTreeSet<PathBuf>,
+    /// Images that are newer states of others, each with the other and its number of links.
+    dirty: Vec<(FileId, FileId, u64)>,
     signs: signs::Signs,
     pool: Pool,
 }
@@ -333,7 +336,7 @@ impl Search {
         }
         let names = named.folder.names().map_err(Error::io("look into", &named.root))?;
         self.signs.note(&named.root, &names);
-        self.add(named, Path::new(name), &stat);
+        self.add(named, &named.folder, Path::new(name), &stat);
         Ok(())
     }
 
@@ -378,7 +381,7 @@ impl Search {
                     Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
                         FileType::Directory => inner.push(below),
                         FileType::RegularFile if naming::looks_like_image(&full, size_of(&stat)) => {
-                            self.add(named, &below, &stat);
+                            self.add(named, &folder, &below, &stat);
                         }
                         _ => {}
                     },
@@ -395,9 +398,15 @@ impl Search {
         }
     }
 
-    /// A file with an image's name, or one that was named.
-    fn add(&mut self, named: &Named, below: &Path, stat: &Stat) {
+    /// A file with an image's name, or one that was named, and the folder it lies in.
+    fn add(&mut self, named: &Named, folder: &Folder, below: &Path, stat: &Stat) {
         let path = named.root.join(below);
+        if let Some(clean) = path.file_name().and_then(naming::clean_of)
+            && let Ok(clean) = folder.stat(&clean)
+        {
+            let ids = [stat, &clean].map(|stat| (stat.st_dev, stat.st_ino));
+            self.dirty.push((ids[0], ids[1], clean.st_nlink));
+        }
         let machine = machine_of(&path);
         match kind_of(&path) {
             Kind::Image => {
@@ -431,6 +440,21 @@ impl Search {
     /// What was found, with the signs that machines run.
     fn end(mut self) -> Pool {
         let mut pool = self.pool;
+        for (dirty, clean, links) in self.dirty {
+            // A machine of Qubes OS that runs from another's image has a link to it, and throws away what it wrote itself. Where the
+            // other is not among what was named, only a root volume is sure to be such a one.
+            let (machines, names) = self
+                .found
+                .get(&clean)
+                .map_or((0, 0), |clean| (clean.machines.len(), clean.names.len() as u64));
+            if let Some(image) = self.found.get(&dirty)
+                && (machines > 1 || (names < links && links > 1 && naming::volume_of(&image.path) == Some(b"root")))
+                && image.names.iter().all(|name| machine_of(name) != *name)
+            {
+                pool.skipped.push(Skipped::new(&image.path, Skip::Volatile));
+                self.found.remove(&dirty);
+            }
+        }
         for mut image in self.found.into_values() {
             let sign = image.names.iter().find_map(|name| self.signs.of(name));
             if !self.importing.is_disjoint(&image.machines) || matches!(sign, Some((Skip::ImportInProgress, _))) {
@@ -500,6 +524,42 @@ mod tests {
             .iter()
             .map(|image| image.path.strip_prefix(root).unwrap().display().to_string())
             .collect()
+    }
+
+    #[test]
+    fn what_a_crashed_machine_throws_away_is_no_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        for name in [
+            "vm-templates/t/root.img",
+            "appvms/w/root-dirty.img",
+            "appvms/w/private.img",
+            "appvms/w/private-dirty.img",
+            "appvms/standalone/root.img",
+            "appvms/standalone/root-dirty.img",
+            "appvms/no-revisions/private-dirty.img",
+        ] {
+            let path = root.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "x").unwrap();
+        }
+        std::fs::hard_link(root.join("vm-templates/t/root.img"), root.join("appvms/w/root.img")).unwrap();
+        for named in [root.clone(), root.join("appvms")] {
+            let pool = discover(std::slice::from_ref(&named), &[]).unwrap();
+            let skipped: Vec<_> = pool.skipped.iter().map(|one| (one.path.clone(), one.reason)).collect();
+            assert_eq!(skipped, [(root.join("appvms/w/root-dirty.img"), Skip::Volatile)]);
+            let dirty = names(&pool, &root)
+                .into_iter()
+                .filter(|name| name.ends_with("-dirty.img"));
+            assert_eq!(
+                dirty.collect::<Vec<_>>(),
+                [
+                    "appvms/no-revisions/private-dirty.img",
+                    "appvms/standalone/root-dirty.img",
+                    "appvms/w/private-dirty.img"
+                ]
+            );
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What a file's name and place tell: Qubes OS file-reflink pools, Proxmox, libvirt.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 /// What a file is, by its name.
@@ -26,7 +28,9 @@ const NAMELESS_BYTES_MIN: u64 = 16 << 20;
 /// What a file is. Qubes names: qubes-core-admin, `qubes/storage/reflink.py`.
 pub fn kind_of(path: &Path) -> Kind {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    if name.contains(".img~") {
+    // The driver removes what matches `*.img*~*`.
+    let is_temporary = name.split_once(".img").is_some_and(|(_, end)| end.contains('~'));
+    if is_temporary {
         Kind::Temporary
     } else if name.ends_with("-import.img") {
         Kind::Import
@@ -39,10 +43,18 @@ pub fn kind_of(path: &Path) -> Kind {
 
 /// The volume that a file of a Qubes pool belongs to, by the beginning of its name: `private` of `private-dirty.img` and of
 /// `private.img.7@…`. None of what is named otherwise.
-pub(super) fn volume_of(path: &Path) -> Option<&str> {
-    let (volume, _) = path.file_name()?.to_str()?.split_once(".img")?;
-    let ends = ["-dirty", "-precache", "-import"];
-    Some(ends.iter().find_map(|end| volume.strip_suffix(end)).unwrap_or(volume))
+pub(super) fn volume_of(path: &Path) -> Option<&[u8]> {
+    let name = path.file_name()?.as_bytes();
+    let end = name.windows(4).position(|part| part == b".img")?;
+    let volume = &name[..end];
+    let ends: [&[u8]; 3] = [b"-dirty", b"-precache", b"-import"];
+    Some(ends.iter().find_map(|end| volume.strip_suffix(*end)).unwrap_or(volume))
+}
+
+/// The name of the image that a `-dirty.img` is a newer state of.
+pub(super) fn clean_of(dirty: &OsStr) -> Option<OsString> {
+    let volume = dirty.as_bytes().strip_suffix(b"-dirty.img")?;
+    Some(OsString::from_vec([volume, b".img"].concat()))
 }
 
 /// What the name of a revision tells.
@@ -169,6 +181,22 @@ mod tests {
         ] {
             assert_eq!(of(none), None, "{none}");
         }
+    }
+
+    #[test]
+    fn what_the_driver_is_writing() {
+        for name in [
+            "private.img~abc",
+            "private.img.77@2026-01-02T03:04:05Z~k3jx9q",
+            "private-dirty.img~x",
+        ] {
+            assert_eq!(kind_of(Path::new(name)), Kind::Temporary, "{name}");
+        }
+        for name in ["private.img", "a~b.img", "private.img.77@2026-01-02T03:04:05Z"] {
+            assert_eq!(kind_of(Path::new(name)), Kind::Image, "{name}");
+        }
+        assert_eq!(clean_of(OsStr::new("root-dirty.img")), Some("root.img".into()));
+        assert_eq!(clean_of(OsStr::new("root.img")), None);
     }
 
     #[test]

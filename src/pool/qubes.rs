@@ -1,5 +1,6 @@
 //! Where Qubes OS keeps the images of its machines.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,20 +10,25 @@ use crate::shown::shown;
 /// Folders of a file-reflink pool that hold images: of machines, of templates, and `modules.img` of kernels.
 const FOLDERS: [&str; 3] = ["appvms", "vm-templates", "vm-kernels"];
 
+/// What Qubes OS knows of its machines and pools, below the root folder.
+const XML: &str = "var/lib/qubes/qubes.xml";
+
+/// Longer ones are none: this holds thousands of machines.
+const XML_BYTES_MAX: u64 = 64 << 20;
+
 /// The folders of all file-reflink pools, as `qubes.xml` below `root` has them, or else as `qvm-pool` tells. `root` is where
 /// dom0's root filesystem is mounted: `/`, unless in a rescue system.
 ///
 /// # Errors
 /// If neither tells, or there is no such pool.
 pub fn qubes_folders(root: &Path) -> Result<Vec<PathBuf>> {
-    /// Longer ones are none: this holds thousands of machines.
-    const BYTES_MAX: u64 = 64 << 20;
-    let path = root.join("var/lib/qubes/qubes.xml");
+    let path = root.join(XML);
     let pools = match path.metadata() {
-        Ok(metadata) if metadata.len() <= BYTES_MAX => {
+        Ok(metadata) if metadata.len() <= XML_BYTES_MAX => {
             let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-            pools_in(&text)
-                .map_err(|problem| Error::Usage(format!("cannot understand `{}`: {problem}", shown(&path))))?
+            let pools = pools_in(&text)
+                .map_err(|problem| Error::Usage(format!("cannot understand `{}`: {problem}", shown(&path))))?;
+            pools.into_iter().map(|(_, folder)| folder).collect()
         }
         _ => pools_of_command().ok_or_else(|| {
             Error::Usage(format!(
@@ -48,15 +54,31 @@ pub fn qubes_folders(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// The folders of `<pool driver="file-reflink" dir_path="…">` (qubes-core-admin, `qubes/storage/__init__.py`).
-fn pools_in(text: &str) -> std::result::Result<Vec<PathBuf>, roxmltree::Error> {
+/// The folders of the file-reflink pools of this machine by their names, as far as `qubes.xml` tells.
+pub(super) fn pools_of_this_machine() -> BTreeMap<String, PathBuf> {
+    let path = Path::new("/").join(XML);
+    let is_short = path.metadata().is_ok_and(|metadata| metadata.len() <= XML_BYTES_MAX);
+    let text = is_short.then(|| std::fs::read_to_string(&path).ok()).flatten();
+    let pools = text.and_then(|text| pools_in(&text).ok()).unwrap_or_default();
+    pools
+        .into_iter()
+        .filter_map(|(name, folder)| Some((name?, folder)))
+        .collect()
+}
+
+/// Names and folders of `<pool driver="file-reflink" name="…" dir_path="…">` (qubes-core-admin, `qubes/storage/__init__.py`).
+fn pools_in(text: &str) -> std::result::Result<Vec<(Option<String>, PathBuf)>, roxmltree::Error> {
     let document = roxmltree::Document::parse(text)?;
     let pools = document
         .descendants()
         .filter(|node| node.has_tag_name("pool") && node.attribute("driver") == Some("file-reflink"));
     Ok(pools
-        .filter_map(|pool| pool.attribute("dir_path"))
-        .map(PathBuf::from)
+        .filter_map(|pool| {
+            Some((
+                pool.attribute("name").map(str::to_owned),
+                pool.attribute("dir_path")?.into(),
+            ))
+        })
         .collect())
 }
 
@@ -97,7 +119,7 @@ fn folder_in(info: &str) -> Option<PathBuf> {
 mod tests {
     use super::*;
 
-    const XML: &str = r#"<?xml version="1.0" encoding="utf-8"?>
+    const DOCUMENT: &str = r#"<?xml version="1.0" encoding="utf-8"?>
         <qubes version="3.0"><pools>
           <pool driver="file-reflink" dir_path="/var/lib/qubes" name="varlibqubes" revisions_to_keep="1"/>
           <pool driver="linux-kernel" dir_path="/var/lib/qubes/vm-kernels" name="linux-kernel"/>
@@ -108,8 +130,9 @@ mod tests {
     #[test]
     fn pools_of_the_right_driver() {
         assert_eq!(
-            pools_in(XML).unwrap(),
-            [PathBuf::from("/var/lib/qubes"), PathBuf::from("/mnt/second")]
+            pools_in(DOCUMENT).unwrap(),
+            [("varlibqubes", "/var/lib/qubes"), ("second", "/mnt/second")]
+                .map(|(name, folder)| (Some(name.to_owned()), PathBuf::from(folder)))
         );
         assert!(pools_in("<qubes><pools>").is_err());
     }
@@ -129,7 +152,7 @@ mod tests {
         let there = |path: &str| root.path().join(path);
         std::fs::create_dir_all(there("var/lib/qubes/appvms")).unwrap();
         std::fs::create_dir_all(there("mnt/second/vm-templates")).unwrap();
-        std::fs::write(there("var/lib/qubes/qubes.xml"), XML).unwrap();
+        std::fs::write(there("var/lib/qubes/qubes.xml"), DOCUMENT).unwrap();
         assert_eq!(
             qubes_folders(root.path()).unwrap(),
             [there("mnt/second/vm-templates"), there("var/lib/qubes/appvms")]

@@ -5,8 +5,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::Skip;
 use super::naming::{Kind, kind_of, machine_of, volume_of};
+use super::{Skip, qubes};
 
 /// Where Qubes OS 4.3 notes which volumes are in use (qubes-core-admin, `qubes/storage/__init__.py`).
 const QUBES_STATE: &str = "/run/qubes";
@@ -15,7 +15,18 @@ const QUBES_STATE: &str = "/run/qubes";
 #[derive(Debug, Default)]
 pub(super) struct Signs {
     folders: BTreeMap<PathBuf, Vec<PathBuf>>,
-    running: Option<Vec<(String, PathBuf)>>,
+    running: Option<Vec<Running>>,
+}
+
+/// A volume that Qubes OS has noted to be in use.
+#[derive(Debug)]
+struct Running {
+    /// Its name, as [`state_of`] makes it.
+    volume: Vec<u8>,
+    /// The folder of its pool; none if that is not known.
+    pool: Option<PathBuf>,
+    /// What says so.
+    file: PathBuf,
 }
 
 impl Signs {
@@ -43,12 +54,14 @@ impl Signs {
             };
             return Some((skip, sign.clone()));
         }
-        let state = state_of(image)?;
+        let (pool, state) = state_of(image)?;
         let running = self
             .running
-            .get_or_insert_with(|| running_volumes(Path::new(QUBES_STATE)));
-        let found = running.iter().find(|(volume, _)| *volume == state);
-        found.map(|(_, file)| (Skip::Running, file.clone()))
+            .get_or_insert_with(|| running_volumes(Path::new(QUBES_STATE), &qubes::pools_of_this_machine()));
+        // Of a pool that is not known, it may be this one.
+        let is_here = |one: &&Running| one.volume == state && one.pool.as_ref().is_none_or(|folder| *folder == pool);
+        let found = running.iter().find(is_here);
+        found.map(|one| (Skip::Running, one.file.clone()))
     }
 }
 
@@ -67,24 +80,42 @@ fn signs_among(folder: &Path, names: &[OsString]) -> Vec<PathBuf> {
     found
 }
 
-/// What Qubes OS calls the volume of an image in names of state files: `appvms/work/private` with `-` for `/` and `--` for `-`.
-fn state_of(image: &Path) -> Option<String> {
+/// The folder of the pool that an image of Qubes OS would lie in, and what its volume is called in names of state files:
+/// `appvms/work/private` with `-` for `/` and `--` for `-`.
+fn state_of(image: &Path) -> Option<(PathBuf, Vec<u8>)> {
     let machine = machine_of(image);
     if machine == image {
         return None;
     }
-    let (name, above) = (machine.file_name()?, machine.parent()?.file_name()?);
-    let volume = Path::new(above).join(name).join(volume_of(image)?);
-    Some(volume.to_str()?.replace('-', "--").replace('/', "-"))
+    let above = machine.parent()?;
+    let parts = [
+        above.file_name()?.as_bytes(),
+        machine.file_name()?.as_bytes(),
+        volume_of(image)?,
+    ];
+    let mut state = Vec::new();
+    for (n, part) in parts.into_iter().enumerate() {
+        state.extend((n > 0).then_some(b'-'));
+        for byte in part {
+            state.extend(std::iter::repeat_n(byte, if *byte == b'-' { 2 } else { 1 }));
+        }
+    }
+    Some((above.parent()?.to_owned(), state))
 }
 
-/// Volumes that are in use, by those names, with the file that says so: `volume-running-POOL:VOLUME`.
-fn running_volumes(folder: &Path) -> Vec<(String, PathBuf)> {
+/// Volumes that are in use: `volume-running-POOL:VOLUME`. `pools` has the folders of pools, by name.
+fn running_volumes(folder: &Path, pools: &BTreeMap<String, PathBuf>) -> Vec<Running> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let volumes = entries.filter_map(|entry| {
-        let name = entry.file_name().into_string().ok()?;
-        let volume = name.strip_prefix("volume-running-")?.split_once(':')?.1.to_owned();
-        Some((volume, entry.path()))
+        let name = entry.file_name();
+        let of = name.as_bytes().strip_prefix(b"volume-running-")?;
+        let colon = of.iter().position(|byte| *byte == b':')?;
+        let pool = std::str::from_utf8(&of[..colon]).ok().and_then(|name| pools.get(name));
+        Some(Running {
+            volume: of[colon + 1..].to_vec(),
+            pool: pool.map(|folder| folder.canonicalize().unwrap_or_else(|_| folder.clone())),
+            file: entry.path(),
+        })
     });
     volumes.collect()
 }
@@ -129,17 +160,45 @@ mod tests {
     }
 
     #[test]
+    fn signs_below_a_folder_that_is_not_utf_8() {
+        let pool = tempfile::tempdir().unwrap();
+        let machine = pool
+            .path()
+            .join("appvms")
+            .join(std::ffi::OsStr::from_bytes(b"\xff\xfe"));
+        std::fs::create_dir_all(&machine).unwrap();
+        std::fs::write(machine.join("private-dirty.img"), "").unwrap();
+        let found = Signs::default().of(&machine.join("private.img"));
+        assert_eq!(found, Some((Skip::Dirty, machine.join("private-dirty.img"))));
+    }
+
+    #[test]
     fn state_files_of_qubes() {
+        let state = |path: &str| state_of(Path::new(path));
         assert_eq!(
-            state_of(Path::new("/p/appvms/my-work/private.img.3@2026-01-01T00:00:00Z")).as_deref(),
-            Some("appvms-my--work-private")
+            state("/p/appvms/my-work/private.img.3@2026-01-01T00:00:00Z"),
+            Some(("/p".into(), b"appvms-my--work-private".to_vec()))
         );
-        assert_eq!(state_of(Path::new("/images/a.img")), None);
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("volume-running-varlibqubes:appvms-w-private"), "").unwrap();
-        std::fs::write(folder.path().join("qubesd.sock"), "").unwrap();
-        let found = running_volumes(folder.path());
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].0, "appvms-w-private");
+        assert_eq!(state("/images/a.img"), None);
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().canonicalize().unwrap().join(name);
+        for name in [
+            "run/volume-running-first:appvms-w-private",
+            "run/volume-running-unknown:appvms-v-private",
+            "run/qubesd.sock",
+        ] {
+            std::fs::create_dir_all(path("run")).unwrap();
+            std::fs::write(path(name), "").unwrap();
+        }
+        let pools = BTreeMap::from([("first".to_owned(), path("one")), ("second".to_owned(), path("two"))]);
+        let mut signs = Signs {
+            running: Some(running_volumes(&path("run"), &pools)),
+            ..Signs::default()
+        };
+        let mut runs = |name: &str| signs.of(&path(name)).is_some();
+        assert!(runs("one/appvms/w/private.img") && runs("one/appvms/w/private.img.1@2026-01-01T00:00:00Z"));
+        // Its namesake in another pool is another machine.
+        assert!(!runs("two/appvms/w/private.img") && !runs("one/appvms/x/private.img"));
+        assert!(runs("one/appvms/v/private.img") && runs("two/appvms/v/private.img"));
     }
 }
