@@ -7,17 +7,17 @@
 //! wrote it, so that it is never taken for a later extent at the same place; every record carries its own hash. A damaged
 //! index is thrown away and filled again; deleting it costs time and nothing else.
 
+mod database;
 mod record;
 pub mod stored;
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
+use database::{Database, Problem};
 use record::Entry;
 
-use crate::block::SlotSet;
+use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::chunk::{self, Chunker};
 use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
@@ -26,11 +26,6 @@ use crate::monitor::Monitor;
 use crate::shown::shown;
 use crate::spill::SpillVec;
 
-/// Memory that sled may use for its pages.
-const CACHE_BYTES: u64 = 8 << 20;
-/// Bytes of records after which sled is closed and opened again: only so does it give back what its pages take, of which it keeps a
-/// hundred megabytes and more whatever its cache is to take.
-const OPEN_BYTES: usize = 8 << 20;
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
 const SEGMENT_BYTES: u64 = 32 << 20;
 
@@ -44,10 +39,9 @@ pub const DEFAULT_FOLDER: &str = "/var/cache/vmfold";
 #[derive(Debug)]
 pub struct Index {
     folder: PathBuf,
-    /// None only after it could not be opened again.
-    sled: Option<Sled>,
-    /// Bytes of records read and written since it was opened.
-    touched_bytes: usize,
+    database: Database,
+    /// The name of the tree of extents.
+    tree: Vec<u8>,
     /// Extents, by place in the facts last looked up, whose entry is as it should be.
     current: SpillVec<bool>,
     /// Whether fingerprints of uncompressed extents are remembered too: the filesystem's checksums do not serve.
@@ -76,47 +70,6 @@ pub struct Status {
     pub disk_bytes: u64,
 }
 
-/// An open database, and the tree of extents in it.
-#[derive(Debug)]
-struct Sled {
-    db: sled::Db,
-    tree: sled::Tree,
-}
-
-impl Sled {
-    fn open_db(folder: &Path) -> sled::Result<sled::Db> {
-        sled::Config::new()
-            .path(folder.join("sled"))
-            .cache_capacity(CACHE_BYTES)
-            .flush_every_ms(None)
-            .mode(sled::Mode::LowSpace)
-            .open()
-    }
-
-    /// Opens a database that was open until now: threads of its own may have it open for a moment yet.
-    fn open_db_again(folder: &Path) -> sled::Result<sled::Db> {
-        const TRIES: u32 = 1000;
-        const BETWEEN: Duration = Duration::from_millis(10);
-        for _ in 0..TRIES {
-            match Self::open_db(folder) {
-                Err(error) if is_locked(&error) => std::thread::sleep(BETWEEN),
-                opened => return opened,
-            }
-        }
-        Self::open_db(folder)
-    }
-
-    /// Closes it and opens it again, without what it kept in memory.
-    fn again(self, folder: &Path) -> sled::Result<Self> {
-        let name = self.tree.name();
-        self.db.flush()?;
-        drop(self);
-        let db = Self::open_db_again(folder)?;
-        let tree = db.open_tree(name)?;
-        Ok(Self { db, tree })
-    }
-}
-
 impl Index {
     /// Opens the index of the filesystem with this UUID, or makes it, for fingerprints of a function; without one, whatever it
     /// holds. What is damaged is thrown away, with a note.
@@ -126,13 +79,9 @@ impl Index {
     pub fn open(folder: &Path, uuid: [u8; 16], function: Option<Function>, monitor: &dyn Monitor) -> Result<Self> {
         let folder = folder.join(hex(&uuid));
         std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
-        let problem = match open_sled(&folder, function) {
-            Ok(index) => return Ok(index),
-            Err(Opening::Busy) => {
-                return Err(Error::Busy { path: folder });
-            }
-            Err(Opening::Io(error)) => return Err(Error::io("open the index", &folder)(error)),
-            Err(Opening::Damaged(problem)) => problem,
+        let problem = match Self::open_in(&folder, function) {
+            Err(Problem::Damaged(problem)) => problem,
+            opened => return opened.map_err(|problem| error_of(&folder, problem)),
         };
         monitor.note(&format!(
             "The index `{}` is damaged and is made anew: {problem}",
@@ -140,10 +89,34 @@ impl Index {
         ));
         std::fs::remove_dir_all(&folder).map_err(Error::io("remove the damaged index", &folder))?;
         std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
-        open_sled(&folder, function).map_err(|_| Error::Index {
-            path: folder,
-            problem: "it cannot be made anew".into(),
+        Self::open_in(&folder, function).map_err(|problem| error_of(&folder, problem))
+    }
+
+    /// Without a function, opens whatever tree is there.
+    fn open_in(folder: &Path, function: Option<Function>) -> std::result::Result<Self, Problem> {
+        // Chunks cut in another way are of no use any more.
+        let keep = function.map(|function| tree_name(function).into_bytes());
+        let database = Database::open(folder, TREE_PREFIX, keep.clone())?;
+        let tree = match keep {
+            Some(tree) => tree,
+            None => {
+                let mut trees = database.trees()?.into_iter();
+                let present = trees.find(|name| name.starts_with(TREE_PREFIX.as_bytes()));
+                present.unwrap_or_else(|| TREE_PREFIX.into())
+            }
+        };
+        Ok(Self {
+            folder: folder.to_owned(),
+            database,
+            tree,
+            current: SpillVec::new(),
+            keep_plain: false,
         })
+    }
+
+    /// Whether it still answers: it is done without after its first error.
+    pub fn is_usable(&self) -> bool {
+        self.database.is_usable()
     }
 
     /// Fills in fingerprints that are remembered and not `known` yet.
@@ -242,16 +215,12 @@ impl Index {
             });
             entries.extend(new);
             entries.sort_by_key(|entry| entry.address);
-            let record = record::encode(&entries);
-            let bytes = record.len();
-            self.sled()?
-                .tree
-                .insert(segment.to_be_bytes(), record)
-                .map_err(|error| self.error(&error))?;
-            self.touched(bytes)?;
+            let record = (segment.to_be_bytes().to_vec(), record::encode(&entries));
+            self.database
+                .put(&self.tree, vec![record])
+                .map_err(|problem| self.error(problem))?;
         }
-        self.sled()?.db.flush().map_err(|error| self.error(&error))?;
-        self.touched(0)
+        self.database.flush().map_err(|problem| self.error(problem))
     }
 
     /// The addresses of extents that hold chunks which `is_wanted` takes by their weak ids.
@@ -260,15 +229,30 @@ impl Index {
     /// Those of the index.
     pub fn extents_with(&self, is_wanted: impl Fn(u64) -> bool) -> Result<Vec<u64>> {
         let mut found = Vec::new();
-        for record in &self.sled()?.tree {
-            let (_, record) = record.map_err(|error| self.error(&error))?;
-            let entries = record::decode(&record).unwrap_or_default();
-            let holding = entries
-                .iter()
-                .filter(|entry| entry.chunks.iter().any(|chunk| is_wanted(chunk.weak_id)));
-            found.extend(holding.map(|entry| entry.address));
-        }
+        self.for_each(|entry| {
+            if entry.chunks.iter().any(|chunk| is_wanted(chunk.weak_id)) {
+                found.push(entry.address);
+            }
+        })?;
         Ok(found)
+    }
+
+    /// Calls `visit` with every entry; records that are damaged have none.
+    fn for_each(&self, mut visit: impl FnMut(&Entry)) -> Result<()> {
+        /// Records fetched at a time.
+        const AT_ONCE: usize = 64;
+        let mut last = None;
+        loop {
+            let records = self.database.after(&self.tree, last.take(), AT_ONCE);
+            let records = records.map_err(|problem| self.error(problem))?;
+            for (_, record) in &records {
+                record::decode(record).unwrap_or_default().iter().for_each(&mut visit);
+            }
+            match records.into_iter().next_back() {
+                Some((key, _)) => last = Some(key),
+                None => return Ok(()),
+            }
+        }
     }
 
     /// Whether there is an index of the filesystem with this UUID.
@@ -277,40 +261,14 @@ impl Index {
     }
 
     /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
-    fn read(&mut self, segment: u64) -> Result<Vec<Entry>> {
-        let record = self
-            .sled()?
-            .tree
-            .get(segment.to_be_bytes())
-            .map_err(|error| self.error(&error))?;
-        self.touched(record.as_ref().map_or(0, |record| record.len()))?;
+    fn read(&self, segment: u64) -> Result<Vec<Entry>> {
+        let records = self.database.get(&self.tree, vec![segment.to_be_bytes().to_vec()]);
+        let record = records.map_err(|problem| self.error(problem))?.pop().flatten();
         Ok(record.and_then(|record| record::decode(&record)).unwrap_or_default())
     }
 
-    fn sled(&self) -> Result<&Sled> {
-        self.sled.as_ref().ok_or_else(|| Error::Index {
-            path: self.folder.clone(),
-            problem: "it could not be opened again".into(),
-        })
-    }
-
-    /// Counts what was read or written, and has sled forget it when that is much.
-    fn touched(&mut self, bytes: usize) -> Result<()> {
-        self.touched_bytes += bytes;
-        if self.touched_bytes > OPEN_BYTES
-            && let Some(sled) = self.sled.take()
-        {
-            self.sled = Some(sled.again(&self.folder).map_err(|error| self.error(&error))?);
-            self.touched_bytes = 0;
-        }
-        Ok(())
-    }
-
-    fn error(&self, error: &sled::Error) -> Error {
-        Error::Index {
-            path: self.folder.clone(),
-            problem: error.to_string(),
-        }
+    fn error(&self, problem: Problem) -> Error {
+        error_of(&self.folder, problem)
     }
 
     /// What it knows.
@@ -320,54 +278,44 @@ impl Index {
     pub fn status(&self) -> Result<Status> {
         /// One id in so many is remembered to count different ones.
         const SAMPLE: u64 = 64;
+        let disk_bytes = self.database.disk_bytes().map_err(|problem| self.error(problem))?;
         let mut status = Status {
             folder: self.folder.clone(),
-            name: String::from_utf8_lossy(&self.sled()?.tree.name()).into_owned(),
+            name: String::from_utf8_lossy(&self.tree).into_owned(),
             extents: 0,
             bytes: 0,
             fingerprint_bytes: 0,
             chunks: 0,
             distinct_chunks: 0,
-            disk_bytes: self.sled()?.db.size_on_disk().map_err(|error| self.error(&error))?,
+            disk_bytes,
         };
         let mut seen = std::collections::HashSet::new();
-        for record in &self.sled()?.tree {
-            let (_, record) = record.map_err(|error| self.error(&error))?;
-            for entry in record::decode(&record).unwrap_or_default() {
-                status.extents += 1;
-                status.bytes += entry
-                    .chunks
-                    .iter()
-                    .map(|chunk| crate::block::bytes(chunk.blocks.into()))
-                    .sum::<u64>();
-                status.fingerprint_bytes += entry
-                    .fingerprints()
-                    .map(|(run, _)| crate::block::bytes(run.end - run.start))
-                    .sum::<u64>();
-                status.chunks += entry.chunks.len() as u64;
-                seen.extend(
-                    entry
-                        .chunks
-                        .iter()
-                        .map(|chunk| chunk.weak_id)
-                        .filter(|id| id % SAMPLE == 0),
-                );
-            }
-        }
+        self.for_each(|entry| {
+            let blocks = entry.chunks.iter().map(|chunk| u64::from(chunk.blocks));
+            status.extents += 1;
+            status.bytes += blocks.sum::<u64>() * BLOCK_BYTES;
+            let remembered = entry.fingerprints().map(|(run, _)| u64::from(run.end - run.start));
+            status.fingerprint_bytes += remembered.sum::<u64>() * BLOCK_BYTES;
+            status.chunks += entry.chunks.len() as u64;
+            let ids = entry.chunks.iter().map(|chunk| chunk.weak_id);
+            seen.extend(ids.filter(|id| id % SAMPLE == 0));
+        })?;
         status.distinct_chunks = (seen.len() as u64 * SAMPLE).min(status.chunks);
         Ok(status)
     }
 }
 
-/// Whether someone else has it open.
-fn is_locked(error: &sled::Error) -> bool {
-    matches!(error, sled::Error::Io(error) if error.to_string().contains("could not acquire lock"))
-}
-
-enum Opening {
-    Busy,
-    Io(std::io::Error),
-    Damaged(String),
+fn error_of(folder: &Path, problem: Problem) -> Error {
+    match problem {
+        Problem::Busy => Error::Busy {
+            path: folder.to_owned(),
+        },
+        Problem::Io(error) => Error::io("use the index", folder)(error),
+        problem => Error::Index {
+            path: folder.to_owned(),
+            problem: problem.to_string(),
+        },
+    }
 }
 
 /// The tree for fingerprints of a function and the chunking of this version.
@@ -382,64 +330,6 @@ fn tree_name(function: Function) -> String {
         parameters.max_blocks,
         chunk::VERSION
     )
-}
-
-/// Opens sled, whose own checks are partly panics. Without a function, whatever tree is there.
-fn open_sled(folder: &Path, function: Option<Function>) -> std::result::Result<Index, Opening> {
-    let open = || -> std::result::Result<Index, sled::Error> {
-        let db = Sled::open_db(folder)?;
-        let is_extents = |name: &sled::IVec| name.starts_with(TREE_PREFIX.as_bytes());
-        let present = db.tree_names().into_iter().find(is_extents).map(|name| name.to_vec());
-        let name = function
-            .map(|function| tree_name(function).into_bytes())
-            .or(present)
-            .unwrap_or(TREE_PREFIX.into());
-        // Chunks cut in another way are of no use any more.
-        for other in db
-            .tree_names()
-            .iter()
-            .filter(|other| is_extents(other) && other[..] != name[..])
-        {
-            db.drop_tree(other)?;
-        }
-        let tree = db.open_tree(&name)?;
-        // Every record is read once: a damaged page shows now, not in the middle of a run.
-        let mut read_bytes = 0;
-        for record in &tree {
-            read_bytes += record?.1.len();
-        }
-        let mut sled = Sled { db, tree };
-        if read_bytes > OPEN_BYTES {
-            sled = sled.again(folder)?;
-        }
-        Ok(Index {
-            folder: folder.to_owned(),
-            sled: Some(sled),
-            touched_bytes: 0,
-            current: SpillVec::new(),
-            keep_plain: false,
-        })
-    };
-    let quiet = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let opened = catch_unwind(AssertUnwindSafe(open));
-    std::panic::set_hook(quiet);
-    match opened {
-        Ok(Ok(index)) => Ok(index),
-        Ok(Err(error)) if is_locked(&error) => Err(Opening::Busy),
-        Ok(Err(sled::Error::Io(error)))
-            if matches!(
-                error.kind(),
-                std::io::ErrorKind::PermissionDenied
-                    | std::io::ErrorKind::StorageFull
-                    | std::io::ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            Err(Opening::Io(error))
-        }
-        Ok(Err(error)) => Err(Opening::Damaged(error.to_string())),
-        Err(_) => Err(Opening::Damaged("its pages make no sense".into())),
-    }
 }
 
 /// Finds the indexes in a folder.
@@ -486,7 +376,6 @@ mod tests {
     use super::*;
     use std::ops::Range;
 
-    use crate::block::BLOCK_BYTES;
     use crate::fs::simulated::one_image;
 
     const EXTENT_BLOCKS: u32 = 32 << 10;
@@ -529,26 +418,13 @@ mod tests {
     }
 
     #[test]
-    fn it_waits_until_it_is_closed() {
-        let folder = tempfile::tempdir().unwrap();
-        let open = Sled::open_db(folder.path()).unwrap();
-        assert!(Sled::open_db(folder.path()).is_err_and(|error| is_locked(&error)));
-        std::thread::scope(|scope| {
-            let again = scope.spawn(|| Sled::open_db_again(folder.path()).map(drop));
-            std::thread::sleep(Duration::from_millis(50));
-            drop(open);
-            again.join().unwrap().unwrap();
-        });
-    }
-
-    #[test]
     fn nothing_is_lost_when_it_is_closed_and_opened_again_on_the_way() {
         let folder = tempfile::tempdir().unwrap();
         let open = || open(folder.path());
         let all: Vec<u32> = (0..EXTENTS * EXTENT_BLOCKS)
             .map(|slot| slot.wrapping_mul(0x9e37_79b9))
             .collect();
-        assert!(all.len() * 4 > OPEN_BYTES, "or it is never closed");
+        assert!(all.len() * 4 > database::OPEN_BYTES, "or it is never closed");
         let known = || SlotSet::new(all.len());
         {
             let mut index = open();

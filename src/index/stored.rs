@@ -14,6 +14,8 @@ use crate::spill::SpillVec;
 
 /// What the names of these trees begin with.
 const TREE_PREFIX: &str = "archive-v1-";
+/// Entries read or written at a time.
+const AT_ONCE: usize = 1024;
 /// Stands for zeros where a store address stands else.
 const ZEROS: StoreBlock = StoreBlock::MAX;
 
@@ -23,6 +25,11 @@ struct Part {
     block: u32,
     blocks: u32,
     store: StoreBlock,
+}
+
+/// The name of the tree of an archive.
+fn tree_of(archive: &[u8; 16]) -> Vec<u8> {
+    format!("{TREE_PREFIX}{}", hex(archive)).into_bytes()
 }
 
 fn key(extent: &Extent) -> [u8; 16] {
@@ -82,11 +89,6 @@ fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<Part>
 }
 
 impl Index {
-    fn stored_tree(&self, archive: &[u8; 16]) -> Result<sled::Tree> {
-        let name = format!("{TREE_PREFIX}{}", hex(archive));
-        self.sled()?.db.open_tree(name).map_err(|error| self.error(&error))
-    }
-
     /// What an archive with these commits is known to hold of a pool: extents whose live blocks it has all, in order.
     ///
     /// # Errors
@@ -98,33 +100,44 @@ impl Index {
         facts: &Facts,
         digests: &[Option<u128>],
     ) -> Result<SpillVec<Piece>> {
-        let tree = self.stored_tree(archive)?;
         let mut pieces = SpillVec::new();
-        for (extent, digest) in facts.extents.iter().zip(digests) {
-            let Some(digest) = digest.filter(|_| extent.class.checksummed) else {
-                continue;
-            };
-            let entry = tree.get(key(extent)).map_err(|error| self.error(&error))?;
-            let Some(parts) = entry.and_then(|entry| decode(&entry, digest, commits)) else {
-                continue;
-            };
-            let inside = |part: &Part| {
-                part.block
-                    .checked_add(part.blocks)
-                    .is_some_and(|end| end <= extent.blocks)
-            };
-            let in_order = parts
-                .windows(2)
-                .all(|pair| pair[0].block + pair[0].blocks <= pair[1].block);
-            if parts.iter().all(inside) && in_order {
-                pieces.extend(parts.iter().map(|part| Piece {
-                    slot: extent.first_slot + part.block,
-                    blocks: part.blocks,
-                    source: match part.store {
-                        ZEROS => Source::KnownZeros,
-                        store => Source::Known(store),
-                    },
-                }));
+        let extents = facts.extents.iter().zip(digests);
+        let mut extents =
+            extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));
+        let mut next = || -> Result<Option<Vec<(&Extent, Vec<Part>)>>> {
+            let some: Vec<(&Extent, u128)> = extents.by_ref().take(AT_ONCE).collect();
+            if some.is_empty() {
+                return Ok(None);
+            }
+            let keys = some.iter().map(|(extent, _)| key(extent).to_vec()).collect();
+            let entries = self.database.get(&tree_of(archive), keys);
+            let entries = entries.map_err(|problem| self.error(problem))?;
+            let found = some
+                .into_iter()
+                .zip(entries)
+                .filter_map(|((extent, digest), entry)| Some((extent, decode(&entry?, digest, commits)?)));
+            Ok(Some(found.collect()))
+        };
+        while let Some(found) = next()? {
+            for (extent, parts) in found {
+                let inside = |part: &Part| {
+                    part.block
+                        .checked_add(part.blocks)
+                        .is_some_and(|end| end <= extent.blocks)
+                };
+                let in_order = parts
+                    .windows(2)
+                    .all(|pair| pair[0].block + pair[0].blocks <= pair[1].block);
+                if parts.iter().all(inside) && in_order {
+                    pieces.extend(parts.iter().map(|part| Piece {
+                        slot: extent.first_slot + part.block,
+                        blocks: part.blocks,
+                        source: match part.store {
+                            ZEROS => Source::KnownZeros,
+                            store => Source::Known(store),
+                        },
+                    }));
+                }
             }
         }
         Ok(pieces)
@@ -142,11 +155,10 @@ impl Index {
         digests: &[Option<u128>],
         pieces: &[Piece],
     ) -> Result<()> {
-        /// Entries written at once.
-        const BATCH: usize = 1024;
-        let tree = self.stored_tree(archive)?;
+        let tree = tree_of(archive);
+        let put = |batch| self.database.put(&tree, batch).map_err(|problem| self.error(problem));
         let mut pieces = pieces.iter().peekable();
-        let (mut batch, mut in_batch) = (sled::Batch::default(), 0);
+        let mut batch = Vec::new();
         for (extent, digest) in facts.extents.iter().zip(digests) {
             let (mut parts, mut is_new) = (Vec::new(), false);
             while let Some(piece) = pieces.peek().filter(|piece| piece.slot < extent.slots().end) {
@@ -166,17 +178,13 @@ impl Index {
                 pieces.next();
             }
             if let Some(digest) = digest.filter(|_| is_new && extent.class.checksummed) {
-                batch.insert(&key(extent), encode(digest, committed, &parts));
-                in_batch += 1;
+                batch.push((key(extent).to_vec(), encode(digest, committed, &parts)));
             }
-            if in_batch == BATCH {
-                let full = std::mem::take(&mut batch);
-                tree.apply_batch(full).map_err(|error| self.error(&error))?;
-                in_batch = 0;
+            if batch.len() == AT_ONCE {
+                put(std::mem::take(&mut batch))?;
             }
         }
-        tree.apply_batch(batch).map_err(|error| self.error(&error))?;
-        self.sled()?.db.flush().map_err(|error| self.error(&error))?;
-        Ok(())
+        put(batch)?;
+        self.database.flush().map_err(|problem| self.error(problem))
     }
 }

@@ -503,7 +503,7 @@ impl Exporter<'_> {
             file.is_new = false;
             file.settle(&path)?;
         }
-        if let Some(index) = index {
+        if let Some(index) = index.filter(|index| index.is_usable()) {
             let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &pieces);
             if let Err(error) = remembered {
                 self.monitor.note(&super::describe(&error));
@@ -544,7 +544,13 @@ impl Exporter<'_> {
         let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {
-            (Some(index), Some(archive)) => index.stored(&archive.id(), archive.commits(), facts, digests)?,
+            (Some(index), Some(archive)) => index
+                .stored(&archive.id(), archive.commits(), facts, digests)
+                .unwrap_or_else(|error| {
+                    // It is only a cache: then everything is read.
+                    self.monitor.note(&super::describe(&error));
+                    SpillVec::new()
+                }),
             _ => SpillVec::new(),
         };
         let first_new = opened.base.store_end;

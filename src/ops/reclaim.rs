@@ -122,6 +122,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
             // It is only a cache, and the next run does without.
             let remembered = index
                 .as_mut()
+                .filter(|index| index.is_usable())
                 .map(|index| remember(&fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
                 monitor.note(&super::describe(&error));

@@ -61,7 +61,7 @@ pub fn fingerprint(
         monitor.phase("Reading images", total);
         found.read = by_reading(fs, facts, &unknown, monitor)?;
     }
-    if let Some(index) = index.filter(|_| !monitor.interrupted()) {
+    if let Some(index) = index.filter(|index| index.is_usable() && !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
         // An image that was written to since its map was read may have been read elsewhere than in these extents.
         let changed: Vec<bool> = fs.images().iter().map(|image| !image.is_unchanged()).collect();

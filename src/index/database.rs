@@ -1,0 +1,393 @@
+//! sled, with what has to be known of it.
+//!
+//! It works in a thread of its own, and whoever asks waits for an answer only so long: where its disk fills up or fails, it may wait for
+//! ever, above all when it is dropped, which it does not before everything is written. After an error it is therefore not dropped but
+//! forgotten, and the index is done without. Its threads end with the process.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Memory that sled may use for its pages.
+const CACHE_BYTES: u64 = 8 << 20;
+/// Bytes of records after which sled is closed and opened again: only so does it give back what its pages take, of which it keeps a
+/// hundred megabytes and more whatever its cache is to take.
+pub(super) const OPEN_BYTES: usize = 8 << 20;
+/// How long an answer may take. A disk that is busy takes seconds.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// The same for opening, which reads everything.
+const OPENING_DEADLINE: Duration = Duration::from_secs(600);
+/// What the name of the thread begins with, like those of sled's own.
+const THREAD: &str = "sled-index";
+
+/// What is wrong with a database.
+#[derive(Debug)]
+pub(super) enum Problem {
+    /// Another process has it open.
+    Busy,
+    /// Its disk.
+    Io(std::io::Error),
+    /// What it holds makes no sense.
+    Damaged(String),
+    /// It does not answer, or did not some time ago.
+    GivenUp,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Busy => f.write_str("another vmfold uses it"),
+            Self::Io(error) => write!(f, "{error}"),
+            Self::Damaged(problem) => f.write_str(problem),
+            Self::GivenUp => f.write_str("it does not answer any more"),
+        }
+    }
+}
+
+impl From<sled::Error> for Problem {
+    fn from(error: sled::Error) -> Self {
+        match error {
+            sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => Self::Busy,
+            // What its checks find comes as an error of this kind, too.
+            sled::Error::Io(error)
+                if !matches!(
+                    error.kind(),
+                    std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::Other
+                ) =>
+            {
+                Self::Io(error)
+            }
+            error => Self::Damaged(error.to_string()),
+        }
+    }
+}
+
+type Answer<T> = Result<T, Problem>;
+type Work = Box<dyn FnOnce(&mut State) + Send>;
+
+/// A key and what is there.
+pub(super) type Record = (Vec<u8>, Vec<u8>);
+
+/// An open database.
+#[derive(Debug)]
+pub(super) struct Database {
+    folder: PathBuf,
+    /// None once it was given up.
+    connection: Mutex<Option<Connection>>,
+}
+
+/// The thread that has it open, and the way to it.
+#[derive(Debug)]
+struct Connection {
+    requests: Sender<Work>,
+    thread: JoinHandle<()>,
+}
+
+/// Folders of databases that this process has forgotten, and still holds the locks of.
+static FORGOTTEN: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Database {
+    /// Opens the database in a folder, or makes it, and reads every record once: a damaged page shows then, and not in the middle of a
+    /// run. Of the trees whose names begin with `prefix`, only that with the whole name `keep` stays; without it, all do.
+    pub(super) fn open(folder: &Path, prefix: &'static str, keep: Option<Vec<u8>>) -> Answer<Self> {
+        be_quiet();
+        if lock(&FORGOTTEN).contains(folder) {
+            return Err(Problem::GivenUp);
+        }
+        let (requests, work) = channel::<Work>();
+        let state = State {
+            folder: folder.to_owned(),
+            db: None,
+            touched_bytes: 0,
+        };
+        let thread = std::thread::Builder::new()
+            .name(THREAD.into())
+            .spawn(move || state.run(&work))
+            .map_err(Problem::Io)?;
+        let opened = Self {
+            folder: folder.to_owned(),
+            connection: Mutex::new(Some(Connection { requests, thread })),
+        };
+        match opened.ask_within(OPENING_DEADLINE, move |state| state.open(prefix, keep)) {
+            Ok(()) => Ok(opened),
+            Err(Problem::GivenUp) => Err(Problem::GivenUp),
+            Err(problem) => {
+                // Who removes what is damaged may open what is made anew.
+                lock(&FORGOTTEN).remove(folder);
+                Err(problem)
+            }
+        }
+    }
+
+    /// The names of its trees.
+    pub(super) fn trees(&self) -> Answer<Vec<Vec<u8>>> {
+        self.ask(|state| Ok(state.db()?.tree_names().iter().map(|name| name.to_vec()).collect()))
+    }
+
+    /// What is at some keys of a tree.
+    pub(super) fn get(&self, tree: &[u8], keys: Vec<Vec<u8>>) -> Answer<Vec<Option<Vec<u8>>>> {
+        let tree = tree.to_vec();
+        self.ask(move |state| {
+            let tree = state.db()?.open_tree(tree)?;
+            let mut found = Vec::with_capacity(keys.len());
+            for key in keys {
+                found.push(tree.get(key)?.map(|record| record.to_vec()));
+            }
+            drop(tree);
+            state.touched(found.iter().flatten().map(Vec::len).sum())?;
+            Ok(found)
+        })
+    }
+
+    /// Up to `count` records of a tree, in the order of their keys, behind a key or from the first on.
+    pub(super) fn after(&self, tree: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<Record>> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let tree = tree.to_vec();
+        self.ask(move |state| {
+            let tree = state.db()?.open_tree(tree)?;
+            let start = key.map_or(Unbounded, Excluded);
+            let mut found = Vec::new();
+            for record in tree.range((start, Unbounded)).take(count) {
+                let (key, record) = record?;
+                found.push((key.to_vec(), record.to_vec()));
+            }
+            drop(tree);
+            state.touched(found.iter().map(|(_, record)| record.len()).sum())?;
+            Ok(found)
+        })
+    }
+
+    /// Puts records into a tree, all or none.
+    pub(super) fn put(&self, tree: &[u8], records: Vec<Record>) -> Answer<()> {
+        let tree = tree.to_vec();
+        self.ask(move |state| {
+            let bytes = records.iter().map(|(_, record)| record.len()).sum();
+            let mut batch = sled::Batch::default();
+            records.into_iter().for_each(|(key, record)| batch.insert(key, record));
+            state.db()?.open_tree(tree)?.apply_batch(batch)?;
+            state.touched(bytes)
+        })
+    }
+
+    /// Makes everything durable.
+    pub(super) fn flush(&self) -> Answer<()> {
+        self.ask(|state| {
+            state.db()?.flush()?;
+            Ok(())
+        })
+    }
+
+    /// Bytes it takes on disk.
+    pub(super) fn disk_bytes(&self) -> Answer<u64> {
+        self.ask(|state| Ok(state.db()?.size_on_disk()?))
+    }
+
+    fn ask<T: Send + 'static>(&self, work: impl FnOnce(&mut State) -> Answer<T> + Send + 'static) -> Answer<T> {
+        self.ask_within(DEADLINE, work)
+    }
+
+    fn ask_within<T: Send + 'static>(
+        &self,
+        deadline: Duration,
+        work: impl FnOnce(&mut State) -> Answer<T> + Send + 'static,
+    ) -> Answer<T> {
+        let (answer, answered) = sync_channel(1);
+        let mut connection = lock(&self.connection);
+        let requests = connection.as_ref().map(|connection| &connection.requests);
+        let sent = requests.ok_or(Problem::GivenUp)?.send(Box::new(move |state| {
+            let done = catch_unwind(AssertUnwindSafe(|| work(state)));
+            let done = done.unwrap_or_else(|_| Err(Problem::Damaged("its pages make no sense".into())));
+            if done.is_err() {
+                state.forget();
+            }
+            // Nobody may wait any more.
+            let _ = answer.send(done);
+        }));
+        let done = match sent {
+            Ok(()) => answered.recv_timeout(deadline).unwrap_or(Err(Problem::GivenUp)),
+            Err(_) => Err(Problem::GivenUp),
+        };
+        if done.is_err() {
+            // Nobody asks or waits for it any more.
+            *connection = None;
+            lock(&FORGOTTEN).insert(self.folder.clone());
+        }
+        done
+    }
+
+    /// Whether it still answers.
+    pub(super) fn is_usable(&self) -> bool {
+        lock(&self.connection).is_some()
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        // Everything is on disk, so that closing takes no time, or else it is forgotten.
+        if self.ask(State::close).is_ok()
+            && let Some(Connection { requests, thread }) = lock(&self.connection).take()
+        {
+            drop(requests);
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread has.
+struct State {
+    folder: PathBuf,
+    /// None before it is open and after it was closed or forgotten.
+    db: Option<sled::Db>,
+    /// Bytes of records read and written since it was opened.
+    touched_bytes: usize,
+}
+
+impl State {
+    fn run(mut self, work: &Receiver<Work>) {
+        for one in work {
+            one(&mut self);
+        }
+        // Whoever asked has given up, and may be the reason for it.
+        self.forget();
+    }
+
+    fn db(&self) -> Answer<&sled::Db> {
+        self.db.as_ref().ok_or(Problem::GivenUp)
+    }
+
+    /// Leaves it as it is, without waiting for anything to be written.
+    fn forget(&mut self) {
+        std::mem::forget(self.db.take());
+    }
+
+    fn open(&mut self, prefix: &str, keep: Option<Vec<u8>>) -> Answer<()> {
+        self.db = Some(open_db(&self.folder)?);
+        let db = self.db()?;
+        for name in db.tree_names() {
+            let is_other = keep.as_ref().is_some_and(|keep| *keep != name[..]);
+            if is_other && name.starts_with(prefix.as_bytes()) {
+                db.drop_tree(name)?;
+            }
+        }
+        let mut bytes = 0;
+        for name in db.tree_names() {
+            if name.starts_with(prefix.as_bytes()) {
+                for record in &db.open_tree(name)? {
+                    bytes += record?.1.len();
+                }
+            }
+        }
+        self.touched(bytes)
+    }
+
+    /// Counts what was read or written, and has sled forget it when that is much.
+    fn touched(&mut self, bytes: usize) -> Answer<()> {
+        self.touched_bytes += bytes;
+        if self.touched_bytes > OPEN_BYTES {
+            self.close()?;
+            self.db = Some(open_db_again(&self.folder)?);
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Answer<()> {
+        self.db()?.flush()?;
+        drop(self.db.take());
+        self.touched_bytes = 0;
+        Ok(())
+    }
+}
+
+fn open_db(folder: &Path) -> sled::Result<sled::Db> {
+    sled::Config::new()
+        .path(folder.join("sled"))
+        .cache_capacity(CACHE_BYTES)
+        .flush_every_ms(None)
+        .mode(sled::Mode::LowSpace)
+        .open()
+}
+
+/// Opens a database that was open until now: threads of its own may have it open for a moment yet.
+fn open_db_again(folder: &Path) -> Answer<sled::Db> {
+    const TRIES: u32 = 1000;
+    const BETWEEN: Duration = Duration::from_millis(10);
+    for _ in 0..TRIES {
+        match open_db(folder).map_err(Problem::from) {
+            Err(Problem::Busy) => std::thread::sleep(BETWEEN),
+            opened => return opened,
+        }
+    }
+    Ok(open_db(folder)?)
+}
+
+/// Keeps panics of sled's threads, which are how some of its checks end, from being printed: they become errors.
+fn be_quiet() {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !std::thread::current()
+                .name()
+                .is_some_and(|name| name.starts_with("sled"))
+            {
+                others(panic);
+            }
+        }));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_waits_until_it_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = open_db(folder.path()).unwrap();
+        assert!(matches!(
+            open_db(folder.path()).map_err(Problem::from),
+            Err(Problem::Busy)
+        ));
+        std::thread::scope(|scope| {
+            let again = scope.spawn(|| open_db_again(folder.path()).is_ok());
+            std::thread::sleep(Duration::from_millis(50));
+            drop(open);
+            assert!(again.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn what_does_not_answer_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let database = Database::open(folder.path(), "t", None).unwrap();
+        database.put(b"t", vec![(vec![1], vec![2])]).unwrap();
+        let late = database.ask_within(Duration::from_millis(50), |_| {
+            std::thread::sleep(Duration::from_secs(2));
+            Ok(())
+        });
+        assert!(matches!(late, Err(Problem::GivenUp)));
+        assert!(matches!(database.flush(), Err(Problem::GivenUp)));
+        drop(database);
+        assert!(matches!(
+            Database::open(folder.path(), "t", None),
+            Err(Problem::GivenUp)
+        ));
+    }
+
+    #[test]
+    fn an_error_is_the_last_thing_it_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let database = Database::open(folder.path(), "t", None).unwrap();
+        let failed: Answer<()> = database.ask(|_| panic!("as sled does"));
+        assert!(matches!(failed, Err(Problem::Damaged(_))));
+        assert!(matches!(database.get(b"t", vec![vec![1]]), Err(Problem::GivenUp)));
+    }
+}
