@@ -18,9 +18,9 @@ const CACHE_BYTES: u64 = 8 << 20;
 /// hundred megabytes and more whatever its cache is to take.
 pub(super) const OPEN_BYTES: usize = 8 << 20;
 /// How long an answer may take. A disk that is busy takes seconds.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 /// The same for opening, which reads everything.
-const OPENING_DEADLINE: Duration = Duration::from_secs(600);
+const OPENING_DEADLINE: Duration = Duration::from_mins(10);
 /// What the name of the thread begins with, like those of sled's own.
 const THREAD: &str = "sled-index";
 
@@ -171,7 +171,9 @@ impl Database {
         self.ask(move |state| {
             let bytes = records.iter().map(|(_, record)| record.len()).sum();
             let mut batch = sled::Batch::default();
-            records.into_iter().for_each(|(key, record)| batch.insert(key, record));
+            for (key, record) in records {
+                batch.insert(key, record);
+            }
             state.db()?.open_tree(tree)?.apply_batch(batch)?;
             state.touched(bytes)
         })
