@@ -116,7 +116,7 @@ impl Database {
             folder: folder.to_owned(),
             connection: Mutex::new(Some(Connection { requests, thread })),
         };
-        match opened.ask_within(OPENING_DEADLINE, move |state| state.open(prefix, keep)) {
+        match opened.ask_within(OPENING_DEADLINE, move |state| state.open(prefix, keep.as_deref())) {
             Ok(()) => Ok(opened),
             Err(Problem::GivenUp) => Err(Problem::GivenUp),
             Err(problem) => {
@@ -270,11 +270,11 @@ impl State {
         std::mem::forget(self.db.take());
     }
 
-    fn open(&mut self, prefix: &str, keep: Option<Vec<u8>>) -> Answer<()> {
+    fn open(&mut self, prefix: &str, keep: Option<&[u8]>) -> Answer<()> {
         self.db = Some(open_db(&self.folder)?);
         let db = self.db()?;
         for name in db.tree_names() {
-            let is_other = keep.as_ref().is_some_and(|keep| *keep != name[..]);
+            let is_other = keep.is_some_and(|keep| *keep != name[..]);
             if is_other && name.starts_with(prefix.as_bytes()) {
                 db.drop_tree(name)?;
             }

@@ -97,13 +97,12 @@ impl Index {
         // Chunks cut in another way are of no use any more.
         let keep = function.map(|function| tree_name(function).into_bytes());
         let database = Database::open(folder, TREE_PREFIX, keep.clone())?;
-        let tree = match keep {
-            Some(tree) => tree,
-            None => {
-                let mut trees = database.trees()?.into_iter();
-                let present = trees.find(|name| name.starts_with(TREE_PREFIX.as_bytes()));
-                present.unwrap_or_else(|| TREE_PREFIX.into())
-            }
+        let tree = if let Some(tree) = keep {
+            tree
+        } else {
+            let mut trees = database.trees()?.into_iter();
+            let present = trees.find(|name| name.starts_with(TREE_PREFIX.as_bytes()));
+            present.unwrap_or_else(|| TREE_PREFIX.into())
         };
         Ok(Self {
             folder: folder.to_owned(),

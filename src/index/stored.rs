@@ -88,6 +88,27 @@ fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<Part>
     fields().ok().flatten()
 }
 
+/// The parts of an extent in the order of their slots; none if they do not make sense.
+fn pieces_of(extent: &Extent, parts: &[Part]) -> Vec<Piece> {
+    let inside = |part: &Part| {
+        let end = part.block.checked_add(part.blocks);
+        end.is_some_and(|end| end <= extent.blocks)
+    };
+    let in_order = |pair: &[Part]| pair[0].block + pair[0].blocks <= pair[1].block;
+    if !parts.iter().all(inside) || !parts.windows(2).all(in_order) {
+        return Vec::new();
+    }
+    let piece = |part: &Part| Piece {
+        slot: extent.first_slot + part.block,
+        blocks: part.blocks,
+        source: match part.store {
+            ZEROS => Source::KnownZeros,
+            store => Source::Known(store),
+        },
+    };
+    parts.iter().map(piece).collect()
+}
+
 impl Index {
     /// What an archive with these commits is known to hold of a pool: extents whose live blocks it has all, in order.
     ///
@@ -104,43 +125,21 @@ impl Index {
         let extents = facts.extents.iter().zip(digests);
         let mut extents =
             extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));
-        let mut next = || -> Result<Option<Vec<(&Extent, Vec<Part>)>>> {
+        loop {
             let some: Vec<(&Extent, u128)> = extents.by_ref().take(AT_ONCE).collect();
             if some.is_empty() {
-                return Ok(None);
+                return Ok(pieces);
             }
             let keys = some.iter().map(|(extent, _)| key(extent).to_vec()).collect();
             let entries = self.database.get(&tree_of(archive), keys);
             let entries = entries.map_err(|problem| self.error(problem))?;
-            let found = some
-                .into_iter()
-                .zip(entries)
-                .filter_map(|((extent, digest), entry)| Some((extent, decode(&entry?, digest, commits)?)));
-            Ok(Some(found.collect()))
-        };
-        while let Some(found) = next()? {
-            for (extent, parts) in found {
-                let inside = |part: &Part| {
-                    part.block
-                        .checked_add(part.blocks)
-                        .is_some_and(|end| end <= extent.blocks)
+            for ((extent, digest), entry) in some.into_iter().zip(entries) {
+                let Some(parts) = entry.and_then(|entry| decode(&entry, digest, commits)) else {
+                    continue;
                 };
-                let in_order = parts
-                    .windows(2)
-                    .all(|pair| pair[0].block + pair[0].blocks <= pair[1].block);
-                if parts.iter().all(inside) && in_order {
-                    pieces.extend(parts.iter().map(|part| Piece {
-                        slot: extent.first_slot + part.block,
-                        blocks: part.blocks,
-                        source: match part.store {
-                            ZEROS => Source::KnownZeros,
-                            store => Source::Known(store),
-                        },
-                    }));
-                }
+                pieces.extend(pieces_of(extent, &parts));
             }
         }
-        Ok(pieces)
     }
 
     /// Remembers what a commit made an archive hold of a pool.
