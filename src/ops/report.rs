@@ -1,9 +1,9 @@
 //! `report`: what each image holds. Reads no image data.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Scope, discover, divide_memory};
-use crate::block::bytes;
+use crate::block::{Slot, bytes};
 use crate::error::Result;
 use crate::facts::{Compression, Facts, ImageId, Pinned};
 use crate::fs::volume::{Purpose, Volume};
@@ -32,10 +32,9 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
         .collect();
     let mut unreachable = 0;
     for (place, extent) in (0u32..).zip(&mapped.facts.extents) {
-        let (by_image, dead) = (by_image(&mapped.facts, place), dead_bytes(&mapped.facts, place));
+        let dead = dead_bytes(&mapped.facts, place);
         unreachable += dead;
-        let exclusive = by_image.len() == 1 && extent.pinned != Some(Pinned::HeldByOthers);
-        for (image, blocks) in by_image {
+        for (image, blocks) in by_image(&mapped.facts, place) {
             let of = &mut images[image as usize];
             of.data_bytes += bytes(blocks);
             of.unreachable_bytes += dead;
@@ -43,12 +42,17 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
                 of.compressed_bytes += extent.disk_bytes;
                 of.uncompressed_bytes += bytes(extent.blocks);
             }
-            if exclusive {
-                of.exclusive_bytes += extent.disk_bytes;
-            } else {
-                of.shared_bytes += extent.disk_bytes;
-            }
         }
+        let held = held(&mapped.facts, place, fs.frees_blocks());
+        for (image, blocks) in held.exclusive {
+            images[image as usize].exclusive_bytes += extent.disk_share(blocks);
+        }
+        for (image, blocks) in held.shared {
+            images[image as usize].shared_bytes += extent.disk_share(blocks);
+        }
+    }
+    for (image, bytes) in &mapped.beyond {
+        images[*image as usize].exclusive_bytes += bytes;
     }
     Ok(Reported {
         pool: PoolBytes::of(&fs, &mapped.facts),
@@ -58,6 +62,63 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
         images,
         skipped,
     })
+}
+
+/// Blocks of an extent that go with each image, and those that stay when it is deleted.
+#[derive(Default)]
+struct Held {
+    exclusive: BTreeMap<ImageId, u32>,
+    shared: BTreeMap<ImageId, u32>,
+}
+
+/// Who holds an extent: as a whole, or block by block where blocks are freed so.
+fn held(facts: &Facts, extent: u32, by_blocks: bool) -> Held {
+    let this = &facts.extents[extent as usize];
+    let is_held_by_others = this.pinned == Some(Pinned::HeldByOthers);
+    let mut held = Held::default();
+    let mut hold = |images: &BTreeSet<ImageId>, blocks: u32| {
+        let is_exclusive = images.len() == 1 && !is_held_by_others;
+        let held = if is_exclusive {
+            &mut held.exclusive
+        } else {
+            &mut held.shared
+        };
+        for image in images {
+            *held.entry(*image).or_default() += blocks;
+        }
+    };
+    if !by_blocks {
+        let images: BTreeSet<_> = facts
+            .mappings_to(extent)
+            .flat_map(|(_, images)| images.to_vec())
+            .collect();
+        hold(&images, this.blocks);
+        return held;
+    }
+    // What begins and ends at a slot, in the order of slots.
+    let mut events: BTreeMap<Slot, (Vec<ImageId>, Vec<ImageId>)> = BTreeMap::new();
+    for (mapping, images) in facts.mappings_to(extent) {
+        let slots = mapping.slots();
+        events.entry(slots.start).or_default().0.extend(images);
+        events.entry(slots.end).or_default().1.extend(images);
+    }
+    let (mut references, mut from): (BTreeMap<ImageId, u32>, Slot) = (BTreeMap::new(), 0);
+    for (at, (begin, end)) in events {
+        hold(&references.keys().copied().collect(), at - from);
+        for image in begin {
+            *references.entry(image).or_default() += 1;
+        }
+        for image in end {
+            // One image may refer to a block twice.
+            let count = references.entry(image).or_default();
+            *count -= 1;
+            if *count == 0 {
+                references.remove(&image);
+            }
+        }
+        from = at;
+    }
+    held
 }
 
 /// The images that refer to an extent, with the blocks they map.

@@ -186,6 +186,24 @@ fn merge(seen: &mut SpillVec<Seen>) -> std::result::Result<(), ImageId> {
     agree
 }
 
+/// Bytes of extents that lie beyond the end of one image as a whole, given where each image has something there.
+fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, u64)> {
+    beyond.sort_unstable();
+    beyond.dedup();
+    let alone = beyond.chunk_by(|one, other| one.0 == other.0).filter_map(|of_extent| {
+        let [(address, image)] = of_extent else { return None };
+        let place = facts
+            .extents
+            .binary_search_by_key(address, |extent| extent.address)
+            .ok()?;
+        let extent = &facts.extents[place];
+        let is_mapped = facts.mappings_to(u32::try_from(place).ok()?).next().is_some();
+        let is_held = extent.pinned == Some(Pinned::HeldByOthers);
+        (!is_mapped && !is_held).then_some((*image, extent.disk_bytes))
+    });
+    alone.collect()
+}
+
 impl Volume {
     /// Reads the extent maps of all images.
     ///
@@ -200,7 +218,7 @@ impl Volume {
         };
         let (mut seen, mut merge_at) = (SpillVec::new(), WAITING_MIN);
         let mut spans = Collector::new();
-        let (mut inline_bytes, mut inline) = (0, Vec::new());
+        let (mut inline_bytes, mut inline, mut beyond) = (0, Vec::new(), Vec::new());
         for (number, image) in (0u32..).zip(&self.images) {
             let image_end = image.size.next_multiple_of(BLOCK_BYTES);
             file_extents(image, |item| {
@@ -252,6 +270,8 @@ impl Volume {
                         },
                     };
                     spans.push(span, number);
+                } else {
+                    beyond.push((extent.address, number));
                 }
                 Ok(())
             })?;
@@ -283,10 +303,12 @@ impl Volume {
         });
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.images.iter().map(|image| image.machine).collect();
+        let beyond = beyond_ends(&facts, beyond);
         Ok(Mapped {
             facts,
             inline_bytes,
             inline,
+            beyond,
         })
     }
 

@@ -64,6 +64,8 @@ pub struct Mapped {
     pub inline_bytes: u64,
     /// The images that have such bytes, in their first block.
     pub inline: Vec<ImageId>,
+    /// Images that have space of their own beyond their ends, with the bytes on disk.
+    pub beyond: Vec<(ImageId, u64)>,
 }
 
 /// A pool on one filesystem, with its images open.

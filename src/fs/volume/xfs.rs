@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{Image, Mapped, Volume, blocks};
-use crate::block::BLOCK_BYTES;
+use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
 use crate::spill::SpillVec;
@@ -307,8 +307,12 @@ fn cut(
 impl Volume {
     pub(super) fn map_xfs(&self, reverse_map: bool) -> Result<Mapped> {
         let mut ranges = Collector::new();
+        let mut beyond = Vec::new();
         for (number, image) in (0u32..).zip(&self.images) {
             for range in ranges_of(image)? {
+                if !range.reachable && !range.shared {
+                    beyond.push((number, bytes(range.blocks)));
+                }
                 ranges.push(range, number);
             }
         }
@@ -355,6 +359,7 @@ impl Volume {
             facts,
             inline_bytes: 0,
             inline: Vec::new(),
+            beyond,
         })
     }
 
