@@ -21,7 +21,7 @@ pub const RUNS_MAX: usize = 1 << 24;
 /// Bytes of an entry at most, its runs aside.
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// Bytes of an image at most.
-pub const IMAGE_BYTES_MAX: u64 = 1 << 44;
+pub const IMAGE_BYTES_MAX: u64 = ((1 << 32) - 1) * BLOCK_BYTES;
 const PATH_BYTES_MAX: usize = 4096;
 const NAME_BYTES_MAX: usize = 255;
 const NAMES_MAX: usize = 1024;

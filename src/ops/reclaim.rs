@@ -153,7 +153,7 @@ fn settings(options: &Options) -> exec::Settings {
 fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<()> {
     if fs.frees_blocks() {
         return Err(Error::NoCompression {
-            path: fs.path(0).to_owned(),
+            path: fs.folder().to_owned(),
         });
     }
     let images = fs.images();
@@ -206,7 +206,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
     if grows > free {
         return Err(Error::Grows {
-            path: fs.path(0).to_owned(),
+            path: fs.folder().to_owned(),
             grows_bytes: grows,
             free_bytes: free,
         });

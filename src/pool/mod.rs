@@ -156,6 +156,8 @@ pub enum Skip {
     Changed,
     /// It lies on another filesystem, mounted below the path.
     OtherFilesystem,
+    /// It is larger than its blocks can be numbered.
+    TooLarge,
     /// It could not be opened or read.
     Unreadable,
 }
@@ -179,6 +181,7 @@ impl Skip {
             Self::OpenedMeanwhile => "opened meanwhile",
             Self::Changed => "changed meanwhile",
             Self::OtherFilesystem => "on another filesystem",
+            Self::TooLarge => "too large",
             Self::Unreadable => "unreadable",
         }
     }
@@ -203,6 +206,7 @@ impl Skip {
             Self::OpenedMeanwhile => "someone opened it during the run",
             Self::Changed => "it changed during the run",
             Self::OtherFilesystem => "on another filesystem: run once for each",
+            Self::TooLarge => "images of 16 TiB and more are left alone",
             Self::Unreadable => "it could not be read",
         }
     }

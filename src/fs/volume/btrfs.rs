@@ -411,7 +411,7 @@ impl Volume {
     /// Whether anything but the images refers to an extent. Where the kernel cannot tell (the extent may have gone meanwhile, or
     /// its references may be too many to list), it counts as held.
     fn is_held_elsewhere(&self, address: u64, mine: &HashSet<(u64, u64)>) -> Result<bool> {
-        match logical_ino::holders(&*self.images[0].file, address) {
+        match logical_ino::holders(&self.scratch, address) {
             Ok(Some(holders)) => Ok(holders
                 .iter()
                 .any(|holder| !mine.contains(&(holder.root, holder.inode)))),

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::INODE_ITEM;
 use super::watch::Watch;
+use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::pool::users::{self, FileId};
 use crate::pool::{Found, Skip, Skipped};
@@ -310,6 +311,9 @@ fn open_one(
         Ok(metadata) => metadata,
         Err(error) => return leave_for(Skip::Unreadable, Some(error.to_string())),
     };
+    if u32::try_from(metadata.len().div_ceil(BLOCK_BYTES)).is_err() {
+        return leave(Skip::TooLarge);
+    }
     let details = match info.kind {
         Kind::Btrfs { .. } => logical_ino::subvolume_of(&file)
             .and_then(|root| Ok(Some((root, !has_no_checksums(&file, metadata.ino())?)))),

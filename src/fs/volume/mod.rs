@@ -215,6 +215,11 @@ impl Volume {
         }
     }
 
+    /// A folder on the filesystem, for messages.
+    pub fn folder(&self) -> &Path {
+        &self.scratch_path
+    }
+
     /// The filesystem's UUID.
     pub fn uuid(&self) -> [u8; 16] {
         self.info.uuid
@@ -500,7 +505,7 @@ fn set_class(file: &File, class: Class) -> rustix::io::Result<()> {
     rustix::fs::fsetxattr(file, "btrfs.compression", property, XattrFlags::empty())
 }
 
-/// `u32` block numbers hold files and extents up to 16 TiB.
+/// `u32` block numbers hold files and extents of less than 16 TiB; larger images are left alone.
 fn blocks(bytes: u64) -> Result<u32> {
     u32::try_from(bytes / BLOCK_BYTES).map_err(|_| Error::TooLarge)
 }

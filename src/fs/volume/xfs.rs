@@ -35,7 +35,7 @@ impl Range {
     /// Cuts off what lies beyond the first blocks.
     fn split_off(&mut self, blocks: u32) -> Self {
         let rest = Self {
-            file_block: self.file_block + blocks,
+            file_block: self.file_block.saturating_add(blocks),
             block: self.block + u64::from(blocks),
             blocks: self.blocks - blocks,
             ..*self
@@ -63,8 +63,10 @@ fn ranges_of(image: &Image) -> Result<Vec<Range>> {
                 problem: format!("a range that is not in whole blocks at byte {}", mapping.offset),
             });
         }
+        // What lies beyond the end of a file may lie anywhere, and nothing is to be found there.
+        let file_block = blocks(mapping.offset.min(image.size.next_multiple_of(BLOCK_BYTES)))?;
         let mut range = Range {
-            file_block: blocks(mapping.offset)?,
+            file_block,
             block: mapping.address / BLOCK_BYTES,
             blocks: blocks(mapping.length)?,
             preallocated: mapping.unwritten,
@@ -72,10 +74,10 @@ fn ranges_of(image: &Image) -> Result<Vec<Range>> {
             pinned: image.fixed.map(|_| Pinned::Fixed),
             reachable: true,
         };
-        let end = range.file_block.checked_add(range.blocks).ok_or(Error::TooLarge)?;
+        let end = range.file_block.saturating_add(range.blocks);
         // What is allocated beyond the end of a file cannot be reached by any call.
         if end > image_blocks {
-            let mut beyond = range.split_off(image_blocks.saturating_sub(range.file_block));
+            let mut beyond = range.split_off(image_blocks - range.file_block);
             beyond.reachable = false;
             beyond.pinned = beyond.pinned.or(Some(Pinned::Preallocated));
             ranges.push(beyond);
