@@ -546,7 +546,7 @@ fn a_damaged_or_deleted_index_costs_time_only() {
 }
 
 #[test]
-fn an_image_with_a_bad_block_is_left_alone_with_a_message() {
+fn an_image_with_a_bad_block_is_named_with_a_message() {
     if !can_mount() {
         return;
     }
@@ -561,7 +561,8 @@ fn an_image_with_a_bad_block_is_left_alone_with_a_message() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(
-        text.contains("bad.img: it could not be read (bytes ") && text.contains("Input/output error"),
+        text.contains("bad.img: what of it cannot be read stays as it is (bytes ")
+            && text.contains("Input/output error"),
         "{text}"
     );
 }

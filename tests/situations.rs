@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Mounted, Random, build_pool, can_mount, sh, state_of};
+use common::{Mounted, Random, build_pool, can_mount, reflink, sh, state_of};
 use serde_json::Value;
 
 fn text(output: &Output) -> String {
@@ -616,6 +616,72 @@ fn a_bad_block_is_skipped_and_the_rest_is_compressed() {
         let compressed = &done["done"]["after"]["compressed_bytes"];
         assert!(compressed.as_u64().unwrap() > 10 << 20, "{done}");
     }
+}
+
+#[test]
+fn an_extent_that_cannot_be_read_stays_and_its_images_are_worked_on() {
+    if !can_mount() {
+        return;
+    }
+    // With these checksums, everything is read for its fingerprints.
+    let fs = Mounted::new("mkfs.btrfs -q --csum sha256", "", 2048);
+    let (bad, common) = (Random(60).data(1 << 20), Random(61).data(8 << 20));
+    let path = |name: &str| fs.pool().join(name);
+    std::fs::write(path("bad.img"), &bad).unwrap();
+    sh(&format!("sync -f {}", fs.mount.display()));
+    // What follows lies in extents of its own.
+    let file = File::options().append(true).open(path("bad.img")).unwrap();
+    std::io::Write::write_all(&mut &file, &common).unwrap();
+    drop(file);
+    std::fs::write(path("good.img"), &common).unwrap();
+    sh(&format!("sync -f {}", fs.mount.display()));
+    for number in 1..=30 {
+        reflink(
+            &path("bad.img"),
+            &path(&format!("bad.img.{number}@2026-01-01T00:00:00Z")),
+        );
+    }
+    fs.corrupt(&path("bad.img"));
+    let rest_of = |name: &str| {
+        let mut rest = vec![0; common.len()];
+        File::open(path(name))
+            .unwrap()
+            .read_exact_at(&mut rest, 1 << 20)
+            .unwrap();
+        rest
+    };
+    let output = fs.vmfold("--json reclaim");
+    let done = json(&output);
+    assert_eq!(output.status.code(), Some(3), "{done}");
+    let named = done["skipped"].as_array().unwrap();
+    assert_eq!(named.len(), 31, "{done}");
+    for one in named {
+        assert_eq!(one["reason"], "unreadable");
+        let detail = one["detail"].as_str().unwrap();
+        assert!(detail.starts_with("bytes 0..") && detail.contains("error"), "{detail}");
+    }
+    assert_eq!(done["images"], 32);
+    // Only the extent that is bad stays: what else the images hold is shared.
+    assert_eq!(done["done"]["freed_bytes"], 8 << 20, "{done}");
+    assert_eq!(done["planned"]["freed_bytes"], 8 << 20, "{done}");
+    for name in ["bad.img", "bad.img.30@2026-01-01T00:00:00Z"] {
+        assert!(rest_of(name) == common);
+    }
+    assert_eq!(std::fs::read(path("good.img")).unwrap(), common);
+    let again = json(&fs.vmfold("--json reclaim"));
+    assert_eq!(
+        (
+            &again["done"]["freed_bytes"],
+            again["skipped"].as_array().unwrap().len()
+        ),
+        (&0.into(), 31)
+    );
+    // An archive has no image of which a part is missing.
+    let archive = fs.mount.join("archive");
+    let output = fs.vmfold(&format!("export {}", archive.display()));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("bad.img"), "{}", text(&output));
+    assert!(!archive.exists());
 }
 
 /// Runs reclaim on a pool with a block that cannot be read.

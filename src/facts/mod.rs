@@ -90,6 +90,8 @@ pub enum Pinned {
     Preallocated,
     /// An image refers to it whose extents cannot change.
     Fixed,
+    /// Part of it cannot be read, and is not known.
+    Unreadable,
 }
 
 impl Class {

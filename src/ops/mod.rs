@@ -9,12 +9,14 @@ pub mod report;
 pub mod scan;
 pub mod verify;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::block::Slot;
+use crate::block::{ByteRange, Slot, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
-use crate::fs::volume::{Fingerprinted, Purpose, Volume, fingerprint};
+use crate::fs::Sharing;
+use crate::fs::volume::{Fingerprinted, Purpose, Unreadable, Volume, fingerprint};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan;
@@ -48,7 +50,7 @@ struct Prepared {
     fingerprinted: Fingerprinted,
 }
 
-/// Opens a pool and fingerprints it. An image that cannot be read is left alone, with a note.
+/// Opens a pool and fingerprints it. What of an image cannot be read stays as it is, and the image is named.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
     prepare_groups(scope, purpose, &[], monitor)
 }
@@ -69,28 +71,13 @@ fn prepare_found(
     skip_unreadable: bool,
     monitor: &dyn Monitor,
 ) -> Result<Prepared> {
-    let mut images = found.images;
-    let mut left_alone = found.skipped;
-    loop {
-        match prepare_images(scope, &images, &found.named, purpose, monitor) {
-            Ok(mut prepared) => {
-                prepared.skipped.append(&mut left_alone);
-                prepared.skipped.sort_by(|a, b| a.path.cmp(&b.path));
-                return Ok(prepared);
-            }
-            Err(error) => {
-                let Some(one) = unreadable(&error).filter(|_| skip_unreadable) else {
-                    return Err(error);
-                };
-                let position = images.iter().position(|image: &Found| image.path == one.path);
-                let Some(at) = position else {
-                    return Err(error);
-                };
-                images.remove(at);
-                left_alone.push(one);
-            }
-        }
+    let (mut prepared, unreadable) = prepare_images(scope, &found.images, &found.named, purpose, monitor)?;
+    if !skip_unreadable && let Some(one) = unreadable.into_iter().next() {
+        return Err(one.error);
     }
+    prepared.skipped.extend(found.skipped);
+    prepared.skipped.sort();
+    Ok(prepared)
 }
 
 /// The image that could not be read, with the range and the cause, if that is what an error is about.
@@ -116,11 +103,11 @@ fn prepare_images(
     named: &[Named],
     purpose: Purpose,
     monitor: &dyn Monitor,
-) -> Result<Prepared> {
+) -> Result<(Prepared, Vec<Unreadable>)> {
     monitor.phase("Reading extent maps", 0);
     // How large the pool is, is known once its lists were made.
     divide_memory(scope, 0);
-    let (fs, skipped) = Volume::open(images, named, purpose)?;
+    let (fs, mut skipped) = Volume::open(images, named, purpose)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;
@@ -132,15 +119,52 @@ fn prepare_images(
             None
         }
     };
-    let fingerprinted = fingerprint(&fs, &mut facts, index.as_mut(), monitor)?;
-    Ok(Prepared {
+    let (fingerprinted, unreadable) = fingerprint(&fs, &mut facts, index.as_mut(), monitor)?;
+    skipped.extend(images_with(&fs, &facts, &unreadable));
+    let prepared = Prepared {
         fs,
         facts,
         inline: mapped.inline,
         index,
         skipped,
         fingerprinted,
-    })
+    };
+    Ok((prepared, unreadable))
+}
+
+/// The images that have blocks which cannot be read, each with the first place.
+fn images_with(fs: &Volume, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
+    let mut places: BTreeMap<ImageId, (ByteRange, &Error)> = BTreeMap::new();
+    for one in unreadable {
+        let mappings = facts.mappings_to(facts.extent_of(one.slots.start));
+        for (mapping, images) in mappings {
+            let slots = mapping.slots();
+            let (start, end) = (slots.start.max(one.slots.start), slots.end.min(one.slots.end));
+            if start >= end {
+                continue;
+            }
+            let range = ByteRange {
+                start: bytes(mapping.file_block + (start - slots.start)),
+                length: bytes(end - start),
+            };
+            for image in images {
+                let first = places.entry(*image).or_insert((range, &one.error));
+                if range.start < first.0.start {
+                    *first = (range, &one.error);
+                }
+            }
+        }
+    }
+    let skipped = places.into_iter().map(|(image, (range, error))| {
+        let cause = std::error::Error::source(error)
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        Skipped {
+            detail: Some(format!("{range}: {cause}")),
+            ..Skipped::new(fs.path(image), Skip::Unreadable)
+        }
+    });
+    skipped.collect()
 }
 
 /// Decides how many bytes of lists are in memory, for a pool of so many slots, and how many tables of blocks may take.

@@ -207,7 +207,7 @@ impl Skip {
             Self::Changed => "it changed during the run",
             Self::OtherFilesystem => "on another filesystem: run once for each",
             Self::TooLarge => "images of 16 TiB and more are left alone",
-            Self::Unreadable => "it could not be read",
+            Self::Unreadable => "what of it cannot be read stays as it is",
         }
     }
 }

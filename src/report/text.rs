@@ -337,6 +337,7 @@ impl Display for Reclaimed {
                 crate::facts::Pinned::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
                 crate::facts::Pinned::Fixed => "images whose extents cannot change hold",
                 crate::facts::Pinned::Preallocated => "preallocated ranges that are to stay hold",
+                crate::facts::Pinned::Unreadable => "extents hold that cannot be read",
             };
             writeln!(f, "Not freed: {} that {why}", size(*bytes))?;
         }

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 
 use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
-use crate::error::Result;
-use crate::facts::{Compression, Facts, Mapping, Place};
+use crate::error::{Error, Result};
+use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
@@ -26,20 +26,30 @@ pub struct Fingerprinted {
     pub read: u64,
 }
 
+/// Blocks that could not be read.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// Where.
+    pub slots: std::ops::Range<Slot>,
+    /// What reading the first image that has them led to.
+    pub error: Error,
+}
+
 /// Bytes read by one thread at a time.
 const READ_BLOCKS: u32 = 256;
 
-/// Fills in the fingerprints of all live slots, and brings the index up to date, if there is one.
+/// Fills in the fingerprints of all live slots, and brings the index up to date, if there is one. What cannot be read is not known, and
+/// its extents are pinned; the errors are returned, one for each of these places.
 ///
 /// # Errors
-/// Those of reading metadata or images. A user who stops it is no error: the caller asks the monitor. An index that fails is
+/// Those of reading metadata. A user who stops it is no error: the caller asks the monitor. An index that fails is
 /// none either: it is only a cache.
 pub fn fingerprint(
     fs: &Volume,
     facts: &mut Facts,
     mut index: Option<&mut Index>,
     monitor: &dyn Monitor,
-) -> Result<Fingerprinted> {
+) -> Result<(Fingerprinted, Vec<Unreadable>)> {
     let mut found = Fingerprinted::default();
     let mut known = SlotSet::new(facts.slots() as usize);
     if fs.has_usable_checksums() {
@@ -57,9 +67,10 @@ pub fn fingerprint(
         .flat_map(|extent| unknown_runs(facts, &known, extent))
         .collect();
     let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
+    let mut unreadable = Vec::new();
     if total > 0 {
         monitor.phase("Reading images", total);
-        found.read = by_reading(fs, facts, &unknown, monitor)?;
+        (found.read, unreadable) = by_reading(fs, facts, &unknown, monitor)?;
     }
     if let Some(index) = index.filter(|index| index.is_usable() && !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
@@ -68,11 +79,16 @@ pub fn fingerprint(
         let touched = unknown.iter().flat_map(|run| facts.places_of(run.clone()));
         let touched = touched.filter(|(_, place)| changed[place.image as usize]);
         index.forget(touched.map(|(slot, _)| facts.extent_of(slot)));
+        index.forget(
+            unreadable
+                .iter()
+                .map(|one: &Unreadable| facts.extent_of(one.slots.start)),
+        );
         if let Err(error) = index.update(facts) {
             monitor.note(&crate::ops::describe(&error));
         }
     }
-    Ok(found)
+    Ok((found, unreadable))
 }
 
 /// Enters the state after a run into the index, so that the next one need not read what this one wrote: each place of an image holds
@@ -105,10 +121,14 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
         let image = of_image[0].0.image;
         let mappings = before.mappings_of(image);
         for (place, slot, extent) in of_image {
+            let mut is_known = true;
             let found = unchanged[image as usize]
                 && copy(&mappings, *place, |done, old| {
+                    let extent = &before.extents[before.extent_of(old.start) as usize];
+                    is_known &= extent.pinned != Some(Pinned::Unreadable);
                     fingerprints.write(slot + done, &before.fingerprints.range(old));
-                });
+                })
+                && is_known;
             if !found {
                 unknown.push(*extent);
             }
@@ -256,45 +276,61 @@ fn visit_checksums(fs: &Volume, facts: &Facts, mut visit: impl FnMut(usize, u32,
     })
 }
 
-/// Reads blocks in the order they lie on disk, on all cores.
-fn by_reading(fs: &Volume, facts: &mut Facts, runs: &[std::ops::Range<Slot>], monitor: &dyn Monitor) -> Result<u64> {
+/// Reads blocks in the order they lie on disk, on all cores. Returns how many bytes, and what could not be read.
+fn by_reading(
+    fs: &Volume,
+    facts: &mut Facts,
+    runs: &[std::ops::Range<Slot>],
+    monitor: &dyn Monitor,
+) -> Result<(u64, Vec<Unreadable>)> {
     /// Pieces handed out at a time; between them the user may stop.
     const PIECES: usize = 1024;
     let function = fs.function();
     let read = AtomicU64::new(0);
     let mut sums = std::mem::take(&mut facts.fingerprints);
-    let mut result = Ok(());
+    let mut unreadable = Vec::new();
+    let read_run = |buffer: &mut Vec<u8>, run: &std::ops::Range<Slot>| -> Result<Vec<u32>> {
+        buffer.resize((run.end - run.start) as usize * BLOCK_LEN, 0);
+        let mut rest = &mut buffer[..];
+        for (_, place) in facts.places_of(run.clone()) {
+            let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
+            fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
+            rest = after;
+        }
+        monitor.advance(buffer.len() as u64);
+        read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        Ok(buffer.chunks(BLOCK_LEN).map(|block| function.of(block)).collect())
+    };
     for runs in runs.chunks(PIECES) {
-        if monitor.interrupted() || result.is_err() {
+        if monitor.interrupted() {
             break;
         }
-        let pieces: Result<Vec<_>> = runs
-            .par_iter()
-            .map_init(Vec::new, |buffer, run| {
-                buffer.resize((run.end - run.start) as usize * BLOCK_LEN, 0);
-                let mut rest = &mut buffer[..];
-                for (_, place) in facts.places_of(run.clone()) {
-                    let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-                    fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
-                    rest = after;
+        let pieces: Vec<Result<Vec<u32>>> = runs.par_iter().map_init(Vec::new, read_run).collect();
+        for (run, found) in runs.iter().zip(pieces) {
+            match found {
+                Ok(found) => sums.write(run.start, &found),
+                Err(error) if error.is_read() => {
+                    // Something that nothing else is likely to be. Whoever counts on it has the kernel compare, which fails.
+                    let unlike = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.to_le_bytes()).to_le_bytes();
+                    let unlike: Vec<u32> = run
+                        .clone()
+                        .map(|slot| unlike(slot).first_chunk().map_or(0, |word| u32::from_le_bytes(*word)))
+                        .collect();
+                    sums.write(run.start, &unlike);
+                    unreadable.push(Unreadable {
+                        slots: run.clone(),
+                        error,
+                    });
                 }
-                monitor.advance(buffer.len() as u64);
-                read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-                Ok(buffer
-                    .chunks(BLOCK_LEN)
-                    .map(|block| function.of(block))
-                    .collect::<Vec<_>>())
-            })
-            .collect();
-        match pieces {
-            Ok(pieces) => {
-                for (run, found) in runs.iter().zip(pieces) {
-                    sums.write(run.start, &found);
-                }
+                Err(error) => return Err(error),
             }
-            Err(error) => result = Err(error),
         }
     }
     facts.fingerprints = sums;
-    result.map(|()| read.into_inner())
+    for one in &unreadable {
+        let extent = facts.extent_of(one.slots.start) as usize;
+        let pinned = &mut facts.extents[extent].pinned;
+        *pinned = pinned.or(Some(Pinned::Unreadable));
+    }
+    Ok((read.into_inner(), unreadable))
 }

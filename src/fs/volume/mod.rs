@@ -21,7 +21,7 @@ use rustix::fs::{Advice, FallocateFlags, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{freed_bytes, physical_bytes};
-pub use fingerprints::{Fingerprinted, checksum_digests, fingerprint, remember};
+pub use fingerprints::{Fingerprinted, Unreadable, checksum_digests, fingerprint, remember};
 pub use images::{Image, Purpose};
 
 use kernel::Verdict;
