@@ -109,18 +109,18 @@ impl Became {
     }
 }
 
-/// Makes a plan that compresses as it is wished, of extents that are candidates; `prove` as in [`plan_proved`].
+/// Makes a plan that compresses as it is wished, of extents that are candidates; `go_on` and `prove` as in [`plan_proved`].
 ///
 /// # Errors
-/// Whatever `prove` fails with.
+/// Whatever `go_on` or `prove` fails with.
 pub fn plan_wished<E>(
     wish: Option<Wish>,
     facts: &mut Facts,
     options: &Options,
+    go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
     is_candidate: impl Fn(&Facts, u32) -> bool,
-    fs: &dyn Sharing,
-    monitor: &dyn Monitor,
+    (fs, monitor): (&dyn Sharing, &dyn Monitor),
 ) -> Result<Plan, E> {
     /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
     const TRIALS_MAX: usize = 8;
@@ -128,7 +128,7 @@ pub fn plan_wished<E>(
         undo(facts);
     }
     monitor.phase("Planning", 0);
-    let mut plan = plan_proved(facts, options, &mut prove)?;
+    let mut plan = plan_proved(facts, options, go_on, &mut prove)?;
     if let Some(Wish::Zstd { packer, recompress }) = wish {
         let mut trial = Trial::new(packer, recompress);
         for _ in 0..TRIALS_MAX {
@@ -136,7 +136,7 @@ pub fn plan_wished<E>(
                 break;
             }
             monitor.phase("Planning", 0);
-            plan = plan_proved(facts, options, &mut prove)?;
+            plan = plan_proved(facts, options, go_on, &mut prove)?;
         }
     }
     Ok(plan)

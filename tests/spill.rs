@@ -228,7 +228,7 @@ fn plan() -> (Plan, usize) {
         let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     };
-    let Ok(plan) = plan_proved(&mut facts, &Options::default(), prove);
+    let Ok(plan) = plan_proved(&mut facts, &Options::default(), &|| Ok(()), prove);
     (plan, in_files)
 }
 

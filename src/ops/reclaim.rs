@@ -89,7 +89,13 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         return Ok(result);
     }
     fs.shortcomings().iter().for_each(|one| monitor.note(one));
-    let (plan, proved) = make_plan(options, &fs, &mut facts, monitor)?;
+    let (plan, proved) = match make_plan(options, &fs, &mut facts, monitor) {
+        Err(Error::Interrupted) => {
+            result.interrupted = true;
+            return Ok(result);
+        }
+        made => made?,
+    };
     if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS && !plan.eliminations.is_empty() && fs.may_be_sent()? {
         monitor.note(
             "There are read-only snapshots of these images. If you send or copy them often, --min-run 64K keeps that several \
@@ -190,14 +196,29 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        fs.prove(facts, slots)
+        fs.prove(facts, slots, monitor)
+    };
+    let go_on = || {
+        if monitor.interrupted() {
+            Err(Error::Interrupted)
+        } else {
+            Ok(())
+        }
     };
     let is_candidate = |facts: &Facts, extent: u32| {
         let mut references = facts.references_to(extent);
         references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
     };
     let wish = options.compress;
-    let mut plan = plan_wished(wish, facts, &options.plan, &mut prove, is_candidate, fs, monitor)?;
+    let mut plan = plan_wished(
+        wish,
+        facts,
+        &options.plan,
+        &go_on,
+        &mut prove,
+        is_candidate,
+        (fs, monitor),
+    )?;
     let all_free = fs.free_bytes()?;
     let free = all_free.saturating_sub(options.reserve_bytes);
     // Where less is free than is to stay, what is freed on the way makes up for that first.
@@ -217,7 +238,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
             batch_bytes: free / 2,
             ..options.plan
         };
-        plan = plan_proved(facts, &small, &mut prove)?;
+        plan = plan_proved(facts, &small, &go_on, &mut prove)?;
         if is_short(&plan) {
             monitor.note(&format!(
                 "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
@@ -228,7 +249,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
                 work_space_bytes: free,
                 ..small
             };
-            plan = plan_proved(facts, &smaller, &mut prove)?;
+            plan = plan_proved(facts, &smaller, &go_on, &mut prove)?;
         }
     }
     facts

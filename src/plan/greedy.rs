@@ -1,5 +1,6 @@
 //! One pass over all extents: what stays, and where the blocks of what goes are found.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -32,8 +33,19 @@ const REFERENCES_COUNTED_MAX: u64 = 3;
 /// Blocks left over between two runs that are looked at once more.
 const GAP_BLOCKS_MAX: u32 = 32;
 
-/// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only in a plan, which cost nothing to write otherwise.
-pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyway: impl Fn(u32) -> bool) -> Decisions {
+/// Steps, for each block of an extent, that looking for what is like it may take: far more than any that is to be found takes. Guests
+/// choose the checksums of their blocks, and can have many look alike for long stretches which then are no match.
+const STEPS_PER_BLOCK: u64 = 1024;
+
+/// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only
+/// in a plan, which cost nothing to write otherwise. Before each, `go_on` is asked.
+pub(super) fn decide<E>(
+    facts: &Facts,
+    options: &Options,
+    ask: bool,
+    rewritten_anyway: impl Fn(u32) -> bool,
+    go_on: &dyn Fn() -> Result<(), E>,
+) -> Result<Decisions, E> {
     let slots = facts.slots() as usize;
     // Before there are tables: it takes memory of its own while it is made.
     let order = order(facts, options);
@@ -48,9 +60,10 @@ pub(super) fn decide(facts: &Facts, options: &Options, ask: bool, rewritten_anyw
         found: Decisions::default(),
     };
     for extent in order {
+        go_on()?;
         pass.look_at(extent, rewritten_anyway(extent));
     }
-    pass.found
+    Ok(pass.found)
 }
 
 /// Extents that stay anyhow first, then those that most images use on average, then image by image in the order in which each is
@@ -115,6 +128,8 @@ struct Here {
     references: u32,
     /// They are asked for many times, and may be on disk.
     fingerprints: Vec<u32>,
+    /// Steps that looking for what is like its blocks may take yet.
+    steps_left: Cell<u64>,
 }
 
 /// How many references there are, and may be.
@@ -199,6 +214,7 @@ impl Pass<'_> {
             first_slot: this.first_slot,
             references: facts.reference_count(extent),
             fingerprints: facts.fingerprints.range(this.slots()),
+            steps_left: Cell::new(STEPS_PER_BLOCK * u64::from(this.blocks)),
         };
         let mut found = self.match_extent(this);
         let mut more = self.new_references(extent, &found.runs);
@@ -428,6 +444,9 @@ impl Pass<'_> {
         let all = self.here.references;
         let mut best: Option<Run> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
+            if self.here.steps_left.get() == 0 {
+                break;
+            }
             if !self.homes.contains(home) || home == at {
                 continue;
             }
@@ -452,6 +471,8 @@ impl Pass<'_> {
             let back =
                 (1..=before).take_while(|n| self.homes.contains(home - n) && self.may_be_equal(at - n, home - n));
             let mut back = u32::try_from(back.count()).unwrap_or(0);
+            let steps = self.here.steps_left.get();
+            self.here.steps_left.set(steps.saturating_sub(u64::from(blocks + back)));
             // What the run covers is no home any more, so it must not be what it is found in.
             if home - back < at && at - back < home + blocks {
                 back = 0;

@@ -198,13 +198,15 @@ impl Plan {
     }
 }
 
-/// Makes a plan that rests on no short run that was not proved: `prove` reads slots and says what they hold.
+/// Makes a plan that rests on no short run that was not proved: `prove` reads slots and says what they hold. `go_on` is asked often, and
+/// ends planning with its error.
 ///
 /// # Errors
-/// Whatever `prove` fails with.
+/// Whatever `prove` or `go_on` fails with.
 pub fn plan_proved<E>(
     facts: &mut Facts,
     options: &Options,
+    go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
 ) -> Result<Plan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
@@ -215,9 +217,9 @@ pub fn plan_proved<E>(
     while rounds < ROUNDS_MAX {
         let ask = questions < QUESTIONS_MAX;
         let round = if rounds == 0 {
-            Round::first(facts, options, ask)
+            Round::first(facts, options, ask, go_on)?
         } else {
-            Round::next(facts, options, ask, &mut layout)
+            Round::next(facts, options, ask, &mut layout, go_on)?
         };
         if ask && !round.unproved.is_empty() {
             questions += 1;
@@ -265,18 +267,25 @@ struct Round {
 
 impl Round {
     /// Looks at the pool as it is.
-    fn first(facts: &Facts, options: &Options, ask: bool) -> Self {
-        Self::of(greedy::decide(facts, options, ask, |_| false), None)
+    fn first<E>(facts: &Facts, options: &Options, ask: bool, go_on: &dyn Fn() -> Result<(), E>) -> Result<Self, E> {
+        let decisions = greedy::decide(facts, options, ask, |_| false, go_on)?;
+        Ok(Self::of(decisions, None))
     }
 
     /// Looks at the pool as a layout would leave it.
-    fn next(facts: &mut Facts, options: &Options, ask: bool, layout: &mut Layout) -> Self {
+    fn next<E>(
+        facts: &mut Facts,
+        options: &Options,
+        ask: bool,
+        layout: &mut Layout,
+        go_on: &dyn Fn() -> Result<(), E>,
+    ) -> Result<Self, E> {
         layout.place_leftovers(facts, options);
         let applied = apply(facts, layout);
-        let decisions = greedy::decide(&applied.facts, options, ask, |extent| {
-            applied.origins().extent(extent).is_none()
-        });
-        Self::of(decisions, Some(applied.undo(facts)))
+        let is_planned = |extent| applied.origins().extent(extent).is_none();
+        let decisions = greedy::decide(&applied.facts, options, ask, is_planned, go_on);
+        let origins = applied.undo(facts);
+        Ok(Self::of(decisions?, Some(origins)))
     }
 
     fn of(mut decisions: greedy::Decisions, origins: Option<Origins>) -> Self {

@@ -90,7 +90,7 @@ fn benchmarks(criterion: &mut Criterion) {
         let _ = group.throughput(Throughput::Bytes(1 << 30));
         let _ = group.bench_function(format!("{revisions} revisions"), |bencher| {
             bencher.iter(|| {
-                let plan = plan_proved(&mut facts, &Options::default(), |_, slots| {
+                let plan = plan_proved(&mut facts, &Options::default(), &|| Ok(()), |_, slots| {
                     // Blocks that look alike are, in this pool.
                     Ok::<_, Infallible>(slots.iter().map(|slot| (*slot, proof(*slot))).collect())
                 });

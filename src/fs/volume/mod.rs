@@ -31,6 +31,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts, ImageId, Proof, proof_of};
 use crate::fingerprint::Function;
+use crate::monitor::Monitor;
 use crate::pool::users::FileId;
 use crate::pool::{Found, Named, Skipped};
 use crate::spill::SpillVec;
@@ -297,14 +298,17 @@ impl Volume {
     /// Reads blocks and says what they hold. Those that lie near each other are read together.
     ///
     /// # Errors
-    /// If no image reaches one of them.
-    pub fn prove(&self, facts: &Facts, slots: &[Slot]) -> Result<SpillVec<(Slot, Proof)>> {
+    /// If no image reaches one of them, or [`Error::Interrupted`].
+    pub fn prove(&self, facts: &Facts, slots: &[Slot], monitor: &dyn Monitor) -> Result<SpillVec<(Slot, Proof)>> {
         use rayon::prelude::*;
         /// Blocks asked for at a time, far from each other, which a device reads best when it knows of many.
         const AHEAD: usize = 512;
         /// Blocks that are read before what they hold is put where there is room for it.
         const AT_ONCE: usize = 128 * AHEAD;
         let read_all = |slots: &[Slot]| -> Result<Vec<(Slot, Proof)>> {
+            if monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
             let stretches = self.stretches(facts, slots)?;
             for stretch in &stretches {
                 self.read_ahead(stretch.file(), stretch.offset(), stretch.length());
