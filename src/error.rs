@@ -112,6 +112,26 @@ pub enum Error {
         /// A path there.
         path: PathBuf,
     },
+    /// Another import restores to the same folder.
+    #[error("another import is restoring to `{}`", shown(path))]
+    Restoring {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// An error came while images were replaced, and what was replaced could not be undone.
+    #[error(
+        "{source}; replaced before that: {}; left as they were: {}",
+        list_or_none(replaced),
+        list_or_none(kept)
+    )]
+    HalfReplaced {
+        /// What went wrong.
+        source: Box<Error>,
+        /// Names that have what is restored.
+        replaced: Vec<PathBuf>,
+        /// Names that have what they had before.
+        kept: Vec<PathBuf>,
+    },
     /// A folder that only this user should write to is another's, or open to others.
     #[error("`{}` is not a folder that you alone can write to", shown(path))]
     NotOurs {
@@ -277,6 +297,10 @@ fn list(paths: &[PathBuf]) -> String {
         .join(", ")
 }
 
+fn list_or_none(paths: &[PathBuf]) -> String {
+    if paths.is_empty() { "none".into() } else { list(paths) }
+}
+
 impl Error {
     /// Makes an [`Error::Io`] for a whole file: `.map_err(Error::io("open", path))`.
     pub fn io<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
@@ -341,7 +365,8 @@ impl Error {
             Self::NoCompression { .. } => "leave --compress out: reclaim and export work on XFS",
             Self::Grows { .. } => "free some space, or name fewer images",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
-            Self::Busy { .. } => "wait until it has ended",
+            Self::Busy { .. } | Self::Restoring { .. } => "wait until it has ended",
+            Self::HalfReplaced { source, .. } => return source.hint(),
             Self::NotOurs { .. } => "remove it, or set XDG_RUNTIME_DIR to a folder of yours",
             Self::Kernel { .. } => "use Linux 5.4 or later",
             Self::NotRoot => "run it with sudo",

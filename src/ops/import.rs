@@ -7,6 +7,7 @@ mod target;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -24,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::{Digest, StoredHashes};
 use crate::exec::restore::folder::Root;
 use crate::exec::restore::place::{self, can_share};
-use crate::exec::restore::staging::Staging;
+use crate::exec::restore::staging::{Noted, Staging};
 use crate::fs::attributes;
 use crate::monitor::Monitor;
 use crate::plan::METADATA_BYTES_PER_REFERENCE;
@@ -123,9 +124,13 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
             one.problem.clone(),
         ));
     }
-    let restore = Restore::new(options, manifest, &committed.commit.images, monitor)?;
+    let restore = Restore::new(options, manifest, &committed.commit.images, None, monitor)?;
     let (id, number) = (archive.id(), committed.commit.number);
     let wanted = wanted(restore.chosen());
+    let work = Work::prepare(&restore, &id, number)?;
+    target::check_names(&restore, work.noted.as_ref())?;
+    // Before seeds are opened, which an image that is to be replaced may be one of.
+    target::check_use(&restore, work.noted.as_ref())?;
     let mut hashes = StoredHashes::new(Some(&archive), committed.commit.store_end);
     let mut announced: Vec<Announced> = Vec::new();
     if restore.shares && seeds::are_possible(options) {
@@ -152,10 +157,8 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     drop(announced);
     let seeded_ranges: Vec<Range<StoreBlock>> = seeded.iter().map(|one| one.first..one.first + one.blocks).collect();
     let mut imported = restore.imported(path, number, committed.id());
-    let work = Work::prepare(&restore, &id, number)?;
     imported.planned = restore.planned(&wanted, &seeded_ranges, work.staged_bytes());
     imported.later_damage = later_damage(&archive, committed, options);
-    target::check_names(&restore, work.resumes)?;
     if options.dry_run {
         return Ok(imported);
     }
@@ -172,6 +175,8 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
             &mut imported,
             monitor,
         )?;
+        // What is open here cannot be told from what others use.
+        drop(seeds);
         let doubtful = !damage.is_empty();
         let mixed_up = restore.mixed_up(&committed.commit.images, doubtful, &mut hashes, monitor)?;
         lost.sort_unstable_by_key(|range| range.start);
@@ -407,12 +412,19 @@ struct Restore<'a> {
     targets: Vec<Target>,
     /// Images of the commit that the manifest does not have any more.
     missing: Vec<PathBuf>,
-    root: Root,
+    root: Arc<Root>,
     shares: bool,
 }
 
 impl<'a> Restore<'a> {
-    fn new(options: &'a Options, manifest: Manifest, summaries: &[Summary], monitor: &dyn Monitor) -> Result<Self> {
+    /// With the folder, if it is open already: it is locked once.
+    fn new(
+        options: &'a Options,
+        manifest: Manifest,
+        summaries: &[Summary],
+        root: Option<Arc<Root>>,
+        monitor: &dyn Monitor,
+    ) -> Result<Self> {
         let chooser = Chooser::new(&options.only)?;
         let chosen: Vec<usize> = (0..manifest.images.len())
             .filter(|place| {
@@ -435,11 +447,11 @@ impl<'a> Restore<'a> {
                 "no image of this commit matches: vmfold list shows what there is".into(),
             ));
         }
-        if !options.dry_run {
-            std::fs::create_dir_all(&options.to).map_err(Error::io("make the folder", &options.to))?;
-        }
-        let existing = options.to.ancestors().find(|folder| folder.exists());
-        let root = Root::open(existing.unwrap_or(&options.to))?;
+        let root = match root {
+            Some(root) => root,
+            None if options.dry_run => Arc::new(Root::look(&options.to, seeds::existing(&options.to))?),
+            None => Arc::new(Root::lock(&options.to)?),
+        };
         let targets = target::targets(&manifest, &chosen, &root, options)?;
         let shares = can_share(root.file());
         if !shares {
@@ -705,41 +717,48 @@ impl Chooser {
 
 /// The work folder of a restore, before it is made.
 struct Work {
+    root: Arc<Root>,
     folder: PathBuf,
-    resumes: bool,
+    /// What the restore that is continued has noted; none if there is none.
+    noted: Option<Noted>,
 }
 
 impl Work {
+    /// Looks for what an interrupted restore has left. None goes on here: the folder that is restored to is locked, but for a dry run.
     fn prepare(restore: &Restore<'_>, archive: &[u8; 16], commit: u32) -> Result<Self> {
         let tag = crate::index::hex(archive);
         let folder = restore
             .options
             .to
             .join(format!(".vmfold-import-{}-{commit}", &tag[..8]));
-        let resumes = Staging::is_there(&folder);
-        if resumes && !restore.options.resume && !restore.options.dry_run {
+        let noted = Noted::read(restore.root.file(), &folder);
+        if noted.is_some() && !restore.options.resume && !restore.options.dry_run {
             return Err(Error::Usage(format!(
                 "an import was interrupted here: --resume goes on with it, and deleting `{}` begins anew",
                 shown(&folder)
             )));
         }
-        Ok(Self { folder, resumes })
+        Ok(Self {
+            root: Arc::clone(&restore.root),
+            folder,
+            noted,
+        })
     }
 
     /// Bytes that an interrupted restore has on disk already.
     fn staged_bytes(&self) -> u64 {
-        Staging::staged_bytes(&self.folder)
+        self.noted.as_ref().map_or(0, Noted::staged_bytes)
     }
 
     fn open(self, end: StoreBlock) -> Result<Open> {
-        let (mut staging, claimed) = Staging::open(&self.folder)?;
+        let mut staging = Staging::open(self.root.file(), &self.folder)?;
         staging.make_room(end)?;
-        let claimed = claimed.into_iter().filter(|range| range.end <= end).collect();
+        let claimed = staging.noted().claimed().iter();
+        let claimed = claimed.filter(|range| range.end <= end).cloned().collect();
         Ok(Open {
             folder: self.folder,
             staging,
             claimed,
-            resumes: self.resumes,
         })
     }
 }
@@ -749,13 +768,12 @@ struct Open {
     folder: PathBuf,
     staging: Staging,
     claimed: Vec<Range<StoreBlock>>,
-    resumes: bool,
 }
 
 impl Open {
     /// Bytes that are staged.
     fn staged_bytes(&self) -> u64 {
-        Staging::staged_bytes(&self.folder)
+        self.staging.staged_bytes()
     }
 
     /// Removes the folder after a restore that ended, and says what is kept after one that did not.

@@ -255,9 +255,12 @@ pub struct Pool {
     pub unreadable: Vec<(PathBuf, String)>,
 }
 
-/// A file that says that an image's machine runs or did when its host stopped, or that it is being imported, and which.
-pub fn sign_of(image: &Path) -> Option<(Skip, PathBuf)> {
-    signs::Signs::default().of(image)
+/// Those of some paths of images, existing or not, whose machines run or did when their host stopped, or that are being imported, each with
+/// a file that says so.
+pub fn signs_of<'a>(images: impl IntoIterator<Item = &'a PathBuf>) -> Vec<(&'a PathBuf, PathBuf)> {
+    let mut signs = signs::Signs::default();
+    let found = images.into_iter().filter_map(|image| Some((image, signs.of(image)?.1)));
+    found.collect()
 }
 
 /// What the user named, with the folders that mounted filesystems stand for in place of devices and UUIDs.

@@ -13,7 +13,7 @@ pub enum Kind {
     Import,
     /// A Qubes volume that is made at start and removed at shutdown.
     Volatile,
-    /// A file that the Qubes driver is writing and will rename or remove.
+    /// A file that the Qubes driver or an import of vmfold is writing and will rename or remove.
     Temporary,
 }
 
@@ -30,7 +30,7 @@ pub fn kind_of(path: &Path) -> Kind {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // The driver removes what matches `*.img*~*`.
     let is_temporary = name.split_once(".img").is_some_and(|(_, end)| end.contains('~'));
-    if is_temporary {
+    if is_temporary || is_of_import(path) {
         Kind::Temporary
     } else if name.ends_with("-import.img") {
         Kind::Import
@@ -39,6 +39,24 @@ pub fn kind_of(path: &Path) -> Kind {
     } else {
         Kind::Image
     }
+}
+
+/// Whether a file is one that an import writes, or left behind: `.vmfold-0123456789abcdef~`, what lies in its work folder
+/// `.vmfold-import-01234567-1`, and `.NAME.vmfold-import` of earlier versions.
+fn is_of_import(path: &Path) -> bool {
+    let is_hex = |digits: &[u8], length: usize| digits.len() == length && digits.iter().all(u8::is_ascii_hexdigit);
+    let is_work = |folder: &Path| {
+        let tag = folder
+            .file_name()
+            .and_then(|name| name.as_bytes().strip_prefix(b".vmfold-import-"));
+        let mut parts = tag.into_iter().flat_map(|tag| tag.splitn(2, |byte| *byte == b'-'));
+        parts.next().is_some_and(|tag| is_hex(tag, 8))
+            && parts.next().is_some_and(|number| number.iter().all(u8::is_ascii_digit))
+    };
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let digits = name.strip_prefix(b".vmfold-").and_then(|rest| rest.strip_suffix(b"~"));
+    let is_of_old = name.starts_with(b".") && (name.ends_with(b".vmfold-import") || name.ends_with(b".vmfold-link"));
+    digits.is_some_and(|digits| is_hex(digits, 16)) || is_of_old || path.parent().is_some_and(is_work)
 }
 
 /// The volume that a file of a Qubes pool belongs to, by the beginning of its name: `private` of `private-dirty.img` and of
@@ -189,10 +207,21 @@ mod tests {
             "private.img~abc",
             "private.img.77@2026-01-02T03:04:05Z~k3jx9q",
             "private-dirty.img~x",
+            ".vmfold-0123456789abcdef~",
+            ".private.img.vmfold-import",
+            ".root.img.vmfold-link",
+            "a/.vmfold-import-0123abcd-12/blocks",
         ] {
             assert_eq!(kind_of(Path::new(name)), Kind::Temporary, "{name}");
         }
-        for name in ["private.img", "a~b.img", "private.img.77@2026-01-02T03:04:05Z"] {
+        for name in [
+            "private.img",
+            "a~b.img",
+            "private.img.77@2026-01-02T03:04:05Z",
+            "private.img.vmfold-partial",
+            ".vmfold-0123456789abcde~",
+            "a/.vmfold-import/blocks",
+        ] {
             assert_eq!(kind_of(Path::new(name)), Kind::Image, "{name}");
         }
         assert_eq!(clean_of(OsStr::new("root-dirty.img")), Some("root.img".into()));

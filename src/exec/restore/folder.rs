@@ -2,30 +2,47 @@
 //! stands there, leads out of it.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::fs::{File, TryLockError};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Stat, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::pool::{self, users};
-use crate::shown::shown;
-use crate::sys::lease::{self, Lease};
+use crate::pool::users::FileId;
 
 /// The folder that is restored to.
 #[derive(Debug)]
 pub struct Root {
+    /// The folder, or what exists of the way to it.
     file: File,
     path: PathBuf,
+    is_there: bool,
+}
+
+/// Which file something is, and in which state: while all of it is the same, so is the content. Times are in seconds and nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    /// Device and inode.
+    pub id: FileId,
+    /// When the inode was made, which tells it from a later one of the same number; 0 where the filesystem does not say.
+    pub born: (i64, u32),
+    /// Bytes.
+    pub size: u64,
+    /// When it was last written.
+    pub mtime: (i64, u32),
+    /// When anything of it last changed, its names included.
+    pub ctime: (i64, u32),
 }
 
 /// A name in a folder below the root.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Place {
-    folder: OwnedFd,
+    /// Names in one folder share its descriptor.
+    folder: Arc<OwnedFd>,
     name: OsString,
     /// Its whole path, for messages.
     pub path: PathBuf,
@@ -36,15 +53,42 @@ const FOLDER: OFlags = OFlags::DIRECTORY
     .union(OFlags::CLOEXEC)
     .union(OFlags::RDONLY);
 
+/// What is asked of files to tell their states.
+const STATE: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
+
 impl Root {
-    /// Opens the folder, which must exist.
+    /// Opens the folder to be restored to, which is made if it does not exist, and keeps other imports off it for as long as it is open.
+    ///
+    /// # Errors
+    /// [`Error::Restoring`] if another import has it; otherwise those of the system calls.
+    pub fn lock(path: &Path) -> Result<Self> {
+        std::fs::create_dir_all(path).map_err(Error::io("make the folder", path))?;
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(Error::Restoring { path: path.to_owned() }),
+            Err(TryLockError::Error(error)) => match error.raw_os_error() {
+                // Some filesystems of the network lock no folders. No import writes to a name that another one has, locked or not.
+                Some(libc::EBADF | libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP | libc::EISDIR) => {}
+                _ => return Err(Error::io("lock", path)(error)),
+            },
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            is_there: true,
+        })
+    }
+
+    /// Opens the folder to look at it alone. It need not exist; `existing` is what does of the way to it.
     ///
     /// # Errors
     /// Those of opening.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn look(path: &Path, existing: &Path) -> Result<Self> {
         Ok(Self {
-            file: File::open(path).map_err(Error::io("open", path))?,
+            file: File::open(existing).map_err(Error::io("open", existing))?,
             path: path.to_owned(),
+            is_there: path.exists(),
         })
     }
 
@@ -53,7 +97,7 @@ impl Root {
         &self.path
     }
 
-    /// The open folder.
+    /// The open folder, or what exists of the way to it: what is on the same filesystem.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -63,6 +107,9 @@ impl Root {
     /// # Errors
     /// If a component is no folder: a symbolic link is none.
     pub fn folder(&self, relative: &Path, make: bool, mut made: impl FnMut(&Path)) -> Result<Option<OwnedFd>> {
+        if !self.is_there && !make {
+            return Ok(None);
+        }
         let mut folder: OwnedFd = self.file.try_clone().map_err(Error::io("open", &self.path))?.into();
         let mut so_far = PathBuf::new();
         for component in relative.components() {
@@ -103,73 +150,88 @@ impl Root {
     /// # Errors
     /// As [`Root::folder`].
     pub fn place(&self, relative: &Path, make: bool, made: impl FnMut(&Path)) -> Result<Option<Place>> {
-        let parent = relative.parent().unwrap_or(Path::new(""));
-        let name = relative.file_name().unwrap_or_default().to_owned();
-        let folder = self.folder(parent, make, made)?;
-        Ok(folder.map(|folder| Place {
+        let folder = self.folder(relative.parent().unwrap_or(Path::new("")), make, made)?;
+        Ok(folder.map(|folder| self.place_in(Arc::new(folder), relative)))
+    }
+
+    /// A name below, in its folder that is open.
+    pub fn place_in(&self, folder: Arc<OwnedFd>, relative: &Path) -> Place {
+        Place {
             folder,
-            name,
+            name: relative.file_name().unwrap_or_default().to_owned(),
             path: self.path.join(relative),
-        }))
+        }
+    }
+}
+
+impl State {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// Those of the system call.
+    pub fn of(file: &File, path: &Path) -> Result<Self> {
+        let found = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, STATE);
+        found
+            .map(|found| Self::from(&found))
+            .map_err(Error::io("look at", path))
+    }
+
+    /// Whether it is the same file, not written to since, whatever happened to its names.
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        let ctime = self.ctime;
+        *self == Self { ctime, ..*other }
+    }
+}
+
+impl From<&Statx> for State {
+    fn from(found: &Statx) -> Self {
+        Self {
+            id: (
+                rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
+                found.stx_ino,
+            ),
+            born: (found.stx_btime.tv_sec, found.stx_btime.tv_nsec),
+            size: found.stx_size,
+            mtime: (found.stx_mtime.tv_sec, found.stx_mtime.tv_nsec),
+            ctime: (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec),
+        }
     }
 }
 
 impl Place {
-    /// Whether anything stands there, a dangling link included.
-    pub fn exists(&self) -> bool {
-        rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
-    }
-
-    /// Whether a folder stands there.
-    pub fn is_folder(&self) -> bool {
-        let stat = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW);
-        stat.is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory)
-    }
-
-    /// Refuses an image that is in use: whoever uses it would go on with what is replaced, and lose it.
+    /// What stands there; a symbolic link is looked at itself. None if nothing does.
     ///
     /// # Errors
-    /// [`Error::InUse`].
-    pub fn refuse_if_in_use(&self) -> Result<()> {
-        let in_use = |by: String| {
-            Err(Error::InUse {
-                path: self.path.clone(),
-                by,
-            })
-        };
-        if !self.exists() {
-            return Ok(());
+    /// Those of the system call.
+    pub fn stat(&self) -> Result<Option<Stat>> {
+        match rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(Error::io("look at", &self.path)(errno)),
         }
-        if let Some((_, sign)) = pool::sign_of(&self.path) {
-            return in_use(shown(&sign).to_string());
-        }
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()) {
-            Ok(file) => File::from(file),
-            // Someone has a lease on it: another vmfold, or a file server.
-            Err(Errno::AGAIN) => return in_use("leased".into()),
-            // A link, or what is not ours to read: nobody runs from it through this name.
-            Err(_) => return Ok(()),
-        };
-        if lease::take(&file, Lease::All) != Err(Errno::AGAIN) {
-            return Ok(());
-        }
-        let id = users::file_id(&file.metadata().map_err(Error::io("look at", &self.path))?);
-        let users = users::users_of(&[id].into()).into_values().flatten();
-        let users: Vec<String> = users.chain(users::locked_by(&file).map(str::to_owned)).collect();
-        // As a seed it is open here too, and the kernel does not tell us from others.
-        if users.is_empty() && users::times_open_here(id) > 1 {
-            return Ok(());
-        }
-        in_use(users.join(", "))
     }
 
-    /// Size and time of change of the regular file there.
-    pub fn size_and_mtime(&self) -> Option<(u64, (i64, u32))> {
-        let stat = rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-        let is_file = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile;
-        let size = u64::try_from(stat.st_size).ok()?;
-        is_file.then(|| (size, (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0))))
+    /// Device and inode of what stands there.
+    ///
+    /// # Errors
+    /// As [`Place::stat`].
+    pub fn id(&self) -> Result<Option<FileId>> {
+        Ok(self.stat()?.map(|stat| (stat.st_dev, stat.st_ino)))
+    }
+
+    /// Which regular file stands there, and in which state. None if there is none, or the kernel does not tell.
+    pub fn state(&self) -> Option<State> {
+        let found = rustix::fs::statx(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW, STATE).ok()?;
+        let is_file = rustix::fs::FileType::from_raw_mode(found.stx_mode.into()) == rustix::fs::FileType::RegularFile;
+        is_file.then(|| State::from(&found))
+    }
+
+    /// Opens what stands there, with flags beside those that keep it there and close it when another program is started.
+    ///
+    /// # Errors
+    /// Those of opening.
+    pub fn open(&self, flags: OFlags) -> rustix::io::Result<File> {
+        rustix::fs::openat(&self.folder, &self.name, flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
     }
 
     /// Names in its folder.
@@ -186,26 +248,33 @@ impl Place {
         Ok(names)
     }
 
-    /// The place of a temporary file beside it.
-    ///
-    /// # Errors
-    /// Those of the system call.
-    pub fn temporary(&self, tag: &str) -> Result<Self> {
-        /// Bytes of a name at most, less those of what is put around it.
-        const NAME_BYTES: usize = 200;
-        let name = self.name.to_string_lossy();
-        let end = (0..=name.len().min(NAME_BYTES))
-            .rev()
-            .find(|at| name.is_char_boundary(*at));
-        let name = OsString::from(format!(".{}.vmfold-{tag}", &name[..end.unwrap_or(0)]));
-        Ok(Self {
-            folder: self
-                .folder
-                .try_clone()
-                .map_err(Error::io("open the folder of", &self.path))?,
+    /// Another name in the same folder.
+    #[must_use]
+    pub fn beside(&self, name: OsString) -> Self {
+        Self {
+            folder: Arc::clone(&self.folder),
             path: self.path.with_file_name(&name),
             name,
-        })
+        }
+    }
+
+    /// Its last component.
+    pub fn name(&self) -> &OsStr {
+        &self.name
+    }
+
+    /// The folder it is in.
+    pub fn folder(&self) -> &Arc<OwnedFd> {
+        &self.folder
+    }
+
+    /// Makes a new, empty file in the folder that has no name yet, for reading and writing by its owner only.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` or `EISDIR` where the filesystem makes no such files, among others.
+    pub fn create_unnamed(&self) -> rustix::io::Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        rustix::fs::openat(&self.folder, ".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
     }
 
     /// Makes a new, empty file there, for reading and writing by its owner only.
@@ -230,38 +299,50 @@ impl Place {
         }
     }
 
-    /// Gives what stands here the name `to`; over what stands there only if `replace`.
+    /// Gives an open file this name, where nothing stands.
     ///
     /// # Errors
-    /// [`Error::Exists`] among others.
-    pub fn rename(&self, to: &Self, replace: bool) -> Result<()> {
-        let flags = if replace {
-            RenameFlags::empty()
-        } else {
-            RenameFlags::NOREPLACE
-        };
-        let mut renamed = rustix::fs::renameat_with(&self.folder, &self.name, &to.folder, &to.name, flags);
-        if renamed == Err(Errno::INVAL) && !replace {
-            // A filesystem without RENAME_NOREPLACE: a link does not replace either.
-            renamed = rustix::fs::linkat(&self.folder, &self.name, &to.folder, &to.name, AtFlags::empty())
-                .and_then(|()| rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty()));
-        }
-        match renamed {
-            Ok(()) => Ok(()),
-            Err(Errno::EXIST) => Err(Error::Exists {
-                paths: vec![to.path.clone()],
-            }),
-            Err(errno) => Err(Error::io("rename to", &to.path)(errno)),
+    /// `EEXIST` if something stands here, among others.
+    pub fn link(&self, file: &File) -> rustix::io::Result<()> {
+        match rustix::fs::linkat(file, "", &self.folder, &self.name, AtFlags::EMPTY_PATH) {
+            // Only with CAP_DAC_READ_SEARCH an open file can be named so.
+            Err(Errno::NOENT | Errno::PERM) => {
+                let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+                rustix::fs::linkat(CWD, open, &self.folder, &self.name, AtFlags::SYMLINK_FOLLOW)
+            }
+            linked => linked,
         }
     }
 
-    /// Makes a link here to what stands at `other`.
+    /// Gives what stands here the name `to`, where nothing stands.
     ///
     /// # Errors
-    /// Also if something stands here.
-    pub fn link_to(&self, other: &Self) -> Result<()> {
-        rustix::fs::linkat(&other.folder, &other.name, &self.folder, &self.name, AtFlags::empty())
-            .map_err(Error::io("link", &self.path))
+    /// `EEXIST` if something stands there, among others.
+    pub fn move_to(&self, to: &Self) -> rustix::io::Result<()> {
+        match rustix::fs::renameat_with(&self.folder, &self.name, &to.folder, &to.name, RenameFlags::NOREPLACE) {
+            // A filesystem without RENAME_NOREPLACE: a link does not replace either.
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                rustix::fs::linkat(&self.folder, &self.name, &to.folder, &to.name, AtFlags::empty())?;
+                rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())
+            }
+            renamed => renamed,
+        }
+    }
+
+    /// Gives what stands here the name `to`, and what stands there this one, at once.
+    ///
+    /// # Errors
+    /// `EINVAL` or `ENOSYS` where the filesystem cannot, among others.
+    pub fn exchange(&self, to: &Self) -> rustix::io::Result<()> {
+        rustix::fs::renameat_with(&self.folder, &self.name, &to.folder, &to.name, RenameFlags::EXCHANGE)
+    }
+
+    /// Gives what stands here the name `to`, in the place of what stands there.
+    ///
+    /// # Errors
+    /// Those of the system call.
+    pub fn replace(&self, to: &Self) -> rustix::io::Result<()> {
+        rustix::fs::renameat(&self.folder, &self.name, &to.folder, &to.name)
     }
 
     /// Makes its folder's entries durable.
@@ -282,12 +363,12 @@ mod tests {
         let (outside, inside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::os::unix::fs::symlink(outside.path(), inside.path().join("link")).unwrap();
         std::os::unix::fs::symlink(outside.path().join("file"), inside.path().join("dangling")).unwrap();
-        let root = Root::open(inside.path()).unwrap();
+        let root = Root::lock(inside.path()).unwrap();
         for bad in ["link/x", "../x", "/etc/x", "link/deeper/x"] {
             assert!(root.place(Path::new(bad), true, |_| {}).is_err(), "{bad}");
         }
         let dangling = root.place(Path::new("dangling"), true, |_| {}).unwrap().unwrap();
-        assert!(dangling.exists());
+        assert!(dangling.stat().unwrap().is_some());
         assert!(dangling.create().is_err());
         let mut made = Vec::new();
         let place = root
@@ -298,10 +379,31 @@ mod tests {
         place.create().unwrap();
         let other = root.place(Path::new("a/d"), true, |_| {}).unwrap().unwrap();
         other.create().unwrap();
-        assert!(matches!(place.rename(&other, false), Err(Error::Exists { .. })));
-        place.rename(&other, true).unwrap();
-        assert!(!place.exists());
+        assert_eq!(place.move_to(&other), Err(Errno::EXIST));
+        place.replace(&other).unwrap();
+        assert!(place.stat().unwrap().is_none());
         assert!(std::fs::read_dir(outside.path()).unwrap().next().is_none());
         assert!(root.place(Path::new("absent/x"), false, |_| {}).unwrap().is_none());
+    }
+
+    #[test]
+    fn one_import_at_a_time_has_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let to = folder.path().join("a/b");
+        let root = Root::lock(&to).unwrap();
+        assert!(matches!(Root::lock(&to), Err(Error::Restoring { .. })));
+        drop(root);
+        Root::lock(&to).unwrap();
+    }
+
+    #[test]
+    fn of_a_folder_that_is_not_there_no_name_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("x.img"), "x").unwrap();
+        let root = Root::look(&folder.path().join("absent"), folder.path()).unwrap();
+        assert!(root.place(Path::new("x.img"), false, |_| {}).unwrap().is_none());
+        let root = Root::look(folder.path(), folder.path()).unwrap();
+        let place = root.place(Path::new("x.img"), false, |_| {}).unwrap().unwrap();
+        assert!(place.state().is_some_and(|state| state.size == 1));
     }
 }

@@ -2,5 +2,7 @@
 //! where the filesystem can. The staging file goes, its extents stay as long as images refer to them.
 
 pub mod folder;
+pub mod names;
 pub mod place;
 pub mod staging;
+pub mod standing;

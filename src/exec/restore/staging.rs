@@ -1,12 +1,19 @@
 //! The staging file: wanted blocks at their store addresses, and a journal of which are there, so that an interrupted restore
 //! goes on.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::folder::State;
 use crate::archive::StoreBlock;
 use crate::block::{SlotSet, bytes};
 use crate::error::{Error, Result};
@@ -16,11 +23,19 @@ use crate::sys::readahead::write_out;
 const SETTLE_BYTES: u64 = 512 << 20;
 /// Bytes after which writing to disk is begun.
 const WRITE_OUT_BYTES: u64 = 32 << 20;
+/// Bytes of a journal that are read.
+const JOURNAL_BYTES_MAX: u64 = 1 << 30;
+/// The names of both files.
+const BLOCKS: &str = "blocks";
+const JOURNAL: &str = "journal";
 
-/// A restore's work folder: staging file and journal.
+/// A restore's work folder: staging file and journal. Only its user can read it and write to it.
 #[derive(Debug)]
 pub struct Staging {
-    folder: PathBuf,
+    /// The folder that is restored to, in which the work folder lies.
+    root: File,
+    folder: OwnedFd,
+    folder_path: PathBuf,
     path: PathBuf,
     file: File,
     journal: File,
@@ -30,84 +45,211 @@ pub struct Staging {
     pending_bytes: u64,
     /// Where writing to disk is to begin next.
     dirty: Option<Range<u64>>,
-    /// Whether images began to get their names in the restore that is continued.
-    pub was_placing: bool,
+    noted: Noted,
 }
 
-impl Staging {
-    /// Whether a restore that did not end left its folder.
-    pub fn is_there(folder: &Path) -> bool {
-        folder.symlink_metadata().is_ok()
+/// What a journal says.
+#[derive(Debug, Clone, Default)]
+pub struct Noted {
+    /// Ranges of the staging file that were written, ascending by their beginnings.
+    claimed: Vec<Range<StoreBlock>>,
+    /// Files that were made, by the number of the image: each as it was before it had a name, and once it had all of its names.
+    images: BTreeMap<usize, Vec<(State, bool)>>,
+    /// Numbers of temporary names: the first, and how many.
+    temporaries: Vec<(u64, u64)>,
+    /// Bytes on disk of the staging file.
+    staged_bytes: u64,
+}
+
+impl Noted {
+    /// Reads the journal of an interrupted restore to the folder `root`; `path` is the work folder there. None if there is none, or it
+    /// cannot be read.
+    pub fn read(root: &File, path: &Path) -> Option<Self> {
+        let folder = open_folder(root, path).ok()?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let journal = rustix::fs::openat(&folder, JOURNAL, flags, Mode::empty()).ok()?;
+        let mut noted = Self::parse(&mut File::from(journal)).ok()?.0;
+        let staged = rustix::fs::statat(&folder, BLOCKS, AtFlags::SYMLINK_NOFOLLOW);
+        let sectors = staged.map_or(0, |staged| staged.st_blocks);
+        noted.staged_bytes = u64::try_from(sectors).unwrap_or(0) * 512;
+        Some(noted)
     }
 
-    /// Bytes on disk of what a folder has staged.
-    pub fn staged_bytes(folder: &Path) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        let staged = folder.join("blocks").symlink_metadata();
-        staged.map_or(0, |metadata| metadata.blocks() * 512)
+    /// What the whole lines of a journal say, and how many bytes they are: the rest was torn.
+    fn parse(journal: &mut File) -> std::io::Result<(Self, u64)> {
+        let device = journal.metadata()?.dev();
+        let mut text = Vec::new();
+        journal.seek(SeekFrom::Start(0))?;
+        journal.take(JOURNAL_BYTES_MAX).read_to_end(&mut text)?;
+        let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let mut noted = Self::default();
+        for line in text[..end].split(|byte| *byte == b'\n') {
+            // What makes no sense is torn, too.
+            let _ = std::str::from_utf8(line).ok().and_then(|line| noted.add(line, device));
+        }
+        noted.claimed.sort_unstable_by_key(|range| range.start);
+        Ok((noted, end as u64))
     }
 
-    /// Makes the folder, or opens the one that is there. Returns the ranges that its journal says are present; they are not
-    /// believed until [`Staging::confirm`].
-    ///
-    /// # Errors
-    /// Those of the system calls, or if another import uses it.
-    pub fn open(folder: &Path) -> Result<(Self, Vec<Range<StoreBlock>>)> {
-        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-        match std::fs::DirBuilder::new().mode(0o700).create(folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("make the folder", folder)(error));
+    fn add(&mut self, line: &str, device: u64) -> Option<()> {
+        let fields: Vec<&str> = line.split(' ').collect();
+        match *fields.as_slice() {
+            ["temporary", first, count] => {
+                let first = u64::from_str_radix(first, 16).ok()?;
+                self.temporaries.push((first, count.parse().ok()?));
+            }
+            [kind @ ("made" | "placed"), image, ref state @ ..] => {
+                let state = state_of(state, device)?;
+                let of_image = self.images.entry(image.parse().ok()?).or_default();
+                of_image.push((state, kind == "placed"));
+            }
+            [first, blocks] => {
+                let first: StoreBlock = first.parse().ok()?;
+                let end = first.checked_add(blocks.parse().ok()?)?;
+                self.claimed.push(first..end);
             }
             _ => {}
         }
+        Some(())
+    }
+
+    /// Whether a file is what was made of an image, with all of its names, and has not changed in any way since.
+    pub fn is_done(&self, image: usize, found: &State) -> bool {
+        self.of(image).any(|(state, is_placed)| *is_placed && state == found)
+    }
+
+    /// Whether a file is what was made of an image, and has not been written to since.
+    pub fn is_ours(&self, image: usize, found: &State) -> bool {
+        self.of(image).any(|(state, _)| state.is_same_file(found))
+    }
+
+    fn of(&self, image: usize) -> impl Iterator<Item = &(State, bool)> {
+        self.images.get(&image).into_iter().flatten()
+    }
+
+    /// Whether a temporary name of this number was to be used.
+    pub fn is_temporary(&self, number: u64) -> bool {
+        let is_in = |(first, count): &(u64, u64)| number.wrapping_sub(*first) < *count;
+        self.temporaries.iter().any(is_in)
+    }
+
+    /// Bytes that are on disk already.
+    pub fn staged_bytes(&self) -> u64 {
+        self.staged_bytes
+    }
+
+    /// The ranges that were written; nothing of it is proved.
+    pub fn claimed(&self) -> &[Range<StoreBlock>] {
+        &self.claimed
+    }
+}
+
+/// A line of the journal: device (`-` for that of the journal, whose number may be another after the next mount), inode, when it was
+/// made, size, and the times of the last writing and change.
+fn line_of(kind: &str, image: usize, state: &State, device: u64) -> String {
+    let mut line = format!("{kind} {image} ");
+    let _ = match state.id.0 {
+        same if same == device => write!(line, "-"),
+        other => write!(line, "{other}"),
+    };
+    let State {
+        id,
+        born,
+        size,
+        mtime,
+        ctime,
+    } = state;
+    let _ = writeln!(
+        line,
+        " {} {} {} {size} {} {} {} {}",
+        id.1, born.0, born.1, mtime.0, mtime.1, ctime.0, ctime.1
+    );
+    line
+}
+
+fn state_of(fields: &[&str], device: u64) -> Option<State> {
+    let &[on, inode, born, born_ns, size, mtime, mtime_ns, ctime, ctime_ns] = fields else {
+        return None;
+    };
+    let time = |seconds: &str, nanoseconds: &str| Some((seconds.parse().ok()?, nanoseconds.parse().ok()?));
+    Some(State {
+        id: (if on == "-" { device } else { on.parse().ok()? }, inode.parse().ok()?),
+        born: time(born, born_ns)?,
+        size: size.parse().ok()?,
+        mtime: time(mtime, mtime_ns)?,
+        ctime: time(ctime, ctime_ns)?,
+    })
+}
+
+/// Opens a work folder, which must be one that only this user can write to: what it says is believed.
+fn open_folder(root: &File, path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let name = path.file_name().unwrap_or_default();
+    let not_ours = || Error::NotOurs { path: path.to_owned() };
+    let folder = match rustix::fs::openat(root, name, flags, Mode::empty()) {
+        Ok(folder) => folder,
+        Err(Errno::LOOP | Errno::NOTDIR | Errno::ACCESS) => return Err(not_ours()),
+        Err(errno) => return Err(Error::io("open the folder", path)(errno)),
+    };
+    let stat = rustix::fs::fstat(&folder).map_err(Error::io("look at", path))?;
+    let others = Mode::from_raw_mode(stat.st_mode) & (Mode::WGRP | Mode::WOTH);
+    if stat.st_uid != rustix::process::geteuid().as_raw() || !others.is_empty() {
+        return Err(not_ours());
+    }
+    Ok(folder)
+}
+
+impl Staging {
+    /// Makes the work folder `path` in the folder `root`, or opens the one that is there. What its journal says of ranges is not believed
+    /// until [`Staging::confirm`].
+    ///
+    /// # Errors
+    /// Those of the system calls; [`Error::Restoring`] if another import uses it; [`Error::NotOurs`] if someone else made it.
+    pub fn open(root: &File, path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default();
+        match rustix::fs::mkdirat(root, name, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(Error::io("make the folder", path)(errno)),
+        }
+        let folder = open_folder(root, path)?;
         let open = |name: &str| {
-            let path = folder.join(name);
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            options.custom_flags(libc::O_NOFOLLOW);
-            options.open(&path).map_err(Error::io("make", &path))
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let opened = rustix::fs::openat(&folder, name, flags, Mode::RUSR | Mode::WUSR);
+            opened.map(File::from).map_err(Error::io("make", &path.join(name)))
         };
-        let (file, mut journal) = (open("blocks")?, open("journal")?);
+        // Only a folder that has a journal is one of an interrupted restore.
+        let mut journal = open(JOURNAL)?;
         if journal.try_lock().is_err() {
-            return Err(Error::Usage(format!(
-                "another vmfold restores to `{}`",
-                crate::shown::shown(folder)
-            )));
+            return Err(Error::Restoring { path: path.to_owned() });
         }
-        let mut text = String::new();
-        let path = folder.join("journal");
-        // What is not text is torn: nothing of it counts.
-        if let Err(error) = (&mut journal).take(1 << 30).read_to_string(&mut text)
-            && error.kind() != std::io::ErrorKind::InvalidData
-        {
-            return Err(Error::io("read", &path)(error));
-        }
-        let (mut claimed, mut was_placing) = (Vec::new(), false);
-        for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
-            match line.split_once(' ') {
-                Some((first, blocks)) => {
-                    if let (Ok(first), Ok(blocks)) = (first.parse::<u32>(), blocks.parse::<u32>())
-                        && let Some(end) = first.checked_add(blocks)
-                    {
-                        claimed.push(first..end);
-                    }
-                }
-                None => was_placing |= line == "placing",
-            }
-        }
-        claimed.sort_unstable_by_key(|range| range.start);
-        let staging = Self {
-            path: folder.join("blocks"),
-            folder: folder.to_owned(),
+        let file = open(BLOCKS)?;
+        let journal_path = path.join(JOURNAL);
+        let (noted, end) = Noted::parse(&mut journal).map_err(Error::io("read", &journal_path))?;
+        // A torn line is not to become one with the next.
+        journal.set_len(end).map_err(Error::io("write to", &journal_path))?;
+        Ok(Self {
+            root: root.try_clone().map_err(Error::io("open the folder of", path))?,
+            folder,
+            folder_path: path.to_owned(),
+            path: path.join(BLOCKS),
             file,
             journal,
             present: SlotSet::default(),
             pending: Vec::new(),
             pending_bytes: 0,
             dirty: None,
-            was_placing,
-        };
-        Ok((staging, claimed))
+            noted,
+        })
+    }
+
+    /// What the journal said when it was opened.
+    pub fn noted(&self) -> &Noted {
+        &self.noted
+    }
+
+    /// Bytes that are on disk.
+    pub fn staged_bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512)
     }
 
     /// Makes room for so many blocks.
@@ -190,7 +332,7 @@ impl Staging {
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
                 doing: "restoring",
-                path: self.folder.clone(),
+                path: self.folder_path.clone(),
             },
             _ => Error::io("write to", &self.path)(error),
         }
@@ -236,59 +378,134 @@ impl Staging {
         self.note(&lines)
     }
 
-    /// Notes that images are about to get their names.
+    /// Notes that temporary names are about to be used: so many from a number on.
     ///
     /// # Errors
     /// Those of the system calls.
-    pub fn note_placing(&mut self) -> Result<()> {
-        self.note("placing\n")
+    pub fn note_temporaries(&mut self, first: u64, count: u64) -> Result<()> {
+        self.note(&format!("temporary {first:016x} {count}\n"))
+    }
+
+    /// Notes files that were made of images and are about to get their names.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn note_made(&mut self, made: impl Iterator<Item = (usize, State)>) -> Result<()> {
+        let device = self.device()?;
+        let lines: String = made
+            .map(|(image, state)| line_of("made", image, &state, device))
+            .collect();
+        self.note(&lines)
+    }
+
+    /// Notes that a file of an image has all of its names. This may be lost in a power cut: then the image is made anew.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn note_placed(&mut self, image: usize, state: &State) -> Result<()> {
+        let line = line_of("placed", image, state, self.device()?);
+        self.append(&line).map_err(|error| self.no_space(error))
+    }
+
+    fn device(&self) -> Result<u64> {
+        let metadata = self.journal.metadata();
+        Ok(metadata.map_err(Error::io("look at", &self.folder_path))?.dev())
     }
 
     fn note(&mut self, lines: &str) -> Result<()> {
-        let noted = std::io::Seek::seek(&mut self.journal, std::io::SeekFrom::End(0))
-            .and_then(|_| self.journal.write_all(lines.as_bytes()))
-            .and_then(|()| self.journal.sync_data());
+        let noted = self.append(lines).and_then(|()| self.journal.sync_data());
         noted.map_err(|error| self.no_space(error))
     }
 
-    /// Removes the folder.
+    fn append(&mut self, lines: &str) -> std::io::Result<()> {
+        self.journal.seek(SeekFrom::End(0))?;
+        self.journal.write_all(lines.as_bytes())
+    }
+
+    /// Removes the folder. The journal goes last: as long as it is there, it says what is done.
     ///
     /// # Errors
     /// Those of the system calls.
     pub fn remove(self) -> Result<()> {
-        for name in ["blocks", "journal"] {
-            let path = self.folder.join(name);
-            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        for name in [BLOCKS, JOURNAL] {
+            let removed = rustix::fs::unlinkat(&self.folder, name, AtFlags::empty());
+            removed.map_err(Error::io("remove", &self.folder_path.join(name)))?;
         }
-        std::fs::remove_dir(&self.folder).map_err(Error::io("remove", &self.folder))
+        let name = self.folder_path.file_name().unwrap_or_default();
+        let removed = rustix::fs::unlinkat(&self.root, name, AtFlags::REMOVEDIR);
+        removed.map_err(Error::io("remove", &self.folder_path))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::folder::Root;
     use super::*;
 
     #[test]
     fn what_is_settled_is_known_after_an_interruption() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("work");
-        let (mut staging, claimed) = Staging::open(&path).unwrap();
-        assert_eq!((claimed.len(), staging.was_placing), (0, false));
+        let (root, path) = (File::open(folder.path()).unwrap(), folder.path().join("work"));
+        assert!(Noted::read(&root, &path).is_none());
+        let mut staging = Staging::open(&root, &path).unwrap();
+        assert!(staging.noted().claimed.is_empty());
         staging.make_room(100).unwrap();
         for first in [3, 4, 50] {
             staging.write(first, &[7; 4096]).unwrap();
             staging.added(first..first + 1).unwrap();
         }
         staging.settle().unwrap();
-        staging.note_placing().unwrap();
         staging.added(60..61).unwrap();
         drop(staging);
         let torn = std::fs::read(path.join("journal")).unwrap();
-        std::fs::write(path.join("journal"), [&torn[..], b"99 1"].concat()).unwrap();
-        let (staging, claimed) = Staging::open(&path).unwrap();
-        assert_eq!((claimed, staging.was_placing), (vec![3..5, 50..51], true));
-        assert!(Staging::open(&path).is_err(), "it is locked");
+        std::fs::write(path.join("journal"), [&torn[..], b"\xff 1\n99 1"].concat()).unwrap();
+        assert_eq!(Noted::read(&root, &path).unwrap().claimed, [3..5, 50..51]);
+        let mut staging = Staging::open(&root, &path).unwrap();
+        assert!(matches!(Staging::open(&root, &path), Err(Error::Restoring { .. })));
+        staging.added(7..8).unwrap();
+        staging.settle().unwrap();
+        assert_eq!(Noted::read(&root, &path).unwrap().claimed, [3..5, 7..8, 50..51]);
         staging.remove().unwrap();
-        assert!(!Staging::is_there(&path));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_what_was_placed_and_has_not_changed_is_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let (root, path) = (Root::lock(folder.path()).unwrap(), folder.path().join("work"));
+        let name = folder.path().join("x.img");
+        std::fs::write(&name, "content").unwrap();
+        let place = root.place(Path::new("x.img"), false, |_| {}).unwrap().unwrap();
+        let made = place.state().unwrap();
+        let mut staging = Staging::open(root.file(), &path).unwrap();
+        staging.note_temporaries(u64::MAX - 1, 3).unwrap();
+        staging.note_made([(5, made)].into_iter()).unwrap();
+        let noted = || Noted::read(root.file(), &path).unwrap();
+        assert!(noted().is_ours(5, &made) && !noted().is_done(5, &made) && !noted().is_ours(4, &made));
+        staging.note_placed(5, &made).unwrap();
+        assert!(noted().is_done(5, &made) && !noted().is_done(4, &made));
+        for (number, is) in [(u64::MAX - 2, false), (u64::MAX - 1, true), (0, true), (1, false)] {
+            assert_eq!(noted().is_temporary(number), is, "{number}");
+        }
+        // Another name changes nothing of what is in it; the same size and time alone prove nothing.
+        std::fs::hard_link(&name, folder.path().join("y.img")).unwrap();
+        let linked = place.state().unwrap();
+        assert!(noted().is_ours(5, &linked));
+        let mtime = name.metadata().unwrap().modified().unwrap();
+        let file = File::options().write(true).open(&name).unwrap();
+        file.write_all_at(b"C", 0).unwrap();
+        file.set_modified(mtime).unwrap();
+        let written = place.state().unwrap();
+        assert_eq!((written.size, written.mtime), (made.size, made.mtime));
+        assert!(!noted().is_done(5, &written));
+        file.write_all_at(b"c", 0).unwrap();
+        assert!(!noted().is_ours(5, &place.state().unwrap()));
+        std::fs::remove_file(&name).unwrap();
+        std::fs::write(&name, "content").unwrap();
+        assert!(!noted().is_ours(5, &place.state().unwrap()));
+        // What others could write to is not believed.
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        assert!(Noted::read(root.file(), &path).is_none());
+        assert!(matches!(Staging::open(root.file(), &path), Err(Error::NotOurs { .. })));
     }
 }

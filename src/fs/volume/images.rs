@@ -22,6 +22,7 @@ use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
 use crate::sys::inode_flags::inode_flags;
 use crate::sys::lease::Lease;
 use crate::sys::logical_ino;
+use crate::sys::open_files::raise_file_limit;
 use crate::sys::priority::Hurry;
 use crate::sys::tree_search::{FEW, Key, tree_search};
 
@@ -168,6 +169,7 @@ pub(super) struct Opened {
 
 /// Opens images.
 pub(super) fn open(found: &[Found], info: &FsInfo, purpose: Purpose) -> Result<Opened> {
+    // Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them.
     raise_file_limit();
     // While a lease is being taken, whoever opens the image waits for this thread.
     let _hurry = Hurry::begin();
@@ -372,19 +374,4 @@ fn has_no_checksums(file: &File, inode: u64) -> rustix::io::Result<bool> {
         None
     })?;
     flags.map(|flags| flags & 1 != 0).ok_or(Errno::UCLEAN)
-}
-
-/// Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them; the usual
-/// limit of 1024 files is too low for a large pool.
-fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // Where this fails, opening fails and says so.
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: maximum,
-            maximum,
-        },
-    );
 }

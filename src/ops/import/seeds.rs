@@ -242,7 +242,7 @@ fn filesystem_of(options: &Options) -> Option<(File, FsInfo)> {
 }
 
 /// What exists of the way to a folder.
-fn existing(to: &Path) -> &Path {
+pub(super) fn existing(to: &Path) -> &Path {
     // A path without folders lies in the current one.
     let exists = to
         .ancestors()

@@ -6,6 +6,7 @@ use std::cell::Cell;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -21,6 +22,7 @@ use crate::archive::{StoreBlock, index, pack};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::error::{Error, Result};
 use crate::exec::hashes::HashLog;
+use crate::exec::restore::folder::Root;
 use crate::monitor::Monitor;
 use crate::plan::import::{Seeded, wanted, without};
 use crate::report::{Imported, Restored};
@@ -37,6 +39,7 @@ pub(super) fn from_pipe(options: &Options, monitor: &dyn Monitor) -> Result<Impo
         epoch: Epoch::default(),
         plan: None,
         work: None,
+        root: None,
         seeds: None,
         hashes: HashLog::new(0, options.to.clone()),
         has_all_hashes: true,
@@ -99,6 +102,8 @@ struct Importer<'a> {
     epoch: Epoch,
     plan: Option<Plan>,
     work: Option<Open>,
+    /// The folder that is restored to, locked from the first plan on.
+    root: Option<Arc<Root>>,
     seeds: Option<Seeds>,
     hashes: HashLog,
     has_all_hashes: bool,
@@ -228,9 +233,20 @@ impl Importer<'_> {
         if manifest.images.is_empty() && self.epoch.doubtful {
             return Err(malformed("what says which images its blocks are for is lost"));
         }
-        let restore = Restore::new(self.options, manifest, &[], self.monitor)?;
+        let restore = Restore::new(self.options, manifest, &[], self.root.clone(), self.monitor)?;
+        self.root = Some(Arc::clone(&restore.root));
         let ranges = wanted(restore.chosen());
+        let work = match &self.work {
+            Some(_) => None,
+            None => Some(Work::prepare(&restore, &header.archive, 1)?),
+        };
+        let noted = match &self.work {
+            Some(open) => Some(open.staging.noted()),
+            None => work.as_ref().and_then(|work| work.noted.as_ref()),
+        };
+        target::check_names(&restore, noted)?;
         if self.seeds.is_none() {
+            target::check_use(&restore, noted)?;
             self.seeds = Seeds::open(
                 self.options,
                 restore.shares,
@@ -244,13 +260,10 @@ impl Importer<'_> {
             None => Vec::new(),
         };
         let seeded_ranges: Vec<_> = seeded.iter().map(|one| one.first..one.first + one.blocks).collect();
-        let work = Work::prepare(&restore, &header.archive, 1);
-        let resumes = self.work.is_some() || work.as_ref().is_ok_and(|work| work.resumes);
-        target::check_names(&restore, resumes)?;
         let staged = match (&self.work, &work) {
             (Some(open), _) => open.staged_bytes(),
-            (None, Ok(work)) => work.staged_bytes(),
-            (None, Err(_)) => 0,
+            (None, Some(work)) => work.staged_bytes(),
+            (None, None) => 0,
         };
         let planned = restore.planned(&ranges, &seeded_ranges, staged);
         if self.options.dry_run {
@@ -259,8 +272,8 @@ impl Importer<'_> {
             return Ok(Some(imported));
         }
         restore.check_space(&planned)?;
-        if self.work.is_none() {
-            let mut open = work?.open(0)?;
+        if let Some(work) = work {
+            let mut open = work.open(0)?;
             // Blocks come anyway: what an earlier attempt staged is written once more.
             open.claimed.clear();
             self.work = Some(open);
@@ -411,7 +424,10 @@ impl Importer<'_> {
                 },
             });
         };
-        let restore = Restore::new(self.options, manifest, &committed.commit.images, self.monitor)?;
+        // What is open here cannot be told from what others use.
+        self.seeds = None;
+        let images = &committed.commit.images;
+        let restore = Restore::new(self.options, manifest, images, self.root.clone(), self.monitor)?;
         let Some(work) = &mut self.work else {
             return Err(Error::Damaged {
                 path: path.to_owned(),

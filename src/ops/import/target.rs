@@ -2,20 +2,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
+use rustix::fs::FileType;
 
 use super::{Open, Options, Restore, SetOf, add, apply};
 use crate::archive::manifest::Manifest;
 use crate::error::{Error, Result};
-use crate::exec::restore::folder::{Place, Root};
+use crate::exec::restore::folder::{Place, Root, State};
+use crate::exec::restore::names::{Image, New, Temporaries, give_names};
 use crate::exec::restore::place::{Counts, fill, without_checksums};
-use crate::exec::restore::staging::Staging;
+use crate::exec::restore::staging::{Noted, Staging};
+use crate::exec::restore::standing::Standing;
 use crate::fs::attributes;
 use crate::monitor::Monitor;
-use crate::pool::{Revision, revision_of};
+use crate::pool::{Revision, revision_of, signs_of};
 use crate::shown::shown;
+use crate::sys::open_files::raise_file_limit;
 
 /// An image and the names it gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +60,8 @@ pub(super) fn targets(manifest: &Manifest, chosen: &[usize], root: &Root, option
 /// Gives images the names of revisions of Qubes OS: the next free number, and the time the image was last written.
 /// The driver sorts by number and refuses names of any other form (qubes-core-admin, `qubes/storage/reflink.py`).
 fn name_as_revisions(manifest: &Manifest, targets: &mut [Target], root: &Root) -> Result<()> {
-    let mut next: BTreeMap<PathBuf, u64> = BTreeMap::new();
+    // The greatest number of each that is taken.
+    let mut taken: BTreeMap<PathBuf, u64> = BTreeMap::new();
     let mut order: Vec<(PathBuf, Option<u64>, String, usize)> = Vec::new();
     for (at, target) in targets.iter().enumerate() {
         let image = &manifest.images[target.image].image;
@@ -72,14 +79,20 @@ fn name_as_revisions(manifest: &Manifest, targets: &mut [Target], root: &Root) -
     }
     order.sort();
     for (of, _, time, at) in order {
-        let number = match next.get(&of) {
+        let greatest = match taken.get(&of) {
             Some(number) => *number,
-            None => 1 + greatest_number(root, &of)?,
+            None => greatest_number(root, &of)?,
         };
+        let number = greatest.checked_add(1).ok_or_else(|| {
+            Error::Usage(format!(
+                "`{}` has a revision of the number {greatest}, and there is no greater one for another",
+                shown(&of)
+            ))
+        })?;
         let mut name = of.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{number}@{time}"));
         targets[at].names = vec![of.with_file_name(name)];
-        next.insert(of, number + 1);
+        taken.insert(of, number);
     }
     Ok(())
 }
@@ -102,46 +115,78 @@ fn time_of(seconds: i64) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-/// Refuses to go on if a name is taken that may not be replaced. What an interrupted restore has put in place already, does not count.
-pub(super) fn check_names(restore: &Restore<'_>, was_placing: bool) -> Result<()> {
+/// Refuses to go on if a name is taken that may not be replaced, or if a machine runs from what is restored. What an interrupted restore
+/// has put in place already does not count.
+pub(super) fn check_names(restore: &Restore<'_>, noted: Option<&Noted>) -> Result<()> {
     let mut taken = Vec::new();
     for target in &restore.targets {
         for name in &target.names {
             let Some(place) = restore.root.place(name, false, |_| {})? else {
                 continue;
             };
-            if place.is_folder() {
+            let Some(stat) = place.stat()? else { continue };
+            if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                 return Err(Error::FolderInTheWay { path: place.path });
             }
-            if restore.options.replace {
-                place.refuse_if_in_use()?;
-            } else if place.exists() && !(was_placing && is_done(restore, target, &place)) {
+            if !may_replace(restore, noted, target, &place) {
                 taken.push(place.path);
             }
         }
     }
-    if taken.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Exists { paths: taken })
+    if !taken.is_empty() {
+        return Err(Error::Exists { paths: taken });
     }
+    check_signs(restore)
 }
 
-/// Whether what stands there is what a restore that was interrupted has put there.
-fn is_done(restore: &Restore<'_>, target: &Target, place: &Place) -> bool {
-    let image = &restore.manifest.images[target.image].image;
-    place.size_and_mtime() == Some((image.size, image.metadata.mtime))
+/// Refuses to restore what a machine runs from, or would take for its own after a crash: the driver of Qubes OS renames what it finds in a
+/// `-dirty.img` over the image, even where there is none yet.
+fn check_signs(restore: &Restore<'_>) -> Result<()> {
+    if restore.options.as_revision {
+        return Ok(());
+    }
+    let names = || restore.targets.iter().flat_map(|target| &target.names);
+    let paths: BTreeSet<PathBuf> = names().map(|name| restore.root.path().join(name)).collect();
+    for (path, sign) in signs_of(&paths) {
+        // What is restored as a whole replaces the sign as well, unless someone may have written to it already.
+        if !paths.contains(&sign) || path.symlink_metadata().is_ok() {
+            return Err(Error::InUse {
+                path: path.clone(),
+                by: shown(&sign).to_string(),
+            });
+        }
+    }
+    Ok(())
 }
 
-/// An image that is made and has not got its name yet.
-struct Made<'a> {
+/// Refuses to go on if someone uses what is to be replaced.
+pub(super) fn check_use(restore: &Restore<'_>, noted: Option<&Noted>) -> Result<()> {
+    raise_file_limit();
+    let mut places = Vec::new();
+    for target in &restore.targets {
+        for name in &target.names {
+            let place = restore.root.place(name, false, |_| {})?;
+            places.extend(place.filter(|place| may_replace(restore, noted, target, place)));
+        }
+    }
+    Standing::lease(places.iter()).map(drop)
+}
+
+/// Whether what stands at a place, if anything does, may be replaced: by the user's wish, or because a restore that was interrupted has put
+/// it there.
+fn may_replace(restore: &Restore<'_>, noted: Option<&Noted>, target: &Target, place: &Place) -> bool {
+    let is_ours = |noted: &Noted| place.state().is_some_and(|found| noted.is_ours(target.image, &found));
+    restore.options.replace || noted.is_some_and(is_ours)
+}
+
+/// An image that is to be made.
+struct Job<'a> {
     target: &'a Target,
-    temporary: Place,
     places: Vec<Place>,
 }
 
-/// Makes all images beside their places, makes them durable, and gives them their names. Damaged ones get another name; ones of
-/// which nothing can be trusted are left out.
+/// Makes all images without names, makes them durable, and gives them their names, all or none. Damaged ones get another name; ones of
+/// which nothing can be trusted are left out. What was a seed must be closed.
 pub(super) fn place(
     restore: &Restore<'_>,
     work: &mut Open,
@@ -150,8 +195,9 @@ pub(super) fn place(
     lost: &SetOf,
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
-    let was_placing = work.resumes && work.staging.was_placing;
-    check_names(restore, was_placing)?;
+    let noted = work.staging.noted().clone();
+    check_names(restore, Some(&noted))?;
+    check_use(restore, Some(&noted))?;
     let total = restore
         .chosen()
         .flat_map(|image| &image.runs)
@@ -161,12 +207,102 @@ pub(super) fn place(
         });
     monitor.phase("Making images", total.sum());
     let mut made_folders = BTreeSet::new();
-    let mut jobs = Vec::new();
-    for target in restore
+    let targets = restore
         .targets
         .iter()
-        .filter(|target| !left_out.contains(&target.image))
-    {
+        .filter(|target| !left_out.contains(&target.image));
+    let (mut jobs, folders) = jobs(restore, targets, damaged, &mut made_folders)?;
+    let is_done = |job: &Job<'_>| {
+        let is_done = |place: &Place| {
+            place
+                .state()
+                .is_some_and(|found| noted.is_done(job.target.image, &found))
+        };
+        job.places.iter().all(is_done)
+    };
+    jobs.retain(|job| !is_done(job));
+    remove_leftovers(&jobs, &noted)?;
+    let names: usize = jobs.iter().map(|job| job.places.len()).sum();
+    let temporaries = Temporaries::random()?;
+    work.staging
+        .note_temporaries(temporaries.first(), (jobs.len() + names) as u64)?;
+    // Whatever stands at a name is leased, and so open, too.
+    let others = (folders + names + OTHER_OPEN_FILES) as u64;
+    let may_be_open = raise_file_limit().map_or(u64::MAX, |limit| limit.saturating_sub(others));
+    let staging = &work.staging;
+    let apart = staged_without_checksums(restore, staging, monitor)?;
+    let make = |at: usize, job: &Job<'_>| {
+        make(restore, job, &temporaries, (at as u64) < may_be_open, |file, path| {
+            let image = &restore.manifest.images[job.target.image];
+            if let Some(problem) = attributes::prepare(file, &image.image.metadata) {
+                monitor.note(&format!("`{}`: could not set {problem}", shown(path)));
+            }
+            let apart = apart.as_ref();
+            let apart = apart.filter(|_| attributes::is_nodatacow(&image.image.metadata));
+            let counts = fill(
+                (apart.unwrap_or(staging.file()), staging.path()),
+                (file, path),
+                (&image.runs, image.image.size),
+                |block| lost.contains(block),
+                restore.shares,
+                monitor,
+            )?;
+            apply(file, path, &image.image.metadata, restore.options, monitor)?;
+            Ok(counts)
+        })
+    };
+    let made: Vec<Result<(New, State, Counts)>> = jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
+    let (mut counts, mut images, mut states, mut targets) = (Counts::default(), Vec::new(), Vec::new(), Vec::new());
+    for (one, job) in made.into_iter().zip(jobs) {
+        let (new, state, more) = one?;
+        counts = add(counts, more);
+        states.push((job.target.image, state));
+        targets.push(job.target);
+        images.push(Image {
+            new,
+            places: job.places,
+        });
+    }
+    monitor.phase("Making everything durable", 0);
+    sync_filesystems(&images, &states)?;
+    work.staging.note_made(states.iter().copied())?;
+    let may_be_replaced = images.iter().zip(&targets).flat_map(|(image, target)| {
+        let places = image.places.iter();
+        places.filter(|place| may_replace(restore, Some(&noted), target, place))
+    });
+    let standing = Standing::lease(may_be_replaced)?;
+    // Its machine may have been started since the restore began.
+    check_signs(restore)?;
+    give_names(&images, &standing, &temporaries, |at| {
+        let state = images[at].places.first().and_then(Place::state);
+        match state {
+            Some(state) => work.staging.note_placed(targets[at].image, &state),
+            None => Ok(()),
+        }
+    })?;
+    drop(standing);
+    set_folders(restore, &made_folders, monitor)?;
+    for image in &images {
+        for place in &image.places {
+            place.sync_folder()?;
+        }
+    }
+    Ok(counts)
+}
+
+/// Files that are open beside those that images and their names take.
+const OTHER_OPEN_FILES: usize = 256;
+
+/// What is to be made, and where, with the number of folders that are open for it.
+fn jobs<'a>(
+    restore: &Restore<'_>,
+    targets: impl Iterator<Item = &'a Target>,
+    damaged: &BTreeSet<usize>,
+    made_folders: &mut BTreeSet<PathBuf>,
+) -> Result<(Vec<Job<'a>>, usize)> {
+    let mut folders: BTreeMap<PathBuf, Arc<OwnedFd>> = BTreeMap::new();
+    let mut jobs = Vec::new();
+    for target in targets {
         let names = if damaged.contains(&target.image) {
             vec![target.partial_name()]
         } else {
@@ -174,82 +310,72 @@ pub(super) fn place(
         };
         let mut places = Vec::new();
         for name in names {
-            let place = restore.root.place(&name, true, |path| {
-                made_folders.insert(path.to_owned());
-            })?;
-            places.extend(place);
+            let parent = name.parent().unwrap_or(Path::new(""));
+            let folder = match folders.get(parent) {
+                Some(folder) => Arc::clone(folder),
+                None => {
+                    let made = restore.root.folder(parent, true, |path| {
+                        made_folders.insert(path.to_owned());
+                    })?;
+                    let Some(folder) = made.map(Arc::new) else { continue };
+                    folders.insert(parent.to_owned(), Arc::clone(&folder));
+                    folder
+                }
+            };
+            places.push(restore.root.place_in(folder, &name));
         }
-        let Some(first) = places.first() else { continue };
-        if was_placing && places.iter().all(|place| is_done(restore, target, place)) {
+        jobs.push(Job { target, places });
+    }
+    Ok((jobs, folders.len()))
+}
+
+/// Makes one image.
+fn make(
+    restore: &Restore<'_>,
+    job: &Job<'_>,
+    temporaries: &Temporaries,
+    stays_open: bool,
+    fill: impl FnOnce(&File, &Path) -> Result<Counts>,
+) -> Result<(New, State, Counts)> {
+    let Some(first) = job.places.first() else {
+        return Err(Error::io("make a file in", restore.root.path())(
+            rustix::io::Errno::NOENT,
+        ));
+    };
+    let mut counts = Counts::default();
+    let (new, state) = New::make(first, temporaries, stays_open, |file| {
+        counts = fill(file, &first.path)?;
+        Ok(())
+    })?;
+    Ok((new, state, counts))
+}
+
+/// Removes what interrupted restores of this commit have left under temporary names.
+fn remove_leftovers(jobs: &[Job<'_>], noted: &Noted) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for place in jobs.iter().flat_map(|job| &job.places) {
+        if !seen.insert(place.path.parent()) {
             continue;
         }
-        let temporary = first.temporary("import")?;
-        temporary.remove()?;
-        jobs.push(Made {
-            target,
-            temporary,
-            places,
-        });
-    }
-    let staging = &work.staging;
-    let without_checksums = staged_without_checksums(restore, staging, monitor)?;
-    let made: Vec<Result<Counts>> = jobs
-        .par_iter()
-        .map(|job| {
-            let image = &restore.manifest.images[job.target.image];
-            let file = job.temporary.create()?;
-            if let Some(problem) = attributes::prepare(&file, &image.image.metadata) {
-                monitor.note(&format!("`{}`: could not set {problem}", shown(&job.temporary.path)));
+        for name in place.siblings()? {
+            if Temporaries::number_of(&name).is_some_and(|number| noted.is_temporary(number)) {
+                place.beside(name).remove()?;
             }
-            let apart = without_checksums.as_ref();
-            let apart = apart.filter(|_| attributes::is_nodatacow(&image.image.metadata));
-            let counts = fill(
-                (apart.unwrap_or(staging.file()), staging.path()),
-                (&file, &job.temporary.path),
-                (&image.runs, image.image.size),
-                |block| lost.contains(block),
-                restore.shares,
-                monitor,
-            )?;
-            apply(
-                &file,
-                &job.temporary.path,
-                &image.image.metadata,
-                restore.options,
-                monitor,
-            )?;
-            Ok(counts)
-        })
-        .collect();
-    let mut counts = Counts::default();
-    let mut failed = None;
-    for one in made {
-        match one {
-            Ok(more) => counts = add(counts, more),
-            Err(error) => failed = failed.or(Some(error)),
         }
     }
-    if let Some(error) = failed {
-        for job in &jobs {
-            // The first error is what counts; what is left behind is removed by the next attempt.
-            let _ = job.temporary.remove();
-        }
-        return Err(error);
+    Ok(())
+}
+
+/// Makes durable all filesystems that new images are on: others may be mounted below the folder.
+fn sync_filesystems(images: &[Image], states: &[(usize, State)]) -> Result<()> {
+    let mut synced = BTreeSet::new();
+    for (image, (_, state)) in images.iter().zip(states) {
+        let Some(place) = image.places.first().filter(|_| synced.insert(state.id.0)) else {
+            continue;
+        };
+        rustix::fs::syncfs(&**place.folder()).map_err(Error::io("sync the filesystem of", &place.path))?;
     }
-    monitor.phase("Making everything durable", 0);
-    rustix::fs::syncfs(restore.root.file()).map_err(Error::io("sync the filesystem of", restore.root.path()))?;
-    work.staging.note_placing()?;
-    let replace = restore.options.replace || was_placing;
-    for job in &jobs {
-        put(job, replace)?;
-    }
-    set_folders(restore, &made_folders, monitor)?;
-    for job in &jobs {
-        for place in &job.places {
-            place.sync_folder()?;
-        }
-    }
-    Ok(counts)
+    Ok(())
 }
 
 /// What images without copy on write refer to, staged once more for them to share.
@@ -260,31 +386,6 @@ fn staged_without_checksums(restore: &Restore<'_>, staging: &Staging, monitor: &
         return Ok(None);
     }
     without_checksums((staging.file(), staging.path()), restore.root.file(), staged, monitor)
-}
-
-/// Gives an image its names.
-fn put(job: &Made<'_>, replace: bool) -> Result<()> {
-    let Some((first, links)) = job.places.split_first() else {
-        return Ok(());
-    };
-    if replace {
-        // Its machine may have been started since the restore began.
-        first.refuse_if_in_use()?;
-    }
-    job.temporary.rename(first, replace)?;
-    for link in links {
-        if replace && link.exists() {
-            let temporary = link.temporary("link")?;
-            temporary.remove()?;
-            temporary.link_to(first)?;
-            temporary.rename(link, true)?;
-            // Of two names of one inode, renaming one over the other keeps both.
-            temporary.remove()?;
-        } else {
-            link.link_to(first)?;
-        }
-    }
-    Ok(())
 }
 
 /// Sets modes, owners and times of folders that were made, the innermost first.

@@ -1,0 +1,322 @@
+//! New files and the names they get. A file has no name until it is complete and durable; then it gets all of its names, where nothing stands
+//! by a link, elsewhere by an exchange with what stands there, which is undone if anything fails on the way.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::folder::{Place, State};
+use super::standing::Standing;
+use crate::error::{Error, Result};
+use crate::pool::users::FileId;
+
+/// Names for files that do not have their own yet: they say nothing of the image, and nobody can foresee them.
+#[derive(Debug)]
+pub struct Temporaries {
+    first: u64,
+    next: AtomicU64,
+}
+
+impl Temporaries {
+    /// So many names from a random number on.
+    ///
+    /// # Errors
+    /// If the kernel has no random numbers.
+    pub fn random() -> Result<Self> {
+        let mut first = [0; 8];
+        let path = PathBuf::from("/dev/urandom");
+        rustix::rand::getrandom(&mut first, rustix::rand::GetRandomFlags::empty()).map_err(Error::io("read", &path))?;
+        let first = u64::from_ne_bytes(first);
+        Ok(Self {
+            first,
+            next: AtomicU64::new(first),
+        })
+    }
+
+    /// The number of the first of them.
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    fn next(&self) -> OsString {
+        Self::name(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn name(number: u64) -> OsString {
+        format!(".vmfold-{number:016x}~").into()
+    }
+
+    /// The number that a name is made of, if it is one of these.
+    pub fn number_of(name: &std::ffi::OsStr) -> Option<u64> {
+        let digits = name.to_str()?.strip_prefix(".vmfold-")?.strip_suffix('~')?;
+        let number = u64::from_str_radix(digits, 16).ok()?;
+        (Self::name(number) == name).then_some(number)
+    }
+}
+
+/// A file that was made and has none of its names yet. It goes with this value if it gets none.
+#[derive(Debug)]
+pub struct New {
+    /// None if more files are made than can be open.
+    file: Option<File>,
+    /// Its name until then, where it needs one.
+    temporary: Option<Place>,
+    id: FileId,
+}
+
+impl New {
+    /// Makes a file, which `fill` completes, in the folder of a place. With `stays_open` its descriptor is kept, and it needs no name where
+    /// the filesystem can do without.
+    ///
+    /// # Errors
+    /// Those of the system calls and of `fill`.
+    pub fn make(
+        place: &Place,
+        temporaries: &Temporaries,
+        stays_open: bool,
+        fill: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<(Self, State)> {
+        let unnamed = if stays_open {
+            match place.create_unnamed() {
+                Ok(file) => Some(file),
+                Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOSYS) => None,
+                Err(errno) => return Err(Error::io("make a file beside", &place.path)(errno)),
+            }
+        } else {
+            None
+        };
+        let (file, temporary) = match unnamed {
+            Some(file) => (file, None),
+            None => {
+                let temporary = place.beside(temporaries.next());
+                (temporary.create()?, Some(temporary))
+            }
+        };
+        let id = State::of(&file, &place.path)?.id;
+        let mut new = Self {
+            file: None,
+            temporary,
+            id,
+        };
+        fill(&file)?;
+        let state = State::of(&file, &place.path)?;
+        new.file = stays_open.then_some(file);
+        Ok((new, state))
+    }
+
+    /// The file, open for being named.
+    fn open(&self, place: &Place) -> Result<File> {
+        let failed = |errno: Errno| Error::io("open what is to become", &place.path)(errno);
+        match (&self.file, &self.temporary) {
+            (Some(file), _) => file.try_clone().map_err(Error::io("open", &place.path)),
+            (None, Some(temporary)) => {
+                let file = temporary.open(OFlags::PATH | OFlags::NOFOLLOW).map_err(failed)?;
+                let id = State::of(&file, &temporary.path)?.id;
+                if id == self.id {
+                    Ok(file)
+                } else {
+                    Err(failed(Errno::STALE))
+                }
+            }
+            (None, None) => Err(failed(Errno::STALE)),
+        }
+    }
+}
+
+impl Drop for New {
+    fn drop(&mut self) {
+        if let Some(temporary) = &self.temporary {
+            remove_if(temporary, self.id);
+        }
+    }
+}
+
+/// Removes what stands at a place if it is a certain file. What cannot be removed is known by its name as a leftover.
+fn remove_if(place: &Place, id: FileId) -> bool {
+    matches!(place.id(), Ok(Some(found)) if found == id) && place.remove().is_ok()
+}
+
+/// A new file and the names it is to get.
+#[derive(Debug)]
+pub struct Image {
+    /// The file.
+    pub new: New,
+    /// Its names: the first is in the folder it was made in.
+    pub places: Vec<Place>,
+}
+
+/// How far a name is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// The new file has a temporary name.
+    Staged,
+    /// The new file has the name, where nothing stood.
+    Named,
+    /// The new file has the name, and what stood there the temporary one.
+    Exchanged,
+    /// The new file has the name, and what stood there is gone.
+    Replaced,
+}
+
+/// A name that a new file gets.
+struct Given<'a> {
+    place: &'a Place,
+    new: FileId,
+    /// What stood there.
+    old: Option<FileId>,
+    temporary: Option<Place>,
+    step: Step,
+}
+
+/// Gives new files their names: all of them, or none. What stands at a name is replaced only if it is among `standing`, and still that.
+/// Calls `placed` with the number of each file that has all of its names.
+///
+/// # Errors
+/// [`Error::InUse`] if someone opens what is replaced, [`Error::Exists`] if something stands where nothing did; then everything is as it was.
+/// [`Error::HalfReplaced`] if that could not be had.
+pub fn give_names(
+    images: &[Image],
+    standing: &Standing,
+    temporaries: &Temporaries,
+    mut placed: impl FnMut(usize) -> Result<()>,
+) -> Result<()> {
+    let mut given = Vec::new();
+    let mut give_all = || -> Result<()> {
+        for (at, image) in images.iter().enumerate() {
+            let Some(first) = image.places.first() else { continue };
+            let file = image.new.open(first)?;
+            for (n, place) in image.places.iter().enumerate() {
+                let own = image.new.temporary.as_ref().filter(|_| n == 0);
+                give(&file, (image.new.id, own), place, standing, temporaries, &mut given)?;
+            }
+            placed(at)?;
+        }
+        // Whoever came meanwhile waits, and is to get what the name meant when he asked.
+        standing.check_all()
+    };
+    match give_all() {
+        Ok(()) => given.iter().try_for_each(|one| match (&one.temporary, one.old) {
+            (Some(temporary), Some(old)) if one.step == Step::Exchanged && temporary.id()? == Some(old) => {
+                temporary.remove()
+            }
+            _ => Ok(()),
+        }),
+        Err(error) => Err(take_back(images, &given, standing, error)),
+    }
+}
+
+/// Gives one name to an open file, which may have a temporary name of its `own` in the same folder.
+fn give<'a>(
+    file: &File,
+    (new, own): (FileId, Option<&Place>),
+    place: &'a Place,
+    standing: &Standing,
+    temporaries: &Temporaries,
+    given: &mut Vec<Given<'a>>,
+) -> Result<()> {
+    let failed = |errno| Error::io("give its name to", &place.path)(errno);
+    let old = standing.at(place);
+    let mut one = Given {
+        place,
+        new,
+        old,
+        temporary: None,
+        step: Step::Named,
+    };
+    let Some(old) = old else {
+        // Only a filesystem without files that have no name may be one without links.
+        let named = own.map_or_else(|| place.link(file), |own| own.move_to(place));
+        match named {
+            Ok(()) => given.push(one),
+            Err(Errno::EXIST) => {
+                return Err(Error::Exists {
+                    paths: vec![place.path.clone()],
+                });
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+        return check_is(place, new);
+    };
+    let name = own.map_or_else(|| temporaries.next(), |own| own.name().to_owned());
+    let temporary = place.beside(name);
+    if own.is_none() {
+        temporary.link(file).map_err(failed)?;
+    }
+    let at = given.len();
+    (one.step, one.temporary) = (Step::Staged, Some(temporary.clone()));
+    given.push(one);
+    check_is(&temporary, new)?;
+    standing.check(place)?;
+    let exchanged = temporary.exchange(place);
+    given[at].step = match exchanged {
+        Ok(()) => Step::Exchanged,
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            check_is(place, old)?;
+            temporary.replace(place).map_err(failed)?;
+            Step::Replaced
+        }
+        Err(errno) => return Err(failed(errno)),
+    };
+    let is_other = given[at].step == Step::Exchanged && temporary.id()? != Some(old);
+    if is_other {
+        return Err(changed(place));
+    }
+    check_is(place, new)?;
+    standing.check(place)
+}
+
+/// Refuses to go on if another file stands at a place than should.
+fn check_is(place: &Place, id: FileId) -> Result<()> {
+    if place.id()? == Some(id) {
+        Ok(())
+    } else {
+        Err(changed(place))
+    }
+}
+
+fn changed(place: &Place) -> Error {
+    Error::InUse {
+        path: place.path.clone(),
+        by: "someone put another file there meanwhile".into(),
+    }
+}
+
+/// Undoes what was done, last first. Returns the error, with what could not be undone.
+fn take_back(images: &[Image], given: &[Given<'_>], standing: &Standing, error: Error) -> Error {
+    let mut replaced = Vec::new();
+    for one in given.iter().rev() {
+        let is_undone = match (one.step, &one.temporary) {
+            (Step::Staged, Some(temporary)) => {
+                remove_if(temporary, one.new);
+                true
+            }
+            (Step::Named, _) => remove_if(one.place, one.new),
+            (Step::Exchanged, Some(temporary)) => {
+                let is_new = matches!(one.place.id(), Ok(Some(id)) if id == one.new);
+                let is_back = is_new && temporary.exchange(one.place).is_ok();
+                if is_back {
+                    remove_if(temporary, one.new);
+                }
+                is_back
+            }
+            _ => false,
+        };
+        if !is_undone {
+            replaced.push(one.place.path.clone());
+        }
+    }
+    if replaced.is_empty() {
+        return error;
+    }
+    let all = images.iter().flat_map(|image| &image.places);
+    let kept = all.filter(|place| standing.at(place).is_some() && !replaced.contains(&place.path));
+    Error::HalfReplaced {
+        source: Box::new(error),
+        kept: kept.map(|place| place.path.clone()).collect(),
+        replaced,
+    }
+}
