@@ -462,6 +462,7 @@ mod tests {
         assert_eq!(Noted::read(&root, &path).unwrap().claimed, [3..5, 50..51]);
         let mut staging = Staging::open(&root, &path).unwrap();
         assert!(matches!(Staging::open(&root, &path), Err(Error::Restoring { .. })));
+        staging.make_room(100).unwrap();
         staging.added(7..8).unwrap();
         staging.settle().unwrap();
         assert_eq!(Noted::read(&root, &path).unwrap().claimed, [3..5, 7..8, 50..51]);

@@ -98,6 +98,7 @@ impl Standing {
             Err(Errno::AGAIN) => return Err(in_use(&place.path, "leased")),
             Err(errno) => return Err(unknown(&place.path, "it cannot be opened", errno)),
         };
+        drop(there);
         match lease::take(&file, Lease::All) {
             Ok(()) => {}
             Err(Errno::AGAIN) => return Err(in_use(&place.path, &who(&file, id))),
