@@ -27,13 +27,13 @@ const NAMES: [&str; 6] = ["a.img", "b.img", "c.img", "d.img", "deep/a-link.img",
 impl Scene {
     fn new() -> Self {
         let scene = Self { fs: Mounted::btrfs() };
-        scene.fill(&scene.fs.pool(), 1);
+        Self::fill(&scene.fs.pool(), 1);
         let exported = scene.run(&["export", "one.vmfold", "pool"]);
         assert!(exported.status.success(), "{}", text(&exported));
         scene
     }
 
-    fn fill(&self, folder: &Path, seed: u64) {
+    fn fill(folder: &Path, seed: u64) {
         let mut random = Random(seed);
         std::fs::create_dir_all(folder.join("deep")).unwrap();
         for name in &NAMES[..4] {
@@ -111,7 +111,7 @@ fn an_image_that_someone_has_open_is_not_replaced_whoever_it_is() {
 #[allow(unsafe_code, reason = "there is no other way to these calls")]
 fn registered(file: &File) -> std::os::fd::OwnedFd {
     use std::os::fd::FromRawFd;
-    /// Bytes of `struct io_uring_params`, and the operation `IORING_REGISTER_FILES` (uapi/linux/io_uring.h).
+    /// Bytes of `struct io_uring_params`, and the operation `IORING_REGISTER_FILES` (`uapi/linux/io_uring.h`).
     const PARAMETERS_BYTES: usize = 120;
     const REGISTER_FILES: libc::c_uint = 2;
     let mut parameters = [0u64; PARAMETERS_BYTES / 8];
@@ -135,12 +135,13 @@ fn registered(file: &File) -> std::os::fd::OwnedFd {
     ring
 }
 
+const USER: u32 = 12345;
+
 #[test]
 fn an_image_that_cannot_be_read_counts_as_in_use() {
     if !can_mount() {
         return;
     }
-    const USER: u32 = 12345;
     let scene = Scene::new();
     let mount = scene.fs.mount.display();
     let binary = scene.fs.mount.join("vmfold");
@@ -194,6 +195,7 @@ fn end(mut child: Child, kill_after: Option<Duration>) -> Option<Output> {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a round and what must be true after it")]
 fn whatever_runs_at_once_no_name_has_wrong_bytes() {
     const ROUNDS: u64 = 200;
     if !can_mount() {
@@ -201,7 +203,7 @@ fn whatever_runs_at_once_no_name_has_wrong_bytes() {
     }
     let scene = Scene::new();
     let (one, other) = (content(&scene.fs.pool()), scene.fs.mount.join("other"));
-    scene.fill(&other, 2);
+    Scene::fill(&other, 2);
     let two = content(&other);
     let exported = scene.run(&["export", "two.vmfold", "other"]);
     assert!(exported.status.success(), "{}", text(&exported));

@@ -30,7 +30,7 @@ impl Temporaries {
         let mut first = [0; 8];
         let path = PathBuf::from("/dev/urandom");
         rustix::rand::getrandom(&mut first, rustix::rand::GetRandomFlags::empty()).map_err(Error::io("read", &path))?;
-        let first = u64::from_ne_bytes(first);
+        let first = u64::from_le_bytes(first);
         Ok(Self {
             first,
             next: AtomicU64::new(first),
@@ -89,12 +89,11 @@ impl New {
         } else {
             None
         };
-        let (file, temporary) = match unnamed {
-            Some(file) => (file, None),
-            None => {
-                let temporary = place.beside(temporaries.next());
-                (temporary.create()?, Some(temporary))
-            }
+        let (file, temporary) = if let Some(file) = unnamed {
+            (file, None)
+        } else {
+            let temporary = place.beside(temporaries.next());
+            (temporary.create()?, Some(temporary))
         };
         let id = State::of(&file, &place.path)?.id;
         let mut new = Self {
@@ -318,5 +317,181 @@ fn take_back(images: &[Image], given: &[Given<'_>], standing: &Standing, error: 
         source: Box::new(error),
         kept: kept.map(|place| place.path.clone()).collect(),
         replaced,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::path::Path;
+
+    use super::super::folder::Root;
+    use super::*;
+
+    /// What is in a folder, by names, with the content of files.
+    fn all(folder: &Path) -> Vec<(OsString, String)> {
+        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+        let mut all: Vec<_> = entries
+            .map(|entry| (entry.file_name(), std::fs::read_to_string(entry.path()).unwrap()))
+            .collect();
+        all.sort();
+        all
+    }
+
+    struct Scene {
+        folder: tempfile::TempDir,
+        root: Root,
+        temporaries: Temporaries,
+    }
+
+    impl Scene {
+        fn new(old: &[&str]) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            for name in old {
+                std::fs::write(folder.path().join(name), format!("old {name}")).unwrap();
+            }
+            Self {
+                root: Root::lock(folder.path()).unwrap(),
+                folder,
+                temporaries: Temporaries::random().unwrap(),
+            }
+        }
+
+        fn place(&self, name: &str) -> Place {
+            self.root.place(Path::new(name), false, |_| {}).unwrap().unwrap()
+        }
+
+        fn image(&self, names: &[&str], stays_open: bool) -> Image {
+            let places: Vec<Place> = names.iter().map(|name| self.place(name)).collect();
+            let fill = |mut file: &File| {
+                file.write_all(names[0].as_bytes())
+                    .map_err(Error::io("write", &places[0].path))
+            };
+            let (new, state) = New::make(&places[0], &self.temporaries, stays_open, fill).unwrap();
+            assert_eq!(state.size, names[0].len() as u64);
+            Image { new, places }
+        }
+
+        fn all(&self) -> Vec<(OsString, String)> {
+            all(self.folder.path())
+        }
+    }
+
+    #[test]
+    fn files_get_all_of_their_names_and_nothing_else_stays() {
+        for stays_open in [true, false] {
+            let scene = Scene::new(&["a", "c"]);
+            let images = [
+                scene.image(&["a", "b", "c"], stays_open),
+                scene.image(&["d", "e"], stays_open),
+            ];
+            let standing = Standing::lease(images.iter().flat_map(|image| &image.places)).unwrap();
+            let mut placed = Vec::new();
+            give_names(&images, &standing, &scene.temporaries, |at| {
+                placed.push(at);
+                Ok(())
+            })
+            .unwrap();
+            drop(images);
+            let expected = [("a", "a"), ("b", "a"), ("c", "a"), ("d", "d"), ("e", "d")];
+            let expected = expected.map(|(name, content)| (name.into(), content.to_owned()));
+            assert_eq!((scene.all(), placed), (expected.to_vec(), vec![0, 1]));
+        }
+    }
+
+    #[test]
+    fn what_fails_in_the_middle_changes_nothing() {
+        for stays_open in [true, false] {
+            let scene = Scene::new(&["a", "c", "taken"]);
+            let before = scene.all();
+            let images = || {
+                [
+                    scene.image(&["a", "b"], stays_open),
+                    scene.image(&["c", "taken"], stays_open),
+                ]
+            };
+            let one = images();
+            let leased = |images: &[Image; 2]| {
+                let places: Vec<Place> = images.iter().map(|image| image.places[0].clone()).collect();
+                Standing::lease(places.iter()).unwrap()
+            };
+            // A name that was not to be replaced.
+            let standing = leased(&one);
+            let failed = give_names(&one, &standing, &scene.temporaries, |_| Ok(()));
+            assert!(matches!(failed, Err(Error::Exists { .. })), "{failed:?}");
+            drop((one, standing));
+            assert_eq!(scene.all(), before);
+            // Someone who opens what is replaced gets what the name meant when he asked.
+            let one = images();
+            let standing = leased(&one);
+            let path = scene.folder.path().join("c");
+            let mut opener = None;
+            let failed = give_names(&one, &standing, &scene.temporaries, |_| {
+                let path = path.clone();
+                opener = Some(std::thread::spawn(move || std::fs::read_to_string(path).unwrap()));
+                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+                while standing.check_all().is_ok() {
+                    assert!(std::time::Instant::now() < deadline);
+                    std::thread::yield_now();
+                }
+                Ok(())
+            });
+            assert!(matches!(failed, Err(Error::InUse { .. })), "{failed:?}");
+            drop((one, standing));
+            assert_eq!(opener.unwrap().join().unwrap(), "old c");
+            assert_eq!(scene.all(), before);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_undone_is_said() {
+        let scene = Scene::new(&["a", "b", "c"]);
+        let images = ["a", "b", "c"].map(|name| scene.image(&[name], true));
+        let standing = Standing::lease(images.iter().flat_map(|image| &image.places)).unwrap();
+        let failed = give_names(&images, &standing, &scene.temporaries, |at| {
+            if at == 1 {
+                // Someone moves another file to a name that was given already.
+                std::fs::write(scene.folder.path().join("other"), "other").unwrap();
+                std::fs::rename(scene.folder.path().join("other"), scene.folder.path().join("a")).unwrap();
+                return Err(Error::Interrupted);
+            }
+            Ok(())
+        });
+        // Whoever reads what is leased waits until then.
+        drop(standing);
+        let Err(Error::HalfReplaced { source, replaced, kept }) = failed else {
+            panic!("{failed:?}");
+        };
+        assert!(matches!(*source, Error::Interrupted));
+        let paths = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| scene.folder.path().join(name))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!((replaced, kept), (paths(&["a"]), paths(&["b", "c"])));
+        let now = scene.all();
+        assert!(now.contains(&("b".into(), "old b".into())) && now.contains(&("c".into(), "old c".into())));
+        // What stood there is not lost either.
+        assert!(
+            now.iter()
+                .any(|(name, content)| Temporaries::number_of(name).is_some() && content == "old a")
+        );
+    }
+
+    #[test]
+    fn temporary_names_are_known_and_say_nothing() {
+        let temporaries = Temporaries::random().unwrap();
+        let (one, two) = (temporaries.next(), temporaries.next());
+        assert_eq!(Temporaries::number_of(&one), Some(temporaries.first()));
+        assert_eq!(Temporaries::number_of(&two), Some(temporaries.first().wrapping_add(1)));
+        for other in [
+            ".vmfold-1~",
+            ".vmfold-+123456789abcdef~",
+            ".vmfold-0123456789ABCDEF~",
+            "a.img",
+        ] {
+            assert_eq!(Temporaries::number_of(other.as_ref()), None, "{other}");
+        }
     }
 }

@@ -311,16 +311,15 @@ fn jobs<'a>(
         let mut places = Vec::new();
         for name in names {
             let parent = name.parent().unwrap_or(Path::new(""));
-            let folder = match folders.get(parent) {
-                Some(folder) => Arc::clone(folder),
-                None => {
-                    let made = restore.root.folder(parent, true, |path| {
-                        made_folders.insert(path.to_owned());
-                    })?;
-                    let Some(folder) = made.map(Arc::new) else { continue };
-                    folders.insert(parent.to_owned(), Arc::clone(&folder));
-                    folder
-                }
+            let folder = if let Some(folder) = folders.get(parent) {
+                Arc::clone(folder)
+            } else {
+                let made = restore.root.folder(parent, true, |path| {
+                    made_folders.insert(path.to_owned());
+                })?;
+                let Some(folder) = made.map(Arc::new) else { continue };
+                folders.insert(parent.to_owned(), Arc::clone(&folder));
+                folder
             };
             places.push(restore.root.place_in(folder, &name));
         }
