@@ -70,7 +70,7 @@ impl Scene {
         let mut child = command.spawn().unwrap();
         let stdin = child.stdin.as_mut().unwrap();
         stdin.write_all(&archive[..archive.len() - 300]).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_mins(1);
         loop {
             assert!(Instant::now() < deadline, "it begins");
             let entries = std::fs::read_dir(self.path("to")).into_iter().flatten();
