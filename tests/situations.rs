@@ -1087,3 +1087,100 @@ fn a_snapshot_taken_during_the_run_is_told() {
     assert_eq!(again["planned"]["freed_bytes"], 0);
     assert_eq!(state_of(&fs.pool()), state);
 }
+
+#[test]
+fn what_a_deleted_snapshot_holds_is_freed_or_said() {
+    if !can_mount() {
+        return;
+    }
+    let fs = Mounted::btrfs();
+    std::fs::remove_dir(fs.pool()).unwrap();
+    sh(&format!("btrfs subvolume create {}", fs.pool().display()));
+    let images = twins(&fs);
+    let state = state_of(&fs.pool());
+    let snapshot = fs.mount.join("snapshot");
+    for _ in 0..5 {
+        sh(&format!(
+            "btrfs subvolume snapshot {0} {1}; sync -f {1}; btrfs subvolume delete {1}",
+            fs.pool().display(),
+            snapshot.display()
+        ));
+    }
+    let done = json(&fs.vmfold("--json reclaim"));
+    assert_eq!(done["done"]["freed_bytes"], 16 << 20, "{done}");
+    assert_eq!(state_of(&fs.pool()), state);
+    // Where nothing is cleaned away, it is said.
+    sh(&format!(
+        "btrfs subvolume snapshot {0} {1}; sync -f {1}; btrfs subvolume delete {1}; mount -o remount,ro {2}",
+        fs.pool().display(),
+        snapshot.display(),
+        fs.mount.display()
+    ));
+    let dry = text(&fs.vmfold("reclaim --dry-run"));
+    assert!(dry.contains("not all cleaned away yet (1 are left)"), "{dry}");
+}
+
+#[test]
+fn a_balance_is_said() {
+    const TRIES: u32 = 50;
+    if !can_mount() {
+        return;
+    }
+    let fs = Mounted::btrfs();
+    build_pool(&fs.pool(), 56);
+    let state = state_of(&fs.pool());
+    let mut balances = Command::new("sh")
+        .args(["-c", "while :; do btrfs balance start --full-balance \"$0\"; done"])
+        .arg(&fs.mount)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let is_said = (0..TRIES).any(|_| {
+        let output = fs.vmfold("reclaim --dry-run");
+        text(&output).contains("`balance` runs on this filesystem")
+    });
+    // What is reported is what was counted, balance or not.
+    let before = fs.vmfold_json("reclaim")["done"]["freed_bytes"].as_i64().unwrap();
+    let _ = balances.kill();
+    balances.wait().unwrap();
+    sh(&format!(
+        "btrfs balance cancel {} 2>/dev/null || true",
+        fs.mount.display()
+    ));
+    assert!(is_said, "in {TRIES} runs");
+    assert!(before >= 0);
+    assert_eq!(state_of(&fs.pool()), state);
+    let rest = fs.vmfold_json("reclaim");
+    assert_eq!(rest["done"]["freed_bytes"], rest["planned"]["freed_bytes"], "{rest}");
+    assert_eq!(fs.vmfold_json("reclaim")["done"]["freed_bytes"], 0);
+    assert_eq!(state_of(&fs.pool()), state);
+    fs.check();
+}
+
+#[test]
+fn an_image_without_checksums_is_known_before_it_is_on_disk() {
+    if !can_mount() {
+        return;
+    }
+    let fs = Mounted::btrfs();
+    let content = Random(41).data(2 << 20);
+    let (with, without) = (fs.pool().join("with.img"), fs.pool().join("without.img"));
+    std::fs::write(&with, &content).unwrap();
+    sh(&format!(
+        "sync -f {0}; touch {1}; chattr +C {1}",
+        fs.pool().display(),
+        without.display()
+    ));
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&without)
+        .unwrap()
+        .write_all_at(&content, 0)
+        .unwrap();
+    let done = json(&fs.vmfold("--json reclaim"));
+    // Only images alike in that share.
+    assert_eq!(done["planned"]["freed_bytes"], 0, "{done}");
+    assert_eq!(done["done"]["freed_bytes"], 0, "{done}");
+    assert_eq!(done["unchecksummed_images"], 1, "{done}");
+}

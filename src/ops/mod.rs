@@ -107,7 +107,7 @@ fn prepare_images(
     monitor.phase("Reading extent maps", 0);
     // How large the pool is, is known once its lists were made.
     divide_memory(scope, 0);
-    let (fs, mut skipped) = Volume::open(images, named, purpose)?;
+    let (fs, mut skipped) = Volume::open(images, named, purpose, monitor)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;

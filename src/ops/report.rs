@@ -18,7 +18,7 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let found = discover(scope, monitor)?;
     monitor.phase("Reading extent maps", 0);
     divide_memory(scope, 0);
-    let (fs, mut skipped) = Volume::open(&found.images, &found.named, Purpose::Look)?;
+    let (fs, mut skipped) = Volume::open(&found.images, &found.named, Purpose::Look, monitor)?;
     skipped.extend(found.skipped);
     let mapped = fs.map()?;
     let mut images: Vec<ImageBytes> = fs

@@ -41,6 +41,8 @@ const FS_IOC_GETFSMAP: Opcode = opcode::read_write::<Header>(b'X', 59);
 const OF_SHARED: u32 = 0x8;
 const OF_SPECIAL_OWNER: u32 = 0x10;
 const OF_LAST: u32 = 0x20;
+/// `FMR_OWN_FREE` and `FMR_OWN_UNKNOWN`: all that the kernel says of owners where it does not want to name them.
+const NO_OWNERS: [u64; 2] = [1, 2];
 
 /// Blocks of a file's data that others refer to as well. Numbers are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +58,8 @@ pub struct SharedBlocks {
 /// Calls `visit` with all shared blocks on the filesystem's first device, once for each file that refers to them.
 ///
 /// # Errors
-/// Those of the system call: `EPERM` without root, `EOPNOTSUPP` or `ENOTTY` where it is unknown.
+/// Those of the system call: `EOPNOTSUPP` or `ENOTTY` where it is unknown. `EPERM` if the kernel names no owners: without
+/// `CAP_SYS_ADMIN` it answers, but from the map of free space (kernel: `xfs_getfsmap`).
 pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Result<()> {
     // SAFETY: the structure is plain integers, for which all zeros are valid.
     let mut request: Box<Request> = unsafe { Box::new(std::mem::zeroed()) };
@@ -69,16 +72,18 @@ pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Resu
         length: 0,
         reserved: [0; 3],
     };
-    let mut device = None;
+    let (mut device, mut has_owners) = (None, false);
     loop {
         request.header.count = RECORDS;
         // SAFETY: the opcode takes a pointer to the header, and writes at most `count` records behind it.
         unsafe { ioctl(&fd, Updater::<FS_IOC_GETFSMAP, _>::new(&mut *request)) }?;
         let answered = request.header.entries.min(RECORDS) as usize;
         let Some(last) = request.records[..answered].last().copied() else {
-            return Ok(());
+            return if has_owners { Ok(()) } else { Err(Errno::PERM) };
         };
         for record in &request.records[..answered] {
+            // The filesystem's own headers are there in any case.
+            has_owners |= record.flags & OF_SPECIAL_OWNER == 0 || !NO_OWNERS.contains(&record.owner);
             // A log or real-time device comes after the one that data lies on.
             if *device.get_or_insert(record.device) == record.device
                 && record.flags & (OF_SHARED | OF_SPECIAL_OWNER) == OF_SHARED
@@ -91,7 +96,7 @@ pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Resu
             }
         }
         if last.flags & OF_LAST != 0 {
-            return Ok(());
+            return if has_owners { Ok(()) } else { Err(Errno::PERM) };
         }
         // The kernel goes on behind a record that it is given back as the lower key.
         let key = |record: &Record| (record.device, record.physical, record.owner, record.offset);

@@ -8,6 +8,7 @@ pub mod allocator;
 pub mod beneath;
 pub mod byte_locks;
 pub mod clone;
+pub mod commit;
 pub mod dedupe;
 pub mod encoded_write;
 pub mod fiemap;

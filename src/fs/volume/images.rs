@@ -167,12 +167,17 @@ pub(super) struct Opened {
     pub(super) watch: Option<Watch>,
 }
 
-/// Opens images.
-pub(super) fn open(found: &[Found], info: &FsInfo, purpose: Purpose) -> Result<Opened> {
+/// Opens images. Between taking leases and reading metadata, `sync` makes durable what is in flight, which the trees do not tell before.
+pub(super) fn open(
+    found: &[Found],
+    info: &FsInfo,
+    purpose: Purpose,
+    sync: impl FnOnce() -> Result<()>,
+) -> Result<Opened> {
     // Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them.
     raise_file_limit();
     // While a lease is being taken, whoever opens the image waits for this thread.
-    let _hurry = Hurry::begin();
+    let hurry = Hurry::begin();
     let watch = match purpose.lease() {
         Some(lease) => {
             let first = found.first().map_or(Path::new("/"), |image| &image.path);
@@ -201,6 +206,19 @@ pub(super) fn open(found: &[Found], info: &FsInfo, purpose: Purpose) -> Result<O
             }
         }
     }
+    drop(hurry);
+    sync()?;
+    let mut images_left = Vec::with_capacity(images.len());
+    for (mut image, found) in images {
+        match read_flags(&mut image, info) {
+            Ok(()) => images_left.push((image, found)),
+            Err(errno) => {
+                left_alone.insert(found.id, found.path.clone());
+                skipped.push(unreadable(&found.path, "look at", errno)?);
+            }
+        }
+    }
+    let images = images_left;
     for (file, users) in users::users_of(&used.keys().copied().collect()) {
         let detail = &mut skipped[used[&file]].detail;
         let locked = detail.take();
@@ -240,6 +258,28 @@ fn who_keeps(machine: &Path, used: &Path) -> String {
     format!("{}: {}", shown(name), shown(used))
 }
 
+/// An image that is left alone since a system call failed.
+///
+/// # Errors
+/// If that says nothing of the image.
+fn unreadable(path: &Path, operation: &'static str, errno: Errno) -> Result<Skipped> {
+    if is_shortage(errno) {
+        return Err(Error::io(operation, path)(errno));
+    }
+    Ok(Skipped {
+        detail: Some(format!("cannot {operation} it: {}", std::io::Error::from(errno))),
+        ..Skipped::new(path, Skip::Unreadable)
+    })
+}
+
+/// Reads what the trees tell of an image's inode.
+fn read_flags(image: &mut Image, info: &FsInfo) -> rustix::io::Result<()> {
+    if matches!(info.kind, Kind::Btrfs { .. }) {
+        image.checksummed = !has_no_checksums(&image.file, image.inode)?;
+    }
+    Ok(())
+}
+
 /// Whether an error of a system call says that this process has no more of something, rather than anything of one image.
 fn is_shortage(errno: Errno) -> bool {
     matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOMEM)
@@ -269,15 +309,7 @@ fn open_one(
         Err(Errno::PERM) => found.open(flags),
         opened => opened,
     };
-    let failed = |operation: &'static str, errno: Errno| {
-        if is_shortage(errno) {
-            return Err(Error::io(operation, path)(errno));
-        }
-        leave_for(
-            Skip::Unreadable,
-            Some(format!("cannot {operation} it: {}", std::io::Error::from(errno))),
-        )
-    };
+    let failed = |operation: &'static str, errno: Errno| unreadable(path, operation, errno).map(Err);
     let file = match opened {
         Ok(file) => Arc::new(file),
         // Someone else holds a lease and must give it up first: a second run, or a file server.
@@ -316,13 +348,12 @@ fn open_one(
     if u32::try_from(metadata.len().div_ceil(BLOCK_BYTES)).is_err() {
         return leave(Skip::TooLarge);
     }
-    let details = match info.kind {
-        Kind::Btrfs { .. } => logical_ino::subvolume_of(&file)
-            .and_then(|root| Ok(Some((root, !has_no_checksums(&file, metadata.ino())?)))),
-        Kind::Xfs { .. } => is_realtime(&file).map(|elsewhere| (!elsewhere).then_some((0, true))),
+    let root = match info.kind {
+        Kind::Btrfs { .. } => logical_ino::subvolume_of(&file).map(Some),
+        Kind::Xfs { .. } => is_realtime(&file).map(|elsewhere| (!elsewhere).then_some(0)),
     };
-    let (root, checksummed) = match details {
-        Ok(Some(details)) => details,
+    let root = match root {
+        Ok(Some(root)) => root,
         Ok(None) => return leave(Skip::OtherFilesystem),
         // Without the capability that takes, no image can be looked at.
         Err(Errno::PERM) => return Err(Error::io("read the extent map of", path)(Errno::PERM)),
@@ -333,7 +364,7 @@ fn open_one(
         size: metadata.len(),
         root,
         inode: metadata.ino(),
-        checksummed,
+        checksummed: true,
         machine: 0,
         group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),

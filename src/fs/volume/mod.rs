@@ -8,6 +8,7 @@ mod holders;
 mod images;
 mod kernel;
 mod locks;
+mod upheaval;
 mod watch;
 mod xfs;
 
@@ -84,6 +85,8 @@ pub struct Volume {
     holes: Mutex<[Option<std::sync::Arc<File>>; 2]>,
     /// Whether the kernel takes compressed extents as they are; asked when the first are to be written.
     takes_frames: OnceLock<bool>,
+    /// Whether the kernel named the owners of an XFS's blocks; told when it was mapped.
+    names_owners: OnceLock<bool>,
     _watch: Option<watch::Watch>,
     _run_lock: File,
 }
@@ -132,18 +135,24 @@ impl Volume {
     ///
     /// # Errors
     /// Off btrfs and XFS with reflinks, on btrfs without root, or where images lie on two filesystems.
-    pub fn open(found: &[Found], named: &[Named], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
+    pub fn open(
+        found: &[Found],
+        named: &[Named],
+        purpose: Purpose,
+        monitor: &dyn Monitor,
+    ) -> Result<(Self, Vec<Skipped>)> {
         let (info, first) = same_filesystem(named)?;
         if matches!(info.kind, Kind::Btrfs { .. }) && !rustix::process::geteuid().is_root() {
             return Err(Error::NotRoot);
         }
+        let mount = rustix::fs::fstatvfs(&first.folder).map_err(Error::io("look at", &first.root))?;
+        let is_writable = !mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY);
         if purpose == Purpose::Change {
             let release = kernel::release();
             if kernel::verdict(release, info.kind) == Verdict::Refuse {
                 return Err(Error::Kernel { release });
             }
-            let mount = rustix::fs::fstatvfs(&first.folder).map_err(Error::io("look at", &first.root))?;
-            if mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+            if !is_writable {
                 return Err(Error::ReadOnly {
                     path: first.root.clone(),
                 });
@@ -151,7 +160,12 @@ impl Volume {
         }
         // Before any image is opened, which would break the leases of another run.
         let run_lock = locks::lock_filesystem(&info, purpose, &first.root)?;
-        let opened = images::open(found, &info, purpose)?;
+        if purpose.shares() && matches!(info.kind, Kind::Btrfs { .. }) {
+            upheaval::settle(&first.folder, info.uuid, is_writable, monitor);
+        }
+        let opened = images::open(found, &info, purpose, || {
+            rustix::fs::syncfs(&first.folder).map_err(Error::io("sync the filesystem of", &first.root))
+        })?;
         let for_donors = (purpose == Purpose::Change)
             .then(|| folder_for_donors(found, &opened.images, &info))
             .flatten();
@@ -165,10 +179,10 @@ impl Volume {
             donors: Mutex::default(),
             holes: Mutex::default(),
             takes_frames: OnceLock::new(),
+            names_owners: OnceLock::new(),
             _watch: opened.watch,
             _run_lock: run_lock,
         };
-        volume.sync()?;
         Ok((volume, opened.skipped))
     }
 
@@ -184,10 +198,9 @@ impl Volume {
             found.push(format!("This kernel has a known fault: {fault}"));
         }
         if !self.sees_all_holders() {
-            let why = if rustix::process::geteuid().is_root() {
-                "This XFS has no reverse map (mkfs.xfs -m rmapbt=1):"
-            } else {
-                "Without root,"
+            let why = match self.info.kind {
+                Kind::Xfs { reverse_map: true, .. } => "Without the capability CAP_SYS_ADMIN (run it as root),",
+                _ => "This XFS has no reverse map (mkfs.xfs -m rmapbt=1):",
             };
             found.push(format!(
                 "{why} blocks that other files share with several of the images look as if they could be freed; \
@@ -208,11 +221,11 @@ impl Volume {
         }
     }
 
-    /// Whether it can be told of every block whether something outside the pool refers to it.
+    /// Whether it can be told of every block whether something outside the pool refers to it. Of an XFS that is known once it was mapped.
     pub fn sees_all_holders(&self) -> bool {
         match self.info.kind {
             Kind::Btrfs { .. } => true,
-            Kind::Xfs { reverse_map, .. } => reverse_map && rustix::process::geteuid().is_root(),
+            Kind::Xfs { .. } => self.names_owners.get().is_some_and(|named| *named),
         }
     }
 

@@ -320,6 +320,7 @@ impl Volume {
         }
         let ranges = ranges.finish();
         let others = if reverse_map { self.others()? } else { None };
+        let _ = self.names_owners.set(others.is_some());
         let extents = cut(
             &ranges,
             others.as_ref().map_or(&[][..], |others| &others[..]),
@@ -365,7 +366,7 @@ impl Volume {
         })
     }
 
-    /// Blocks that files outside the pool share with something. None where only root may ask, and nobody did.
+    /// Blocks that files outside the pool share with something. None if the kernel does not tell this process.
     pub(super) fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
         let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
         let mut others = SpillVec::new();
