@@ -158,15 +158,18 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// The filesystem ran full. Images are intact, as at any other moment.
+    /// The filesystem ran full, or a quota was used up. Images are intact, as at any other moment.
     #[error(
-        "no space left while {doing} on the filesystem of `{}`; every image is intact",
-        shown(path)
+        "cannot {operation} `{}`: {}; every image is intact",
+        shown(path),
+        if *is_quota { "a quota is used up" } else { "no space is left on its filesystem" }
     )]
     NoSpace {
-        /// What was being done.
-        doing: &'static str,
-        /// A path there.
+        /// Whether it was a quota.
+        is_quota: bool,
+        /// What was to be done, as in [`Error::Io`].
+        operation: &'static str,
+        /// The path.
         path: PathBuf,
     },
     /// A metadata item of the filesystem makes no sense.
@@ -301,6 +304,9 @@ fn list_or_none(paths: &[PathBuf]) -> String {
     if paths.is_empty() { "none".into() } else { list(paths) }
 }
 
+/// What to do about a quota that is used up.
+const QUOTA_HINT: &str = "raise the quota or free some space, and run it again";
+
 impl Error {
     /// Makes an [`Error::Io`] for a whole file: `.map_err(Error::io("open", path))`.
     pub fn io<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
@@ -309,6 +315,21 @@ impl Error {
             path: path.to_owned(),
             range: None,
             source: source.into(),
+        }
+    }
+
+    /// Makes an [`Error::NoSpace`] where that is why something could not be written, otherwise an [`Error::Io`].
+    pub fn writing<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl Fn(E) -> Self {
+        move |error| {
+            let error = error.into();
+            match error.raw_os_error() {
+                Some(number @ (libc::ENOSPC | libc::EDQUOT)) => Self::NoSpace {
+                    is_quota: number == libc::EDQUOT,
+                    operation,
+                    path: path.to_owned(),
+                },
+                _ => Self::io(operation, path)(error),
+            }
         }
     }
 
@@ -372,16 +393,15 @@ impl Error {
             Self::NotRoot => "run it with sudo",
             Self::TooLarge => "run once for each folder",
             Self::Index { .. } => "name another folder with --index, or delete this one: it is only a cache",
-            Self::NoSpace { .. } => {
-                "free some space, or use a smaller --work-space, and run it again: it goes on where it stopped"
-            }
+            Self::NoSpace { is_quota: true, .. } => QUOTA_HINT,
+            Self::NoSpace { .. } => "free some space and run it again: it goes on where it stopped",
             Self::Metadata { .. } => "run btrfs check or xfs_repair -n on the unmounted filesystem",
             Self::Io { source, .. } => match source.raw_os_error()? {
                 libc::EIO => {
                     "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude"
                 }
                 libc::ENOSPC => "free some space and run it again",
-                libc::EDQUOT => "a quota is used up: raise it or free some space, and run it again",
+                libc::EDQUOT => QUOTA_HINT,
                 libc::EFBIG => "no file may be that large: see ulimit -f, and what the filesystem allows",
                 _ => return None,
             },

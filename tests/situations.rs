@@ -760,7 +760,7 @@ fn a_disk_that_fills_up_during_the_run() {
     if output.status.code() == Some(1) {
         let error = text(&output);
         assert!(
-            error.contains("no space left while") || error.contains("is nearly full"),
+            error.contains("no space is left") || error.contains("is nearly full"),
             "{error}"
         );
     }

@@ -358,11 +358,8 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
         Outcome::Shared => ran.counts.shared_bytes += call.length,
         Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
         Outcome::Differs => ran.counts.differing_bytes += call.length,
-        Outcome::Refused(_) if is_full(outcome) => {
-            return Err(Error::NoSpace {
-                doing: "sharing blocks",
-                path: fs.path(call.image).to_owned(),
-            });
+        Outcome::Refused(errno) if is_full(outcome) => {
+            return Err(Error::writing("share blocks of", fs.path(call.image))(errno));
         }
         Outcome::Refused(errno) => refused(fs, call, errno, ran),
     }

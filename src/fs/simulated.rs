@@ -436,7 +436,8 @@ impl Sharing for Simulated {
                 .is_some_and(|space| state.allocated_bytes() + content.len() as u64 > space);
             if full || self.is_dead(state) {
                 return Err(Error::NoSpace {
-                    doing: "writing a donor",
+                    is_quota: false,
+                    operation: "write a donor in",
                     path: self.path.clone(),
                 });
             }

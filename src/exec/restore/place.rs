@@ -42,7 +42,7 @@ pub fn fill(
     shares: bool,
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
-    let failed = no_space_or("write to", path);
+    let failed = Error::writing("write to", path);
     let mut counts = Counts::default();
     let mut at = 0u64;
     let mut buffer = Vec::new();
@@ -116,7 +116,7 @@ pub fn without_checksums(
     if add_inode_flags(&copy, IFlags::NOCOW).is_err() {
         return Ok(None);
     }
-    let failed = no_space_or("write to", path);
+    let failed = Error::writing("write to", path);
     let length = staging.metadata().map_err(Error::io("look at", path))?.len();
     copy.set_len(length).map_err(&failed)?;
     let mut buffer = Vec::new();
@@ -135,17 +135,6 @@ pub fn without_checksums(
         }
     }
     Ok(Some(copy))
-}
-
-/// What a failed call that writes means.
-fn no_space_or<'a>(operation: &'static str, path: &'a Path) -> impl Fn(std::io::Error) -> Error + 'a {
-    move |error| match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
-            doing: "restoring",
-            path: path.to_owned(),
-        },
-        _ => Error::io(operation, path)(error),
-    }
 }
 
 /// The parts of a range of the store that are not lost.

@@ -325,17 +325,7 @@ impl Staging {
     /// [`Error::NoSpace`] among others.
     pub fn write(&self, first: StoreBlock, content: &[u8]) -> Result<()> {
         let written = self.file.write_all_at(content, bytes(first));
-        written.map_err(|error| self.no_space(error))
-    }
-
-    fn no_space(&self, error: std::io::Error) -> Error {
-        match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
-                doing: "restoring",
-                path: self.folder_path.clone(),
-            },
-            _ => Error::io("write to", &self.path)(error),
-        }
+        written.map_err(Error::writing("write to", &self.folder_path))
     }
 
     /// Says that blocks were written or cloned, and now and then makes them durable.
@@ -349,7 +339,8 @@ impl Staging {
             _ => self.dirty = Some(span.clone()),
         }
         if let Some(dirty) = self.dirty.take_if(|dirty| dirty.end - dirty.start >= WRITE_OUT_BYTES) {
-            write_out(&self.file, dirty.start, dirty.end - dirty.start, false).map_err(|error| self.no_space(error))?;
+            write_out(&self.file, dirty.start, dirty.end - dirty.start, false)
+                .map_err(Error::writing("write to", &self.folder_path))?;
         }
         self.pending_bytes += span.end - span.start;
         self.present.insert_range(range.clone());
@@ -368,7 +359,9 @@ impl Staging {
     /// # Errors
     /// Those of the system calls.
     pub fn settle(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(|error| self.no_space(error))?;
+        self.file
+            .sync_data()
+            .map_err(Error::writing("write to", &self.folder_path))?;
         let lines = self
             .pending
             .drain(..)
@@ -404,7 +397,8 @@ impl Staging {
     /// Those of the system calls.
     pub fn note_placed(&mut self, image: usize, state: &State) -> Result<()> {
         let line = line_of("placed", image, state, self.device()?);
-        self.append(&line).map_err(|error| self.no_space(error))
+        self.append(&line)
+            .map_err(Error::writing("write to", &self.folder_path))
     }
 
     fn device(&self) -> Result<u64> {
@@ -414,7 +408,7 @@ impl Staging {
 
     fn note(&mut self, lines: &str) -> Result<()> {
         let noted = self.append(lines).and_then(|()| self.journal.sync_data());
-        noted.map_err(|error| self.no_space(error))
+        noted.map_err(Error::writing("write to", &self.folder_path))
     }
 
     fn append(&mut self, lines: &str) -> std::io::Result<()> {

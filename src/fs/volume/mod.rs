@@ -752,13 +752,7 @@ impl Sharing for Volume {
 
 impl Volume {
     fn donor_error(&self, error: std::io::Error) -> Error {
-        match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => Error::NoSpace {
-                doing: "writing a donor",
-                path: self.scratch_path.clone(),
-            },
-            _ => Error::io("write a donor in", &self.scratch_path)(error),
-        }
+        Error::writing("write a donor in", &self.scratch_path)(error)
     }
 }
 

@@ -63,9 +63,8 @@ fn deleted_subvolumes(folder: &Folder) -> usize {
 
 /// What moves extents about on a filesystem, as the kernel calls it: a balance, or the removal of a device. Kernels before 5.10 do not tell.
 fn operation(uuid: [u8; 16]) -> Option<String> {
-    let groups = [&uuid[..4], &uuid[4..6], &uuid[6..8], &uuid[8..10], &uuid[10..]];
-    let hex = |group: &[u8]| group.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let uuid = groups.map(hex).join("-");
+    let hex = format!("{:032x}", u128::from_be_bytes(uuid));
+    let uuid = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
     let text = std::fs::read_to_string(format!("/sys/fs/btrfs/{uuid}/exclusive_operation")).ok()?;
     let operation = text.trim();
     // One that is paused moves nothing.
