@@ -306,3 +306,33 @@ fn what_lies_on_another_mount_below_is_durable_too() {
     assert!(same);
     assert!(!map.contains("delalloc"), "{map}");
 }
+
+#[test]
+fn a_machine_that_runs_without_a_clean_image_keeps_its_image_from_being_restored() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new(&[b"appvms/work/private.img", b"appvms/other/private.img"]);
+    let to = scene.path("to/appvms/work");
+    std::fs::create_dir_all(&to).unwrap();
+    std::fs::write(to.join("private-dirty.img"), Random(4).data(1 << 20)).unwrap();
+    let before = contents(&scene.path("to"));
+    for more in [&[][..], &["--replace"], &["--replace", "--resume"], &["--dry-run"]] {
+        let said = scene.ends(2, &[&["import", "a.vmfold", "--to", "to"], more].concat());
+        assert!(said.contains("private-dirty.img"), "{more:?}: {said}");
+        assert_eq!(contents(&scene.path("to")), before, "{more:?}");
+    }
+    // A revision is nothing that the driver takes for the machine's own.
+    scene.ends(
+        0,
+        &[
+            "import",
+            "a.vmfold",
+            "--to",
+            "to",
+            "--as-revision",
+            "appvms/work/private.img",
+        ],
+    );
+    assert_eq!(contents(&scene.path("to")).len(), before.len() + 1);
+}

@@ -1096,7 +1096,7 @@ fn what_a_deleted_snapshot_holds_is_freed_or_said() {
     let fs = Mounted::btrfs();
     std::fs::remove_dir(fs.pool()).unwrap();
     sh(&format!("btrfs subvolume create {}", fs.pool().display()));
-    let images = twins(&fs);
+    twins(&fs);
     let state = state_of(&fs.pool());
     let snapshot = fs.mount.join("snapshot");
     for _ in 0..5 {

@@ -63,6 +63,7 @@ pub fn main() -> ExitCode {
     }
     crate::sys::signals::explain_sigbus();
     crate::sys::signals::ignore_sigxfsz();
+    crate::sys::signals::ignore_sigio();
     // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let terminal = Terminal::new();
