@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::block::ByteRange;
-use crate::report::size;
-use crate::shown::shown;
+use crate::shown::{shown, size};
 
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -302,6 +301,18 @@ fn list(paths: &[PathBuf]) -> String {
 
 fn list_or_none(paths: &[PathBuf]) -> String {
     if paths.is_empty() { "none".into() } else { list(paths) }
+}
+
+/// An error with its causes, in one line.
+pub fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
 }
 
 /// What to do about a quota that is used up.

@@ -1,21 +1,31 @@
 //! vmfold gives people who keep virtual machines as image files their disk back: what images and revisions have in common
 //! becomes shared extents, and what nothing needs any more is really freed.
 //!
-//! # The way of the data
+//! # The map
+//! Each line may use those below it, and no other; `tests/tidy.rs` holds that. Names without an explanation are one file.
 //! ```text
-//! pool      which files are images, and why one is left alone
-//! fs        what they map (extents, references) and how to read, share and count; btrfs, XFS, and a simulated one
-//! fingerprint, chunk, index
-//!           a fingerprint of every block; content-defined chunks of them; both remembered across runs
-//! plan      pure: from facts to a list of ops, each with its reason and what it frees and costs
-//! compress  frames for compressed extents, and what samples of extents would become
-//! archive   records of archives: what they hold, writing, reading
-//! exec      runs a plan, decides nothing
-//! ops       one verb a file: reclaim, report, scan, status
-//! report    what the verbs found, as data
-//! cli       arguments, progress, printing
-//! spill     lists of millions, in memory as far as it goes and in files beyond that
-//! sys       every `unsafe` line
+//! cli         arguments, progress, printing
+//! ops         one verb a file; no verb uses another
+//! report      what the verbs found, as data and as text
+//! exec        does what plans say and decides nothing: fingerprints, reclaim, store (export), restore (import)
+//! plan        pure: what reclaim shares, what an export stores, what a restore needs
+//! index       what earlier runs learnt, in sled; a cache
+//! fs          what images map on btrfs, XFS and a simulated filesystem, and how to read, share and count there
+//! pool        which files are images, and why one is left alone
+//! archive     records of archives: what they hold, writing, reading
+//! facts       extents and references, as plans see them
+//! spill       lists of millions, in memory as far as it goes and in files beyond that
+//! frame       zstd frames that btrfs takes as they are
+//! chunk       content-defined chunks
+//! fingerprint fingerprints of blocks
+//! monitor     whom the library tells what it does, and who may stop it
+//! error
+//! content     what images hold, as archives keep it
+//! codec       numbers and strings as bytes, and back, with limits
+//! shown       names and sizes as people read them
+//! range       arithmetic of ranges
+//! block       blocks and slots
+//! sys         every `unsafe` line
 //! ```
 //! # Rules of the house
 //! An image is changed by `FIDEDUPERANGE` and nothing else. The index is a cache: nothing in it is believed unchecked.
@@ -26,17 +36,20 @@ pub mod archive;
 pub mod block;
 pub mod chunk;
 pub mod cli;
-pub mod compress;
+pub mod codec;
+pub mod content;
 pub mod error;
 pub mod exec;
 pub mod facts;
 pub mod fingerprint;
+pub mod frame;
 pub mod fs;
 pub mod index;
 pub mod monitor;
 pub mod ops;
 pub mod plan;
 pub mod pool;
+pub mod range;
 pub mod report;
 pub mod shown;
 pub mod spill;

@@ -1,4 +1,4 @@
-//! How file names are shown: guests and users choose them, so none may break a line or command a terminal.
+//! How file names and sizes are shown. Guests and users choose names, so none may break a line or command a terminal.
 
 use std::fmt::{Display, Formatter, Result, Write};
 use std::path::Path;
@@ -22,6 +22,17 @@ impl Display for Shown<'_> {
         }
         Ok(())
     }
+}
+
+/// A number of bytes as people read it.
+pub fn size(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().iec().to_string()
+}
+
+/// An identifier in hexadecimal digits.
+pub fn hex(id: &[u8; 16]) -> String {
+    id.iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// Writes a path into a JSON document, where invalid UTF-8 cannot stand.

@@ -379,8 +379,9 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
 /// An archive of small images of zeros with these names, as nothing but a hostile writer makes it.
 fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     use std::os::unix::ffi::OsStrExt;
-    use vmfold::archive::manifest::{self, Content as Holds, Entry, Image, Metadata, Payloads, Run};
+    use vmfold::archive::manifest::{self, Entry, Image, Payloads};
     use vmfold::archive::writer::{Base, Sink, Writer};
+    use vmfold::content::{Content as Holds, Metadata, Run};
     let sink = Sink::File(std::fs::File::create(path).unwrap());
     let base = Base {
         archive: [1; 16],

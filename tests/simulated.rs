@@ -12,9 +12,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use vmfold::block::Slot;
-use vmfold::compress::{Packer, Wish, plan_wished};
+use vmfold::exec::compression::{Wish, plan_wished};
 use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
+use vmfold::frame::Packer;
 use vmfold::fs::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 use vmfold::fs::{Sharing, SourceFile};
 use vmfold::monitor::Silent;

@@ -6,10 +6,10 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::StoreBlock;
-use super::bytes::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use super::manifest::store_block;
 use super::record::{HEADER_BYTES, Hash, Kind};
+use crate::codec::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
+use crate::content::StoreBlock;
 
 const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 /// How much smaller a payload can be stored at most, beside 64 KiB: it is hashes for the most part.

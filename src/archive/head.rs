@@ -1,9 +1,9 @@
 //! HEAD: what a reader must know.
 
-use super::bytes::{Decoded, Decoder};
 use super::record::{Hash, hash_of};
 use crate::block::BLOCK_BYTES;
 use crate::chunk::{self, Chunker, PARAMETERS};
+use crate::codec::{Decoded, Decoder};
 
 /// Format version, major and minor.
 const MAJOR: u16 = 1;

@@ -1,9 +1,9 @@
 //! INDEX: the hashes of stored blocks.
 
-use super::bytes::{Decoded, Decoder};
 use super::manifest::store_block;
 use super::record::Hash;
-use super::{STORE_BLOCKS_MAX, StoreBlock};
+use crate::codec::{Decoded, Decoder};
+use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 
 /// Blocks that one record covers at most.
 pub const BLOCKS_MAX: usize = 1 << 18;

@@ -5,9 +5,9 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::bytes::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
-use super::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::block::BLOCK_BYTES;
+use crate::codec::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
+use crate::content::{Content, Metadata, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
 use crate::fingerprint::Function;
 
 /// Bytes of a payload at most, decoded.
@@ -45,25 +45,6 @@ const TAG_FOLDER: u8 = 1;
 const TAG_IMAGE: u8 = 2;
 const TAG_RUNS: u8 = 3;
 
-/// What is kept of a file or folder beside its content.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Metadata {
-    /// Permission bits.
-    pub mode: u32,
-    /// Owner's number.
-    pub uid: u32,
-    /// Group's number.
-    pub gid: u32,
-    /// Owner's name; empty if not known.
-    pub user: String,
-    /// Group's name; empty if not known.
-    pub group: String,
-    /// Time of last change of content: seconds and nanoseconds since 1970.
-    pub mtime: (i64, u32),
-    /// Extended attributes.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-}
-
 /// A folder that images lie in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Folder {
@@ -95,64 +76,6 @@ impl Image {
     /// Its length in blocks, the last of which may be a partial one.
     pub fn blocks(&self) -> u32 {
         u32::try_from(self.size.div_ceil(BLOCK_BYTES)).unwrap_or(u32::MAX)
-    }
-}
-
-/// What a range of an image holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Content {
-    /// Nothing was ever written there.
-    Hole,
-    /// Zeros were written.
-    Zeros,
-    /// Preallocated.
-    Unwritten,
-    /// Blocks of the store, from this one on.
-    Stored(StoreBlock),
-    /// Not known: the record that said so is damaged. Never written.
-    Lost,
-}
-
-/// A range of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// Its length.
-    pub blocks: u32,
-    /// What it holds.
-    pub content: Content,
-}
-
-impl Run {
-    /// Takes in a run that follows this one.
-    pub fn absorb(&mut self, next: Self) -> bool {
-        let follows = match (self.content, next.content) {
-            (Content::Stored(mine), Content::Stored(its)) => mine.checked_add(self.blocks) == Some(its),
-            (mine, its) => mine == its,
-        };
-        match self.blocks.checked_add(next.blocks) {
-            Some(blocks) if follows => {
-                self.blocks = blocks;
-                true
-            }
-            _ => false,
-        }
-    }
-
-    /// What it holds from `skip` blocks on, for `blocks` blocks.
-    #[must_use]
-    pub fn part(self, skip: u32, blocks: u32) -> Self {
-        let content = match self.content {
-            Content::Stored(first) => Content::Stored(first + skip),
-            other => other,
-        };
-        Self { blocks, content }
-    }
-}
-
-/// Appends a run to others, joined with the last where it follows it.
-pub fn push_run(runs: &mut Vec<Run>, run: Run) {
-    if run.blocks > 0 && !runs.last_mut().is_some_and(|last| last.absorb(run)) {
-        runs.push(run);
     }
 }
 

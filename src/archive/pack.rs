@@ -1,10 +1,10 @@
 //! PACK: frames of stored blocks, each of which can be decoded alone.
 
-use super::bytes::{Decoded, Decoder};
 use super::manifest::store_block;
 use super::record::{Hash, hash_of};
-use super::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::block::BLOCK_LEN;
+use crate::codec::{Decoded, Decoder};
+use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 
 /// Frames in a pack at most.
 const FRAMES_MAX: u32 = 8192;

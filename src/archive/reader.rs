@@ -10,13 +10,14 @@ use std::sync::OnceLock;
 
 use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, decode_tail};
 use super::head::Head;
+use super::index;
 use super::manifest::{self, Announced, Builder, Manifest, Part};
 use super::pack::{self, FrameInfo};
 use super::record::{BadHeader, HEADER_BYTES, Hash, Header, Kind, MAGIC, hash_of};
 use super::stream::{Event, Stream};
 use super::writer::Base;
-use super::{StoreBlock, index};
 use crate::block::ByteRange;
+use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 
 const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
@@ -600,7 +601,7 @@ impl Archive {
             .finish()
             .map_err(|problem| self.problem(committed.location.offset, problem))?;
         let end = committed.commit.store_end;
-        let beyond = |run: &manifest::Run| matches!(run.content, manifest::Content::Stored(first) if first.checked_add(run.blocks).is_none_or(|last| last > end));
+        let beyond = |run: &crate::content::Run| matches!(run.content, crate::content::Content::Stored(first) if first.checked_add(run.blocks).is_none_or(|last| last > end));
         if manifest.images.iter().flat_map(|image| &image.runs).any(beyond) {
             return Err(self.problem(committed.location.offset, "a run refers to blocks that are not there"));
         }

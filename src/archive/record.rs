@@ -1,6 +1,6 @@
 //! Records: the header that each part of an archive begins with.
 
-use super::bytes::{Decoded, Decoder};
+use crate::codec::{Decoded, Decoder};
 
 /// What a record begins with.
 pub const MAGIC: [u8; 8] = *b"\x89vmfold\n";

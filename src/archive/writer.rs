@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::io::{self, Write};
 
-use super::StoreBlock;
 use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, encode_tail};
 use super::head::Head;
 use super::record::{HEADER_BYTES, Header, Kind, SEQUENCES};
+use crate::content::StoreBlock;
 
 /// Where an archive goes.
 #[derive(Debug)]

@@ -5,10 +5,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::block::{BLOCK_LEN, bytes};
-use crate::compress::{Packer, read_slots};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts};
-use crate::fs::{Sharing, SourceFile};
+use crate::frame::Packer;
+use crate::fs::{Sharing, SourceFile, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, Plan};
 

@@ -5,9 +5,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use crate::archive::StoreBlock;
 use crate::archive::reader::Archive;
 use crate::archive::record::Hash;
+use crate::content::{Content, Run, StoreBlock};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 
@@ -167,6 +167,25 @@ impl<'a> StoredHashes<'a> {
         }
         Ok(all)
     }
+}
+
+/// The digest of an image with these runs; `stored` adds the hashes of a range of the store.
+///
+/// # Errors
+/// Those of `stored`, or [`Error::Interrupted`].
+pub fn digest(
+    runs: &[Run],
+    monitor: &dyn Monitor,
+    mut stored: impl FnMut(StoreBlock, u32, &mut Digest<'_>) -> Result<()>,
+) -> Result<Hash> {
+    let mut digest = Digest::new(monitor);
+    for run in runs {
+        match run.content {
+            Content::Stored(first) => stored(first, run.blocks, &mut digest)?,
+            _ => digest.zeros(run.blocks)?,
+        }
+    }
+    Ok(digest.finish())
 }
 
 /// The digest of an image in the making: BLAKE3 of the hashes of its blocks one after the other. It takes them in large pieces, which

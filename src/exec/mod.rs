@@ -1,6 +1,8 @@
 //! Runs a plan. Decides nothing: every range is shared as planned, or skipped and counted.
 
+pub mod compression;
 mod donors;
+pub mod fingerprints;
 pub mod hashes;
 mod prefetch;
 pub mod restore;
@@ -15,9 +17,9 @@ use rustix::io::Errno;
 use donors::{Donor, Writer, Written};
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
-use crate::compress::Packer;
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
+use crate::frame::Packer;
 use crate::fs::{Outcome, Sharing, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::{Batch, DonorFile, Op, Plan, Source};

@@ -6,13 +6,14 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 
 use super::hashes::{HashLog, StoredHashes};
+use crate::archive::index;
 use crate::archive::manifest::{self, Announced};
 use crate::archive::pack::{self, Frame};
 use crate::archive::record::{Hash, Kind, hash_of};
 use crate::archive::writer::Writer;
-use crate::archive::{STORE_BLOCKS_MAX, StoreBlock, index};
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::chunk::Chunker;
+use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Function;

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use super::shared::ImageSets;
 use super::{Class, Extent, Facts, Mapping, Pinned, Recoding, Shared};
-use crate::archive::bytes::{Decoder, put_varint, put_zigzag};
 use crate::block::bytes;
+use crate::codec::{Decoder, put_varint, put_zigzag};
 use crate::spill::SpillVec;
 
 /// What is the same for many extents.

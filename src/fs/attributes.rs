@@ -10,7 +10,7 @@ use rustix::fs::{Gid, IFlags, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::acl;
-use crate::archive::manifest::Metadata;
+use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::shown::shown;
 use crate::sys::inode_flags::{add_inode_flags, inode_flags};

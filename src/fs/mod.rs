@@ -10,8 +10,9 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
+use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::error::Result;
-use crate::facts::{Class, ImageId};
+use crate::facts::{Class, Facts, ImageId};
 
 /// A file that blocks can be shared from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -127,4 +128,20 @@ pub trait Sharing: Sync {
 
     /// Where an image lies, for messages.
     fn path(&self, image: ImageId) -> &Path;
+}
+
+/// Reads slots, one range after the other.
+///
+/// # Errors
+/// Those of reading.
+pub fn read_slots(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
+    let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
+    let mut content = vec![0; blocks * BLOCK_LEN];
+    let mut rest = &mut content[..];
+    for (_, place) in slots.iter().flat_map(|range| facts.places_of(range.clone())) {
+        let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
+        fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
+        rest = after;
+    }
+    Ok(content)
 }

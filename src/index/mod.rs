@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
 use crate::fingerprint::Function;
 use crate::monitor::Monitor;
-use crate::shown::shown;
+use crate::shown::{hex, shown};
 use crate::spill::SpillVec;
 
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
@@ -351,12 +351,6 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
         found.push(Index::open(folder, uuid, None, monitor)?.status()?);
     }
     Ok(found)
-}
-
-/// A UUID in hexadecimal digits.
-pub(crate) fn hex(uuid: &[u8; 16]) -> String {
-    uuid.iter()
-        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 fn parse_hex(name: &str) -> Option<[u8; 16]> {

@@ -3,13 +3,13 @@
 //!
 //! Specified in `formats/index-v1.md`.
 
-use super::{Index, hex};
-use crate::archive::StoreBlock;
-use crate::archive::bytes::{Decoded, Decoder};
+use super::Index;
 use crate::archive::reader::Committed;
+use crate::codec::{Decoded, Decoder};
+use crate::content::{Content, KnownSlots, StoreBlock};
 use crate::error::Result;
 use crate::facts::{Extent, Facts};
-use crate::plan::export::{Piece, Source};
+use crate::shown::hex;
 use crate::spill::SpillVec;
 
 /// What the names of these trees begin with.
@@ -89,7 +89,7 @@ fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<Part>
 }
 
 /// The parts of an extent in the order of their slots; none if they do not make sense.
-fn pieces_of(extent: &Extent, parts: &[Part]) -> Vec<Piece> {
+fn slots_of(extent: &Extent, parts: &[Part]) -> Vec<KnownSlots> {
     let inside = |part: &Part| {
         let end = part.block.checked_add(part.blocks);
         end.is_some_and(|end| end <= extent.blocks)
@@ -98,15 +98,15 @@ fn pieces_of(extent: &Extent, parts: &[Part]) -> Vec<Piece> {
     if !parts.iter().all(inside) || !parts.windows(2).all(in_order) {
         return Vec::new();
     }
-    let piece = |part: &Part| Piece {
+    let known = |part: &Part| KnownSlots {
         slot: extent.first_slot + part.block,
         blocks: part.blocks,
-        source: match part.store {
-            ZEROS => Source::KnownZeros,
-            store => Source::Known(store),
+        content: match part.store {
+            ZEROS => Content::Zeros,
+            store => Content::Stored(store),
         },
     };
-    parts.iter().map(piece).collect()
+    parts.iter().map(known).collect()
 }
 
 impl Index {
@@ -120,15 +120,15 @@ impl Index {
         commits: &[Committed],
         facts: &Facts,
         digests: &[Option<u128>],
-    ) -> Result<SpillVec<Piece>> {
-        let mut pieces = SpillVec::new();
+    ) -> Result<SpillVec<KnownSlots>> {
+        let mut known = SpillVec::new();
         let extents = facts.extents.iter().zip(digests);
         let mut extents =
             extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));
         loop {
             let some: Vec<(&Extent, u128)> = extents.by_ref().take(AT_ONCE).collect();
             if some.is_empty() {
-                return Ok(pieces);
+                return Ok(known);
             }
             let keys = some.iter().map(|(extent, _)| key(extent).to_vec()).collect();
             let entries = self.database.get(&tree_of(archive), keys);
@@ -137,12 +137,12 @@ impl Index {
                 let Some(parts) = entry.and_then(|entry| decode(&entry, digest, commits)) else {
                     continue;
                 };
-                pieces.extend(pieces_of(extent, &parts));
+                known.extend(slots_of(extent, &parts));
             }
         }
     }
 
-    /// Remembers what a commit made an archive hold of a pool.
+    /// Remembers what a commit made an archive hold of a pool: ascending ranges of slots, each with whether that is news.
     ///
     /// # Errors
     /// Those of the index.
@@ -152,29 +152,29 @@ impl Index {
         committed: &Committed,
         facts: &Facts,
         digests: &[Option<u128>],
-        pieces: &[Piece],
+        known: impl Iterator<Item = (KnownSlots, bool)>,
     ) -> Result<()> {
         let tree = tree_of(archive);
         let put = |batch| self.database.put(&tree, batch).map_err(|problem| self.error(problem));
-        let mut pieces = pieces.iter().peekable();
+        let mut known = known.peekable();
         let mut batch = Vec::new();
         for (extent, digest) in facts.extents.iter().zip(digests) {
             let (mut parts, mut is_new) = (Vec::new(), false);
-            while let Some(piece) = pieces.peek().filter(|piece| piece.slot < extent.slots().end) {
-                let start = piece.slot.max(extent.first_slot);
-                is_new |= piece.source.is_read();
+            while let Some((slots, is_news)) = known.peek().filter(|(slots, _)| slots.slot < extent.slots().end) {
+                let start = slots.slot.max(extent.first_slot);
+                is_new |= is_news;
                 parts.push(Part {
                     block: start - extent.first_slot,
-                    blocks: piece.end().min(extent.slots().end) - start,
-                    store: match piece.content_at(start) {
-                        crate::archive::manifest::Content::Stored(store) => store,
+                    blocks: slots.end().min(extent.slots().end) - start,
+                    store: match slots.content_at(start) {
+                        Content::Stored(store) => store,
                         _ => ZEROS,
                     },
                 });
-                if piece.end() > extent.slots().end {
+                if slots.end() > extent.slots().end {
                     break;
                 }
-                pieces.next();
+                known.next();
             }
             if let Some(digest) = digest.filter(|_| is_new && extent.class.checksummed) {
                 batch.push((key(extent).to_vec(), encode(digest, committed, &parts)));

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use rustix::fs::{OFlags, SeekFrom};
 
-use super::Scope;
-use super::export::root_of;
-use crate::archive::manifest::{Content, ImageRuns, Run};
+use super::{Scope, root_of};
+use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
+use crate::content::{Content, Run};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;

@@ -11,19 +11,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{Prepared, Scope, discover, prepare_found};
+use super::{Prepared, Scope, discover, prepare_found, root_of};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
 use crate::archive::head::Head;
-use crate::archive::manifest::{
-    Content, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads, Run, push_run,
-};
+use crate::archive::manifest::{self, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads};
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::{HEADER_BYTES, Hash, MAGIC};
+use crate::archive::record::{HEADER_BYTES, MAGIC};
 use crate::archive::writer::{Base, Sink, Writer};
-use crate::archive::{StoreBlock, manifest};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
+use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
-use crate::exec::hashes::{Digest, HashLog, StoredHashes};
+use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::attributes;
 use crate::fs::volume::{Purpose, checksum_digests};
@@ -113,20 +111,6 @@ pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
         opened.undo(monitor);
     }
     done
-}
-
-/// The folder that names in the archive are relative to: the deepest that holds everything that was named.
-pub(super) fn root_of(named: &[Named]) -> PathBuf {
-    let common = |one: PathBuf, other: &Path| -> PathBuf {
-        let pairs = one.components().zip(other.components());
-        pairs
-            .take_while(|(one, other)| one == other)
-            .map(|(one, _)| one)
-            .collect()
-    };
-    let mut roots = named.iter().map(|one| one.root.as_path());
-    let first = roots.next().unwrap_or(Path::new("")).to_owned();
-    roots.fold(first, common)
 }
 
 /// The images that the options choose.
@@ -504,9 +488,10 @@ impl Exporter<'_> {
             file.settle(&path)?;
         }
         if let Some(index) = index.filter(|index| index.is_usable()) {
-            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &pieces);
+            let known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
+            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, known);
             if let Err(error) = remembered {
-                self.monitor.note(&super::describe(&error));
+                self.monitor.note(&crate::error::describe(&error));
             }
         }
         Ok(self.exported(path, &committed, (before, base), &plan, &stored))
@@ -548,7 +533,7 @@ impl Exporter<'_> {
                 .stored(&archive.id(), archive.commits(), facts, digests)
                 .unwrap_or_else(|error| {
                     // It is only a cache: then everything is read.
-                    self.monitor.note(&super::describe(&error));
+                    self.monitor.note(&crate::error::describe(&error));
                     SpillVec::new()
                 }),
             _ => SpillVec::new(),
@@ -828,25 +813,6 @@ fn summaries(
         });
     }
     Ok(summaries)
-}
-
-/// The digest of an image with these runs; `stored` adds the hashes of a range of the store.
-///
-/// # Errors
-/// Those of `stored`, or [`Error::Interrupted`].
-pub(super) fn digest(
-    runs: &[Run],
-    monitor: &dyn Monitor,
-    mut stored: impl FnMut(StoreBlock, u32, &mut Digest<'_>) -> Result<()>,
-) -> Result<Hash> {
-    let mut digest = Digest::new(monitor);
-    for run in runs {
-        match run.content {
-            Content::Stored(first) => stored(first, run.blocks, &mut digest)?,
-            _ => digest.zeros(run.blocks)?,
-        }
-    }
-    Ok(digest.finish())
 }
 
 fn now() -> (i64, u32) {

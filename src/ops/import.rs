@@ -13,30 +13,32 @@ use rayon::prelude::*;
 
 pub use target::Target;
 
-use super::export::digest;
-use crate::archive::StoreBlock;
 use crate::archive::commit::{Summary, by_path};
-use crate::archive::manifest::{Announced, Content, ImageRuns, Manifest};
+use crate::archive::manifest::{Announced, ImageRuns, Manifest};
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
+use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
-use crate::exec::hashes::{Digest, StoredHashes};
+use crate::exec::hashes::{Digest, StoredHashes, digest};
 use crate::exec::restore::folder::Root;
 use crate::exec::restore::place::{self, can_share};
 use crate::exec::restore::staging::{Noted, Staging};
 use crate::fs::attributes;
 use crate::monitor::Monitor;
 use crate::plan::METADATA_BYTES_PER_REFERENCE;
-use crate::plan::import::{length_of, wanted, without};
+use crate::plan::import::{lost_ranges, wanted};
 use crate::pool::patterns;
+use crate::range;
 use crate::report::{Imported, LostImage, PlannedImport, Restored};
 use crate::shown::shown;
 use seeds::Seeds;
 
 /// Blocks fetched at a time.
 const BATCH_BLOCKS: u32 = 4096;
+/// Blocks whose hashes are compared at a time.
+const PROVED_BLOCKS: u32 = 1024;
 /// Bytes that a restore leaves free for the filesystem's own needs.
 const RESERVE_BYTES: u64 = 16 << 20;
 
@@ -126,7 +128,7 @@ fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Im
     }
     let restore = Restore::new(options, manifest, &committed.commit.images, None, monitor)?;
     let (id, number) = (archive.id(), committed.commit.number);
-    let wanted = wanted(restore.chosen());
+    let wanted = wanted(restore.chosen().flat_map(|image| &image.runs));
     let work = Work::prepare(&restore, &id, number)?;
     target::check_names(&restore, work.noted.as_ref())?;
     // Before seeds are opened, which an image that is to be replaced may be one of.
@@ -214,11 +216,11 @@ fn restore_blocks(
     imported: &mut Imported,
     monitor: &dyn Monitor,
 ) -> Result<Vec<Range<StoreBlock>>> {
-    let total = length_of(wanted) * bytes(1);
+    let total = range::count(wanted) * bytes(1);
     monitor.phase("Restoring blocks", total);
     let mut done = Restored::default();
     for range in claimed {
-        for part in parts(range.clone()) {
+        for part in range::parts(range.clone(), PROVED_BLOCKS) {
             let proved = prove(staging, part, hashes)?;
             for range in proved {
                 done.resumed_bytes += bytes(range.end - range.start);
@@ -234,23 +236,21 @@ fn restore_blocks(
     }
     let mut lost = Vec::new();
     let missing: Vec<Range<StoreBlock>> = wanted.iter().flat_map(|range| staging.missing(range.clone())).collect();
-    for range in without(&missing, &covered(archive, &missing)) {
-        lost.push(range);
-    }
+    lost.extend(range::without(&missing, &covered(archive, &missing)));
     let mut batch = Batch::default();
     for pack in packs_of(archive, &missing) {
         let frames = match archive.frames(pack) {
             Ok(frames) => frames,
             Err(error @ Error::Damaged { .. }) => {
-                monitor.note(&super::describe(&error));
-                lost.extend(overlap(&missing, pack.first..pack.first + pack.blocks));
+                monitor.note(&crate::error::describe(&error));
+                lost.extend(range::overlap(&missing, pack.first..pack.first + pack.blocks));
                 continue;
             }
             Err(error) => return Err(error),
         };
         for (offset, frame) in frames {
             let end = frame.first + u32::from(frame.blocks);
-            let needed = overlap(&missing, frame.first..end);
+            let needed = range::overlap(&missing, frame.first..end);
             if needed.is_empty() {
                 continue;
             }
@@ -286,25 +286,6 @@ fn covered(archive: &Archive, ranges: &[Range<StoreBlock>]) -> Vec<Range<StoreBl
     covered
 }
 
-/// The parts of ascending ranges that lie within another.
-fn overlap(ranges: &[Range<StoreBlock>], within: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
-    let from = ranges.partition_point(|range| range.end <= within.start);
-    ranges[from..]
-        .iter()
-        .take_while(|range| range.start < within.end)
-        .map(|range| range.start.max(within.start)..range.end.min(within.end))
-        .collect()
-}
-
-/// A range in bearable parts.
-fn parts(range: Range<StoreBlock>) -> impl Iterator<Item = Range<StoreBlock>> {
-    const PART: u32 = 1024;
-    let end = range.end;
-    range
-        .step_by(PART as usize)
-        .map(move |start| start..end.min(start.saturating_add(PART)))
-}
-
 /// The ranges of what is staged whose hashes are those of the archive.
 fn prove(staging: &Staging, range: Range<StoreBlock>, hashes: &mut StoredHashes<'_>) -> Result<Vec<Range<StoreBlock>>> {
     let mut content = vec![0; (range.end - range.start) as usize * BLOCK_LEN];
@@ -318,13 +299,10 @@ fn prove(staging: &Staging, range: Range<StoreBlock>, hashes: &mut StoredHashes<
 /// The ranges of some content whose hashes are those of the archive.
 fn proved(range: Range<StoreBlock>, content: &[u8], hashes: &mut StoredHashes<'_>) -> Result<Vec<Range<StoreBlock>>> {
     let found: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
-    let mut proved: Vec<Range<StoreBlock>> = Vec::new();
+    let mut proved = Vec::new();
     for (block, found) in range.zip(found) {
         if hashes.get(block)? == Some(found) {
-            match proved.last_mut() {
-                Some(last) if last.end == block => last.end += 1,
-                _ => proved.push(block..block + 1),
-            }
+            range::push(&mut proved, block..block + 1);
         }
     }
     Ok(proved)
@@ -395,7 +373,7 @@ impl Batch {
                     }
                 }
                 Err(error @ Error::Damaged { .. }) => {
-                    monitor.note(&super::describe(&error));
+                    monitor.note(&crate::error::describe(&error));
                     lost.extend(fetch.needed.iter().cloned());
                 }
                 Err(error) => return Err(error),
@@ -473,10 +451,9 @@ impl<'a> Restore<'a> {
 
     /// What the chosen images without copy on write refer to.
     fn nodatacow_blocks(&self) -> Vec<Range<StoreBlock>> {
-        wanted(
-            self.chosen()
-                .filter(|image| attributes::is_nodatacow(&image.image.metadata)),
-        )
+        let images = self.chosen();
+        let without = images.filter(|image| attributes::is_nodatacow(&image.image.metadata));
+        wanted(without.flat_map(|image| &image.runs))
     }
 
     fn imported(&self, archive: &Path, commit: u32, id: String) -> Imported {
@@ -501,11 +478,11 @@ impl<'a> Restore<'a> {
             .filter(|run| matches!(run.content, Content::Stored(_)))
             .map(|run| bytes(run.blocks))
             .sum();
-        let distinct_bytes = length_of(wanted) * bytes(1);
-        let seeded_bytes = length_of(seeded) * bytes(1);
+        let distinct_bytes = range::count(wanted) * bytes(1);
+        let seeded_bytes = range::count(seeded) * bytes(1);
         let new_bytes = distinct_bytes - seeded_bytes;
         let copies = if self.shares {
-            length_of(&self.nodatacow_blocks()) * bytes(1)
+            range::count(&self.nodatacow_blocks()) * bytes(1)
         } else {
             data_bytes
         };
@@ -589,7 +566,7 @@ impl<'a> Restore<'a> {
         imported: &mut Imported,
         monitor: &dyn Monitor,
     ) -> Result<()> {
-        let lost_blocks = SetOf::new(lost);
+        let lost_blocks = range::joined(lost.iter().cloned());
         let whole = |size| ByteRange { start: 0, length: size };
         let mut damaged = BTreeSet::new();
         for path in &self.missing {
@@ -605,7 +582,7 @@ impl<'a> Restore<'a> {
             let ranges = if mixed_up.contains(&target.image) {
                 vec![whole(image.image.size)]
             } else {
-                lost_ranges(image, &lost_blocks)
+                lost_ranges(&image.runs, image.image.size, &lost_blocks)
             };
             if !ranges.is_empty() {
                 damaged.insert(target.image);
@@ -633,60 +610,6 @@ impl<'a> Restore<'a> {
         done.images = (self.targets.len() - damaged.len()) as u64;
         (done.clones, done.shared_bytes, done.copied_bytes) = (counts.clones, counts.cloned_bytes, counts.copied_bytes);
         Ok(())
-    }
-}
-
-/// The ranges of an image that are lost, in bytes.
-pub(super) fn lost_ranges(image: &ImageRuns, lost: &SetOf) -> Vec<ByteRange> {
-    let mut ranges: Vec<ByteRange> = Vec::new();
-    let mut at = 0u64;
-    let mut add = |start: u64, blocks: u32| {
-        let end = (start + bytes(blocks)).min(image.image.size);
-        match ranges.last_mut() {
-            Some(last) if last.start + last.length == start => last.length = end - last.start,
-            _ => ranges.push(ByteRange {
-                start,
-                length: end.saturating_sub(start),
-            }),
-        }
-    };
-    for run in &image.runs {
-        match run.content {
-            Content::Lost => add(at, run.blocks),
-            Content::Stored(first) => {
-                for range in overlap(&lost.ranges, first..first + run.blocks) {
-                    add(at + bytes(range.start - first), range.end - range.start);
-                }
-            }
-            _ => {}
-        }
-        at += bytes(run.blocks);
-    }
-    ranges
-}
-
-/// Ranges, to be asked for single blocks.
-pub(super) struct SetOf {
-    /// Ascending, without overlap.
-    ranges: Vec<Range<StoreBlock>>,
-}
-
-impl SetOf {
-    /// Of ranges that ascend by their beginning, and may overlap.
-    pub(super) fn new(ranges: &[Range<StoreBlock>]) -> Self {
-        let mut joined: Vec<Range<StoreBlock>> = Vec::new();
-        for range in ranges {
-            match joined.last_mut() {
-                Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
-                _ => joined.push(range.clone()),
-            }
-        }
-        Self { ranges: joined }
-    }
-
-    fn contains(&self, block: StoreBlock) -> bool {
-        let at = self.ranges.partition_point(|range| range.end <= block);
-        self.ranges.get(at).is_some_and(|range| range.start <= block)
     }
 }
 
@@ -726,7 +649,7 @@ struct Work {
 impl Work {
     /// Looks for what an interrupted restore has left. None goes on here: the folder that is restored to is locked, but for a dry run.
     fn prepare(restore: &Restore<'_>, archive: &[u8; 16], commit: u32) -> Result<Self> {
-        let tag = crate::index::hex(archive);
+        let tag = crate::shown::hex(archive);
         let folder = restore
             .options
             .to
@@ -798,7 +721,7 @@ impl Open {
 fn apply(
     file: &std::fs::File,
     path: &Path,
-    metadata: &crate::archive::manifest::Metadata,
+    metadata: &crate::content::Metadata,
     options: &Options,
     monitor: &dyn Monitor,
 ) -> Result<()> {

@@ -10,13 +10,14 @@ pub mod scan;
 pub mod verify;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::block::{ByteRange, Slot, bytes};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, describe};
+use crate::exec::fingerprints::{Fingerprinted, Unreadable, fingerprint};
 use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
-use crate::fs::volume::{Fingerprinted, Purpose, Unreadable, Volume, fingerprint};
+use crate::fs::volume::{Purpose, Volume};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan;
@@ -193,14 +194,16 @@ fn discover(scope: &Scope, monitor: &dyn Monitor) -> Result<pool::Pool> {
     Ok(found)
 }
 
-/// An error with its causes, in one line.
-pub fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
+/// The folder that names in the archive are relative to: the deepest that holds everything that was named.
+fn root_of(named: &[Named]) -> PathBuf {
+    let common = |one: PathBuf, other: &Path| -> PathBuf {
+        let pairs = one.components().zip(other.components());
+        pairs
+            .take_while(|(one, other)| one == other)
+            .map(|(one, _)| one)
+            .collect()
+    };
+    let mut roots = named.iter().map(|one| one.root.as_path());
+    let first = roots.next().unwrap_or(Path::new("")).to_owned();
+    roots.fold(first, common)
 }

@@ -5,16 +5,19 @@ use std::time::Duration;
 
 use super::{Prepared, Scope, prepare_groups, unreadable};
 use crate::block::{Slot, bytes};
-use crate::compress::{Packer, Wish, plan_wished};
 use crate::error::{Error, Result};
+use crate::exec::compression::{Wish, plan_wished};
+use crate::exec::fingerprints::remember;
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
+use crate::frame::Packer;
 use crate::fs::Sharing;
-use crate::fs::volume::{Image, Purpose, Volume, freed_bytes, remember};
+use crate::fs::volume::{Image, Purpose, Volume, freed_bytes};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
-use crate::report::{Done, Planned, PoolBytes, Reclaimed, size};
+use crate::report::{Done, Planned, PoolBytes, Reclaimed};
+use crate::shown::size;
 
 /// What the user chose.
 #[derive(Debug, Clone)]
@@ -131,7 +134,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
                 .filter(|index| index.is_usable())
                 .map(|index| remember(&fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
-                monitor.note(&super::describe(&error));
+                monitor.note(&crate::error::describe(&error));
             }
             result.done = Some(Done {
                 freed_bytes,

@@ -6,18 +6,16 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::export::digest;
-use super::import::{SetOf, lost_ranges};
-use crate::archive::StoreBlock;
 use crate::archive::commit::{Location, by_path};
-use crate::archive::manifest::Content;
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
 use crate::archive::record::{Kind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
+use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
-use crate::exec::hashes::StoredHashes;
+use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
-use crate::plan::import::{wanted, without};
+use crate::plan::import::{lost_ranges, wanted};
+use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
 
 /// Verifies an archive.
@@ -66,9 +64,9 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
         lost.append(&mut checked.lost);
         damage.append(&mut checked.damage);
     }
-    lost.extend(without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
+    lost.extend(range::without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
     lost.sort_unstable_by_key(|range| range.start);
-    let lost_blocks = SetOf::new(&lost);
+    let lost_blocks = range::joined(lost.iter().cloned());
     let mut result = Verified {
         archive: path.to_owned(),
         archive_bytes: archive.length(),
@@ -213,7 +211,7 @@ fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
 fn check_commit(
     archive: &Archive,
     committed: &Committed,
-    lost: &SetOf,
+    lost: &[Range<StoreBlock>],
     (damage, result): (&mut Vec<Damage>, &mut Verified),
     monitor: &dyn Monitor,
 ) -> Result<()> {
@@ -259,7 +257,7 @@ fn check_commit(
                 .push(whole(commit.number, path.to_owned(), image.image.size));
             continue;
         }
-        let ranges = lost_ranges(image, lost);
+        let ranges = lost_ranges(&image.runs, image.image.size, lost);
         if !ranges.is_empty() {
             let lost = LostImage {
                 path: path.to_owned(),
@@ -281,7 +279,7 @@ fn check_commit(
     }
     // A range that no PACK holds shows above; one beyond the store's end is refused with the manifest.
     debug_assert!(
-        wanted(&manifest.images)
+        wanted(manifest.images.iter().flat_map(|image| &image.runs))
             .last()
             .is_none_or(|range| range.end <= commit.store_end)
     );

@@ -3,10 +3,9 @@
 //! Fingerprints propose; whoever carries the plan out hashes every block that it reads, and stores what was taken for another.
 
 use super::table::Table;
-use crate::archive::manifest::{Content, Run, push_run};
-use crate::archive::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::block::Slot;
 use crate::chunk::Chunker;
+use crate::content::{Content, KnownSlots, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
 use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Fingerprints;
 use crate::spill::SpillVec;
@@ -59,9 +58,15 @@ impl Piece {
 
     /// What it is from a slot of it on.
     pub fn content_at(&self, slot: Slot) -> Content {
-        match self.source.content() {
-            Content::Stored(first) => Content::Stored(first + (slot - self.slot)),
-            other => other,
+        self.known().content_at(slot)
+    }
+
+    /// What it is in the archive, once the plan was carried out.
+    pub fn known(&self) -> KnownSlots {
+        KnownSlots {
+            slot: self.slot,
+            blocks: self.blocks,
+            content: self.source.content(),
         }
     }
 }
@@ -84,7 +89,12 @@ pub struct ExportPlan {
 /// Plans an export. `known` are pieces of extents that the archive has, in order; `stored` holds the fingerprints of the
 /// `first_new` blocks that are in the store already, with room for all slots behind them. None if the store would be larger
 /// than allowed.
-pub fn plan_export(facts: &Facts, known: &[Piece], first_new: StoreBlock, stored: Fingerprints) -> Option<ExportPlan> {
+pub fn plan_export(
+    facts: &Facts,
+    known: &[KnownSlots],
+    first_new: StoreBlock,
+    stored: Fingerprints,
+) -> Option<ExportPlan> {
     let mut planner = Planner {
         facts,
         table: Table::new(stored.len(), facts.table_slots_max),
@@ -301,12 +311,12 @@ mod tests {
             let stored: Vec<u32> = { let mut seen = std::collections::HashSet::new(); stored.into_iter().filter(|one| seen.insert(*one)).collect() };
             let first_new = as_blocks(stored.len());
             let extent = &facts.extents[known.index(facts.extents.len())];
-            let known: Vec<Piece> = extent
+            let known: Vec<KnownSlots> = extent
                 .slots()
                 .map(|slot| (slot, facts.fingerprints.get(slot)))
                 .filter_map(|(slot, fingerprint)| {
                     let at = stored.iter().position(|one| *one == fingerprint)?;
-                    Some(Piece { slot, blocks: 1, source: Source::Known(as_blocks(at)) })
+                    Some(KnownSlots { slot, blocks: 1, content: Content::Stored(as_blocks(at)) })
                 })
                 .collect();
             let plan = plan_export(&facts, &known, first_new, room(&stored, &facts)).unwrap();

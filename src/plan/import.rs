@@ -3,35 +3,47 @@
 use std::ops::Range;
 
 use super::table::Table;
-use crate::archive::StoreBlock;
-use crate::archive::manifest::{Content, ImageRuns};
-use crate::block::Slot;
+use crate::block::{ByteRange, Slot, bytes};
+use crate::content::{Content, Run, StoreBlock};
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
+use crate::range;
 
-/// The store addresses that images refer to: ascending, none empty, none touching the next.
-pub fn wanted<'a>(images: impl IntoIterator<Item = &'a ImageRuns>) -> Vec<Range<StoreBlock>> {
-    let runs = images.into_iter().flat_map(|image| &image.runs);
-    let mut ranges: Vec<Range<StoreBlock>> = runs
-        .filter_map(|run| match run.content {
-            Content::Stored(first) => Some(first..first + run.blocks),
-            _ => None,
-        })
-        .collect();
-    ranges.sort_unstable_by_key(|range| range.start);
-    let mut joined: Vec<Range<StoreBlock>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
-            _ => joined.push(range),
-        }
-    }
-    joined
+/// The store addresses that the runs of images refer to.
+pub fn wanted<'a>(runs: impl IntoIterator<Item = &'a Run>) -> Vec<Range<StoreBlock>> {
+    range::joined(runs.into_iter().filter_map(|run| match run.content {
+        Content::Stored(first) => Some(first..first + run.blocks),
+        _ => None,
+    }))
 }
 
-/// Blocks in some ranges.
-pub fn length_of(ranges: &[Range<StoreBlock>]) -> u64 {
-    ranges.iter().map(|range| u64::from(range.end - range.start)).sum()
+/// The ranges of an image of so many bytes with these runs that are lost, in bytes. `lost` are blocks of the store.
+pub fn lost_ranges(runs: &[Run], size: u64, lost: &[Range<StoreBlock>]) -> Vec<ByteRange> {
+    let mut ranges: Vec<ByteRange> = Vec::new();
+    let mut at = 0u64;
+    let mut add = |start: u64, blocks: u32| {
+        let end = (start + bytes(blocks)).min(size);
+        match ranges.last_mut() {
+            Some(last) if last.start + last.length == start => last.length = end - last.start,
+            _ => ranges.push(ByteRange {
+                start,
+                length: end.saturating_sub(start),
+            }),
+        }
+    };
+    for run in runs {
+        match run.content {
+            Content::Lost => add(at, run.blocks),
+            Content::Stored(first) => {
+                for range in range::overlap(lost, first..first + run.blocks) {
+                    add(at + bytes(range.start - first), range.end - range.start);
+                }
+            }
+            _ => {}
+        }
+        at += bytes(run.blocks);
+    }
+    ranges
 }
 
 /// A range of the store that seeds seem to hold.
@@ -109,57 +121,4 @@ pub fn find_seeds(
         }
     }
     found
-}
-
-/// What is left of some ranges without others; both ascending.
-pub fn without(ranges: &[Range<StoreBlock>], others: &[Range<StoreBlock>]) -> Vec<Range<StoreBlock>> {
-    let mut left = Vec::new();
-    let mut others = others.iter().peekable();
-    for range in ranges {
-        let mut at = range.start;
-        while at < range.end {
-            while others.next_if(|other| other.end <= at).is_some() {}
-            let (end, next) = match others.peek() {
-                Some(other) if other.start <= at => (at, other.end),
-                Some(other) => (other.start.min(range.end), other.start.min(range.end)),
-                None => (range.end, range.end),
-            };
-            if at < end {
-                left.push(at..end);
-            }
-            at = next.max(end);
-        }
-    }
-    left
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeSet;
-
-    fn ranges() -> impl Strategy<Value = Vec<Range<StoreBlock>>> {
-        prop::collection::vec((1u32..9, 1u32..9), 0..12).prop_map(|gaps| {
-            let mut at = 0;
-            gaps.into_iter()
-                .map(|(gap, length)| {
-                    let start = at + gap;
-                    at = start + length;
-                    start..at
-                })
-                .collect()
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_left_is_the_difference(ranges in ranges(), others in ranges()) {
-            let set = |ranges: &[Range<StoreBlock>]| ranges.iter().cloned().flatten().collect::<BTreeSet<_>>();
-            let expected: BTreeSet<_> = set(&ranges).difference(&set(&others)).copied().collect();
-            let left = without(&ranges, &others);
-            prop_assert_eq!(set(&left), expected);
-            prop_assert!(left.iter().all(|range| range.start < range.end));
-        }
-    }
 }

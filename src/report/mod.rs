@@ -7,13 +7,12 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-pub use text::size;
-
 use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::Counts;
+use crate::exec::fingerprints::Fingerprinted;
 use crate::facts::{Compression, Extent, Facts, Pinned};
-use crate::fs::volume::{Fingerprinted, Volume, physical_bytes};
+use crate::fs::volume::{Volume, physical_bytes};
 use crate::plan::{BytesByReason, Plan};
 use crate::pool::Skipped;
 

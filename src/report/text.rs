@@ -9,12 +9,7 @@ use super::{
 use crate::index::Status;
 use crate::plan::Reason;
 use crate::pool::{Skip, Skipped};
-use crate::shown::shown;
-
-/// A number of bytes as people read it.
-pub fn size(bytes: u64) -> String {
-    bytesize::ByteSize(bytes).display().iec().to_string()
-}
+use crate::shown::{shown, size};
 
 fn reason(reason: Reason) -> &'static str {
     match reason {

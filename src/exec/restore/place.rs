@@ -8,11 +8,11 @@ use std::path::Path;
 use rustix::fs::{IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::archive::StoreBlock;
-use crate::archive::manifest::{Content, Run};
 use crate::block::bytes;
+use crate::content::{Content, Run, StoreBlock};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::range;
 use crate::sys::clone::clone_range;
 use crate::sys::inode_flags::{add_inode_flags, inode_flags};
 
@@ -30,7 +30,7 @@ pub struct Counts {
     pub copied_bytes: u64,
 }
 
-/// Fills an empty file with what runs say; ranges that are lost stay holes.
+/// Fills an empty file with what runs say. Blocks of the store that are lost, a list of ranges, stay holes.
 ///
 /// # Errors
 /// [`Error::NoSpace`] among others.
@@ -38,7 +38,7 @@ pub fn fill(
     (staging, staging_path): (&File, &Path),
     (image, path): (&File, &Path),
     (runs, size): (&[Run], u64),
-    is_lost: impl Fn(StoreBlock) -> bool,
+    lost: &[Range<StoreBlock>],
     shares: bool,
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
@@ -53,7 +53,8 @@ pub fn fill(
             if monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            for part in intact(first, run.blocks, &is_lost) {
+            let all = first..first + run.blocks;
+            for part in range::without(std::slice::from_ref(&all), &range::overlap(lost, all.clone())) {
                 let (from, to, length) = (
                     bytes(part.start),
                     at + bytes(part.start - first),
@@ -135,26 +136,6 @@ pub fn without_checksums(
         }
     }
     Ok(Some(copy))
-}
-
-/// The parts of a range of the store that are not lost.
-fn intact(
-    first: StoreBlock,
-    blocks: u32,
-    is_lost: impl Fn(StoreBlock) -> bool,
-) -> impl Iterator<Item = Range<StoreBlock>> {
-    let end = first + blocks;
-    let mut at = first;
-    std::iter::from_fn(move || {
-        while at < end && is_lost(at) {
-            at += 1;
-        }
-        let start = at;
-        while at < end && !is_lost(at) {
-            at += 1;
-        }
-        (start < at).then_some(start..at)
-    })
 }
 
 /// A new file without a name, on the filesystem of a folder.

@@ -14,9 +14,10 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::folder::State;
-use crate::archive::StoreBlock;
 use crate::block::{SlotSet, bytes};
+use crate::content::StoreBlock;
 use crate::error::{Error, Result};
+use crate::range;
 use crate::sys::readahead::write_out;
 
 /// Bytes written before they are made durable and entered in the journal.
@@ -289,18 +290,8 @@ impl Staging {
 
     /// The parts of a range that are not there.
     pub fn missing(&self, range: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
-        let (mut missing, mut at) = (Vec::new(), range.start);
-        for present in self
-            .present
-            .runs(range.clone())
-            .chain(std::iter::once(range.end..range.end))
-        {
-            if at < present.start {
-                missing.push(at..present.start);
-            }
-            at = present.end;
-        }
-        missing
+        let present: Vec<_> = self.present.runs(range.clone()).collect();
+        range::without(std::slice::from_ref(&range), &present)
     }
 
     /// Says that blocks are there, as the journal said.
@@ -344,10 +335,7 @@ impl Staging {
         }
         self.pending_bytes += span.end - span.start;
         self.present.insert_range(range.clone());
-        match self.pending.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => self.pending.push(range),
-        }
+        range::push(&mut self.pending, range);
         if self.pending_bytes >= SETTLE_BYTES {
             self.settle()?;
         }

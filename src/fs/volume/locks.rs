@@ -19,7 +19,7 @@ use crate::sys::fs_info::FsInfo;
 pub(super) fn lock_filesystem(info: &FsInfo, purpose: Purpose, path: &Path) -> Result<File> {
     let locks = folder_for_locks();
     let folder = own_folder(&locks)?;
-    let name = crate::index::hex(&info.uuid);
+    let name = crate::shown::hex(&info.uuid);
     let lock = locks.join(&name);
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::openat(&folder, &name, flags, Mode::RUSR | Mode::WUSR)

@@ -3,7 +3,7 @@
 
 mod accounting;
 mod btrfs;
-mod fingerprints;
+mod checksums;
 mod holders;
 mod images;
 mod kernel;
@@ -22,7 +22,7 @@ use rustix::fs::{Advice, FallocateFlags, IFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 pub use accounting::{freed_bytes, physical_bytes};
-pub use fingerprints::{Fingerprinted, Unreadable, checksum_digests, fingerprint, remember};
+pub use checksums::{checksum_digests, fingerprints_from_checksums};
 pub use images::{Image, Purpose};
 
 use kernel::Verdict;
@@ -286,7 +286,7 @@ impl Volume {
     }
 
     /// Whether the filesystem's own checksums begin with that function's fingerprint.
-    fn has_usable_checksums(&self) -> bool {
+    pub fn has_usable_checksums(&self) -> bool {
         matches!(
             self.info.kind,
             Kind::Btrfs {
@@ -426,7 +426,7 @@ impl Volume {
 
     /// Writes a frame to a file that vanishes at once.
     fn try_frame(&self) -> Result<()> {
-        let packer = crate::compress::Packer::default();
+        let packer = crate::frame::Packer::default();
         let content = [0; 2 * BLOCK_LEN];
         let frame = packer
             .compressor()

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::ROOT_TREE;
 use crate::monitor::Monitor;
+use crate::shown::hex;
 use crate::sys::beneath::Folder;
 use crate::sys::commit::commit;
 use crate::sys::tree_search::{FEW, Key, tree_search};
@@ -63,7 +64,7 @@ fn deleted_subvolumes(folder: &Folder) -> usize {
 
 /// What moves extents about on a filesystem, as the kernel calls it: a balance, or the removal of a device. Kernels before 5.10 do not tell.
 fn operation(uuid: [u8; 16]) -> Option<String> {
-    let hex = format!("{:032x}", u128::from_be_bytes(uuid));
+    let hex = hex(&uuid);
     let uuid = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
     let text = std::fs::read_to_string(format!("/sys/fs/btrfs/{uuid}/exclusive_operation")).ok()?;
     let operation = text.trim();

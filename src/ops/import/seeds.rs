@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use walkdir::WalkDir;
 
-use super::{Options, parts, prove, proved};
-use crate::archive::StoreBlock;
+use super::{Options, PROVED_BLOCKS, prove, proved};
 use crate::archive::manifest::Announced;
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::chunk::weak_id;
+use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::staging::Staging;
@@ -23,6 +23,7 @@ use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
 use crate::plan::import::{Seeded, find_seeds};
 use crate::pool;
+use crate::range;
 use crate::sys::beneath::Folder;
 use crate::sys::fiemap::fiemap;
 use crate::sys::fs_info::{FsInfo, Kind, fs_info};
@@ -60,7 +61,7 @@ impl Seeds {
             Err(error) if options.seeds.is_empty() => {
                 monitor.note(&format!(
                     "Going on without what is here already: {}",
-                    crate::ops::describe(&error)
+                    crate::error::describe(&error)
                 ));
                 Ok(None)
             }
@@ -153,7 +154,7 @@ impl Seeds {
             if monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            for part in parts(one.first..one.first + one.blocks) {
+            for part in range::parts(one.first..one.first + one.blocks, PROVED_BLOCKS) {
                 let slot = one.slot + (part.start - one.first);
                 let length = bytes(part.end - part.start);
                 if let Ok(content) = self.content(slot, part.end - part.start) {
@@ -198,7 +199,7 @@ impl Seeds {
             return Err(Error::Interrupted);
         }
         let mut kept = 0;
-        for part in parts(seeded.first..seeded.first + seeded.blocks) {
+        for part in range::parts(seeded.first..seeded.first + seeded.blocks, PROVED_BLOCKS) {
             if part.clone().all(|block| staging.has(block)) {
                 continue;
             }

@@ -11,20 +11,22 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::seeds::Seeds;
-use super::{Open, Options, Restore, Work, overlap, parts, target};
+use super::{Open, Options, PROVED_BLOCKS, Restore, Work, target};
 use crate::archive::commit::{Commit, CommitLocation};
 use crate::archive::head::Head;
 use crate::archive::manifest::{self, Announced, Builder, Manifest, Part};
 use crate::archive::reader::{Committed, find_commit};
 use crate::archive::record::{Header, Kind, hash_of};
 use crate::archive::stream::{Event, Input, Stream};
-use crate::archive::{StoreBlock, index, pack};
+use crate::archive::{index, pack};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
+use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::hashes::HashLog;
 use crate::exec::restore::folder::Root;
 use crate::monitor::Monitor;
-use crate::plan::import::{Seeded, wanted, without};
+use crate::plan::import::{Seeded, wanted};
+use crate::range;
 use crate::report::{Imported, Restored};
 
 /// What messages call the input.
@@ -170,7 +172,7 @@ impl Importer<'_> {
         let error = Error::damaged(Path::new(STDIN), start, length, problem);
         self.is_damaged.set(true);
         if self.options.partial {
-            self.monitor.note(&crate::ops::describe(&error));
+            self.monitor.note(&crate::error::describe(&error));
             Ok(())
         } else {
             Err(error)
@@ -235,7 +237,7 @@ impl Importer<'_> {
         }
         let restore = Restore::new(self.options, manifest, &[], self.root.clone(), self.monitor)?;
         self.root = Some(Arc::clone(&restore.root));
-        let ranges = wanted(restore.chosen());
+        let ranges = wanted(restore.chosen().flat_map(|image| &image.runs));
         let work = match &self.work {
             Some(_) => None,
             None => Some(Work::prepare(&restore, &header.archive, 1)?),
@@ -308,7 +310,7 @@ impl Importer<'_> {
                         .map_err(&malformed)?;
                     let all = frame.first..frame.first + u32::from(frame.blocks);
                     let mut needed = match &plan.wanted {
-                        Some(wanted) => overlap(wanted, all.clone()),
+                        Some(wanted) => range::overlap(wanted, all.clone()),
                         None => vec![all.clone()],
                     };
                     if all.end > announced_end {
@@ -319,7 +321,7 @@ impl Importer<'_> {
                         for range in &needed {
                             share(seeds, &plan.seeded, range, &content, frame.first, to, &mut shared);
                         }
-                        needed = without(&needed, &shared);
+                        needed = range::without(&needed, &shared);
                     }
                     for range in &needed {
                         let at = (range.start - frame.first) as usize * BLOCK_LEN;
@@ -359,7 +361,7 @@ impl Importer<'_> {
         }
         let Some(work) = &self.work else { return Ok(()) };
         let end = first + u32::try_from(hashes.len()).unwrap_or(0);
-        for range in parts(first..end) {
+        for range in range::parts(first..end, PROVED_BLOCKS) {
             for present in work.staging.present(range) {
                 let mut content = vec![0; (present.end - present.start) as usize * BLOCK_LEN];
                 work.staging.read(present.start, &mut content)?;
@@ -435,7 +437,7 @@ impl Importer<'_> {
                 problem: "nothing was intact that says what its blocks are for".into(),
             });
         };
-        let ranges = wanted(restore.chosen());
+        let ranges = wanted(restore.chosen().flat_map(|image| &image.runs));
         let lost: Vec<_> = ranges
             .iter()
             .flat_map(|range| work.staging.missing(range.clone()))
@@ -462,7 +464,7 @@ impl Importer<'_> {
                 if !has_all || first + blocks > log.end() {
                     return Ok(false);
                 }
-                for part in parts(first..first + blocks) {
+                for part in range::parts(first..first + blocks, PROVED_BLOCKS) {
                     digest.update(log.read(part.start, part.end - part.start)?.as_flattened())?;
                 }
                 Ok(true)
@@ -539,15 +541,6 @@ fn share(
 
 /// The maximal ranges of blocks, the first of which is `first`, in which two contents are equal.
 fn equal_blocks(first: StoreBlock, one: &[u8], other: &[u8]) -> Vec<Range<StoreBlock>> {
-    let mut ranges: Vec<Range<StoreBlock>> = Vec::new();
     let pairs = one.chunks_exact(BLOCK_LEN).zip(other.chunks_exact(BLOCK_LEN));
-    for (block, (one, other)) in (first..).zip(pairs) {
-        if one == other {
-            match ranges.last_mut() {
-                Some(last) if last.end == block => last.end += 1,
-                _ => ranges.push(block..block + 1),
-            }
-        }
-    }
-    ranges
+    range::where_true((first..).zip(pairs.map(|(one, other)| one == other)))
 }

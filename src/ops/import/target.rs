@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,8 +10,9 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use rustix::fs::FileType;
 
-use super::{Open, Options, Restore, SetOf, add, apply};
+use super::{Open, Options, Restore, add, apply};
 use crate::archive::manifest::Manifest;
+use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::restore::folder::{Place, Root, State};
 use crate::exec::restore::names::{Image, New, Temporaries, give_names};
@@ -192,7 +194,7 @@ pub(super) fn place(
     work: &mut Open,
     damaged: &BTreeSet<usize>,
     left_out: &BTreeSet<usize>,
-    lost: &SetOf,
+    lost: &[Range<StoreBlock>],
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
     let noted = work.staging.noted().clone();
@@ -202,7 +204,7 @@ pub(super) fn place(
         .chosen()
         .flat_map(|image| &image.runs)
         .map(|run| match run.content {
-            crate::archive::manifest::Content::Stored(_) => crate::block::bytes(run.blocks),
+            crate::content::Content::Stored(_) => crate::block::bytes(run.blocks),
             _ => 0,
         });
     monitor.phase("Making images", total.sum());
@@ -243,7 +245,7 @@ pub(super) fn place(
                 (apart.unwrap_or(staging.file()), staging.path()),
                 (file, path),
                 (&image.runs, image.image.size),
-                |block| lost.contains(block),
+                lost,
                 restore.shares,
                 monitor,
             )?;

@@ -1,17 +1,14 @@
-//! Compression of extents: zstd frames that btrfs takes as they are, and what extents would become.
-//!
-//! A frame holds at most 128 KiB of content, as the kernel's own do (kernel: `BTRFS_MAX_UNCOMPRESSED`), and takes whole blocks on
-//! disk, so that what matters is how many of them it saves.
+//! Plans that compress: samples of extents are compressed to find out which gain by it.
 
 use std::io;
 
 use rayon::prelude::*;
 use zstd::bulk::Compressor;
-use zstd::zstd_safe::CParameter;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
 use crate::facts::{Compression, Facts, Proof, Recoding};
-use crate::fs::{Sharing, SourceFile};
+use crate::frame::{Packer, on_disk};
+use crate::fs::{Sharing, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, Options, Plan, plan_proved};
@@ -29,59 +26,6 @@ pub enum Wish {
     },
     /// Undo compression.
     Undo,
-}
-
-/// How frames are made, and which are worth it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Packer {
-    /// Level of zstd, 1 to 19.
-    pub level: i32,
-    /// Hundredths of its blocks that a frame must save.
-    pub min_gain: u8,
-}
-
-impl Default for Packer {
-    /// As the filesystem does it itself: whatever saves a block is worth it.
-    fn default() -> Self {
-        Self { level: 3, min_gain: 0 }
-    }
-}
-
-impl Packer {
-    /// `log2` of the greatest window that the kernel decodes (kernel: `ZSTD_BTRFS_MAX_WINDOWLOG`).
-    const WINDOW_LOG: u32 = 17;
-
-    /// A compressor for [`Packer::pack`], which takes up to 100 MiB at the highest levels.
-    ///
-    /// # Errors
-    /// Those of zstd.
-    pub fn compressor(self) -> io::Result<Compressor<'static>> {
-        let mut compressor = Compressor::new(self.level)?;
-        compressor.set_parameter(CParameter::WindowLog(Self::WINDOW_LOG))?;
-        compressor.set_parameter(CParameter::ChecksumFlag(false))?;
-        Ok(compressor)
-    }
-
-    /// The frame for some content, if it saves enough.
-    ///
-    /// # Errors
-    /// Those of zstd.
-    pub fn pack(self, compressor: &mut Compressor<'_>, content: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        let frame = compressor.compress(content)?;
-        Ok(self
-            .is_worth(on_disk(frame.len()), content.len() as u64)
-            .then_some(frame))
-    }
-
-    /// Whether taking so many bytes on disk instead of others is worth it.
-    fn is_worth(self, new: u64, old: u64) -> bool {
-        new < old && new.saturating_mul(100) <= old.saturating_mul(100u64.saturating_sub(self.min_gain.into()))
-    }
-}
-
-/// Bytes on disk of a frame.
-fn on_disk(frame: usize) -> u64 {
-    (frame as u64).next_multiple_of(BLOCK_BYTES)
 }
 
 /// What samples of an extent became, in bytes.
@@ -300,66 +244,4 @@ fn try_window(
         expected: if is_full { alone } else { part.min(whole) },
         alone,
     })
-}
-
-/// Reads slots, one range after the other.
-///
-/// # Errors
-/// Those of reading.
-pub fn read_slots(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) -> crate::error::Result<Vec<u8>> {
-    let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
-    let mut content = vec![0; blocks * BLOCK_LEN];
-    let mut rest = &mut content[..];
-    for (_, place) in slots.iter().flat_map(|range| facts.places_of(range.clone())) {
-        let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-        fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
-        rest = after;
-    }
-    Ok(content)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn frames_keep_to_the_kernels_window() {
-        let content: Vec<u8> = (0..131_072u32)
-            .map(|n| (n.wrapping_mul(0x9e37_79b9) >> 28) as u8)
-            .collect();
-        for level in 1..=19 {
-            let packer = Packer { level, min_gain: 10 };
-            let frame = packer
-                .pack(&mut packer.compressor().unwrap(), &content)
-                .unwrap()
-                .unwrap();
-            let mut decoder = zstd::bulk::Decompressor::new().unwrap();
-            decoder.window_log_max(Packer::WINDOW_LOG).unwrap();
-            assert_eq!(decoder.decompress(&frame, content.len()).unwrap(), content);
-        }
-    }
-
-    #[test]
-    fn what_gains_too_little_is_left_as_it_is() {
-        let packer = Packer { level: 3, min_gain: 10 };
-        // 32 blocks must become 28 at most.
-        assert!(packer.is_worth(28 * 4096, 32 * 4096));
-        assert!(!packer.is_worth(29 * 4096, 32 * 4096));
-        assert!(Packer::default().is_worth(31 * 4096, 32 * 4096));
-        assert!(!Packer::default().is_worth(4096, 4096));
-    }
-
-    proptest! {
-        #[test]
-        fn frames_come_back_as_they_were(content in prop::collection::vec(any::<u8>(), 1..40), blocks in 1usize..33) {
-            let content: Vec<u8> = content.into_iter().cycle().take(blocks * BLOCK_LEN).collect();
-            let packer = Packer::default();
-            if let Some(frame) = packer.pack(&mut packer.compressor().unwrap(), &content).unwrap() {
-                prop_assert_eq!(zstd::bulk::decompress(&frame, content.len()).unwrap(), content);
-            } else {
-                prop_assert_eq!(blocks, 1);
-            }
-        }
-    }
 }

@@ -5,15 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
-use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
-use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
-use crate::error::{Error, Result};
+use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
+use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
+use crate::fs::volume::{Image, Volume, fingerprints_from_checksums};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::spill::SpillVec;
-use crate::sys::tree_search::Key;
 
 /// Where fingerprints came from, in bytes of images.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -54,13 +53,14 @@ pub fn fingerprint(
     let mut known = SlotSet::new(facts.slots() as usize);
     if fs.has_usable_checksums() {
         monitor.phase("Reading checksums", 0);
-        found.from_checksums = from_checksums(fs, facts, &mut known)?;
+        fingerprints_from_checksums(fs, facts, &mut known)?;
+        found.from_checksums = bytes(count(facts, &known));
     } else if let Some(index) = &mut index {
         index.keep_plain();
     }
     let before = count(facts, &known);
     if let Some(Err(error)) = index.as_mut().map(|index| index.look_up(facts, &mut known)) {
-        monitor.note(&crate::ops::describe(&error));
+        monitor.note(&describe(&error));
     }
     found.from_index = bytes(count(facts, &known) - before);
     let unknown: SpillVec<std::ops::Range<Slot>> = (0..facts.extents.len())
@@ -85,7 +85,7 @@ pub fn fingerprint(
                 .map(|one: &Unreadable| facts.extent_of(one.slots.start)),
         );
         if let Err(error) = index.update(facts) {
-            monitor.note(&crate::ops::describe(&error));
+            monitor.note(&describe(&error));
         }
     }
     Ok((found, unreadable))
@@ -104,7 +104,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
     let mut known = SlotSet::new(after.slots() as usize);
     after.fingerprints = before.fingerprints.alike(after.slots() as usize);
     index.look_up(after, &mut known)?;
-    let unchanged: Vec<bool> = fs.images().iter().map(super::Image::is_unchanged).collect();
+    let unchanged: Vec<bool> = fs.images().iter().map(Image::is_unchanged).collect();
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let after_then = &*after;
     let extents = (0u32..).zip(&after.extents);
@@ -178,102 +178,6 @@ fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::
         }
     }
     runs
-}
-
-/// Copies checksums of uncompressed extents. Returns how many bytes of live blocks they cover.
-fn from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result<u64> {
-    let width = fs.checksum_bytes();
-    let mut sums = std::mem::take(&mut facts.fingerprints);
-    let mut found_sums = Vec::new();
-    let visited = visit_checksums(fs, facts, |place, block, item| {
-        let extent = &facts.extents[place];
-        if extent.class.compression == Compression::None {
-            found_sums.clear();
-            let words = item.chunks_exact(width).filter_map(|sum| sum.first_chunk());
-            found_sums.extend(words.map(|word| u32::from_le_bytes(*word)));
-            let slot = extent.first_slot + block;
-            sums.write(slot, &found_sums);
-            known.insert_range(slot..slot + u32::try_from(found_sums.len()).unwrap_or(0));
-        }
-    });
-    facts.fingerprints = sums;
-    visited?;
-    Ok(bytes(count(facts, known)))
-}
-
-/// A digest of all checksums that the filesystem keeps of each extent's bytes on disk, compressed or not; none where it keeps
-/// none. With address and generation it tells whether an extent is still the one that was read, on copies of the filesystem too.
-///
-/// # Errors
-/// Those of reading metadata.
-pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
-    let width = fs.checksum_bytes().max(1);
-    let mut digests = SpillVec::of(None, facts.extents.len());
-    if fs.frees_blocks() {
-        return Ok(digests);
-    }
-    let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
-    let (mut current, mut next_block) = (None, 0);
-    visit_checksums(fs, facts, |place, block, item| {
-        if current != Some(place) {
-            if let Some(done) = current.replace(place) {
-                digests[done] = Some(hasher.digest128());
-            }
-            hasher.reset();
-            next_block = 0;
-        }
-        // Which blocks have none belongs to what they say; how they are cut into items does not.
-        if block != next_block {
-            hasher.update(&block.to_le_bytes());
-        }
-        hasher.update(item);
-        next_block = block + u32::try_from(item.len() / width).unwrap_or(0);
-    })?;
-    if let Some(done) = current {
-        digests[done] = Some(hasher.digest128());
-    }
-    Ok(digests)
-}
-
-/// Calls `visit` with the checksums of extents, in order: the extent's place, the block on disk that the first belongs to, and
-/// the checksums of that and the following ones. An extent may come in several parts.
-fn visit_checksums(fs: &Volume, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
-    /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
-    const ITEM_COVERS_MAX: u64 = 64 << 20;
-    let width = fs.checksum_bytes().max(1);
-    let key = |offset| Key {
-        object: CHECKSUM_OBJECT,
-        kind: EXTENT_CSUM,
-        offset,
-    };
-    let (Some(first), Some(last)) = (facts.extents.first(), facts.extents.last()) else {
-        return Ok(());
-    };
-    let from = key(first.address.saturating_sub(ITEM_COVERS_MAX));
-    let last = key(last.address + last.disk_bytes);
-    let end_of = |extent: &crate::facts::Extent| extent.address + extent.disk_bytes;
-    let mut place = 0;
-    fs.search(CHECKSUM_TREE, from, last, |found, item| {
-        let start = found.offset;
-        let end = start + (item.len() / width) as u64 * BLOCK_BYTES;
-        let extent_at = |place: usize| facts.extents.get(place);
-        while extent_at(place).is_some_and(|extent| end_of(extent) <= start) {
-            place += 1;
-        }
-        let mut at = place;
-        while let Some(extent) = extent_at(at).filter(|extent| extent.address < end) {
-            let (from, to) = (extent.address.max(start), end_of(extent).min(end));
-            let byte = |address: u64| usize::try_from((address - start) / BLOCK_BYTES).unwrap_or(usize::MAX) * width;
-            let block = u32::try_from((from - extent.address) / BLOCK_BYTES).unwrap_or(u32::MAX);
-            if from < to {
-                visit(at, block, item.get(byte(from)..byte(to)).unwrap_or_default());
-            }
-            at += 1;
-        }
-        // Between two extents may lie a lot that is not ours.
-        let next = extent_at(place).map_or(u64::MAX, |extent| extent.address);
-        (next > end.saturating_add(ITEM_COVERS_MAX)).then(|| key(next.saturating_sub(ITEM_COVERS_MAX)))
-    })
 }
 
 /// Reads blocks in the order they lie on disk, on all cores. Returns how many bytes, and what could not be read.

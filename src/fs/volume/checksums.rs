@@ -1,0 +1,106 @@
+//! Checksums that btrfs keeps of data.
+
+use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
+use crate::block::{BLOCK_BYTES, SlotSet};
+use crate::error::Result;
+use crate::facts::{Compression, Facts};
+use crate::spill::SpillVec;
+use crate::sys::tree_search::Key;
+
+/// Takes the checksums of uncompressed extents for their fingerprints, and says of which slots they are known.
+///
+/// # Errors
+/// Those of reading metadata.
+pub fn fingerprints_from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
+    let width = fs.checksum_bytes();
+    let mut sums = std::mem::take(&mut facts.fingerprints);
+    let mut found_sums = Vec::new();
+    let visited = visit_checksums(fs, facts, |place, block, item| {
+        let extent = &facts.extents[place];
+        if extent.class.compression == Compression::None {
+            found_sums.clear();
+            let words = item.chunks_exact(width).filter_map(|sum| sum.first_chunk());
+            found_sums.extend(words.map(|word| u32::from_le_bytes(*word)));
+            let slot = extent.first_slot + block;
+            sums.write(slot, &found_sums);
+            known.insert_range(slot..slot + u32::try_from(found_sums.len()).unwrap_or(0));
+        }
+    });
+    facts.fingerprints = sums;
+    visited
+}
+
+/// A digest of all checksums that the filesystem keeps of each extent's bytes on disk, compressed or not; none where it keeps
+/// none. With address and generation it tells whether an extent is still the one that was read, on copies of the filesystem too.
+///
+/// # Errors
+/// Those of reading metadata.
+pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
+    let width = fs.checksum_bytes().max(1);
+    let mut digests = SpillVec::of(None, facts.extents.len());
+    if fs.frees_blocks() {
+        return Ok(digests);
+    }
+    let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
+    let (mut current, mut next_block) = (None, 0);
+    visit_checksums(fs, facts, |place, block, item| {
+        if current != Some(place) {
+            if let Some(done) = current.replace(place) {
+                digests[done] = Some(hasher.digest128());
+            }
+            hasher.reset();
+            next_block = 0;
+        }
+        // Which blocks have none belongs to what they say; how they are cut into items does not.
+        if block != next_block {
+            hasher.update(&block.to_le_bytes());
+        }
+        hasher.update(item);
+        next_block = block + u32::try_from(item.len() / width).unwrap_or(0);
+    })?;
+    if let Some(done) = current {
+        digests[done] = Some(hasher.digest128());
+    }
+    Ok(digests)
+}
+
+/// Calls `visit` with the checksums of extents, in order: the extent's place, the block on disk that the first belongs to, and
+/// the checksums of that and the following ones. An extent may come in several parts.
+fn visit_checksums(fs: &Volume, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
+    /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
+    const ITEM_COVERS_MAX: u64 = 64 << 20;
+    let width = fs.checksum_bytes().max(1);
+    let key = |offset| Key {
+        object: CHECKSUM_OBJECT,
+        kind: EXTENT_CSUM,
+        offset,
+    };
+    let (Some(first), Some(last)) = (facts.extents.first(), facts.extents.last()) else {
+        return Ok(());
+    };
+    let from = key(first.address.saturating_sub(ITEM_COVERS_MAX));
+    let last = key(last.address + last.disk_bytes);
+    let end_of = |extent: &crate::facts::Extent| extent.address + extent.disk_bytes;
+    let mut place = 0;
+    fs.search(CHECKSUM_TREE, from, last, |found, item| {
+        let start = found.offset;
+        let end = start + (item.len() / width) as u64 * BLOCK_BYTES;
+        let extent_at = |place: usize| facts.extents.get(place);
+        while extent_at(place).is_some_and(|extent| end_of(extent) <= start) {
+            place += 1;
+        }
+        let mut at = place;
+        while let Some(extent) = extent_at(at).filter(|extent| extent.address < end) {
+            let (from, to) = (extent.address.max(start), end_of(extent).min(end));
+            let byte = |address: u64| usize::try_from((address - start) / BLOCK_BYTES).unwrap_or(usize::MAX) * width;
+            let block = u32::try_from((from - extent.address) / BLOCK_BYTES).unwrap_or(u32::MAX);
+            if from < to {
+                visit(at, block, item.get(byte(from)..byte(to)).unwrap_or_default());
+            }
+            at += 1;
+        }
+        // Between two extents may lie a lot that is not ours.
+        let next = extent_at(place).map_or(u64::MAX, |extent| extent.address);
+        (next > end.saturating_add(ITEM_COVERS_MAX)).then(|| key(next.saturating_sub(ITEM_COVERS_MAX)))
+    })
+}

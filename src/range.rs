@@ -1,0 +1,138 @@
+//! Arithmetic of half-open ranges of numbers: blocks of a store, slots of extents. A *list* here is ascending, and its ranges neither
+//! overlap nor are empty. Pure.
+
+use std::ops::Range;
+
+/// Appends a range to a list that ends before it; one that touches the last becomes part of it.
+pub fn push(list: &mut Vec<Range<u32>>, range: Range<u32>) {
+    match list.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ if range.is_empty() => {}
+        _ => list.push(range),
+    }
+}
+
+/// The list of the numbers that some ranges, in any order, hold between them. Ranges that touch become one.
+pub fn joined(ranges: impl IntoIterator<Item = Range<u32>>) -> Vec<Range<u32>> {
+    let mut ranges: Vec<Range<u32>> = ranges.into_iter().filter(|range| !range.is_empty()).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut list: Vec<Range<u32>> = Vec::new();
+    for range in ranges {
+        match list.last_mut() {
+            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+            _ => list.push(range),
+        }
+    }
+    list
+}
+
+/// The list of the numbers for which something is true.
+pub fn where_true(numbers: impl IntoIterator<Item = (u32, bool)>) -> Vec<Range<u32>> {
+    let mut list = Vec::new();
+    for (number, is_true) in numbers {
+        if is_true {
+            push(&mut list, number..number + 1);
+        }
+    }
+    list
+}
+
+/// How many numbers a list holds.
+pub fn count(list: &[Range<u32>]) -> u64 {
+    list.iter().map(|range| u64::from(range.end - range.start)).sum()
+}
+
+/// Whether a list holds a number.
+pub fn contains(list: &[Range<u32>], number: u32) -> bool {
+    let at = list.partition_point(|range| range.end <= number);
+    list.get(at).is_some_and(|range| range.start <= number)
+}
+
+/// The parts of a list that lie within a range.
+pub fn overlap(list: &[Range<u32>], within: Range<u32>) -> Vec<Range<u32>> {
+    let from = list.partition_point(|range| range.end <= within.start);
+    list[from..]
+        .iter()
+        .take_while(|range| range.start < within.end)
+        .map(|range| range.start.max(within.start)..range.end.min(within.end))
+        .collect()
+}
+
+/// What is left of a list without another.
+pub fn without(list: &[Range<u32>], other: &[Range<u32>]) -> Vec<Range<u32>> {
+    let mut left = Vec::new();
+    let mut others = other.iter().peekable();
+    for range in list {
+        let mut at = range.start;
+        while at < range.end {
+            while others.next_if(|other| other.end <= at).is_some() {}
+            let (end, next) = match others.peek() {
+                Some(other) if other.start <= at => (at, other.end),
+                Some(other) => (other.start.min(range.end), other.start.min(range.end)),
+                None => (range.end, range.end),
+            };
+            if at < end {
+                left.push(at..end);
+            }
+            at = next.max(end);
+        }
+    }
+    left
+}
+
+/// A range in parts of so many numbers at most.
+pub fn parts(range: Range<u32>, most: u32) -> impl Iterator<Item = Range<u32>> {
+    let end = range.end;
+    range
+        .step_by(most as usize)
+        .map(move |start| start..end.min(start.saturating_add(most)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn any_ranges() -> impl Strategy<Value = Vec<Range<u32>>> {
+        prop::collection::vec((0u32..90, 0u32..9), 0..12).prop_map(|ranges| {
+            ranges
+                .into_iter()
+                .map(|(start, length)| start..start + length)
+                .collect()
+        })
+    }
+
+    fn set(ranges: &[Range<u32>]) -> BTreeSet<u32> {
+        ranges.iter().cloned().flatten().collect()
+    }
+
+    fn check(list: &[Range<u32>]) {
+        assert!(list.iter().all(|range| !range.is_empty()), "{list:?}");
+        assert!(list.windows(2).all(|pair| pair[0].end <= pair[1].start), "{list:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn lists_hold_what_sets_hold(ranges in any_ranges(), others in any_ranges(), number in 0u32..99) {
+            let (list, other) = (joined(ranges.clone()), joined(others.clone()));
+            let (one, two) = (set(&ranges), set(&others));
+            prop_assert_eq!(set(&list), one.clone());
+            prop_assert_eq!(count(&list), one.len() as u64);
+            prop_assert_eq!(contains(&list, number), one.contains(&number));
+            let left = without(&list, &other);
+            prop_assert_eq!(set(&left), one.difference(&two).copied().collect::<BTreeSet<_>>());
+            let within = number..number + 7;
+            let inside = overlap(&list, within.clone());
+            prop_assert_eq!(set(&inside), one.iter().copied().filter(|n| within.contains(n)).collect::<BTreeSet<_>>());
+            let found = where_true((0..99).map(|n| (n, one.contains(&n))));
+            prop_assert_eq!(&found, &list);
+            let cut: Vec<_> = list.iter().cloned().flat_map(|range| parts(range, 3)).collect();
+            prop_assert_eq!(set(&cut), one);
+            prop_assert!(cut.iter().all(|part| part.len() <= 3));
+            for list in [&list, &left, &inside, &found, &cut] {
+                check(list);
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Goal: the order of the code's folders stays what it is, so that a change belongs to one place. Method: the imports in the sources.
+#![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
+
+use std::path::{Path, PathBuf};
+
+/// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
+const ORDER: [&str; 22] = [
+    "sys",
+    "block",
+    "range",
+    "shown",
+    "codec",
+    "content",
+    "error",
+    "monitor",
+    "fingerprint",
+    "chunk",
+    "frame",
+    "spill",
+    "facts",
+    "archive",
+    "pool",
+    "fs",
+    "index",
+    "plan",
+    "exec",
+    "report",
+    "ops",
+    "cli",
+];
+/// What is above all of them.
+const TOP: [&str; 2] = ["lib", "main"];
+
+fn sources() -> Vec<(PathBuf, String)> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let entries = walkdir::WalkDir::new(&src).sort_by_file_name().into_iter();
+    let files = entries
+        .map(|entry| entry.unwrap().into_path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    files
+        .map(|path| {
+            let text = std::fs::read_to_string(&path).unwrap();
+            (path.strip_prefix(&src).unwrap().to_owned(), code_of(&text))
+        })
+        .collect()
+}
+
+/// A source without comments and without its tests.
+fn code_of(text: &str) -> String {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let lines = code.lines().map(|line| line.split("//").next().unwrap_or_default());
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The file or folder of `src` that a source belongs to.
+fn folder_of(path: &Path) -> String {
+    let first = path.components().next().unwrap();
+    let name = Path::new(&first).with_extension("");
+    name.to_str().unwrap().to_owned()
+}
+
+/// The names that follow some words, as `crate::` in an import.
+fn names_after<'a>(code: &'a str, words: &'a str) -> impl Iterator<Item = &'a str> {
+    code.match_indices(words).map(move |(at, _)| {
+        let rest = &code[at + words.len()..];
+        let end = rest
+            .find(|c: char| !c.is_alphanumeric() && c != '_')
+            .unwrap_or(rest.len());
+        &rest[..end]
+    })
+}
+
+fn level_of(name: &str) -> Option<usize> {
+    ORDER.iter().position(|one| *one == name)
+}
+
+#[test]
+fn no_arrow_points_back() {
+    let mut wrong = Vec::new();
+    let mut arrows = 0;
+    for (path, code) in sources() {
+        let folder = folder_of(&path);
+        if TOP.contains(&folder.as_str()) {
+            continue;
+        }
+        let level =
+            level_of(&folder).unwrap_or_else(|| panic!("{folder} has no place in the order: {}", path.display()));
+        for used in names_after(&code, "crate::").filter(|used| *used != folder) {
+            arrows += 1;
+            if level_of(used).is_none_or(|its| its >= level) {
+                wrong.push(format!("{} uses {used}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(arrows > 300, "only {arrows} imports were found");
+}
+
+#[test]
+fn no_verb_uses_another() {
+    let mut wrong = Vec::new();
+    let verbs = [
+        "diff", "export", "import", "list", "reclaim", "report", "scan", "status", "verify",
+    ];
+    for (path, code) in sources() {
+        let Ok(below) = path.strip_prefix("ops") else { continue };
+        let verb = folder_of(below);
+        if verb == "mod" {
+            continue;
+        }
+        let is_inside = below.components().count() > 1;
+        let ways = ["crate::ops::", if is_inside { "super::super::" } else { "super::" }];
+        for used in ways.into_iter().flat_map(|way| names_after(&code, way)) {
+            if verbs.contains(&used) && used != verb {
+                wrong.push(format!("{} uses {used}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
