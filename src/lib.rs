@@ -13,6 +13,7 @@
 //! fs          what images map on btrfs, XFS and a simulated filesystem, and how to read, share and count there
 //! pool        which files are images, and why one is left alone
 //! archive     records of archives: what they hold, writing, reading
+//! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
 //! spill       lists of millions, in memory as far as it goes and in files beyond that
 //! frame       zstd frames that btrfs takes as they are
@@ -53,4 +54,5 @@ pub mod range;
 pub mod report;
 pub mod shown;
 pub mod spill;
+pub mod store;
 pub mod sys;

@@ -380,14 +380,14 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
 fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     use std::os::unix::ffi::OsStrExt;
     use vmfold::archive::manifest::{self, Entry, Image, Payloads};
-    use vmfold::archive::writer::{Base, Sink, Writer};
+    use vmfold::archive::writer::{Base, Writer};
     use vmfold::content::{Content as Holds, Metadata, Run};
-    let sink = Sink::File(std::fs::File::create(path).unwrap());
+    let store = std::sync::Arc::new(vmfold::store::MemoryStore::default());
     let base = Base {
         archive: [1; 16],
         ..Base::default()
     };
-    let mut writer = Writer::begin(sink, base, 5).unwrap();
+    let mut writer = Writer::begin(store.clone(), base, 5).unwrap();
     let mut payloads = Payloads::default();
     let mut summaries = Vec::new();
     for (number, name) in (0..).zip(names) {
@@ -436,6 +436,7 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
         records: Vec::new(),
     };
     writer.finish(commit).unwrap();
+    std::fs::write(path, store.to_vec()).unwrap();
 }
 
 fn named(name: &[u8], path: &Path) {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 22] = [
+const ORDER: [&str; 23] = [
     "sys",
     "block",
     "range",
@@ -18,6 +18,7 @@ const ORDER: [&str; 22] = [
     "frame",
     "spill",
     "facts",
+    "store",
     "archive",
     "pool",
     "fs",

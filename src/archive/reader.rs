@@ -1,12 +1,9 @@
-//! Reads an archive in a file: its commits, manifests, frames and hashes. Where its end or its directories are damaged, it is
+//! Reads an archive that lies in a store: its commits, manifests, frames and hashes. Where its end or its directories are damaged, it is
 //! searched from the beginning.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, decode_tail};
 use super::head::Head;
@@ -19,6 +16,7 @@ use super::writer::Base;
 use crate::block::ByteRange;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
+use crate::store::{Reader, Store};
 
 const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
 
@@ -51,11 +49,10 @@ pub struct Damage {
     pub problem: String,
 }
 
-/// An archive in a file.
+/// An archive.
 #[derive(Debug)]
 pub struct Archive {
-    file: File,
-    path: PathBuf,
+    store: Arc<dyn Store>,
     length: u64,
     head: Head,
     id: [u8; 16],
@@ -82,16 +79,16 @@ impl Archive {
     /// Opens an archive.
     ///
     /// # Errors
-    /// If the file is none, has no commit left, or needs a later version.
-    pub fn open(path: &Path) -> Result<Self> {
-        let archive = Self::open_any(path)?;
+    /// If it is none, has no commit left, or needs a later version.
+    pub fn open(store: Arc<dyn Store>) -> Result<Self> {
+        let archive = Self::open_any(store)?;
         if archive.commits.is_empty() {
             let problem = if archive.damage().is_empty() {
                 "it has no commit: the export that wrote it did not end"
             } else {
                 "none of its commits is intact"
             };
-            return Err(Error::damaged(path, 0, archive.length, problem));
+            return Err(Error::damaged(archive.path(), 0, archive.length, problem));
         }
         Ok(archive)
     }
@@ -99,41 +96,17 @@ impl Archive {
     /// The same, but an archive without a commit is none the worse.
     ///
     /// # Errors
-    /// If the file is no archive, or needs a later version.
-    pub fn open_any(path: &Path) -> Result<Self> {
-        let none = || Error::NotAnArchive { path: path.to_owned() };
-        match path.metadata() {
-            // To open a device can do something, and a pipe may have nobody at its other end.
-            Ok(metadata) if !metadata.is_file() => return Err(none()),
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::NoSuchPath { path: path.to_owned() });
-            }
-            Err(error) => return Err(Error::io("look at", path)(error)),
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_NONBLOCK);
-        let file = options.open(path).map_err(Error::io("open", path))?;
-        let metadata = file.metadata().map_err(Error::io("look at", path))?;
-        if !metadata.is_file() {
-            return Err(none());
-        }
-        Self::in_file(file, path)
+    /// If it is no archive, or needs a later version.
+    pub fn open_any(store: Arc<dyn Store>) -> Result<Self> {
+        let failed = |error| Error::io("look at", store.path())(error);
+        let length = store.length().map_err(failed)?;
+        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
+        Self::of(store, length)
     }
 
-    /// The same for a file that is open already; `path` is for messages.
-    ///
-    /// # Errors
-    /// As for [`Archive::open_any`].
-    pub fn in_file(file: File, path: &Path) -> Result<Self> {
-        let length = file.metadata().map_err(Error::io("look at", path))?.len();
-        Self::of(file, path, length)
-    }
-
-    fn of(file: File, path: &Path, length: u64) -> Result<Self> {
+    fn of(store: Arc<dyn Store>, length: u64) -> Result<Self> {
         let mut archive = Self {
-            file,
-            path: path.to_owned(),
+            store,
             length,
             head: Head::current(),
             id: [0; 16],
@@ -223,14 +196,14 @@ impl Archive {
             let mut start = [0; MAGIC.len()];
             if self.read_at(0, &mut start).is_ok() && start == MAGIC {
                 return Err(Error::damaged(
-                    &self.path,
+                    self.path(),
                     0,
                     self.length,
                     "none of its records is intact",
                 ));
             }
             return Err(Error::NotAnArchive {
-                path: self.path.clone(),
+                path: self.path().to_owned(),
             });
         };
         let id = first.archive;
@@ -444,18 +417,10 @@ impl Archive {
         Ok(self.searched.get_or_init(Searched::default))
     }
 
-    /// Its bytes from an offset on. The descriptor's own position is that of an export that appends.
-    fn from(&self, offset: u64) -> From<'_> {
-        From {
-            file: &self.file,
-            offset,
-        }
-    }
-
     fn search(&self) -> Result<Searched> {
         let mut searched = Searched::default();
-        let mut stream = Stream::new(self.from(0), 0);
-        while let Some(event) = stream.next_event().map_err(Error::io("read", &self.path))? {
+        let mut stream = Stream::new(Reader::new(&*self.store, 0), 0);
+        while let Some(event) = stream.next_event().map_err(Error::io("read", self.path()))? {
             match event {
                 Event::Record { header, offset, .. } => {
                     searched.by_hash.entry(header.body_hash).or_insert(offset);
@@ -473,7 +438,7 @@ impl Archive {
 
     /// Its path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.store.path()
     }
 
     /// Its identity.
@@ -527,10 +492,10 @@ impl Archive {
     /// # Errors
     /// Those of reading.
     pub fn ends_in_leftovers_only(&self) -> Result<bool> {
-        let mut stream = Stream::new(self.from(self.end.0), self.end.0);
+        let mut stream = Stream::new(Reader::new(&*self.store, self.end.0), self.end.0);
         let mut sequence = self.end.1;
         let mut broken = false;
-        while let Some(event) = stream.next_event().map_err(Error::io("read", &self.path))? {
+        while let Some(event) = stream.next_event().map_err(Error::io("read", self.path()))? {
             let follows = match event {
                 Event::Record { header, .. } => {
                     let follows = header.archive == self.id && header.sequence == sequence;
@@ -567,12 +532,12 @@ impl Archive {
             let commit = name.unwrap_or("latest").to_owned();
             match self.damage().first() {
                 Some(damage) => Error::Damaged {
-                    path: self.path.clone(),
+                    path: self.path().to_owned(),
                     range: Some(damage.range),
                     problem: format!("{}, and of what is intact nothing is commit `{commit}`", damage.problem),
                 },
                 None => Error::NoSuchCommit {
-                    path: self.path.clone(),
+                    path: self.path().to_owned(),
                     commit,
                 },
             }
@@ -677,7 +642,7 @@ impl Archive {
         self.read_at(offset, &mut stored)?;
         frame
             .decode(&stored)
-            .map_err(|problem| Error::damaged(&self.path, offset, frame.stored_bytes.into(), problem))
+            .map_err(|problem| Error::damaged(self.path(), offset, frame.stored_bytes.into(), problem))
     }
 
     /// The hashes of the blocks from `first` to `end`, as far as INDEXes have them intact.
@@ -729,7 +694,7 @@ impl Archive {
             Some(offset) if *offset != location.offset => read(*offset),
             _ => Err(match error {
                 Error::Damaged { problem, .. } => Error::Damaged {
-                    path: self.path.clone(),
+                    path: self.path().to_owned(),
                     range: Some(range_of(location)),
                     problem: format!("{} record: {problem}", location.kind.name()),
                 },
@@ -742,7 +707,7 @@ impl Archive {
         let mut bytes = [0; HEADER_BYTES];
         self.read_at(offset, &mut bytes)?;
         Header::decode(&bytes).map_err(|bad| match bad {
-            BadHeader::Damaged(problem) => Error::damaged(&self.path, offset, HEADER_BYTES as u64, problem),
+            BadHeader::Damaged(problem) => Error::damaged(self.path(), offset, HEADER_BYTES as u64, problem),
             BadHeader::Unsupported(problem) => self.unsupported(problem),
         })
     }
@@ -764,17 +729,17 @@ impl Archive {
         if offset.saturating_add(buffer.len() as u64) > self.length {
             return Err(self.problem(offset, "it ends too early"));
         }
-        match self.file.read_exact_at(buffer, offset) {
+        match self.store.read_exact_at(offset, buffer) {
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Err(self.problem(offset, "it ends too early"))
             }
-            other => other.map_err(Error::io_at("read", &self.path, offset, buffer.len() as u64)),
+            other => other.map_err(Error::io_at("read", self.path(), offset, buffer.len() as u64)),
         }
     }
 
     fn problem(&self, offset: u64, problem: &str) -> Error {
         Error::damaged(
-            &self.path,
+            self.path(),
             offset,
             self.length.saturating_sub(offset).min(HEADER_BYTES as u64),
             problem,
@@ -783,23 +748,9 @@ impl Archive {
 
     fn unsupported(&self, problem: &'static str) -> Error {
         Error::Unsupported {
-            path: self.path.clone(),
+            path: self.path().to_owned(),
             problem,
         }
-    }
-}
-
-/// A file from an offset on.
-struct From<'a> {
-    file: &'a File,
-    offset: u64,
-}
-
-impl Read for From<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.file.read_at(buffer, self.offset)?;
-        self.offset += read as u64;
-        Ok(read)
     }
 }
 

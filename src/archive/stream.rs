@@ -1,13 +1,9 @@
 //! Reads records in the order they were written, from a file or a pipe, and gets over what is damaged.
 
-use std::fs::File;
 use std::io::{self, Read};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::record::{BadHeader, HEADER_BYTES, Header, MAGIC, hash_of};
 use crate::block::ByteRange;
-use crate::monitor::Monitor;
 
 /// Bytes asked for at a time while looking for a record.
 const SEARCH_BYTES: usize = 64 << 10;
@@ -16,47 +12,6 @@ const SEARCH_BYTES: usize = 64 << 10;
 const FAILED_BYTES: u64 = 1 << 30;
 /// Times that each byte may be hashed in vain.
 const FAILED_RATIO: u64 = 16;
-
-/// Standard input, which can be waited for in vain: the user may end that.
-#[expect(missing_debug_implementations, reason = "a monitor has none")]
-pub struct Input<'a> {
-    file: File,
-    monitor: &'a dyn Monitor,
-}
-
-impl<'a> Input<'a> {
-    /// A copy of the descriptor of standard input, read without a buffer.
-    ///
-    /// # Errors
-    /// Those of the system call.
-    pub fn new(monitor: &'a dyn Monitor) -> io::Result<Self> {
-        let file = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 0)?.into();
-        Ok(Self { file, monitor })
-    }
-}
-
-impl Read for Input<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        const LOOK_EVERY: Timespec = Timespec {
-            tv_sec: 0,
-            tv_nsec: 200_000_000,
-        };
-        loop {
-            if self.monitor.interrupted() {
-                // Not the kind of that name: whoever reads to the end would try again.
-                return Err(io::Error::other("interrupted"));
-            }
-            match poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&LOOK_EVERY)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => match self.file.read(buffer) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    read => return read,
-                },
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-}
 
 /// What comes next.
 #[derive(Debug)]

@@ -1,44 +1,16 @@
-//! Writes records one after the other, to a file or a pipe, never seeking.
+//! Writes records one after the other.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
+use std::sync::Arc;
 
 use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, encode_tail};
 use super::head::Head;
 use super::record::{HEADER_BYTES, Header, Kind, SEQUENCES};
 use crate::content::StoreBlock;
+use crate::store::Store;
 
-/// Where an archive goes.
-#[derive(Debug)]
-pub enum Sink {
-    /// A file, written from where it is positioned.
-    File(File),
-    /// A copy of standard output: what Rust's own handle writes to a descriptor that is none is lost without an error.
-    Pipe(File),
-}
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let (Self::File(file) | Self::Pipe(file)) = self;
-        file.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Sink {
-    /// Waits until everything is on disk, where it is a disk.
-    fn settle(&mut self) -> io::Result<()> {
-        let (Self::File(file) | Self::Pipe(file)) = self;
-        // Standard output may be a file as well.
-        if file.metadata()?.is_file() {
-            file.sync_data()?;
-        }
-        Ok(())
-    }
-}
+/// Bytes of a body that is written together with its header.
+const AT_ONCE_BYTES_MAX: usize = 16 << 20;
 
 /// What a new epoch continues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -60,7 +32,7 @@ pub struct Base {
 /// Writes one epoch.
 #[derive(Debug)]
 pub struct Writer {
-    sink: Sink,
+    store: Arc<dyn Store>,
     base: Base,
     epoch: u64,
     sequence: u64,
@@ -73,12 +45,12 @@ impl Writer {
     ///
     /// # Errors
     /// Those of writing.
-    pub fn begin(sink: Sink, base: Base, epoch: u64) -> io::Result<Self> {
+    pub fn begin(store: Arc<dyn Store>, base: Base, epoch: u64) -> io::Result<Self> {
         if base.commits >= COMMITS_MAX {
             return Err(io::Error::other("the archive has used up the numbers of its commits"));
         }
         let mut writer = Self {
-            sink,
+            store,
             base,
             epoch,
             sequence: base.sequence,
@@ -121,8 +93,13 @@ impl Writer {
             return Err(io::Error::other("the archive has used up the numbers of its records"));
         }
         let header = Header::of(kind, self.base.archive, self.epoch, self.sequence, body);
-        self.sink.write_all(&header.encode())?;
-        self.sink.write_all(body)?;
+        if body.len() > AT_ONCE_BYTES_MAX {
+            self.store.append(&header.encode())?;
+            self.store.append(body)?;
+        } else {
+            // In one call, so that whoever is killed leaves no COMMIT without its body.
+            self.store.append(&[&header.encode()[..], body].concat())?;
+        }
         let location = Location {
             kind,
             part,
@@ -144,7 +121,7 @@ impl Writer {
     /// # Errors
     /// Those of writing.
     pub fn finish(mut self, mut commit: Commit) -> io::Result<(Base, Commit)> {
-        self.sink.settle()?;
+        self.store.settle()?;
         commit.number = self.commit_number();
         commit.previous = self.base.last;
         commit.records = std::mem::take(&mut self.records);
@@ -162,7 +139,7 @@ impl Writer {
             body_hash: location.body_hash,
         };
         self.write(Kind::Tail, 0, (0, 0), &encode_tail(&last))?;
-        self.sink.settle()?;
+        self.store.settle()?;
         let base = Base {
             archive: self.base.archive,
             commits: commit.number,

@@ -19,6 +19,7 @@ use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
 use crate::pool::{self, Found};
 use crate::report::{Change, Diffed, DiffedImage};
+use crate::store::FileStore;
 
 /// What an archive's commit is compared with.
 #[derive(Debug, Clone)]
@@ -34,7 +35,7 @@ pub enum With {
 /// # Errors
 /// Those of reading, or if there is no such commit.
 pub fn diff(path: &Path, commit: Option<&str>, with: &With, monitor: &dyn Monitor) -> Result<Diffed> {
-    let archive = Archive::open(path)?;
+    let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
     let one = archive.commit(commit)?;
     let mut result = Diffed {
         archive: path.to_owned(),

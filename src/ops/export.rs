@@ -1,15 +1,10 @@
 //! `export`: images and revisions into an archive, each distinct block once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::{Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
-
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
-use rustix::io::Errno;
 
 use super::{Prepared, Scope, discover, prepare_found, root_of};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
@@ -17,7 +12,7 @@ use crate::archive::head::Head;
 use crate::archive::manifest::{self, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads};
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
-use crate::archive::writer::{Base, Sink, Writer};
+use crate::archive::writer::{Base, Writer};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
@@ -31,6 +26,7 @@ use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
 use crate::pool::{Found, Named, Revision, patterns, revision_of};
 use crate::report::Exported;
 use crate::spill::SpillVec;
+use crate::store::{FileStore, OutputPipe, Store};
 use crate::sys::beneath;
 
 /// Which revisions to export.
@@ -76,6 +72,38 @@ pub struct Options {
 /// Those of reading and writing; [`Error::ChangedMeanwhile`] if an image changed. Whatever the error, the archive has the commits
 /// it had before, and no more bytes.
 pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
+    match &options.target {
+        Target::Pipe => {
+            let pipe = OutputPipe::new().map_err(Error::io("write to", Path::new("stdout")))?;
+            export_to(options, || Ok(Arc::new(pipe)), monitor)
+        }
+        Target::File(path) => {
+            let mut opened = None;
+            let open = || {
+                let file = Arc::new(FileStore::append_to(path)?);
+                opened = Some(Arc::clone(&file));
+                Ok(file as Arc<dyn Store>)
+            };
+            let done = export_to(options, open, monitor);
+            if let Some(file) = opened.filter(|_| done.is_err())
+                && let Err(error) = file.remove_if_unused()
+            {
+                monitor.note(&format!("The archive, which is empty, could not be removed: {error}"));
+            }
+            done
+        }
+    }
+}
+
+/// Exports a pool to a store, which is opened once it is known that there is something to export. [`Options::target`] is not looked at.
+///
+/// # Errors
+/// As for [`export`].
+pub fn export_to(
+    options: &Options,
+    open: impl FnOnce() -> Result<Arc<dyn Store>>,
+    monitor: &dyn Monitor,
+) -> Result<Exported> {
     let mut found = discover(&options.scope, monitor)?;
     let root = root_of(&found.named);
     found.images = choose(found.images, options, &root)?;
@@ -84,14 +112,13 @@ pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
             paths: options.scope.paths.clone(),
         });
     }
-    let mut opened = Opened::new(&options.target)?;
     let names: BTreeMap<PathBuf, BTreeSet<PathBuf>> = found
         .images
         .iter()
         .map(|image| (image.path.clone(), image.names.clone()))
         .collect();
     let named = found.named.clone();
-    let run = || {
+    let run = |opened: &mut Opened| {
         let prepared = prepare_found(&options.scope, found, Purpose::Read, false, monitor)?;
         if monitor.interrupted() {
             return Err(Error::Interrupted);
@@ -104,9 +131,10 @@ pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
             names: &names,
             monitor,
         };
-        exporter.run(&mut opened)
+        exporter.run(opened)
     };
-    let done = run();
+    let mut opened = Opened::new(open()?)?;
+    let done = run(&mut opened);
     if done.is_err() {
         opened.undo(monitor);
     }
@@ -158,235 +186,72 @@ fn choose(images: Vec<Found>, options: &Options, root: &Path) -> Result<Vec<Foun
 
 /// The archive that is written to.
 struct Opened {
-    target: Target,
+    store: Arc<dyn Store>,
+    /// What is in it already; none if there is no commit.
     archive: Option<Archive>,
     base: Base,
-    sink: Option<Sink>,
-    /// Kept for its lock, and to cut off what an export that failed wrote.
-    file: Option<OpenFile>,
 }
 
 impl Opened {
-    fn new(target: &Target) -> Result<Self> {
-        let base = Base {
-            archive: random()?,
-            ..Base::default()
-        };
+    fn new(store: Arc<dyn Store>) -> Result<Self> {
+        let path = store.path().to_owned();
+        let failed = Error::io("write to", &path);
         let mut opened = Self {
-            target: target.clone(),
+            store: Arc::clone(&store),
             archive: None,
-            base,
-            sink: None,
-            file: None,
+            base: Base {
+                archive: random()?,
+                ..Base::default()
+            },
         };
-        let Target::File(path) = target else {
-            opened.sink = Some(Sink::Pipe(standard_output()?));
+        let length = store.length().map_err(Error::io("look at", &path))?.unwrap_or(0);
+        if length == 0 {
             return Ok(opened);
-        };
-        let file = OpenFile::open(path)?;
-        match file.file.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::Usage(format!(
-                    "another vmfold is writing to `{}`",
-                    crate::shown::shown(path)
-                )));
-            }
-            Err(std::fs::TryLockError::Error(error)) => return Err(Error::io("lock", path)(error)),
         }
-        let length = file.file.metadata().map_err(Error::io("look at", path))?.len();
-        let is_torn = is_torn_beginning(&file.file, length).map_err(Error::io("read", path))?;
-        if is_torn {
-            file.file.set_len(0).map_err(Error::io("write to", path))?;
-        } else if length > 0 {
-            let same = file.file.try_clone().map_err(Error::io("open", path))?;
-            let found = Archive::in_file(same, path)?;
-            if !found.head().may_append() {
-                return Err(Error::Unsupported {
-                    path: path.clone(),
-                    problem: "it was made by another version, which cuts chunks in another way or knows more features",
-                });
-            }
-            opened.base = found.base();
-            if opened.base.length < found.length() {
-                if !found.ends_in_leftovers_only()? {
-                    let length = found.length() - opened.base.length;
-                    let problem = "what follows its last intact commit is not just an export that did not end";
-                    return Err(Error::damaged(path, opened.base.length, length, problem));
-                }
-                file.file
-                    .set_len(opened.base.length)
-                    .map_err(Error::io("write to", path))?;
-            }
-            opened.archive = (!found.commits().is_empty()).then_some(found);
+        if is_torn_beginning(&*store, length).map_err(Error::io("read", &path))? {
+            store.truncate(0).map_err(failed)?;
+            return Ok(opened);
         }
-        let mut writes = file.file.try_clone().map_err(Error::io("open", path))?;
-        writes
-            .seek(SeekFrom::Start(opened.base.length))
-            .map_err(Error::io("write to", path))?;
-        opened.sink = Some(Sink::File(writes));
-        opened.file = Some(file);
+        let found = Archive::open_any(store)?;
+        if !found.head().may_append() {
+            return Err(Error::Unsupported {
+                path: path.clone(),
+                problem: "it was made by another version, which cuts chunks in another way or knows more features",
+            });
+        }
+        opened.base = found.base();
+        if opened.base.length < found.length() {
+            if !found.ends_in_leftovers_only()? {
+                let length = found.length() - opened.base.length;
+                let problem = "what follows its last intact commit is not just an export that did not end";
+                return Err(Error::damaged(&path, opened.base.length, length, problem));
+            }
+            opened.store.truncate(opened.base.length).map_err(failed)?;
+        }
+        opened.archive = (!found.commits().is_empty()).then_some(found);
         Ok(opened)
-    }
-
-    fn path(&self) -> &Path {
-        match &self.target {
-            Target::File(path) => path,
-            Target::Pipe => Path::new("stdout"),
-        }
     }
 
     /// Takes back what was written: nothing of it counts without a commit.
     fn undo(&self, monitor: &dyn Monitor) {
-        let Some(file) = &self.file else { return };
-        let undone = if file.is_new {
-            file.remove()
-        } else {
-            file.file.set_len(self.base.length)
-        };
-        if let Err(error) = undone {
-            monitor.note(&format!("What was written so far could not be taken back: {error}"));
+        match self.store.truncate(self.base.length) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
+            Err(error) => monitor.note(&format!("What was written so far could not be taken back: {error}")),
         }
     }
 }
 
-/// An archive's file, and where it has its name. What it holds is for who runs vmfold alone.
-struct OpenFile {
-    file: File,
-    folder: beneath::Folder,
-    name: OsString,
-    is_new: bool,
-}
-
-impl OpenFile {
-    /// Makes the file, or opens the one that is there, if that is no trap: it is a regular file, and was not put there by another user,
-    /// who would read along.
-    fn open(path: &Path) -> Result<Self> {
-        /// Links followed to the file.
-        const LINKS_MAX: u32 = 8;
-        let mut at = path.to_owned();
-        for _ in 0..LINKS_MAX {
-            let name = at.file_name().ok_or_else(|| not_an_archive(path))?.to_owned();
-            let parent = at.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let parent = parent.unwrap_or(Path::new("."));
-            let folder = beneath::Folder::open(parent).map_err(Error::io("open", parent))?;
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            match rustix::fs::openat(&folder, &name, flags, Mode::RUSR | Mode::WUSR) {
-                Ok(file) => {
-                    return Ok(Self {
-                        file: file.into(),
-                        folder,
-                        name,
-                        is_new: true,
-                    });
-                }
-                Err(Errno::EXIST) => {}
-                Err(errno) => return Err(Error::io("make", path)(errno)),
-            }
-            let failed = |errno: Errno| Error::io("open", path)(errno);
-            // What it is, is looked at before it is opened: to open a device can do something.
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let there = rustix::fs::openat(&folder, &name, flags, Mode::empty()).map_err(failed)?;
-            let stat = rustix::fs::fstat(&there).map_err(failed)?;
-            match FileType::from_raw_mode(stat.st_mode) {
-                FileType::RegularFile => {
-                    refuse_if_of_another(&folder, &stat, path)?;
-                    let file = beneath::reopen(&there, OFlags::RDWR | OFlags::NONBLOCK).map_err(failed)?;
-                    return Ok(Self {
-                        file,
-                        folder,
-                        name,
-                        is_new: false,
-                    });
-                }
-                FileType::Symlink => {
-                    refuse_if_of_another(&folder, &stat, path)?;
-                    let link = rustix::fs::readlinkat(&there, "", Vec::new()).map_err(failed)?;
-                    at = parent.join(OsStr::from_bytes(link.to_bytes()));
-                }
-                _ => return Err(not_an_archive(path)),
-            }
-        }
-        Err(Error::io("open", path)(Errno::LOOP))
-    }
-
-    /// Whether the file still has its name: else it is gone, or soon will be.
-    fn has_its_name(&self) -> rustix::io::Result<bool> {
-        let (stat, mine) = (self.folder.stat(&self.name)?, rustix::fs::fstat(&self.file)?);
-        Ok((stat.st_dev, stat.st_ino) == (mine.st_dev, mine.st_ino))
-    }
-
-    /// Makes its name durable, and says where it has lost it.
-    fn settle(&self, path: &Path) -> Result<()> {
-        rustix::fs::fsync(&self.folder).map_err(Error::io("sync the folder of", path))?;
-        match self.has_its_name() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::io("find again", path)(Errno::STALE)),
-            Err(errno) => Err(Error::io("find again", path)(errno)),
-        }
-    }
-
-    fn remove(&self) -> std::io::Result<()> {
-        if self.has_its_name()? {
-            rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())?;
-        }
-        Ok(())
-    }
-}
-
-fn not_an_archive(path: &Path) -> Error {
-    Error::NotAnArchive { path: path.to_owned() }
-}
-
-/// Refuses a file or link that neither the user of this process nor root made, in a folder where others can put one. Filesystems that
-/// keep no owners, or have them from another host, cannot tell.
-fn refuse_if_of_another(folder: &beneath::Folder, stat: &rustix::fs::Stat, path: &Path) -> Result<()> {
-    /// vfat, exfat, ntfs3, cifs, smb2, nfs, 9p, fuse (linux/magic.h).
-    const WITHOUT_OWNERS: [i64; 8] = [
-        0x4d44,
-        0x2011_bab0,
-        0x7366_746e,
-        0xff53_4d42,
-        0xfe53_4d42,
-        0x6969,
-        0x0102_1997,
-        0x6573_5546,
-    ];
-    let failed = Error::io("look at the folder of", path);
-    let is_mine = |uid: u32| uid == 0 || uid == rustix::process::geteuid().as_raw();
-    if is_mine(stat.st_uid) {
-        return Ok(());
-    }
-    let of_folder = rustix::fs::fstat(folder).map_err(failed)?;
-    let others_write = Mode::from_raw_mode(of_folder.st_mode).intersects(Mode::WGRP | Mode::WOTH);
-    let magic = rustix::fs::fstatfs(folder).map_or(0, |found| found.f_type);
-    if (is_mine(of_folder.st_uid) && !others_write) || WITHOUT_OWNERS.contains(&magic) {
-        return Ok(());
-    }
-    Err(Error::OfAnother {
-        path: path.to_owned(),
-        uid: stat.st_uid,
-    })
-}
-
-/// Whether a file is nothing but the beginning of the first record of an archive: what an export leaves that was killed at once.
-fn is_torn_beginning(file: &File, length: u64) -> std::io::Result<bool> {
+/// Whether a store holds nothing but the beginning of the first record of an archive: what an export leaves that was killed at once.
+fn is_torn_beginning(store: &dyn Store, length: u64) -> std::io::Result<bool> {
     let whole = HEADER_BYTES as u64 + Head::current().encode().len() as u64;
     if length == 0 || length >= whole {
         return Ok(false);
     }
     let mut start = [0; MAGIC.len()];
     let count = MAGIC.len().min(usize::try_from(length).unwrap_or(MAGIC.len()));
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut start[..count], 0)?;
+    store.read_exact_at(0, &mut start[..count])?;
     Ok(MAGIC.starts_with(&start[..count]))
-}
-
-/// A copy of the descriptor of standard output.
-fn standard_output() -> Result<File> {
-    let failed = Error::io("write to", Path::new("stdout"));
-    rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)
-        .map(File::from)
-        .map_err(failed)
 }
 
 fn random<const N: usize>() -> Result<[u8; N]> {
@@ -411,9 +276,11 @@ struct Exporter<'a> {
 impl Exporter<'_> {
     fn run(&self, opened: &mut Opened) -> Result<Exported> {
         let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
-        let path = opened.path().to_owned();
+        let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
-        let index = self.prepared.index.as_ref().filter(|_| opened.file.is_some());
+        // What only passes by is not met again.
+        let can_be_appended_to = opened.store.length().is_ok_and(|length| length.is_some());
+        let index = self.prepared.index.as_ref().filter(|_| can_be_appended_to);
         let digests = match index {
             Some(_) => checksum_digests(fs, facts)?,
             None => SpillVec::new(),
@@ -421,9 +288,8 @@ impl Exporter<'_> {
         let plan = self.plan(opened, index, &digests)?;
         let first_new = plan.first_new;
         let (folders, images) = self.images()?;
-        let sink = opened.sink.take().ok_or(Error::Interrupted)?;
         let epoch = u64::from_le_bytes(random()?);
-        let mut writer = Writer::begin(sink, opened.base, epoch).map_err(failed)?;
+        let mut writer = Writer::begin(Arc::clone(&opened.store), opened.base, epoch).map_err(failed)?;
         let mut out = Out {
             writer: &mut writer,
             failed: &failed,
@@ -483,10 +349,6 @@ impl Exporter<'_> {
         };
         // From here on the archive has the commit, whatever comes.
         opened.base = base;
-        if let Some(file) = &mut opened.file {
-            file.is_new = false;
-            file.settle(&path)?;
-        }
         if let Some(index) = index.filter(|index| index.is_usable()) {
             let known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
             let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, known);

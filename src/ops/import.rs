@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+pub use stream::import_in_order;
 pub use target::Target;
 
 use crate::archive::commit::{Summary, by_path};
@@ -33,6 +34,7 @@ use crate::pool::patterns;
 use crate::range;
 use crate::report::{Imported, LostImage, PlannedImport, Restored};
 use crate::shown::shown;
+use crate::store::{FileStore, Store};
 use seeds::Seeds;
 
 /// Blocks fetched at a time.
@@ -92,17 +94,23 @@ pub struct Options {
 /// was restored so far is kept for `resume`.
 pub fn import(options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
     match &options.source {
-        Source::File(path) => from_file(path, options, monitor),
+        Source::File(path) => import_from(Arc::new(FileStore::open(path)?), options, monitor),
         Source::Pipe => stream::from_pipe(options, monitor),
     }
 }
 
-fn from_file(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
+/// Imports from a store that is read anywhere; [`Options::source`] is not looked at.
+///
+/// # Errors
+/// As for [`import`].
+pub fn import_from(store: Arc<dyn Store>, options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
     monitor.phase("Reading the archive", 0);
+    let path = store.path().to_owned();
+    let path = path.as_path();
     let mut archive = if options.partial {
-        Archive::open_any(path)?
+        Archive::open_any(store)?
     } else {
-        Archive::open(path)?
+        Archive::open(store)?
     };
     if options.partial {
         archive.salvage()?;

@@ -6,13 +6,14 @@ use crate::archive::reader::{Archive, Committed};
 use crate::block::BLOCK_BYTES;
 use crate::error::Result;
 use crate::report::{Listed, ListedCommit, ListedImage};
+use crate::store::FileStore;
 
 /// Lists the commits of an archive, or one of them.
 ///
 /// # Errors
 /// Those of reading, or if there is no such commit.
 pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
-    let archive = Archive::open(path)?;
+    let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
     let commits: Vec<&Committed> = match commit {
         Some(name) => vec![archive.commit(Some(name))?],
         None => archive.commits().iter().collect(),

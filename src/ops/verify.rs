@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use crate::archive::commit::{Location, by_path};
@@ -17,14 +19,25 @@ use crate::monitor::Monitor;
 use crate::plan::import::{lost_ranges, wanted};
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
+use crate::store::{FileStore, Store};
 
 /// Verifies an archive.
 ///
 /// # Errors
 /// If it is no archive, or cannot be read. Damage is no error: it is in the result.
 pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
+    verify_store(Arc::new(FileStore::open(path)?), monitor)
+}
+
+/// Verifies the archive in a store.
+///
+/// # Errors
+/// As for [`verify`].
+pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
     monitor.phase("Reading records", 0);
-    let mut archive = Archive::open_any(path)?;
+    let path = store.path().to_owned();
+    let path = path.as_path();
+    let mut archive = Archive::open_any(store)?;
     let mut damage: Vec<Damage> = archive.look_for_damage()?.to_vec();
     let end = archive.base().length;
     // What an export that did not end left behind its last commit is not part of the archive.

@@ -11,6 +11,7 @@ use vmfold::archive::{index, manifest, pack};
 use vmfold::monitor::Silent;
 use vmfold::ops::import::{Options, Source, import};
 use vmfold::ops::verify::verify;
+use vmfold::store::MemoryStore;
 
 /// Gives the bytes to every decoder.
 pub(crate) fn decoders(bytes: &[u8]) {
@@ -81,7 +82,7 @@ pub(crate) fn archive(bytes: &[u8], folder: &Path) {
     if std::fs::write(&path, bytes).is_err() {
         return;
     }
-    if let Ok(mut archive) = Archive::open_any(&path) {
+    if let Ok(mut archive) = Archive::open_any(std::sync::Arc::new(MemoryStore::of(bytes.to_vec()))) {
         let _ = archive.salvage();
         for committed in archive.commits() {
             let _ = archive.manifest(committed);

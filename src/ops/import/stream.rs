@@ -17,7 +17,7 @@ use crate::archive::head::Head;
 use crate::archive::manifest::{self, Announced, Builder, Manifest, Part};
 use crate::archive::reader::{Committed, find_commit};
 use crate::archive::record::{Header, Kind, hash_of};
-use crate::archive::stream::{Event, Input, Stream};
+use crate::archive::stream::{Event, Stream};
 use crate::archive::{index, pack};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::content::StoreBlock;
@@ -28,12 +28,22 @@ use crate::monitor::Monitor;
 use crate::plan::import::{Seeded, wanted};
 use crate::range;
 use crate::report::{Imported, Restored};
+use crate::store::{InputPipe, Reader, Store};
 
 /// What messages call the input.
 const STDIN: &str = "stdin";
 
 pub(super) fn from_pipe(options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
-    let mut input = Input::new(monitor).map_err(Error::io("read", Path::new(STDIN)))?;
+    let pipe = InputPipe::new(monitor).map_err(Error::io("read", Path::new(STDIN)))?;
+    import_in_order(&pipe, options, monitor)
+}
+
+/// Imports from a store that is read once and in order; [`Options::source`] is not looked at.
+///
+/// # Errors
+/// As for [`super::import`].
+pub fn import_in_order(store: &dyn Store, options: &Options, monitor: &dyn Monitor) -> Result<Imported> {
+    let mut input = Reader::new(store, 0);
     let mut importer = Importer {
         options,
         monitor,

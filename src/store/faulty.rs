@@ -1,0 +1,122 @@
+//! A store for tests that records every call, and fails, tears or delays one of them.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::Store;
+
+/// A call that was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// [`Store::length`].
+    Length,
+    /// [`Store::read_at`]: from where, and how many bytes at most.
+    Read(u64, usize),
+    /// [`Store::append`]: how many bytes.
+    Append(usize),
+    /// [`Store::settle`].
+    Settle,
+    /// [`Store::truncate`]: to how many bytes.
+    Truncate(u64),
+}
+
+/// What happens to a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It fails with this error number, and does nothing.
+    Fails(i32),
+    /// It fails with this error number after half of it was done: half of the bytes appended.
+    Tears(i32),
+    /// It takes so long.
+    Delays(Duration),
+    /// From this call on, none does anything: the machine that the store is on is gone.
+    Dies,
+}
+
+/// Another store, of whose calls one is hit by a fault.
+#[derive(Debug)]
+pub struct Faulty<S> {
+    inner: S,
+    /// The number of the call that is hit, from 0.
+    at: u64,
+    fault: Fault,
+    next: AtomicU64,
+    calls: Mutex<Vec<Call>>,
+}
+
+impl<S: Store> Faulty<S> {
+    /// Hits the call of that number, counted from 0. `u64::MAX` hits none, and only records.
+    pub fn new(inner: S, at: u64, fault: Fault) -> Self {
+        Self {
+            inner,
+            at,
+            fault,
+            next: AtomicU64::new(0),
+            calls: Mutex::default(),
+        }
+    }
+
+    /// The calls so far.
+    pub fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The store behind it.
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    fn call<T>(
+        &self,
+        call: Call,
+        whole: impl FnOnce() -> io::Result<T>,
+        half: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<T> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).push(call);
+        match self.fault {
+            Fault::Fails(error) if number == self.at => Err(io::Error::from_raw_os_error(error)),
+            Fault::Tears(error) if number == self.at => {
+                half()?;
+                Err(io::Error::from_raw_os_error(error))
+            }
+            Fault::Dies if number >= self.at => Err(io::Error::from_raw_os_error(libc::EIO)),
+            Fault::Delays(time) if number == self.at => {
+                std::thread::sleep(time);
+                whole()
+            }
+            _ => whole(),
+        }
+    }
+}
+
+impl<S: Store> Store for Faulty<S> {
+    fn path(&self) -> &Path {
+        self.inner.path()
+    }
+
+    fn length(&self) -> io::Result<Option<u64>> {
+        self.call(Call::Length, || self.inner.length(), || Ok(()))
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let call = Call::Read(offset, buffer.len());
+        self.call(call, || self.inner.read_at(offset, buffer), || Ok(()))
+    }
+
+    fn append(&self, bytes: &[u8]) -> io::Result<()> {
+        let half = || self.inner.append(&bytes[..bytes.len() / 2]);
+        self.call(Call::Append(bytes.len()), || self.inner.append(bytes), half)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.call(Call::Settle, || self.inner.settle(), || Ok(()))
+    }
+
+    fn truncate(&self, length: u64) -> io::Result<()> {
+        self.call(Call::Truncate(length), || self.inner.truncate(length), || Ok(()))
+    }
+}
