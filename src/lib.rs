@@ -19,6 +19,7 @@
 //! frame       zstd frames that btrfs takes as they are
 //! chunk       content-defined chunks
 //! fingerprint fingerprints of blocks
+//! own_folder  folders that nobody else can write to
 //! monitor     whom the library tells what it does, and who may stop it
 //! error
 //! content     what images hold, as archives keep it
@@ -48,6 +49,7 @@ pub mod fs;
 pub mod index;
 pub mod monitor;
 pub mod ops;
+pub mod own_folder;
 pub mod plan;
 pub mod pool;
 pub mod range;

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 23] = [
+const ORDER: [&str; 24] = [
     "sys",
     "block",
     "range",
@@ -12,6 +12,7 @@ const ORDER: [&str; 23] = [
     "codec",
     "content",
     "error",
+    "own_folder",
     "monitor",
     "fingerprint",
     "chunk",

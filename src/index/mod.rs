@@ -12,7 +12,11 @@ mod record;
 pub mod stored;
 
 use std::collections::HashMap;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
 
 use database::{Database, Problem};
 use record::Entry;
@@ -23,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
 use crate::fingerprint::Function;
 use crate::monitor::Monitor;
+use crate::own_folder::own_folder;
 use crate::shown::{hex, shown};
 use crate::spill::SpillVec;
 
@@ -77,8 +82,7 @@ impl Index {
     /// # Errors
     /// If another process uses it, or the folder cannot be written.
     pub fn open(folder: &Path, uuid: [u8; 16], function: Option<Function>, monitor: &dyn Monitor) -> Result<Self> {
-        let folder = folder.join(hex(&uuid));
-        std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
+        let folder = folder_of(folder, &uuid)?;
         let problem = match Self::open_in(&folder, function) {
             Err(Problem::Damaged(problem)) => problem,
             opened => return opened.map_err(|problem| error_of(&folder, problem)),
@@ -88,7 +92,7 @@ impl Index {
             shown(&folder)
         ));
         std::fs::remove_dir_all(&folder).map_err(Error::io("remove the damaged index", &folder))?;
-        std::fs::create_dir_all(&folder).map_err(Error::io("make the folder", &folder))?;
+        own_folder(&folder)?;
         Self::open_in(&folder, function).map_err(|problem| error_of(&folder, problem))
     }
 
@@ -351,6 +355,29 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
         found.push(Index::open(folder, uuid, None, monitor)?.status()?);
     }
     Ok(found)
+}
+
+/// The folder of the index of a filesystem, which is made if it does not exist. What is in it is believed, and written to by its name:
+/// so nobody else may be able to put anything there, or another folder in its place.
+fn folder_of(indexes: &Path, uuid: &[u8; 16]) -> Result<PathBuf> {
+    let failed = Error::io("look at", indexes);
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(indexes)
+        .map_err(Error::io("make the folder", indexes))?;
+    let stat = rustix::fs::stat(indexes).map_err(failed)?;
+    let mode = Mode::from_raw_mode(stat.st_mode);
+    let is_mine = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
+    let others_move = mode.intersects(Mode::WGRP | Mode::WOTH) && !mode.contains(Mode::SVTX);
+    if !is_mine || others_move {
+        return Err(Error::NotOurs {
+            path: indexes.to_owned(),
+        });
+    }
+    let folder = indexes.join(hex(uuid));
+    own_folder(&folder)?;
+    Ok(folder)
 }
 
 fn parse_hex(name: &str) -> Option<[u8; 16]> {

@@ -1,0 +1,65 @@
+//! Folders that nobody else can write to: what lies in them is believed, or written to by its name.
+
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::process::geteuid;
+
+use crate::error::{Error, Result};
+use crate::sys::beneath::Folder;
+
+/// Opens a folder that nobody else can write to, and makes it if it does not exist. Where everybody may make folders, someone else
+/// may have made this one, or a link in its place.
+///
+/// # Errors
+/// [`Error::NotOurs`], and those of the system calls.
+pub fn own_folder(path: &Path) -> Result<Folder> {
+    let io = |errno| Error::io("open the folder", path)(errno);
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(Error::io("make the folder", path)(error));
+        }
+        _ => {}
+    }
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let not_ours = || Error::NotOurs { path: path.to_owned() };
+    let folder = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(folder) => File::from(folder),
+        Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR | rustix::io::Errno::ACCESS) => return Err(not_ours()),
+        Err(errno) => return Err(io(errno)),
+    };
+    let stat = rustix::fs::fstat(&folder).map_err(io)?;
+    let others = Mode::from_raw_mode(stat.st_mode) & (Mode::WGRP | Mode::WOTH);
+    let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    if !is_folder || stat.st_uid != geteuid().as_raw() || !others.is_empty() {
+        return Err(not_ours());
+    }
+    Ok(Folder::from(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_folder_of_ours_serves() {
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().join(name);
+        assert!(own_folder(&path("new")).is_ok());
+        assert!(own_folder(&path("new")).is_ok());
+        std::os::unix::fs::symlink(path("new"), path("link")).unwrap();
+        std::fs::write(path("file"), "").unwrap();
+        DirBuilder::new().create(path("open")).unwrap();
+        rustix::fs::chmod(path("open"), Mode::from_raw_mode(0o777)).unwrap();
+        for bad in ["link", "file", "open"] {
+            assert!(matches!(own_folder(&path(bad)), Err(Error::NotOurs { .. })), "{bad}");
+        }
+        if geteuid().is_root() {
+            DirBuilder::new().mode(0o700).create(path("another's")).unwrap();
+            std::os::unix::fs::chown(path("another's"), Some(1234), None).unwrap();
+            assert!(matches!(own_folder(&path("another's")), Err(Error::NotOurs { .. })));
+        }
+    }
+}
