@@ -10,6 +10,8 @@ const SEARCH_BYTES: usize = 64 << 10;
 /// Bytes of records that do not match their hashes, beside [`FAILED_RATIO`] times what was read: headers that overlap could otherwise
 /// have every byte hashed a hundred thousand times.
 const FAILED_BYTES: u64 = 1 << 30;
+/// Bytes in which there must be a record, or it is no archive: a pipe may never end.
+const FIRST_RECORD_BYTES: u64 = 256 << 20;
 /// Times that each byte may be hashed in vain.
 const FAILED_RATIO: u64 = 16;
 
@@ -52,6 +54,8 @@ pub struct Stream<R> {
     failed_bytes: u64,
     /// Nothing more is looked for.
     gave_up: bool,
+    /// Whether there was a whole record.
+    has_records: bool,
 }
 
 impl<R: Read> Stream<R> {
@@ -65,6 +69,7 @@ impl<R: Read> Stream<R> {
             at_end: false,
             failed_bytes: 0,
             gave_up: false,
+            has_records: false,
         }
     }
 
@@ -121,6 +126,7 @@ impl<R: Read> Stream<R> {
             return self.skip("a record does not match its hash", Some(header)).map(Some);
         }
         let body = body.to_vec();
+        self.has_records = true;
         self.done += length;
         Ok(Some(Event::Record { header, offset, body }))
     }
@@ -151,7 +157,8 @@ impl<R: Read> Stream<R> {
                 self.done += at;
                 return Ok(self.damage(start, problem, header));
             }
-            if self.at_end {
+            if self.at_end || (!self.has_records && self.offset() > FIRST_RECORD_BYTES) {
+                self.gave_up = true;
                 self.done = self.buffer.len();
                 return Ok(self.damage(start, problem, header));
             }

@@ -13,6 +13,7 @@ use crate::ops::Scope;
 use crate::ops::export::Revisions;
 use crate::plan::{REFERENCES_MAX, REFERENCES_PER_GIB_MAX};
 use crate::pool::{by_filesystem, named_folders, qubes_folders};
+use crate::shown::shown;
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
 ///
@@ -123,16 +124,21 @@ impl Named {
 /// The paths in a list: ended by NUL if there is one in it, else one a line.
 fn read_list(list: &Path) -> Result<Vec<PathBuf>> {
     use std::os::unix::ffi::OsStringExt;
-    /// Longer lists are none.
-    const BYTES_MAX: u64 = 64 << 20;
+    /// Longer lists are none, and what is cut off could be part of a path.
+    const BYTES_MAX: u64 = 16 << 20;
     let mut bytes = Vec::new();
     let read = if list.as_os_str() == "-" {
-        std::io::stdin().lock().take(BYTES_MAX).read_to_end(&mut bytes)
+        std::io::stdin().lock().take(BYTES_MAX + 1).read_to_end(&mut bytes)
     } else {
         let file = File::open(list).map_err(Error::io("open", list))?;
-        file.take(BYTES_MAX).read_to_end(&mut bytes)
+        file.take(BYTES_MAX + 1).read_to_end(&mut bytes)
     };
-    read.map_err(Error::io("read", list))?;
+    if read.map_err(Error::io("read", list))? as u64 > BYTES_MAX {
+        return Err(Error::Usage(format!(
+            "`{}` is longer than a list of paths may be: {BYTES_MAX} bytes",
+            shown(list)
+        )));
+    }
     let end = if bytes.contains(&0) { 0 } else { b'\n' };
     let names = bytes.split(|byte| *byte == end).filter(|name| !name.is_empty());
     Ok(names
