@@ -13,6 +13,10 @@ pub trait Monitor: Sync {
     fn note(&self, message: &str);
     /// Whether the user asked to stop. Looked at between system calls.
     fn interrupted(&self) -> bool;
+    /// What is left of the time that the user gave; none if there is no limit.
+    fn time_left(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Asks to stop once a time is over, and passes everything else on.
@@ -48,6 +52,9 @@ impl Monitor for Deadline<'_> {
     }
     fn interrupted(&self) -> bool {
         self.has_passed() || self.inner.interrupted()
+    }
+    fn time_left(&self) -> Option<Duration> {
+        self.until.map(|until| until.saturating_duration_since(Instant::now()))
     }
 }
 

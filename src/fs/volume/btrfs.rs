@@ -239,7 +239,7 @@ impl Volume {
                     Some(Pinned::Preallocated)
                 } else {
                     // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
-                    (end > image.size && !extent.preallocated).then_some(Pinned::UnalignedTail)
+                    (end > image.size).then_some(Pinned::UnalignedTail)
                 };
                 seen.push(Seen {
                     extent: Extent {

@@ -21,8 +21,10 @@ pub(super) fn settle(folder: &Folder, uuid: [u8; 16], is_writable: bool, monitor
         monitor.phase("Waiting for deleted subvolumes to be cleaned away", 0);
         // Also wakes the kernel's thread for it, which otherwise looks every 30 seconds.
         let _ = commit(folder);
+        // Someone may keep one of them open: waiting is not to take all the time there is.
+        let patience = monitor.time_left().map_or(PATIENCE, |left| PATIENCE.min(left / 8));
         let mut since = Instant::now();
-        while left > 0 && since.elapsed() < PATIENCE && !monitor.interrupted() {
+        while left > 0 && since.elapsed() < patience && !monitor.interrupted() {
             std::thread::sleep(LOOKS_EVERY);
             let now = deleted_subvolumes(folder);
             if now < left {

@@ -83,7 +83,7 @@ fn ranges_of(image: &Image) -> Result<Vec<Range>> {
             ranges.push(beyond);
         }
         // The kernel takes the last, partial block of a file only with that of another.
-        if image_blocks > whole_blocks && end >= image_blocks && range.blocks > 0 && !range.preallocated {
+        if image_blocks > whole_blocks && end >= image_blocks && range.blocks > 0 {
             let mut tail = range.split_off(range.blocks - 1);
             tail.pinned = tail.pinned.or(Some(Pinned::UnalignedTail));
             ranges.push(tail);
