@@ -336,3 +336,128 @@ fn a_machine_that_runs_without_a_clean_image_keeps_its_image_from_being_restored
     );
     assert_eq!(contents(&scene.path("to")).len(), before.len() + 1);
 }
+
+/// Kills imports while they give images their names, until one was in the middle of it: it has left its work folder, and some names.
+fn killed_while_naming(scene: &Scene, reset: impl Fn(), start: impl Fn() -> Child) {
+    const TRIES: u32 = 200;
+    let is_named = || {
+        let entries = std::fs::read_dir(scene.path("to")).into_iter().flatten().flatten();
+        let mut names = entries.map(|entry| entry.file_name().into_encoded_bytes());
+        names.any(|name| name.starts_with(b"new") && !name.ends_with(b"~"))
+    };
+    for _ in 0..TRIES {
+        reset();
+        let mut child = start();
+        while child.try_wait().unwrap().is_none() && !is_named() {
+            std::thread::yield_now();
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+        let journals = sh(&format!(
+            "cat {}/.vmfold-import-*/journal 2>/dev/null | grep -c placed || true",
+            scene.path("to").display()
+        ));
+        if is_named() && journals.trim().parse::<u32>().is_ok_and(|placed| placed > 0) {
+            return;
+        }
+    }
+    panic!("no import of {TRIES} was killed in the middle");
+}
+
+/// Names of images that a test makes many of.
+fn many() -> Vec<Vec<u8>> {
+    (0..200).map(|n| format!("new{n}.img").into_bytes()).collect()
+}
+
+#[test]
+fn what_is_gone_on_with_is_the_same_commit() {
+    if !can_mount() {
+        return;
+    }
+    let names = many();
+    let scene = Scene::new(&names.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    for name in &names {
+        std::fs::write(scene.fs.pool().join(OsStr::from_bytes(name)), Random(77).data(1 << 20)).unwrap();
+    }
+    scene.ends(0, &["export", "a.vmfold", "pool"]);
+    let archive = || File::open(scene.path("a.vmfold")).unwrap();
+    let import = |more: &[&str]| {
+        let mut command = scene.command(&[&["import", "-", "--to", "to"], more].concat());
+        command.stdin(archive()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let reset = || {
+        let _ = std::fs::remove_dir_all(scene.path("to"));
+    };
+    killed_while_naming(&scene, reset, || import(&["--commit", "1"]));
+    let output = import(&["--resume"]).wait_with_output().unwrap();
+    // Names that the other commit's images have are not given away; whatever ends well has restored the commit that was asked for.
+    let said = text(&output);
+    match output.status.code() {
+        Some(0) => assert_eq!(contents(&scene.path("to")), contents(&scene.fs.pool())),
+        Some(2) => assert!(said.contains("exist"), "{said}"),
+        code => panic!("{code:?} {said}"),
+    }
+    let output = import(&["--resume", "--replace"]).wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(contents(&scene.path("to")), contents(&scene.fs.pool()));
+}
+
+#[test]
+fn what_was_replaced_by_a_killed_import_does_not_stay() {
+    if !can_mount() {
+        return;
+    }
+    let names = many();
+    let scene = Scene::new(&names.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let old = scene.path("old");
+    std::fs::create_dir(&old).unwrap();
+    for name in &names {
+        std::fs::write(old.join(OsStr::from_bytes(name)), b"old").unwrap();
+    }
+    let to = scene.path("to");
+    let reset = || {
+        sh(&format!("rm -rf {0}; cp -r {1} {0}", to.display(), old.display()));
+    };
+    let start = || {
+        let mut command = scene.command(&["import", "a.vmfold", "--to", "to", "--replace"]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        // Old names look like new ones: what tells them apart is that something was placed.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < deadline {
+            let placed = sh(&format!(
+                "cat {}/.vmfold-import-*/journal 2>/dev/null | grep -c placed || true",
+                to.display()
+            ));
+            if placed.trim() != "0" {
+                break;
+            }
+        }
+        child
+    };
+    killed_while_naming(&scene, reset, start);
+    scene.ends(0, &["import", "a.vmfold", "--to", "to", "--replace", "--resume"]);
+    assert_eq!(contents(&to), contents(&scene.fs.pool()));
+    assert_eq!(sh(&format!("find {} -name '.vmfold*'", to.display())), "");
+}
+
+#[test]
+fn revisions_that_a_killed_import_made_are_not_made_twice() {
+    if !can_mount() {
+        return;
+    }
+    let names = many();
+    let scene = Scene::new(&names.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let reset = || {
+        let _ = std::fs::remove_dir_all(scene.path("to"));
+    };
+    let start = || {
+        let mut command = scene.command(&["import", "a.vmfold", "--to", "to", "--as-revision"]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
+    killed_while_naming(&scene, reset, start);
+    scene.ends(0, &["import", "a.vmfold", "--to", "to", "--as-revision", "--resume"]);
+    assert_eq!(contents(&scene.path("to")).len(), names.len());
+}

@@ -134,10 +134,12 @@ pub fn import_from(store: Arc<dyn Store>, options: &Options, monitor: &dyn Monit
             one.problem.clone(),
         ));
     }
-    let restore = Restore::new(options, manifest, &committed.commit.images, None, monitor)?;
     let (id, number) = (archive.id(), committed.commit.number);
+    let folder = work_folder(options, &id, number);
+    let mut restore = Restore::new(options, manifest, &committed.commit.images, (None, &folder), monitor)?;
+    restore.identify(&committed.location.body_hash);
     let wanted = wanted(restore.chosen().flat_map(|image| &image.runs));
-    let work = Work::prepare(&restore, &id, number)?;
+    let work = Work::prepare(&restore, folder)?;
     target::check_names(&restore, work.noted.as_ref())?;
     // Before seeds are opened, which an image that is to be replaced may be one of.
     target::check_use(&restore, work.noted.as_ref())?;
@@ -400,15 +402,18 @@ struct Restore<'a> {
     missing: Vec<PathBuf>,
     root: Arc<Root>,
     shares: bool,
+    /// Tells this restore from others with the same work folder, once its commit is known.
+    identity: Option<String>,
 }
 
 impl<'a> Restore<'a> {
-    /// With the folder, if it is open already: it is locked once.
+    /// With the folder, if it is open already: it is locked once; and with the work folder, in which an interrupted restore has noted
+    /// what names it gave.
     fn new(
         options: &'a Options,
         manifest: Manifest,
         summaries: &[Summary],
-        root: Option<Arc<Root>>,
+        (root, work_folder): (Option<Arc<Root>>, &Path),
         monitor: &dyn Monitor,
     ) -> Result<Self> {
         let chooser = Chooser::new(&options.only)?;
@@ -438,7 +443,8 @@ impl<'a> Restore<'a> {
             None if options.dry_run => Arc::new(Root::look(&options.to, seeds::existing(&options.to))?),
             None => Arc::new(Root::lock(&options.to)?),
         };
-        let targets = target::targets(&manifest, &chosen, &root, options)?;
+        let noted = Noted::read(root.file(), work_folder).filter(|_| options.resume);
+        let targets = target::targets(&manifest, &chosen, &root, options, noted.as_ref())?;
         let shares = can_share(root.file());
         if !shares {
             monitor.note("The filesystem cannot share extents: images are restored as plain sparse files, each with its own blocks");
@@ -450,7 +456,15 @@ impl<'a> Restore<'a> {
             missing,
             root,
             shares,
+            identity: None,
         })
+    }
+
+    /// Says which commit is restored, by the hash of its record. It is not the number: copies of an archive go on in different ways.
+    fn identify(&mut self, commit: &Hash) {
+        let naming = if self.options.as_revision { "revision" } else { "" };
+        let digits = commit.iter().map(|byte| format!("{byte:02x}"));
+        self.identity = Some(digits.chain([naming.to_owned()]).collect());
     }
 
     fn chosen(&self) -> impl Iterator<Item = &ImageRuns> {
@@ -646,6 +660,12 @@ impl Chooser {
     }
 }
 
+/// Where what is needed on the way is kept for a commit of an archive; of a pipe, whose commits are not known, for all of them.
+fn work_folder(options: &Options, archive: &[u8; 16], commit: u32) -> PathBuf {
+    let tag = crate::shown::hex(archive);
+    options.to.join(format!(".vmfold-import-{}-{commit}", &tag[..8]))
+}
+
 /// The work folder of a restore, before it is made.
 struct Work {
     root: Arc<Root>,
@@ -656,12 +676,7 @@ struct Work {
 
 impl Work {
     /// Looks for what an interrupted restore has left. None goes on here: the folder that is restored to is locked, but for a dry run.
-    fn prepare(restore: &Restore<'_>, archive: &[u8; 16], commit: u32) -> Result<Self> {
-        let tag = crate::shown::hex(archive);
-        let folder = restore
-            .options
-            .to
-            .join(format!(".vmfold-import-{}-{commit}", &tag[..8]));
+    fn prepare(restore: &Restore<'_>, folder: PathBuf) -> Result<Self> {
         let noted = Noted::read(restore.root.file(), &folder);
         if noted.is_some() && !restore.options.resume && !restore.options.dry_run {
             return Err(Error::Usage(format!(

@@ -54,12 +54,24 @@ pub struct Staging {
 pub struct Noted {
     /// Ranges of the staging file that were written, ascending by their beginnings.
     claimed: Vec<Range<StoreBlock>>,
-    /// Files that were made, by the number of the image: each as it was before it had a name, and once it had all of its names.
-    images: BTreeMap<usize, Vec<(State, bool)>>,
+    /// Files that were made, by the number of the image.
+    images: BTreeMap<usize, Vec<Made>>,
+    /// The restore that the following lines are of.
+    restore: String,
     /// Numbers of temporary names: the first, and how many.
     temporaries: Vec<(u64, u64)>,
     /// Bytes on disk of the staging file.
     staged_bytes: u64,
+}
+
+/// A file that was made.
+#[derive(Debug, Clone)]
+struct Made {
+    /// The restore it was made for: see [`Staging::note_restore`].
+    restore: String,
+    state: State,
+    /// Whether it had all of its names then.
+    is_placed: bool,
 }
 
 impl Noted {
@@ -95,6 +107,7 @@ impl Noted {
     fn add(&mut self, line: &str, device: u64) -> Option<()> {
         let fields: Vec<&str> = line.split(' ').collect();
         match *fields.as_slice() {
+            ["restore", restore] => restore.clone_into(&mut self.restore),
             ["temporary", first, count] => {
                 let first = u64::from_str_radix(first, 16).ok()?;
                 self.temporaries.push((first, count.parse().ok()?));
@@ -102,7 +115,11 @@ impl Noted {
             [kind @ ("made" | "placed"), image, ref state @ ..] => {
                 let state = state_of(state, device)?;
                 let of_image = self.images.entry(image.parse().ok()?).or_default();
-                of_image.push((state, kind == "placed"));
+                of_image.push(Made {
+                    restore: self.restore.clone(),
+                    state,
+                    is_placed: kind == "placed",
+                });
             }
             [first, blocks] => {
                 let first: StoreBlock = first.parse().ok()?;
@@ -114,18 +131,20 @@ impl Noted {
         Some(())
     }
 
-    /// Whether a file is what was made of an image, with all of its names, and has not changed in any way since.
-    pub fn is_done(&self, image: usize, found: &State) -> bool {
-        self.of(image).any(|(state, is_placed)| *is_placed && state == found)
+    /// Whether a file is what a restore made of an image, with all of its names, and has not changed in any way since.
+    pub fn is_done(&self, restore: &str, image: usize, found: &State) -> bool {
+        self.of(Some(restore), image)
+            .any(|made| made.is_placed && made.state == *found)
     }
 
-    /// Whether a file is what was made of an image, and has not been written to since.
-    pub fn is_ours(&self, image: usize, found: &State) -> bool {
-        self.of(image).any(|(state, _)| state.is_same_file(found))
+    /// Whether a file is what a restore, or any if none is given, made of an image, and has not been written to since.
+    pub fn is_ours(&self, restore: Option<&str>, image: usize, found: &State) -> bool {
+        self.of(restore, image).any(|made| made.state.is_same_file(found))
     }
 
-    fn of(&self, image: usize) -> impl Iterator<Item = &(State, bool)> {
-        self.images.get(&image).into_iter().flatten()
+    fn of(&self, restore: Option<&str>, image: usize) -> impl Iterator<Item = &Made> {
+        let made = self.images.get(&image).into_iter().flatten();
+        made.filter(move |made| restore.is_none_or(|restore| made.restore == restore))
     }
 
     /// Whether a temporary name of this number was to be used.
@@ -379,6 +398,14 @@ impl Staging {
         self.note(&lines)
     }
 
+    /// Notes which restore the following lines are of: one commit of one archive, under names of one kind. Digits and letters only.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    pub fn note_restore(&mut self, restore: &str) -> Result<()> {
+        self.note(&format!("restore {restore}\n"))
+    }
+
     /// Notes that a file of an image has all of its names. This may be lost in a power cut: then the image is made anew.
     ///
     /// # Errors
@@ -462,30 +489,38 @@ mod tests {
         let made = place.state().unwrap();
         let mut staging = Staging::open(root.file(), &path).unwrap();
         staging.note_temporaries(u64::MAX - 1, 3).unwrap();
+        staging.note_restore("c0ffee").unwrap();
         staging.note_made([(5, made)].into_iter()).unwrap();
         let noted = || Noted::read(root.file(), &path).unwrap();
-        assert!(noted().is_ours(5, &made) && !noted().is_done(5, &made) && !noted().is_ours(4, &made));
+        assert!(
+            noted().is_ours(Some("c0ffee"), 5, &made)
+                && !noted().is_done("c0ffee", 5, &made)
+                && !noted().is_ours(None, 4, &made)
+        );
         staging.note_placed(5, &made).unwrap();
-        assert!(noted().is_done(5, &made) && !noted().is_done(4, &made));
+        assert!(noted().is_done("c0ffee", 5, &made) && !noted().is_done("c0ffee", 4, &made));
+        // What another commit made under the name is not what this one holds.
+        assert!(!noted().is_done("decaf", 5, &made) && !noted().is_ours(Some("decaf"), 5, &made));
+        assert!(noted().is_ours(None, 5, &made));
         for (number, is) in [(u64::MAX - 2, false), (u64::MAX - 1, true), (0, true), (1, false)] {
             assert_eq!(noted().is_temporary(number), is, "{number}");
         }
         // Another name changes nothing of what is in it; the same size and time alone prove nothing.
         std::fs::hard_link(&name, folder.path().join("y.img")).unwrap();
         let linked = place.state().unwrap();
-        assert!(noted().is_ours(5, &linked));
+        assert!(noted().is_ours(Some("c0ffee"), 5, &linked));
         let mtime = name.metadata().unwrap().modified().unwrap();
         let file = File::options().write(true).open(&name).unwrap();
         file.write_all_at(b"C", 0).unwrap();
         file.set_modified(mtime).unwrap();
         let written = place.state().unwrap();
         assert_eq!((written.size, written.mtime), (made.size, made.mtime));
-        assert!(!noted().is_done(5, &written));
+        assert!(!noted().is_done("c0ffee", 5, &written));
         file.write_all_at(b"c", 0).unwrap();
-        assert!(!noted().is_ours(5, &place.state().unwrap()));
+        assert!(!noted().is_ours(Some("c0ffee"), 5, &place.state().unwrap()));
         std::fs::remove_file(&name).unwrap();
         std::fs::write(&name, "content").unwrap();
-        assert!(!noted().is_ours(5, &place.state().unwrap()));
+        assert!(!noted().is_ours(Some("c0ffee"), 5, &place.state().unwrap()));
         // What others could write to is not believed.
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
         assert!(Noted::read(root.file(), &path).is_none());

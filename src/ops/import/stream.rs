@@ -11,7 +11,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::seeds::Seeds;
-use super::{Open, Options, PROVED_BLOCKS, Restore, Work, target};
+use super::{Open, Options, PROVED_BLOCKS, Restore, Work, target, work_folder};
 use crate::archive::commit::{Commit, CommitLocation};
 use crate::archive::head::Head;
 use crate::archive::manifest::{self, Announced, Builder, Manifest, Part};
@@ -59,6 +59,7 @@ pub fn import_in_order(store: &dyn Store, options: &Options, monitor: &dyn Monit
         committed: None,
         done: Restored::default(),
         is_damaged: Cell::new(false),
+        is_damaged_since: Cell::new(false),
     };
     let read = importer.read(&mut Stream::new(&mut input, 0));
     let ended = match read {
@@ -123,6 +124,8 @@ struct Importer<'a> {
     committed: Option<(Committed, Manifest, bool)>,
     done: Restored,
     is_damaged: Cell<bool>,
+    /// Whether anything was damaged since the commit that counts.
+    is_damaged_since: Cell<bool>,
 }
 
 impl Importer<'_> {
@@ -181,6 +184,7 @@ impl Importer<'_> {
     fn damaged(&self, start: u64, length: u64, problem: &str) -> Result<()> {
         let error = Error::damaged(Path::new(STDIN), start, length, problem);
         self.is_damaged.set(true);
+        self.is_damaged_since.set(true);
         if self.options.partial {
             self.monitor.note(&crate::error::describe(&error));
             Ok(())
@@ -245,12 +249,14 @@ impl Importer<'_> {
         if manifest.images.is_empty() && self.epoch.doubtful {
             return Err(malformed("what says which images its blocks are for is lost"));
         }
-        let restore = Restore::new(self.options, manifest, &[], self.root.clone(), self.monitor)?;
+        let folder = work_folder(self.options, &header.archive, 1);
+        let root = self.root.clone();
+        let restore = Restore::new(self.options, manifest, &[], (root, &folder), self.monitor)?;
         self.root = Some(Arc::clone(&restore.root));
         let ranges = wanted(restore.chosen().flat_map(|image| &image.runs));
         let work = match &self.work {
             Some(_) => None,
-            None => Some(Work::prepare(&restore, &header.archive, 1)?),
+            None => Some(Work::prepare(&restore, folder)?),
         };
         let noted = match &self.work {
             Some(open) => Some(open.staging.noted()),
@@ -413,6 +419,7 @@ impl Importer<'_> {
             Some(_) => return Ok(false),
         };
         self.committed = Some((committed, manifest, self.epoch.doubtful));
+        self.is_damaged_since.set(false);
         Ok(wanted)
     }
 
@@ -439,7 +446,6 @@ impl Importer<'_> {
         // What is open here cannot be told from what others use.
         self.seeds = None;
         let images = &committed.commit.images;
-        let restore = Restore::new(self.options, manifest, images, self.root.clone(), self.monitor)?;
         let Some(work) = &mut self.work else {
             return Err(Error::Damaged {
                 path: path.to_owned(),
@@ -447,6 +453,9 @@ impl Importer<'_> {
                 problem: "nothing was intact that says what its blocks are for".into(),
             });
         };
+        let root = self.root.clone();
+        let mut restore = Restore::new(self.options, manifest, images, (root, &work.folder), self.monitor)?;
+        restore.identify(&committed.location.body_hash);
         let ranges = wanted(restore.chosen().flat_map(|image| &image.runs));
         let lost: Vec<_> = ranges
             .iter()
@@ -481,6 +490,8 @@ impl Importer<'_> {
             },
         )?;
         let mut imported = restore.imported(path, committed.commit.number, committed.id());
+        let is_last = self.options.commit.as_deref().is_none_or(|name| name == "latest");
+        imported.later_damage = is_last && self.is_damaged_since.get();
         imported.planned = restore.planned(&ranges, &[], 0);
         imported.planned.seeded_bytes = self.done.seeded_bytes;
         imported.planned.new_bytes = imported.planned.distinct_bytes.saturating_sub(self.done.seeded_bytes);

@@ -1,9 +1,11 @@
 //! Where images go, and putting them there.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,6 +27,13 @@ use crate::pool::{Revision, revision_of, signs_of};
 use crate::shown::shown;
 use crate::sys::open_files::raise_file_limit;
 
+/// What the names of images end with that are restored in part.
+const PARTIAL: &str = ".vmfold-partial";
+/// Bytes of a name at most (`NAME_MAX`).
+const NAME_BYTES_MAX: usize = 255;
+/// Hexadecimal digits that tell long names from each other.
+const HASH_DIGITS: usize = 16;
+
 /// An image and the names it gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
@@ -38,14 +47,30 @@ impl Target {
     /// The name that what is left of it gets, if it is damaged.
     pub(super) fn partial_name(&self) -> PathBuf {
         let first = self.names.first().map_or(Path::new("image"), PathBuf::as_path);
-        let mut name = first.file_name().unwrap_or_default().to_owned();
-        name.push(".vmfold-partial");
-        first.with_file_name(name)
+        let name = first.file_name().unwrap_or_default().as_bytes();
+        let mut partial = name.to_vec();
+        if name.len() + PARTIAL.len() > NAME_BYTES_MAX {
+            // Others may begin in the same way.
+            let hash = blake3::hash(name).to_hex();
+            partial.truncate(NAME_BYTES_MAX - PARTIAL.len() - HASH_DIGITS - 1);
+            partial.push(b'.');
+            partial.extend_from_slice(&hash.as_bytes()[..HASH_DIGITS]);
+        }
+        partial.extend_from_slice(PARTIAL.as_bytes());
+        first.with_file_name(OsStr::from_bytes(&partial))
     }
 }
 
 /// The names that chosen images get. None of them exists, unless it may be replaced.
-pub(super) fn targets(manifest: &Manifest, chosen: &[usize], root: &Root, options: &Options) -> Result<Vec<Target>> {
+///
+/// What an interrupted restore has `noted` tells the names that revisions got then.
+pub(super) fn targets(
+    manifest: &Manifest,
+    chosen: &[usize],
+    root: &Root,
+    options: &Options,
+    noted: Option<&Noted>,
+) -> Result<Vec<Target>> {
     let mut targets: Vec<Target> = chosen
         .iter()
         .map(|image| Target {
@@ -54,14 +79,14 @@ pub(super) fn targets(manifest: &Manifest, chosen: &[usize], root: &Root, option
         })
         .collect();
     if options.as_revision {
-        name_as_revisions(manifest, &mut targets, root)?;
+        name_as_revisions(manifest, &mut targets, root, noted)?;
     }
     Ok(targets)
 }
 
 /// Gives images the names of revisions of Qubes OS: the next free number, and the time the image was last written.
 /// The driver sorts by number and refuses names of any other form (qubes-core-admin, `qubes/storage/reflink.py`).
-fn name_as_revisions(manifest: &Manifest, targets: &mut [Target], root: &Root) -> Result<()> {
+fn name_as_revisions(manifest: &Manifest, targets: &mut [Target], root: &Root, noted: Option<&Noted>) -> Result<()> {
     // The greatest number of each that is taken.
     let mut taken: BTreeMap<PathBuf, u64> = BTreeMap::new();
     let mut order: Vec<(PathBuf, Option<u64>, String, usize)> = Vec::new();
@@ -81,6 +106,12 @@ fn name_as_revisions(manifest: &Manifest, targets: &mut [Target], root: &Root) -
     }
     order.sort();
     for (of, _, time, at) in order {
+        if let Some(noted) = noted
+            && let Some(name) = name_given(root, &of, targets[at].image, noted)?
+        {
+            targets[at].names = vec![name];
+            continue;
+        }
         let greatest = match taken.get(&of) {
             Some(number) => *number,
             None => greatest_number(root, &of)?,
@@ -97,6 +128,25 @@ fn name_as_revisions(manifest: &Manifest, targets: &mut [Target], root: &Root) -
         taken.insert(of, number);
     }
     Ok(())
+}
+
+/// The revision of an image that an interrupted restore made of an image of the manifest already.
+fn name_given(root: &Root, of: &Path, image: usize, noted: &Noted) -> Result<Option<PathBuf>> {
+    let Some(place) = root.place(of, false, |_| {})? else {
+        return Ok(None);
+    };
+    let wanted = of.file_name().map(Path::new);
+    let is_it = |name: &std::ffi::OsString| {
+        let revision = revision_of(Path::new(name));
+        let state = || place.beside(name.clone()).state();
+        revision.is_some_and(|revision| Some(revision.image.as_path()) == wanted)
+            && state().is_some_and(|state| noted.is_ours(None, image, &state))
+    };
+    Ok(place
+        .siblings()?
+        .into_iter()
+        .find(is_it)
+        .map(|name| of.with_file_name(name)))
 }
 
 /// The greatest number of a revision of an image that exists; 0 if there is none.
@@ -177,7 +227,10 @@ pub(super) fn check_use(restore: &Restore<'_>, noted: Option<&Noted>) -> Result<
 /// Whether what stands at a place, if anything does, may be replaced: by the user's wish, or because a restore that was interrupted has put
 /// it there.
 fn may_replace(restore: &Restore<'_>, noted: Option<&Noted>, target: &Target, place: &Place) -> bool {
-    let is_ours = |noted: &Noted| place.state().is_some_and(|found| noted.is_ours(target.image, &found));
+    let is_ours = |noted: &Noted| {
+        let found = place.state();
+        found.is_some_and(|found| noted.is_ours(restore.identity.as_deref(), target.image, &found))
+    };
     restore.options.replace || noted.is_some_and(is_ours)
 }
 
@@ -198,6 +251,7 @@ pub(super) fn place(
     monitor: &dyn Monitor,
 ) -> Result<Counts> {
     let noted = work.staging.noted().clone();
+    let identity = restore.identity.as_deref().unwrap_or_default();
     check_names(restore, Some(&noted))?;
     check_use(restore, Some(&noted))?;
     let total = restore
@@ -218,12 +272,12 @@ pub(super) fn place(
         let is_done = |place: &Place| {
             place
                 .state()
-                .is_some_and(|found| noted.is_done(job.target.image, &found))
+                .is_some_and(|found| noted.is_done(identity, job.target.image, &found))
         };
         job.places.iter().all(is_done)
     };
-    jobs.retain(|job| !is_done(job));
     remove_leftovers(&jobs, &noted)?;
+    jobs.retain(|job| !is_done(job));
     let names: usize = jobs.iter().map(|job| job.places.len()).sum();
     let temporaries = Temporaries::random()?;
     work.staging
@@ -267,6 +321,7 @@ pub(super) fn place(
     }
     monitor.phase("Making everything durable", 0);
     sync_filesystems(&images, &states)?;
+    work.staging.note_restore(identity)?;
     work.staging.note_made(states.iter().copied())?;
     let may_be_replaced = images.iter().zip(&targets).flat_map(|(image, target)| {
         let places = image.places.iter();
