@@ -1,7 +1,7 @@
 //! How file names and sizes are shown. Guests and users choose names, so none may break a line or command a terminal.
 
 use std::fmt::{Display, Formatter, Result, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Shows a path on one line: control and direction-changing characters escaped, invalid UTF-8 replaced.
 pub fn shown(path: &Path) -> impl Display + '_ {
@@ -41,6 +41,28 @@ pub fn hex(id: &[u8; 16]) -> String {
 /// Those of the serializer.
 pub fn serialize<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
+}
+
+/// The same for a path that there may be none of.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize_some<S: serde::Serializer>(
+    path: &Option<PathBuf>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    match path {
+        Some(path) => serializer.serialize_some(&path.to_string_lossy()),
+        None => serializer.serialize_none(),
+    }
+}
+
+/// The same for several paths.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize_all<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 #[cfg(test)]

@@ -16,8 +16,9 @@ use std::process::{Command, Stdio};
 use vmfold::archive::commit::{Commit, CommitLocation, Summary, encode_tail};
 use vmfold::archive::record::{HEADER_BYTES, Header, Kind, hash_of};
 use vmfold::error::Error;
+use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::import::{Options, Source, import};
+use vmfold::ops::import::{ArchivePlace, ImportOptions, import};
 use vmfold::ops::verify::verify;
 use vmfold::report::Imported;
 
@@ -43,21 +44,18 @@ fn scratch() -> tempfile::TempDir {
 }
 
 fn restore(archive: &Path, to: &Path, commit: Option<&str>, partial: bool) -> Result<Imported, Error> {
-    let options = Options {
-        source: Source::File(archive.to_owned()),
-        to: to.to_owned(),
-        only: Vec::new(),
+    let options = ImportOptions {
+        archive: ArchivePlace::File(archive.to_owned()),
         commit: commit.map(str::to_owned),
+        restore: RestoreOptions {
+            to: to.to_owned(),
+            partial,
+            ..RestoreOptions::default()
+        },
         seeds: Vec::new(),
         index: to.join("index"),
         memory_bytes: Some(64 << 20),
-        replace: false,
-        resume: false,
-        partial,
         dry_run: false,
-        as_revision: false,
-        numeric_owner: false,
-        preserve_special: false,
     };
     import(&options, &Silent::default())
 }

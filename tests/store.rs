@@ -14,10 +14,11 @@ use std::time::Duration;
 
 use common::{Mounted, Random, can_mount, state_of};
 use vmfold::error::Error;
+use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
 use vmfold::ops::Scope;
 use vmfold::ops::export::{Options as ExportOptions, Revisions, Target, export_to};
-use vmfold::ops::import::{Options as ImportOptions, Source, import_from, import_in_order};
+use vmfold::ops::import::{ArchivePlace, ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
 use vmfold::report::{Exported, Imported, Verified};
 use vmfold::store::{Call, Fault, Faulty, FileStore, InputPipe, MemoryStore, OutputPipe, Store};
@@ -137,20 +138,17 @@ impl Scene {
 
 fn options(to: &Path, commit: Option<&str>, resume: bool) -> ImportOptions {
     ImportOptions {
-        source: Source::Pipe,
-        to: to.to_owned(),
-        only: Vec::new(),
+        archive: ArchivePlace::Pipe,
         commit: commit.map(str::to_owned),
+        restore: RestoreOptions {
+            to: to.to_owned(),
+            resume,
+            ..RestoreOptions::default()
+        },
         seeds: Vec::new(),
         index: to.with_extension("index"),
         memory_bytes: None,
-        replace: false,
-        resume,
-        partial: false,
         dry_run: false,
-        as_revision: false,
-        numeric_owner: false,
-        preserve_special: false,
     }
 }
 
@@ -299,7 +297,7 @@ fn whatever_call_of_an_import_or_a_verification_fails_nothing_wrong_is_restored(
                 Ok(_) => assert_eq!(content(&to), expected, "{context}"),
                 Err(error) => {
                     let text = vmfold::error::describe(&error);
-                    assert!(text.contains("stdin"), "{context}: {text}");
+                    assert!(text.contains("memory"), "{context}: {text}");
                 }
             }
             let _ = std::fs::remove_dir_all(&to);

@@ -73,6 +73,11 @@ impl<R: Read> Stream<R> {
         }
     }
 
+    /// What it reads from.
+    pub fn input(&mut self) -> &mut R {
+        &mut self.input
+    }
+
     /// Where the next record begins.
     pub fn offset(&self) -> u64 {
         self.base + self.done as u64

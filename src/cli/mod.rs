@@ -16,13 +16,14 @@ use progress::Terminal;
 
 use crate::error::{Error, Result, describe};
 use crate::exec::compression::Wish;
+use crate::exec::restore::RestoreOptions;
 use crate::frame::Packer;
 use crate::index;
 use crate::monitor::Monitor;
 use crate::ops;
 use crate::ops::diff::{With, diff};
 use crate::ops::export::{Target, export};
-use crate::ops::import::{Source, import};
+use crate::ops::import::{ArchivePlace, ImportOptions, import};
 use crate::ops::list::list;
 use crate::ops::reclaim::reclaim;
 use crate::ops::report::report;
@@ -340,26 +341,28 @@ impl args::Export {
 }
 
 impl args::Import {
-    fn options(&self) -> ops::import::Options {
-        ops::import::Options {
-            source: if self.archive.as_os_str() == "-" {
-                Source::Pipe
+    fn options(&self) -> ImportOptions {
+        ImportOptions {
+            archive: if self.archive.as_os_str() == "-" {
+                ArchivePlace::Pipe
             } else {
-                Source::File(self.archive.clone())
+                ArchivePlace::File(self.archive.clone())
             },
-            to: self.to.clone(),
-            only: self.only.clone(),
             commit: self.commit.clone(),
+            restore: RestoreOptions {
+                to: self.to.clone(),
+                only: self.only.clone(),
+                replace: self.replace,
+                resume: self.resume,
+                partial: self.partial,
+                as_revision: self.as_revision,
+                numeric_owner: self.numeric_owner,
+                preserve_special: self.preserve_special,
+            },
             seeds: self.seed.clone(),
             index: self.index.clone(),
             memory_bytes: self.memory,
-            replace: self.replace,
-            resume: self.resume,
-            partial: self.partial,
             dry_run: self.dry_run,
-            as_revision: self.as_revision,
-            numeric_owner: self.numeric_owner,
-            preserve_special: self.preserve_special,
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
-use crate::plan::import::{lost_ranges, wanted};
+use crate::plan::restore::{lost_ranges, wanted};
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
 use crate::store::{FileStore, Store};

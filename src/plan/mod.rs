@@ -9,11 +9,12 @@
 mod apply;
 pub mod export;
 mod greedy;
-pub mod import;
 mod layout;
 mod ops;
+pub mod restore;
 mod room;
 pub mod sample;
+pub mod seeds;
 mod table;
 
 use std::collections::BTreeMap;

@@ -11,8 +11,12 @@ use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::Counts;
 use crate::exec::fingerprints::Fingerprinted;
+use crate::exec::restore::Outcome;
+pub use crate::exec::restore::Restored;
 use crate::facts::{Compression, Extent, Facts, Pinned};
 use crate::fs::volume::{Volume, physical_bytes};
+use crate::plan::restore::RestorePlan;
+pub use crate::plan::restore::{LostImage, RestoreBytes};
 use crate::plan::{BytesByReason, Plan};
 use crate::pool::Skipped;
 
@@ -238,60 +242,6 @@ pub struct Exported {
     pub skipped: Vec<Skipped>,
 }
 
-/// What a restore takes, in bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct PlannedImport {
-    /// Images.
-    pub images: u64,
-    /// Their sizes, holes included.
-    pub logical_bytes: u64,
-    /// What they hold beside holes and zeros, each counted.
-    pub data_bytes: u64,
-    /// Distinct blocks of that.
-    pub distinct_bytes: u64,
-    /// Distinct blocks that are on this disk already, and are shared from there.
-    pub seeded_bytes: u64,
-    /// Distinct blocks that are written.
-    pub new_bytes: u64,
-    /// Space that it takes at most, metadata included.
-    pub needed_bytes: u64,
-    /// Space that is free.
-    pub free_bytes: u64,
-    /// Whether the filesystem can share extents.
-    pub shares: bool,
-}
-
-/// What a restore did, in bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Restored {
-    /// Images that are whole and in their place.
-    pub images: u64,
-    /// Blocks written from the archive.
-    pub written_bytes: u64,
-    /// Blocks shared with what was on the disk.
-    pub seeded_bytes: u64,
-    /// Blocks that an interrupted restore had written.
-    pub resumed_bytes: u64,
-    /// Ranges of images that were made to share extents.
-    pub clones: u64,
-    /// Bytes of images that share extents.
-    pub shared_bytes: u64,
-    /// Bytes of images that had to be copied.
-    pub copied_bytes: u64,
-}
-
-/// An image that cannot be restored whole.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct LostImage {
-    /// Its name in the archive.
-    #[serde(serialize_with = "crate::shown::serialize")]
-    pub path: PathBuf,
-    /// The name of what is left of it, if that was restored.
-    pub restored_as: Option<PathBuf>,
-    /// What of it is lost.
-    pub ranges: Vec<ByteRange>,
-}
-
 /// What `import` found and did.
 #[derive(Debug, Default, Serialize)]
 pub struct Imported {
@@ -308,13 +258,45 @@ pub struct Imported {
     /// Nothing was to be written.
     pub dry_run: bool,
     /// What it takes.
-    pub planned: PlannedImport,
+    pub planned: RestoreBytes,
+    /// Image by image, in a dry run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<RestorePlan>,
     /// What was done; none in a dry run.
     pub done: Option<Restored>,
     /// Images that cannot be restored whole.
     pub lost: Vec<LostImage>,
     /// Whether a commit later than this one may be lost.
     pub later_damage: bool,
+}
+
+impl Imported {
+    /// What came of a restore from an archive to a folder.
+    pub fn of(archive: PathBuf, to: PathBuf, outcome: Outcome) -> Self {
+        let commit = outcome.plan.contents.commit.as_ref();
+        Self {
+            archive,
+            commit: commit.map_or(0, |commit| commit.number),
+            id: commit.map(|commit| commit.id.clone()).unwrap_or_default(),
+            to,
+            dry_run: false,
+            planned: outcome.plan.bytes,
+            plan: None,
+            done: outcome.restored,
+            lost: outcome.lost,
+            later_damage: outcome.later_damage,
+        }
+    }
+
+    /// The same of a restore that was only planned.
+    pub fn planned(archive: PathBuf, to: PathBuf, outcome: Outcome) -> Self {
+        let plan = Some(outcome.plan.clone());
+        Self {
+            dry_run: true,
+            plan,
+            ..Self::of(archive, to, outcome)
+        }
+    }
 }
 
 /// An image in an archive, in bytes.

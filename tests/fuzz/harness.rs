@@ -8,8 +8,9 @@ use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{HEADER_BYTES, Header, hash_of};
 use vmfold::archive::stream::{Event, Stream};
 use vmfold::archive::{index, manifest, pack};
+use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::import::{Options, Source, import};
+use vmfold::ops::import::{ArchivePlace, ImportOptions, import};
 use vmfold::ops::verify::verify;
 use vmfold::store::MemoryStore;
 
@@ -97,21 +98,18 @@ pub(crate) fn archive(bytes: &[u8], folder: &Path) {
     }
     let _ = verify(&path, &Silent::default());
     for partial in [false, true] {
-        let options = Options {
-            source: Source::File(path.clone()),
-            to: folder.join("to"),
-            only: Vec::new(),
+        let options = ImportOptions {
+            archive: ArchivePlace::File(path.clone()),
             commit: None,
+            restore: RestoreOptions {
+                to: folder.join("to"),
+                partial,
+                ..RestoreOptions::default()
+            },
             seeds: Vec::new(),
             index: folder.join("index"),
             memory_bytes: Some(1 << 20),
-            replace: false,
-            resume: false,
-            partial,
             dry_run: true,
-            as_revision: false,
-            numeric_owner: false,
-            preserve_special: false,
         };
         let _ = import(&options, &Silent::default());
     }

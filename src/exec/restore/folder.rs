@@ -57,39 +57,62 @@ const FOLDER: OFlags = OFlags::DIRECTORY
 const STATE: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
 
 impl Root {
-    /// Opens the folder to be restored to, which is made if it does not exist, and keeps other imports off it for as long as it is open.
-    ///
-    /// # Errors
-    /// [`Error::Restoring`] if another import has it; otherwise those of the system calls.
-    pub fn lock(path: &Path) -> Result<Self> {
-        std::fs::create_dir_all(path).map_err(Error::io("make the folder", path))?;
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Restoring { path: path.to_owned() }),
-            Err(TryLockError::Error(error)) => match error.raw_os_error() {
-                // Some filesystems of the network lock no folders. No import writes to a name that another one has, locked or not.
-                Some(libc::EBADF | libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP | libc::EISDIR) => {}
-                _ => return Err(Error::io("lock", path)(error)),
-            },
-        }
-        Ok(Self {
-            file,
-            path: path.to_owned(),
-            is_there: true,
-        })
-    }
-
-    /// Opens the folder to look at it alone. It need not exist; `existing` is what does of the way to it.
+    /// Opens the folder to be restored to, or what exists of the way to it. Nothing is made.
     ///
     /// # Errors
     /// Those of opening.
-    pub fn look(path: &Path, existing: &Path) -> Result<Self> {
+    pub fn look(path: &Path) -> Result<Self> {
+        let existing = existing(path);
         Ok(Self {
             file: File::open(existing).map_err(Error::io("open", existing))?,
             path: path.to_owned(),
             is_there: path.exists(),
         })
+    }
+
+    /// Opens the folder, which is made if it does not exist, and keeps other imports off it.
+    ///
+    /// # Errors
+    /// Those of [`Root::look`] and [`Root::make`].
+    pub fn lock(path: &Path) -> Result<Self> {
+        let mut root = Self::look(path)?;
+        root.keep_others_off()?;
+        root.make()?;
+        Ok(root)
+    }
+
+    /// Keeps other imports off the folder, if it exists, for as long as it is open.
+    ///
+    /// # Errors
+    /// [`Error::Restoring`] if another import has it; otherwise those of the system calls.
+    pub fn keep_others_off(&self) -> Result<()> {
+        if !self.is_there {
+            return Ok(());
+        }
+        let path = &self.path;
+        match self.file.try_lock() {
+            Ok(()) => Ok(()),
+            Err(TryLockError::WouldBlock) => Err(Error::Restoring { path: path.clone() }),
+            Err(TryLockError::Error(error)) => match error.raw_os_error() {
+                // Some filesystems of the network lock no folders. No import writes to a name that another one has, locked or not.
+                Some(libc::EBADF | libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP | libc::EISDIR) => Ok(()),
+                _ => Err(Error::io("lock", path)(error)),
+            },
+        }
+    }
+
+    /// Makes the folder if it does not exist, and keeps other imports off it then.
+    ///
+    /// # Errors
+    /// Those of the system calls and of [`Root::keep_others_off`].
+    pub fn make(&mut self) -> Result<()> {
+        if self.is_there {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.path).map_err(Error::io("make the folder", &self.path))?;
+        self.file = File::open(&self.path).map_err(Error::io("open", &self.path))?;
+        self.is_there = true;
+        self.keep_others_off()
     }
 
     /// Its path.
@@ -354,6 +377,14 @@ impl Place {
     }
 }
 
+/// What exists of the way to a folder.
+pub fn existing(folder: &Path) -> &Path {
+    // A path without folders lies in the current one.
+    let mut exists = folder.ancestors();
+    let exists = exists.find(|folder| !folder.as_os_str().is_empty() && folder.exists());
+    exists.unwrap_or(Path::new("."))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -400,9 +431,9 @@ mod tests {
     fn of_a_folder_that_is_not_there_no_name_is_taken() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("x.img"), "x").unwrap();
-        let root = Root::look(&folder.path().join("absent"), folder.path()).unwrap();
+        let root = Root::look(&folder.path().join("absent")).unwrap();
         assert!(root.place(Path::new("x.img"), false, |_| {}).unwrap().is_none());
-        let root = Root::look(folder.path(), folder.path()).unwrap();
+        let root = Root::look(folder.path()).unwrap();
         let place = root.place(Path::new("x.img"), false, |_| {}).unwrap().unwrap();
         assert!(place.state().is_some_and(|state| state.size == 1));
     }

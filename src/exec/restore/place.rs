@@ -30,6 +30,14 @@ pub struct Counts {
     pub copied_bytes: u64,
 }
 
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, more: Self) {
+        self.clones += more.clones;
+        self.cloned_bytes += more.cloned_bytes;
+        self.copied_bytes += more.copied_bytes;
+    }
+}
+
 /// Fills an empty file with what runs say. Blocks of the store that are lost, a list of ranges, stay holes.
 ///
 /// # Errors

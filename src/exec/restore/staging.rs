@@ -318,6 +318,13 @@ impl Staging {
         self.present.insert_range(range);
     }
 
+    /// Says that blocks are not there after all.
+    pub fn forget(&mut self, range: Range<StoreBlock>) {
+        for block in range {
+            self.present.remove(block);
+        }
+    }
+
     /// Reads blocks back.
     ///
     /// # Errors

@@ -1,60 +1,35 @@
-//! What a restore needs: which blocks of the store, and which of them are on the disk already. Pure.
+//! Which of the blocks that a restore needs are on the disk already, as far as fingerprints tell. Pure.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
+use serde::Serialize;
+
 use super::table::Table;
-use crate::block::{ByteRange, Slot, bytes};
-use crate::content::{Content, Run, StoreBlock};
+use crate::archive::manifest::Announced;
+use crate::block::Slot;
+use crate::chunk::weak_id;
+use crate::content::StoreBlock;
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
-use crate::range;
-
-/// The store addresses that the runs of images refer to.
-pub fn wanted<'a>(runs: impl IntoIterator<Item = &'a Run>) -> Vec<Range<StoreBlock>> {
-    range::joined(runs.into_iter().filter_map(|run| match run.content {
-        Content::Stored(first) => Some(first..first + run.blocks),
-        _ => None,
-    }))
-}
-
-/// The ranges of an image of so many bytes with these runs that are lost, in bytes. `lost` are blocks of the store.
-pub fn lost_ranges(runs: &[Run], size: u64, lost: &[Range<StoreBlock>]) -> Vec<ByteRange> {
-    let mut ranges: Vec<ByteRange> = Vec::new();
-    let mut at = 0u64;
-    let mut add = |start: u64, blocks: u32| {
-        let end = (start + bytes(blocks)).min(size);
-        match ranges.last_mut() {
-            Some(last) if last.start + last.length == start => last.length = end - last.start,
-            _ => ranges.push(ByteRange {
-                start,
-                length: end.saturating_sub(start),
-            }),
-        }
-    };
-    for run in runs {
-        match run.content {
-            Content::Lost => add(at, run.blocks),
-            Content::Stored(first) => {
-                for range in range::overlap(lost, first..first + run.blocks) {
-                    add(at + bytes(range.start - first), range.end - range.start);
-                }
-            }
-            _ => {}
-        }
-        at += bytes(run.blocks);
-    }
-    ranges
-}
 
 /// A range of the store that seeds seem to hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Seeded {
     /// First store address.
     pub first: StoreBlock,
     /// Blocks.
     pub blocks: u32,
-    /// First slot of the seeds' facts.
+    /// First slot of the seeds' facts, which are this run's own.
+    #[serde(skip)]
     pub slot: Slot,
+}
+
+impl Seeded {
+    /// Its store addresses.
+    pub fn range(&self) -> Range<StoreBlock> {
+        self.first..self.first + self.blocks
+    }
 }
 
 /// Looks for wanted blocks in seeds, by fingerprint. `fingerprints` are those of the store, of which `known` says which are.
@@ -121,4 +96,25 @@ pub fn find_seeds(
         }
     }
     found
+}
+
+/// The weak ids of the chunks that have wanted blocks.
+pub fn weak_ids<'a>(wanted: &[Range<StoreBlock>], announced: impl Iterator<Item = &'a Announced>) -> HashSet<u64> {
+    let mut ids = HashSet::new();
+    for one in announced {
+        let mut at = 0;
+        for blocks in &one.chunks {
+            let (start, end) = (at, at + usize::from(*blocks));
+            at = end;
+            let first = one.first + u32::try_from(start).unwrap_or(0);
+            let from = wanted.partition_point(|range| range.end <= first);
+            if wanted
+                .get(from)
+                .is_some_and(|range| range.start < first + u32::from(*blocks))
+            {
+                ids.extend(one.fingerprints.get(start..end).map(weak_id));
+            }
+        }
+    }
+    ids
 }

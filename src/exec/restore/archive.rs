@@ -1,0 +1,241 @@
+//! An archive that is read anywhere as a source: one commit is offered, and of its blocks just what is missing is read.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer};
+use crate::archive::commit::Location;
+use crate::archive::manifest::Announced;
+use crate::archive::pack::FrameInfo;
+use crate::archive::reader::{Archive, Committed, Damage};
+use crate::archive::record::{Hash, hash_of};
+use crate::block::BLOCK_LEN;
+use crate::content::StoreBlock;
+use crate::error::{Error, Result, describe};
+use crate::exec::hashes::{Digest, StoredHashes};
+use crate::monitor::Monitor;
+use crate::plan::restore::{CommitName, Contents};
+
+/// Blocks of the frames that are handed over together, at least.
+const BATCH_BLOCKS: u32 = 4096;
+
+/// A commit of an archive.
+pub struct ArchiveSource<'a> {
+    archive: &'a Archive,
+    committed: &'a Committed,
+    /// Whether the commit was taken because it is the last.
+    is_latest: bool,
+    /// Taken when it is offered.
+    contents: Arc<Contents>,
+    is_offered: bool,
+    hashes: Hashes<'a>,
+    /// Whether anyone looks for blocks by their fingerprints.
+    announces: bool,
+    monitor: &'a dyn Monitor,
+}
+
+impl<'a> ArchiveSource<'a> {
+    /// A commit by what names it, as in [`Archive::commit`]. With `announces`, fingerprints of blocks are read too.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchCommit`], or [`Error::Damaged`] where nothing of its images is known any more.
+    pub fn open(archive: &'a Archive, commit: Option<&str>, announces: bool, monitor: &'a dyn Monitor) -> Result<Self> {
+        let committed = archive.commit(commit)?;
+        if committed.salvaged {
+            monitor.note("The COMMIT of what is restored is lost: its images are as the rest of the archive has them");
+        }
+        let (manifest, damage) = archive.manifest(committed)?;
+        for one in archive.damage().iter().chain(&damage) {
+            monitor.note(&format!("The archive is damaged at {}: {}", one.range, one.problem));
+        }
+        let summaries = &committed.commit.images;
+        if let Some(Damage { range, problem }) = damage.first()
+            && manifest.images.is_empty()
+            && summaries.is_empty()
+        {
+            return Err(Error::damaged(
+                archive.path(),
+                range.start,
+                range.length,
+                problem.clone(),
+            ));
+        }
+        let contents = Contents {
+            manifest,
+            summaries: summaries.clone(),
+            commit: Some(CommitName {
+                number: committed.commit.number,
+                id: committed.id(),
+                hash: committed.location.body_hash,
+            }),
+            doubtful: !damage.is_empty(),
+        };
+        Ok(Self {
+            archive,
+            committed,
+            is_latest: commit.is_none_or(|name| name == "latest"),
+            contents: Arc::new(contents),
+            is_offered: false,
+            hashes: Hashes(StoredHashes::new(Some(archive), committed.commit.store_end)),
+            announces,
+            monitor,
+        })
+    }
+
+    /// Fingerprints of blocks of this commit and those before. Each block is announced once: more than that is not of our making.
+    fn announced(&self) -> Result<Vec<Announced>> {
+        let mut announced: Vec<Announced> = Vec::new();
+        if !self.announces {
+            return Ok(announced);
+        }
+        let mut left = u64::from(self.committed.commit.store_end);
+        for one in self.archive.commits().iter().map(|one| self.archive.announced(one)) {
+            for one in one? {
+                let blocks = one.fingerprints.len() as u64;
+                if blocks <= left {
+                    left -= blocks;
+                    announced.push(one);
+                }
+            }
+        }
+        Ok(announced)
+    }
+
+    /// Hands a batch of frames over. What of it is damaged is said, and left out.
+    fn hand_over(&mut self, batch: &mut Vec<(u64, FrameInfo)>, sink: &mut dyn BlockSink) -> Result<()> {
+        let mut frames = Vec::with_capacity(batch.len());
+        for (offset, frame) in batch.drain(..) {
+            let blocks = frame.first..frame.first + u32::from(frame.blocks);
+            let expected = blocks.clone().map(|block| self.hashes.get(block));
+            let expected: Vec<Option<Hash>> = expected.collect::<Result<_>>()?;
+            let archive = self.archive;
+            frames.push(Frame {
+                blocks,
+                content: Box::new(move || content_of(archive, offset, &frame, &expected)),
+            });
+        }
+        for (_, error) in sink.take(&frames)? {
+            self.monitor.note(&describe(&error));
+        }
+        Ok(())
+    }
+}
+
+/// The content of a frame, of which each block is the one that the INDEX says, as far as that is known.
+fn content_of(archive: &Archive, offset: u64, frame: &FrameInfo, expected: &[Option<Hash>]) -> Result<Vec<u8>> {
+    let content = archive.frame(offset, frame)?;
+    for (block, expected) in content.chunks_exact(BLOCK_LEN).zip(expected) {
+        if expected.is_some_and(|expected| expected != hash_of(block)) {
+            let problem = "a block is not the one that the INDEX says";
+            return Err(Error::damaged(
+                archive.path(),
+                offset,
+                frame.stored_bytes.into(),
+                problem,
+            ));
+        }
+    }
+    Ok(content)
+}
+
+/// The PACKs that hold any of some ranges, each once.
+fn packs_of<'a>(archive: &'a Archive, ranges: &'a [Range<StoreBlock>]) -> impl Iterator<Item = &'a Location> {
+    let mut last = None;
+    let packs = ranges.iter().flat_map(|range| archive.packs(range.start, range.end));
+    packs.filter(move |pack| last.replace(pack.sequence) != Some(pack.sequence))
+}
+
+impl BlockSource for ArchiveSource<'_> {
+    fn path(&self) -> &Path {
+        self.archive.path()
+    }
+
+    fn id(&self) -> [u8; 16] {
+        self.archive.id()
+    }
+
+    fn work_number(&self) -> u32 {
+        self.committed.commit.number
+    }
+
+    fn offer(&mut self) -> Result<Option<Offer>> {
+        if std::mem::replace(&mut self.is_offered, true) {
+            return Ok(None);
+        }
+        Ok(Some(Offer {
+            contents: Arc::clone(&self.contents),
+            announced: self.announced()?,
+            known_end: StoreBlock::MAX,
+        }))
+    }
+
+    fn deliver(&mut self, wanted: &[Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered> {
+        let missing: Vec<Range<StoreBlock>> = wanted.iter().flat_map(|range| sink.missing(range.clone())).collect();
+        let (mut batch, mut blocks) = (Vec::new(), 0);
+        for pack in packs_of(self.archive, &missing) {
+            let frames = match self.archive.frames(pack) {
+                Ok(frames) => frames,
+                Err(error @ Error::Damaged { .. }) => {
+                    self.monitor.note(&describe(&error));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            for (offset, frame) in frames {
+                if sink
+                    .missing(frame.first..frame.first + u32::from(frame.blocks))
+                    .is_empty()
+                {
+                    continue;
+                }
+                blocks += u32::from(frame.blocks);
+                batch.push((offset, frame));
+                if blocks >= BATCH_BLOCKS {
+                    self.hand_over(&mut batch, sink)?;
+                    blocks = 0;
+                }
+            }
+        }
+        self.hand_over(&mut batch, sink)?;
+        Ok(Delivered {
+            committed: Some(Arc::clone(&self.contents)),
+            is_last: true,
+        })
+    }
+
+    fn hashes(&mut self) -> &mut dyn BlockHashes {
+        &mut self.hashes
+    }
+
+    fn knows_hashes(&self) -> bool {
+        true
+    }
+
+    fn nothing_committed(&self) -> Error {
+        Error::NoSuchCommit {
+            path: self.path().to_owned(),
+            commit: "latest".into(),
+        }
+    }
+
+    fn has_later_damage(&self) -> bool {
+        /// Bytes of a TAIL; a COMMIT with its epoch has more.
+        const TAIL_BYTES: u64 = 192;
+        let end = self.committed.location.offset + self.committed.location.length;
+        let is_later = |damage: &Damage| damage.range.start >= end && damage.range.length > TAIL_BYTES;
+        self.is_latest && !self.committed.salvaged && self.archive.damage().iter().any(is_later)
+    }
+}
+
+struct Hashes<'a>(StoredHashes<'a>);
+
+impl BlockHashes for Hashes<'_> {
+    fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
+        self.0.get(block)
+    }
+
+    fn add_to(&mut self, digest: &mut Digest<'_>, first: StoreBlock, blocks: u32) -> Result<bool> {
+        self.0.add_to(digest, first, blocks)
+    }
+}

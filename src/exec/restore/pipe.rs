@@ -1,0 +1,450 @@
+//! An archive that comes once and in order as a source: its images are offered when the first of their blocks comes, every block is handed
+//! over as it comes, and hashes prove it afterwards. Memory holds the manifests and one pack.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer};
+use crate::archive::commit::{Commit, CommitLocation};
+use crate::archive::head::Head;
+use crate::archive::index;
+use crate::archive::manifest::{self, Announced, Builder, Part};
+use crate::archive::pack::{self, FrameInfo};
+use crate::archive::reader::{Committed, find_commit};
+use crate::archive::record::{Hash, Header, Kind, hash_of};
+use crate::archive::stream::{Event, Stream};
+use crate::block::{BLOCK_LEN, ByteRange};
+use crate::content::StoreBlock;
+use crate::error::{Error, Result, describe};
+use crate::exec::hashes::{Digest, HashLog};
+use crate::monitor::Monitor;
+use crate::plan::restore::{CommitName, Contents};
+use crate::range;
+use crate::store::{Reader, Store};
+
+/// Blocks that seeds are looked for at most: 256 MiB of fingerprints, for 256 GiB of blocks.
+const ANNOUNCED_BLOCKS_MAX: usize = 1 << 26;
+/// Frames of a pack that are handed over together.
+const FRAMES_AT_ONCE: usize = 8;
+/// Hashes read together.
+const HASHES_AT_ONCE: u32 = 1024;
+
+/// What is asked of an archive that comes through a pipe.
+#[derive(Debug, Clone)]
+pub struct PipeOptions {
+    /// The commit, by what names it; none or `latest` for the last.
+    pub commit: Option<String>,
+    /// Whether to go on after damage with what is intact.
+    pub partial: bool,
+    /// Whether anyone looks for blocks by their fingerprints.
+    pub announces: bool,
+    /// Where a file of hashes is made, should there be need of one.
+    pub folder: PathBuf,
+}
+
+/// An archive that comes through a pipe.
+pub struct PipeSource<'a> {
+    stream: Stream<Reader<'a>>,
+    path: PathBuf,
+    options: PipeOptions,
+    archive: Option<[u8; 16]>,
+    epoch: Epoch,
+    /// The epoch of the last offer.
+    offered: Option<u64>,
+    /// Read, and not used yet.
+    pending: Option<Record>,
+    hashes: Hashes,
+    is_damaged: bool,
+    /// Whether anything was damaged since the commit that was delivered last.
+    is_damaged_since: bool,
+    monitor: &'a dyn Monitor,
+}
+
+/// A whole record whose hash is right.
+struct Record {
+    header: Header,
+    offset: u64,
+    body: Vec<u8>,
+}
+
+impl Record {
+    fn malformed(&self, path: &Path, problem: &str) -> Error {
+        Error::damaged(path, self.offset, self.header.body_bytes, problem)
+    }
+}
+
+/// What an epoch said so far.
+#[derive(Default)]
+struct Epoch {
+    number: u64,
+    builder: Builder,
+    announced: Vec<Announced>,
+    announced_blocks: usize,
+    announced_end: StoreBlock,
+    /// Whether a PLAN was damaged.
+    doubtful: bool,
+}
+
+impl<'a> PipeSource<'a> {
+    /// Of a store that is read from its beginning on.
+    pub fn new(store: &'a dyn Store, options: PipeOptions, monitor: &'a dyn Monitor) -> Self {
+        Self {
+            stream: Stream::new(Reader::new(store, 0), 0),
+            path: store.path().to_owned(),
+            archive: None,
+            epoch: Epoch::default(),
+            offered: None,
+            pending: None,
+            hashes: Hashes {
+                log: HashLog::new(0, options.folder.clone()),
+                has_all: true,
+            },
+            is_damaged: false,
+            is_damaged_since: false,
+            options,
+            monitor,
+        }
+    }
+
+    /// What of the store was not read.
+    pub fn rest(&mut self) -> &mut impl std::io::Read {
+        self.stream.input()
+    }
+
+    /// The next record of the archive; none at its end.
+    fn next_record(&mut self) -> Result<Option<Record>> {
+        if let Some(record) = self.pending.take() {
+            return Ok(Some(record));
+        }
+        loop {
+            let event = self.stream.next_event().map_err(|error| {
+                if self.monitor.interrupted() {
+                    Error::Interrupted
+                } else {
+                    Error::io("read", &self.path)(error)
+                }
+            })?;
+            if self.monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            match event {
+                None => return Ok(None),
+                Some(Event::Record { header, offset, body }) => {
+                    if *self.archive.get_or_insert(header.archive) != header.archive {
+                        self.damaged(offset, 0, "a record of another archive")?;
+                        continue;
+                    }
+                    if header.epoch != self.epoch.number {
+                        self.epoch = Epoch {
+                            number: header.epoch,
+                            ..Epoch::default()
+                        };
+                    }
+                    return Ok(Some(Record { header, offset, body }));
+                }
+                Some(Event::Damage { range, problem, header }) => {
+                    self.epoch.doubtful |= header.is_none_or(|header| header.kind == Kind::Plan);
+                    self.damaged(range.start, range.length, problem)?;
+                }
+                Some(Event::Unsupported(problem)) => {
+                    return Err(Error::Unsupported {
+                        path: self.path.clone(),
+                        problem,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Damage ends the restore, unless what is intact is wanted.
+    fn damaged(&mut self, start: u64, length: u64, problem: &str) -> Result<()> {
+        let error = Error::damaged(&self.path, start, length, problem);
+        self.is_damaged = true;
+        self.is_damaged_since = true;
+        if self.options.partial {
+            self.monitor.note(&describe(&error));
+            Ok(())
+        } else {
+            Err(error)
+        }
+    }
+
+    /// What became of a record; one that makes no sense is damage.
+    fn unless_damaged<T: Default>(&mut self, offset: u64, done: Result<T>) -> Result<T> {
+        match done {
+            Err(Error::Damaged { range, problem, .. }) => {
+                let range = range.unwrap_or(ByteRange {
+                    start: offset,
+                    length: 0,
+                });
+                self.damaged(range.start, range.length, &problem)?;
+                Ok(T::default())
+            }
+            other => other,
+        }
+    }
+
+    /// Uses a record that neither holds blocks nor is a COMMIT.
+    fn take(&mut self, record: &Record, sink: Option<&mut dyn BlockSink>) -> Result<()> {
+        let path = self.path.clone();
+        let malformed = |problem: &str| record.malformed(&path, problem);
+        match record.header.kind {
+            Kind::Head => {
+                Head::decode(&record.body).map_err(|problem| Error::Unsupported {
+                    path: path.clone(),
+                    problem,
+                })?;
+            }
+            Kind::Plan => match manifest::decode(&record.body).map_err(malformed)?.part {
+                Part::Blocks(announced) => self.epoch.announce(announced, self.options.announces),
+                part => self.epoch.builder.add(part).map_err(malformed)?,
+            },
+            Kind::Index => {
+                let (first, hashes) = index::decode(&record.body).map_err(malformed)?;
+                self.hashes.add(first, hashes)?;
+                if let Some(sink) = sink
+                    && !sink.prove(first, hashes)?
+                {
+                    return Err(malformed("a block is not the one that the INDEX says"));
+                }
+            }
+            Kind::Pack | Kind::Commit | Kind::Tail | Kind::Other(_) => {}
+        }
+        Ok(())
+    }
+
+    fn offer_of(&self, record: &Record) -> Result<Option<Offer>> {
+        let malformed = |problem: &str| record.malformed(&self.path, problem);
+        let manifest = self.epoch.builder.clone().finish().map_err(malformed)?;
+        if manifest.images.is_empty() && self.epoch.doubtful {
+            return Err(malformed("what says which images its blocks are for is lost"));
+        }
+        let contents = Contents {
+            manifest,
+            doubtful: self.epoch.doubtful,
+            ..Contents::default()
+        };
+        Ok(Some(Offer {
+            contents: Arc::new(contents),
+            announced: self.epoch.announced.clone(),
+            known_end: self.epoch.announced_end,
+        }))
+    }
+
+    fn take_pack(&mut self, record: &Record, sink: &mut dyn BlockSink) -> Result<()> {
+        let path = self.path.clone();
+        let malformed = |problem: &str| record.malformed(&path, problem);
+        let frames = pack::decode_table(&record.body, record.body.len() as u64).map_err(malformed)?;
+        let mut first_error = None;
+        for frames in frames.chunks(FRAMES_AT_ONCE) {
+            let mut batch = Vec::with_capacity(frames.len());
+            for frame in frames {
+                let blocks = frame.first..frame.first + u32::from(frame.blocks);
+                let expected = self.hashes.known(blocks.start, u32::from(frame.blocks))?;
+                let malformed = &malformed;
+                batch.push(Frame {
+                    blocks,
+                    content: Box::new(move || content_of(frame, &record.body, &expected).map_err(malformed)),
+                });
+            }
+            for (_, error) in sink.take(&batch)? {
+                first_error.get_or_insert(error);
+            }
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// What a COMMIT makes of the images that were offered.
+    fn take_commit(&mut self, record: &Record) -> Result<Option<Delivered>> {
+        let path = self.path.clone();
+        let malformed = |problem: &str| record.malformed(&path, problem);
+        let commit = Commit::decode(&record.body).map_err(malformed)?;
+        let manifest = std::mem::take(&mut self.epoch.builder).finish().map_err(malformed)?;
+        let location = CommitLocation {
+            offset: record.offset,
+            length: 0,
+            body_hash: record.header.body_hash,
+        };
+        let committed = Committed {
+            commit,
+            location,
+            salvaged: false,
+        };
+        let is_last = match self.options.commit.as_deref() {
+            None | Some("latest") => false,
+            Some(name) if find_commit(std::slice::from_ref(&committed), name).is_some() => true,
+            Some(_) => {
+                return Ok(Some(Delivered {
+                    committed: None,
+                    is_last: false,
+                }));
+            }
+        };
+        self.is_damaged_since = false;
+        let contents = Contents {
+            manifest,
+            commit: Some(CommitName {
+                number: committed.commit.number,
+                id: committed.id(),
+                hash: location.body_hash,
+            }),
+            summaries: committed.commit.images,
+            doubtful: self.epoch.doubtful,
+        };
+        Ok(Some(Delivered {
+            committed: Some(Arc::new(contents)),
+            is_last,
+        }))
+    }
+}
+
+impl Epoch {
+    /// Adds fingerprints, which are kept if anyone looks for them.
+    fn announce(&mut self, announced: Announced, keep: bool) {
+        self.announced_end = self.announced_end.max(announced.end());
+        self.announced_blocks += announced.fingerprints.len();
+        if keep && self.announced_blocks <= ANNOUNCED_BLOCKS_MAX {
+            self.announced.push(announced);
+        }
+    }
+}
+
+/// The content of a frame of a PACK, compared with the hashes that came before it.
+fn content_of(frame: &FrameInfo, body: &[u8], expected: &[Hash]) -> std::result::Result<Vec<u8>, &'static str> {
+    let content = frame.slice(body).and_then(|stored| frame.decode(stored))?;
+    let mut pairs = content.chunks_exact(BLOCK_LEN).zip(expected);
+    if pairs.any(|(block, expected)| *expected != hash_of(block)) {
+        return Err("a block is not the one that the INDEX says");
+    }
+    Ok(content)
+}
+
+impl BlockSource for PipeSource<'_> {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn id(&self) -> [u8; 16] {
+        self.archive.unwrap_or_default()
+    }
+
+    /// Which commits there are is not known before they come: there is one work folder for all of them.
+    fn work_number(&self) -> u32 {
+        1
+    }
+
+    fn offer(&mut self) -> Result<Option<Offer>> {
+        while let Some(record) = self.next_record()? {
+            let (epoch, offset) = (record.header.epoch, record.offset);
+            let done = match record.header.kind {
+                // Behind a COMMIT, an epoch has nothing more.
+                Kind::Pack | Kind::Commit if self.offered == Some(epoch) => Ok(None),
+                Kind::Pack | Kind::Commit => self.offer_of(&record),
+                _ => self.take(&record, None).map(|()| None),
+            };
+            if let Some(offer) = self.unless_damaged(offset, done)? {
+                self.offered = Some(epoch);
+                self.pending = Some(record);
+                return Ok(Some(offer));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Hands over every block that comes, whatever is wanted: it does not come again.
+    fn deliver(&mut self, _: &[std::ops::Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered> {
+        while let Some(record) = self.next_record()? {
+            let offset = record.offset;
+            let is_offered = self.offered == Some(record.header.epoch);
+            let done = match record.header.kind {
+                Kind::Pack | Kind::Commit if !is_offered => {
+                    self.pending = Some(record);
+                    return Ok(Delivered {
+                        committed: None,
+                        is_last: false,
+                    });
+                }
+                Kind::Pack => self.take_pack(&record, sink).map(|()| None),
+                Kind::Commit => self.take_commit(&record),
+                _ => self.take(&record, Some(&mut *sink)).map(|()| None),
+            };
+            if let Some(delivered) = self.unless_damaged(offset, done)? {
+                return Ok(delivered);
+            }
+        }
+        Ok(Delivered {
+            committed: None,
+            is_last: true,
+        })
+    }
+
+    fn hashes(&mut self) -> &mut dyn BlockHashes {
+        &mut self.hashes
+    }
+
+    fn knows_hashes(&self) -> bool {
+        false
+    }
+
+    fn nothing_committed(&self) -> Error {
+        let path = self.path.clone();
+        match (&self.options.commit, self.archive) {
+            (Some(commit), Some(_)) if !self.is_damaged => Error::NoSuchCommit {
+                path,
+                commit: commit.clone(),
+            },
+            (_, None) if !self.is_damaged => Error::NotAnArchive { path },
+            _ => Error::Damaged {
+                path,
+                range: None,
+                problem: "it ends before its COMMIT".into(),
+            },
+        }
+    }
+
+    fn has_later_damage(&self) -> bool {
+        let is_latest = self.options.commit.as_deref().is_none_or(|name| name == "latest");
+        is_latest && self.is_damaged_since
+    }
+}
+
+/// The hashes that came so far.
+struct Hashes {
+    log: HashLog,
+    /// Whether they came in order, without gaps.
+    has_all: bool,
+}
+
+impl Hashes {
+    fn add(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<()> {
+        if self.log.end() == first {
+            return self.log.extend(hashes);
+        }
+        self.has_all = false;
+        Ok(())
+    }
+
+    /// The hashes of some blocks; none if they did not come yet.
+    fn known(&self, first: StoreBlock, blocks: u32) -> Result<Vec<Hash>> {
+        if first.saturating_add(blocks) > self.log.end() {
+            return Ok(Vec::new());
+        }
+        self.log.read(first, blocks)
+    }
+}
+
+impl BlockHashes for Hashes {
+    fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
+        Ok(self.known(block, 1)?.first().copied())
+    }
+
+    fn add_to(&mut self, digest: &mut Digest<'_>, first: StoreBlock, blocks: u32) -> Result<bool> {
+        if !self.has_all || first.saturating_add(blocks) > self.log.end() {
+            return Ok(false);
+        }
+        for part in range::parts(first..first + blocks, HASHES_AT_ONCE) {
+            digest.update(self.log.read(part.start, part.end - part.start)?.as_flattened())?;
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,218 @@
+//! What the disk holds already of what is restored: blocks that are shared from there and not written.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+
+use super::source::BlockHashes;
+use super::staging::Staging;
+use crate::archive::manifest::Announced;
+use crate::archive::record::{Hash, hash_of};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
+use crate::content::StoreBlock;
+use crate::error::{Error, Result};
+use crate::facts::Facts;
+use crate::fs::volume::Volume;
+use crate::fs::{Sharing, SourceFile};
+use crate::monitor::Monitor;
+use crate::plan::seeds::{Seeded, find_seeds};
+use crate::range;
+
+/// Blocks whose hashes are compared at a time.
+pub const PROVED_BLOCKS: u32 = 1024;
+
+/// Blocks on the disk, numbered by slots, that a restore can share. What it finds by fingerprints is proved by whoever uses it.
+pub trait Seed: Sync {
+    /// Looks for wanted blocks, a list, by the fingerprints that are announced of them. What is found does not overlap.
+    ///
+    /// # Errors
+    /// Those of the file that fingerprints lie in.
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Result<Vec<Seeded>>;
+
+    /// The content of some slots.
+    ///
+    /// # Errors
+    /// Those of reading.
+    fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>>;
+
+    /// Makes a range of a file share some slots, from an offset on, which is a multiple of a block. False if the filesystem refuses.
+    fn share(&self, slot: u32, blocks: u32, file: &File, offset: u64) -> bool;
+}
+
+/// The images of a pool as seeds.
+pub struct PoolSeed {
+    fs: Volume,
+    facts: Facts,
+    /// The folder of indexes, where lists may lie.
+    index: PathBuf,
+}
+
+impl PoolSeed {
+    /// Of a pool that was opened and fingerprinted.
+    pub fn new(fs: Volume, facts: Facts, index: PathBuf) -> Self {
+        Self { fs, facts, index }
+    }
+
+    /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.
+    fn without_tails(&self, seeded: &Seeded) -> Vec<Seeded> {
+        let mut parts: Vec<Seeded> = Vec::new();
+        for (slot, place) in self.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
+            let whole = self.fs.images()[place.image as usize].size / BLOCK_BYTES;
+            let blocks = whole.saturating_sub(u64::from(place.file_block));
+            let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
+            match parts.last_mut() {
+                Some(last) if last.slot + last.blocks == slot => last.blocks += blocks,
+                _ => parts.push(Seeded {
+                    first: seeded.first + (slot - seeded.slot),
+                    blocks,
+                    slot,
+                }),
+            }
+        }
+        parts.retain(|part| part.blocks > 0);
+        parts
+    }
+}
+
+impl Seed for PoolSeed {
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Result<Vec<Seeded>> {
+        let end = wanted.last().map_or(0, |range| range.end) as usize;
+        let facts = &self.facts;
+        let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), SlotSet::new(end));
+        let announced = announced.iter();
+        for one in announced.filter(|one| one.function == self.fs.function() && (one.first as usize) < end) {
+            let length = end.saturating_sub(one.first as usize).min(one.fingerprints.len());
+            fingerprints.write(one.first, &one.fingerprints[..length]);
+            known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
+        }
+        let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
+        for all in [&fingerprints, &facts.fingerprints] {
+            all.check()
+                .map_err(Error::io("use the file of fingerprints in", &self.index))?;
+        }
+        Ok(found.iter().flat_map(|seeded| self.without_tails(seeded)).collect())
+    }
+
+    fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>> {
+        let mut content = vec![0; blocks as usize * BLOCK_LEN];
+        let mut rest = &mut content[..];
+        for (_, place) in self.facts.places_of(slot..slot + blocks) {
+            let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
+            let (file, offset) = (SourceFile::Image(place.image), bytes(place.file_block));
+            self.fs.read_ahead(file, offset, part.len() as u64);
+            self.fs.read(file, offset, part)?;
+            self.fs.drop_behind(file, offset, part.len() as u64);
+            rest = after;
+        }
+        Ok(content)
+    }
+
+    fn share(&self, slot: u32, blocks: u32, file: &File, offset: u64) -> bool {
+        self.facts.places_of(slot..slot + blocks).all(|(at, place)| {
+            let to = offset + bytes(at - slot);
+            let (from, length) = (bytes(place.file_block), bytes(place.blocks));
+            self.fs.clone_from_image(place.image, from, file, to, length).is_ok()
+        })
+    }
+}
+
+/// The ranges of some content whose hashes are those of the source.
+pub(super) fn proved(
+    range: Range<StoreBlock>,
+    content: &[u8],
+    hashes: &mut dyn BlockHashes,
+) -> Result<Vec<Range<StoreBlock>>> {
+    let found: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
+    let mut proved = Vec::new();
+    for (block, found) in range.zip(found) {
+        if hashes.get(block)? == Some(found) {
+            range::push(&mut proved, block..block + 1);
+        }
+    }
+    Ok(proved)
+}
+
+/// Reads what was found, and keeps what has the hashes of the source.
+///
+/// # Errors
+/// Those of the hashes; [`Error::Interrupted`]. What cannot be read is not kept.
+pub fn prove(
+    seed: &dyn Seed,
+    found: &[Seeded],
+    hashes: &mut dyn BlockHashes,
+    monitor: &dyn Monitor,
+) -> Result<Vec<Seeded>> {
+    monitor.phase(
+        "Checking blocks that are here already",
+        found.iter().map(|one| bytes(one.blocks)).sum(),
+    );
+    let mut kept = Vec::new();
+    for one in found {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        for part in range::parts(one.range(), PROVED_BLOCKS) {
+            let slot = one.slot + (part.start - one.first);
+            let blocks = part.end - part.start;
+            if let Ok(content) = seed.content(slot, blocks) {
+                for range in proved(part.clone(), &content, hashes)? {
+                    kept.push(Seeded {
+                        first: range.start,
+                        blocks: range.end - range.start,
+                        slot: slot + (range.start - part.start),
+                    });
+                }
+            }
+            monitor.advance(bytes(blocks));
+        }
+    }
+    Ok(kept)
+}
+
+/// Makes the staging file share what was found, and proves it once more there. Returns the bytes that hold.
+///
+/// # Errors
+/// Those of the hashes and of the staging file; [`Error::Interrupted`].
+pub(super) fn clone_into(
+    seed: &dyn Seed,
+    seeded: &Seeded,
+    staging: &mut Staging,
+    hashes: &mut dyn BlockHashes,
+    monitor: &dyn Monitor,
+) -> Result<u64> {
+    if monitor.interrupted() {
+        return Err(Error::Interrupted);
+    }
+    let mut kept = 0;
+    for part in range::parts(seeded.range(), PROVED_BLOCKS) {
+        if part.clone().all(|block| staging.has(block)) {
+            continue;
+        }
+        let slot = seeded.slot + (part.start - seeded.first);
+        if !seed.share(slot, part.end - part.start, staging.file(), bytes(part.start)) {
+            continue;
+        }
+        for range in staged_proved(staging, part, hashes)? {
+            kept += bytes(range.end - range.start);
+            monitor.advance(bytes(range.end - range.start));
+            staging.added(range)?;
+        }
+    }
+    Ok(kept)
+}
+
+/// The ranges of what is staged whose hashes are those of the source.
+pub(super) fn staged_proved(
+    staging: &Staging,
+    range: Range<StoreBlock>,
+    hashes: &mut dyn BlockHashes,
+) -> Result<Vec<Range<StoreBlock>>> {
+    let mut content = vec![0; (range.end - range.start) as usize * BLOCK_LEN];
+    // What cannot be read back is fetched again.
+    if staging.read(range.start, &mut content).is_err() {
+        return Ok(Vec::new());
+    }
+    proved(range, &content, hashes)
+}
