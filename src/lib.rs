@@ -33,6 +33,8 @@
 //! An image is changed by `FIDEDUPERANGE` and nothing else. The index is a cache: nothing in it is believed unchecked.
 //! Planning does no I/O; executing makes no decision. What is reported was counted, before and after.
 //! The library never prints: it talks to a [`monitor::Monitor`].
+//!
+//! `src/README.md` says how data flows, what is trusted, and which files a change touches.
 
 pub mod archive;
 pub mod block;

@@ -1,4 +1,4 @@
-//! What vmfold does on a real host: images in use, unusual, on damaged disks, without space. The README's table lists these tests.
+//! What vmfold does on a real host: images in use, unusual, on damaged disks, without space. `tests/README.md` lists these tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "tests")]
 
 mod common;

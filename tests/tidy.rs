@@ -120,3 +120,87 @@ fn no_verb_uses_another() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
+
+/// The papers, with the folder that each lies in.
+fn papers() -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = ["", "src", "formats", "tests", "tests/bench"].map(|folder| root.join(folder));
+    let entries = folders
+        .iter()
+        .flat_map(|folder| std::fs::read_dir(folder).unwrap())
+        .map(|entry| entry.unwrap().path());
+    let papers = entries.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    papers
+        .map(|path| {
+            (
+                path.parent().unwrap().to_owned(),
+                std::fs::read_to_string(&path).unwrap(),
+            )
+        })
+        .collect()
+}
+
+/// What stands in a text between two others.
+fn between<'a>(text: &'a str, begin: &'a str, end: &'a str) -> impl Iterator<Item = &'a str> {
+    let parts = text.split(begin).skip(1);
+    parts.filter_map(move |part| Some(part.split_once(end)?.0))
+}
+
+#[test]
+fn papers_name_what_exists() {
+    const TYPES: [&str; 7] = [".rs", ".md", ".sh", ".ksy", ".json", ".svg", ".txt"];
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut missing, mut found) = (Vec::new(), 0);
+    for (folder, text) in papers() {
+        let links = between(&text, "](", ")").filter(|link| !link.starts_with("http"));
+        let links = links.filter_map(|link| link.split('#').next()).map(|path| (path, true));
+        let quoted = text.split('`').skip(1).step_by(2);
+        let quoted = quoted.filter(|path| {
+            let is_path = path.contains('/') && !path.contains(char::is_whitespace) && !path.contains("NAME");
+            is_path && !path.starts_with('/') && TYPES.iter().any(|end| path.ends_with(end))
+        });
+        for (path, is_link) in links.chain(quoted.map(|path| (path, false))) {
+            found += 1;
+            if !folder.join(path).exists() && (is_link || !root.join(path).exists()) {
+                missing.push(format!("{}: {path}", folder.display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+    assert!(found > 50, "only {found} names were found");
+}
+
+#[test]
+fn the_paper_on_tests_names_tests_that_exist() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let paper = std::fs::read_to_string(folder.join("README.md")).unwrap();
+    let mut functions = Vec::new();
+    let mut wrong = Vec::new();
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if !paper.contains(&format!("`{name}`")) {
+                wrong.push(format!("{name} is not in the paper"));
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            functions.extend(names_after(&text, "\nfn ").map(str::to_owned));
+        }
+    }
+    let (_, situations) = paper.split_once("## Situations").unwrap();
+    let named = situations.split('`').skip(1).step_by(2);
+    // Long names are cut, with dots in the place of the rest.
+    let named = named.filter(|name| {
+        name.matches('_').count() > 1 && name.chars().all(|c| c.is_lowercase() || "_…0123456789".contains(c))
+    });
+    for name in named {
+        let is_it = |function: &String| match name.strip_suffix('…') {
+            Some(begin) => function.starts_with(begin),
+            None => function == name,
+        };
+        if !functions.iter().any(is_it) {
+            wrong.push(format!("{name} is no test"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

@@ -17,18 +17,31 @@ use crate::shown::shown;
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
 ///
-/// Works on the images of shut-down machines on btrfs. Images keep every byte, their times, inodes, links, mode and owner;
-/// images that someone has open are left alone.
+/// vmfold works on the images of machines that are shut down, on btrfs and on XFS with reflinks. It shares what images
+/// have in common, frees the rest, and keeps images in archives. Images keep every byte, their times, inodes, links,
+/// mode and owner. An image that someone has open is left alone and named. On btrfs it takes root.
 ///
-/// Exit codes: 0 done, 1 failed, 2 usage, 3 done but some images were left alone, 4 the archive is damaged, 5 diff found
-/// differences, 130 interrupted.
+/// Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some images were left alone or the time was over; 4 the
+/// archive is damaged; 5 diff found differences; 130 interrupted. What each means for each command stands in
+/// `formats/scripting.md`.
+///
+/// Sizes are bytes, or have a unit: 16K and 16KiB are 16384 bytes, 16KB are 16000. Patterns are globs as in a shell:
+/// `*` stands for any text, also across slashes, and `?` for one character. A pattern without a slash holds at any
+/// depth. Quote patterns, or the shell expands them.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, propagate_version = true)]
 pub(super) struct Args {
     /// Print one JSON document instead of text
+    ///
+    /// The document goes to standard output when the command has ended, and has the form of
+    /// `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive goes to standard
+    /// output. `--qubes` prints one document for each filesystem.
     #[arg(long, global = true)]
     pub(super) json: bool,
     /// Give way to all other work on the processor and the disk
+    ///
+    /// vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as long as somebody waits
+    /// for an image it holds.
     #[arg(long, global = true)]
     pub(super) nice: bool,
     #[command(subcommand)]
@@ -38,46 +51,113 @@ pub(super) struct Args {
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Share what images have in common, and free the rest
+    ///
+    /// It frees blocks that are equal anywhere in any image, zeros, space that was allocated and never written, and
+    /// parts of extents that nothing can reach. The kernel compares the bytes of both sides, under lock, before it
+    /// shares them; nothing else touches an image. No image and no revision is deleted. vmfold counts extents before
+    /// and after, and reports the difference as freed.
+    ///
+    /// Shut the machines down first, and name what is to share: images, folders, or a whole filesystem. Extents that
+    /// snapshots or files outside these paths use too stay; vmfold says how much that is, and who holds them. It can be
+    /// killed at any moment: images stay as they are, and the next run goes on from there.
     Reclaim(Reclaim),
     /// Show what each image holds, and what deleting it would free
+    ///
+    /// For each image: its size, its data, what is exclusive to it (which deleting it would free), what it shares, how
+    /// much of both is compressed and from how much, and what of its extents nothing can reach. Totals of the pool come
+    /// last. It changes no image.
     Report(Named),
     /// Write images and revisions to an archive, each distinct block once
+    ///
+    /// An export adds a commit to an archive, which is made if it does not exist. It stores each distinct block once,
+    /// compressed. A later export to the same archive reads and stores only what changed. An image that is written to
+    /// meanwhile makes the export fail, by name, and the archive stays as it was. Names in the archive are relative to
+    /// the folder that was named.
     Export(Export),
     /// Restore images from an archive, sharing what they have in common
+    ///
+    /// An import writes each distinct block once, and makes the images from these by sharing, so that a disk needs room
+    /// for the distinct blocks only. Where the filesystem cannot share, images become plain sparse files. What does not
+    /// fit is refused before anything is written. Every block is proved by its hash. No image gets its name before all
+    /// are complete and on disk. An image that exists is not replaced, unless --replace is given.
     Import(Import),
     /// Show the commits and images of an archive
+    ///
+    /// Without a commit it shows all commits: number, name, time, images, sizes, and what each added. With one it shows
+    /// its images.
     List(List),
     /// Check every hash and reference of an archive
+    ///
+    /// It reads the whole archive. For each damaged place it names the images and the byte ranges that are lost.
     Verify(Verify),
     /// Show what differs between two commits, or between one and images on disk
+    ///
+    /// It compares by hash, and shows which byte ranges of which images differ. The exit code is 5 if anything does.
     Diff(Diff),
     /// Fill the index only
+    ///
+    /// A later run need not read again what a scan has read. It pays on XFS, and on btrfs where blocks have no checksum
+    /// that serves: compressed extents, and filesystems with SHA-256 or BLAKE2 checksums.
     Scan(Named),
     /// Show what the index knows
+    ///
+    /// For each filesystem: how many extents and chunks the index holds, how many fingerprints it keeps, and what it
+    /// takes on disk.
     Status(Status),
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Named {
     /// Image files, and folders to search for images, all on one filesystem; or a whole filesystem, by device or UUID
+    ///
+    /// A folder is searched at all depths, without following symbolic links. Images on other filesystems that are
+    /// mounted below it are left alone. In a folder, those files count whose names say that they are images (.img,
+    /// .raw, .qcow2, .qcow, .vmdk, .vdi, .vhd, .vhdx, .hdd, .iso) or revisions of one, and files of 16 MiB and more
+    /// without an extension. A file that is named itself always counts. A whole filesystem with all its subvolumes is
+    /// named by its mount point, its device, or its UUID. Images share blocks only with others that are named in the
+    /// same run.
     #[arg(required_unless_present_any = ["files_from", "qubes"], value_name = "PATH")]
     paths: Vec<PathBuf>,
     /// Read more paths from a file, one a line or ended by NUL; `-` for standard input
+    ///
+    /// If there is a NUL in the file, each path ends with one; otherwise each line is a path. Empty ones are skipped. A
+    /// list may have 16 MiB.
     #[arg(long, value_name = "FILE")]
     files_from: Option<PathBuf>,
     /// All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+    ///
+    /// It takes the folders `appvms`, `vm-templates` and `vm-kernels` of each pool whose driver is file-reflink.
+    /// `reclaim` and `report` work on pools on different filesystems one after the other; other commands refuse them.
     #[arg(long)]
     pub(super) qubes: bool,
     /// Where dom0's root filesystem is mounted, in a rescue system
+    ///
+    /// qubes.xml and the folders of the pools are looked for below this folder.
     #[arg(long, value_name = "DIR", default_value = "/", requires = "qubes")]
     qubes_root: PathBuf,
     /// Leave out what matches this pattern; may be given more than once
+    ///
+    /// It holds for what is found in folders, by the path below the folder that was named or by the full path. A folder
+    /// that matches is not searched. A pattern without a slash holds at any depth.
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// Folder for the index, which is only a cache
+    ///
+    /// It remembers what was read. Delete it at any time: the next run then reads more. What of a large pool does not
+    /// fit into memory lies in unnamed files here while vmfold runs. Nobody else may be able to write to the folder.
+    /// Where it cannot be used, the run goes on without an index and says so.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     index: PathBuf,
-    /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if not said
+    /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if
+    /// not said
+    ///
+    /// In all, vmfold takes at most twice this, 48 MiB more, and 32 MiB more for each TiB of extents, whatever is in
+    /// the pool.
+    ///
+    /// A pool with more blocks keeps their fingerprints in a file beside the index. One with more still looks up a
+    /// sample of its blocks, from which matches grow in both directions; vmfold says so, and names the sample. The rest
+    /// of long lists lies in unnamed files beside the index, which take a quarter of what is free there at most. The
+    /// kernel keeps pages of these files in memory while nobody else needs it.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
 }
@@ -152,43 +232,101 @@ pub(super) struct Reclaim {
     #[command(flatten)]
     pub(super) scope: Named,
     /// Only say what would be done
+    ///
+    /// It makes the whole plan and changes no image. Where the filesystem has checksums, that takes seconds. It works
+    /// on a filesystem that is mounted read-only, too. It also fills the index.
     #[arg(long, short = 'n')]
     pub(super) dry_run: bool,
     /// Shortest run of equal data worth sharing: less frees more, and makes more fragments
+    ///
+    /// The size holds where two revisions have the place. Half of it is enough where no revision shares the place, and
+    /// half as much again is needed where three or more do. 4K shares whatever frees more than it takes of metadata,
+    /// and makes most fragments. 64K or more makes the fewest: reading, `cp --reflink` and `btrfs send` then cost the
+    /// least, and somewhat less is freed. It is 4K at least and 4G at most.
     #[arg(long, value_name = "SIZE", default_value = "8KiB", value_parser = parse_size)]
     pub(super) min_run: u64,
-    /// Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing it all the same; `none` undoes it
+    /// Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing it all the same; `none`
+    /// undoes it
+    ///
+    /// Each distinct extent is rewritten once, as zstd frames of up to 128 KiB that are made on all cores. The kernel
+    /// then moves every reference there, after it has compared the bytes. `btrfs filesystem defragment -czstd` would
+    /// copy the data of each image and each revision for itself, and so undo all sharing on the way.
+    ///
+    /// What does not shrink by --min-gain stays where it is: in each extent one part in eight is tried before anything
+    /// is rewritten, then each frame on its own. What is compressed already stays too, unless --recompress is given.
+    /// What guests write later is not compressed, unless the filesystem is mounted so; the next run does it. `none`
+    /// undoes all compression, if there is room for that.
+    ///
+    /// `btrfs property set IMAGE compression none` keeps an image as it is, and with it what it shares. `chattr +m`
+    /// does not: btrfs sets the same mark by itself on any file of which one part did not shrink. Images without
+    /// checksums (nodatacow) cannot be compressed, and neither can any on XFS. Linux before 5.18 takes no frames: there
+    /// btrfs compresses itself, at its own level.
+    ///
+    /// Use it for what is kept rather than run: revisions, templates, machines that are seldom up, a disk that is too
+    /// small. Leave it for machines that read at random a lot: to read 4 KiB, up to 128 KiB are decompressed. Levels
+    /// cost time to compress, and none to read.
     #[arg(long, value_name = "HOW", value_parser = parse_compression)]
     pub(super) compress: Option<Compression>,
     /// What must be gained to compress something, in hundredths of its size
+    ///
+    /// Higher values leave more data uncompressed, which reads faster.
     #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = clap::value_parser!(u8).range(1..=99))]
     pub(super) min_gain: u8,
     /// Compress what is compressed already once more where that gains as much again
+    ///
+    /// btrfs does not keep the level that something was compressed with. So it is tried, and goes by what is gained:
+    /// --min-gain, once more.
     #[arg(long, requires = "compress")]
     pub(super) recompress: bool,
     /// Leave blocks of zeros as data instead of making them holes
+    ///
+    /// A hole takes no space until the guest writes there again. With this option zeros stay as data.
     #[arg(long)]
     pub(super) keep_zeros: bool,
     /// Leave preallocated ranges allocated instead of making them holes
+    ///
+    /// A preallocated range is space that was reserved, as by `fallocate`, and never written.
     #[arg(long)]
     pub(super) keep_prealloc: bool,
     /// Extra disk space that may be used on the way
+    ///
+    /// Donors take it: files without names that blocks are copied to before what they replace is freed. It rarely takes
+    /// more than 256 MiB. With --compress, what less than that leaves may take more than one run.
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
     pub(super) work_space: u64,
-    /// Keep images that match this pattern among themselves: they share with no others. May be given more than once; what
-    /// matches none shares with what matches none
+    /// Keep images that match this pattern among themselves; may be given more than once
+    ///
+    /// They share blocks with no others. Images that match no pattern share with each other. The first pattern that
+    /// matches an image, or a folder it lies in, counts; there may be 31 patterns. Extents that groups share already
+    /// stay shared.
+    ///
+    /// Sharing reveals something: a guest can in principle tell by the time a write takes that one of its blocks was
+    /// shared, and so that another guest has the same block. Groups keep trust domains apart.
     #[arg(long, value_name = "GLOB")]
     pub(super) group: Vec<String>,
     /// References that one extent may get
+    ///
+    /// `btrfs send` clones only extents that have 1024 references at most, counted over all snapshots. Where each image
+    /// lies in two snapshots, say 400 if you send them. With a lower limit less is freed, and what is left may take
+    /// more than one run.
     #[arg(long, value_name = "N", default_value_t = REFERENCES_MAX, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) max_references: u32,
     /// References to extents that an image may get for each GiB of its data
+    ///
+    /// The default is one for each 32 KiB on average. The limit keeps reading in order and `cp --reflink` fast.
+    /// Metadata is limited besides: no extent goes that would free less than its new references take. Compressed
+    /// extents are 128 KiB at most, so that there are 8192 to the GiB at least, whatever this says. With --compress,
+    /// what this limit leaves may take more than one run.
     #[arg(long, value_name = "N", default_value_t = REFERENCES_PER_GIB_MAX)]
     pub(super) max_extents: u32,
     /// Disk space that stays free whatever happens
+    ///
+    /// No donor is written that would leave less. What would take more waits for the next run.
     #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = parse_size)]
     pub(super) reserve: u64,
     /// Stop in order after so many seconds; the next run goes on from there
+    ///
+    /// The call that is going on ends first. The exit code is then 3.
     #[arg(long, value_name = "N")]
     pub(super) max_seconds: Option<u64>,
 }
@@ -196,20 +334,32 @@ pub(super) struct Reclaim {
 #[derive(Debug, clap::Args)]
 pub(super) struct Export {
     /// Archive file, new or to be appended to; `-` for standard output
+    ///
+    /// An archive that is appended to is never rewritten: an export that is interrupted leaves it as it was. Only one
+    /// export writes to it at a time. Archives are not encrypted: put `age` or `gpg` behind `-`, or the file on an
+    /// encrypted disk.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     #[command(flatten)]
     pub(super) scope: Named,
     /// Choose images that match this pattern; may be given more than once
+    ///
+    /// It is compared with the name in the archive and with the full path. Without it, all images are exported.
     #[arg(long, value_name = "GLOB")]
     pub(super) only: Vec<String>,
     /// Which revisions: `all`, `none`, `only` (revisions and nothing else), or how many of each image, the newest
+    ///
+    /// Revisions are what Qubes OS keeps of earlier states: `private.img.7@2026-01-02T03:04:05Z`.
     #[arg(long, value_name = "WHICH", default_value = "all", value_parser = parse_revisions)]
     pub(super) revisions: Revisions,
     /// Compression level of zstd, 1 to 19
+    ///
+    /// Higher levels make the archive smaller and take more time. They cost nothing when it is read.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(super) level: i32,
     /// A name for this commit
+    ///
+    /// `list`, `import` and `diff` find the commit by it. Of several with one label they take the last.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub(super) label: String,
 }
@@ -217,9 +367,14 @@ pub(super) struct Export {
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
     /// Archive file
+    ///
+    /// It is read from a file only: a pipe cannot be listed.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Show this commit with its images: its number, label or name
+    ///
+    /// A commit is named by the first hexadecimal digits of its hash, four at least. `latest` is the last one,
+    /// `previous` the one before.
     #[arg(value_name = "COMMIT")]
     pub(super) commit: Option<String>,
 }
@@ -227,6 +382,8 @@ pub(super) struct List {
 #[derive(Debug, clap::Args)]
 pub(super) struct Verify {
     /// Archive file
+    ///
+    /// It is read from a file only, from its beginning to its end.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
 }
@@ -234,15 +391,23 @@ pub(super) struct Verify {
 #[derive(Debug, clap::Args)]
 pub(super) struct Diff {
     /// Archive file
+    ///
+    /// It is read from a file only.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// A commit; the one before the last, or with --pool the last, if not said
+    ///
+    /// It is given by its number, its label, or its name. `latest` is the last one, `previous` the one before.
     #[arg(value_name = "COMMIT")]
     pub(super) first: Option<String>,
     /// The commit to compare it with; the last if not said
+    ///
+    /// It is given as the first one is.
     #[arg(value_name = "COMMIT", conflicts_with = "pool")]
     pub(super) second: Option<String>,
     /// Compare with images on disk: the paths that were exported
+    ///
+    /// The images are read and compared by hash. Names are compared relative to the folder that is named.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(super) pool: Vec<PathBuf>,
 }
@@ -251,45 +416,89 @@ pub(super) struct Diff {
 #[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Import {
     /// Archive file; `-` for standard input
+    ///
+    /// A pipe is read once and in order.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Images to restore, by pattern or folder; all if none is named
+    ///
+    /// The names are those that `list` shows. A folder stands for everything in it.
     #[arg(value_name = "GLOB")]
     pub(super) only: Vec<String>,
     /// Folder to restore to; it is made if it does not exist
+    ///
+    /// Nothing is written outside it, whatever names an archive holds. While an import runs, it keeps its blocks in
+    /// `.vmfold-import-…` in this folder. Images can share blocks on btrfs and on XFS with reflinks; elsewhere they
+    /// become plain sparse files.
     #[arg(long, value_name = "DIR")]
     pub(super) to: PathBuf,
     /// Which commit: its number, label or name; the last if not said
+    ///
+    /// A commit is named by the first hexadecimal digits of its hash, four at least. `latest` is the last one,
+    /// `previous` the one before, which only a file has: a pipe is read once.
     #[arg(long, value_name = "COMMIT")]
     pub(super) commit: Option<String>,
     /// Images, and folders of images, on the same filesystem, to share blocks with; may be given more than once
+    ///
+    /// What they have in common with what is restored is shared instead of written. Each block is proved by its hash,
+    /// before and after. Without this option, images serve that the index knows because `scan`, `reclaim` or `export`
+    /// has seen them: those of the subvolume that is restored to, or of the whole XFS, whose images are then looked for
+    /// by name.
     #[arg(long, value_name = "PATH")]
     pub(super) seed: Vec<PathBuf>,
     /// Put images in the place of existing ones
+    ///
+    /// All of them are replaced or none, once all are complete and on disk. An image that anyone has open is not
+    /// replaced, nor is any other then. The same holds if the kernel cannot tell whether it is open: it cannot be read,
+    /// or it is leased.
     #[arg(long)]
     pub(super) replace: bool,
     /// Go on with an import that was interrupted
+    ///
+    /// Only what its journal proves to be unchanged since then is not made anew.
     #[arg(long)]
     pub(super) resume: bool,
     /// Restore what is intact of a damaged archive
+    ///
+    /// It lists what is not. What is left of a damaged image becomes a file `NAME.vmfold-partial`.
     #[arg(long)]
     pub(super) partial: bool,
     /// Only say what would be done
+    ///
+    /// It says how much would be written, how much is on this disk already, and how much space that takes at most. It
+    /// writes nothing to the folder.
     #[arg(long, short = 'n')]
     pub(super) dry_run: bool,
     /// Restore images as revisions of Qubes OS, with the next free number
+    ///
+    /// `private.img` becomes `private.img.N@TIME`, which `qvm-volume revert` accepts. It works beside a machine that
+    /// has only a `-dirty.img`.
     #[arg(long)]
     pub(super) as_revision: bool,
     /// Take owners by number even where their names are known here
+    ///
+    /// Without it, an owner and a group are looked up by name first.
     #[arg(long)]
     pub(super) numeric_owner: bool,
-    /// Restore what can give privileges: set-user-ID, set-group-ID and sticky bits, attributes of security.* and trusted.*
+    /// Restore what can give privileges: set-user-ID, set-group-ID and sticky bits, attributes of security.* and
+    /// trusted.*
+    ///
+    /// Without it only permissions, attributes of user.*, access control lists and `nodatacow` come back, and what is
+    /// left out is said. Labels (`security.selinux`) are left out without a word: the policy of this host gives them.
+    /// Users and groups in access control lists are numbers. Where there can be no such list, or the group cannot be
+    /// restored, the group gets less, never more. Images that are `nodatacow` share blocks with each other, and with
+    /// nothing that has checksums.
     #[arg(long)]
     pub(super) preserve_special: bool,
     /// Folder for the index, which is only a cache
+    ///
+    /// The index knows which images on this disk may have blocks in common with what is restored.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     pub(super) index: PathBuf,
-    /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if not said
+    /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if
+    /// not said
+    ///
+    /// The extents are those of the seeds.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) memory: Option<u64>,
 }
@@ -329,6 +538,8 @@ fn parse_revisions(text: &str) -> std::result::Result<Revisions, String> {
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
     /// Folder of the index
+    ///
+    /// It has one folder for each filesystem, named by its UUID.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     pub(super) index: PathBuf,
 }
@@ -353,6 +564,22 @@ mod tests {
     #[test]
     fn command_line_is_sound() {
         <Args as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_option_has_a_long_help() {
+        let command = <Args as clap::CommandFactory>::command();
+        let mut short = Vec::new();
+        for one in std::iter::once(&command).chain(command.get_subcommands()) {
+            if one.get_long_about().is_none() {
+                short.push(one.get_name().to_owned());
+            }
+            let arguments = one
+                .get_arguments()
+                .filter(|argument| argument.get_long_help().is_none());
+            short.extend(arguments.map(|argument| format!("{} {}", one.get_name(), argument.get_id())));
+        }
+        assert!(short.is_empty(), "{short:?}");
     }
 
     #[test]

@@ -371,7 +371,7 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
 /// Remembers what was refused, and why as far as can be told.
 fn refused(fs: &dyn Sharing, call: Call, errno: Errno, ran: &mut Ran) {
     *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
-    // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/volume/reflink.c).
+    // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
     let whole = match errno {
         Errno::AGAIN => Some(Skip::BeingSent),
         Errno::TXTBSY => Some(Skip::SwapFile),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benchmarks, and the README's tables and picture from them: bash tests/bench/all.sh [POOL.fsimg]
+# All benchmarks, and the tables and the picture of tests/bench/README.md from them: bash tests/bench/all.sh [POOL.fsimg]
 #
 # POOL.fsimg is a btrfs in a file, with images in its folder `pool`; without one, a pool is made of this machine's own programs. Works in
 # $WORK (default: the folder for temporary files), which takes up to 60 GB and more than half an hour. Takes root.
@@ -21,11 +21,12 @@ table() { # name command...: puts what a command prints in the place of the tabl
   python3 - "$name" "$dir/$name.md" <<'P'
 import re, sys
 name, table = sys.argv[1], open(sys.argv[2]).read().strip()
-readme = open("README.md").read()
+page = "tests/bench/README.md"
+text = open(page).read()
 begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-new, found = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", readme, flags=re.DOTALL)
-assert found == 1, f"README.md has no place for the table `{name}`"
-open("README.md", "w").write(new)
+new, found = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+assert found == 1, f"{page} has no place for the table `{name}`"
+open(page, "w").write(new)
 P
 }
 table reclaim bash tests/bench/reclaim.sh "$pool"
