@@ -300,10 +300,8 @@ fn check_commit(
 }
 
 fn whole(commit: u32, path: PathBuf, size: u64) -> LostIn {
-    let lost = LostImage {
-        path,
-        restored_as: None,
-        ranges: vec![ByteRange { start: 0, length: size }],
-    };
-    LostIn { commit, lost }
+    LostIn {
+        commit,
+        lost: LostImage::whole(path, size),
+    }
 }
