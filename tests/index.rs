@@ -11,9 +11,9 @@ use common::{Mounted, build_pool, can_mount, sh, state_of};
 use serde_json::Value;
 use vmfold::block::SlotSet;
 use vmfold::fingerprint::Function;
-use vmfold::fs::simulated::one_image;
 use vmfold::index::Index;
 use vmfold::monitor::Silent;
+use vmfold::testing::simulated::one_image;
 
 /// Far more than any of these runs takes, and far less than for ever.
 const LIMIT: Duration = Duration::from_secs(150);

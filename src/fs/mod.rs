@@ -1,8 +1,7 @@
-//! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
+//! What a filesystem can do for a run: read, share, write donors.
 
 pub mod acl;
 pub mod attributes;
-pub mod simulated;
 pub mod volume;
 
 use std::collections::BTreeSet;

@@ -396,7 +396,7 @@ mod tests {
     use super::*;
     use std::ops::Range;
 
-    use crate::fs::simulated::one_image;
+    use crate::testing::simulated::one_image;
 
     const EXTENT_BLOCKS: u32 = 32 << 10;
     const EXTENTS: u32 = 100;

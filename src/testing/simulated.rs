@@ -9,10 +9,10 @@ use std::sync::Mutex;
 
 use rustix::io::Errno;
 
-use super::{HeldRange, Outcome, Sharing, SourceFile};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::fs::{HeldRange, Outcome, Sharing, SourceFile};
 use crate::spill::SpillVec;
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
