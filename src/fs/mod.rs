@@ -2,6 +2,7 @@
 
 pub mod acl;
 pub mod attributes;
+mod holding;
 pub mod volume;
 
 use std::collections::BTreeSet;
@@ -12,6 +13,8 @@ use rustix::io::Errno;
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::error::Result;
 use crate::facts::{Class, Facts, ImageId};
+
+pub use holding::{existing, images_holding, may_find_holders, uuid_at};
 
 /// A file that blocks can be shared from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -27,6 +27,7 @@ use crate::exec::restore::folder::Root;
 use crate::exec::restore::place::{self, can_share};
 use crate::exec::restore::staging::{Noted, Staging};
 use crate::fs::attributes;
+use crate::fs::existing;
 use crate::monitor::Monitor;
 use crate::plan::METADATA_BYTES_PER_REFERENCE;
 use crate::plan::import::{lost_ranges, wanted};
@@ -440,7 +441,7 @@ impl<'a> Restore<'a> {
         }
         let root = match root {
             Some(root) => root,
-            None if options.dry_run => Arc::new(Root::look(&options.to, seeds::existing(&options.to))?),
+            None if options.dry_run => Arc::new(Root::look(&options.to, existing(&options.to))?),
             None => Arc::new(Root::lock(&options.to)?),
         };
         let noted = Noted::read(root.file(), work_folder).filter(|_| options.resume);
