@@ -16,7 +16,7 @@ use vmfold::exec::compression::{Wish, plan_wished};
 use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::frame::Packer;
-use vmfold::fs::{Sharing, SourceFile};
+use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::Silent;
 use vmfold::plan::{Options, Plan};
 use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};

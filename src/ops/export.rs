@@ -18,8 +18,7 @@ use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::exec::store::{How, Out, Stored, announce, store};
-use crate::fs::attributes;
-use crate::fs::volume::{Purpose, checksum_digests};
+use crate::fs::{self, Purpose, attributes};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
@@ -275,14 +274,14 @@ struct Exporter<'a> {
 
 impl Exporter<'_> {
     fn run(&self, opened: &mut Opened) -> Result<Exported> {
-        let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
+        let (fs, facts) = (&*self.prepared.fs, &self.prepared.facts);
         let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
         // What only passes by is not met again.
         let can_be_appended_to = opened.store.length().is_ok_and(|length| length.is_some());
         let index = self.prepared.index.as_ref().filter(|_| can_be_appended_to);
         let digests = match index {
-            Some(_) => checksum_digests(fs, facts)?,
+            Some(_) => fs.checksum_digests(facts)?,
             None => SpillVec::new(),
         };
         let plan = self.plan(opened, index, &digests)?;
@@ -388,7 +387,7 @@ impl Exporter<'_> {
 
     /// Which blocks are new to the archive.
     fn plan(&self, opened: &Opened, index: Option<&Index>, digests: &[Option<u128>]) -> Result<ExportPlan> {
-        let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
+        let (fs, facts) = (&*self.prepared.fs, &self.prepared.facts);
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {
             (Some(index), Some(archive)) => index
@@ -437,10 +436,10 @@ impl Exporter<'_> {
     }
 
     fn check_unchanged(&self) -> Result<()> {
-        let images = self.prepared.fs.images().iter();
-        let changed: Vec<PathBuf> = images
-            .filter(|image| !image.may_touch() || !image.is_unchanged())
-            .map(|image| image.path.clone())
+        let fs = &self.prepared.fs;
+        let changed: Vec<PathBuf> = (0..fs.image_count())
+            .filter(|image| !fs.may_touch(*image) || !fs.is_unchanged(*image))
+            .map(|image| fs.path(image).to_owned())
             .collect();
         match changed.len() {
             0 => Ok(()),
@@ -452,7 +451,7 @@ impl Exporter<'_> {
     fn images(&self) -> Result<(Vec<Folder>, Vec<Image>)> {
         let relative = |path: &Path| path.strip_prefix(self.root).unwrap_or(path).to_owned();
         let (mut folders, mut images) = (BTreeSet::new(), Vec::new());
-        for (number, image) in (0u32..).zip(self.prepared.fs.images()) {
+        for (number, image) in (0u32..).zip(fs::images(&*self.prepared.fs)) {
             let names = self.names.get(&image.path).cloned().unwrap_or_default();
             for name in &names {
                 let path = relative(name);
@@ -469,7 +468,7 @@ impl Exporter<'_> {
                         .map(Path::to_owned),
                 );
             }
-            let metadata = attributes::read(image.file(), &image.path)?;
+            let metadata = self.prepared.fs.attributes(number)?;
             let attributes: usize = metadata
                 .xattrs
                 .iter()
@@ -514,7 +513,7 @@ impl Exporter<'_> {
         let mut payloads = Payloads::default();
         if !stored.corrections.is_empty() {
             let slots: BTreeMap<u32, &Piece> = stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
-            let images = 0..u32::try_from(self.prepared.fs.images().len()).unwrap_or(u32::MAX);
+            let images = 0..self.prepared.fs.image_count();
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
                 for (slot, piece) in slots.range(mapping.slots()) {

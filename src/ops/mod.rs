@@ -16,8 +16,7 @@ use crate::block::{ByteRange, Slot, bytes};
 use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, fingerprint};
 use crate::facts::{Facts, ImageId};
-use crate::fs::Sharing;
-use crate::fs::volume::{Purpose, Volume};
+use crate::fs::{self, Filesystem, Purpose};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::plan;
@@ -41,7 +40,7 @@ pub struct Scope {
 
 /// A pool that was opened and read.
 struct Prepared {
-    fs: Volume,
+    fs: Box<dyn Filesystem>,
     facts: Facts,
     /// Images whose first block lies in metadata.
     inline: Vec<ImageId>,
@@ -108,7 +107,7 @@ fn prepare_images(
     monitor.phase("Reading extent maps", 0);
     // How large the pool is, is known once its lists were made.
     divide_memory(scope, 0);
-    let (fs, mut skipped) = Volume::open(images, named, purpose, monitor)?;
+    let (fs, mut skipped) = fs::open(images, named, purpose, monitor)?;
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;
@@ -120,8 +119,8 @@ fn prepare_images(
             None
         }
     };
-    let (fingerprinted, unreadable) = fingerprint(&fs, &mut facts, index.as_mut(), monitor)?;
-    skipped.extend(images_with(&fs, &facts, &unreadable));
+    let (fingerprinted, unreadable) = fingerprint(&*fs, &mut facts, index.as_mut(), monitor)?;
+    skipped.extend(images_with(&*fs, &facts, &unreadable));
     let prepared = Prepared {
         fs,
         facts,
@@ -134,7 +133,7 @@ fn prepare_images(
 }
 
 /// The images that have blocks which cannot be read, each with the first place.
-fn images_with(fs: &Volume, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
+fn images_with(fs: &dyn Filesystem, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
     let mut places: BTreeMap<ImageId, (ByteRange, &Error)> = BTreeMap::new();
     for one in unreadable {
         let mappings = facts.mappings_to(facts.extent_of(one.slots.start));

@@ -11,8 +11,7 @@ use crate::exec::fingerprints::remember;
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
-use crate::fs::Sharing;
-use crate::fs::volume::{Image, Purpose, Volume, freed_bytes};
+use crate::fs::{Filesystem, Image, Purpose, freed_bytes, images, prove_slots};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
@@ -75,15 +74,16 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
     let used = skipped.iter().filter(in_use).filter(is_machine);
     let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
-    let without = fs.images().iter().filter(|image| !image.checksummed).count();
+    let without = images(&*fs).filter(|image| !image.checksummed).count() as u64;
+    let count = u64::from(fs.image_count());
     let mut result = Reclaimed {
-        images: fs.images().len() as u64,
-        pool: PoolBytes::of(&fs, &facts),
+        images: count,
+        pool: PoolBytes::of(&*fs, &facts),
         fingerprinted,
         skipped,
         machines_in_use: machines.len() as u64,
         inline_images: inline.len() as u64,
-        unchecksummed_images: if without < fs.images().len() { without as u64 } else { 0 },
+        unchecksummed_images: if without < count { without } else { 0 },
         dry_run: options.dry_run,
         interrupted: monitor.interrupted(),
         ..Reclaimed::default()
@@ -92,14 +92,17 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         return Ok(result);
     }
     fs.shortcomings().iter().for_each(|one| monitor.note(one));
-    let (plan, proved) = match make_plan(options, &fs, &mut facts, monitor) {
+    let (plan, proved) = match make_plan(options, &*fs, &mut facts, monitor) {
         Err(Error::Interrupted) => {
             result.interrupted = true;
             return Ok(result);
         }
         made => made?,
     };
-    if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS && !plan.eliminations.is_empty() && fs.may_be_sent()? {
+    if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS
+        && !plan.eliminations.is_empty()
+        && fs.has_read_only_snapshots()?
+    {
         monitor.note(
             "There are read-only snapshots of these images. If you send or copy them often, --min-run 64K keeps that several \
              times faster, and frees somewhat less",
@@ -118,13 +121,13 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        exec::run(&facts, &plan, settings(options), &fs, monitor, &mut ran)
+        exec::run(&facts, &plan, settings(options), &*fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
-    let counted = freed_bytes(&fs, &facts, free_before);
-    result.skipped.extend(left_meanwhile(&fs, &ran));
+    let counted = freed_bytes(&*fs, &facts, free_before);
+    result.skipped.extend(left_meanwhile(&*fs, &ran));
     result.failed = outcome.err();
     match counted {
         Ok((freed_bytes, mut mapped)) => {
@@ -132,13 +135,13 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
             let remembered = index
                 .as_mut()
                 .filter(|index| index.is_usable())
-                .map(|index| remember(&fs, &facts, &mut mapped.facts, index));
+                .map(|index| remember(&*fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
                 monitor.note(&crate::error::describe(&error));
             }
             result.done = Some(Done {
                 freed_bytes,
-                after: PoolBytes::of(&fs, &mapped.facts),
+                after: PoolBytes::of(&*fs, &mapped.facts),
                 counts: ran.counts,
             });
         }
@@ -159,14 +162,13 @@ fn settings(options: &Options) -> exec::Settings {
 }
 
 /// Checks that compression can be as it is wished, and notes what of it cannot.
-fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<()> {
-    if fs.frees_blocks() {
+fn check_compression(wish: Wish, fs: &dyn Filesystem, monitor: &dyn Monitor) -> Result<()> {
+    if !fs.compresses() {
         return Err(Error::NoCompression {
             path: fs.folder().to_owned(),
         });
     }
-    let images = fs.images();
-    let count = |is: fn(&Image) -> bool| images.iter().filter(|image| is(image)).count();
+    let count = |is: fn(&Image) -> bool| images(fs).filter(|image| is(image)).count();
     if matches!(wish, Wish::Zstd { .. }) {
         let notes = [
             (
@@ -192,14 +194,14 @@ fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<(
 }
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
-fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
     if let Some(wish) = options.compress {
         check_compression(wish, fs, monitor)?;
     }
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        fs.prove(facts, slots, monitor)
+        prove_slots(fs, facts, slots, monitor)
     };
     let go_on = || {
         if monitor.interrupted() {
@@ -210,7 +212,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     };
     let is_candidate = |facts: &Facts, extent: u32| {
         let mut references = facts.references_to(extent);
-        references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
+        references.all(|reference| !fs.image(reference.image).stays_uncompressed)
     };
     let wish = options.compress;
     let mut plan = plan_wished(
@@ -263,7 +265,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
 }
 
 /// Images that had to be left alone in the middle of the run.
-fn left_meanwhile(fs: &Volume, ran: &Ran) -> Vec<Skipped> {
+fn left_meanwhile(fs: &dyn Filesystem, ran: &Ran) -> Vec<Skipped> {
     let one = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
     let opened = ran
         .opened_meanwhile
@@ -271,8 +273,7 @@ fn left_meanwhile(fs: &Volume, ran: &Ran) -> Vec<Skipped> {
         .map(|image| one(*image, Skip::OpenedMeanwhile));
     let refused = ran.refused.iter().map(|(image, reason)| one(*image, *reason));
     let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
-    let changed = fs.images().iter();
-    let changed = changed.filter(|image| image.may_touch() && !image.is_unchanged());
-    let changed = changed.map(|image| Skipped::new(&image.path, Skip::Changed));
+    let changed = (0..fs.image_count()).filter(|image| fs.may_touch(*image) && !fs.is_unchanged(*image));
+    let changed = changed.map(|image| one(image, Skip::Changed));
     opened.chain(refused).chain(unreadable).chain(changed).collect()
 }

@@ -6,7 +6,7 @@ use super::{Scope, discover, divide_memory};
 use crate::block::{Slot, bytes};
 use crate::error::Result;
 use crate::facts::{Compression, Facts, ImageId, Pinned};
-use crate::fs::volume::{Purpose, Volume};
+use crate::fs::{self, Purpose};
 use crate::monitor::Monitor;
 use crate::report::{ImageBytes, PoolBytes, Reported};
 
@@ -18,12 +18,10 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let found = discover(scope, monitor)?;
     monitor.phase("Reading extent maps", 0);
     divide_memory(scope, 0);
-    let (fs, mut skipped) = Volume::open(&found.images, &found.named, Purpose::Look, monitor)?;
+    let (fs, mut skipped) = fs::open(&found.images, &found.named, Purpose::Look, monitor)?;
     skipped.extend(found.skipped);
     let mapped = fs.map()?;
-    let mut images: Vec<ImageBytes> = fs
-        .images()
-        .iter()
+    let mut images: Vec<ImageBytes> = fs::images(&*fs)
         .map(|image| ImageBytes {
             path: image.path.clone(),
             size: image.size,
@@ -55,7 +53,7 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
         images[*image as usize].exclusive_bytes += bytes;
     }
     Ok(Reported {
-        pool: PoolBytes::of(&fs, &mapped.facts),
+        pool: PoolBytes::of(&*fs, &mapped.facts),
         unreachable_bytes: unreachable,
         inline_bytes: mapped.inline_bytes,
         held_by: fs.names_of_holders(&mapped.facts)?,

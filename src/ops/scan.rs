@@ -2,7 +2,7 @@
 
 use super::{Prepared, Scope, prepare};
 use crate::error::Result;
-use crate::fs::volume::Purpose;
+use crate::fs::Purpose;
 use crate::monitor::Monitor;
 use crate::report::{PoolBytes, Scanned};
 
@@ -19,8 +19,8 @@ pub fn scan(scope: &Scope, monitor: &dyn Monitor) -> Result<Scanned> {
         ..
     } = prepare(scope, Purpose::Look, monitor)?;
     Ok(Scanned {
-        images: fs.images().len() as u64,
-        pool: PoolBytes::of(&fs, &facts),
+        images: u64::from(fs.image_count()),
+        pool: PoolBytes::of(&*fs, &facts),
         fingerprinted,
         skipped,
         interrupted: monitor.interrupted(),

@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::exec::Counts;
 use crate::exec::fingerprints::Fingerprinted;
 use crate::facts::{Compression, Extent, Facts, Pinned};
-use crate::fs::volume::{Volume, physical_bytes};
+use crate::fs::{Filesystem, images, physical_bytes};
 use crate::plan::{BytesByReason, Plan};
 use crate::pool::Skipped;
 
@@ -37,11 +37,11 @@ pub struct PoolBytes {
 
 impl PoolBytes {
     /// Adds a pool up.
-    pub fn of(fs: &Volume, facts: &Facts) -> Self {
+    pub fn of(fs: &dyn Filesystem, facts: &Facts) -> Self {
         let is_compressed = |extent: &&Extent| extent.class.compression != Compression::None;
         let compressed = || facts.extents.iter().filter(is_compressed);
         Self {
-            logical_bytes: fs.images().iter().map(|image| image.size).sum(),
+            logical_bytes: images(fs).map(|image| image.size).sum(),
             referenced_bytes: facts.references().map(|reference| bytes(reference.blocks)).sum(),
             physical_bytes: physical_bytes(facts),
             compressed_bytes: compressed().map(|extent| extent.disk_bytes).sum(),

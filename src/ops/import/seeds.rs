@@ -12,8 +12,7 @@ use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::staging::Staging;
-use crate::fs::volume::{Purpose, Volume};
-use crate::fs::{Sharing, SourceFile, images_holding, may_find_holders, uuid_at};
+use crate::fs::{Filesystem, Purpose, SourceFile, images_holding, may_find_holders, uuid_at};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
@@ -80,8 +79,8 @@ impl Seeds {
         })
     }
 
-    fn fs(&self) -> &Volume {
-        &self.prepared.fs
+    fn fs(&self) -> &dyn Filesystem {
+        &*self.prepared.fs
     }
 
     /// Looks for wanted blocks by the fingerprints that the archive announces.
@@ -112,7 +111,7 @@ impl Seeds {
     fn without_tails(&self, seeded: &Seeded) -> Vec<Seeded> {
         let mut parts: Vec<Seeded> = Vec::new();
         for (slot, place) in self.prepared.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
-            let whole = self.fs().images()[place.image as usize].size / BLOCK_BYTES;
+            let whole = self.fs().image(place.image).size / BLOCK_BYTES;
             let blocks = whole.saturating_sub(u64::from(place.file_block));
             let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
             match parts.last_mut() {
@@ -213,7 +212,7 @@ impl Seeds {
             let to = bytes(range.start + (at - slot));
             let (offset, length) = (bytes(place.file_block), bytes(place.blocks));
             self.fs()
-                .clone_from_image(place.image, offset, staging.file(), to, length)
+                .clone_range(place.image, offset, staging.file(), to, length)
                 .is_ok()
         })
     }
