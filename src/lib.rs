@@ -10,8 +10,8 @@
 //! report      what the verbs found, as data and as text
 //! exec        does what plans say and decides nothing: fingerprints, reclaim, store (export), restore (import)
 //! plan        pure: what reclaim shares, what an export stores, what a restore needs
-//! index       what earlier runs learnt, in sled; a cache
-//! fs          what images map on btrfs and XFS, and how to read, share and count there
+//! index       what earlier runs learnt, in sled or in memory; a cache
+//! fs          what a filesystem can do, behind one trait: btrfs, XFS, and plain ones that share nothing
 //! pool        which files are images, and why one is left alone
 //! archive     records of archives: what they hold, writing, reading
 //! store       where archives live: files, pipes, memory

@@ -9,7 +9,7 @@ use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
 use crate::fs::{Filesystem, SourceFile};
-use crate::index::Index;
+use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
 use crate::spill::SpillVec;
 
@@ -45,7 +45,7 @@ const READ_BLOCKS: u32 = 256;
 pub fn fingerprint(
     fs: &dyn Filesystem,
     facts: &mut Facts,
-    mut index: Option<&mut Index>,
+    mut index: Option<&mut (dyn ChunkIndex + 'static)>,
     monitor: &dyn Monitor,
 ) -> Result<(Fingerprinted, Vec<Unreadable>)> {
     let mut found = Fingerprinted::default();
@@ -77,9 +77,9 @@ pub fn fingerprint(
         let changed: Vec<bool> = (0..fs.image_count()).map(|image| !fs.is_unchanged(image)).collect();
         let touched = unknown.iter().flat_map(|run| facts.places_of(run.clone()));
         let touched = touched.filter(|(_, place)| changed[place.image as usize]);
-        index.forget(touched.map(|(slot, _)| facts.extent_of(slot)));
+        index.forget(&mut touched.map(|(slot, _)| facts.extent_of(slot)));
         index.forget(
-            unreadable
+            &mut unreadable
                 .iter()
                 .map(|one: &Unreadable| facts.extent_of(one.slots.start)),
         );
@@ -95,7 +95,7 @@ pub fn fingerprint(
 ///
 /// # Errors
 /// Those of the index.
-pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &mut Index) -> Result<()> {
+pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &mut dyn ChunkIndex) -> Result<()> {
     let is_compressed = |extent: &crate::facts::Extent| extent.class.compression != Compression::None;
     if fs.has_usable_checksums() && !after.extents.iter().any(is_compressed) {
         return Ok(());
@@ -134,7 +134,7 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
         }
     }
     after.fingerprints = fingerprints;
-    index.forget(unknown);
+    index.forget(&mut unknown.into_iter());
     index.update(after)
 }
 

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::{self, Purpose, attributes};
-use crate::index::Index;
+use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
 use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
 use crate::pool::{Found, Named, Revision, patterns, revision_of};
@@ -279,7 +279,7 @@ impl Exporter<'_> {
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
         // What only passes by is not met again.
         let can_be_appended_to = opened.store.length().is_ok_and(|length| length.is_some());
-        let index = self.prepared.index.as_ref().filter(|_| can_be_appended_to);
+        let index = self.prepared.index.as_deref().filter(|_| can_be_appended_to);
         let digests = match index {
             Some(_) => fs.checksum_digests(facts)?,
             None => SpillVec::new(),
@@ -349,8 +349,8 @@ impl Exporter<'_> {
         // From here on the archive has the commit, whatever comes.
         opened.base = base;
         if let Some(index) = index.filter(|index| index.is_usable()) {
-            let known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
-            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, known);
+            let mut known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
+            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &mut known);
             if let Err(error) = remembered {
                 self.monitor.note(&crate::error::describe(&error));
             }
@@ -386,7 +386,7 @@ impl Exporter<'_> {
     }
 
     /// Which blocks are new to the archive.
-    fn plan(&self, opened: &Opened, index: Option<&Index>, digests: &[Option<u128>]) -> Result<ExportPlan> {
+    fn plan(&self, opened: &Opened, index: Option<&dyn ChunkIndex>, digests: &[Option<u128>]) -> Result<ExportPlan> {
         let (fs, facts) = (&*self.prepared.fs, &self.prepared.facts);
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {

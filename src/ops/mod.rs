@@ -17,7 +17,7 @@ use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, fingerprint};
 use crate::facts::{Facts, ImageId};
 use crate::fs::{self, Filesystem, Purpose};
-use crate::index::Index;
+use crate::index::{self, ChunkIndex};
 use crate::monitor::Monitor;
 use crate::plan;
 use crate::pool::{self, Found, Named, Skip, Skipped};
@@ -45,7 +45,7 @@ struct Prepared {
     /// Images whose first block lies in metadata.
     inline: Vec<ImageId>,
     /// None if it cannot be used.
-    index: Option<Index>,
+    index: Option<Box<dyn ChunkIndex>>,
     skipped: Vec<Skipped>,
     fingerprinted: Fingerprinted,
 }
@@ -111,7 +111,7 @@ fn prepare_images(
     let mapped = fs.map()?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;
-    let mut index = match Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
+    let mut index = match index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
         Ok(index) => Some(index),
         Err(error @ Error::Busy { .. }) => return Err(error),
         Err(error) => {
@@ -119,7 +119,7 @@ fn prepare_images(
             None
         }
     };
-    let (fingerprinted, unreadable) = fingerprint(&*fs, &mut facts, index.as_mut(), monitor)?;
+    let (fingerprinted, unreadable) = fingerprint(&*fs, &mut facts, index.as_deref_mut(), monitor)?;
     skipped.extend(images_with(&*fs, &facts, &unreadable));
     let prepared = Prepared {
         fs,

@@ -133,7 +133,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         Ok((freed_bytes, mut mapped)) => {
             // It is only a cache, and the next run does without.
             let remembered = index
-                .as_mut()
+                .as_deref_mut()
                 .filter(|index| index.is_usable())
                 .map(|index| remember(&*fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {

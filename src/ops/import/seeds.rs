@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::staging::Staging;
 use crate::fs::{Filesystem, Purpose, SourceFile, images_holding, may_find_holders, uuid_at};
-use crate::index::Index;
+use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
 use crate::plan::import::{Seeded, find_seeds};
@@ -220,7 +220,7 @@ impl Seeds {
 
 /// Whether there can be any seeds: some are named, or there is an index of the filesystem.
 pub(super) fn are_possible(options: &Options) -> bool {
-    let knows = |uuid| Index::exists(&options.index, uuid);
+    let knows = |uuid| index::exists(&options.index, uuid);
     !options.seeds.is_empty() || uuid_at(&options.to).is_some_and(knows)
 }
 
@@ -235,12 +235,12 @@ fn known_images<'a>(
     /// More of them would bring little.
     const IMAGES_MAX: usize = 64;
     let uuid = uuid_at(&options.to)?;
-    if !Index::exists(&options.index, uuid) || !may_find_holders(&options.to) {
+    if !index::exists(&options.index, uuid) || !may_find_holders(&options.to) {
         return None;
     }
     let ids = weak_ids(wanted, announced);
-    let index = Index::open(&options.index, uuid, None, monitor).ok()?;
-    let addresses = index.extents_with(|id| ids.contains(&id)).ok()?;
+    let index = index::open(&options.index, uuid, None, monitor).ok()?;
+    let addresses = index.extents_with(&|id| ids.contains(&id)).ok()?;
     drop(index);
     let mut chosen = images_holding(&options.to, addresses, monitor)?;
     chosen.sort_unstable_by(|a, b| b.cmp(a));
