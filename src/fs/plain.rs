@@ -67,20 +67,17 @@ fn data_of(image: &OpenImage, mut visit: impl FnMut(u64, u64)) -> Result<()> {
     let end = image.known.size.div_ceil(BLOCK_BYTES);
     let mut at = 0;
     while at < end {
-        let data = match rustix::fs::seek(&*image.file, SeekFrom::Data(at * BLOCK_BYTES)) {
-            Ok(data) => data / BLOCK_BYTES,
-            // There is none behind.
+        let found = rustix::fs::seek(&*image.file, SeekFrom::Data(at * BLOCK_BYTES))
+            .and_then(|data| Ok((data, rustix::fs::seek(&*image.file, SeekFrom::Hole(data))?)));
+        let (data, hole) = match found {
+            Ok(found) => found,
+            // There is no data behind, or the file was cut off meanwhile.
             Err(Errno::NXIO) => break,
             Err(errno) => return Err(failed(errno)),
         };
-        let hole = match rustix::fs::seek(&*image.file, SeekFrom::Hole(data.max(at) * BLOCK_BYTES)) {
-            Ok(hole) => hole.div_ceil(BLOCK_BYTES),
-            // The file was cut off meanwhile.
-            Err(Errno::NXIO) => break,
-            Err(errno) => return Err(failed(errno)),
-        };
-        let (from, to) = (data.max(at), hole.min(end));
-        if to > from {
+        // Neither need lie at a multiple of a block, and a file may have grown meanwhile.
+        let (from, to) = (data / BLOCK_BYTES, hole.div_ceil(BLOCK_BYTES).min(end));
+        if from < to {
             visit(from, to - from);
         }
         at = to.max(from + 1);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Prepared, Scope, prepare_groups, unreadable};
+use super::{OpenPool, Scope, Survey, data_of, discover, open_pool, survey, unreadable};
 use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::compression::{Wish, plan_wished};
@@ -14,7 +14,7 @@ use crate::frame::Packer;
 use crate::fs::{Filesystem, Image, Purpose, freed_bytes, images, prove_slots};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
-use crate::pool::{Skip, Skipped, machine_of};
+use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
 use crate::shown::size;
 
@@ -46,39 +46,61 @@ const FEW_FRAGMENTS_BLOCKS: u32 = 16;
 /// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
 /// did until then is in the result, with the error.
 pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    in_time(options, monitor, |deadline| {
+        let (scope, mut found) = (&options.scope, discover(&options.scope, deadline)?);
+        pool::group(&mut found.images, &options.groups)?;
+        let purpose = if options.dry_run {
+            Purpose::Plan
+        } else {
+            Purpose::Change
+        };
+        let (fs, skipped) = open_pool(scope, data_of(found), purpose, deadline)?;
+        reclaim_until(OpenPool::of(&*fs, skipped, scope, deadline), options, deadline)
+    })
+}
+
+/// Reclaims a pool that is open, or says what that would do. Paths and groups are not looked at.
+///
+/// # Errors
+/// As for [`reclaim`].
+pub fn reclaim_on(pool: OpenPool<'_>, options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    in_time(options, monitor, |deadline| reclaim_until(pool, options, deadline))
+}
+
+/// Stops a run when its time is over, and says whether that was why.
+fn in_time(
+    options: &Options,
+    monitor: &dyn Monitor,
+    run: impl FnOnce(&Deadline<'_>) -> Result<Reclaimed>,
+) -> Result<Reclaimed> {
     let deadline = Deadline::new(monitor, options.time);
-    let mut result = reclaim_until(options, &deadline)?;
+    let mut result = run(&deadline)?;
     if result.interrupted && !monitor.interrupted() {
         (result.interrupted, result.out_of_time) = (false, true);
     }
     Ok(result)
 }
 
-fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed> {
-    let purpose = if options.dry_run {
-        Purpose::Plan
-    } else {
-        Purpose::Change
-    };
-    let Prepared {
-        fs,
+fn reclaim_until(pool: OpenPool<'_>, options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed> {
+    let fs = pool.fs;
+    let Survey {
         mut facts,
         skipped,
         fingerprinted,
         inline,
         mut index,
-    } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
+    } = survey(pool, &options.scope, true, monitor)?;
     let free_before = fs.free_bytes()?;
     let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
     // Kernels' modules are attached to many machines, and are none.
     let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
     let used = skipped.iter().filter(in_use).filter(is_machine);
     let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
-    let without = images(&*fs).filter(|image| !image.checksummed).count() as u64;
+    let without = images(fs).filter(|image| !image.checksummed).count() as u64;
     let count = u64::from(fs.image_count());
     let mut result = Reclaimed {
         images: count,
-        pool: PoolBytes::of(&*fs, &facts),
+        pool: PoolBytes::of(fs, &facts),
         fingerprinted,
         skipped,
         machines_in_use: machines.len() as u64,
@@ -92,7 +114,7 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         return Ok(result);
     }
     fs.shortcomings().iter().for_each(|one| monitor.note(one));
-    let (plan, proved) = match make_plan(options, &*fs, &mut facts, monitor) {
+    let (plan, proved) = match make_plan(options, fs, &mut facts, monitor) {
         Err(Error::Interrupted) => {
             result.interrupted = true;
             return Ok(result);
@@ -121,13 +143,13 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        exec::run(&facts, &plan, settings(options), &*fs, monitor, &mut ran)
+        exec::run(&facts, &plan, settings(options), fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
-    let counted = freed_bytes(&*fs, &facts, free_before);
-    result.skipped.extend(left_meanwhile(&*fs, &ran));
+    let counted = freed_bytes(fs, &facts, free_before);
+    result.skipped.extend(left_meanwhile(fs, &ran));
     result.failed = outcome.err();
     match counted {
         Ok((freed_bytes, mut mapped)) => {
@@ -135,13 +157,13 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
             let remembered = index
                 .as_deref_mut()
                 .filter(|index| index.is_usable())
-                .map(|index| remember(&*fs, &facts, &mut mapped.facts, index));
+                .map(|index| remember(fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
                 monitor.note(&crate::error::describe(&error));
             }
             result.done = Some(Done {
                 freed_bytes,
-                after: PoolBytes::of(&*fs, &mapped.facts),
+                after: PoolBytes::of(fs, &mapped.facts),
                 counts: ran.counts,
             });
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use rustix::io::Errno;
 
@@ -73,9 +73,18 @@ impl Simulated {
         }
     }
 
-    /// What a scan finds before it knows any fingerprint.
+    /// What a scan finds before it knows any fingerprint: what images refer to, and not what donors do.
     pub(super) fn mapped(&self) -> Mapped {
-        let mut facts = self.facts();
+        let without_donors = Self {
+            state: Mutex::new(self.with(|state| State {
+                donors: Vec::new(),
+                ..state.clone()
+            })),
+            faults: self.faults.clone(),
+            frees_blocks: self.frees_blocks,
+            ..Self::default()
+        };
+        let mut facts = without_donors.facts();
         facts.fingerprints = vec![0; facts.slots() as usize].into();
         facts.zero_fingerprint = FUNCTION.of_zeros();
         Mapped {
