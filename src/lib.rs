@@ -4,13 +4,14 @@
 //! # The map
 //! Each line may use those below it, and no other; `tests/tidy.rs` holds that. Names without an explanation are one file.
 //! ```text
+//! testing     what only tests use: a simulated filesystem, stores that fail
 //! cli         arguments, progress, printing
 //! ops         one verb a file; no verb uses another
 //! report      what the verbs found, as data and as text
 //! exec        does what plans say and decides nothing: fingerprints, reclaim, store (export), restore (import)
 //! plan        pure: what reclaim shares, what an export stores, what a restore needs
-//! index       what earlier runs learnt, in sled; a cache
-//! fs          what images map on btrfs, XFS and a simulated filesystem, and how to read, share and count there
+//! index       what earlier runs learnt, in sled or in memory; a cache
+//! fs          what a filesystem can do, behind one trait: btrfs, XFS, and plain ones that share nothing
 //! pool        which files are images, and why one is left alone
 //! archive     records of archives: what they hold, writing, reading
 //! store       where archives live: files, pipes, memory
@@ -60,3 +61,5 @@ pub mod shown;
 pub mod spill;
 pub mod store;
 pub mod sys;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

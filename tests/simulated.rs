@@ -16,10 +16,10 @@ use vmfold::exec::compression::{Wish, plan_wished};
 use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::frame::Packer;
-use vmfold::fs::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
-use vmfold::fs::{Sharing, SourceFile};
+use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::Silent;
 use vmfold::plan::{Options, Plan};
+use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 
 /// A step in the life of a pool.
 #[derive(Debug, Clone)]

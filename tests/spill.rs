@@ -10,9 +10,9 @@ use common::{Mounted, can_mount};
 use proptest::prelude::*;
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Proof, Reference};
-use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, Plan, plan_proved};
 use vmfold::spill::{SpillMap, SpillVec, bytes_in_files, limit_lists};
+use vmfold::testing::simulated::PLAIN;
 
 /// Large enough that few make a list that may lie in a file.
 type Item = [u64; 1024];

@@ -21,7 +21,8 @@ use vmfold::ops::export::{Options as ExportOptions, Revisions, Target, export_to
 use vmfold::ops::import::{ArchivePlace, ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
 use vmfold::report::{Exported, Imported, Verified};
-use vmfold::store::{Call, Fault, Faulty, FileStore, InputPipe, MemoryStore, OutputPipe, Store};
+use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, Store};
+use vmfold::testing::{Call, Fault, Faulty};
 
 /// What every store that is read anywhere and appended to does. It is empty at first.
 fn conforms(store: &dyn Store) {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 24] = [
+const ORDER: [&str; 25] = [
     "sys",
     "block",
     "range",
@@ -29,6 +29,7 @@ const ORDER: [&str; 24] = [
     "report",
     "ops",
     "cli",
+    "testing",
 ];
 /// What is above all of them.
 const TOP: [&str; 2] = ["lib", "main"];

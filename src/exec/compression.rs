@@ -8,7 +8,7 @@ use zstd::bulk::Compressor;
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
 use crate::facts::{Compression, Facts, Proof, Recoding};
 use crate::frame::{Packer, on_disk};
-use crate::fs::{Sharing, read_slots};
+use crate::fs::{Filesystem, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, Options, Plan, plan_proved};
@@ -64,7 +64,7 @@ pub fn plan_wished<E>(
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
     is_candidate: impl Fn(&Facts, u32) -> bool,
-    (fs, monitor): (&dyn Sharing, &dyn Monitor),
+    (fs, monitor): (&dyn Filesystem, &dyn Monitor),
 ) -> Result<Plan, E> {
     /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
     const TRIALS_MAX: usize = 8;
@@ -127,7 +127,7 @@ impl Trial {
         facts: &mut Facts,
         layout: &Layout,
         is_candidate: impl Fn(&Facts, u32) -> bool,
-        fs: &dyn Sharing,
+        fs: &dyn Filesystem,
         monitor: &dyn Monitor,
     ) -> bool {
         /// Extents whose samples are compressed before the next are chosen.
@@ -193,7 +193,7 @@ impl Trial {
     }
 
     /// Compresses samples on all cores; nothing becomes of what cannot be read.
-    fn compress(&self, facts: &Facts, chosen: &[(Sample, u64)], fs: &dyn Sharing) -> Vec<Option<Became>> {
+    fn compress(&self, facts: &Facts, chosen: &[(Sample, u64)], fs: &dyn Filesystem) -> Vec<Option<Became>> {
         let compressor = || self.packer.compressor();
         let compress = |compressor: &mut io::Result<Compressor<'_>>, (sample, _): &(Sample, u64)| {
             let compressor = compressor.as_mut().ok()?;
@@ -225,7 +225,7 @@ impl std::iter::Sum for Became {
 /// What a window becomes; nothing if it cannot be read.
 fn try_window(
     facts: &Facts,
-    fs: &dyn Sharing,
+    fs: &dyn Filesystem,
     packer: Packer,
     compressor: &mut Compressor<'_>,
     window: &[std::ops::Range<Slot>],

@@ -8,7 +8,7 @@ use crate::block::{BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts};
 use crate::frame::Packer;
-use crate::fs::{Sharing, SourceFile, read_slots};
+use crate::fs::{Filesystem, SourceFile, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, Plan};
 
@@ -47,7 +47,7 @@ pub(super) struct Writer<'a> {
     pub(super) facts: &'a Facts,
     pub(super) plan: &'a Plan,
     pub(super) packer: Packer,
-    pub(super) fs: &'a dyn Sharing,
+    pub(super) fs: &'a dyn Filesystem,
     pub(super) monitor: &'a dyn Monitor,
 }
 
@@ -187,6 +187,6 @@ impl Writer<'_> {
 }
 
 /// Whether frames are made here, and not by the filesystem.
-fn packs(fs: &dyn Sharing, class: Class) -> bool {
+fn packs(fs: &dyn Filesystem, class: Class) -> bool {
     class.compression == Compression::Zstd && fs.takes_frames()
 }

@@ -8,9 +8,8 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
-use crate::fs::volume::{Image, Volume, fingerprints_from_checksums};
-use crate::fs::{Sharing, SourceFile};
-use crate::index::Index;
+use crate::fs::{Filesystem, SourceFile};
+use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
 use crate::spill::SpillVec;
 
@@ -44,16 +43,16 @@ const READ_BLOCKS: u32 = 256;
 /// Those of reading metadata. A user who stops it is no error: the caller asks the monitor. An index that fails is
 /// none either: it is only a cache.
 pub fn fingerprint(
-    fs: &Volume,
+    fs: &dyn Filesystem,
     facts: &mut Facts,
-    mut index: Option<&mut Index>,
+    mut index: Option<&mut (dyn ChunkIndex + 'static)>,
     monitor: &dyn Monitor,
 ) -> Result<(Fingerprinted, Vec<Unreadable>)> {
     let mut found = Fingerprinted::default();
     let mut known = SlotSet::new(facts.slots() as usize);
     if fs.has_usable_checksums() {
         monitor.phase("Reading checksums", 0);
-        fingerprints_from_checksums(fs, facts, &mut known)?;
+        fs.fingerprints_from_checksums(facts, &mut known)?;
         found.from_checksums = bytes(count(facts, &known));
     } else if let Some(index) = &mut index {
         index.keep_plain();
@@ -75,12 +74,12 @@ pub fn fingerprint(
     if let Some(index) = index.filter(|index| index.is_usable() && !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
         // An image that was written to since its map was read may have been read elsewhere than in these extents.
-        let changed: Vec<bool> = fs.images().iter().map(|image| !image.is_unchanged()).collect();
+        let changed: Vec<bool> = (0..fs.image_count()).map(|image| !fs.is_unchanged(image)).collect();
         let touched = unknown.iter().flat_map(|run| facts.places_of(run.clone()));
         let touched = touched.filter(|(_, place)| changed[place.image as usize]);
-        index.forget(touched.map(|(slot, _)| facts.extent_of(slot)));
+        index.forget(&mut touched.map(|(slot, _)| facts.extent_of(slot)));
         index.forget(
-            unreadable
+            &mut unreadable
                 .iter()
                 .map(|one: &Unreadable| facts.extent_of(one.slots.start)),
         );
@@ -96,7 +95,7 @@ pub fn fingerprint(
 ///
 /// # Errors
 /// Those of the index.
-pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Index) -> Result<()> {
+pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &mut dyn ChunkIndex) -> Result<()> {
     let is_compressed = |extent: &crate::facts::Extent| extent.class.compression != Compression::None;
     if fs.has_usable_checksums() && !after.extents.iter().any(is_compressed) {
         return Ok(());
@@ -104,7 +103,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
     let mut known = SlotSet::new(after.slots() as usize);
     after.fingerprints = before.fingerprints.alike(after.slots() as usize);
     index.look_up(after, &mut known)?;
-    let unchanged: Vec<bool> = fs.images().iter().map(Image::is_unchanged).collect();
+    let unchanged: Vec<bool> = (0..fs.image_count()).map(|image| fs.is_unchanged(image)).collect();
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let after_then = &*after;
     let extents = (0u32..).zip(&after.extents);
@@ -135,7 +134,7 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
         }
     }
     after.fingerprints = fingerprints;
-    index.forget(unknown);
+    index.forget(&mut unknown.into_iter());
     index.update(after)
 }
 
@@ -182,7 +181,7 @@ fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::
 
 /// Reads blocks in the order they lie on disk, on all cores. Returns how many bytes, and what could not be read.
 fn by_reading(
-    fs: &Volume,
+    fs: &dyn Filesystem,
     facts: &mut Facts,
     runs: &[std::ops::Range<Slot>],
     monitor: &dyn Monitor,

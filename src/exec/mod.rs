@@ -20,7 +20,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
-use crate::fs::{Outcome, Sharing, SourceFile};
+use crate::fs::{Filesystem, Outcome, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::{Batch, DonorFile, Op, Plan, Source};
 use crate::pool::Skip;
@@ -83,7 +83,7 @@ pub fn run(
     facts: &Facts,
     plan: &Plan,
     settings: Settings,
-    fs: &dyn Sharing,
+    fs: &dyn Filesystem,
     monitor: &dyn Monitor,
     ran: &mut Ran,
 ) -> Result<()> {
@@ -194,7 +194,7 @@ struct Room<W> {
 
 impl<W: Fn()> Room<W> {
     /// Refuses a donor for which there is no room, even once everything before it was shared.
-    fn keep(&self, plan: &Plan, file: &DonorFile, fs: &dyn Sharing) -> Result<()> {
+    fn keep(&self, plan: &Plan, file: &DonorFile, fs: &dyn Filesystem) -> Result<()> {
         let donors = file
             .extents
             .iter()
@@ -220,7 +220,7 @@ impl<W: Fn()> Room<W> {
 struct Run<'a> {
     facts: &'a Facts,
     plan: &'a Plan,
-    fs: &'a dyn Sharing,
+    fs: &'a dyn Filesystem,
     monitor: &'a dyn Monitor,
     writer: Writer<'a>,
     ran: &'a mut Ran,
@@ -284,7 +284,7 @@ impl Run<'_> {
 }
 
 /// The range to share for an op; none if its donor does not hold it.
-fn call(fs: &dyn Sharing, donor_files: &[Option<Donor>], op: &Op) -> Option<Call> {
+fn call(fs: &dyn Filesystem, donor_files: &[Option<Donor>], op: &Op) -> Option<Call> {
     let (source, source_block) = match op.source {
         Source::Image(image, block) => (SourceFile::Image(image), block),
         Source::Donor(file, block) => {
@@ -294,7 +294,7 @@ fn call(fs: &dyn Sharing, donor_files: &[Option<Donor>], op: &Op) -> Option<Call
         }
         Source::Hole => (
             SourceFile::Hole {
-                checksummed: fs.is_checksummed(op.image),
+                checksummed: fs.image(op.image).checksummed,
             },
             op.file_block,
         ),
@@ -319,7 +319,7 @@ fn split(call: Call) -> impl Iterator<Item = Call> {
 }
 
 /// The images of a call that someone opened meanwhile.
-fn opened(fs: &dyn Sharing, call: &Call) -> impl Iterator<Item = ImageId> {
+fn opened(fs: &dyn Filesystem, call: &Call) -> impl Iterator<Item = ImageId> {
     let source = match call.source {
         SourceFile::Image(source) => Some(source),
         _ => None,
@@ -329,13 +329,13 @@ fn opened(fs: &dyn Sharing, call: &Call) -> impl Iterator<Item = ImageId> {
 }
 
 /// Counts a call that is not made.
-fn abandon(fs: &dyn Sharing, call: &Call, ran: &mut Ran) {
+fn abandon(fs: &dyn Filesystem, call: &Call, ran: &mut Ran) {
     ran.counts.abandoned_bytes += call.length;
     ran.opened_meanwhile.extend(opened(fs, call));
 }
 
 /// Makes one call. Where the bytes differ somewhere, the blocks that are equal are shared all the same.
-fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
+fn share(fs: &dyn Filesystem, call: Call, ran: &mut Ran) -> Result<()> {
     if opened(fs, &call).next().is_some() {
         abandon(fs, &call, ran);
         return Ok(());
@@ -369,7 +369,7 @@ fn share(fs: &dyn Sharing, call: Call, ran: &mut Ran) -> Result<()> {
 }
 
 /// Remembers what was refused, and why as far as can be told.
-fn refused(fs: &dyn Sharing, call: Call, errno: Errno, ran: &mut Ran) {
+fn refused(fs: &dyn Filesystem, call: Call, errno: Errno, ran: &mut Ran) {
     *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
     // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
     let whole = match errno {
@@ -397,7 +397,7 @@ fn refused(fs: &dyn Sharing, call: Call, errno: Errno, ran: &mut Ran) {
 }
 
 /// The error of the first block of a range that cannot be read.
-fn first_unreadable(fs: &dyn Sharing, file: SourceFile, offset: u64, length: u64) -> Option<Error> {
+fn first_unreadable(fs: &dyn Filesystem, file: SourceFile, offset: u64, length: u64) -> Option<Error> {
     let mut block = [0; BLOCK_LEN];
     (offset..offset + length)
         .step_by(BLOCK_LEN)
@@ -409,7 +409,7 @@ fn is_full(outcome: Outcome) -> bool {
 }
 
 /// Shares the runs of blocks of a range that are equal, and counts those that are not.
-fn share_equal_blocks(fs: &dyn Sharing, call: Call, ran: &mut Ran) {
+fn share_equal_blocks(fs: &dyn Filesystem, call: Call, ran: &mut Ran) {
     /// Bytes compared at a time.
     const WINDOW_BYTES: u64 = 1 << 20;
     let (mut theirs, mut ours) = (Vec::new(), Vec::new());

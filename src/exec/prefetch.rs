@@ -6,7 +6,7 @@ use std::sync::mpsc::sync_channel;
 
 use super::Call;
 use crate::error::Result;
-use crate::fs::{Sharing, SourceFile};
+use crate::fs::{Filesystem, SourceFile};
 
 /// Bytes of images in a window. One is worked on while the next is being read and the last is dropped.
 const WINDOW_BYTES: u64 = 16 << 20;
@@ -19,7 +19,7 @@ type Range = (SourceFile, u64, u64);
 
 /// Calls `work` with each call in order, each read ahead by a window, until it says false.
 pub(super) fn ahead(
-    fs: &dyn Sharing,
+    fs: &dyn Filesystem,
     mut calls: impl Iterator<Item = Call> + Send,
     mut work: impl FnMut(Call) -> Result<bool>,
 ) -> Result<()> {
@@ -66,7 +66,7 @@ fn next_window(calls: &mut impl Iterator<Item = Call>) -> Vec<Call> {
 }
 
 /// Asks for both sides of each call.
-fn read_ahead(fs: &dyn Sharing, window: &[Call]) {
+fn read_ahead(fs: &dyn Filesystem, window: &[Call]) {
     let images = window.iter().map(image_range);
     for (file, offset, length) in joined(images).chain(sources(window)) {
         fs.read_ahead(file, offset, length);
@@ -81,7 +81,7 @@ struct Behind {
 }
 
 impl Behind {
-    fn done(&mut self, fs: &dyn Sharing, window: &[Call]) {
+    fn done(&mut self, fs: &dyn Filesystem, window: &[Call]) {
         for (file, offset, length) in joined(window.iter().map(image_range)) {
             fs.drop_behind(file, offset, length);
         }

@@ -98,7 +98,7 @@ fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) ->
         };
         if range.preallocated {
             let hole = SourceFile::Hole {
-                checksummed: run.fs.is_checksummed(image),
+                checksummed: run.fs.image(image).checksummed,
             };
             for call in split(call(0, hole, bytes(range.file_block), bytes(range.blocks))) {
                 share(run.fs, call, run.ran)?;

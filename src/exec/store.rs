@@ -17,7 +17,7 @@ use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Function;
-use crate::fs::{Sharing, SourceFile};
+use crate::fs::{Filesystem, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::export::{ExportPlan, Piece, Source};
 use crate::spill::SpillVec;
@@ -105,7 +105,7 @@ struct Read {
 /// # Errors
 /// Those of reading images, with path and range, and of writing; [`Error::Interrupted`].
 pub fn store(
-    (fs, facts): (&dyn Sharing, &Facts),
+    (fs, facts): (&dyn Filesystem, &Facts),
     plan: &ExportPlan,
     how: How<'_>,
     (mut old, log): (StoredHashes<'_>, HashLog),
@@ -256,7 +256,7 @@ fn batches(tasks: &[Task]) -> impl Iterator<Item = &[Task]> {
     })
 }
 
-fn read_ahead(fs: &dyn Sharing, facts: &Facts, tasks: Option<&[Task]>) {
+fn read_ahead(fs: &dyn Filesystem, facts: &Facts, tasks: Option<&[Task]>) {
     for task in tasks.into_iter().flatten() {
         for (_, place) in facts.places_of(task.slot..task.slot + task.blocks) {
             fs.read_ahead(
@@ -269,7 +269,7 @@ fn read_ahead(fs: &dyn Sharing, facts: &Facts, tasks: Option<&[Task]>) {
 }
 
 fn read_batch(
-    fs: &dyn Sharing,
+    fs: &dyn Filesystem,
     facts: &Facts,
     plan: &ExportPlan,
     tasks: &[Task],
@@ -387,7 +387,7 @@ impl Assembler<'_> {
     /// Stores the blocks that lie in metadata, unless the store has them.
     fn take_inline(
         &mut self,
-        fs: &dyn Sharing,
+        fs: &dyn Filesystem,
         how: How<'_>,
         old: &mut StoredHashes<'_>,
     ) -> Result<Vec<(ImageId, Option<StoreBlock>)>> {

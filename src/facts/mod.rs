@@ -554,7 +554,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use crate::block::bytes;
-    use crate::fs::simulated::PLAIN;
+    use crate::testing::simulated::PLAIN;
 
     fn key(reference: &Reference) -> (u32, ImageId, u32, Slot, u32, bool) {
         let Reference {

@@ -1,25 +1,43 @@
-//! What a filesystem can do for a run: read, share, write donors. btrfs, and a simulated one for tests.
+//! What a filesystem can do for vmfold, behind one trait: [`Filesystem`]. [`open`] is the one place that looks at which it is.
+//!
+//! To add a filesystem, implement the trait in a folder here, have [`open`] open it, and run it through the conformance suite in
+//! `tests/filesystem.rs`. What filesystems whose images are open files have in common is in `opened`.
 
+mod accounting;
 pub mod acl;
 pub mod attributes;
-pub mod simulated;
-pub mod volume;
+mod btrfs;
+mod kernel;
+mod open;
+mod opened;
+mod plain;
+mod prove;
+mod xfs;
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::block::{BLOCK_LEN, Slot, bytes};
-use crate::error::Result;
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
+use crate::content::Metadata;
+use crate::error::{Error, Result};
 use crate::facts::{Class, Facts, ImageId};
+use crate::fingerprint::Function;
+use crate::spill::SpillVec;
+
+pub use accounting::{freed_bytes, physical_bytes};
+pub use open::{existing, images_holding, may_find_holders, open, uuid_at};
+pub use plain::Plain;
+pub use prove::prove_slots;
 
 /// A file that blocks can be shared from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SourceFile {
     /// An image.
     Image(ImageId),
-    /// A donor, by the number [`Sharing::create_donor`] gave it.
+    /// A donor, by the number [`Filesystem::create_donor`] gave it.
     Donor(usize),
     /// A file without data, checksummed or not, as large as the largest image.
     Hole {
@@ -52,17 +70,126 @@ pub struct HeldRange {
     pub preallocated: bool,
 }
 
-/// Everything a run does to a filesystem.
+/// What images are opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To read extent maps and data only; whoever else uses them does not matter.
+    Look,
+    /// To read them as a whole: only images that nobody has open for writing.
+    Read,
+    /// To say what sharing extents would do: only images that nobody else has open.
+    Plan,
+    /// To share extents: the same, on a filesystem that can be written.
+    Change,
+}
+
+/// What is known of an open image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Its path.
+    pub path: PathBuf,
+    /// Bytes, holes included.
+    pub size: u64,
+    /// Whether the filesystem keeps checksums of its data. Where it keeps none of any file, all are alike, and this is true.
+    pub checksummed: bool,
+    /// Whether its owner wants it not to be compressed.
+    pub stays_uncompressed: bool,
+}
+
+/// What is known of where images lie on disk.
+#[derive(Debug)]
+pub struct Mapped {
+    /// Extents and references.
+    pub facts: Facts,
+    /// Bytes that lie in metadata, beside their inodes.
+    pub inline_bytes: u64,
+    /// The images that have such bytes, in their first block.
+    pub inline: Vec<ImageId>,
+    /// Images that have space of their own beyond their ends, with the bytes on disk.
+    pub beyond: Vec<(ImageId, u64)>,
+}
+
+/// The images of a pool, open, on one filesystem, and all that vmfold does there.
 ///
-/// The byte ranges of [`Sharing::share`] are multiples of a block.
-pub trait Sharing: Sync {
+/// Images are numbered from 0. The byte ranges of [`Filesystem::share`] and [`Filesystem::clone_range`] are multiples of a block.
+pub trait Filesystem: std::fmt::Debug + Send + Sync {
+    /// How many images are open.
+    fn image_count(&self) -> u32;
+
+    /// What is known of an image.
+    fn image(&self, image: ImageId) -> &Image;
+
     /// Whether an image may still be touched: false once someone else wants it.
     fn may_touch(&self, image: ImageId) -> bool;
 
-    /// Whether an image's blocks have checksums.
-    fn is_checksummed(&self, image: ImageId) -> bool;
+    /// Whether an image's size, times, links, mode and owner are what they were when it was opened.
+    fn is_unchanged(&self, image: ImageId) -> bool;
 
-    /// Reads all of `buffer` from an image.
+    /// What belongs to an image beside its content.
+    ///
+    /// # Errors
+    /// Those of the system calls.
+    fn attributes(&self, image: ImageId) -> Result<Metadata>;
+
+    /// A folder on the filesystem, for messages.
+    fn folder(&self) -> &Path;
+
+    /// What tells the filesystem from others.
+    fn uuid(&self) -> [u8; 16];
+
+    /// The function that fingerprints are made with.
+    fn function(&self) -> Function;
+
+    /// Whether it frees each block on its own, and not only extents as a whole.
+    fn frees_blocks(&self) -> bool;
+
+    /// Whether it can keep extents compressed.
+    fn compresses(&self) -> bool;
+
+    /// What the user should know of the running kernel and of what cannot be seen here.
+    fn shortcomings(&self) -> Vec<String>;
+
+    /// Whether there are read-only snapshots of what images lie in: who makes them may send them.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    fn has_read_only_snapshots(&self) -> Result<bool>;
+
+    /// Reads the extent maps of all images.
+    ///
+    /// # Errors
+    /// Those of reading metadata, or if it makes no sense.
+    fn map(&self) -> Result<Mapped>;
+
+    /// Whether it can be told of every block whether something outside the pool refers to it. That may be known only once
+    /// [`Filesystem::map`] was called.
+    fn sees_all_holders(&self) -> bool;
+
+    /// Names of files that hold extents and are none of the images that are worked on, the largest extents first, with the bytes
+    /// they hold.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>>;
+
+    /// Whether the filesystem's own checksums begin with fingerprints of [`Filesystem::function`].
+    fn has_usable_checksums(&self) -> bool;
+
+    /// Takes the checksums of uncompressed extents for their fingerprints, and says of which slots they are known. Only where there
+    /// are usable ones.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    fn fingerprints_from_checksums(&self, facts: &mut Facts, known: &mut SlotSet) -> Result<()>;
+
+    /// A digest of all checksums that the filesystem keeps of each extent's bytes on disk, compressed or not; none where it keeps
+    /// none. With address and generation it tells whether an extent is still the one that was read, on copies of the filesystem too.
+    ///
+    /// # Errors
+    /// Those of reading metadata.
+    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>>;
+
+    /// Reads all of `buffer` from a file. What lies beyond its end is zeros.
     ///
     /// # Errors
     /// With the path and the range; `EIO` where a checksum fails.
@@ -93,7 +220,7 @@ pub trait Sharing: Sync {
     /// is none of is then stored as it is.
     ///
     /// # Errors
-    /// [`crate::error::Error::NoSpace`] among others.
+    /// [`Error::NoSpace`] among others.
     fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()>;
 
     /// Gives up a donor that could not be written.
@@ -102,11 +229,30 @@ pub trait Sharing: Sync {
     /// Waits until all of a donor is on disk.
     ///
     /// # Errors
-    /// [`crate::error::Error::NoSpace`] among others.
+    /// [`Error::NoSpace`] among others.
     fn settle_donor(&self, donor: usize) -> Result<()>;
+
+    /// Closes all donors: what of them no image shares is free from the next commit on, which this makes.
+    ///
+    /// # Errors
+    /// Those of the commit.
+    fn close_donors(&self) -> Result<()>;
 
     /// Makes a range of an image share a range of another file, if the bytes are equal. One system call.
     fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome;
+
+    /// Makes a range of a new file share a range of an image.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the filesystem cannot; `EXDEV` if the file lies on another one.
+    fn clone_range(
+        &self,
+        image: ImageId,
+        offset: u64,
+        file: &File,
+        file_offset: u64,
+        length: u64,
+    ) -> rustix::io::Result<()>;
 
     /// Makes everything durable and freed blocks available.
     ///
@@ -126,15 +272,22 @@ pub trait Sharing: Sync {
     /// Those of reading the filesystem's metadata.
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>>;
 
-    /// Where an image lies, for messages.
-    fn path(&self, image: ImageId) -> &Path;
+    /// Where an image lies.
+    fn path(&self, image: ImageId) -> &Path {
+        &self.image(image).path
+    }
+}
+
+/// The images that are open, in the order of their numbers.
+pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &Image> {
+    (0..fs.image_count()).map(|image| fs.image(image))
 }
 
 /// Reads slots, one range after the other.
 ///
 /// # Errors
 /// Those of reading.
-pub fn read_slots(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
+pub fn read_slots(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
     let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
     let mut content = vec![0; blocks * BLOCK_LEN];
     let mut rest = &mut content[..];
@@ -144,4 +297,9 @@ pub fn read_slots(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot
         rest = after;
     }
     Ok(content)
+}
+
+/// `u32` block numbers hold files and extents of less than 16 TiB; larger images are left alone.
+fn blocks(bytes: u64) -> Result<u32> {
+    u32::try_from(bytes / BLOCK_BYTES).map_err(|_| Error::TooLarge)
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use rustix::fs::{OFlags, SeekFrom};
 
-use super::{Scope, root_of};
+use super::{Scope, common_folder};
 use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{Hash, hash_of};
@@ -158,7 +158,7 @@ fn side_by_side<'a>(one: &'a [Run], other: &'a [Run]) -> impl Iterator<Item = (u
 fn with_pool(archive: &Archive, one: &Committed, scope: &Scope, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
     let manifest = manifest_of(archive, one)?;
     let found = pool::discover(&scope.paths, &scope.exclude)?;
-    let root = root_of(&found.named);
+    let root = common_folder(found.named.iter().map(|one| one.root.as_path()));
     let on_disk: BTreeMap<PathBuf, &Found> = found
         .images
         .iter()

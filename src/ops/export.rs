@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Prepared, Scope, discover, prepare_found, root_of};
+use super::{OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
 use crate::archive::head::Head;
 use crate::archive::manifest::{self, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads};
@@ -18,9 +18,8 @@ use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::exec::store::{How, Out, Stored, announce, store};
-use crate::fs::attributes;
-use crate::fs::volume::{Purpose, checksum_digests};
-use crate::index::Index;
+use crate::fs::{Filesystem, Purpose, attributes, images};
+use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
 use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
 use crate::pool::{Found, Named, Revision, patterns, revision_of};
@@ -105,40 +104,85 @@ pub fn export_to(
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
     let mut found = discover(&options.scope, monitor)?;
-    let root = root_of(&found.named);
-    found.images = choose(found.images, options, &root)?;
+    let mut origin = Origin {
+        root: common_folder(found.named.iter().map(|one| one.root.as_path())),
+        named: found.named.clone(),
+        names: BTreeMap::new(),
+    };
+    found.images = choose(found.images, options, &origin.root)?;
     if found.images.is_empty() && found.skipped.is_empty() {
         return Err(Error::NoImages {
             paths: options.scope.paths.clone(),
         });
     }
-    let names: BTreeMap<PathBuf, BTreeSet<PathBuf>> = found
-        .images
-        .iter()
-        .map(|image| (image.path.clone(), image.names.clone()))
-        .collect();
-    let named = found.named.clone();
-    let run = |opened: &mut Opened| {
-        let prepared = prepare_found(&options.scope, found, Purpose::Read, false, monitor)?;
-        if monitor.interrupted() {
-            return Err(Error::Interrupted);
-        }
-        let exporter = Exporter {
-            options,
-            prepared: &prepared,
-            root: &root,
-            named: &named,
-            names: &names,
-            monitor,
-        };
-        exporter.run(opened)
-    };
+    let names = found.images.iter();
+    origin.names = names.map(|image| (image.path.clone(), image.names.clone())).collect();
+    let scope = &options.scope;
     let mut opened = Opened::new(open()?)?;
-    let done = run(&mut opened);
+    let done = open_pool(scope, found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
+        let pool = OpenPool::of(&*fs, skipped, scope, monitor);
+        write(pool, &origin, options, &mut opened, monitor)
+    });
     if done.is_err() {
         opened.undo(monitor);
     }
     done
+}
+
+/// Exports a pool that is open to a store: all of its images, whatever the options choose.
+///
+/// # Errors
+/// As for [`export`].
+pub fn export_on(
+    pool: OpenPool<'_>,
+    options: &Options,
+    store: Arc<dyn Store>,
+    monitor: &dyn Monitor,
+) -> Result<Exported> {
+    let folders = images(pool.fs).filter_map(|image| image.path.parent());
+    let origin = Origin {
+        root: common_folder(folders),
+        ..Origin::default()
+    };
+    let mut opened = Opened::new(store)?;
+    let done = write(pool, &origin, options, &mut opened, monitor);
+    if done.is_err() {
+        opened.undo(monitor);
+    }
+    done
+}
+
+fn write(
+    pool: OpenPool<'_>,
+    origin: &Origin,
+    options: &Options,
+    opened: &mut Opened,
+    monitor: &dyn Monitor,
+) -> Result<Exported> {
+    let fs = pool.fs;
+    let survey = survey(pool, &options.scope, false, monitor)?;
+    if monitor.interrupted() {
+        return Err(Error::Interrupted);
+    }
+    let exporter = Exporter {
+        options,
+        fs,
+        survey: &survey,
+        origin,
+        monitor,
+    };
+    exporter.run(opened)
+}
+
+/// Where images come from, for the names that an archive has them by.
+#[derive(Default)]
+struct Origin {
+    /// The folder that names in the archive are relative to: the deepest that holds everything that was named.
+    root: PathBuf,
+    /// What was named.
+    named: Vec<Named>,
+    /// All names of images, by their paths; one that is not here has its path only.
+    names: BTreeMap<PathBuf, BTreeSet<PathBuf>>,
 }
 
 /// The images that the options choose.
@@ -266,23 +310,22 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 
 struct Exporter<'a> {
     options: &'a Options,
-    prepared: &'a Prepared,
-    root: &'a Path,
-    named: &'a [Named],
-    names: &'a BTreeMap<PathBuf, BTreeSet<PathBuf>>,
+    fs: &'a dyn Filesystem,
+    survey: &'a Survey,
+    origin: &'a Origin,
     monitor: &'a dyn Monitor,
 }
 
 impl Exporter<'_> {
     fn run(&self, opened: &mut Opened) -> Result<Exported> {
-        let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
+        let (fs, facts) = (self.fs, &self.survey.facts);
         let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
         // What only passes by is not met again.
         let can_be_appended_to = opened.store.length().is_ok_and(|length| length.is_some());
-        let index = self.prepared.index.as_ref().filter(|_| can_be_appended_to);
+        let index = self.survey.index.as_deref().filter(|_| can_be_appended_to);
         let digests = match index {
-            Some(_) => checksum_digests(fs, facts)?,
+            Some(_) => fs.checksum_digests(facts)?,
             None => SpillVec::new(),
         };
         let plan = self.plan(opened, index, &digests)?;
@@ -350,8 +393,8 @@ impl Exporter<'_> {
         // From here on the archive has the commit, whatever comes.
         opened.base = base;
         if let Some(index) = index.filter(|index| index.is_usable()) {
-            let known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
-            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, known);
+            let mut known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
+            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &mut known);
             if let Err(error) = remembered {
                 self.monitor.note(&crate::error::describe(&error));
             }
@@ -382,13 +425,13 @@ impl Exporter<'_> {
             written_bytes: after.length - before.length,
             corrected_bytes: stored.corrections.len() as u64 * BLOCK_BYTES,
             archive_bytes: after.length,
-            skipped: self.prepared.skipped.clone(),
+            skipped: self.survey.skipped.clone(),
         }
     }
 
     /// Which blocks are new to the archive.
-    fn plan(&self, opened: &Opened, index: Option<&Index>, digests: &[Option<u128>]) -> Result<ExportPlan> {
-        let (fs, facts) = (&self.prepared.fs, &self.prepared.facts);
+    fn plan(&self, opened: &Opened, index: Option<&dyn ChunkIndex>, digests: &[Option<u128>]) -> Result<ExportPlan> {
+        let (fs, facts) = (self.fs, &self.survey.facts);
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {
             (Some(index), Some(archive)) => index
@@ -416,9 +459,9 @@ impl Exporter<'_> {
 
     fn how(&self) -> How<'_> {
         How {
-            function: self.prepared.fs.function(),
+            function: self.fs.function(),
             level: self.options.level,
-            inline: &self.prepared.inline,
+            inline: &self.survey.inline,
         }
     }
 
@@ -428,7 +471,7 @@ impl Exporter<'_> {
             number: 0,
             time: now(),
             label: self.options.label.clone(),
-            root: self.root.to_owned(),
+            root: self.origin.root.clone(),
             previous: CommitLocation::default(),
             store_end,
             images,
@@ -437,10 +480,10 @@ impl Exporter<'_> {
     }
 
     fn check_unchanged(&self) -> Result<()> {
-        let images = self.prepared.fs.images().iter();
-        let changed: Vec<PathBuf> = images
-            .filter(|image| !image.may_touch() || !image.is_unchanged())
-            .map(|image| image.path.clone())
+        let fs = self.fs;
+        let changed: Vec<PathBuf> = (0..fs.image_count())
+            .filter(|image| !fs.may_touch(*image) || !fs.is_unchanged(*image))
+            .map(|image| fs.path(image).to_owned())
             .collect();
         match changed.len() {
             0 => Ok(()),
@@ -450,10 +493,11 @@ impl Exporter<'_> {
 
     /// The images of the pool as the archive will have them, and the folders they lie in.
     fn images(&self) -> Result<(Vec<Folder>, Vec<Image>)> {
-        let relative = |path: &Path| path.strip_prefix(self.root).unwrap_or(path).to_owned();
-        let (mut folders, mut images) = (BTreeSet::new(), Vec::new());
-        for (number, image) in (0u32..).zip(self.prepared.fs.images()) {
-            let names = self.names.get(&image.path).cloned().unwrap_or_default();
+        let relative = |path: &Path| path.strip_prefix(&self.origin.root).unwrap_or(path).to_owned();
+        let (mut folders, mut found) = (BTreeSet::new(), Vec::new());
+        for (number, image) in (0u32..).zip(images(self.fs)) {
+            let names = self.origin.names.get(&image.path).cloned();
+            let names = names.unwrap_or_else(|| BTreeSet::from([image.path.clone()]));
             for name in &names {
                 let path = relative(name);
                 if !manifest::is_safe(path.as_os_str().as_bytes()) {
@@ -469,7 +513,7 @@ impl Exporter<'_> {
                         .map(Path::to_owned),
                 );
             }
-            let metadata = attributes::read(image.file(), &image.path)?;
+            let metadata = self.fs.attributes(number)?;
             let attributes: usize = metadata
                 .xattrs
                 .iter()
@@ -482,7 +526,7 @@ impl Exporter<'_> {
                     crate::shown::shown(&image.path)
                 )));
             }
-            images.push(Image {
+            found.push(Image {
                 number,
                 names: names.iter().map(|name| relative(name)).collect(),
                 size: image.size,
@@ -490,31 +534,33 @@ impl Exporter<'_> {
             });
         }
         let folders = folders.into_iter().map(|path| {
-            let full = self.root.join(&path);
+            let full = self.origin.root.join(&path);
             let folder = self.folder(&full).map_err(Error::io("open", &full))?;
             let metadata = attributes::read(&folder, &full)?;
             Ok(Folder { path, metadata })
         });
-        Ok((folders.collect::<Result<_>>()?, images))
+        Ok((folders.collect::<Result<_>>()?, found))
     }
 
     /// Opens a folder that images lie in: through what was named, for whoever owns a folder below can put a link in its place.
     fn folder(&self, full: &Path) -> rustix::io::Result<beneath::Folder> {
         let below = |one: &Named| Some(one.folder.folder(full.strip_prefix(&one.root).ok()?));
-        match self.named.iter().find_map(below) {
+        match self.origin.named.iter().find_map(below) {
             Some(opened) => opened,
             // It lies between what several that were named have in common and one of them.
-            None => beneath::Folder::open(self.root)?.folder(full.strip_prefix(self.root).unwrap_or(full)),
+            None => {
+                beneath::Folder::open(&self.origin.root)?.folder(full.strip_prefix(&self.origin.root).unwrap_or(full))
+            }
         }
     }
 
     /// Writes what turned out otherwise than planned; a record without entries if nothing did.
     fn put_corrections(&self, stored: &Stored, out: &mut Out<'_>) -> Result<()> {
-        let facts = &self.prepared.facts;
+        let facts = &self.survey.facts;
         let mut payloads = Payloads::default();
         if !stored.corrections.is_empty() {
             let slots: BTreeMap<u32, &Piece> = stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
-            let images = 0..u32::try_from(self.prepared.fs.images().len()).unwrap_or(u32::MAX);
+            let images = 0..self.fs.image_count();
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
                 for (slot, piece) in slots.range(mapping.slots()) {

@@ -16,12 +16,11 @@ use crate::block::{ByteRange, Slot, bytes};
 use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, fingerprint};
 use crate::facts::{Facts, ImageId};
-use crate::fs::Sharing;
-use crate::fs::volume::{Purpose, Volume};
-use crate::index::Index;
+use crate::fs::{self, Filesystem, Purpose};
+use crate::index::{self, ChunkIndex};
 use crate::monitor::Monitor;
 use crate::plan;
-use crate::pool::{self, Found, Named, Skip, Skipped};
+use crate::pool::{self, Skip, Skipped};
 use crate::shown::shown;
 use crate::spill::limit_lists;
 
@@ -39,46 +38,120 @@ pub struct Scope {
     pub memory_bytes: Option<u64>,
 }
 
-/// A pool that was opened and read.
-struct Prepared {
-    fs: Volume,
+/// Opens an index when it is needed; none if it is to be done without.
+type OpenIndex<'a> = Box<dyn FnOnce() -> Result<Option<Box<dyn ChunkIndex>>> + 'a>;
+
+/// A pool that is open, for a verb to work on.
+pub struct OpenPool<'a> {
+    fs: &'a dyn Filesystem,
+    /// The index is opened once extent maps were read: both take memory, and not at the same time.
+    index: OpenIndex<'a>,
+    /// Images that were found and are left alone.
+    skipped: Vec<Skipped>,
+}
+
+impl<'a> OpenPool<'a> {
+    /// The images of a filesystem, all of them, with an index of it if there is one.
+    pub fn new(fs: &'a dyn Filesystem, index: Option<Box<dyn ChunkIndex>>) -> Self {
+        Self {
+            fs,
+            index: Box::new(move || Ok(index)),
+            skipped: Vec::new(),
+        }
+    }
+
+    /// The same with the index of a scope, and with images that are left alone.
+    fn of(fs: &'a dyn Filesystem, skipped: Vec<Skipped>, scope: &'a Scope, monitor: &'a dyn Monitor) -> Self {
+        Self {
+            fs,
+            index: Box::new(move || open_index(fs, scope, monitor)),
+            skipped,
+        }
+    }
+}
+
+/// What is known of a pool once it was read.
+struct Survey {
     facts: Facts,
     /// Images whose first block lies in metadata.
     inline: Vec<ImageId>,
     /// None if it cannot be used.
-    index: Option<Index>,
+    index: Option<Box<dyn ChunkIndex>>,
     skipped: Vec<Skipped>,
     fingerprinted: Fingerprinted,
 }
 
-/// Opens a pool and fingerprints it. What of an image cannot be read stays as it is, and the image is named.
+/// A pool that was opened and read.
+struct Prepared {
+    fs: Box<dyn Filesystem>,
+    facts: Facts,
+}
+
+/// Looks for images, opens them and fingerprints them. What of an image cannot be read stays as it is.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
-    prepare_groups(scope, purpose, &[], monitor)
+    let (fs, skipped) = open_pool(scope, data_of(discover(scope, monitor)?), purpose, monitor)?;
+    let survey = survey(OpenPool::of(&*fs, skipped, scope, monitor), scope, true, monitor)?;
+    Ok(Prepared {
+        facts: survey.facts,
+        fs,
+    })
 }
 
-/// The same, with images that are to be kept apart.
-fn prepare_groups(scope: &Scope, purpose: Purpose, groups: &[String], monitor: &dyn Monitor) -> Result<Prepared> {
-    let mut found = discover(scope, monitor)?;
-    pool::group(&mut found.images, groups)?;
+/// Those of the images that were found that are not empty.
+fn data_of(mut found: pool::Pool) -> pool::Pool {
     found.images.retain(|image| image.size > 0);
-    prepare_found(scope, found, purpose, true, monitor)
+    found
 }
 
-/// The same for images that were found already; without `skip_unreadable`, one that cannot be read is an error.
-fn prepare_found(
+/// Opens images that were found. Returns those that are left alone, too.
+fn open_pool(
     scope: &Scope,
     found: pool::Pool,
     purpose: Purpose,
-    skip_unreadable: bool,
     monitor: &dyn Monitor,
-) -> Result<Prepared> {
-    let (mut prepared, unreadable) = prepare_images(scope, &found.images, &found.named, purpose, monitor)?;
+) -> Result<(Box<dyn Filesystem>, Vec<Skipped>)> {
+    monitor.phase("Reading extent maps", 0);
+    // How large the pool is, is known once its lists were made.
+    divide_memory(scope, 0);
+    let (fs, mut skipped) = fs::open(&found.images, &found.named, purpose, monitor)?;
+    skipped.extend(found.skipped);
+    Ok((fs, skipped))
+}
+
+/// Reads the maps of a pool and fingerprints it. What of an image cannot be read stays as it is, and the image is named; without
+/// `skip_unreadable`, it is an error.
+fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dyn Monitor) -> Result<Survey> {
+    let fs = pool.fs;
+    let mapped = fs.map()?;
+    let mut facts = mapped.facts;
+    make_room(&mut facts, scope)?;
+    let mut index = (pool.index)()?;
+    let (fingerprinted, unreadable) = fingerprint(fs, &mut facts, index.as_deref_mut(), monitor)?;
+    let mut skipped = pool.skipped;
+    skipped.extend(images_with(fs, &facts, &unreadable));
+    skipped.sort();
     if !skip_unreadable && let Some(one) = unreadable.into_iter().next() {
         return Err(one.error);
     }
-    prepared.skipped.extend(found.skipped);
-    prepared.skipped.sort();
-    Ok(prepared)
+    Ok(Survey {
+        facts,
+        inline: mapped.inline,
+        index,
+        skipped,
+        fingerprinted,
+    })
+}
+
+/// Opens the index of a filesystem. One that fails is done without, but not one that another run uses.
+fn open_index(fs: &dyn Filesystem, scope: &Scope, monitor: &dyn Monitor) -> Result<Option<Box<dyn ChunkIndex>>> {
+    match index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
+        Ok(index) => Ok(Some(index)),
+        Err(error @ Error::Busy { .. }) => Err(error),
+        Err(error) => {
+            monitor.note(&format!("Going on without an index: {}", describe(&error)));
+            Ok(None)
+        }
+    }
 }
 
 /// The image that could not be read, with the range and the cause, if that is what an error is about.
@@ -98,43 +171,8 @@ fn unreadable(error: &Error) -> Option<Skipped> {
     })
 }
 
-fn prepare_images(
-    scope: &Scope,
-    images: &[Found],
-    named: &[Named],
-    purpose: Purpose,
-    monitor: &dyn Monitor,
-) -> Result<(Prepared, Vec<Unreadable>)> {
-    monitor.phase("Reading extent maps", 0);
-    // How large the pool is, is known once its lists were made.
-    divide_memory(scope, 0);
-    let (fs, mut skipped) = Volume::open(images, named, purpose, monitor)?;
-    let mapped = fs.map()?;
-    let mut facts = mapped.facts;
-    make_room(&mut facts, scope)?;
-    let mut index = match Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
-        Ok(index) => Some(index),
-        Err(error @ Error::Busy { .. }) => return Err(error),
-        Err(error) => {
-            monitor.note(&format!("Going on without an index: {}", describe(&error)));
-            None
-        }
-    };
-    let (fingerprinted, unreadable) = fingerprint(&fs, &mut facts, index.as_mut(), monitor)?;
-    skipped.extend(images_with(&fs, &facts, &unreadable));
-    let prepared = Prepared {
-        fs,
-        facts,
-        inline: mapped.inline,
-        index,
-        skipped,
-        fingerprinted,
-    };
-    Ok((prepared, unreadable))
-}
-
 /// The images that have blocks which cannot be read, each with the first place.
-fn images_with(fs: &Volume, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
+fn images_with(fs: &dyn Filesystem, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
     let mut places: BTreeMap<ImageId, (ByteRange, &Error)> = BTreeMap::new();
     for one in unreadable {
         let mappings = facts.mappings_to(facts.extent_of(one.slots.start));
@@ -194,8 +232,8 @@ fn discover(scope: &Scope, monitor: &dyn Monitor) -> Result<pool::Pool> {
     Ok(found)
 }
 
-/// The folder that names in the archive are relative to: the deepest that holds everything that was named.
-fn root_of(named: &[Named]) -> PathBuf {
+/// The deepest folder that holds all of these.
+fn common_folder<'a>(mut folders: impl Iterator<Item = &'a Path>) -> PathBuf {
     let common = |one: PathBuf, other: &Path| -> PathBuf {
         let pairs = one.components().zip(other.components());
         pairs
@@ -203,7 +241,6 @@ fn root_of(named: &[Named]) -> PathBuf {
             .map(|(one, _)| one)
             .collect()
     };
-    let mut roots = named.iter().map(|one| one.root.as_path());
-    let first = roots.next().unwrap_or(Path::new("")).to_owned();
-    roots.fold(first, common)
+    let first = folders.next().unwrap_or(Path::new("")).to_owned();
+    folders.fold(first, common)
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Prepared, Scope, prepare_groups, unreadable};
+use super::{OpenPool, Scope, Survey, data_of, discover, open_pool, survey, unreadable};
 use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::compression::{Wish, plan_wished};
@@ -11,11 +11,10 @@ use crate::exec::fingerprints::remember;
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
-use crate::fs::Sharing;
-use crate::fs::volume::{Image, Purpose, Volume, freed_bytes};
+use crate::fs::{Filesystem, Image, Purpose, freed_bytes, images, prove_slots};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, Plan, plan_proved};
-use crate::pool::{Skip, Skipped, machine_of};
+use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
 use crate::shown::size;
 
@@ -47,43 +46,66 @@ const FEW_FRAGMENTS_BLOCKS: u32 = 16;
 /// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
 /// did until then is in the result, with the error.
 pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    in_time(options, monitor, |deadline| {
+        let (scope, mut found) = (&options.scope, discover(&options.scope, deadline)?);
+        pool::group(&mut found.images, &options.groups)?;
+        let purpose = if options.dry_run {
+            Purpose::Plan
+        } else {
+            Purpose::Change
+        };
+        let (fs, skipped) = open_pool(scope, data_of(found), purpose, deadline)?;
+        reclaim_until(OpenPool::of(&*fs, skipped, scope, deadline), options, deadline)
+    })
+}
+
+/// Reclaims a pool that is open, or says what that would do. Paths and groups are not looked at.
+///
+/// # Errors
+/// As for [`reclaim`].
+pub fn reclaim_on(pool: OpenPool<'_>, options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+    in_time(options, monitor, |deadline| reclaim_until(pool, options, deadline))
+}
+
+/// Stops a run when its time is over, and says whether that was why.
+fn in_time(
+    options: &Options,
+    monitor: &dyn Monitor,
+    run: impl FnOnce(&Deadline<'_>) -> Result<Reclaimed>,
+) -> Result<Reclaimed> {
     let deadline = Deadline::new(monitor, options.time);
-    let mut result = reclaim_until(options, &deadline)?;
+    let mut result = run(&deadline)?;
     if result.interrupted && !monitor.interrupted() {
         (result.interrupted, result.out_of_time) = (false, true);
     }
     Ok(result)
 }
 
-fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed> {
-    let purpose = if options.dry_run {
-        Purpose::Plan
-    } else {
-        Purpose::Change
-    };
-    let Prepared {
-        fs,
+fn reclaim_until(pool: OpenPool<'_>, options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed> {
+    let fs = pool.fs;
+    let Survey {
         mut facts,
         skipped,
         fingerprinted,
         inline,
         mut index,
-    } = prepare_groups(&options.scope, purpose, &options.groups, monitor)?;
+    } = survey(pool, &options.scope, true, monitor)?;
     let free_before = fs.free_bytes()?;
     let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
     // Kernels' modules are attached to many machines, and are none.
     let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
     let used = skipped.iter().filter(in_use).filter(is_machine);
     let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
-    let without = fs.images().iter().filter(|image| !image.checksummed).count();
+    let without = images(fs).filter(|image| !image.checksummed).count() as u64;
+    let count = u64::from(fs.image_count());
     let mut result = Reclaimed {
-        images: fs.images().len() as u64,
-        pool: PoolBytes::of(&fs, &facts),
+        images: count,
+        pool: PoolBytes::of(fs, &facts),
         fingerprinted,
         skipped,
         machines_in_use: machines.len() as u64,
         inline_images: inline.len() as u64,
-        unchecksummed_images: if without < fs.images().len() { without as u64 } else { 0 },
+        unchecksummed_images: if without < count { without } else { 0 },
         dry_run: options.dry_run,
         interrupted: monitor.interrupted(),
         ..Reclaimed::default()
@@ -92,14 +114,17 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
         return Ok(result);
     }
     fs.shortcomings().iter().for_each(|one| monitor.note(one));
-    let (plan, proved) = match make_plan(options, &fs, &mut facts, monitor) {
+    let (plan, proved) = match make_plan(options, fs, &mut facts, monitor) {
         Err(Error::Interrupted) => {
             result.interrupted = true;
             return Ok(result);
         }
         made => made?,
     };
-    if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS && !plan.eliminations.is_empty() && fs.may_be_sent()? {
+    if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS
+        && !plan.eliminations.is_empty()
+        && fs.has_read_only_snapshots()?
+    {
         monitor.note(
             "There are read-only snapshots of these images. If you send or copy them often, --min-run 64K keeps that several \
              times faster, and frees somewhat less",
@@ -118,27 +143,27 @@ fn reclaim_until(options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed>
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        exec::run(&facts, &plan, settings(options), &fs, monitor, &mut ran)
+        exec::run(&facts, &plan, settings(options), fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
-    let counted = freed_bytes(&fs, &facts, free_before);
-    result.skipped.extend(left_meanwhile(&fs, &ran));
+    let counted = freed_bytes(fs, &facts, free_before);
+    result.skipped.extend(left_meanwhile(fs, &ran));
     result.failed = outcome.err();
     match counted {
         Ok((freed_bytes, mut mapped)) => {
             // It is only a cache, and the next run does without.
             let remembered = index
-                .as_mut()
+                .as_deref_mut()
                 .filter(|index| index.is_usable())
-                .map(|index| remember(&fs, &facts, &mut mapped.facts, index));
+                .map(|index| remember(fs, &facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
                 monitor.note(&crate::error::describe(&error));
             }
             result.done = Some(Done {
                 freed_bytes,
-                after: PoolBytes::of(&fs, &mapped.facts),
+                after: PoolBytes::of(fs, &mapped.facts),
                 counts: ran.counts,
             });
         }
@@ -159,14 +184,13 @@ fn settings(options: &Options) -> exec::Settings {
 }
 
 /// Checks that compression can be as it is wished, and notes what of it cannot.
-fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<()> {
-    if fs.frees_blocks() {
+fn check_compression(wish: Wish, fs: &dyn Filesystem, monitor: &dyn Monitor) -> Result<()> {
+    if !fs.compresses() {
         return Err(Error::NoCompression {
             path: fs.folder().to_owned(),
         });
     }
-    let images = fs.images();
-    let count = |is: fn(&Image) -> bool| images.iter().filter(|image| is(image)).count();
+    let count = |is: fn(&Image) -> bool| images(fs).filter(|image| is(image)).count();
     if matches!(wish, Wish::Zstd { .. }) {
         let notes = [
             (
@@ -192,14 +216,14 @@ fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<(
 }
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
-fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
     if let Some(wish) = options.compress {
         check_compression(wish, fs, monitor)?;
     }
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        fs.prove(facts, slots, monitor)
+        prove_slots(fs, facts, slots, monitor)
     };
     let go_on = || {
         if monitor.interrupted() {
@@ -210,7 +234,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     };
     let is_candidate = |facts: &Facts, extent: u32| {
         let mut references = facts.references_to(extent);
-        references.all(|reference| !fs.images()[reference.image as usize].stays_uncompressed)
+        references.all(|reference| !fs.image(reference.image).stays_uncompressed)
     };
     let wish = options.compress;
     let mut plan = plan_wished(
@@ -263,7 +287,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
 }
 
 /// Images that had to be left alone in the middle of the run.
-fn left_meanwhile(fs: &Volume, ran: &Ran) -> Vec<Skipped> {
+fn left_meanwhile(fs: &dyn Filesystem, ran: &Ran) -> Vec<Skipped> {
     let one = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
     let opened = ran
         .opened_meanwhile
@@ -271,8 +295,7 @@ fn left_meanwhile(fs: &Volume, ran: &Ran) -> Vec<Skipped> {
         .map(|image| one(*image, Skip::OpenedMeanwhile));
     let refused = ran.refused.iter().map(|(image, reason)| one(*image, *reason));
     let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
-    let changed = fs.images().iter();
-    let changed = changed.filter(|image| image.may_touch() && !image.is_unchanged());
-    let changed = changed.map(|image| Skipped::new(&image.path, Skip::Changed));
+    let changed = (0..fs.image_count()).filter(|image| fs.may_touch(*image) && !fs.is_unchanged(*image));
+    let changed = changed.map(|image| one(image, Skip::Changed));
     opened.chain(refused).chain(unreadable).chain(changed).collect()
 }

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Scope, discover, divide_memory};
+use super::{OpenPool, Scope, discover, open_pool};
 use crate::block::{Slot, bytes};
 use crate::error::Result;
 use crate::facts::{Compression, Facts, ImageId, Pinned};
-use crate::fs::volume::{Purpose, Volume};
+use crate::fs::{Purpose, images};
 use crate::monitor::Monitor;
 use crate::report::{ImageBytes, PoolBytes, Reported};
 
@@ -15,15 +15,18 @@ use crate::report::{ImageBytes, PoolBytes, Reported};
 /// # Errors
 /// Those of reading metadata.
 pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
-    let found = discover(scope, monitor)?;
-    monitor.phase("Reading extent maps", 0);
-    divide_memory(scope, 0);
-    let (fs, mut skipped) = Volume::open(&found.images, &found.named, Purpose::Look, monitor)?;
-    skipped.extend(found.skipped);
+    let (fs, skipped) = open_pool(scope, discover(scope, monitor)?, Purpose::Look, monitor)?;
+    report_on(OpenPool::of(&*fs, skipped, scope, monitor))
+}
+
+/// Reports on a pool that is open. Needs no index.
+///
+/// # Errors
+/// Those of reading metadata.
+pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
+    let OpenPool { fs, skipped, .. } = pool;
     let mapped = fs.map()?;
-    let mut images: Vec<ImageBytes> = fs
-        .images()
-        .iter()
+    let mut found: Vec<ImageBytes> = images(fs)
         .map(|image| ImageBytes {
             path: image.path.clone(),
             size: image.size,
@@ -35,7 +38,7 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
         let dead = dead_bytes(&mapped.facts, place);
         unreachable += dead;
         for (image, blocks) in by_image(&mapped.facts, place) {
-            let of = &mut images[image as usize];
+            let of = &mut found[image as usize];
             of.data_bytes += bytes(blocks);
             of.unreachable_bytes += dead;
             if extent.class.compression != Compression::None {
@@ -45,21 +48,21 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
         }
         let held = held(&mapped.facts, place, fs.frees_blocks());
         for (image, blocks) in held.exclusive {
-            images[image as usize].exclusive_bytes += extent.disk_share(blocks);
+            found[image as usize].exclusive_bytes += extent.disk_share(blocks);
         }
         for (image, blocks) in held.shared {
-            images[image as usize].shared_bytes += extent.disk_share(blocks);
+            found[image as usize].shared_bytes += extent.disk_share(blocks);
         }
     }
     for (image, bytes) in &mapped.beyond {
-        images[*image as usize].exclusive_bytes += bytes;
+        found[*image as usize].exclusive_bytes += bytes;
     }
     Ok(Reported {
-        pool: PoolBytes::of(&fs, &mapped.facts),
+        pool: PoolBytes::of(fs, &mapped.facts),
         unreachable_bytes: unreachable,
         inline_bytes: mapped.inline_bytes,
         held_by: fs.names_of_holders(&mapped.facts)?,
-        images,
+        images: found,
         skipped,
     })
 }

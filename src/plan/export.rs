@@ -279,7 +279,7 @@ pub fn runs_of(facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fs::simulated::one_image;
+    use crate::testing::simulated::one_image;
     use proptest::prelude::*;
 
     /// Extents of one image, one after the other, with these fingerprints; 0 stands for zeros.

@@ -14,7 +14,7 @@ use crate::exec::fingerprints::Fingerprinted;
 use crate::exec::restore::Outcome;
 pub use crate::exec::restore::Restored;
 use crate::facts::{Compression, Extent, Facts, Pinned};
-use crate::fs::volume::{Volume, physical_bytes};
+use crate::fs::{Filesystem, images, physical_bytes};
 use crate::plan::restore::RestorePlan;
 pub use crate::plan::restore::{LostImage, RestoreBytes};
 use crate::plan::{BytesByReason, Plan};
@@ -41,11 +41,11 @@ pub struct PoolBytes {
 
 impl PoolBytes {
     /// Adds a pool up.
-    pub fn of(fs: &Volume, facts: &Facts) -> Self {
+    pub fn of(fs: &dyn Filesystem, facts: &Facts) -> Self {
         let is_compressed = |extent: &&Extent| extent.class.compression != Compression::None;
         let compressed = || facts.extents.iter().filter(is_compressed);
         Self {
-            logical_bytes: fs.images().iter().map(|image| image.size).sum(),
+            logical_bytes: images(fs).map(|image| image.size).sum(),
             referenced_bytes: facts.references().map(|reference| bytes(reference.blocks)).sum(),
             physical_bytes: physical_bytes(facts),
             compressed_bytes: compressed().map(|extent| extent.disk_bytes).sum(),

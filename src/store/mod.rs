@@ -2,7 +2,6 @@
 //!
 //! To add a store, implement [`Store`] in a file here and run it through the conformance suite in `tests/store.rs`.
 
-mod faulty;
 mod file;
 mod memory;
 mod pipe;
@@ -11,7 +10,6 @@ use std::fmt::Debug;
 use std::io;
 use std::path::Path;
 
-pub use faulty::{Call, Fault, Faulty};
 pub use file::FileStore;
 pub use memory::MemoryStore;
 pub use pipe::{InputPipe, OutputPipe};

@@ -14,8 +14,8 @@ use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fingerprint::Function;
-use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, plan_proved};
+use vmfold::testing::simulated::PLAIN;
 
 const MIB: usize = 1 << 20;
 const MIB_BLOCKS: u32 = 256;

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Reference};
-use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, lists_bytes, make_room, memory_bytes, plan_proved};
 use vmfold::spill::limit_lists;
+use vmfold::testing::simulated::PLAIN;
 
 /// Every fourth extent of so many blocks is like the one before but for some.
 fn number_of(slot: u32, blocks: u32, changed: u32) -> u32 {

@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Stat, Statx, StatxFlag
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::fs::existing;
 use crate::pool::users::FileId;
 
 /// The folder that is restored to.
@@ -375,14 +376,6 @@ impl Place {
     pub fn sync_folder(&self) -> Result<()> {
         rustix::fs::fsync(&self.folder).map_err(Error::io("sync the folder of", &self.path))
     }
-}
-
-/// What exists of the way to a folder.
-pub fn existing(folder: &Path) -> &Path {
-    // A path without folders lies in the current one.
-    let mut exists = folder.ancestors();
-    let exists = exists.find(|folder| !folder.as_os_str().is_empty() && folder.exists());
-    exists.unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]

@@ -14,8 +14,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::facts::Facts;
-use crate::fs::volume::Volume;
-use crate::fs::{Sharing, SourceFile};
+use crate::fs::{Filesystem, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::seeds::{Seeded, find_seeds};
 use crate::range;
@@ -43,7 +42,7 @@ pub trait Seed: Sync {
 
 /// The images of a pool as seeds.
 pub struct PoolSeed {
-    fs: Volume,
+    fs: Box<dyn Filesystem>,
     facts: Facts,
     /// The folder of indexes, where lists may lie.
     index: PathBuf,
@@ -51,7 +50,7 @@ pub struct PoolSeed {
 
 impl PoolSeed {
     /// Of a pool that was opened and fingerprinted.
-    pub fn new(fs: Volume, facts: Facts, index: PathBuf) -> Self {
+    pub fn new(fs: Box<dyn Filesystem>, facts: Facts, index: PathBuf) -> Self {
         Self { fs, facts, index }
     }
 
@@ -59,7 +58,7 @@ impl PoolSeed {
     fn without_tails(&self, seeded: &Seeded) -> Vec<Seeded> {
         let mut parts: Vec<Seeded> = Vec::new();
         for (slot, place) in self.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
-            let whole = self.fs.images()[place.image as usize].size / BLOCK_BYTES;
+            let whole = self.fs.image(place.image).size / BLOCK_BYTES;
             let blocks = whole.saturating_sub(u64::from(place.file_block));
             let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
             match parts.last_mut() {
@@ -113,7 +112,7 @@ impl Seed for PoolSeed {
         self.facts.places_of(slot..slot + blocks).all(|(at, place)| {
             let to = offset + bytes(at - slot);
             let (from, length) = (bytes(place.file_block), bytes(place.blocks));
-            self.fs.clone_from_image(place.image, from, file, to, length).is_ok()
+            self.fs.clone_range(place.image, from, file, to, length).is_ok()
         })
     }
 }

@@ -6,19 +6,18 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::geteuid;
 
-use super::Purpose;
 use crate::error::{Error, Result};
+use crate::fs::Purpose;
 use crate::own_folder::own_folder;
-use crate::sys::fs_info::FsInfo;
 
 /// Locks a filesystem, for as long as the file is open. `path` is something on it, for messages.
 ///
 /// # Errors
 /// [`Error::Busy`]; [`Error::NotOurs`] where others could tamper with the lock.
-pub(super) fn lock_filesystem(info: &FsInfo, purpose: Purpose, path: &Path) -> Result<File> {
+pub(super) fn lock_filesystem(uuid: [u8; 16], purpose: Purpose, path: &Path) -> Result<File> {
     let locks = folder_for_locks();
     let folder = own_folder(&locks)?;
-    let name = crate::shown::hex(&info.uuid);
+    let name = crate::shown::hex(&uuid);
     let lock = locks.join(&name);
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::openat(&folder, &name, flags, Mode::RUSR | Mode::WUSR)

@@ -1,4 +1,4 @@
-//! XFS: where images lie, from their maps (`FIEMAP`); who else shares blocks with them, from the reverse map where there is one.
+//! Where images lie, from their maps (`FIEMAP`); who else shares blocks with them, from the reverse map where there is one.
 //!
 //! XFS counts references block by block, so that what is called an extent here is only a range of blocks that are alike: in
 //! their groups, and in whether they may go. Where it begins and ends must not depend on how many refer to its blocks: a plan
@@ -6,10 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use super::{Image, Mapped, Volume, blocks};
+use super::Xfs;
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
+use crate::fs::opened::OpenImage;
+use crate::fs::{Filesystem, Mapped, blocks};
 use crate::spill::SpillVec;
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
@@ -46,12 +48,12 @@ impl Range {
 }
 
 /// The ranges of one image.
-fn ranges_of(image: &Image) -> Result<Vec<Range>> {
-    let io = |errno| Error::io("read the extent map of", &image.path)(errno);
+fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
+    let io = |errno| Error::io("read the extent map of", &image.known.path)(errno);
     let mut found = Vec::new();
     fiemap(&*image.file, |mapping| found.push(mapping)).map_err(io)?;
-    let whole_blocks = blocks(image.size)?;
-    let image_blocks = blocks(image.size.next_multiple_of(BLOCK_BYTES))?;
+    let whole_blocks = blocks(image.known.size)?;
+    let image_blocks = blocks(image.known.size.next_multiple_of(BLOCK_BYTES))?;
     let mut ranges = Vec::new();
     for mapping in found {
         let aligned = [mapping.offset, mapping.address, mapping.length]
@@ -59,12 +61,12 @@ fn ranges_of(image: &Image) -> Result<Vec<Range>> {
             .all(|number| number.is_multiple_of(BLOCK_BYTES));
         if !aligned {
             return Err(Error::Metadata {
-                path: image.path.clone(),
+                path: image.known.path.clone(),
                 problem: format!("a range that is not in whole blocks at byte {}", mapping.offset),
             });
         }
         // What lies beyond the end of a file may lie anywhere, and nothing is to be found there.
-        let file_block = blocks(mapping.offset.min(image.size.next_multiple_of(BLOCK_BYTES)))?;
+        let file_block = blocks(mapping.offset.min(image.known.size.next_multiple_of(BLOCK_BYTES)))?;
         let mut range = Range {
             file_block,
             block: mapping.address / BLOCK_BYTES,
@@ -113,7 +115,7 @@ struct Members {
 }
 
 impl Members {
-    fn of(numbers: &[ImageId], images: &[Image], ages: &[usize]) -> Self {
+    fn of(numbers: &[ImageId], images: &[OpenImage], ages: &[usize]) -> Self {
         let ages = numbers.iter().map(|image| ages[*image as usize]);
         Self {
             count: u32::try_from(numbers.len()).unwrap_or(u32::MAX),
@@ -190,7 +192,7 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: K) {
 }
 
 /// The states of images, those first that were not touched for longest, and for each image its place there.
-fn by_age(images: &[Image]) -> (Vec<u64>, Vec<usize>) {
+fn by_age(images: &[OpenImage]) -> (Vec<u64>, Vec<usize>) {
     let mut order: Vec<usize> = (0..images.len()).collect();
     order.sort_by_key(|image| (images[*image].changed_at(), *image));
     let mut ages = vec![0; images.len()];
@@ -217,7 +219,7 @@ enum Event {
 fn cut(
     ranges: &Shared<Range>,
     others: &[SharedBlocks],
-    images: &[Image],
+    images: &[OpenImage],
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
     let mut events: SpillVec<(u64, Event)> = SpillVec::with_capacity(2 * (ranges.iter().len() + others.len()));
@@ -306,11 +308,11 @@ fn cut(
     Ok(extents)
 }
 
-impl Volume {
-    pub(super) fn map_xfs(&self, reverse_map: bool) -> Result<Mapped> {
+impl Xfs {
+    pub(super) fn read_map(&self) -> Result<Mapped> {
         let mut ranges = Collector::new();
         let mut beyond = Vec::new();
-        for (number, image) in (0u32..).zip(&self.images) {
+        for (number, image) in (0u32..).zip(&self.opened.images) {
             for range in ranges_of(image)? {
                 if !range.reachable && !range.shared {
                     beyond.push((number, bytes(range.blocks)));
@@ -319,12 +321,12 @@ impl Volume {
             }
         }
         let ranges = ranges.finish();
-        let others = if reverse_map { self.others()? } else { None };
+        let others = if self.reverse_map { self.others()? } else { None };
         let _ = self.names_owners.set(others.is_some());
         let extents = cut(
             &ranges,
             others.as_ref().map_or(&[][..], |others| &others[..]),
-            &self.images,
+            &self.opened.images,
             others.is_some(),
         )?;
         let mappings = ranges.flat_map(|range| {
@@ -356,7 +358,7 @@ impl Volume {
             })
         });
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
-        facts.machines = self.images.iter().map(|image| image.machine).collect();
+        facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
         facts.frees_blocks = true;
         Ok(Mapped {
             facts,
@@ -368,9 +370,9 @@ impl Volume {
 
     /// Blocks that files outside the pool share with something. None if the kernel does not tell this process.
     pub(super) fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
-        let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
+        let mine: HashSet<u64> = self.opened.images.iter().map(|image| image.inode).collect();
         let mut others = SpillVec::new();
-        let asked = shared_blocks(&self.scratch, |blocks| {
+        let asked = shared_blocks(self.opened.scratch.folder(), |blocks| {
             if !mine.contains(&blocks.inode) {
                 others.push(blocks);
             }
@@ -378,7 +380,7 @@ impl Volume {
         match asked {
             Ok(()) => Ok(Some(others)),
             Err(rustix::io::Errno::PERM) => Ok(None),
-            Err(errno) => Err(Error::io("read the reverse map of", &self.scratch_path)(errno)),
+            Err(errno) => Err(Error::io("read the reverse map of", self.opened.scratch.path())(errno)),
         }
     }
 }

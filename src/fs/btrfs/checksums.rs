@@ -1,6 +1,6 @@
 //! Checksums that btrfs keeps of data.
 
-use super::{CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM, Volume};
+use super::{Btrfs, CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM};
 use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::error::Result;
 use crate::facts::{Compression, Facts};
@@ -11,8 +11,8 @@ use crate::sys::tree_search::Key;
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn fingerprints_from_checksums(fs: &Volume, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
-    let width = fs.checksum_bytes();
+pub(super) fn fingerprints_from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
+    let width = usize::from(fs.checksum_bytes);
     let mut sums = std::mem::take(&mut facts.fingerprints);
     let mut found_sums = Vec::new();
     let visited = visit_checksums(fs, facts, |place, block, item| {
@@ -35,12 +35,9 @@ pub fn fingerprints_from_checksums(fs: &Volume, facts: &mut Facts, known: &mut S
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
-    let width = fs.checksum_bytes().max(1);
+pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
+    let width = usize::from(fs.checksum_bytes).max(1);
     let mut digests = SpillVec::of(None, facts.extents.len());
-    if fs.frees_blocks() {
-        return Ok(digests);
-    }
     let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
     let (mut current, mut next_block) = (None, 0);
     visit_checksums(fs, facts, |place, block, item| {
@@ -66,10 +63,10 @@ pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<SpillVec<Option<u1
 
 /// Calls `visit` with the checksums of extents, in order: the extent's place, the block on disk that the first belongs to, and
 /// the checksums of that and the following ones. An extent may come in several parts.
-fn visit_checksums(fs: &Volume, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
+fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
     /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
     const ITEM_COVERS_MAX: u64 = 64 << 20;
-    let width = fs.checksum_bytes().max(1);
+    let width = usize::from(fs.checksum_bytes).max(1);
     let key = |offset| Key {
         object: CHECKSUM_OBJECT,
         kind: EXTENT_CSUM,

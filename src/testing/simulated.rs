@@ -2,6 +2,8 @@
 //! demand. It keeps the rules of the real one (comparison before sharing, no sharing across checksum settings, extents whole),
 //! so that planning and executing can be tested by the thousand.
 
+mod filesystem;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -9,10 +11,14 @@ use std::sync::Mutex;
 
 use rustix::io::Errno;
 
-use super::{HeldRange, Outcome, Sharing, SourceFile};
-use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
+pub use filesystem::block_of;
+
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
+use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::fingerprint::Function;
+use crate::fs::{self, Filesystem, HeldRange, Image, Outcome, SourceFile};
 use crate::spill::SpillVec;
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
@@ -83,6 +89,7 @@ pub struct Simulated {
     /// Whether it frees each block on its own, as XFS does, and not only extents as a whole.
     pub frees_blocks: bool,
     path: PathBuf,
+    known: filesystem::Known,
 }
 
 /// What is to go wrong.
@@ -374,7 +381,7 @@ fn block_at(offset: u64) -> usize {
     usize::try_from(offset / BLOCK_BYTES).unwrap_or(usize::MAX)
 }
 
-impl Sharing for Simulated {
+impl Filesystem for Simulated {
     fn may_touch(&self, image: ImageId) -> bool {
         self.with(|state| {
             if let Some((at, opened)) = self.faults.opened
@@ -386,8 +393,73 @@ impl Sharing for Simulated {
         })
     }
 
-    fn is_checksummed(&self, image: ImageId) -> bool {
-        self.with(|state| state.images[image as usize].checksummed)
+    fn image_count(&self) -> u32 {
+        self.count_images()
+    }
+
+    fn image(&self, image: ImageId) -> &Image {
+        self.known_image(image)
+    }
+
+    fn is_unchanged(&self, _: ImageId) -> bool {
+        true
+    }
+
+    fn attributes(&self, _: ImageId) -> Result<Metadata> {
+        Ok(Self::plain_attributes())
+    }
+
+    fn folder(&self) -> &Path {
+        &self.path
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        [0x5a; 16]
+    }
+
+    fn function(&self) -> Function {
+        filesystem::FUNCTION
+    }
+
+    fn frees_blocks(&self) -> bool {
+        self.frees_blocks
+    }
+
+    fn compresses(&self) -> bool {
+        !self.frees_blocks
+    }
+
+    fn shortcomings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn has_read_only_snapshots(&self) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn map(&self) -> Result<fs::Mapped> {
+        Ok(self.mapped())
+    }
+
+    fn sees_all_holders(&self) -> bool {
+        true
+    }
+
+    fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
+        Ok(Self::holders_of(facts))
+    }
+
+    fn has_usable_checksums(&self) -> bool {
+        !self.frees_blocks
+    }
+
+    fn fingerprints_from_checksums(&self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
+        self.fill_in_fingerprints(facts, known);
+        Ok(())
+    }
+
+    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
+        Ok(self.digests(facts))
     }
 
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
@@ -483,6 +555,11 @@ impl Sharing for Simulated {
         Ok(())
     }
 
+    fn close_donors(&self) -> Result<()> {
+        self.close_donors();
+        Ok(())
+    }
+
     fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
         self.with(|state| {
             state.calls += 1;
@@ -523,6 +600,17 @@ impl Sharing for Simulated {
         })
     }
 
+    fn clone_range(
+        &self,
+        image: ImageId,
+        offset: u64,
+        file: &std::fs::File,
+        file_offset: u64,
+        length: u64,
+    ) -> rustix::io::Result<()> {
+        self.copy_to(image, offset, file, file_offset, length)
+    }
+
     fn commit(&self) -> Result<()> {
         Ok(())
     }
@@ -538,10 +626,6 @@ impl Sharing for Simulated {
             let ranges = ranges.map(|(extent, range)| (State::address(extent), range));
             ranges.filter(|(address, _)| addresses.contains(address)).collect()
         }))
-    }
-
-    fn path(&self, _: ImageId) -> &Path {
-        &self.path
     }
 }
 

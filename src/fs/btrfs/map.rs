@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeSet, HashSet};
 
-use super::kernel;
-use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, Mapped, ROOT_ITEM, ROOT_TREE, Volume, blocks};
+use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
-use crate::fs::HeldRange;
+use crate::fs::opened::OpenImage;
+use crate::fs::{Filesystem, HeldRange, Mapped, blocks, kernel};
 use crate::spill::SpillVec;
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
@@ -88,7 +88,7 @@ fn parse(file_offset: u64, item: &[u8]) -> std::result::Result<Item, &'static st
 }
 
 /// Calls `visit` with each file extent of an image.
-fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Result<()> {
+fn file_extents(image: &OpenImage, mut visit: impl FnMut(Item) -> Result<()>) -> Result<()> {
     let key = |offset| Key {
         object: image.inode,
         kind: EXTENT_DATA,
@@ -99,7 +99,7 @@ fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Res
         let parsed = parse(key.offset, item);
         let done = parsed
             .map_err(|problem| Error::Metadata {
-                path: image.path.clone(),
+                path: image.known.path.clone(),
                 problem: format!("{problem} at byte {}", key.offset),
             })
             .and_then(&mut visit);
@@ -108,12 +108,12 @@ fn file_extents(image: &Image, mut visit: impl FnMut(Item) -> Result<()>) -> Res
         }
         None
     })
-    .map_err(Error::io("read the extent map of", &image.path))?;
+    .map_err(Error::io("read the extent map of", &image.known.path))?;
     problem.map_or(Ok(()), Err)
 }
 
 /// The ranges of an image that refer to any of some extents, each with the extent's address.
-pub(super) fn ranges_in(image: &Image, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+pub(super) fn ranges_in(image: &OpenImage, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
     let mut ranges = Vec::new();
     file_extents(image, |item| {
         if let Item::Data(extent) = item
@@ -204,23 +204,23 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
     alone.collect()
 }
 
-impl Volume {
+impl Btrfs {
     /// Reads the extent maps of all images.
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    pub(super) fn map_btrfs(&self) -> Result<Mapped> {
+    pub(super) fn read_map(&self) -> Result<Mapped> {
         /// Items that may wait to be merged.
         const WAITING_MIN: usize = 1 << 16;
         let disagree = |image: ImageId| Error::Metadata {
-            path: self.images[image as usize].path.clone(),
+            path: self.path(image).to_owned(),
             problem: "items disagree about the length of an extent".into(),
         };
         let (mut seen, mut merge_at) = (SpillVec::new(), WAITING_MIN);
         let mut spans = Collector::new();
         let (mut inline_bytes, mut inline, mut beyond) = (0, Vec::new(), Vec::new());
-        for (number, image) in (0u32..).zip(&self.images) {
-            let image_end = image.size.next_multiple_of(BLOCK_BYTES);
+        for (number, image) in (0u32..).zip(&self.opened.images) {
+            let image_end = image.known.size.next_multiple_of(BLOCK_BYTES);
             file_extents(image, |item| {
                 let extent = match item {
                     Item::Data(extent) => extent,
@@ -239,7 +239,7 @@ impl Volume {
                     Some(Pinned::Preallocated)
                 } else {
                     // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
-                    (end > image.size).then_some(Pinned::UnalignedTail)
+                    (end > image.known.size).then_some(Pinned::UnalignedTail)
                 };
                 seen.push(Seen {
                     extent: Extent {
@@ -249,7 +249,7 @@ impl Volume {
                         first_slot: 0,
                         blocks: blocks(extent.ram_bytes)?,
                         class: Class {
-                            checksummed: image.checksummed,
+                            checksummed: image.known.checksummed,
                             compression: extent.compression,
                             groups: 1 << image.group,
                         },
@@ -302,7 +302,7 @@ impl Volume {
             })
         });
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
-        facts.machines = self.images.iter().map(|image| image.machine).collect();
+        facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
         let beyond = beyond_ends(&facts, beyond);
         Ok(Mapped {
             facts,
@@ -343,7 +343,12 @@ impl Volume {
         })?;
         let snapshots = self.have_snapshots()?;
         let cannot_tell = snapshots && kernel::misses_holders(kernel::release());
-        let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();
+        let mine: HashSet<(u64, u64)> = self
+            .opened
+            .images
+            .iter()
+            .map(|image| (image.root, image.inode))
+            .collect();
         for (seen, total) in seen.iter_mut().zip(total) {
             if total > seen.references
                 || cannot_tell
@@ -360,7 +365,7 @@ impl Volume {
     fn have_snapshots(&self) -> Result<bool> {
         /// `last_snapshot` of `struct btrfs_root_item`, behind the inode item (160 bytes) and five numbers.
         const LAST_SNAPSHOT_AT: usize = 200;
-        let roots: HashSet<u64> = self.images.iter().map(|image| image.root).collect();
+        let roots: HashSet<u64> = self.opened.images.iter().map(|image| image.root).collect();
         let mut snapshots = false;
         for root in roots {
             let key = |offset| Key {
@@ -390,7 +395,7 @@ impl Volume {
             kind: ROOT_ITEM,
             offset,
         };
-        let roots: HashSet<u64> = self.images.iter().map(|image| image.root).collect();
+        let roots: HashSet<u64> = self.opened.images.iter().map(|image| image.root).collect();
         let (mut uuids, mut parents) = (HashSet::new(), HashSet::new());
         let (first, last) = (key(SUBVOLUMES.0, 0), key(SUBVOLUMES.1, u64::MAX));
         self.search(ROOT_TREE, first, last, |found, item| {
@@ -411,13 +416,14 @@ impl Volume {
     /// Whether anything but the images refers to an extent. Where the kernel cannot tell (the extent may have gone meanwhile, or
     /// its references may be too many to list), it counts as held.
     fn is_held_elsewhere(&self, address: u64, mine: &HashSet<(u64, u64)>) -> Result<bool> {
-        match logical_ino::holders(&self.scratch, address) {
+        match logical_ino::holders(self.opened.scratch.folder(), address) {
             Ok(Some(holders)) => Ok(holders
                 .iter()
                 .any(|holder| !mine.contains(&(holder.root, holder.inode)))),
-            Err(errno @ rustix::io::Errno::PERM) => {
-                Err(Error::io("look for holders of extents of", &self.scratch_path)(errno))
-            }
+            Err(errno @ rustix::io::Errno::PERM) => Err(Error::io(
+                "look for holders of extents of",
+                self.opened.scratch.path(),
+            )(errno)),
             Ok(None) | Err(_) => Ok(true),
         }
     }

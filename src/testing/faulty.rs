@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::Store;
+use crate::store::Store;
 
 /// A call that was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,37 +11,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{IFlags, OFlags};
 use rustix::io::Errno;
 
-use super::INODE_ITEM;
+use super::Specifics;
 use super::watch::Watch;
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
+use crate::fs::{Image, Purpose};
 use crate::pool::users::{self, FileId};
 use crate::pool::{Found, Skip, Skipped};
 use crate::shown::shown;
 use crate::sys::beneath::reopen;
-use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
 use crate::sys::inode_flags::inode_flags;
 use crate::sys::lease::Lease;
-use crate::sys::logical_ino;
 use crate::sys::open_files::raise_file_limit;
 use crate::sys::priority::Hurry;
-use crate::sys::tree_search::{FEW, Key, tree_search};
 
 /// `FS_VERITY_FL` (uapi/linux/fs.h): the file is sealed by fs-verity.
 const VERITY: IFlags = IFlags::from_bits_retain(0x0010_0000);
-
-/// What images are opened for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// To read extent maps and data only; whoever else uses them does not matter.
-    Look,
-    /// To read them as a whole: only images that nobody has open for writing.
-    Read,
-    /// To say what sharing extents would do: only images that nobody else has open.
-    Plan,
-    /// To share extents: the same, on a filesystem that can be written.
-    Change,
-}
 
 impl Purpose {
     /// Whom a lease keeps off meanwhile.
@@ -53,33 +39,27 @@ impl Purpose {
     }
 
     /// Whether extents are to be shared, or it is to be said what that would do.
-    pub(super) fn shares(self) -> bool {
+    pub(in crate::fs) fn shares(self) -> bool {
         self.lease() == Some(Lease::All)
     }
 }
 
 /// An open image.
 #[derive(Debug)]
-pub struct Image {
-    /// Its path.
-    pub path: PathBuf,
-    /// Bytes, holes included.
-    pub size: u64,
+pub(in crate::fs) struct OpenImage {
+    /// What the trait's users know of it.
+    pub(in crate::fs) known: Image,
     /// The subvolume's tree; 0 where there are no subvolumes.
-    pub root: u64,
+    pub(in crate::fs) root: u64,
     /// Its inode there.
-    pub inode: u64,
-    /// Whether the filesystem keeps checksums of its data. Where it keeps none of any file, all are alike, and this is true.
-    pub checksummed: bool,
+    pub(in crate::fs) inode: u64,
     /// The number of the machine it belongs to, by its first name.
-    pub machine: u32,
+    pub(in crate::fs) machine: u32,
     /// The group it shares within, below 64.
-    pub group: u8,
+    pub(in crate::fs) group: u8,
     /// Why it keeps its extents, if it does: others may share them.
-    pub fixed: Option<Skip>,
-    /// Whether its owner wants it not to be compressed.
-    pub stays_uncompressed: bool,
-    pub(super) file: Arc<File>,
+    pub(in crate::fs) fixed: Option<Skip>,
+    pub(in crate::fs) file: Arc<File>,
     /// The same file, to be read past the page cache, where everything is read once. None where that cannot be.
     pub(super) direct: Option<File>,
     stamp: Stamp,
@@ -112,24 +92,19 @@ impl Stamp {
     }
 }
 
-impl Image {
+impl OpenImage {
     /// Whether nobody else wanted it since it was opened.
-    pub fn may_touch(&self) -> bool {
+    pub(in crate::fs) fn may_touch(&self) -> bool {
         !self.revoked.load(Ordering::Acquire)
     }
 
-    /// The open image, to look at what its inode has beside its content.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
     /// When it was changed last, as its inode says.
-    pub(super) fn changed_at(&self) -> (i64, i64) {
+    pub(in crate::fs) fn changed_at(&self) -> (i64, i64) {
         self.stamp.ctime
     }
 
     /// Tells the state that it was opened in from others: inode, size and times.
-    pub(super) fn state_hash(&self) -> u64 {
+    pub(in crate::fs) fn state_hash(&self) -> u64 {
         let Stamp {
             inode,
             size,
@@ -147,7 +122,7 @@ impl Image {
     }
 
     /// Whether size, times, links, mode and owner are what they were when it was opened.
-    pub fn is_unchanged(&self) -> bool {
+    pub(in crate::fs) fn is_unchanged(&self) -> bool {
         self.file
             .metadata()
             .is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
@@ -158,7 +133,7 @@ impl Image {
 #[derive(Debug)]
 pub(super) struct Opened {
     /// Those that are open, by their numbers.
-    pub(super) images: Vec<Image>,
+    pub(super) images: Vec<OpenImage>,
     /// Those that are left alone, and those that keep their extents.
     pub(super) skipped: Vec<Skipped>,
     /// Which files those that are left alone are.
@@ -170,7 +145,7 @@ pub(super) struct Opened {
 /// Opens images. Between taking leases and reading metadata, `sync` makes durable what is in flight, which the trees do not tell before.
 pub(super) fn open(
     found: &[Found],
-    info: &FsInfo,
+    specifics: &Specifics<'_>,
     purpose: Purpose,
     sync: impl FnOnce() -> Result<()>,
 ) -> Result<Opened> {
@@ -190,7 +165,7 @@ pub(super) fn open(
     let mut busy: BTreeMap<&PathBuf, &PathBuf> = BTreeMap::new();
     let (mut used, mut left_alone) = (BTreeMap::new(), BTreeMap::new());
     for image in found {
-        match open_one(image, info, purpose, watch.as_ref())? {
+        match open_one(image, specifics, purpose, watch.as_ref())? {
             Ok(opened) => images.push((opened, image)),
             Err(one) => {
                 left_alone.insert(image.id, image.path.clone());
@@ -210,7 +185,7 @@ pub(super) fn open(
     sync()?;
     let mut images_left = Vec::with_capacity(images.len());
     for (mut image, found) in images {
-        match read_flags(&mut image, info) {
+        match read_flags(&mut image, specifics) {
             Ok(()) => images_left.push((image, found)),
             Err(errno) => {
                 left_alone.insert(found.id, found.path.clone());
@@ -227,15 +202,15 @@ pub(super) fn open(
     let busy_machine = |found: &Found| found.machines.iter().find_map(|machine| busy.get_key_value(machine));
     let (idle, images): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, found)| busy_machine(found).is_some());
     for (image, found) in idle {
-        left_alone.insert(found.id, image.path.clone());
+        left_alone.insert(found.id, image.known.path.clone());
         skipped.push(Skipped {
             detail: busy_machine(found).map(|(machine, used)| who_keeps(machine, used)),
-            ..Skipped::new(&image.path, Skip::MachineInUse)
+            ..Skipped::new(&image.known.path, Skip::MachineInUse)
         });
     }
     let fixed = images
         .iter()
-        .filter_map(|(image, _)| Some(Skipped::new(&image.path, image.fixed?)));
+        .filter_map(|(image, _)| Some(Skipped::new(&image.known.path, image.fixed?)));
     skipped.extend(fixed);
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
     let mut machines = BTreeMap::new();
@@ -273,10 +248,8 @@ fn unreadable(path: &Path, operation: &'static str, errno: Errno) -> Result<Skip
 }
 
 /// Reads what the trees tell of an image's inode.
-fn read_flags(image: &mut Image, info: &FsInfo) -> rustix::io::Result<()> {
-    if matches!(info.kind, Kind::Btrfs { .. }) {
-        image.checksummed = !has_no_checksums(&image.file, image.inode)?;
-    }
+fn read_flags(image: &mut OpenImage, specifics: &Specifics<'_>) -> rustix::io::Result<()> {
+    image.known.checksummed = (specifics.is_checksummed)(&image.file, image.inode)?;
     Ok(())
 }
 
@@ -288,10 +261,10 @@ fn is_shortage(errno: Errno) -> bool {
 /// Opens one image. Whatever is wrong with it, the others can be worked on.
 fn open_one(
     found: &Found,
-    info: &FsInfo,
+    specifics: &Specifics<'_>,
     purpose: Purpose,
     watch: Option<&(Watch, Lease)>,
-) -> Result<std::result::Result<Image, Skipped>> {
+) -> Result<std::result::Result<OpenImage, Skipped>> {
     let path = &found.path;
     let leave_for = |reason, detail| {
         Ok(Err(Skipped {
@@ -319,11 +292,13 @@ fn open_one(
     };
     // Only what is asked for is read: blocks to be proved lie anywhere, and all else is read ahead by asking.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-    if !fs_info(&file).is_ok_and(|its| its == *info) {
+    if !(specifics.is_here)(file.as_fd()) {
         return leave(Skip::OtherFilesystem);
     }
     let flags = match inode_flags(&file) {
         Ok(flags) => flags,
+        // Where there are no such flags, none is set.
+        Err(Errno::NOTTY | Errno::OPNOTSUPP) => IFlags::empty(),
         Err(errno) => return failed("look at", errno),
     };
     let fixed = if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
@@ -348,27 +323,25 @@ fn open_one(
     if u32::try_from(metadata.len().div_ceil(BLOCK_BYTES)).is_err() {
         return leave(Skip::TooLarge);
     }
-    let root = match info.kind {
-        Kind::Btrfs { .. } => logical_ino::subvolume_of(&file).map(Some),
-        Kind::Xfs { .. } => is_realtime(&file).map(|elsewhere| (!elsewhere).then_some(0)),
-    };
-    let root = match root {
+    let root = match (specifics.root_of)(&file) {
         Ok(Some(root)) => root,
         Ok(None) => return leave(Skip::OtherFilesystem),
         // Without the capability that takes, no image can be looked at.
         Err(Errno::PERM) => return Err(Error::io("read the extent map of", path)(Errno::PERM)),
         Err(errno) => return failed("look at", errno),
     };
-    Ok(Ok(Image {
-        path: path.clone(),
-        size: metadata.len(),
+    Ok(Ok(OpenImage {
+        known: Image {
+            path: path.clone(),
+            size: metadata.len(),
+            checksummed: true,
+            stays_uncompressed: is_marked_uncompressed(&file),
+        },
         root,
         inode: metadata.ino(),
-        checksummed: true,
         machine: 0,
         group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),
-        stays_uncompressed: is_marked_uncompressed(&file),
         direct,
         file,
         stamp: Stamp::of(&metadata),
@@ -383,26 +356,4 @@ fn is_marked_uncompressed(file: &File) -> bool {
     let mut value = [0; 16];
     let length = rustix::fs::fgetxattr(file, "btrfs.compression", &mut value[..]).unwrap_or(0);
     matches!(&value[..length], b"none" | b"no")
-}
-
-/// Whether the inode has `BTRFS_INODE_NODATASUM` (bit 0 of the inode item's flags, at byte 64 of the item).
-///
-/// # Errors
-/// Those of the tree search; `EUCLEAN` if the tree has no such item.
-fn has_no_checksums(file: &File, inode: u64) -> rustix::io::Result<bool> {
-    const FLAGS_AT: usize = 64;
-    let key = Key {
-        object: inode,
-        kind: INODE_ITEM,
-        offset: 0,
-    };
-    let mut flags = None;
-    tree_search::<FEW>(file, 0, key, key, |_, item| {
-        flags = item
-            .get(FLAGS_AT..FLAGS_AT + 8)
-            .and_then(|bytes| bytes.try_into().ok())
-            .map(u64::from_le_bytes);
-        None
-    })?;
-    flags.map(|flags| flags & 1 != 0).ok_or(Errno::UCLEAN)
 }

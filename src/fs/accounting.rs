@@ -1,9 +1,8 @@
 //! What a pool takes on disk, counted from the filesystem's own records.
 
-use super::{Mapped, Volume};
+use super::{Filesystem, Mapped};
 use crate::error::Result;
 use crate::facts::{Extent, Facts};
-use crate::fs::Sharing;
 use crate::spill::bytes_in_files;
 
 /// Bytes on disk of the distinct extents that a pool refers to.
@@ -23,7 +22,7 @@ fn has(facts: &Facts, extent: &Extent) -> bool {
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn freed_bytes(fs: &Volume, before: &Facts, free_before: u64) -> Result<(i64, Mapped)> {
+pub fn freed_bytes(fs: &dyn Filesystem, before: &Facts, free_before: u64) -> Result<(i64, Mapped)> {
     let mapped = fs.map()?;
     let after = &mapped.facts;
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);

@@ -12,6 +12,8 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::index::tables::{Answer, Problem, Record, Tables};
+
 /// Memory that sled may use for its pages.
 const CACHE_BYTES: u64 = 8 << 20;
 /// Bytes of records after which sled is closed and opened again: only so does it give back what its pages take, of which it keeps a
@@ -23,30 +25,6 @@ const DEADLINE: Duration = Duration::from_mins(1);
 const OPENING_DEADLINE: Duration = Duration::from_mins(10);
 /// What the name of the thread begins with, like those of sled's own.
 const THREAD: &str = "sled-index";
-
-/// What is wrong with a database.
-#[derive(Debug)]
-pub(super) enum Problem {
-    /// Another process has it open.
-    Busy,
-    /// Its disk.
-    Io(std::io::Error),
-    /// What it holds makes no sense.
-    Damaged(String),
-    /// It does not answer, or did not some time ago.
-    GivenUp,
-}
-
-impl std::fmt::Display for Problem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Busy => f.write_str("another vmfold uses it"),
-            Self::Io(error) => write!(f, "{error}"),
-            Self::Damaged(problem) => f.write_str(problem),
-            Self::GivenUp => f.write_str("it does not answer any more"),
-        }
-    }
-}
 
 impl From<sled::Error> for Problem {
     fn from(error: sled::Error) -> Self {
@@ -66,11 +44,7 @@ impl From<sled::Error> for Problem {
     }
 }
 
-type Answer<T> = Result<T, Problem>;
 type Work = Box<dyn FnOnce(&mut State) + Send>;
-
-/// A key and what is there.
-pub(super) type Record = (Vec<u8>, Vec<u8>);
 
 /// An open database.
 #[derive(Debug)]
@@ -132,61 +106,6 @@ impl Database {
         self.ask(|state| Ok(state.db()?.tree_names().iter().map(|name| name.to_vec()).collect()))
     }
 
-    /// What is at some keys of a tree.
-    pub(super) fn get(&self, tree: &[u8], keys: Vec<Vec<u8>>) -> Answer<Vec<Option<Vec<u8>>>> {
-        let tree = tree.to_vec();
-        self.ask(move |state| {
-            let tree = state.db()?.open_tree(tree)?;
-            let mut found = Vec::with_capacity(keys.len());
-            for key in keys {
-                found.push(tree.get(key)?.map(|record| record.to_vec()));
-            }
-            drop(tree);
-            state.touched(found.iter().flatten().map(Vec::len).sum())?;
-            Ok(found)
-        })
-    }
-
-    /// Up to `count` records of a tree, in the order of their keys, behind a key or from the first on.
-    pub(super) fn after(&self, tree: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<Record>> {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let tree = tree.to_vec();
-        self.ask(move |state| {
-            let tree = state.db()?.open_tree(tree)?;
-            let start = key.map_or(Unbounded, Excluded);
-            let mut found = Vec::new();
-            for record in tree.range((start, Unbounded)).take(count) {
-                let (key, record) = record?;
-                found.push((key.to_vec(), record.to_vec()));
-            }
-            drop(tree);
-            state.touched(found.iter().map(|(_, record)| record.len()).sum())?;
-            Ok(found)
-        })
-    }
-
-    /// Puts records into a tree, all or none.
-    pub(super) fn put(&self, tree: &[u8], records: Vec<Record>) -> Answer<()> {
-        let tree = tree.to_vec();
-        self.ask(move |state| {
-            let bytes = records.iter().map(|(_, record)| record.len()).sum();
-            let mut batch = sled::Batch::default();
-            for (key, record) in records {
-                batch.insert(key, record);
-            }
-            state.db()?.open_tree(tree)?.apply_batch(batch)?;
-            state.touched(bytes)
-        })
-    }
-
-    /// Makes everything durable.
-    pub(super) fn flush(&self) -> Answer<()> {
-        self.ask(|state| {
-            state.db()?.flush()?;
-            Ok(())
-        })
-    }
-
     /// Bytes it takes on disk.
     pub(super) fn disk_bytes(&self) -> Answer<u64> {
         self.ask(|state| Ok(state.db()?.size_on_disk()?))
@@ -224,9 +143,61 @@ impl Database {
         }
         done
     }
+}
 
-    /// Whether it still answers.
-    pub(super) fn is_usable(&self) -> bool {
+impl Tables for Database {
+    fn get(&self, tree: &[u8], keys: Vec<Vec<u8>>) -> Answer<Vec<Option<Vec<u8>>>> {
+        let tree = tree.to_vec();
+        self.ask(move |state| {
+            let tree = state.db()?.open_tree(tree)?;
+            let mut found = Vec::with_capacity(keys.len());
+            for key in keys {
+                found.push(tree.get(key)?.map(|record| record.to_vec()));
+            }
+            drop(tree);
+            state.touched(found.iter().flatten().map(Vec::len).sum())?;
+            Ok(found)
+        })
+    }
+
+    fn after(&self, tree: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<Record>> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let tree = tree.to_vec();
+        self.ask(move |state| {
+            let tree = state.db()?.open_tree(tree)?;
+            let start = key.map_or(Unbounded, Excluded);
+            let mut found = Vec::new();
+            for record in tree.range((start, Unbounded)).take(count) {
+                let (key, record) = record?;
+                found.push((key.to_vec(), record.to_vec()));
+            }
+            drop(tree);
+            state.touched(found.iter().map(|(_, record)| record.len()).sum())?;
+            Ok(found)
+        })
+    }
+
+    fn put(&self, tree: &[u8], records: Vec<Record>) -> Answer<()> {
+        let tree = tree.to_vec();
+        self.ask(move |state| {
+            let bytes = records.iter().map(|(_, record)| record.len()).sum();
+            let mut batch = sled::Batch::default();
+            for (key, record) in records {
+                batch.insert(key, record);
+            }
+            state.db()?.open_tree(tree)?.apply_batch(batch)?;
+            state.touched(bytes)
+        })
+    }
+
+    fn flush(&self) -> Answer<()> {
+        self.ask(|state| {
+            state.db()?.flush()?;
+            Ok(())
+        })
+    }
+
+    fn is_usable(&self) -> bool {
         lock(&self.connection).is_some()
     }
 }

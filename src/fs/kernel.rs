@@ -3,8 +3,6 @@
 use std::fs::File;
 use std::io::Read;
 
-use crate::sys::fs_info::Kind;
-
 /// A kernel's release, as (major, minor).
 pub(super) type Release = (u32, u32);
 
@@ -19,16 +17,18 @@ pub(super) enum Verdict {
     Warn(&'static str),
 }
 
-/// What is known of a release.
-pub(super) fn verdict(release: Release, kind: Kind) -> Verdict {
-    if matches!(kind, Kind::Xfs { .. }) {
-        // Blocks beyond the end of files could be shared until 4.20 (kernel commit dceeb47b0ed6).
-        return if release < (4, 20) {
-            Verdict::Refuse
-        } else {
-            Verdict::Fine
-        };
+/// What is known of a release with XFS.
+pub(super) fn with_xfs(release: Release) -> Verdict {
+    // Blocks beyond the end of files could be shared until 4.20 (kernel commit dceeb47b0ed6).
+    if release < (4, 20) {
+        Verdict::Refuse
+    } else {
+        Verdict::Fine
     }
+}
+
+/// What is known of a release with btrfs.
+pub(super) fn with_btrfs(release: Release) -> Verdict {
     match release {
         // Truncated ranges at the end of files until 4.20, corrupt metadata and compressed extents until 5.3.
         (..=4, _) | (5, ..=3) => Verdict::Refuse,
@@ -37,6 +37,16 @@ pub(super) fn verdict(release: Release, kind: Kind) -> Verdict {
             "many changes of references at once can make it remount btrfs read-only (kernel commit 7d493a5ecc26); nothing is lost by that",
         ),
         _ => Verdict::Fine,
+    }
+}
+
+impl Verdict {
+    /// What the user should know, if there is something.
+    pub(super) fn note(self) -> Option<String> {
+        match self {
+            Self::Warn(fault) => Some(format!("This kernel has a known fault: {fault}")),
+            Self::Fine | Self::Refuse => None,
+        }
     }
 }
 
@@ -63,28 +73,19 @@ fn parse(text: &str) -> Release {
 mod tests {
     use super::*;
 
-    const BTRFS: Kind = Kind::Btrfs {
-        checksum_type: Some(0),
-        checksum_bytes: 4,
-    };
-    const XFS: Kind = Kind::Xfs {
-        reflinks: true,
-        reverse_map: true,
-    };
-
     #[test]
     fn kernels_with_known_faults() {
         for release in ["4.19.0-27-amd64", "5.3.18", "nonsense"] {
-            assert_eq!(verdict(parse(release), BTRFS), Verdict::Refuse, "{release}");
+            assert_eq!(with_btrfs(parse(release)), Verdict::Refuse, "{release}");
         }
         for release in ["5.4.0", "5.6.19", "6.10.3-1.qubes", "6.11.0"] {
-            assert!(matches!(verdict(parse(release), BTRFS), Verdict::Warn(_)), "{release}");
+            assert!(matches!(with_btrfs(parse(release)), Verdict::Warn(_)), "{release}");
         }
         for release in ["5.10.0-30-amd64", "6.1.0", "6.6.54-1.qubes.fc37", "6.12.9", "7.0.1"] {
-            assert_eq!(verdict(parse(release), BTRFS), Verdict::Fine, "{release}");
+            assert_eq!(with_btrfs(parse(release)), Verdict::Fine, "{release}");
         }
-        assert_eq!(verdict(parse("4.19.0-27-amd64"), XFS), Verdict::Refuse);
-        assert_eq!(verdict(parse("5.3.18"), XFS), Verdict::Fine);
+        assert_eq!(with_xfs(parse("4.19.0-27-amd64")), Verdict::Refuse);
+        assert_eq!(with_xfs(parse("5.3.18")), Verdict::Fine);
         assert!(misses_holders(parse("6.2.16")) && !misses_holders(parse("6.4.0")));
     }
 }

@@ -1,0 +1,46 @@
+//! Which files of a subvolume hold extents, by name.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::fs::existing;
+use crate::sys::logical_ino;
+
+/// Files of the subvolume that hold extents, with how many of them.
+pub(in crate::fs) fn images_holding(to: &Path, folder: &File, addresses: &[u64]) -> Option<Vec<(usize, PathBuf)>> {
+    let here = logical_ino::subvolume_of(folder).ok()?;
+    let top = top_of_subvolume(to)?;
+    let mut held: BTreeMap<u64, usize> = BTreeMap::new();
+    for address in addresses {
+        // An extent that is gone has none.
+        let Ok(Some(found)) = logical_ino::holders(folder, *address) else {
+            continue;
+        };
+        let inodes: BTreeSet<u64> = found
+            .iter()
+            .filter(|one| one.root == here)
+            .map(|one| one.inode)
+            .collect();
+        for inode in inodes {
+            *held.entry(inode).or_default() += 1;
+        }
+    }
+    let paths = held.into_iter().filter_map(|(inode, extents)| {
+        let path = logical_ino::path_in_subvolume(folder, here, inode).ok()?;
+        Some((extents, top.join(path))).filter(|(_, path)| path.is_file())
+    });
+    Some(paths.collect())
+}
+
+/// The top folder of the subvolume that a path is or will be in.
+fn top_of_subvolume(path: &Path) -> Option<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    /// `BTRFS_FIRST_FREE_OBJECTID`: the inode of the top folder of every subvolume.
+    const TOP: u64 = 256;
+    let existing = existing(path).canonicalize().ok()?;
+    let top = existing
+        .ancestors()
+        .find(|folder| folder.metadata().is_ok_and(|metadata| metadata.ino() == TOP));
+    top.map(Path::to_owned)
+}

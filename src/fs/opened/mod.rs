@@ -1,0 +1,347 @@
+//! What filesystems have in common whose images are files that are open here: leases, reading, and the scratch folder with donors.
+
+mod images;
+mod locks;
+mod scratch;
+mod watch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustix::fs::Advice;
+use rustix::io::Errno;
+
+pub(super) use images::OpenImage;
+pub(super) use scratch::{Scratch, SetUp};
+
+use super::kernel::{self, Verdict};
+use super::{Image, Outcome, Purpose, SourceFile, attributes};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN};
+use crate::content::Metadata;
+use crate::error::{Error, Result};
+use crate::facts::ImageId;
+use crate::pool::users::FileId;
+use crate::pool::{Found, Named, Skipped};
+use crate::sys::beneath::Folder;
+use crate::sys::clone::clone_range;
+use crate::sys::dedupe::{Deduped, dedupe_range};
+use crate::sys::readahead::readahead;
+
+/// What opening images has to know of the filesystem they lie on.
+pub(super) struct Specifics<'a> {
+    /// What tells it from others.
+    pub(super) uuid: [u8; 16],
+    /// What is known of the running kernel's way with it.
+    pub(super) verdict: Verdict,
+    /// Whether a file lies on it.
+    pub(super) is_here: &'a dyn Fn(BorrowedFd<'_>) -> bool,
+    /// The tree that a file's inode lies in, 0 where there is but one; none if its data lies where it cannot be shared.
+    pub(super) root_of: fn(&File) -> rustix::io::Result<Option<u64>>,
+    /// Whether an inode's data has checksums.
+    pub(super) is_checksummed: fn(&File, u64) -> rustix::io::Result<bool>,
+    /// Sets a donor up.
+    pub(super) set_up: SetUp,
+}
+
+/// Images that are open, and what is done with them alike on all filesystems.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) images: Vec<OpenImage>,
+    /// Files that were found and are left alone.
+    pub(super) left_alone: BTreeMap<FileId, PathBuf>,
+    pub(super) scratch: Scratch,
+    _watch: Option<watch::Watch>,
+    _run_lock: File,
+}
+
+impl Opened {
+    /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards. Once the filesystem is locked,
+    /// `settle` is called with whether it can be written, where extents are to be shared.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`], [`Error::ReadOnly`], [`Error::Busy`], and those of system calls that say nothing of one image.
+    pub(super) fn open(
+        found: &[Found],
+        first: &Named,
+        purpose: Purpose,
+        specifics: &Specifics<'_>,
+        settle: impl FnOnce(bool),
+    ) -> Result<(Self, Vec<Skipped>)> {
+        let mount = rustix::fs::fstatvfs(&first.folder).map_err(Error::io("look at", &first.root))?;
+        let is_writable = !mount.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY);
+        if purpose == Purpose::Change {
+            if specifics.verdict == Verdict::Refuse {
+                return Err(Error::Kernel {
+                    release: kernel::release(),
+                });
+            }
+            if !is_writable {
+                return Err(Error::ReadOnly {
+                    path: first.root.clone(),
+                });
+            }
+        }
+        // Before any image is opened, which would break the leases of another run.
+        let run_lock = locks::lock_filesystem(specifics.uuid, purpose, &first.root)?;
+        if purpose.shares() {
+            settle(is_writable);
+        }
+        let opened = images::open(found, specifics, purpose, || {
+            rustix::fs::syncfs(&first.folder).map_err(Error::io("sync the filesystem of", &first.root))
+        })?;
+        let for_donors = (purpose == Purpose::Change)
+            .then(|| folder_for_donors(found, &opened.images, specifics))
+            .flatten();
+        let (folder, path) = for_donors.unwrap_or_else(|| (first.folder.clone(), first.root.clone()));
+        let sizes = opened.images.iter().map(|image| image.known.size);
+        let longest = sizes.max().unwrap_or(0).next_multiple_of(BLOCK_BYTES);
+        let opened_images = Self {
+            scratch: Scratch::new(folder, path, longest, specifics.set_up),
+            images: opened.images,
+            left_alone: opened.left_alone,
+            _watch: opened.watch,
+            _run_lock: run_lock,
+        };
+        Ok((opened_images, opened.skipped))
+    }
+
+    /// An image, by its number.
+    pub(super) fn image(&self, image: ImageId) -> &OpenImage {
+        &self.images[image as usize]
+    }
+
+    /// The same, as the trait's users know it.
+    pub(super) fn known(&self, image: ImageId) -> &Image {
+        &self.image(image).known
+    }
+
+    pub(super) fn attributes(&self, image: ImageId) -> Result<Metadata> {
+        let image = self.image(image);
+        attributes::read(&*image.file, &image.known.path)
+    }
+
+    pub(super) fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let length = buffer.len() as u64;
+        if let SourceFile::Image(image) = file
+            && let Some(direct) = &self.image(image).direct
+            && offset.is_multiple_of(BLOCK_BYTES)
+            && buffer.as_ptr().addr().is_multiple_of(BLOCK_LEN)
+            && direct.read_at(buffer, offset).is_ok_and(|read| read == buffer.len())
+        {
+            return Ok(());
+        }
+        // Everything else, and what direct reading cannot do or finds damaged, goes through the page cache.
+        self.with_file(file, |file, path| {
+            // The last block of an image may be a partial one; what is missing is zeros on disk.
+            let mut at = 0;
+            while at < buffer.len() {
+                let here = offset + at as u64;
+                match file.read_at(&mut buffer[at..], here) {
+                    Ok(0) => break,
+                    Ok(read) => at += read,
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(Error::io_at("read", path, here, offset + length - here)(error)),
+                }
+            }
+            buffer[at..].fill(0);
+            Ok(())
+        })
+    }
+
+    pub(super) fn read_ahead(&self, file: SourceFile, offset: u64, length: u64) {
+        if let SourceFile::Image(image) = file
+            && self.image(image).direct.is_some()
+        {
+            return;
+        }
+        let _ = self.with_file(file, |file, _| {
+            readahead(file, offset, length);
+            Ok(())
+        });
+    }
+
+    pub(super) fn drop_behind(&self, file: SourceFile, offset: u64, length: u64) {
+        let _ = self.with_file(file, |file, _| {
+            let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
+            Ok(())
+        });
+    }
+
+    pub(super) fn share(
+        &self,
+        source: SourceFile,
+        source_offset: u64,
+        image: ImageId,
+        offset: u64,
+        length: u64,
+    ) -> Outcome {
+        let destination = &self.image(image).file;
+        let called = self.with_file(source, |file, path| {
+            dedupe_range(file, source_offset, destination, offset, length).map_err(Error::io("share blocks of", path))
+        });
+        match called {
+            // A success without progress is none: the range would be asked for for ever.
+            Ok(Deduped::Same(0)) => Outcome::Refused(Errno::IO),
+            Ok(Deduped::Same(_)) => Outcome::Shared,
+            Ok(Deduped::Differs) => Outcome::Differs,
+            Ok(Deduped::Refused(errno)) => Outcome::Refused(errno),
+            Err(error) => Outcome::Refused(errno_of(&error)),
+        }
+    }
+
+    pub(super) fn clone_range(
+        &self,
+        image: ImageId,
+        offset: u64,
+        file: &File,
+        file_offset: u64,
+        length: u64,
+    ) -> rustix::io::Result<()> {
+        clone_range(&*self.image(image).file, offset, file, file_offset, length)
+    }
+
+    fn with_file<T>(&self, file: SourceFile, work: impl FnOnce(&File, &Path) -> Result<T>) -> Result<T> {
+        match file {
+            SourceFile::Image(image) => {
+                let image = self.image(image);
+                work(&image.file, &image.known.path)
+            }
+            SourceFile::Donor(donor) => work(&self.scratch.donor(donor), self.scratch.path()),
+            SourceFile::Hole { checksummed } => work(&*self.scratch.hole(checksummed)?, self.scratch.path()),
+        }
+    }
+}
+
+/// The first folder of an image where a donor can be made, with its path: those in read-only snapshots are none.
+fn folder_for_donors(found: &[Found], images: &[OpenImage], specifics: &Specifics<'_>) -> Option<(Folder, PathBuf)> {
+    use std::os::fd::AsFd;
+    let by_path: BTreeMap<&Path, &Found> = found.iter().map(|found| (found.path.as_path(), found)).collect();
+    let mut tried = BTreeSet::new();
+    let mut folders = images.iter().filter_map(|image| {
+        let path = image.known.path.parent()?;
+        let folder = by_path.get(image.known.path.as_path())?;
+        tried.insert(path.to_owned()).then_some((folder, path))
+    });
+    folders.find_map(|(found, path)| {
+        let folder = found.open_folder().ok()?;
+        // What moved since may lie anywhere.
+        let is_here = (specifics.is_here)(folder.as_fd());
+        (is_here && scratch::unnamed_file_in(&folder).is_ok()).then(|| (folder, path.to_owned()))
+    })
+}
+
+/// What the user is told of a file that holds extents.
+pub(super) fn name_of_holder(path: &Path, is_left_alone: bool) -> String {
+    let note = if is_left_alone { " (left alone)" } else { "" };
+    format!("{}{note}", path.to_string_lossy())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn errno_of(error: &Error) -> Errno {
+    match error {
+        Error::Io { source, .. } => source.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error),
+        _ => Errno::IO,
+    }
+}
+
+/// The methods of [`super::Filesystem`] that look at and read images, for a filesystem with a field `opened`.
+macro_rules! reads_opened {
+    () => {
+        fn image_count(&self) -> u32 {
+            u32::try_from(self.opened.images.len()).unwrap_or(u32::MAX)
+        }
+
+        fn image(&self, image: ImageId) -> &Image {
+            self.opened.known(image)
+        }
+
+        fn may_touch(&self, image: ImageId) -> bool {
+            self.opened.image(image).may_touch()
+        }
+
+        fn is_unchanged(&self, image: ImageId) -> bool {
+            self.opened.image(image).is_unchanged()
+        }
+
+        fn attributes(&self, image: ImageId) -> Result<Metadata> {
+            self.opened.attributes(image)
+        }
+
+        fn folder(&self) -> &Path {
+            self.opened.scratch.path()
+        }
+
+        fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+            self.opened.read(file, offset, buffer)
+        }
+
+        fn read_ahead(&self, file: SourceFile, offset: u64, length: u64) {
+            self.opened.read_ahead(file, offset, length);
+        }
+
+        fn drop_behind(&self, file: SourceFile, offset: u64, length: u64) {
+            self.opened.drop_behind(file, offset, length);
+        }
+
+        fn free_bytes(&self) -> Result<u64> {
+            self.opened.scratch.free_bytes()
+        }
+
+        fn commit(&self) -> Result<()> {
+            self.opened.scratch.sync()
+        }
+    };
+}
+
+/// The methods of [`super::Filesystem`] that share extents of images, for a filesystem with a field `opened`.
+macro_rules! shares_opened {
+    () => {
+        fn create_donor(&self, class: Class) -> Result<usize> {
+            self.opened.scratch.create_donor(class)
+        }
+
+        fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
+            let by_frames = || self.takes_frames();
+            self.opened
+                .scratch
+                .append_to_donor(donor, content, frame, by_frames)
+        }
+
+        fn discard_donor(&self, donor: usize) {
+            self.opened.scratch.discard_donor(donor);
+        }
+
+        fn settle_donor(&self, donor: usize) -> Result<()> {
+            self.opened.scratch.settle_donor(donor)
+        }
+
+        fn close_donors(&self) -> Result<()> {
+            self.opened.scratch.close_donors();
+            self.commit()
+        }
+
+        fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
+            self.opened.share(source, source_offset, image, offset, length)
+        }
+
+        fn clone_range(
+            &self,
+            image: ImageId,
+            offset: u64,
+            file: &File,
+            file_offset: u64,
+            length: u64,
+        ) -> rustix::io::Result<()> {
+            self.opened.clone_range(image, offset, file, file_offset, length)
+        }
+    };
+}
+
+pub(super) use {reads_opened, shares_opened};

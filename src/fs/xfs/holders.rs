@@ -1,0 +1,43 @@
+//! Who else holds blocks of the images, for messages.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::Xfs;
+use crate::error::Result;
+use crate::facts::Facts;
+use crate::fs::opened::name_of_holder;
+
+impl Xfs {
+    /// Holders of extents, by inodes: XFS has no call that tells names. Images that are left alone are known by theirs.
+    pub(super) fn find_names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
+        if !self.reverse_map {
+            return Ok(BTreeMap::new());
+        }
+        let mut held = BTreeMap::new();
+        for other in self.others()?.unwrap_or_default() {
+            let end = other.address + other.length;
+            let extents = &facts.extents;
+            let first = extents.partition_point(|extent| extent.address + extent.disk_bytes <= other.address);
+            let over = extents[first..].iter().take_while(|extent| extent.address < end);
+            let shared: u64 = over
+                .map(|extent| (extent.address + extent.disk_bytes).min(end) - extent.address.max(other.address))
+                .sum();
+            if shared > 0 {
+                *held.entry(other.inode).or_insert(0u64) += shared;
+            }
+        }
+        let left_alone: BTreeMap<u64, &PathBuf> = self
+            .opened
+            .left_alone
+            .iter()
+            .filter(|((device, _), _)| *device == self.info.device)
+            .map(|((_, inode), path)| (*inode, path))
+            .collect();
+        let name = |inode| match left_alone.get(&inode) {
+            Some(path) => name_of_holder(path, true),
+            None => format!("inode {inode}"),
+        };
+        Ok(held.into_iter().map(|(inode, bytes)| (name(inode), bytes)).collect())
+    }
+}

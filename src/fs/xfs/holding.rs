@@ -1,0 +1,72 @@
+//! Which images of an XFS map blocks, by name.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use walkdir::WalkDir;
+
+use crate::fs::existing;
+use crate::monitor::Monitor;
+use crate::pool;
+use crate::sys::beneath::Folder;
+use crate::sys::fiemap::fiemap;
+
+/// Images on the XFS that map the addresses where extents begin, with how many of them. XFS cannot be asked who holds an extent: its images
+/// are looked for, by their names, and their maps are read.
+pub(in crate::fs) fn images_holding(
+    to: &Path,
+    mut addresses: Vec<u64>,
+    monitor: &dyn Monitor,
+) -> Option<Vec<(usize, PathBuf)>> {
+    /// Files and folders looked at: a filesystem that has more is one of much else.
+    const ENTRIES_MAX: usize = 1 << 20;
+    if addresses.is_empty() {
+        return Some(Vec::new());
+    }
+    addresses.sort_unstable();
+    addresses.dedup();
+    let top = top_of_mount(to)?;
+    let folder = Folder::open(&top).ok()?;
+    let mut found = Vec::new();
+    let entries = WalkDir::new(&top).same_file_system(true).into_iter();
+    for entry in entries.take(ENTRIES_MAX).filter_map(std::result::Result::ok) {
+        if monitor.interrupted() {
+            return None;
+        }
+        let is_image = entry.file_type().is_file()
+            && pool::kind_of(entry.path()) == pool::Kind::Image
+            && entry
+                .metadata()
+                .is_ok_and(|metadata| pool::looks_like_image(entry.path(), metadata.len()));
+        let Ok(below) = entry.path().strip_prefix(&top) else {
+            continue;
+        };
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let Some(file) = is_image.then(|| folder.open_file(below, flags).ok()).flatten() else {
+            continue;
+        };
+        let mut held = 0;
+        let mapped = fiemap(&file, |mapping| {
+            if !mapping.unwritten {
+                let end = mapping.address.saturating_add(mapping.length);
+                let from = addresses.partition_point(|address| *address < mapping.address);
+                held += addresses[from..].partition_point(|address| *address < end);
+            }
+        });
+        if mapped.is_ok() && held > 0 {
+            found.push((held, entry.into_path()));
+        }
+    }
+    Some(found)
+}
+
+/// The highest folder above a path, or what exists of it, on the same filesystem.
+fn top_of_mount(path: &Path) -> Option<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    let existing = existing(path).canonicalize().ok()?;
+    let device = existing.metadata().ok()?.dev();
+    let here = existing
+        .ancestors()
+        .take_while(|folder| folder.metadata().is_ok_and(|metadata| metadata.dev() == device));
+    here.last().map(Path::to_owned)
+}

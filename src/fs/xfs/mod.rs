@@ -1,0 +1,138 @@
+//! XFS: blocks that are freed one by one, without checksums of data.
+
+mod holders;
+mod holding;
+mod map;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::Path;
+use std::sync::OnceLock;
+
+pub(super) use holding::images_holding;
+
+use super::opened::{Opened, Specifics, reads_opened, shares_opened};
+use super::{Filesystem, HeldRange, Image, Mapped, Outcome, Purpose, SourceFile, kernel};
+use crate::block::SlotSet;
+use crate::content::Metadata;
+use crate::error::Result;
+use crate::facts::{Class, Facts, ImageId};
+use crate::fingerprint::Function;
+use crate::pool::{Found, Named, Skipped};
+use crate::spill::SpillVec;
+use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
+
+/// Images on an XFS.
+#[derive(Debug)]
+pub(super) struct Xfs {
+    info: FsInfo,
+    /// Whether it keeps a reverse map.
+    reverse_map: bool,
+    opened: Opened,
+    /// Whether the kernel named the owners of its blocks; told when it was mapped.
+    names_owners: OnceLock<bool>,
+}
+
+impl Xfs {
+    /// Opens images.
+    ///
+    /// # Errors
+    /// Those of [`Opened::open`].
+    pub(super) fn open(found: &[Found], first: &Named, info: FsInfo, purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
+        let specifics = Specifics {
+            uuid: info.uuid,
+            verdict: kernel::with_xfs(kernel::release()),
+            is_here: &|file| fs_info(file).is_ok_and(|its| its == info),
+            root_of: |file| is_realtime(file).map(|elsewhere| (!elsewhere).then_some(0)),
+            is_checksummed: |_, _| Ok(true),
+            set_up: |_, _| Ok(()),
+        };
+        let (opened, skipped) = Opened::open(found, first, purpose, &specifics, |_| ())?;
+        let fs = Self {
+            info,
+            reverse_map: matches!(info.kind, Kind::Xfs { reverse_map: true, .. }),
+            opened,
+            names_owners: OnceLock::new(),
+        };
+        Ok((fs, skipped))
+    }
+}
+
+impl Filesystem for Xfs {
+    reads_opened!();
+
+    shares_opened!();
+
+    fn uuid(&self) -> [u8; 16] {
+        self.info.uuid
+    }
+
+    fn function(&self) -> Function {
+        Function::Crc32c
+    }
+
+    fn frees_blocks(&self) -> bool {
+        true
+    }
+
+    fn compresses(&self) -> bool {
+        false
+    }
+
+    fn shortcomings(&self) -> Vec<String> {
+        let mut found: Vec<String> = kernel::with_xfs(kernel::release()).note().into_iter().collect();
+        if !self.sees_all_holders() {
+            let why = if self.reverse_map {
+                "Without the capability CAP_SYS_ADMIN (run it as root),"
+            } else {
+                "This XFS has no reverse map (mkfs.xfs -m rmapbt=1):"
+            };
+            found.push(format!(
+                "{why} blocks that other files share with several of the images look as if they could be freed; \
+                 what was freed is then told by the filesystem's free space"
+            ));
+        }
+        found
+    }
+
+    fn has_read_only_snapshots(&self) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn map(&self) -> Result<Mapped> {
+        self.read_map()
+    }
+
+    fn sees_all_holders(&self) -> bool {
+        self.names_owners.get().is_some_and(|named| *named)
+    }
+
+    fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
+        self.find_names_of_holders(facts)
+    }
+
+    fn has_usable_checksums(&self) -> bool {
+        false
+    }
+
+    fn fingerprints_from_checksums(&self, _: &mut Facts, _: &mut SlotSet) -> Result<()> {
+        Ok(())
+    }
+
+    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
+        Ok(SpillVec::of(None, facts.extents.len()))
+    }
+
+    fn takes_frames(&self) -> bool {
+        false
+    }
+
+    fn is_allocated(&self, _: u64, _: u64) -> Result<bool> {
+        // There is no extent whose rest a block that differs could hold.
+        Ok(false)
+    }
+
+    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,294 @@
+//! What an index does with its records, wherever they lie.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::ChunkIndex;
+use super::record::{self, Entry};
+use super::stored::{self, AT_ONCE, Part, ZEROS};
+use super::tables::{Problem, Tables};
+use crate::archive::reader::Committed;
+use crate::block::SlotSet;
+use crate::chunk::{self, Chunker};
+use crate::content::{Content, KnownSlots};
+use crate::error::{Error, Result};
+use crate::facts::{Extent, Facts};
+use crate::fingerprint::Function;
+use crate::spill::SpillVec;
+
+/// Address space that one record covers: one record for each extent would cost more than what it holds.
+const SEGMENT_BYTES: u64 = 32 << 20;
+
+/// What the names of trees begin with.
+pub(super) const TREE_PREFIX: &str = "extents-";
+
+/// An index whose records lie in tables.
+#[derive(Debug)]
+pub(super) struct Recorded<T> {
+    /// Where it lies, for messages.
+    folder: PathBuf,
+    tables: T,
+    /// The name of the table of extents.
+    tree: Vec<u8>,
+    /// Extents, by place in the facts last looked up, whose entry is as it should be.
+    current: SpillVec<bool>,
+    /// Whether fingerprints of uncompressed extents are remembered too: the filesystem's checksums do not serve.
+    keep_plain: bool,
+}
+
+impl<T: Tables> Recorded<T> {
+    /// Works with a table of extents.
+    pub(super) fn new(folder: &Path, tables: T, tree: Vec<u8>) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            tables,
+            tree,
+            current: SpillVec::new(),
+            keep_plain: false,
+        }
+    }
+
+    /// The tables themselves.
+    pub(super) fn tables(&self) -> &T {
+        &self.tables
+    }
+
+    /// Where it lies, and the name of the table of extents.
+    pub(super) fn name(&self) -> (&Path, &[u8]) {
+        (&self.folder, &self.tree)
+    }
+
+    /// Calls `visit` with every entry; records that are damaged have none.
+    pub(super) fn for_each(&self, mut visit: impl FnMut(&Entry)) -> Result<()> {
+        /// Records fetched at a time.
+        const AT_ONCE: usize = 64;
+        let mut last = None;
+        loop {
+            let records = self.tables.after(&self.tree, last.take(), AT_ONCE);
+            let records = records.map_err(|problem| self.error(problem))?;
+            for (_, record) in &records {
+                record::decode(record).unwrap_or_default().iter().for_each(&mut visit);
+            }
+            match records.into_iter().next_back() {
+                Some((key, _)) => last = Some(key),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
+    pub(super) fn read(&self, segment: u64) -> Result<Vec<Entry>> {
+        let records = self.tables.get(&self.tree, vec![segment.to_be_bytes().to_vec()]);
+        let record = records.map_err(|problem| self.error(problem))?.pop().flatten();
+        Ok(record.and_then(|record| record::decode(&record)).unwrap_or_default())
+    }
+
+    pub(super) fn error(&self, problem: Problem) -> Error {
+        error_of(&self.folder, problem)
+    }
+}
+
+impl<T: Tables> ChunkIndex for Recorded<T> {
+    fn is_usable(&self) -> bool {
+        self.tables.is_usable()
+    }
+
+    fn keep_plain(&mut self) {
+        self.keep_plain = true;
+    }
+
+    fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
+        self.current = SpillVec::of(false, facts.extents.len());
+        let mut at = 0;
+        while at < facts.extents.len() {
+            let segment = facts.extents[at].address / SEGMENT_BYTES;
+            let end = at + facts.extents[at..].partition_point(|extent| extent.address / SEGMENT_BYTES == segment);
+            let entries: HashMap<(u64, u64), Entry> = self
+                .read(segment)?
+                .into_iter()
+                .map(|entry| ((entry.address, entry.generation), entry))
+                .collect();
+            for place in at..end {
+                let extent = &facts.extents[place];
+                let Some(entry) = entries.get(&(extent.address, extent.generation)) else {
+                    continue;
+                };
+                if entry.blocks != extent.blocks || !extent.class.checksummed {
+                    continue;
+                }
+                let first = extent.first_slot;
+                for (run, fingerprints) in entry.fingerprints() {
+                    for (block, fingerprint) in run.zip(fingerprints) {
+                        if !known.contains(first + block) {
+                            facts
+                                .fingerprints
+                                .write(first + block, std::slice::from_ref(fingerprint));
+                            known.insert(first + block);
+                        }
+                    }
+                }
+                let slots = extent.slots();
+                self.current[place] = facts
+                    .live_runs(slots)
+                    .all(|mut run| run.all(|slot| known.contains(slot)))
+                    && entry.covers(
+                        facts
+                            .live_runs(extent.slots())
+                            .map(|run| run.start - first..run.end - first),
+                    );
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, extents: &mut dyn Iterator<Item = u32>) {
+        for extent in extents {
+            if let Some(current) = self.current.get_mut(extent as usize) {
+                *current = true;
+            }
+        }
+    }
+
+    fn update(&mut self, facts: &Facts) -> Result<()> {
+        let segment_of = |extent: &Extent| extent.address / SEGMENT_BYTES;
+        let mut chunker = Chunker::default();
+        let mut next = 0;
+        for extents in facts
+            .extents
+            .chunk_by(|one, other| segment_of(one) == segment_of(other))
+        {
+            let places = next..next + extents.len();
+            next = places.end;
+            let is_current = |place: usize| self.current.get(place).copied().unwrap_or(false);
+            let changed: Vec<usize> = places.filter(|place| !is_current(*place)).collect();
+            if changed.is_empty() {
+                continue;
+            }
+            let segment = segment_of(&extents[0]);
+            let mut entries = self.read(segment)?;
+            // By their addresses, without overlap.
+            let new = changed.iter();
+            let new: Vec<Entry> = new
+                .map(|place| Entry::of(facts, *place, self.keep_plain, &mut chunker))
+                .collect();
+            entries.retain(|old| {
+                let after = new.partition_point(|new| new.end() <= old.address);
+                new.get(after).is_none_or(|new| old.end() <= new.address)
+            });
+            entries.extend(new);
+            entries.sort_by_key(|entry| entry.address);
+            let record = (segment.to_be_bytes().to_vec(), record::encode(&entries));
+            self.tables
+                .put(&self.tree, vec![record])
+                .map_err(|problem| self.error(problem))?;
+        }
+        self.tables.flush().map_err(|problem| self.error(problem))
+    }
+
+    fn extents_with(&self, is_wanted: &dyn Fn(u64) -> bool) -> Result<Vec<u64>> {
+        let mut found = Vec::new();
+        self.for_each(|entry| {
+            if entry.chunks.iter().any(|chunk| is_wanted(chunk.weak_id)) {
+                found.push(entry.address);
+            }
+        })?;
+        Ok(found)
+    }
+
+    fn stored(
+        &self,
+        archive: &[u8; 16],
+        commits: &[Committed],
+        facts: &Facts,
+        digests: &[Option<u128>],
+    ) -> Result<SpillVec<KnownSlots>> {
+        let mut known = SpillVec::new();
+        let extents = facts.extents.iter().zip(digests);
+        let mut extents =
+            extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));
+        loop {
+            let some: Vec<(&Extent, u128)> = extents.by_ref().take(AT_ONCE).collect();
+            if some.is_empty() {
+                return Ok(known);
+            }
+            let keys = some.iter().map(|(extent, _)| stored::key(extent).to_vec()).collect();
+            let entries = self.tables.get(&stored::tree_of(archive), keys);
+            let entries = entries.map_err(|problem| self.error(problem))?;
+            for ((extent, digest), entry) in some.into_iter().zip(entries) {
+                let Some(parts) = entry.and_then(|entry| stored::decode(&entry, digest, commits)) else {
+                    continue;
+                };
+                known.extend(stored::slots_of(extent, &parts));
+            }
+        }
+    }
+
+    fn remember_stored(
+        &self,
+        archive: &[u8; 16],
+        committed: &Committed,
+        facts: &Facts,
+        digests: &[Option<u128>],
+        known: &mut dyn Iterator<Item = (KnownSlots, bool)>,
+    ) -> Result<()> {
+        let tree = stored::tree_of(archive);
+        let put = |batch| self.tables.put(&tree, batch).map_err(|problem| self.error(problem));
+        let mut known = known.peekable();
+        let mut batch = Vec::new();
+        for (extent, digest) in facts.extents.iter().zip(digests) {
+            let (mut parts, mut is_new) = (Vec::new(), false);
+            while let Some((slots, is_news)) = known.peek().filter(|(slots, _)| slots.slot < extent.slots().end) {
+                let start = slots.slot.max(extent.first_slot);
+                is_new |= is_news;
+                parts.push(Part {
+                    block: start - extent.first_slot,
+                    blocks: slots.end().min(extent.slots().end) - start,
+                    store: match slots.content_at(start) {
+                        Content::Stored(store) => store,
+                        _ => ZEROS,
+                    },
+                });
+                if slots.end() > extent.slots().end {
+                    break;
+                }
+                known.next();
+            }
+            if let Some(digest) = digest.filter(|_| is_new && extent.class.checksummed) {
+                batch.push((stored::key(extent).to_vec(), stored::encode(digest, committed, &parts)));
+            }
+            if batch.len() == AT_ONCE {
+                put(std::mem::take(&mut batch))?;
+            }
+        }
+        put(batch)?;
+        self.tables.flush().map_err(|problem| self.error(problem))
+    }
+}
+
+pub(super) fn error_of(folder: &Path, problem: Problem) -> Error {
+    match problem {
+        Problem::Busy => Error::Busy {
+            path: folder.to_owned(),
+        },
+        Problem::Io(error) => Error::io("use the index", folder)(error),
+        problem => Error::Index {
+            path: folder.to_owned(),
+            problem: problem.to_string(),
+        },
+    }
+}
+
+/// The tree for fingerprints of a function and the chunking of this version.
+pub(super) fn tree_name(function: Function) -> String {
+    let parameters = chunk::PARAMETERS;
+    format!(
+        "{TREE_PREFIX}v{}-{}-{}-{}-{}-cuts-v{}",
+        record::VERSION,
+        function.name(),
+        parameters.min_blocks,
+        parameters.average_blocks,
+        parameters.max_blocks,
+        chunk::VERSION
+    )
+}

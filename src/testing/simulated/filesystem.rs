@@ -1,0 +1,167 @@
+//! What of [`Filesystem`] the simulated one has beside sharing and reading, so that whole verbs run on it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, OnceLock};
+
+use rustix::io::Errno;
+
+use super::{BLOCK_LEN, Content, Simulated, State, block_at, fill};
+use crate::block::{BLOCK_BYTES, SlotSet};
+use crate::content::Metadata;
+use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
+use crate::fingerprint::Function;
+use crate::fs::{Image, Mapped, SourceFile};
+use crate::spill::SpillVec;
+
+/// The function that its checksums are made with, as those of a btrfs with defaults.
+pub(super) const FUNCTION: Function = Function::Crc32c;
+
+/// The bytes of a block that holds some content.
+pub fn block_of(content: Content) -> [u8; BLOCK_LEN] {
+    let mut block = [0; BLOCK_LEN];
+    fill(&mut block, content);
+    block
+}
+
+/// What is known of images: a list that only grows, so that what it lends stays where it is.
+#[derive(Debug, Default)]
+pub(super) struct Known(OnceLock<Box<(Image, Known)>>);
+
+impl Known {
+    fn get(&self, place: ImageId, make: impl Fn(ImageId) -> Image) -> &Image {
+        let mut at = self;
+        let mut number = 0;
+        loop {
+            let (image, next) = &**at.0.get_or_init(|| Box::new((make(number), Self::default())));
+            if number == place {
+                return image;
+            }
+            (at, number) = (next, number + 1);
+        }
+    }
+}
+
+impl Simulated {
+    /// How many images there are.
+    pub(super) fn count_images(&self) -> u32 {
+        self.with(|state| u32::try_from(state.images.len()).unwrap_or(u32::MAX))
+    }
+
+    /// An image as a run knows it.
+    pub(super) fn known_image(&self, image: ImageId) -> &Image {
+        self.known.get(image, |number| {
+            let (checksummed, blocks) = self.with(|state| {
+                let file = state.images.get(number as usize);
+                file.map_or((true, 0), |file| (file.checksummed, file.blocks.len() as u64))
+            });
+            Image {
+                path: format!("image-{number}.img").into(),
+                size: blocks * BLOCK_BYTES,
+                checksummed,
+                stays_uncompressed: false,
+            }
+        })
+    }
+
+    /// What any file has beside its content.
+    pub(super) fn plain_attributes() -> Metadata {
+        Metadata {
+            mode: 0o600,
+            ..Metadata::default()
+        }
+    }
+
+    /// What a scan finds before it knows any fingerprint: what images refer to, and not what donors do.
+    pub(super) fn mapped(&self) -> Mapped {
+        let without_donors = Self {
+            state: Mutex::new(self.with(|state| State {
+                donors: Vec::new(),
+                ..state.clone()
+            })),
+            faults: self.faults.clone(),
+            frees_blocks: self.frees_blocks,
+            ..Self::default()
+        };
+        let mut facts = without_donors.facts();
+        facts.fingerprints = vec![0; facts.slots() as usize].into();
+        facts.zero_fingerprint = FUNCTION.of_zeros();
+        Mapped {
+            facts,
+            inline_bytes: 0,
+            inline: Vec::new(),
+            beyond: Vec::new(),
+        }
+    }
+
+    /// All that holds from outside.
+    pub(super) fn holders_of(facts: &Facts) -> BTreeMap<String, u64> {
+        let held = facts
+            .extents
+            .iter()
+            .filter(|extent| extent.pinned == Some(Pinned::HeldByOthers));
+        let bytes: u64 = held.map(|extent| extent.disk_bytes).sum();
+        (bytes > 0).then(|| ("outside".to_owned(), bytes)).into_iter().collect()
+    }
+
+    /// The content of an extent's blocks.
+    fn content_of(state: &State, extent: &Extent) -> Vec<Content> {
+        let number = usize::try_from((extent.address >> 30) - 1).unwrap_or(usize::MAX);
+        let first = block_at(extent.address - State::address(number));
+        state.allocations[number].content[first..first + extent.blocks as usize].to_vec()
+    }
+
+    /// Fills in the fingerprints of what is checksummed and not compressed.
+    pub(super) fn fill_in_fingerprints(&self, facts: &mut Facts, known: &mut SlotSet) {
+        let mut fingerprints = std::mem::take(&mut facts.fingerprints);
+        self.with(|state| {
+            for extent in &facts.extents {
+                if extent.class.checksummed && extent.class.compression == Compression::None {
+                    let blocks = Self::content_of(state, extent).into_iter().map(block_of);
+                    let sums: Vec<u32> = blocks.map(|block| FUNCTION.of(&block)).collect();
+                    fingerprints.write(extent.first_slot, &sums);
+                    known.insert_range(extent.slots());
+                }
+            }
+        });
+        facts.fingerprints = fingerprints;
+    }
+
+    /// A digest of the content of each extent that is checksummed; none where blocks are freed one by one.
+    pub(super) fn digests(&self, facts: &Facts) -> SpillVec<Option<u128>> {
+        let digest = |state: &State, extent: &Extent| {
+            let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+            for content in Self::content_of(state, extent) {
+                hash.update(&content.to_le_bytes());
+            }
+            hash.digest128()
+        };
+        self.with(|state| {
+            let extents = facts.extents.iter();
+            let digests =
+                extents.map(|extent| (extent.class.checksummed && !self.frees_blocks).then(|| digest(state, extent)));
+            digests.collect()
+        })
+    }
+
+    /// Copies a range of an image to a real file.
+    pub(super) fn copy_to(
+        &self,
+        image: ImageId,
+        offset: u64,
+        file: &File,
+        file_offset: u64,
+        length: u64,
+    ) -> rustix::io::Result<()> {
+        let content: Vec<u8> = self.with(|state| {
+            let source = state.file(SourceFile::Image(image));
+            let blocks = (block_at(offset)..).take(block_at(length));
+            blocks
+                .flat_map(|block| block_of(source.map_or(0, |file| state.content(file, block))))
+                .collect()
+        });
+        let written = file.write_all_at(&content, file_offset);
+        written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
