@@ -205,3 +205,18 @@ fn the_paper_on_tests_names_tests_that_exist() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
+
+#[test]
+fn which_filesystem_it_is_matters_in_one_folder() {
+    let (mut wrong, mut seen) = (Vec::new(), false);
+    for (path, code) in sources() {
+        let folder = folder_of(&path);
+        let asks = ["Kind::Btrfs", "Kind::Xfs"].iter().any(|kind| code.contains(kind));
+        seen |= asks && folder == "fs";
+        if asks && !["fs", "sys"].contains(&folder.as_str()) {
+            wrong.push(path);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(seen, "nobody asks");
+}

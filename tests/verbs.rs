@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use vmfold::block::BLOCK_BYTES;
 use vmfold::error::Error;
+use vmfold::exec::compression::Wish;
 use vmfold::fingerprint::Function;
+use vmfold::frame::Packer;
 use vmfold::index::Memory;
 use vmfold::monitor::Silent;
 use vmfold::ops::export::{Options as ExportOptions, Revisions, Target, export_on};
@@ -69,21 +71,21 @@ impl Scene {
         }
     }
 
-    fn try_to_reclaim(&self, dry_run: bool) -> Reclaimed {
+    fn reclaim_as(&self, dry_run: bool, compress: Option<Wish>) -> Result<Reclaimed, Error> {
         let options = ReclaimOptions {
             scope: self.scope(),
             groups: Vec::new(),
             plan: plan::Options::default(),
-            compress: None,
+            compress,
             dry_run,
             reserve_bytes: 0,
             time: None,
         };
-        reclaim_on(self.pool(), &options, &Silent::default()).unwrap()
+        reclaim_on(self.pool(), &options, &Silent::default())
     }
 
     fn reclaim(&self, dry_run: bool) -> Reclaimed {
-        let done = self.try_to_reclaim(dry_run);
+        let done = self.reclaim_as(dry_run, None).unwrap();
         assert!(done.failed.is_none() && !done.interrupted, "{done:?}");
         done
     }
@@ -159,13 +161,40 @@ fn reclaim_names_what_it_had_to_leave_alone() {
     // Where donors cannot be written, what was done until then is told, with the error.
     let mut full = Scene::new(false);
     full.fs.faults.space_bytes = Some(0);
-    let failed = full.try_to_reclaim(false);
+    let failed = full.reclaim_as(false, None).unwrap();
     assert!(matches!(failed.failed, Some(Error::NoSpace { .. })), "{failed:?}");
     assert!(failed.done.is_some());
     full.fs.faults = Faults::default();
     assert_eq!(full.fs.contents(), contents);
     full.reclaim(false);
     assert_eq!(full.fs.allocated_bytes(), full.distinct_bytes());
+}
+
+#[test]
+fn what_is_compressed_is_read_only_once() {
+    let wish = || {
+        Some(Wish::Zstd {
+            packer: Packer::default(),
+            recompress: false,
+        })
+    };
+    let refused = Scene::new(true).reclaim_as(false, wish());
+    assert!(matches!(refused, Err(Error::NoCompression { .. })), "{refused:?}");
+    let scene = Scene::new(false);
+    let image = scene.fs.add_image(true, 64);
+    let extent = scene.fs.allocate(PLAIN, (1..65).collect());
+    scene.fs.map(image, 0, extent, 0, 64, false);
+    let contents = scene.fs.contents();
+    let done = scene.reclaim_as(false, wish()).unwrap();
+    assert!(done.planned.uncompressed_bytes > done.planned.compressed_bytes);
+    let after = done.done.unwrap().after;
+    assert_eq!(after.physical_bytes, scene.fs.allocated_bytes());
+    assert!(after.uncompressed_bytes >= 64 * BLOCK_BYTES);
+    assert_eq!(scene.fs.contents(), contents);
+    // Checksums are those of compressed bytes: the index knows what this run wrote.
+    let again = scene.reclaim(false);
+    assert_eq!(again.fingerprinted.from_index, after.uncompressed_bytes);
+    assert_eq!((again.fingerprinted.read, again.planned.extents), (0, 0));
 }
 
 #[test]

@@ -23,12 +23,16 @@ pub fn open(
 ) -> Result<(Box<dyn Filesystem>, Vec<Skipped>)> {
     let (info, first) = same_filesystem(named)?;
     match info.kind {
-        Kind::Btrfs { .. } => {
-            let (fs, skipped) = btrfs::Btrfs::open(found, first, info, purpose, monitor)?;
+        Kind::Btrfs {
+            checksum_type,
+            checksum_bytes,
+        } => {
+            let checksums = (checksum_type, checksum_bytes);
+            let (fs, skipped) = btrfs::Btrfs::open(found, first, info, purpose, checksums, monitor)?;
             Ok((Box::new(fs), skipped))
         }
-        Kind::Xfs { .. } => {
-            let (fs, skipped) = xfs::Xfs::open(found, first, info, purpose)?;
+        Kind::Xfs { reverse_map, .. } => {
+            let (fs, skipped) = xfs::Xfs::open(found, first, info, purpose, reverse_map)?;
             Ok((Box::new(fs), skipped))
         }
     }

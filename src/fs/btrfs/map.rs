@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashSet};
 use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, HeldRange, Mapped, blocks, kernel};
 use crate::spill::SpillVec;
@@ -27,6 +27,7 @@ struct FileExtent {
 }
 
 /// What such an item can be.
+#[derive(Clone, Copy)]
 enum Item {
     Data(FileExtent),
     Hole,
@@ -204,111 +205,156 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
     alone.collect()
 }
 
+/// What the items of images say, before all extents are known.
+struct Reading {
+    seen: SpillVec<Seen>,
+    /// Extents seen at which those seen twice are merged.
+    merge_at: usize,
+    spans: Collector<Span>,
+    inline_bytes: u64,
+    inline: Vec<ImageId>,
+    /// Extents beyond the ends of images.
+    beyond: Vec<(u64, ImageId)>,
+}
+
+impl Reading {
+    /// Extents that may wait to be merged.
+    const WAITING_MIN: usize = 1 << 16;
+
+    fn new() -> Self {
+        Self {
+            seen: SpillVec::new(),
+            merge_at: Self::WAITING_MIN,
+            spans: Collector::new(),
+            inline_bytes: 0,
+            inline: Vec::new(),
+            beyond: Vec::new(),
+        }
+    }
+
+    /// Takes an item of an image in.
+    fn take(&mut self, number: ImageId, image: &OpenImage, item: Item) -> Result<()> {
+        let extent = match item {
+            Item::Data(extent) => extent,
+            Item::Hole => return Ok(()),
+            Item::Inline(bytes) => {
+                self.inline_bytes += bytes;
+                self.inline.push(number);
+                return Ok(());
+            }
+        };
+        self.seen.push(Seen {
+            extent: Extent {
+                address: extent.address,
+                disk_bytes: extent.disk_bytes,
+                generation: 0,
+                first_slot: 0,
+                blocks: blocks(extent.ram_bytes)?,
+                class: Class {
+                    checksummed: image.known.checksummed,
+                    compression: extent.compression,
+                    groups: 1 << image.group,
+                },
+                pinned: pinned(image, extent.file_offset + extent.length),
+                recoding: None,
+            },
+            references: 1,
+            image: number,
+        });
+        let image_end = end_of(image);
+        if extent.file_offset >= image_end {
+            self.beyond.push((extent.address, number));
+            return Ok(());
+        }
+        let span = Span {
+            address: extent.address,
+            range: HeldRange {
+                file_block: blocks(extent.file_offset)?,
+                extent_block: blocks(extent.offset)?,
+                blocks: blocks(extent.length.min(image_end - extent.file_offset))?,
+                preallocated: extent.preallocated,
+            },
+        };
+        self.spans.push(span, number);
+        Ok(())
+    }
+}
+
+/// Where the last block of an image ends.
+fn end_of(image: &OpenImage) -> u64 {
+    image.known.size.next_multiple_of(BLOCK_BYTES)
+}
+
+/// Why an extent must stay of which an image maps a part up to some byte.
+fn pinned(image: &OpenImage, end: u64) -> Option<Pinned> {
+    if image.fixed.is_some() {
+        Some(Pinned::Fixed)
+    } else if end > end_of(image) {
+        // What is preallocated beyond the end of a file cannot be reached by any call.
+        Some(Pinned::Preallocated)
+    } else {
+        // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
+        (end > image.known.size).then_some(Pinned::UnalignedTail)
+    }
+}
+
+/// Numbers the slots of extents.
+fn with_slots(seen: SpillVec<Seen>) -> Result<SpillVec<Extent>> {
+    let mut slot = 0u32;
+    let mut extents: SpillVec<Extent> = SpillVec::with_capacity(seen.len());
+    for mut extent in seen.into_iter().map(|seen| seen.extent) {
+        extent.first_slot = slot;
+        slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
+        extents.push(extent);
+    }
+    Ok(extents)
+}
+
+/// Finds the extents that images refer to.
+fn mappings(spans: Shared<Span>, extents: &[Extent]) -> Shared<Mapping> {
+    let mut place = 0;
+    spans.flat_map(|Span { address, range }| {
+        // Both are in the order of addresses.
+        place += extents[place..].partition_point(|extent| extent.address < address);
+        Some(Mapping {
+            extent: u32::try_from(place).unwrap_or(u32::MAX),
+            slot: extents[place].first_slot + range.extent_block,
+            file_block: range.file_block,
+            blocks: range.blocks,
+            preallocated: range.preallocated,
+        })
+    })
+}
+
 impl Btrfs {
     /// Reads the extent maps of all images.
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
     pub(super) fn read_map(&self) -> Result<Mapped> {
-        /// Items that may wait to be merged.
-        const WAITING_MIN: usize = 1 << 16;
         let disagree = |image: ImageId| Error::Metadata {
             path: self.path(image).to_owned(),
             problem: "items disagree about the length of an extent".into(),
         };
-        let (mut seen, mut merge_at) = (SpillVec::new(), WAITING_MIN);
-        let mut spans = Collector::new();
-        let (mut inline_bytes, mut inline, mut beyond) = (0, Vec::new(), Vec::new());
+        let mut reading = Reading::new();
         for (number, image) in (0u32..).zip(&self.opened.images) {
-            let image_end = image.known.size.next_multiple_of(BLOCK_BYTES);
-            file_extents(image, |item| {
-                let extent = match item {
-                    Item::Data(extent) => extent,
-                    Item::Hole => return Ok(()),
-                    Item::Inline(bytes) => {
-                        inline_bytes += bytes;
-                        inline.push(number);
-                        return Ok(());
-                    }
-                };
-                let end = extent.file_offset + extent.length;
-                let pinned = if image.fixed.is_some() {
-                    Some(Pinned::Fixed)
-                } else if end > image_end {
-                    // What is preallocated beyond the end of a file cannot be reached by any call.
-                    Some(Pinned::Preallocated)
-                } else {
-                    // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
-                    (end > image.known.size).then_some(Pinned::UnalignedTail)
-                };
-                seen.push(Seen {
-                    extent: Extent {
-                        address: extent.address,
-                        disk_bytes: extent.disk_bytes,
-                        generation: 0,
-                        first_slot: 0,
-                        blocks: blocks(extent.ram_bytes)?,
-                        class: Class {
-                            checksummed: image.known.checksummed,
-                            compression: extent.compression,
-                            groups: 1 << image.group,
-                        },
-                        pinned,
-                        recoding: None,
-                    },
-                    references: 1,
-                    image: number,
-                });
-                if extent.file_offset < image_end {
-                    let span = Span {
-                        address: extent.address,
-                        range: HeldRange {
-                            file_block: blocks(extent.file_offset)?,
-                            extent_block: blocks(extent.offset)?,
-                            blocks: blocks(extent.length.min(image_end - extent.file_offset))?,
-                            preallocated: extent.preallocated,
-                        },
-                    };
-                    spans.push(span, number);
-                } else {
-                    beyond.push((extent.address, number));
-                }
-                Ok(())
-            })?;
-            if seen.len() >= merge_at {
-                merge(&mut seen).map_err(disagree)?;
-                merge_at = WAITING_MIN.max(2 * seen.len());
+            file_extents(image, |item| reading.take(number, image, item))?;
+            if reading.seen.len() >= reading.merge_at {
+                merge(&mut reading.seen).map_err(disagree)?;
+                reading.merge_at = Reading::WAITING_MIN.max(2 * reading.seen.len());
             }
         }
-        merge(&mut seen).map_err(disagree)?;
-        self.count_references(&mut seen)?;
-        let mut slot = 0u32;
-        let mut extents: SpillVec<Extent> = SpillVec::with_capacity(seen.len());
-        for mut extent in seen.into_iter().map(|seen| seen.extent) {
-            extent.first_slot = slot;
-            slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
-            extents.push(extent);
-        }
-        let mut place = 0;
-        let mappings = spans.finish().flat_map(|Span { address, range }| {
-            // Both are in the order of addresses.
-            place += extents[place..].partition_point(|extent| extent.address < address);
-            Some(Mapping {
-                extent: u32::try_from(place).unwrap_or(u32::MAX),
-                slot: extents[place].first_slot + range.extent_block,
-                file_block: range.file_block,
-                blocks: range.blocks,
-                preallocated: range.preallocated,
-            })
-        });
+        merge(&mut reading.seen).map_err(disagree)?;
+        self.count_references(&mut reading.seen)?;
+        let extents = with_slots(reading.seen)?;
+        let mappings = mappings(reading.spans.finish(), &extents);
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
-        let beyond = beyond_ends(&facts, beyond);
         Ok(Mapped {
+            beyond: beyond_ends(&facts, reading.beyond),
             facts,
-            inline_bytes,
-            inline,
-            beyond,
+            inline_bytes: reading.inline_bytes,
+            inline: reading.inline,
         })
     }
 

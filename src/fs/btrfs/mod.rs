@@ -27,7 +27,7 @@ use crate::monitor::Monitor;
 use crate::pool::{Found, Named, Skipped};
 use crate::spill::SpillVec;
 use crate::sys::encoded_write::write_frame;
-use crate::sys::fs_info::{FsInfo, Kind, fs_info};
+use crate::sys::fs_info::{FsInfo, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{FEW, Key, MANY, tree_search};
@@ -58,7 +58,7 @@ pub(super) struct Btrfs {
 }
 
 impl Btrfs {
-    /// Opens images.
+    /// Opens images. Of checksums, the type is none where the kernel does not say, and their bytes are 0.
     ///
     /// # Errors
     /// [`Error::NotRoot`], and those of [`Opened::open`].
@@ -67,18 +67,12 @@ impl Btrfs {
         first: &Named,
         info: FsInfo,
         purpose: Purpose,
+        (checksum_type, checksum_bytes): (Option<u16>, u16),
         monitor: &dyn Monitor,
     ) -> Result<(Self, Vec<Skipped>)> {
         if !rustix::process::geteuid().is_root() {
             return Err(Error::NotRoot);
         }
-        let (checksum_type, checksum_bytes) = match info.kind {
-            Kind::Btrfs {
-                checksum_type,
-                checksum_bytes,
-            } => (checksum_type, checksum_bytes),
-            Kind::Xfs { .. } => (None, 0),
-        };
         let specifics = Specifics {
             uuid: info.uuid,
             verdict: kernel::with_btrfs(kernel::release()),

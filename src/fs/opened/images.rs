@@ -47,7 +47,7 @@ impl Purpose {
 /// An open image.
 #[derive(Debug)]
 pub(in crate::fs) struct OpenImage {
-    /// What the trait's users know of it.
+    /// What verbs know of it.
     pub(in crate::fs) known: Image,
     /// The subvolume's tree; 0 where there are no subvolumes.
     pub(in crate::fs) root: u64,

@@ -114,7 +114,7 @@ impl Opened {
         &self.images[image as usize]
     }
 
-    /// The same, as the trait's users know it.
+    /// What verbs know of an image.
     pub(super) fn known(&self, image: ImageId) -> &Image {
         &self.image(image).known
     }

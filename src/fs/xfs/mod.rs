@@ -20,7 +20,7 @@ use crate::facts::{Class, Facts, ImageId};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Named, Skipped};
 use crate::spill::SpillVec;
-use crate::sys::fs_info::{FsInfo, Kind, fs_info, is_realtime};
+use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};
 
 /// Images on an XFS.
 #[derive(Debug)]
@@ -38,7 +38,13 @@ impl Xfs {
     ///
     /// # Errors
     /// Those of [`Opened::open`].
-    pub(super) fn open(found: &[Found], first: &Named, info: FsInfo, purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
+    pub(super) fn open(
+        found: &[Found],
+        first: &Named,
+        info: FsInfo,
+        purpose: Purpose,
+        reverse_map: bool,
+    ) -> Result<(Self, Vec<Skipped>)> {
         let specifics = Specifics {
             uuid: info.uuid,
             verdict: kernel::with_xfs(kernel::release()),
@@ -50,7 +56,7 @@ impl Xfs {
         let (opened, skipped) = Opened::open(found, first, purpose, &specifics, |_| ())?;
         let fs = Self {
             info,
-            reverse_map: matches!(info.kind, Kind::Xfs { reverse_map: true, .. }),
+            reverse_map,
             opened,
             names_owners: OnceLock::new(),
         };
