@@ -108,7 +108,7 @@ impl Writer<'_> {
     ) -> Result<()> {
         let read = match read {
             // Others need what is around it. In its place are zeros, which nothing is shared with.
-            Err(error) if error.is_read() => {
+            Err(error @ Error::Unreadable { .. }) => {
                 written.unreadable.push(self.first_unreadable(extent).unwrap_or(error));
                 donor.missing.push(*at..*at + extent.blocks);
                 Packed {

@@ -213,7 +213,7 @@ fn by_reading(
         for (run, found) in runs.iter().zip(pieces) {
             match found {
                 Ok(found) => sums.write(run.start, &found),
-                Err(error) if error.is_read() => {
+                Err(error @ Error::Unreadable { .. }) => {
                     // Something that nothing else is likely to be. Whoever counts on it has the kernel compare, which fails.
                     let unlike = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.to_le_bytes()).to_le_bytes();
                     let unlike: Vec<u32> = run

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use donors::{Donor, Writer, Written};
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
-use crate::error::{Error, Result};
+use crate::error::{Error, Exhausted, Result};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Outcome, Sharing, SourceFile};
@@ -405,7 +405,7 @@ fn first_unreadable(fs: &dyn Sharing, file: SourceFile, offset: u64, length: u64
 }
 
 fn is_full(outcome: Outcome) -> bool {
-    matches!(outcome, Outcome::Refused(Errno::NOSPC | Errno::DQUOT))
+    matches!(outcome, Outcome::Refused(errno) if Exhausted::of(errno.kind()).is_some())
 }
 
 /// Shares the runs of blocks of a range that are equal, and counts those that are not.

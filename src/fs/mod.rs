@@ -65,7 +65,7 @@ pub trait Sharing: Sync {
     /// Reads all of `buffer` from an image.
     ///
     /// # Errors
-    /// With the path and the range; `EIO` where a checksum fails.
+    /// [`crate::error::Error::Unreadable`], with the path and the range: `EIO` where a checksum fails.
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
     /// Starts reading a range into memory, as a hint.

@@ -83,16 +83,10 @@ fn prepare_found(
 
 /// The image that could not be read, with the range and the cause, if that is what an error is about.
 fn unreadable(error: &Error) -> Option<Skipped> {
-    let Error::Io {
-        path,
-        range: Some(range),
-        source,
-        ..
-    } = error
-    else {
+    let Error::Unreadable { path, range, source } = error else {
         return None;
     };
-    error.is_read().then(|| Skipped {
+    Some(Skipped {
         detail: Some(format!("{range}: {source}")),
         ..Skipped::new(path, Skip::Unreadable)
     })

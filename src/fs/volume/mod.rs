@@ -617,7 +617,7 @@ impl Sharing for Volume {
                     Ok(0) => break,
                     Ok(read) => at += read,
                     Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(Error::io_at("read", path, here, offset + length - here)(error)),
+                    Err(error) => return Err(Error::unreadable(path, here, offset + length - here)(error)),
                 }
             }
             buffer[at..].fill(0);
