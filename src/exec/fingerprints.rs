@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
+use crate::fs::read_slots_into;
 use crate::fs::volume::{Image, Volume, fingerprints_from_checksums};
-use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::spill::SpillVec;
@@ -195,12 +195,7 @@ fn by_reading(
     let mut unreadable = Vec::new();
     let read_run = |buffer: &mut Vec<u8>, run: &std::ops::Range<Slot>| -> Result<Vec<u32>> {
         buffer.resize((run.end - run.start) as usize * BLOCK_LEN, 0);
-        let mut rest = &mut buffer[..];
-        for (_, place) in facts.places_of(run.clone()) {
-            let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-            fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
-            rest = after;
-        }
+        read_slots_into(facts, fs, std::slice::from_ref(run), buffer)?;
         monitor.advance(buffer.len() as u64);
         read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(buffer.chunks(BLOCK_LEN).map(|block| function.of(block)).collect())

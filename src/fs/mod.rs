@@ -137,11 +137,53 @@ pub trait Sharing: Sync {
 pub fn read_slots(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
     let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
     let mut content = vec![0; blocks * BLOCK_LEN];
-    let mut rest = &mut content[..];
-    for (_, place) in slots.iter().flat_map(|range| facts.places_of(range.clone())) {
-        let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-        fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
+    read_slots_into(facts, fs, slots, &mut content)?;
+    Ok(content)
+}
+
+/// Reads slots, one range after the other, into a buffer that is as long as they are. Where a slot is none that an image maps, what is
+/// left of the buffer is zeros.
+///
+/// # Errors
+/// Those of reading.
+pub fn read_slots_into(
+    facts: &Facts,
+    fs: &dyn Sharing,
+    slots: &[std::ops::Range<Slot>],
+    buffer: &mut [u8],
+) -> Result<()> {
+    let mut rest = buffer;
+    for (file, offset, length) in places(facts, slots) {
+        let (part, after) = rest.split_at_mut(length);
+        fs.read(file, offset, part)?;
         rest = after;
     }
-    Ok(content)
+    rest.fill(0);
+    Ok(())
+}
+
+/// Starts reading slots into memory, as a hint.
+pub fn read_slots_ahead(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) {
+    for (file, offset, length) in places(facts, slots) {
+        fs.read_ahead(file, offset, length as u64);
+    }
+}
+
+/// Says that slots are not needed in memory any more.
+pub fn drop_slots_behind(facts: &Facts, fs: &dyn Sharing, slots: &[std::ops::Range<Slot>]) {
+    for (file, offset, length) in places(facts, slots) {
+        fs.drop_behind(file, offset, length as u64);
+    }
+}
+
+/// Where slots can be read: file, offset and length, place after place.
+fn places<'a>(
+    facts: &'a Facts,
+    slots: &'a [std::ops::Range<Slot>],
+) -> impl Iterator<Item = (SourceFile, u64, usize)> + 'a {
+    let places = slots.iter().flat_map(|range| facts.places_of(range.clone()));
+    places.map(|(_, place)| {
+        let length = place.blocks as usize * BLOCK_LEN;
+        (SourceFile::Image(place.image), bytes(place.file_block), length)
+    })
 }

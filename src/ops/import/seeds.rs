@@ -10,14 +10,14 @@ use walkdir::WalkDir;
 
 use super::{Options, PROVED_BLOCKS, prove, proved};
 use crate::archive::manifest::Announced;
-use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
+use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::chunk::weak_id;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::exec::restore::staging::Staging;
 use crate::fs::volume::{Purpose, Volume};
-use crate::fs::{Sharing, SourceFile};
+use crate::fs::{drop_slots_behind, read_slots, read_slots_ahead};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
@@ -174,16 +174,11 @@ impl Seeds {
 
     /// The content of some slots.
     pub(super) fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>> {
-        let mut content = vec![0; blocks as usize * BLOCK_LEN];
-        let mut rest = &mut content[..];
-        for (_, place) in self.prepared.facts.places_of(slot..slot + blocks) {
-            let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-            let (file, offset) = (SourceFile::Image(place.image), bytes(place.file_block));
-            self.fs().read_ahead(file, offset, part.len() as u64);
-            self.fs().read(file, offset, part)?;
-            self.fs().drop_behind(file, offset, part.len() as u64);
-            rest = after;
-        }
+        let (facts, fs, slots) = (&self.prepared.facts, self.fs(), slot..slot + blocks);
+        let slots = std::slice::from_ref(&slots);
+        read_slots_ahead(facts, fs, slots);
+        let content = read_slots(facts, fs, slots)?;
+        drop_slots_behind(facts, fs, slots);
         Ok(content)
     }
 
