@@ -63,9 +63,8 @@ pub fn fingerprint(
         monitor.note(&describe(&error));
     }
     found.from_index = bytes(count(facts, &known) - before);
-    let unknown: SpillVec<std::ops::Range<Slot>> = (0..facts.extents.len())
-        .flat_map(|extent| unknown_runs(facts, &known, extent))
-        .collect();
+    let unknown = (0..facts.extents.len()).flat_map(|extent| unknown_runs(facts, &known, extent));
+    let unknown: SpillVec<std::ops::Range<Slot>> = SpillVec::from_iter_in(unknown, facts.budget());
     let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
     let mut unreadable = Vec::new();
     if total > 0 {
@@ -108,15 +107,14 @@ pub fn remember(fs: &Volume, before: &Facts, after: &mut Facts, index: &mut Inde
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let after_then = &*after;
     let extents = (0u32..).zip(&after.extents);
-    let mut places: SpillVec<(Place, Slot, u32)> = extents
-        .flat_map(|(number, extent)| {
-            let runs = after_then.live_runs(extent.slots());
-            let places = runs.flat_map(|run| after_then.places_of(run));
-            places.map(move |(slot, place)| (place, slot, number))
-        })
-        .collect();
+    let places = extents.flat_map(|(number, extent)| {
+        let runs = after_then.live_runs(extent.slots());
+        let places = runs.flat_map(|run| after_then.places_of(run));
+        places.map(move |(slot, place)| (place, slot, number))
+    });
+    let mut places: SpillVec<(Place, Slot, u32)> = SpillVec::from_iter_in(places, after.budget());
     places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
-    let mut unknown = SpillVec::new();
+    let mut unknown = SpillVec::new_in(after.budget());
     for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
         let image = of_image[0].0.image;
         let mappings = before.mappings_of(image);

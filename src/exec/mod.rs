@@ -257,7 +257,7 @@ impl Run<'_> {
         let extents = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.extent);
-        let extents: SpillVec<u32> = extents.filter(has_all).filter(is_free).collect();
+        let extents: SpillVec<u32> = SpillVec::from_iter_in(extents.filter(has_all).filter(is_free), facts.budget());
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let ran = &mut *self.ran;

@@ -211,7 +211,7 @@ fn is_zero(block: &[u8]) -> bool {
 
 /// The ranges to be read, in the order they lie on disk.
 fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<Task> {
-    let mut tasks: SpillVec<Task> = SpillVec::new();
+    let mut tasks: SpillVec<Task> = SpillVec::new_in(facts.budget());
     let mut extent_end = 0;
     for (number, piece) in plan
         .pieces

@@ -555,7 +555,7 @@ pub const PLAIN: Class = Class {
 /// What is known of an image whose extents lie at these blocks of the disk; each is `apart` times as far from the image's beginning as
 /// what they hold together before it. Fingerprints are still to be filled in.
 pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Facts {
-    let (mut extents, mut references, mut slot) = (SpillVec::new(), Vec::new(), 0);
+    let (mut extents, mut references, mut slot) = (SpillVec::default(), Vec::new(), 0);
     for (number, place) in (0u32..).zip(places) {
         let blocks = place.end - place.start;
         extents.push(Extent {

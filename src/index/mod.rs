@@ -112,7 +112,7 @@ impl Index {
             folder: folder.to_owned(),
             database,
             tree,
-            current: SpillVec::new(),
+            current: SpillVec::default(),
             keep_plain: false,
         })
     }
@@ -127,7 +127,7 @@ impl Index {
     /// # Errors
     /// Those of the index.
     pub fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
-        self.current = SpillVec::of(false, facts.extents.len());
+        self.current = SpillVec::of_in(false, facts.extents.len(), facts.budget());
         let mut at = 0;
         while at < facts.extents.len() {
             let segment = facts.extents[at].address / SEGMENT_BYTES;

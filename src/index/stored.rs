@@ -121,7 +121,7 @@ impl Index {
         facts: &Facts,
         digests: &[Option<u128>],
     ) -> Result<SpillVec<KnownSlots>> {
-        let mut known = SpillVec::new();
+        let mut known = SpillVec::new_in(facts.budget());
         let extents = facts.extents.iter().zip(digests);
         let mut extents =
             extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));

@@ -283,7 +283,7 @@ impl Exporter<'_> {
         let index = self.prepared.index.as_ref().filter(|_| can_be_appended_to);
         let digests = match index {
             Some(_) => checksum_digests(fs, facts)?,
-            None => SpillVec::new(),
+            None => SpillVec::default(),
         };
         let plan = self.plan(opened, index, &digests)?;
         let first_new = plan.first_new;
@@ -396,9 +396,9 @@ impl Exporter<'_> {
                 .unwrap_or_else(|error| {
                     // It is only a cache: then everything is read.
                     self.monitor.note(&crate::error::describe(&error));
-                    SpillVec::new()
+                    SpillVec::default()
                 }),
-            _ => SpillVec::new(),
+            _ => SpillVec::default(),
         };
         let first_new = opened.base.store_end;
         let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
@@ -581,7 +581,7 @@ fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
 /// The plan's pieces with what turned out otherwise.
 fn corrected(plan: &ExportPlan, corrections: &[Piece]) -> SpillVec<Piece> {
     let mut corrections = corrections.iter().peekable();
-    let mut pieces = SpillVec::with_capacity(plan.pieces.len());
+    let mut pieces = SpillVec::with_capacity_in(plan.pieces.len(), plan.pieces.budget());
     for piece in &plan.pieces {
         let mut at = piece.slot;
         let part = |from: u32, to: u32| Piece {

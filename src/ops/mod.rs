@@ -23,7 +23,7 @@ use crate::monitor::Monitor;
 use crate::plan;
 use crate::pool::{self, Found, Named, Skip, Skipped};
 use crate::shown::shown;
-use crate::spill::limit_lists;
+use crate::spill::Budget;
 
 /// What a verb works on.
 #[derive(Debug, Clone)]
@@ -37,6 +37,18 @@ pub struct Scope {
     /// Memory for fingerprints and the block table, in bytes, if not [`plan::memory_bytes`]. A pool that needs more keeps its
     /// fingerprints in a file beside the index, and looks up a sample of its blocks.
     pub memory_bytes: Option<u64>,
+}
+
+impl Scope {
+    /// What lists are made from. How large the pool is, is known once they were made: until then, it is taken for a small one.
+    fn budget(&self) -> Budget {
+        Budget::new(lists_bytes(self.memory_bytes(0)), self.index.clone())
+    }
+
+    /// Memory for the block table of a pool of so many slots, in bytes.
+    fn memory_bytes(&self, slots: Slot) -> u64 {
+        self.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots))
+    }
 }
 
 /// A pool that was opened and read.
@@ -100,10 +112,8 @@ fn prepare_images(
     monitor: &dyn Monitor,
 ) -> Result<(Prepared, Vec<Unreadable>)> {
     monitor.phase("Reading extent maps", 0);
-    // How large the pool is, is known once its lists were made.
-    divide_memory(scope, 0);
     let (fs, mut skipped) = Volume::open(images, named, purpose, monitor)?;
-    let mapped = fs.map()?;
+    let mapped = fs.map(&scope.budget())?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;
     let mut index = match Index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
@@ -162,16 +172,15 @@ fn images_with(fs: &Volume, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Ski
     skipped.collect()
 }
 
-/// Decides how many bytes of lists are in memory, for a pool of so many slots, and how many tables of blocks may take.
-fn divide_memory(scope: &Scope, slots: Slot) -> u64 {
-    let memory_bytes = scope.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots));
-    limit_lists(plan::lists_bytes(memory_bytes), &scope.index);
-    memory_bytes
+/// How many bytes of lists are in memory, where tables of blocks may take so many.
+fn lists_bytes(memory_bytes: u64) -> usize {
+    usize::try_from(plan::lists_bytes(memory_bytes)).unwrap_or(usize::MAX)
 }
 
-/// Decides where fingerprints are kept and how large a block table may be.
+/// Decides how many bytes of lists are in memory, where fingerprints are kept, and how large a block table may be.
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
-    let memory_bytes = divide_memory(scope, facts.slots());
+    let memory_bytes = scope.memory_bytes(facts.slots());
+    facts.budget().set_bytes(lists_bytes(memory_bytes));
     if !plan::fits(facts, memory_bytes) {
         std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
     }

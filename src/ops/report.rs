@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Scope, discover, divide_memory};
+use super::{Scope, discover};
 use crate::block::{Slot, bytes};
 use crate::error::Result;
 use crate::facts::{Compression, Facts, ImageId, Pinned};
@@ -17,10 +17,9 @@ use crate::report::{ImageBytes, PoolBytes, Reported};
 pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let found = discover(scope, monitor)?;
     monitor.phase("Reading extent maps", 0);
-    divide_memory(scope, 0);
     let (fs, mut skipped) = Volume::open(&found.images, &found.named, Purpose::Look, monitor)?;
     skipped.extend(found.skipped);
-    let mapped = fs.map()?;
+    let mapped = fs.map(&scope.budget())?;
     let mut images: Vec<ImageBytes> = fs
         .images()
         .iter()

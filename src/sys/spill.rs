@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Result};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use allocator_api2::alloc::{AllocError, Allocator, Global, Layout};
 use memmap2::{Advice, MmapOptions, MmapRaw, RemapOptions};
@@ -23,40 +23,65 @@ const ALIGNMENT_MAX: usize = 4096;
 /// Of what is free where files are made, one takes this share at most.
 const FREE_SHARE: u64 = 4;
 
-/// Says how many bytes of lists are in memory at most, and where files for more of them are made, for what is allocated from now on.
-/// Until then, all are in memory.
-pub fn limit(bytes: usize, folder: PathBuf) {
-    space().limit = Some((bytes, folder));
+/// How many bytes of a run's lists are in memory at most, and where files for more of them are made: an allocator for lists that may get
+/// long. Copies of it are the same budget, which lasts as long as any list that was made from it. The default is none at all: then
+/// everything is in memory.
+#[derive(Debug, Clone, Default)]
+pub struct Budget(Option<Arc<Mutex<Space>>>);
+
+impl Budget {
+    /// So many bytes in memory, and files in `folder`.
+    pub fn new(bytes: usize, folder: PathBuf) -> Self {
+        let space = Space {
+            limit: bytes,
+            folder,
+            mappings: Vec::new(),
+        };
+        Self(Some(Arc::new(Mutex::new(space))))
+    }
+
+    /// Changes how many bytes are in memory at most, for what is allocated from now on.
+    pub fn set_bytes(&self, bytes: usize) {
+        if let Some(space) = &self.0 {
+            lock(space).limit = bytes;
+        }
+    }
+
+    /// Bytes of its lists in files now.
+    pub fn bytes_in_files(&self) -> usize {
+        let Some(space) = &self.0 else { return 0 };
+        let space = lock(space);
+        let in_files = space.mappings.iter().filter(|one| one.file.is_some());
+        in_files.map(|one| one.map.len()).sum()
+    }
+
+    /// Where a block of this layout is kept; none if that is where the ordinary allocator has it.
+    fn space_of(&self, layout: Layout) -> Option<&Mutex<Space>> {
+        let is_small = layout.size() < LARGE_BYTES || layout.align() > ALIGNMENT_MAX;
+        self.0.as_deref().filter(|_| !is_small)
+    }
 }
 
-/// Bytes of lists in files now.
-pub fn bytes_in_files() -> usize {
-    let space = space();
-    let in_files = space.mappings.iter().filter(|one| one.file.is_some());
-    in_files.map(|one| one.map.len()).sum()
+fn lock(space: &Mutex<Space>) -> MutexGuard<'_, Space> {
+    space.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// An allocator for lists that may get long.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Spill;
 
 // SAFETY: blocks are the ordinary allocator's or mappings of the space, by their size alone; both stay valid until they are given
 // back, wherever the allocator is moved, and all copies of it are alike. A mapping is as long as what was asked for, and lies at the
 // beginning of a page.
-unsafe impl Allocator for Spill {
+unsafe impl Allocator for Budget {
     fn allocate(&self, layout: Layout) -> std::result::Result<NonNull<[u8]>, AllocError> {
-        if is_small(layout) {
-            return Global.allocate(layout);
+        match self.space_of(layout) {
+            Some(space) => lock(space).map(layout.size()).map_err(|_| AllocError),
+            None => Global.allocate(layout),
         }
-        space().map(layout.size()).map_err(|_| AllocError)
     }
 
     unsafe fn deallocate(&self, at: NonNull<u8>, layout: Layout) {
-        if is_small(layout) {
+        match self.space_of(layout) {
+            Some(space) => lock(space).unmap(at),
             // SAFETY: it came from there, since the layout is the same.
-            unsafe { Global.deallocate(at, layout) };
-        } else {
-            space().unmap(at);
+            None => unsafe { Global.deallocate(at, layout) },
         }
     }
 
@@ -76,27 +101,27 @@ unsafe impl Allocator for Spill {
     }
 }
 
-impl Spill {
+impl Budget {
     /// Makes a block longer or shorter.
     ///
     /// # Safety
     /// `at` is a block of this allocator with the layout `old`.
     unsafe fn resize(
-        self,
+        &self,
         at: NonNull<u8>,
         old: Layout,
         new: Layout,
     ) -> std::result::Result<NonNull<[u8]>, AllocError> {
-        match (is_small(old), is_small(new)) {
-            (true, true) if new.size() >= old.size() => {
+        match (self.space_of(old), self.space_of(new)) {
+            (Some(space), Some(_)) => lock(space).remap(at, new.size()).map_err(|_| AllocError),
+            (None, None) if new.size() >= old.size() => {
                 // SAFETY: it came from there.
                 unsafe { Global.grow(at, old, new) }
             }
-            (true, true) => {
+            (None, None) => {
                 // SAFETY: it came from there.
                 unsafe { Global.shrink(at, old, new) }
             }
-            (false, false) => space().remap(at, new.size()).map_err(|_| AllocError),
             _ => {
                 let moved = self.allocate(new)?;
                 // SAFETY: both are at least as long, and apart: the old one was not given back yet.
@@ -109,10 +134,6 @@ impl Spill {
             }
         }
     }
-}
-
-fn is_small(layout: Layout) -> bool {
-    layout.size() < LARGE_BYTES || layout.align() > ALIGNMENT_MAX
 }
 
 /// A large block.
@@ -177,21 +198,14 @@ fn make_room(file: &File, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-/// All large blocks.
+/// All large blocks of a budget.
 #[derive(Debug)]
 struct Space {
-    /// Bytes in memory at most, and where files are made.
-    limit: Option<(usize, PathBuf)>,
+    /// Bytes in memory at most.
+    limit: usize,
+    /// Where files are made.
+    folder: PathBuf,
     mappings: Vec<Mapping>,
-}
-
-static SPACE: Mutex<Space> = Mutex::new(Space {
-    limit: None,
-    mappings: Vec::new(),
-});
-
-fn space() -> MutexGuard<'static, Space> {
-    SPACE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Space {
@@ -230,18 +244,18 @@ impl Space {
     /// A new mapping, in place of `instead` bytes that are in memory now.
     fn make(&self, bytes: usize, instead: usize) -> Result<Mapping> {
         if !self.fits(bytes.saturating_sub(instead))
-            && let Some((_, folder)) = &self.limit
-            && let Ok(mapping) = Mapping::in_file(bytes, folder)
+            && let Ok(mapping) = Mapping::in_file(bytes, &self.folder)
         {
             return Ok(mapping);
         }
         Mapping::in_memory(bytes)
     }
 
+    /// Whether so many more bytes are within the limit.
     fn fits(&self, more: usize) -> bool {
         let in_memory = self.mappings.iter().filter(|one| one.file.is_none());
         let in_memory: usize = in_memory.map(|one| one.map.len()).sum();
-        self.limit.as_ref().is_none_or(|(limit, _)| in_memory + more <= *limit)
+        in_memory + more <= self.limit
     }
 
     fn place(&self, at: NonNull<u8>) -> Option<usize> {

@@ -9,7 +9,7 @@ use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
 use crate::fs::HeldRange;
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
 
@@ -209,15 +209,15 @@ impl Volume {
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    pub(super) fn map_btrfs(&self) -> Result<Mapped> {
+    pub(super) fn map_btrfs(&self, budget: &Budget) -> Result<Mapped> {
         /// Items that may wait to be merged.
         const WAITING_MIN: usize = 1 << 16;
         let disagree = |image: ImageId| Error::Metadata {
             path: self.images[image as usize].path.clone(),
             problem: "items disagree about the length of an extent".into(),
         };
-        let (mut seen, mut merge_at) = (SpillVec::new(), WAITING_MIN);
-        let mut spans = Collector::new();
+        let (mut seen, mut merge_at) = (SpillVec::new_in(budget), WAITING_MIN);
+        let mut spans = Collector::new_in(budget);
         let (mut inline_bytes, mut inline, mut beyond) = (0, Vec::new(), Vec::new());
         for (number, image) in (0u32..).zip(&self.images) {
             let image_end = image.size.next_multiple_of(BLOCK_BYTES);
@@ -281,9 +281,9 @@ impl Volume {
             }
         }
         merge(&mut seen).map_err(disagree)?;
-        self.count_references(&mut seen)?;
+        self.count_references(&mut seen, budget)?;
         let mut slot = 0u32;
-        let mut extents: SpillVec<Extent> = SpillVec::with_capacity(seen.len());
+        let mut extents: SpillVec<Extent> = SpillVec::with_capacity_in(seen.len(), budget);
         for mut extent in seen.into_iter().map(|seen| seen.extent) {
             extent.first_slot = slot;
             slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
@@ -313,7 +313,7 @@ impl Volume {
     }
 
     /// Fills in generations, and pins what is referred to from elsewhere.
-    fn count_references(&self, seen: &mut [Seen]) -> Result<()> {
+    fn count_references(&self, seen: &mut [Seen], budget: &Budget) -> Result<()> {
         let (Some(first), Some(last)) = (seen.first(), seen.last()) else {
             return Ok(());
         };
@@ -325,7 +325,7 @@ impl Volume {
         let (first, last) = (key(first.extent.address, 0), key(last.extent.address, u64::MAX));
         let mut at = 0;
         // What is not found there is not understood, and stays.
-        let mut total = SpillVec::of(u64::MAX, seen.len());
+        let mut total = SpillVec::of_in(u64::MAX, seen.len(), budget);
         self.search(EXTENT_TREE, first, last, |found, item| {
             while seen.get(at).is_some_and(|seen| seen.extent.address < found.object) {
                 at += 1;

@@ -37,7 +37,7 @@ pub fn fingerprints_from_checksums(fs: &Volume, facts: &mut Facts, known: &mut S
 /// Those of reading metadata.
 pub fn checksum_digests(fs: &Volume, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
     let width = fs.checksum_bytes().max(1);
-    let mut digests = SpillVec::of(None, facts.extents.len());
+    let mut digests = SpillVec::of_in(None, facts.extents.len(), facts.budget());
     if fs.frees_blocks() {
         return Ok(digests);
     }

@@ -35,7 +35,7 @@ use crate::fingerprint::Function;
 use crate::monitor::Monitor;
 use crate::pool::users::FileId;
 use crate::pool::{Found, Named, Skipped};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::beneath::Folder;
 use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
@@ -262,14 +262,14 @@ impl Volume {
         }
     }
 
-    /// Reads the extent maps of all images.
+    /// Reads the extent maps of all images, into lists that are made from a budget.
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    pub fn map(&self) -> Result<Mapped> {
+    pub fn map(&self, budget: &Budget) -> Result<Mapped> {
         match self.info.kind {
-            Kind::Btrfs { .. } => self.map_btrfs(),
-            Kind::Xfs { reverse_map, .. } => self.map_xfs(reverse_map),
+            Kind::Btrfs { .. } => self.map_btrfs(budget),
+            Kind::Xfs { reverse_map, .. } => self.map_xfs(reverse_map, budget),
         }
     }
 
@@ -333,7 +333,7 @@ impl Volume {
             }
             Ok(proofs)
         };
-        let mut proofs = SpillVec::with_capacity(slots.len());
+        let mut proofs = SpillVec::with_capacity_in(slots.len(), facts.budget());
         for slots in slots.chunks(AT_ONCE) {
             let read: Result<Vec<Vec<_>>> = slots.par_chunks(AHEAD).map(read_all).collect();
             proofs.extend(read?.into_iter().flatten());

@@ -10,7 +10,7 @@ use super::{Image, Mapped, Volume, blocks};
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
 
@@ -220,7 +220,8 @@ fn cut(
     images: &[Image],
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
-    let mut events: SpillVec<(u64, Event)> = SpillVec::with_capacity(2 * (ranges.iter().len() + others.len()));
+    let mut events: SpillVec<(u64, Event)> =
+        SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
     for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
         events.push((range.block, Event::Begin(number)));
         events.push((range.block + u64::from(range.blocks), Event::End(number)));
@@ -236,7 +237,7 @@ fn cut(
         (range, Members::of(numbers, images, &ages))
     };
     let mut active = Active::default();
-    let mut extents = SpillVec::new();
+    let mut extents = SpillVec::new_in(ranges.budget());
     let (mut open, mut slot): (Option<(u64, State)>, u32) = (None, 0);
     // Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block
     // until now, by the address where it begins to be that.
@@ -307,8 +308,8 @@ fn cut(
 }
 
 impl Volume {
-    pub(super) fn map_xfs(&self, reverse_map: bool) -> Result<Mapped> {
-        let mut ranges = Collector::new();
+    pub(super) fn map_xfs(&self, reverse_map: bool, budget: &Budget) -> Result<Mapped> {
+        let mut ranges = Collector::new_in(budget);
         let mut beyond = Vec::new();
         for (number, image) in (0u32..).zip(&self.images) {
             for range in ranges_of(image)? {
@@ -319,7 +320,7 @@ impl Volume {
             }
         }
         let ranges = ranges.finish();
-        let others = if reverse_map { self.others()? } else { None };
+        let others = if reverse_map { self.others(budget)? } else { None };
         let _ = self.names_owners.set(others.is_some());
         let extents = cut(
             &ranges,
@@ -367,9 +368,9 @@ impl Volume {
     }
 
     /// Blocks that files outside the pool share with something. None if the kernel does not tell this process.
-    pub(super) fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
+    pub(super) fn others(&self, budget: &Budget) -> Result<Option<SpillVec<SharedBlocks>>> {
         let mine: HashSet<u64> = self.images.iter().map(|image| image.inode).collect();
-        let mut others = SpillVec::new();
+        let mut others = SpillVec::new_in(budget);
         let asked = shared_blocks(&self.scratch, |blocks| {
             if !mine.contains(&blocks.inode) {
                 others.push(blocks);
