@@ -9,6 +9,7 @@ use common::{Mounted, can_mount};
 use proptest::prelude::*;
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Proof, Reference, Shared};
+use vmfold::fingerprint::Fingerprints;
 use vmfold::fs::simulated::PLAIN;
 use vmfold::plan::{Options, Plan, plan_proved};
 use vmfold::spill::{Budget, SpillMap, SpillVec};
@@ -159,11 +160,13 @@ fn files_have_their_room_and_leave_most_of_it() {
     drop((list, most));
 }
 
-/// Loses the file of a list, as a failing disk would have it, and reads on.
-fn lose_a_list() {
+/// Loses the files of lists and fingerprints, as a failing disk would have it, and reads on.
+fn lose(what: &str) {
+    const SLOTS: usize = 2 << 20;
     vmfold::sys::signals::explain_sigbus();
     limited(0, |budget, _| {
         let list: SpillVec<u8> = SpillVec::of_in(1, 2 << 20, budget);
+        let fingerprints = Fingerprints::in_file(SLOTS, budget).expect("a file");
         for file in std::fs::read_dir("/proc/self/fd").expect("the open files") {
             let file = file.expect("an open file").path();
             let target = std::fs::read_link(&file).unwrap_or_default();
@@ -175,31 +178,40 @@ fn lose_a_list() {
                 file.set_len(0).expect("a file that can be cut");
             }
         }
-        panic!(
-            "they are still there: {}",
-            list.iter().map(|byte| u64::from(*byte)).sum::<u64>()
-        );
+        let sum: u64 = match what {
+            LIST => list.iter().map(|byte| u64::from(*byte)).sum(),
+            _ => fingerprints.get(1 << 20).into(),
+        };
+        panic!("they are still there: {sum}");
     });
 }
 
+const LIST: &str = "list";
+
 #[test]
-fn who_loses_a_list_says_so() {
-    const LOSE: &str = "VMFOLD_TEST_LOSES_A_LIST";
-    if std::env::var_os(LOSE).is_some() {
-        return lose_a_list();
+fn who_loses_what_does_not_fit_into_memory_says_so() {
+    const LOSE: &str = "VMFOLD_TEST_LOSES";
+    if let Ok(what) = std::env::var(LOSE) {
+        return lose(&what);
     }
-    // It ends the process, so it has one of its own: this test once more.
-    let output = std::process::Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", "who_loses_a_list_says_so", "--nocapture"])
-        .env(LOSE, "1")
-        .output()
-        .expect("a process of its own");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(
-        stderr.contains("error: what does not fit into memory lies in files beside the index"),
-        "{stderr}"
-    );
+    for what in [LIST, "fingerprints"] {
+        // It ends the process, so it has one of its own: this test once more.
+        let output = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args([
+                "--exact",
+                "who_loses_what_does_not_fit_into_memory_says_so",
+                "--nocapture",
+            ])
+            .env(LOSE, what)
+            .output()
+            .expect("a process of its own");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{what}: {stderr}");
+        assert!(
+            stderr.contains("error: what does not fit into memory lies in files beside the index"),
+            "{what}: {stderr}"
+        );
+    }
 }
 
 /// A plan for enough extents that lists of them may lie in files, and how many bytes did on the way. Of every fourth, half is like the one

@@ -317,10 +317,6 @@ impl Exporter<'_> {
             &mut out,
             self.monitor,
         )?;
-        facts
-            .fingerprints
-            .check()
-            .map_err(Error::io("use the file of fingerprints in", &self.options.scope.index))?;
         self.check_unchanged()?;
         let pieces = corrected(&plan, &stored.corrections);
         self.put_corrections(&stored, &mut out)?;

@@ -161,7 +161,7 @@ pub fn import_from(store: Arc<dyn Store>, options: &Options, monitor: &dyn Monit
     let seeds = Seeds::open(options, restore.shares, &wanted, announced.iter(), monitor)?;
     let seeded = match &seeds {
         Some(seeds) => {
-            let found = seeds.find(&wanted, announced.iter(), monitor)?;
+            let found = seeds.find(&wanted, announced.iter(), monitor);
             seeds.prove(&found, &mut hashes, monitor)?
         }
         None => Vec::new(),

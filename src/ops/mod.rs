@@ -181,11 +181,8 @@ fn lists_bytes(memory_bytes: u64) -> usize {
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
     let memory_bytes = scope.memory_bytes(facts.slots());
     facts.budget().set_bytes(lists_bytes(memory_bytes));
-    if !plan::fits(facts, memory_bytes) {
-        std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
-    }
-    plan::make_room(facts, memory_bytes, &scope.index)
-        .map_err(Error::io("make a file for fingerprints in", &scope.index))
+    let failed = Error::writing("make a file for fingerprints in", &scope.index);
+    plan::make_room(facts, memory_bytes).map_err(failed)
 }
 
 /// Looks for images, and notes what could not be looked at.

@@ -255,10 +255,6 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
             plan = plan_proved(facts, &smaller, &go_on, &mut prove)?;
         }
     }
-    facts
-        .fingerprints
-        .check()
-        .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
     Ok((plan, proved))
 }
 

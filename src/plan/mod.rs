@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 pub use apply::{Applied, Origins, apply};
 pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
 pub use ops::{Batch, DonorFile, Op, Source};
-pub use room::{fits, lists_bytes, make_room, memory_bytes};
+pub use room::{lists_bytes, make_room, memory_bytes};
 
 use self::table::Table;
 use crate::block::{Slot, bytes};

@@ -61,7 +61,7 @@ fn main() {
     let memory_bytes = memory_mib.map_or_else(|| memory_bytes(slots), |mib| u64::from(mib) << 20);
     let folder = std::env::var_os("SPILL").map_or_else(std::env::temp_dir, Into::into);
     let lists = usize::try_from(lists_bytes(memory_bytes)).unwrap();
-    let budget = Budget::new(lists, folder.clone());
+    let budget = Budget::new(lists, folder);
     let begin = Instant::now();
     let all = (0..extents).map(|number| Extent {
         address: u64::from(number) * bytes(blocks),
@@ -93,7 +93,7 @@ fn main() {
     });
     let mappings = Shared::from_references_in(references, &budget);
     let mut facts = Facts::new(SpillVec::from_iter_in(all, &budget), mappings, 0);
-    make_room(&mut facts, memory_bytes, &folder).unwrap();
+    make_room(&mut facts, memory_bytes).unwrap();
     for extent in 0..extents {
         let first = extent * blocks;
         let of: Vec<u32> = (first..first + blocks)

@@ -32,8 +32,6 @@ use crate::sys::logical_ino;
 /// Seeds that were opened and fingerprinted.
 pub(super) struct Seeds {
     prepared: Prepared,
-    /// The folder of indexes, where lists may lie.
-    index: PathBuf,
 }
 
 impl Seeds {
@@ -84,10 +82,7 @@ impl Seeds {
                 second: paths.first().cloned().unwrap_or_default(),
             });
         }
-        Ok(Self {
-            prepared,
-            index: options.index.clone(),
-        })
+        Ok(Self { prepared })
     }
 
     fn fs(&self) -> &Volume {
@@ -100,7 +95,7 @@ impl Seeds {
         wanted: &[Range<StoreBlock>],
         announced: impl Iterator<Item = &'a Announced>,
         monitor: &dyn Monitor,
-    ) -> Result<Vec<Seeded>> {
+    ) -> Vec<Seeded> {
         monitor.phase("Looking for blocks that are here already", 0);
         let end = wanted.last().map_or(0, |range| range.end) as usize;
         let facts = &self.prepared.facts;
@@ -111,11 +106,7 @@ impl Seeds {
             known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
         }
         let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
-        for all in [&fingerprints, &facts.fingerprints] {
-            all.check()
-                .map_err(Error::io("use the file of fingerprints in", &self.index))?;
-        }
-        Ok(found.iter().flat_map(|seeded| self.without_tails(seeded)).collect())
+        found.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
     }
 
     /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.

@@ -274,7 +274,7 @@ impl Importer<'_> {
             )?;
         }
         let seeded = match &self.seeds {
-            Some(seeds) => seeds.find(&ranges, self.epoch.announced.iter(), self.monitor)?,
+            Some(seeds) => seeds.find(&ranges, self.epoch.announced.iter(), self.monitor),
             None => Vec::new(),
         };
         let seeded_ranges: Vec<_> = seeded.iter().map(|one| one.first..one.first + one.blocks).collect();
