@@ -8,7 +8,48 @@ use crate::shown::{shown, size};
 /// Result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An error, with what there is to do about it in [`Error::hint`].
+/// What kind of error it is: what it asks of the user, and what exit codes follow from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The command line is at fault: it names what is not there, or asks for what makes no sense or cannot be.
+    Usage,
+    /// What is to be replaced or written to is in use.
+    InUse,
+    /// Another process is at work there: waiting helps.
+    Busy,
+    /// The filesystem, the kernel, a permission or a limit of vmfold does not allow it.
+    Refused,
+    /// An archive is not what was written.
+    Damaged,
+    /// There is too little space, or a quota is used up.
+    NoSpace,
+    /// The user stopped it.
+    Interrupted,
+    /// A system call failed, or what it returned makes no sense.
+    Io,
+}
+
+/// What a write found used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exhausted {
+    /// The space of the filesystem: `ENOSPC`.
+    Space,
+    /// A quota: `EDQUOT`.
+    Quota,
+}
+
+impl Exhausted {
+    /// What is used up, if that is what an error of this kind says.
+    pub fn of(kind: std::io::ErrorKind) -> Option<Self> {
+        match kind {
+            std::io::ErrorKind::StorageFull => Some(Self::Space),
+            std::io::ErrorKind::QuotaExceeded => Some(Self::Quota),
+            _ => None,
+        }
+    }
+}
+
+/// An error, with its kind in [`Error::kind`] and what there is to do about it in [`Error::hint`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,6 +62,16 @@ pub enum Error {
         path: PathBuf,
         /// To which part of it, if not all.
         range: Option<ByteRange>,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A range of an image, or of a file that shares its blocks, cannot be read. Made by [`Error::unreadable`] alone.
+    #[error("cannot read `{}`, {range}", shown(path))]
+    Unreadable {
+        /// The image.
+        path: PathBuf,
+        /// What could not be read of it.
+        range: ByteRange,
         /// What the system said.
         source: std::io::Error,
     },
@@ -115,6 +166,12 @@ pub enum Error {
     #[error("another import is restoring to `{}`", shown(path))]
     Restoring {
         /// The folder.
+        path: PathBuf,
+    },
+    /// Another process appends to the same archive.
+    #[error("another vmfold is writing to `{}`", shown(path))]
+    Appending {
+        /// The archive.
         path: PathBuf,
     },
     /// An error came while images were replaced, and what was replaced could not be undone.
@@ -272,17 +329,6 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// Part of an archive cannot be restored.
-    #[error(
-        "the archive `{}` is damaged: {images} of its images cannot be restored whole",
-        shown(path)
-    )]
-    Lost {
-        /// The archive.
-        path: PathBuf,
-        /// How many images.
-        images: usize,
-    },
     /// The user stopped it.
     #[error("interrupted")]
     Interrupted,
@@ -315,6 +361,21 @@ pub fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What to do about an error of a system call.
+fn hint_of(error: &std::io::Error) -> Option<&'static str> {
+    Some(match Exhausted::of(error.kind()) {
+        Some(Exhausted::Space) => "free some space and run it again",
+        Some(Exhausted::Quota) => QUOTA_HINT,
+        None => match error.raw_os_error()? {
+            libc::EIO => {
+                "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude"
+            }
+            libc::EFBIG => "no file may be that large: see ulimit -f, and what the filesystem allows",
+            _ => return None,
+        },
+    })
+}
+
 /// What to do about a quota that is used up.
 const QUOTA_HINT: &str = "raise the quota or free some space, and run it again";
 
@@ -333,13 +394,13 @@ impl Error {
     pub fn writing<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl Fn(E) -> Self {
         move |error| {
             let error = error.into();
-            match error.raw_os_error() {
-                Some(number @ (libc::ENOSPC | libc::EDQUOT)) => Self::NoSpace {
-                    is_quota: number == libc::EDQUOT,
+            match Exhausted::of(error.kind()) {
+                Some(exhausted) => Self::NoSpace {
+                    is_quota: exhausted == Exhausted::Quota,
                     operation,
                     path: path.to_owned(),
                 },
-                _ => Self::io(operation, path)(error),
+                None => Self::io(operation, path)(error),
             }
         }
     }
@@ -360,6 +421,16 @@ impl Error {
         }
     }
 
+    /// Makes an [`Error::Unreadable`]: every read of an image that fails is reported by this.
+    pub fn unreadable(path: &Path, start: u64, length: u64) -> impl FnOnce(std::io::Error) -> Self {
+        let range = ByteRange { start, length };
+        move |source| Self::Unreadable {
+            path: path.to_owned(),
+            range,
+            source,
+        }
+    }
+
     /// Makes an [`Error::Damaged`].
     pub fn damaged(path: &Path, start: u64, length: u64, problem: impl Into<String>) -> Self {
         Self::Damaged {
@@ -369,16 +440,45 @@ impl Error {
         }
     }
 
-    /// Whether it is that part of a file could not be read.
-    pub fn is_read(&self) -> bool {
-        matches!(
-            self,
-            Self::Io {
-                operation: "read",
-                range: Some(_),
-                ..
+    /// What kind of error it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Usage(_)
+            | Self::NoSuchPath { .. }
+            | Self::NotMounted { .. }
+            | Self::NotAnImage { .. }
+            | Self::NoImages { .. }
+            | Self::TwoFilesystems { .. }
+            | Self::NotAnArchive { .. }
+            | Self::NoSuchCommit { .. }
+            | Self::Exists { .. }
+            | Self::FolderInTheWay { .. } => ErrorKind::Usage,
+            Self::InUse { .. } | Self::Appending { .. } => ErrorKind::InUse,
+            Self::Busy { .. } | Self::Restoring { .. } | Self::ChangedMeanwhile { .. } => ErrorKind::Busy,
+            Self::NoSharing { .. }
+            | Self::NoReflinks { .. }
+            | Self::SectorSize { .. }
+            | Self::NoCompression { .. }
+            | Self::ReadOnly { .. }
+            | Self::NotOurs { .. }
+            | Self::OfAnother { .. }
+            | Self::Kernel { .. }
+            | Self::NotRoot
+            | Self::TooLarge
+            | Self::Unsupported { .. } => ErrorKind::Refused,
+            Self::Damaged { .. } => ErrorKind::Damaged,
+            Self::NoSpace { .. } | Self::Grows { .. } | Self::DoesNotFit { .. } | Self::Reserve { .. } => {
+                ErrorKind::NoSpace
             }
-        )
+            Self::Interrupted => ErrorKind::Interrupted,
+            Self::Io { source, .. } if Exhausted::of(source.kind()).is_some() => ErrorKind::NoSpace,
+            // Whatever stopped the replacing, what the user has to know of is that it could not be undone.
+            Self::Io { .. }
+            | Self::Unreadable { .. }
+            | Self::HalfReplaced { .. }
+            | Self::Index { .. }
+            | Self::Metadata { .. } => ErrorKind::Io,
+        }
     }
 
     /// What the user can do about it, if there is something.
@@ -397,7 +497,7 @@ impl Error {
             Self::NoCompression { .. } => "leave --compress out: reclaim and export work on XFS",
             Self::Grows { .. } => "free some space, or name fewer images",
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
-            Self::Busy { .. } | Self::Restoring { .. } => "wait until it has ended",
+            Self::Busy { .. } | Self::Restoring { .. } | Self::Appending { .. } => "wait until it has ended",
             Self::HalfReplaced { source, .. } => return source.hint(),
             Self::NotOurs { .. } => "remove it, or set XDG_RUNTIME_DIR to a folder of yours",
             Self::Kernel { .. } => "use Linux 5.4 or later",
@@ -407,15 +507,7 @@ impl Error {
             Self::NoSpace { is_quota: true, .. } => QUOTA_HINT,
             Self::NoSpace { .. } => "free some space and run it again: it goes on where it stopped",
             Self::Metadata { .. } => "run btrfs check or xfs_repair -n on the unmounted filesystem",
-            Self::Io { source, .. } => match source.raw_os_error()? {
-                libc::EIO => {
-                    "the disk or a checksum failed: restore the image from a backup, or leave it out with --exclude"
-                }
-                libc::ENOSPC => "free some space and run it again",
-                libc::EDQUOT => QUOTA_HINT,
-                libc::EFBIG => "no file may be that large: see ulimit -f, and what the filesystem allows",
-                _ => return None,
-            },
+            Self::Io { source, .. } | Self::Unreadable { source, .. } => return hint_of(source),
             Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
             Self::OfAnother { .. } => {
                 "whoever owns it could read what is written: name another file, or one in a folder of your own"
@@ -433,45 +525,194 @@ impl Error {
             Self::InUse { .. } => "shut its machine down, or restore to another folder",
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
-            Self::Lost { .. } => "--partial restores what is intact",
             Self::Interrupted | Self::Usage(_) => return None,
         })
-    }
-
-    /// Whether an archive is at fault: it is not what was written, or does not make sense.
-    pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Damaged { .. } | Self::Lost { .. })
-    }
-
-    /// Whether the command line is at fault, rather than the world.
-    pub fn is_usage(&self) -> bool {
-        matches!(
-            self,
-            Self::Usage(_)
-                | Self::NoSuchPath { .. }
-                | Self::NotAnImage { .. }
-                | Self::NoImages { .. }
-                | Self::TwoFilesystems { .. }
-                | Self::NotAnArchive { .. }
-                | Self::NoSuchCommit { .. }
-                | Self::Exists { .. }
-                | Self::FolderInTheWay { .. }
-                | Self::InUse { .. }
-                | Self::NotMounted { .. }
-        )
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    fn from_system(number: i32) -> std::io::Error {
+        std::io::Error::from_raw_os_error(number)
+    }
+
+    fn with(make: fn(PathBuf) -> Error) -> Error {
+        make(PathBuf::from("a"))
+    }
+
+    fn of_usage() -> Vec<Error> {
+        vec![
+            Error::Usage(String::new()),
+            with(|path| Error::NoSuchPath { path }),
+            with(|path| Error::NotMounted { path }),
+            with(|path| Error::NotAnImage { path }),
+            with(|path| Error::NoImages { paths: vec![path] }),
+            with(|path| Error::TwoFilesystems {
+                first: path.clone(),
+                second: path,
+            }),
+            with(|path| Error::NotAnArchive { path }),
+            with(|path| Error::NoSuchCommit {
+                path,
+                commit: String::new(),
+            }),
+            with(|path| Error::Exists { paths: vec![path] }),
+            with(|path| Error::FolderInTheWay { path }),
+        ]
+    }
+
+    fn of_refusal() -> Vec<Error> {
+        vec![
+            with(|path| Error::NoSharing {
+                path,
+                filesystem: String::new(),
+            }),
+            with(|path| Error::NoReflinks { path }),
+            with(|path| Error::SectorSize {
+                path,
+                block_bytes: 65536,
+            }),
+            with(|path| Error::NoCompression { path }),
+            with(|path| Error::ReadOnly { path }),
+            with(|path| Error::NotOurs { path }),
+            with(|path| Error::OfAnother { path, uid: 1 }),
+            Error::Kernel { release: (5, 3) },
+            Error::NotRoot,
+            Error::TooLarge,
+            with(|path| Error::Unsupported { path, problem: "" }),
+        ]
+    }
+
+    fn of_space() -> Vec<Error> {
+        vec![
+            Error::writing("write to", Path::new("a"))(from_system(libc::ENOSPC)),
+            with(|path| Error::Grows {
+                path,
+                grows_bytes: 1,
+                free_bytes: 0,
+            }),
+            with(|path| Error::DoesNotFit {
+                path,
+                needed_bytes: 1,
+                free_bytes: 0,
+            }),
+            with(|path| Error::Reserve { path, reserve_bytes: 1 }),
+        ]
+    }
+
+    fn of_system() -> Vec<Error> {
+        vec![
+            Error::io("open", Path::new("a"))(from_system(libc::EPERM)),
+            Error::unreadable(Path::new("a"), 0, 4096)(from_system(libc::EIO)),
+            with(|path| Error::HalfReplaced {
+                source: Box::new(Error::Interrupted),
+                replaced: vec![path],
+                kept: vec![],
+            }),
+            with(|path| Error::Index {
+                path,
+                problem: String::new(),
+            }),
+            with(|path| Error::Metadata {
+                path,
+                problem: String::new(),
+            }),
+        ]
+    }
+
+    /// An error of each variant, by the kind that it is to have.
+    fn one_of_each() -> Vec<(ErrorKind, Vec<Error>)> {
+        let in_use = vec![
+            with(|path| Error::InUse {
+                path,
+                by: String::new(),
+            }),
+            with(|path| Error::Appending { path }),
+        ];
+        let busy = vec![
+            with(|path| Error::Busy { path }),
+            with(|path| Error::Restoring { path }),
+            with(|path| Error::ChangedMeanwhile { paths: vec![path] }),
+        ];
+        vec![
+            (ErrorKind::Usage, of_usage()),
+            (ErrorKind::InUse, in_use),
+            (ErrorKind::Busy, busy),
+            (ErrorKind::Refused, of_refusal()),
+            (ErrorKind::Damaged, vec![Error::damaged(Path::new("a"), 0, 1, "")]),
+            (ErrorKind::NoSpace, of_space()),
+            (ErrorKind::Interrupted, vec![Error::Interrupted]),
+            (ErrorKind::Io, of_system()),
+        ]
+    }
+
+    /// The names that the source of this file has for the variants.
+    fn variants() -> BTreeSet<String> {
+        let source = include_str!("error.rs").split("pub enum Error {").nth(1).unwrap();
+        let lines = source.split("\n}").next().unwrap().lines();
+        let variants = lines.filter_map(|line| line.strip_prefix("    "));
+        variants
+            .filter(|line| line.starts_with(char::is_uppercase))
+            .map(first_word)
+            .collect()
+    }
+
+    fn first_word(text: &str) -> String {
+        let word = text.split(|c: char| !c.is_alphanumeric()).next();
+        word.unwrap_or_default().to_owned()
+    }
+
+    #[test]
+    fn every_variant_has_its_kind() {
+        let mut seen = BTreeSet::new();
+        for (kind, errors) in one_of_each() {
+            for error in errors {
+                assert_eq!(error.kind(), kind, "{error:?}");
+                assert!(
+                    seen.insert(first_word(&format!("{error:?}"))),
+                    "{error:?} is there twice"
+                );
+            }
+        }
+        assert_eq!(seen, variants());
+    }
+
+    #[test]
+    fn a_full_disk_and_a_quota_are_told_from_other_errors() {
+        let path = Path::new("a");
+        for (number, quota) in [(libc::ENOSPC, false), (libc::EDQUOT, true)] {
+            let error = Error::writing("write to", path)(from_system(number));
+            assert!(
+                matches!(error, Error::NoSpace { is_quota, .. } if is_quota == quota),
+                "{error:?}"
+            );
+            let error = Error::io("write to", path)(from_system(number));
+            assert_eq!(error.kind(), ErrorKind::NoSpace, "{error:?}");
+        }
+        for number in [libc::EIO, libc::EFBIG, libc::EROFS] {
+            let error = Error::writing("write to", path)(from_system(number));
+            assert_eq!(error.kind(), ErrorKind::Io, "{error:?}");
+        }
+    }
 
     #[test]
     fn what_a_full_disk_a_quota_and_a_limit_ask_for_is_said() {
-        let hint = |number| Error::io("write to", Path::new("a"))(std::io::Error::from_raw_os_error(number)).hint();
+        let hint = |number| Error::io("write to", Path::new("a"))(from_system(number)).hint();
         for number in [libc::ENOSPC, libc::EDQUOT, libc::EFBIG] {
             assert!(hint(number).is_some(), "{number}");
         }
         assert_eq!(hint(libc::EPERM), None);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_with_its_range() {
+        let error = Error::unreadable(Path::new("a"), 4096, 8192)(from_system(libc::EIO));
+        let plain = Error::io_at("read", Path::new("a"), 4096, 8192)(from_system(libc::EIO));
+        assert_eq!(describe(&error), describe(&plain));
+        assert_eq!(error.hint(), plain.hint());
     }
 }

@@ -2,42 +2,47 @@
 //! large and fragmented, and a host has a few gigabytes of memory: what goes beyond a budget lies in unnamed files beside the index.
 
 use std::ops::{Deref, DerefMut};
-use std::path::Path;
 
 use allocator_api2::vec::{IntoIter, Vec};
 
-pub use crate::sys::spill::bytes_in_files;
-use crate::sys::spill::{Spill, limit};
+pub use crate::sys::spill::Budget;
 
-/// A vector that may lie in a file: [`limit_lists`] says from which size on.
+/// A vector that may lie in a file, as its [`Budget`] has it. Where there is no budget ([`SpillVec::default`], or one that is collected
+/// without), it is in memory, whatever its length.
 #[derive(Clone, PartialEq, Eq)]
-pub struct SpillVec<T>(Vec<T, Spill>);
+pub struct SpillVec<T>(Vec<T, Budget>);
 
 /// A map that may lie in a file, too.
-pub type SpillMap<K, V> = hashbrown::HashMap<K, V, hashbrown::DefaultHashBuilder, Spill>;
-
-/// Says how many bytes of lists are in memory, from now on. Where there can be no files in `folder`, or it has too little room, lists stay
-/// in memory.
-pub fn limit_lists(bytes: u64, folder: &Path) {
-    limit(usize::try_from(bytes).unwrap_or(usize::MAX), folder.to_owned());
-}
+pub type SpillMap<K, V> = hashbrown::HashMap<K, V, hashbrown::DefaultHashBuilder, Budget>;
 
 impl<T> SpillVec<T> {
     /// An empty one.
-    pub fn new() -> Self {
-        Self(Vec::new_in(Spill))
+    pub fn new_in(budget: &Budget) -> Self {
+        Self(Vec::new_in(budget.clone()))
     }
 
     /// An empty one with room for so many.
-    pub fn with_capacity(count: usize) -> Self {
-        Self(Vec::with_capacity_in(count, Spill))
+    pub fn with_capacity_in(count: usize, budget: &Budget) -> Self {
+        Self(Vec::with_capacity_in(count, budget.clone()))
+    }
+
+    /// One of all that comes.
+    pub fn from_iter_in(items: impl IntoIterator<Item = T>, budget: &Budget) -> Self {
+        let mut all = Self::new_in(budget);
+        all.extend(items);
+        all
+    }
+
+    /// What it was made from.
+    pub fn budget(&self) -> &Budget {
+        self.0.allocator()
     }
 }
 
 impl<T: Clone> SpillVec<T> {
     /// So many times the same.
-    pub fn of(value: T, count: usize) -> Self {
-        let mut all = Self::with_capacity(count);
+    pub fn of_in(value: T, count: usize, budget: &Budget) -> Self {
+        let mut all = Self::with_capacity_in(count, budget);
         all.resize(count, value);
         all
     }
@@ -45,7 +50,7 @@ impl<T: Clone> SpillVec<T> {
 
 impl<T> Default for SpillVec<T> {
     fn default() -> Self {
-        Self::new()
+        Self::new_in(&Budget::default())
     }
 }
 
@@ -56,7 +61,7 @@ impl<T: std::fmt::Debug> std::fmt::Debug for SpillVec<T> {
 }
 
 impl<T> Deref for SpillVec<T> {
-    type Target = Vec<T, Spill>;
+    type Target = Vec<T, Budget>;
 
     fn deref(&self) -> &Self::Target {
         &self.0
@@ -71,15 +76,13 @@ impl<T> DerefMut for SpillVec<T> {
 
 impl<T> FromIterator<T> for SpillVec<T> {
     fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
-        let mut all = Self::new();
-        all.extend(items);
-        all
+        Self::from_iter_in(items, &Budget::default())
     }
 }
 
 impl<T> IntoIterator for SpillVec<T> {
     type Item = T;
-    type IntoIter = IntoIter<T, Spill>;
+    type IntoIter = IntoIter<T, Budget>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.0.into_iter()

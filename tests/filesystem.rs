@@ -22,6 +22,7 @@ use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, Outcome, Plain, Purpose, SourceFile, freed_bytes, images, open, physical_bytes};
 use vmfold::monitor::Silent;
 use vmfold::pool;
+use vmfold::spill::Budget;
 use vmfold::testing::simulated::{Content, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
 
 const BLOCKS: usize = 64;
@@ -113,7 +114,7 @@ fn all_is_as_it_was(fs: &dyn Filesystem) {
 
 fn map(fs: &dyn Filesystem) -> Facts {
     fs.commit().unwrap();
-    fs.map().unwrap().facts
+    fs.map(&Budget::default()).unwrap().facts
 }
 
 fn images_are_known(fs: &dyn Filesystem) {

@@ -4,28 +4,23 @@ mod common;
 
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
 use common::{Mounted, can_mount};
 use proptest::prelude::*;
 use vmfold::block::bytes;
-use vmfold::facts::{Extent, Facts, Proof, Reference};
+use vmfold::facts::{Extent, Facts, Proof, Reference, Shared};
+use vmfold::fingerprint::Fingerprints;
 use vmfold::plan::{Options, Plan, plan_proved};
-use vmfold::spill::{SpillMap, SpillVec, bytes_in_files, limit_lists};
+use vmfold::spill::{Budget, SpillMap, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
 /// Large enough that few make a list that may lie in a file.
 type Item = [u64; 1024];
 
-/// The limit is one for the whole process.
-static LIMIT: Mutex<()> = Mutex::new(());
-
 /// Does something with so many bytes of lists in memory.
-fn limited<T>(bytes: u64, does: impl FnOnce(&tempfile::TempDir) -> T) -> T {
-    let _alone = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
+fn limited<T>(bytes: usize, does: impl FnOnce(&Budget, &tempfile::TempDir) -> T) -> T {
     let folder = tempfile::tempdir().expect("a folder for temporary files");
-    limit_lists(bytes, folder.path());
-    does(&folder)
+    does(&Budget::new(bytes, folder.path().to_owned()), &folder)
 }
 
 #[derive(Debug, Clone)]
@@ -52,9 +47,9 @@ fn change() -> impl Strategy<Value = Change> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn a_list_holds_what_it_would_in_memory(changes in prop::collection::vec(change(), 1..30), limit_mib in 0u64..6) {
-        limited(limit_mib << 20, |_| {
-            let (mut list, mut expected): (SpillVec<Item>, Vec<Item>) = (SpillVec::new(), Vec::new());
+    fn a_list_holds_what_it_would_in_memory(changes in prop::collection::vec(change(), 1..30), limit_mib in 0usize..6) {
+        limited(limit_mib << 20, |budget, _| {
+            let (mut list, mut expected): (SpillVec<Item>, Vec<Item>) = (SpillVec::new_in(budget), Vec::new());
             for change in changes {
                 match change {
                     Change::Push(value) => {
@@ -90,38 +85,56 @@ proptest! {
 
 #[test]
 fn what_is_beyond_the_limit_lies_in_files() {
-    limited(4 << 20, |folder| {
-        let small: SpillVec<u8> = SpillVec::of(1, 3 << 20);
-        assert_eq!(bytes_in_files(), 0);
-        let large: SpillVec<u8> = SpillVec::of(2, 3 << 20);
-        assert_eq!(bytes_in_files(), 3 << 20);
+    limited(4 << 20, |budget, folder| {
+        let small: SpillVec<u8> = SpillVec::of_in(1, 3 << 20, budget);
+        assert_eq!(budget.bytes_in_files(), 0);
+        let large: SpillVec<u8> = SpillVec::of_in(2, 3 << 20, budget);
+        assert_eq!(budget.bytes_in_files(), 3 << 20);
         // One that grows over it moves.
-        let mut growing: SpillVec<u8> = SpillVec::with_capacity(1 << 20);
+        let mut growing: SpillVec<u8> = SpillVec::with_capacity_in(1 << 20, budget);
         growing.resize(1 << 20, 3);
-        assert_eq!(bytes_in_files(), 3 << 20);
+        assert_eq!(budget.bytes_in_files(), 3 << 20);
         growing.reserve_exact(1 << 20);
-        assert_eq!(bytes_in_files(), 5 << 20);
-        let map: SpillMap<u32, u64> = (0..200_000).map(|number| (number, u64::from(number) * 3)).collect();
-        assert!(bytes_in_files() > 5 << 20);
+        assert_eq!(budget.bytes_in_files(), 5 << 20);
+        let mut map: SpillMap<u32, u64> = SpillMap::new_in(budget.clone());
+        map.extend((0..200_000).map(|number| (number, u64::from(number) * 3)));
+        assert!(budget.bytes_in_files() > 5 << 20);
         assert!((0..200_000).all(|number| map.get(&number) == Some(&(u64::from(number) * 3))));
         assert!(small.iter().all(|byte| *byte == 1) && large.iter().all(|byte| *byte == 2));
         assert!(growing.len() == 1 << 20 && growing.iter().all(|byte| *byte == 3));
         // They have no name that someone else could come by.
         assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 0);
         drop((small, large, growing, map));
-        assert_eq!(bytes_in_files(), 0);
+        assert_eq!(budget.bytes_in_files(), 0);
     });
 }
 
 #[test]
 fn without_a_folder_everything_is_in_memory() {
-    limited(0, |folder| {
-        std::fs::write(folder.path().join("file"), "").expect("a file");
-        limit_lists(0, &folder.path().join("file/no folder"));
-        let mut list: SpillVec<u8> = SpillVec::of(7, 2 << 20);
-        list.resize(5 << 20, 7);
-        assert_eq!(bytes_in_files(), 0);
-        assert!(list.len() == 5 << 20 && list.iter().all(|byte| *byte == 7));
+    let folder = tempfile::tempdir().expect("a folder for temporary files");
+    std::fs::write(folder.path().join("file"), "").expect("a file");
+    let budget = Budget::new(0, folder.path().join("file/no folder"));
+    let mut list: SpillVec<u8> = SpillVec::of_in(7, 2 << 20, &budget);
+    list.resize(5 << 20, 7);
+    assert_eq!(budget.bytes_in_files(), 0);
+    assert!(list.len() == 5 << 20 && list.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn each_run_has_a_budget_of_its_own() {
+    limited(0, |files, _| {
+        limited(usize::MAX, |memory, _| {
+            let [one, other] = [files, memory].map(|budget| SpillVec::of_in(1u8, 2 << 20, budget));
+            let counts = || (files.bytes_in_files(), memory.bytes_in_files());
+            assert_eq!(counts(), (2 << 20, 0));
+            // A copy is made from the same one, and what there is stays where it is.
+            memory.set_bytes(0);
+            let copy = other.clone();
+            assert_eq!(counts(), (2 << 20, 2 << 20));
+            assert!(one == other && one == copy);
+            drop((one, copy));
+            assert_eq!(counts(), (0, 0));
+        });
     });
 }
 
@@ -132,28 +145,28 @@ fn files_have_their_room_and_leave_most_of_it() {
         return;
     }
     let btrfs = Mounted::new("mkfs.btrfs -q", "", 1024);
-    limited(0, |_| {
-        limit_lists(0, &btrfs.pool());
-        let list: SpillVec<u8> = SpillVec::of(1, 2 << 20);
-        assert_eq!(bytes_in_files(), 2 << 20);
-        let is_ours = |file: &PathBuf| std::fs::read_link(file).is_ok_and(|target| target.starts_with(btrfs.pool()));
-        let files = std::fs::read_dir("/proc/self/fd").expect("the open files");
-        let mut files = files.map(|file| file.expect("an open file").path()).filter(is_ours);
-        let file = std::fs::File::open(files.next().expect("the file")).expect("the file, opened once more");
-        let flags = vmfold::sys::inode_flags::inode_flags(&file).expect("its flags");
-        assert!(flags.contains(rustix::fs::IFlags::NOCOW));
-        // A quarter of what is free is too much.
-        let most: SpillVec<u8> = SpillVec::with_capacity(512 << 20);
-        assert_eq!(bytes_in_files(), 2 << 20);
-        drop((list, most));
-    });
+    let budget = Budget::new(0, btrfs.pool());
+    let list: SpillVec<u8> = SpillVec::of_in(1, 2 << 20, &budget);
+    assert_eq!(budget.bytes_in_files(), 2 << 20);
+    let is_ours = |file: &PathBuf| std::fs::read_link(file).is_ok_and(|target| target.starts_with(btrfs.pool()));
+    let files = std::fs::read_dir("/proc/self/fd").expect("the open files");
+    let mut files = files.map(|file| file.expect("an open file").path()).filter(is_ours);
+    let file = std::fs::File::open(files.next().expect("the file")).expect("the file, opened once more");
+    let flags = vmfold::sys::inode_flags::inode_flags(&file).expect("its flags");
+    assert!(flags.contains(rustix::fs::IFlags::NOCOW));
+    // A quarter of what is free is too much.
+    let most: SpillVec<u8> = SpillVec::with_capacity_in(512 << 20, &budget);
+    assert_eq!(budget.bytes_in_files(), 2 << 20);
+    drop((list, most));
 }
 
-/// Loses the file of a list, as a failing disk would have it, and reads on.
-fn lose_a_list() {
+/// Loses the files of lists and fingerprints, as a failing disk would have it, and reads on.
+fn lose(what: &str) {
+    const SLOTS: usize = 2 << 20;
     vmfold::sys::signals::explain_sigbus();
-    limited(0, |_| {
-        let list: SpillVec<u8> = SpillVec::of(1, 2 << 20);
+    limited(0, |budget, _| {
+        let list: SpillVec<u8> = SpillVec::of_in(1, 2 << 20, budget);
+        let fingerprints = Fingerprints::in_file(SLOTS, budget).expect("a file");
         for file in std::fs::read_dir("/proc/self/fd").expect("the open files") {
             let file = file.expect("an open file").path();
             let target = std::fs::read_link(&file).unwrap_or_default();
@@ -165,36 +178,45 @@ fn lose_a_list() {
                 file.set_len(0).expect("a file that can be cut");
             }
         }
-        panic!(
-            "they are still there: {}",
-            list.iter().map(|byte| u64::from(*byte)).sum::<u64>()
-        );
+        let sum: u64 = match what {
+            LIST => list.iter().map(|byte| u64::from(*byte)).sum(),
+            _ => fingerprints.get(1 << 20).into(),
+        };
+        panic!("they are still there: {sum}");
     });
 }
 
+const LIST: &str = "list";
+
 #[test]
-fn who_loses_a_list_says_so() {
-    const LOSE: &str = "VMFOLD_TEST_LOSES_A_LIST";
-    if std::env::var_os(LOSE).is_some() {
-        return lose_a_list();
+fn who_loses_what_does_not_fit_into_memory_says_so() {
+    const LOSE: &str = "VMFOLD_TEST_LOSES";
+    if let Ok(what) = std::env::var(LOSE) {
+        return lose(&what);
     }
-    // It ends the process, so it has one of its own: this test once more.
-    let output = std::process::Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", "who_loses_a_list_says_so", "--nocapture"])
-        .env(LOSE, "1")
-        .output()
-        .expect("a process of its own");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(
-        stderr.contains("error: what does not fit into memory lies in files beside the index"),
-        "{stderr}"
-    );
+    for what in [LIST, "fingerprints"] {
+        // It ends the process, so it has one of its own: this test once more.
+        let output = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args([
+                "--exact",
+                "who_loses_what_does_not_fit_into_memory_says_so",
+                "--nocapture",
+            ])
+            .env(LOSE, what)
+            .output()
+            .expect("a process of its own");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{what}: {stderr}");
+        assert!(
+            stderr.contains("error: what does not fit into memory lies in files beside the index"),
+            "{what}: {stderr}"
+        );
+    }
 }
 
 /// A plan for enough extents that lists of them may lie in files, and how many bytes did on the way. Of every fourth, half is like the one
 /// before.
-fn plan() -> (Plan, usize) {
+fn plan(budget: &Budget) -> (Plan, usize) {
     const EXTENTS: u32 = 40_000;
     const BLOCKS: u32 = 16;
     let number_of = |slot: u32| {
@@ -219,12 +241,16 @@ fn plan() -> (Plan, usize) {
         extent,
         preallocated: false,
     });
-    let mut facts = Facts::new(extents.collect(), references.collect(), 0);
+    let mut facts = Facts::new(
+        SpillVec::from_iter_in(extents, budget),
+        Shared::from_references_in(references, budget),
+        0,
+    );
     let fingerprint = |slot| (number_of(slot) + 1).wrapping_mul(0x9e37_79b9);
     facts.fingerprints = (0..EXTENTS * BLOCKS).map(fingerprint).collect::<Vec<_>>().into();
     let mut in_files = 0;
     let prove = |_: &Facts, slots: &[u32]| {
-        in_files = bytes_in_files();
+        in_files = budget.bytes_in_files();
         let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     };
@@ -234,8 +260,8 @@ fn plan() -> (Plan, usize) {
 
 #[test]
 fn plans_are_the_same_wherever_lists_lie() {
-    let (in_memory, none) = limited(u64::MAX, |_| plan());
-    let (in_files, bytes) = limited(0, |_| plan());
+    let (in_memory, none) = limited(usize::MAX, |budget, _| plan(budget));
+    let (in_files, bytes) = limited(0, |budget, _| plan(budget));
     assert!(none == 0 && bytes > 1 << 20, "{none} and {bytes} bytes in files");
     assert!(
         in_memory.eliminations.len() > 9000,

@@ -70,7 +70,7 @@ fn stores_conform() {
     assert_eq!(file.append(b"x").unwrap_err().kind(), ErrorKind::Unsupported);
     assert_eq!(file.truncate(0).unwrap_err().kind(), ErrorKind::Unsupported);
     let both = [FileStore::append_to(&path), FileStore::append_to(&path)];
-    assert!(matches!(both, [Ok(_), Err(Error::Usage(_))]), "{both:?}");
+    assert!(matches!(both, [Ok(_), Err(Error::Appending { .. })]), "{both:?}");
 }
 
 #[test]

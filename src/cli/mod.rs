@@ -14,7 +14,7 @@ use serde::Serialize;
 use args::{Args, Command};
 use progress::Terminal;
 
-use crate::error::{Error, Result, describe};
+use crate::error::{Error, ErrorKind, Result, describe};
 use crate::exec::compression::Wish;
 use crate::exec::restore::RestoreOptions;
 use crate::frame::Packer;
@@ -79,21 +79,22 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(exit) => exit.into(),
         Err(error) => {
-            if !matches!(error, Error::Interrupted) {
+            if error.kind() != ErrorKind::Interrupted {
                 print_error(&error);
             }
-            Exit::of(&error).into()
+            Exit::of(error.kind()).into()
         }
     }
 }
 
 impl Exit {
-    fn of(error: &Error) -> Self {
-        match error {
-            Error::Interrupted => Self::Interrupted,
-            error if error.is_damage() => Self::Damaged,
-            error if error.is_usage() => Self::Usage,
-            _ => Self::Failed,
+    /// The one table of what errors lead to.
+    fn of(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::Usage | ErrorKind::InUse => Self::Usage,
+            ErrorKind::Busy | ErrorKind::Refused | ErrorKind::NoSpace | ErrorKind::Io => Self::Failed,
+            ErrorKind::Damaged => Self::Damaged,
+            ErrorKind::Interrupted => Self::Interrupted,
         }
     }
 }
@@ -264,7 +265,7 @@ fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &
         });
         format!(
             "{}\n",
-            document.map_err(|error| Error::Usage(format!("cannot write JSON: {error}")))?
+            document.map_err(Error::io("write JSON to", Path::new("stdout")))?
         )
     } else {
         content.to_string()
@@ -380,5 +381,31 @@ impl args::Diff {
             memory_bytes: None,
         };
         (self.first.clone(), With::Pool(scope))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_error_has_the_exit_code_that_scripts_rely_on() {
+        let codes = [
+            (ErrorKind::Usage, 2),
+            (ErrorKind::InUse, 2),
+            (ErrorKind::Busy, 1),
+            (ErrorKind::Refused, 1),
+            (ErrorKind::Damaged, 4),
+            (ErrorKind::NoSpace, 1),
+            (ErrorKind::Interrupted, 130),
+            (ErrorKind::Io, 1),
+        ];
+        for (kind, code) in codes {
+            assert_eq!(Exit::of(kind) as u8, code, "{kind:?}");
+        }
+        let others = [(Exit::Done, 0), (Exit::SomeSkipped, 3), (Exit::Differs, 5)];
+        for (exit, code) in others {
+            assert_eq!(exit as u8, code, "{exit:?}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use crate::fs::{Filesystem, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, Options, Plan, plan_proved};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// What compression the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +74,7 @@ pub fn plan_wished<E>(
     monitor.phase("Planning", 0);
     let mut plan = plan_proved(facts, options, go_on, &mut prove)?;
     if let Some(Wish::Zstd { packer, recompress }) = wish {
-        let mut trial = Trial::new(packer, recompress);
+        let mut trial = Trial::new(packer, recompress, facts.budget());
         for _ in 0..TRIALS_MAX {
             if !trial.look_at(facts, &plan.layout, &is_candidate, fs, monitor) {
                 break;
@@ -110,11 +110,11 @@ struct Trial {
 
 impl Trial {
     /// One that knows nothing yet. Unless it is to `recompress`, what is compressed already stays.
-    fn new(packer: Packer, recompress: bool) -> Self {
+    fn new(packer: Packer, recompress: bool, budget: &Budget) -> Self {
         Self {
             packer,
             recompress,
-            tried: SpillVec::new(),
+            tried: SpillVec::new_in(budget),
             pool: Became::default(),
         }
     }
@@ -139,7 +139,8 @@ impl Trial {
             let may = self.recompress || extent.class.compression == Compression::None;
             extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
         };
-        let candidates: SpillVec<u32> = (0..count).filter(|place| wanted(facts, *place)).collect();
+        let candidates = (0..count).filter(|place| wanted(facts, *place));
+        let candidates: SpillVec<u32> = SpillVec::from_iter_in(candidates, facts.budget());
         let all = |facts: &Facts, places: &[u32]| -> u64 {
             let blocks = places.iter().map(|place| facts.extents[*place as usize].blocks);
             blocks.map(bytes).sum()

@@ -8,7 +8,7 @@ use crate::block::{BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts};
 use crate::frame::Packer;
-use crate::fs::{Filesystem, SourceFile, read_slots};
+use crate::fs::{Filesystem, SourceFile, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, Plan};
 
@@ -108,7 +108,7 @@ impl Writer<'_> {
     ) -> Result<()> {
         let read = match read {
             // Others need what is around it. In its place are zeros, which nothing is shared with.
-            Err(error) if error.is_read() => {
+            Err(error @ Error::Unreadable { .. }) => {
                 written.unreadable.push(self.first_unreadable(extent).unwrap_or(error));
                 donor.missing.push(*at..*at + extent.blocks);
                 Packed {
@@ -156,11 +156,7 @@ impl Writer<'_> {
     }
 
     fn read_ahead(self, extent: &DonorExtent) {
-        let pieces = self.plan.layout.pieces_of(extent).iter();
-        for (_, place) in pieces.flat_map(|piece| self.facts.places_of(piece.clone())) {
-            let file = SourceFile::Image(place.image);
-            self.fs.read_ahead(file, bytes(place.file_block), bytes(place.blocks));
-        }
+        read_slots_ahead(self.facts, self.fs, self.plan.layout.pieces_of(extent));
     }
 
     fn pack(self, compressor: &mut std::io::Result<zstd::bulk::Compressor<'_>>, content: Vec<u8>) -> Result<Packed> {

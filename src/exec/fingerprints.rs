@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
-use crate::fs::{Filesystem, SourceFile};
+use crate::fs::{Filesystem, read_slots_into};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
 use crate::spill::SpillVec;
@@ -62,9 +62,8 @@ pub fn fingerprint(
         monitor.note(&describe(&error));
     }
     found.from_index = bytes(count(facts, &known) - before);
-    let unknown: SpillVec<std::ops::Range<Slot>> = (0..facts.extents.len())
-        .flat_map(|extent| unknown_runs(facts, &known, extent))
-        .collect();
+    let unknown = (0..facts.extents.len()).flat_map(|extent| unknown_runs(facts, &known, extent));
+    let unknown: SpillVec<std::ops::Range<Slot>> = SpillVec::from_iter_in(unknown, facts.budget());
     let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
     let mut unreadable = Vec::new();
     if total > 0 {
@@ -107,15 +106,14 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let after_then = &*after;
     let extents = (0u32..).zip(&after.extents);
-    let mut places: SpillVec<(Place, Slot, u32)> = extents
-        .flat_map(|(number, extent)| {
-            let runs = after_then.live_runs(extent.slots());
-            let places = runs.flat_map(|run| after_then.places_of(run));
-            places.map(move |(slot, place)| (place, slot, number))
-        })
-        .collect();
+    let places = extents.flat_map(|(number, extent)| {
+        let runs = after_then.live_runs(extent.slots());
+        let places = runs.flat_map(|run| after_then.places_of(run));
+        places.map(move |(slot, place)| (place, slot, number))
+    });
+    let mut places: SpillVec<(Place, Slot, u32)> = SpillVec::from_iter_in(places, after.budget());
     places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
-    let mut unknown = SpillVec::new();
+    let mut unknown = SpillVec::new_in(after.budget());
     for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
         let image = of_image[0].0.image;
         let mappings = before.mappings_of(image);
@@ -194,12 +192,7 @@ fn by_reading(
     let mut unreadable = Vec::new();
     let read_run = |buffer: &mut Vec<u8>, run: &std::ops::Range<Slot>| -> Result<Vec<u32>> {
         buffer.resize((run.end - run.start) as usize * BLOCK_LEN, 0);
-        let mut rest = &mut buffer[..];
-        for (_, place) in facts.places_of(run.clone()) {
-            let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-            fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
-            rest = after;
-        }
+        read_slots_into(facts, fs, std::slice::from_ref(run), buffer)?;
         monitor.advance(buffer.len() as u64);
         read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(buffer.chunks(BLOCK_LEN).map(|block| function.of(block)).collect())
@@ -212,7 +205,7 @@ fn by_reading(
         for (run, found) in runs.iter().zip(pieces) {
             match found {
                 Ok(found) => sums.write(run.start, &found),
-                Err(error) if error.is_read() => {
+                Err(error @ Error::Unreadable { .. }) => {
                     // Something that nothing else is likely to be. Whoever counts on it has the kernel compare, which fails.
                     let unlike = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.to_le_bytes()).to_le_bytes();
                     let unlike: Vec<u32> = run

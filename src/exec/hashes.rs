@@ -1,8 +1,6 @@
 //! Hashes of stored blocks by store address: those of earlier commits from the archive, those of this one as they come.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use crate::archive::reader::Archive;
@@ -10,6 +8,7 @@ use crate::archive::record::Hash;
 use crate::content::{Content, Run, StoreBlock};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::sys::spill::SpillFile;
 
 /// Hashes kept in memory; older ones go to an unnamed file. 32 MiB, for 4 GiB of distinct blocks.
 const IN_MEMORY: usize = 1 << 20;
@@ -22,7 +21,7 @@ pub struct HashLog {
     /// Those before are in the file.
     in_file: usize,
     recent: Vec<Hash>,
-    file: Option<File>,
+    file: Option<SpillFile>,
     folder: PathBuf,
 }
 
@@ -47,11 +46,11 @@ impl HashLog {
     /// Appends hashes.
     ///
     /// # Errors
-    /// Those of the file.
+    /// [`Error::NoSpace`] and others of the file.
     pub fn extend(&mut self, hashes: &[Hash]) -> Result<()> {
         if self.recent.len() + hashes.len() > IN_MEMORY {
             self.spill()
-                .map_err(Error::io("keep hashes in a file in", &self.folder))?;
+                .map_err(Error::writing("keep hashes in a file in", &self.folder))?;
         }
         self.recent.extend_from_slice(hashes);
         Ok(())
@@ -60,7 +59,7 @@ impl HashLog {
     fn spill(&mut self) -> io::Result<()> {
         let file = match self.file.take() {
             Some(file) => file,
-            None => tempfile::tempfile_in(&self.folder).or_else(|_| tempfile::tempfile())?,
+            None => SpillFile::new(&self.folder).or_else(|_| SpillFile::new(&std::env::temp_dir()))?,
         };
         file.write_all_at(self.recent.as_flattened(), (self.in_file * HASH_BYTES) as u64)?;
         self.in_file += self.recent.len();

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use donors::{Donor, Writer, Written};
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
-use crate::error::{Error, Result};
+use crate::error::{Error, Exhausted, Result};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, Outcome, SourceFile};
@@ -257,7 +257,7 @@ impl Run<'_> {
         let extents = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.extent);
-        let extents: SpillVec<u32> = extents.filter(has_all).filter(is_free).collect();
+        let extents: SpillVec<u32> = SpillVec::from_iter_in(extents.filter(has_all).filter(is_free), facts.budget());
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let ran = &mut *self.ran;
@@ -405,7 +405,7 @@ fn first_unreadable(fs: &dyn Filesystem, file: SourceFile, offset: u64, length: 
 }
 
 fn is_full(outcome: Outcome) -> bool {
-    matches!(outcome, Outcome::Refused(Errno::NOSPC | Errno::DQUOT))
+    matches!(outcome, Outcome::Refused(errno) if Exhausted::of(errno.kind()).is_some())
 }
 
 /// Shares the runs of blocks of a range that are equal, and counts those that are not.

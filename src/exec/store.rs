@@ -17,7 +17,7 @@ use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Function;
-use crate::fs::{Filesystem, SourceFile};
+use crate::fs::{Filesystem, SourceFile, drop_slots_behind, read_slots_ahead, read_slots_into};
 use crate::monitor::Monitor;
 use crate::plan::export::{ExportPlan, Piece, Source};
 use crate::spill::SpillVec;
@@ -66,6 +66,12 @@ struct Task {
     slot: Slot,
     blocks: u32,
     pieces: std::ops::Range<usize>,
+}
+
+impl Task {
+    fn slots(&self) -> std::ops::Range<Slot> {
+        self.slot..self.slot + self.blocks
+    }
 }
 
 /// Bytes that begin at a multiple of a block, as direct reading asks for.
@@ -205,7 +211,7 @@ fn is_zero(block: &[u8]) -> bool {
 
 /// The ranges to be read, in the order they lie on disk.
 fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<Task> {
-    let mut tasks: SpillVec<Task> = SpillVec::new();
+    let mut tasks: SpillVec<Task> = SpillVec::new_in(facts.budget());
     let mut extent_end = 0;
     for (number, piece) in plan
         .pieces
@@ -258,13 +264,7 @@ fn batches(tasks: &[Task]) -> impl Iterator<Item = &[Task]> {
 
 fn read_ahead(fs: &dyn Filesystem, facts: &Facts, tasks: Option<&[Task]>) {
     for task in tasks.into_iter().flatten() {
-        for (_, place) in facts.places_of(task.slot..task.slot + task.blocks) {
-            fs.read_ahead(
-                SourceFile::Image(place.image),
-                bytes(place.file_block),
-                bytes(place.blocks),
-            );
-        }
+        read_slots_ahead(facts, fs, &[task.slots()]);
     }
 }
 
@@ -281,14 +281,10 @@ fn read_batch(
         .par_iter()
         .zip(spare)
         .map(|(task, mut read)| {
-            let mut rest = read.content.resize(task.blocks as usize * BLOCK_LEN);
-            for (_, place) in facts.places_of(task.slot..task.slot + task.blocks) {
-                let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-                let (file, offset) = (SourceFile::Image(place.image), bytes(place.file_block));
-                fs.read(file, offset, part)?;
-                fs.drop_behind(file, offset, part.len() as u64);
-                rest = after;
-            }
+            let slots = [task.slots()];
+            let buffer = read.content.resize(task.blocks as usize * BLOCK_LEN);
+            read_slots_into(facts, fs, &slots, buffer)?;
+            drop_slots_behind(facts, fs, &slots);
             read.hashes.clear();
             let mut blocks = read.content.bytes().chunks_exact(BLOCK_LEN);
             for piece in &plan.pieces[task.pieces.clone()] {

@@ -31,22 +31,22 @@ impl Facts {
     /// Sets the mappings aside. Until they are brought back there are none.
     pub(crate) fn set_mappings_aside(&mut self) -> PackedMappings {
         let aside = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
-        self.first_mapping = SpillVec::new();
-        self.cover = SpillVec::new();
+        self.first_mapping = SpillVec::default();
+        self.cover = SpillVec::default();
         aside
     }
 
     /// Sets the extents aside, after what is mapped of them.
     pub(crate) fn set_extents_aside(&mut self) -> PackedExtents {
         let aside = PackedExtents::of(&self.extents);
-        self.extents = SpillVec::new();
+        self.extents = SpillVec::new_in(self.budget());
         aside
     }
 
     /// Brings back what was set aside.
     pub(crate) fn bring_back(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
         self.extents = extents.unpack();
-        self.mappings.list = SpillVec::with_capacity(mappings.count);
+        self.mappings.list = SpillVec::with_capacity_in(mappings.count, self.budget());
         self.mappings.list.extend(mappings.unpack(&self.extents));
         self.mappings.sets = mappings.sets;
         self.arrange();
@@ -54,8 +54,8 @@ impl Facts {
 }
 
 impl PackedExtents {
-    fn of(extents: &[Extent]) -> Self {
-        let (mut packed, mut record, mut kinds) = (SpillVec::new(), Vec::new(), Vec::new());
+    fn of(extents: &SpillVec<Extent>) -> Self {
+        let (mut packed, mut record, mut kinds) = (SpillVec::new_in(extents.budget()), Vec::new(), Vec::new());
         let mut numbers: HashMap<Kind, usize> = HashMap::new();
         let (mut address, mut generation, mut slot) = (0, 0, 0);
         for extent in extents {
@@ -108,13 +108,13 @@ impl PackedExtents {
             slot = extent.slots().end;
             extent
         };
-        (0..self.count).map(next).collect()
+        SpillVec::from_iter_in((0..self.count).map(next), self.packed.budget())
     }
 }
 
 impl PackedMappings {
     fn of(mappings: Shared<Mapping>, extents: &[Extent]) -> Self {
-        let (mut packed, mut record) = (SpillVec::new(), Vec::new());
+        let (mut packed, mut record) = (SpillVec::new_in(mappings.budget()), Vec::new());
         let (mut last, mut last_set) = (Mapping::default(), 0);
         for (mapping, set) in &mappings.list {
             let extent = &extents[mapping.extent as usize];
@@ -142,7 +142,7 @@ impl PackedMappings {
         extents: &[Extent],
         mut becomes: impl FnMut(Mapping) -> I,
     ) -> Shared<Mapping> {
-        let mut list = SpillVec::with_capacity(self.count);
+        let mut list = SpillVec::with_capacity_in(self.count, self.packed.budget());
         for (mapping, set) in self.unpack(extents) {
             list.extend(becomes(mapping).into_iter().map(|mapping| (mapping, set)));
         }
@@ -237,7 +237,7 @@ mod tests {
             made in prop::collection::vec(extent(), 1..20),
             references in prop::collection::vec((any::<u32>(), any::<u32>(), any::<prop::sample::Index>(), any::<bool>()), 0..40),
         ) {
-            let (mut extents, mut address, mut slot) = (SpillVec::new(), 0u64, 0);
+            let (mut extents, mut address, mut slot) = (SpillVec::default(), 0u64, 0);
             for (mut extent, gap) in made {
                 extent.address = address + gap;
                 extent.first_slot += slot;

@@ -11,7 +11,7 @@ pub use shared::Shared;
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
-use crate::spill::{SpillMap, SpillVec};
+use crate::spill::{Budget, SpillMap, SpillVec};
 
 /// An image, by its place in the list of images a run works on.
 pub type ImageId = u32;
@@ -206,7 +206,14 @@ impl Mapping {
 
 impl FromIterator<Reference> for Shared<Mapping> {
     fn from_iter<I: IntoIterator<Item = Reference>>(references: I) -> Self {
-        let mut all = Collector::new();
+        Self::from_references_in(references, &Budget::default())
+    }
+}
+
+impl Shared<Mapping> {
+    /// What images map by these references.
+    pub fn from_references_in(references: impl IntoIterator<Item = Reference>, budget: &Budget) -> Self {
+        let mut all = Collector::new_in(budget);
         for reference in references {
             let mapping = Mapping {
                 extent: reference.extent,
@@ -219,9 +226,7 @@ impl FromIterator<Reference> for Shared<Mapping> {
         }
         all.finish()
     }
-}
 
-impl Shared<Mapping> {
     /// Makes one of mappings that follow each other in an image and in an extent. Whether the filesystem keeps one item or two for
     /// such a range depends on how it came about, and nothing may depend on that.
     fn join(&mut self) {
@@ -319,24 +324,26 @@ pub struct Place {
 }
 
 impl Facts {
-    /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in.
+    /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in. The
+    /// budget of the extents is that of all lists.
     pub fn new(mut extents: SpillVec<Extent>, mut mappings: Shared<Mapping>, zero_fingerprint: u32) -> Self {
         mappings.join();
         mappings.sort();
         // Both grew piece by piece, up to twice what they need, and stay for long.
         extents.shrink_to_fit();
         mappings.list.shrink_to_fit();
+        let proofs = Proofs::new_in(extents.budget().clone());
         let mut facts = Self {
             extents,
             mappings,
-            first_mapping: SpillVec::new(),
+            first_mapping: SpillVec::default(),
             fingerprints: Fingerprints::default(),
             table_slots_max: usize::MAX,
             machines: Vec::new(),
             frees_blocks: false,
             zero_fingerprint,
-            proofs: Proofs::default(),
-            cover: SpillVec::new(),
+            proofs,
+            cover: SpillVec::default(),
         };
         facts.arrange();
         facts
@@ -344,8 +351,8 @@ impl Facts {
 
     /// Finds out which mappings belong to which extent, and what they cover.
     fn arrange(&mut self) {
-        let mut first_mapping = SpillVec::with_capacity(self.extents.len() + 1);
-        let mut cover: SpillVec<Cover> = SpillVec::with_capacity(self.extents.len());
+        let mut first_mapping = SpillVec::with_capacity_in(self.extents.len() + 1, self.budget());
+        let mut cover: SpillVec<Cover> = SpillVec::with_capacity_in(self.extents.len(), self.budget());
         let mut at = 0;
         let number = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
         for (extent, this) in (0u32..).zip(&self.extents) {
@@ -367,6 +374,11 @@ impl Facts {
         cover.shrink_to_fit();
         self.first_mapping = first_mapping;
         self.cover = cover;
+    }
+
+    /// What its lists are made from, and those that follow from it: that of the extents.
+    pub fn budget(&self) -> &Budget {
+        self.extents.budget()
     }
 
     /// Slots in all.
@@ -419,10 +431,8 @@ impl Facts {
         let numbers = 0..u32::try_from(sets.len()).unwrap_or(u32::MAX);
         let has: Vec<bool> = numbers.map(|set| sets.get(set).binary_search(&image).is_ok()).collect();
         let all = self.mappings.list.iter();
-        let mut mappings: SpillVec<Mapping> = all
-            .filter(|(_, set)| has[*set as usize])
-            .map(|(mapping, _)| *mapping)
-            .collect();
+        let all = all.filter(|(_, set)| has[*set as usize]).map(|(mapping, _)| *mapping);
+        let mut mappings: SpillVec<Mapping> = SpillVec::from_iter_in(all, self.budget());
         mappings.sort_unstable_by_key(|mapping| mapping.file_block);
         mappings
     }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use super::ImageId;
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// Sets of images, by number.
 #[derive(Debug, Clone, Default)]
@@ -63,13 +63,18 @@ pub struct Shared<T> {
 impl<T> Default for Shared<T> {
     fn default() -> Self {
         Self {
-            list: SpillVec::new(),
+            list: SpillVec::default(),
             sets: ImageSets::default(),
         }
     }
 }
 
 impl<T> Shared<T> {
+    /// What their list was made from.
+    pub(crate) fn budget(&self) -> &Budget {
+        self.list.budget()
+    }
+
     /// The things, each with the images that have it, ascending.
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (&T, &[ImageId])> {
         self.list.iter().map(|(thing, set)| (thing, self.sets.get(*set)))
@@ -83,11 +88,11 @@ impl<T> Shared<T> {
 
     /// What becomes of each, for the same images.
     pub(crate) fn flat_map<U, I: IntoIterator<Item = U>>(self, mut becomes: impl FnMut(T) -> I) -> Shared<U> {
+        let budget = self.budget().clone();
         let list = self.list.into_iter();
+        let list = list.flat_map(|(thing, set)| becomes(thing).into_iter().map(move |thing| (thing, set)));
         Shared {
-            list: list
-                .flat_map(|(thing, set)| becomes(thing).into_iter().map(move |thing| (thing, set)))
-                .collect(),
+            list: SpillVec::from_iter_in(list, &budget),
             sets: self.sets,
         }
     }
@@ -106,9 +111,9 @@ impl<T: Ord + Copy> Collector<T> {
     const WAITING_MIN: usize = 1 << 16;
 
     /// With nothing in it.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new_in(budget: &Budget) -> Self {
         Self {
-            list: SpillVec::new(),
+            list: SpillVec::new_in(budget),
             numbering: Numbering::default(),
             unite_at: Self::WAITING_MIN,
         }
@@ -219,7 +224,7 @@ mod tests {
             all in prop::collection::vec((0u8..8, 0u32..6), 0..60),
             waiting in 1usize..10,
         ) {
-            let mut collector = Collector::new();
+            let mut collector = Collector::new_in(&Budget::default());
             for (thing, image) in &all {
                 if collector.list.len() >= waiting {
                     collector.unite();

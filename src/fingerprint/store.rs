@@ -1,13 +1,11 @@
 //! Fingerprints of many blocks: in memory while they are few, else in an unnamed file of which a few pages are in memory.
 
-use std::fs::File;
-use std::io::{Error, Result};
+use std::io::Result;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::block::Slot;
+use crate::sys::spill::{Budget, SpillFile, lost};
 
 /// Fingerprints in a page.
 const PAGE: usize = 1024;
@@ -25,8 +23,8 @@ pub struct Fingerprints {
 enum Kept {
     Memory(Vec<u32>),
     File {
-        file: File,
-        folder: PathBuf,
+        file: SpillFile,
+        budget: Budget,
         pages: Mutex<Pages>,
     },
 }
@@ -37,7 +35,6 @@ struct Pages {
     /// The page that each frame holds, plus one.
     tags: Vec<u32>,
     data: Vec<u32>,
-    failed: Option<Error>,
 }
 
 impl Default for Fingerprints {
@@ -61,23 +58,22 @@ impl Fingerprints {
         vec![0; slots].into()
     }
 
-    /// Fingerprints that take four bytes of disk each, in an unnamed file in `folder`, and 4 MiB of memory in all.
+    /// Fingerprints that take four bytes of disk each, in an unnamed file where a budget has its files, and 4 MiB of memory in all. Where
+    /// that file cannot be read or written later, the process ends as it does for lists ([`lost`]).
     ///
     /// # Errors
-    /// If there can be no such file.
-    pub fn in_file(slots: usize, folder: &Path) -> Result<Self> {
-        let file = tempfile::tempfile_in(folder)?;
-        file.set_len(slots.next_multiple_of(PAGE) as u64 * 4)?;
+    /// If there can be no such file, or it has too little room: `ENOSPC`, `EDQUOT`.
+    pub fn in_file(slots: usize, budget: &Budget) -> Result<Self> {
+        let file = budget.file(slots.next_multiple_of(PAGE) as u64 * 4)?;
         let pages = Pages {
             tags: vec![0; FRAMES],
             data: vec![0; FRAMES * PAGE],
-            failed: None,
         };
         Ok(Self {
             slots,
             kept: Kept::File {
                 file,
-                folder: folder.to_owned(),
+                budget: budget.clone(),
                 pages: Mutex::new(pages),
             },
         })
@@ -88,7 +84,7 @@ impl Fingerprints {
     pub fn alike(&self, slots: usize) -> Self {
         match &self.kept {
             Kept::Memory(_) => Self::in_memory(slots),
-            Kept::File { folder, .. } => Self::in_file(slots, folder).unwrap_or_else(|_| Self::in_memory(slots)),
+            Kept::File { budget, .. } => Self::in_file(slots, budget).unwrap_or_else(|_| Self::in_memory(slots)),
         }
     }
 
@@ -102,7 +98,7 @@ impl Fingerprints {
         self.slots == 0
     }
 
-    /// One fingerprint. If the file cannot be read it is zero, and [`Fingerprints::check`] tells.
+    /// One fingerprint.
     pub fn get(&self, slot: Slot) -> u32 {
         let slot = slot as usize;
         match &self.kept {
@@ -134,9 +130,7 @@ impl Fingerprints {
                     .flat_map(|fingerprint| fingerprint.to_le_bytes())
                     .collect();
                 let mut pages = lock(pages);
-                if let Err(error) = file.write_all_at(&bytes, first as u64 * 4) {
-                    pages.failed.get_or_insert(error);
-                }
+                file.write_all_at(&bytes, first as u64 * 4).unwrap_or_else(|_| lost());
                 for (at, fingerprint) in (first..).zip(fingerprints) {
                     let (page, frame) = (at / PAGE, at / PAGE % FRAMES);
                     if pages.tags[frame] as usize == page + 1 {
@@ -146,30 +140,17 @@ impl Fingerprints {
             }
         }
     }
-
-    /// Tells whether the file failed.
-    ///
-    /// # Errors
-    /// The first error of reading or writing it.
-    pub fn check(&self) -> Result<()> {
-        match &self.kept {
-            Kept::Memory(_) => Ok(()),
-            Kept::File { pages, .. } => lock(pages).failed.take().map_or(Ok(()), Err),
-        }
-    }
 }
 
 impl Pages {
     /// Makes sure that a page is in memory, and returns its frame.
-    fn load(&mut self, file: &File, page: usize) -> usize {
+    fn load(&mut self, file: &SpillFile, page: usize) -> usize {
         let frame = page % FRAMES;
         let tag = u32::try_from(page + 1).unwrap_or(u32::MAX);
         if self.tags[frame] != tag {
             let mut bytes = [0; PAGE * 4];
-            if let Err(error) = file.read_exact_at(&mut bytes, (page * PAGE) as u64 * 4) {
-                self.failed.get_or_insert(error);
-                bytes.fill(0);
-            }
+            let read = file.read_exact_at(&mut bytes, (page * PAGE) as u64 * 4);
+            read.unwrap_or_else(|_| lost());
             for (fingerprint, bytes) in self.data[frame * PAGE..].iter_mut().zip(bytes.as_chunks().0) {
                 *fingerprint = u32::from_le_bytes(*bytes);
             }
@@ -196,7 +177,7 @@ mod tests {
         ) {
             const SLOTS: usize = 20_003_000;
             let folder = tempfile::tempdir().unwrap();
-            let mut file = Fingerprints::in_file(SLOTS, folder.path()).unwrap();
+            let mut file = Fingerprints::in_file(SLOTS, &Budget::new(0, folder.path().to_owned())).unwrap();
             let mut memory = Fingerprints::in_memory(SLOTS);
             for (slot, fingerprints) in &writes {
                 prop_assert_eq!(file.get(*slot), memory.get(*slot));
@@ -206,7 +187,6 @@ mod tests {
             for slot in reads.into_iter().chain(writes.iter().map(|write| write.0)) {
                 prop_assert_eq!(file.range(slot..slot + 10), memory.range(slot..slot + 10));
             }
-            file.check().unwrap();
         }
     }
 }

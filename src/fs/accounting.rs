@@ -3,7 +3,6 @@
 use super::{Filesystem, Mapped};
 use crate::error::Result;
 use crate::facts::{Extent, Facts};
-use crate::spill::bytes_in_files;
 
 /// Bytes on disk of the distinct extents that a pool refers to.
 pub fn physical_bytes(facts: &Facts) -> u64 {
@@ -23,7 +22,7 @@ fn has(facts: &Facts, extent: &Extent) -> bool {
 /// # Errors
 /// Those of reading metadata.
 pub fn freed_bytes(fs: &dyn Filesystem, before: &Facts, free_before: u64) -> Result<(i64, Mapped)> {
-    let mapped = fs.map()?;
+    let mapped = fs.map(before.budget())?;
     let after = &mapped.facts;
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     if fs.frees_blocks() {
@@ -35,7 +34,7 @@ pub fn freed_bytes(fs: &dyn Filesystem, before: &Facts, free_before: u64) -> Res
         // Blocks that something outside the pool shares with several images look as if they were freed: then the filesystem has
         // less free than it should, by more than what new references take, and lists that may lie on it.
         let free = signed(fs.free_bytes()?) - signed(free_before);
-        let slack = counted / 64 + (1 << 20) + signed(bytes_in_files() as u64);
+        let slack = counted / 64 + (1 << 20) + signed(before.budget().bytes_in_files() as u64);
         return Ok((if free + slack < counted { free } else { counted }, mapped));
     }
     let mut freed = 0i64;

@@ -25,7 +25,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts, ImageId};
 use crate::fingerprint::Function;
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 pub use accounting::{freed_bytes, physical_bytes};
 pub use open::{existing, images_holding, may_find_holders, open, uuid_at};
@@ -155,11 +155,11 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     /// Those of reading metadata.
     fn has_read_only_snapshots(&self) -> Result<bool>;
 
-    /// Reads the extent maps of all images.
+    /// Reads the extent maps of all images, into lists that are made from a budget.
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    fn map(&self) -> Result<Mapped>;
+    fn map(&self, budget: &Budget) -> Result<Mapped>;
 
     /// Whether it can be told of every block whether something outside the pool refers to it. That may be known only once
     /// [`Filesystem::map`] was called.
@@ -192,7 +192,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     /// Reads all of `buffer` from a file. What lies beyond its end is zeros.
     ///
     /// # Errors
-    /// With the path and the range; `EIO` where a checksum fails.
+    /// [`crate::error::Error::Unreadable`], with the path and the range: `EIO` where a checksum fails.
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
     /// Starts reading a range into memory, as a hint.
@@ -290,13 +290,55 @@ pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &Image> {
 pub fn read_slots(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
     let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
     let mut content = vec![0; blocks * BLOCK_LEN];
-    let mut rest = &mut content[..];
-    for (_, place) in slots.iter().flat_map(|range| facts.places_of(range.clone())) {
-        let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-        fs.read(SourceFile::Image(place.image), bytes(place.file_block), part)?;
+    read_slots_into(facts, fs, slots, &mut content)?;
+    Ok(content)
+}
+
+/// Reads slots, one range after the other, into a buffer that is as long as they are. Where a slot is none that an image maps, what is
+/// left of the buffer is zeros.
+///
+/// # Errors
+/// Those of reading.
+pub fn read_slots_into(
+    facts: &Facts,
+    fs: &dyn Filesystem,
+    slots: &[std::ops::Range<Slot>],
+    buffer: &mut [u8],
+) -> Result<()> {
+    let mut rest = buffer;
+    for (file, offset, length) in places(facts, slots) {
+        let (part, after) = rest.split_at_mut(length);
+        fs.read(file, offset, part)?;
         rest = after;
     }
-    Ok(content)
+    rest.fill(0);
+    Ok(())
+}
+
+/// Starts reading slots into memory, as a hint.
+pub fn read_slots_ahead(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) {
+    for (file, offset, length) in places(facts, slots) {
+        fs.read_ahead(file, offset, length as u64);
+    }
+}
+
+/// Says that slots are not needed in memory any more.
+pub fn drop_slots_behind(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) {
+    for (file, offset, length) in places(facts, slots) {
+        fs.drop_behind(file, offset, length as u64);
+    }
+}
+
+/// Where slots can be read: file, offset and length, place after place.
+fn places<'a>(
+    facts: &'a Facts,
+    slots: &'a [std::ops::Range<Slot>],
+) -> impl Iterator<Item = (SourceFile, u64, usize)> + 'a {
+    let places = slots.iter().flat_map(|range| facts.places_of(range.clone()));
+    places.map(|(_, place)| {
+        let length = place.blocks as usize * BLOCK_LEN;
+        (SourceFile::Image(place.image), bytes(place.file_block), length)
+    })
 }
 
 /// `u32` block numbers hold files and extents of less than 16 TiB; larger images are left alone.

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Named, Skipped};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// Data is cut into extents at multiples of this in its image, 16 MiB, so that an index holds records of bounded length.
 const EXTENT_BLOCKS_MAX: u64 = 4096;
@@ -113,9 +113,9 @@ impl Filesystem for Plain {
     }
 
     /// Each image's data is its own: where it lies on disk is not known, and an address tells only one image and place from others.
-    fn map(&self) -> Result<Mapped> {
-        let mut extents: SpillVec<Extent> = SpillVec::new();
-        let mut mappings = Collector::new();
+    fn map(&self, budget: &Budget) -> Result<Mapped> {
+        let mut extents: SpillVec<Extent> = SpillVec::new_in(budget);
+        let mut mappings = Collector::new_in(budget);
         let (mut slot, mut base) = (0u32, 0u64);
         for (number, image) in (0u32..).zip(&self.opened.images) {
             let mut ranges = Vec::new();
@@ -188,7 +188,7 @@ impl Filesystem for Plain {
     }
 
     fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
-        Ok(SpillVec::of(None, facts.extents.len()))
+        Ok(SpillVec::of_in(None, facts.extents.len(), facts.budget()))
     }
 
     fn create_donor(&self, _: Class) -> Result<usize> {

@@ -69,7 +69,7 @@ pub fn prove_slots(
         }
         Ok(proofs)
     };
-    let mut proofs = SpillVec::with_capacity(slots.len());
+    let mut proofs = SpillVec::with_capacity_in(slots.len(), facts.budget());
     for slots in slots.chunks(AT_ONCE) {
         let read: Result<Vec<Vec<_>>> = slots.par_chunks(AHEAD).map(read_all).collect();
         proofs.extend(read?.into_iter().flatten());

@@ -43,7 +43,7 @@ impl<T: Tables> Recorded<T> {
             folder: folder.to_owned(),
             tables,
             tree,
-            current: SpillVec::new(),
+            current: SpillVec::default(),
             keep_plain: false,
         }
     }
@@ -98,7 +98,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
     }
 
     fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
-        self.current = SpillVec::of(false, facts.extents.len());
+        self.current = SpillVec::of_in(false, facts.extents.len(), facts.budget());
         let mut at = 0;
         while at < facts.extents.len() {
             let segment = facts.extents[at].address / SEGMENT_BYTES;
@@ -203,7 +203,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         facts: &Facts,
         digests: &[Option<u128>],
     ) -> Result<SpillVec<KnownSlots>> {
-        let mut known = SpillVec::new();
+        let mut known = SpillVec::new_in(facts.budget());
         let extents = facts.extents.iter().zip(digests);
         let mut extents =
             extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));

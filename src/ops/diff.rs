@@ -248,7 +248,7 @@ fn read_at(file: &File, path: &Path, mut buffer: &mut [u8], mut offset: u64) -> 
                 offset += read as u64;
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(Error::io_at("read", path, offset, buffer.len() as u64)(error)),
+            Err(error) => return Err(Error::unreadable(path, offset, buffer.len() as u64)(error)),
         }
     }
     Ok(())

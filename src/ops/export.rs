@@ -119,7 +119,7 @@ pub fn export_to(
     origin.names = names.map(|image| (image.path.clone(), image.names.clone())).collect();
     let scope = &options.scope;
     let mut opened = Opened::new(open()?)?;
-    let done = open_pool(scope, found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
+    let done = open_pool(found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
         let pool = OpenPool::of(&*fs, skipped, scope, monitor);
         write(pool, &origin, options, &mut opened, monitor)
     });
@@ -326,7 +326,7 @@ impl Exporter<'_> {
         let index = self.survey.index.as_deref().filter(|_| can_be_appended_to);
         let digests = match index {
             Some(_) => fs.checksum_digests(facts)?,
-            None => SpillVec::new(),
+            None => SpillVec::default(),
         };
         let plan = self.plan(opened, index, &digests)?;
         let first_new = plan.first_new;
@@ -360,10 +360,6 @@ impl Exporter<'_> {
             &mut out,
             self.monitor,
         )?;
-        facts
-            .fingerprints
-            .check()
-            .map_err(Error::io("use the file of fingerprints in", &self.options.scope.index))?;
         self.check_unchanged()?;
         let pieces = corrected(&plan, &stored.corrections);
         self.put_corrections(&stored, &mut out)?;
@@ -439,9 +435,9 @@ impl Exporter<'_> {
                 .unwrap_or_else(|error| {
                     // It is only a cache: then everything is read.
                     self.monitor.note(&crate::error::describe(&error));
-                    SpillVec::new()
+                    SpillVec::default()
                 }),
-            _ => SpillVec::new(),
+            _ => SpillVec::default(),
         };
         let first_new = opened.base.store_end;
         let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
@@ -627,7 +623,7 @@ fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
 /// The plan's pieces with what turned out otherwise.
 fn corrected(plan: &ExportPlan, corrections: &[Piece]) -> SpillVec<Piece> {
     let mut corrections = corrections.iter().peekable();
-    let mut pieces = SpillVec::with_capacity(plan.pieces.len());
+    let mut pieces = SpillVec::with_capacity_in(plan.pieces.len(), plan.pieces.budget());
     for piece in &plan.pieces {
         let mut at = piece.slot;
         let part = |from: u32, to: u32| Piece {

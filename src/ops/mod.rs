@@ -22,7 +22,7 @@ use crate::monitor::Monitor;
 use crate::plan;
 use crate::pool::{self, Skip, Skipped};
 use crate::shown::shown;
-use crate::spill::limit_lists;
+use crate::spill::Budget;
 
 /// What a verb works on.
 #[derive(Debug, Clone)]
@@ -38,6 +38,18 @@ pub struct Scope {
     pub memory_bytes: Option<u64>,
 }
 
+impl Scope {
+    /// What lists are made from. How large the pool is, is known once they were made: until then, it is taken for a small one.
+    fn budget(&self) -> Budget {
+        Budget::new(lists_bytes(self.memory_bytes(0)), self.index.clone())
+    }
+
+    /// Memory for the block table of a pool of so many slots, in bytes.
+    fn memory_bytes(&self, slots: Slot) -> u64 {
+        self.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots))
+    }
+}
+
 /// Opens an index when it is needed; none if it is to be done without.
 type OpenIndex<'a> = Box<dyn FnOnce() -> Result<Option<Box<dyn ChunkIndex>>> + 'a>;
 
@@ -46,16 +58,19 @@ pub struct OpenPool<'a> {
     fs: &'a dyn Filesystem,
     /// The index is opened once extent maps were read: both take memory, and not at the same time.
     index: OpenIndex<'a>,
+    /// What lists of it are made from.
+    budget: Budget,
     /// Images that were found and are left alone.
     skipped: Vec<Skipped>,
 }
 
 impl<'a> OpenPool<'a> {
-    /// The images of a filesystem, all of them, with an index of it if there is one.
+    /// The images of a filesystem, all of them, with an index of it if there is one. All lists are in memory.
     pub fn new(fs: &'a dyn Filesystem, index: Option<Box<dyn ChunkIndex>>) -> Self {
         Self {
             fs,
             index: Box::new(move || Ok(index)),
+            budget: Budget::default(),
             skipped: Vec::new(),
         }
     }
@@ -65,6 +80,7 @@ impl<'a> OpenPool<'a> {
         Self {
             fs,
             index: Box::new(move || open_index(fs, scope, monitor)),
+            budget: scope.budget(),
             skipped,
         }
     }
@@ -89,7 +105,7 @@ struct Prepared {
 
 /// Looks for images, opens them and fingerprints them. What of an image cannot be read stays as it is.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
-    let (fs, skipped) = open_pool(scope, data_of(discover(scope, monitor)?), purpose, monitor)?;
+    let (fs, skipped) = open_pool(data_of(discover(scope, monitor)?), purpose, monitor)?;
     let survey = survey(OpenPool::of(&*fs, skipped, scope, monitor), scope, true, monitor)?;
     Ok(Prepared {
         facts: survey.facts,
@@ -105,14 +121,11 @@ fn data_of(mut found: pool::Pool) -> pool::Pool {
 
 /// Opens images that were found. Returns those that are left alone, too.
 fn open_pool(
-    scope: &Scope,
     found: pool::Pool,
     purpose: Purpose,
     monitor: &dyn Monitor,
 ) -> Result<(Box<dyn Filesystem>, Vec<Skipped>)> {
     monitor.phase("Reading extent maps", 0);
-    // How large the pool is, is known once its lists were made.
-    divide_memory(scope, 0);
     let (fs, mut skipped) = fs::open(&found.images, &found.named, purpose, monitor)?;
     skipped.extend(found.skipped);
     Ok((fs, skipped))
@@ -122,7 +135,7 @@ fn open_pool(
 /// `skip_unreadable`, it is an error.
 fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dyn Monitor) -> Result<Survey> {
     let fs = pool.fs;
-    let mapped = fs.map()?;
+    let mapped = fs.map(&pool.budget)?;
     let mut facts = mapped.facts;
     make_room(&mut facts, scope)?;
     let mut index = (pool.index)()?;
@@ -156,16 +169,10 @@ fn open_index(fs: &dyn Filesystem, scope: &Scope, monitor: &dyn Monitor) -> Resu
 
 /// The image that could not be read, with the range and the cause, if that is what an error is about.
 fn unreadable(error: &Error) -> Option<Skipped> {
-    let Error::Io {
-        path,
-        range: Some(range),
-        source,
-        ..
-    } = error
-    else {
+    let Error::Unreadable { path, range, source } = error else {
         return None;
     };
-    error.is_read().then(|| Skipped {
+    Some(Skipped {
         detail: Some(format!("{range}: {source}")),
         ..Skipped::new(path, Skip::Unreadable)
     })
@@ -206,21 +213,17 @@ fn images_with(fs: &dyn Filesystem, facts: &Facts, unreadable: &[Unreadable]) ->
     skipped.collect()
 }
 
-/// Decides how many bytes of lists are in memory, for a pool of so many slots, and how many tables of blocks may take.
-fn divide_memory(scope: &Scope, slots: Slot) -> u64 {
-    let memory_bytes = scope.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots));
-    limit_lists(plan::lists_bytes(memory_bytes), &scope.index);
-    memory_bytes
+/// How many bytes of lists are in memory, where tables of blocks may take so many.
+fn lists_bytes(memory_bytes: u64) -> usize {
+    usize::try_from(plan::lists_bytes(memory_bytes)).unwrap_or(usize::MAX)
 }
 
-/// Decides where fingerprints are kept and how large a block table may be.
+/// Decides how many bytes of lists are in memory, where fingerprints are kept, and how large a block table may be.
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
-    let memory_bytes = divide_memory(scope, facts.slots());
-    if !plan::fits(facts, memory_bytes) {
-        std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
-    }
-    plan::make_room(facts, memory_bytes, &scope.index)
-        .map_err(Error::io("make a file for fingerprints in", &scope.index))
+    let memory_bytes = scope.memory_bytes(facts.slots());
+    facts.budget().set_bytes(lists_bytes(memory_bytes));
+    let failed = Error::writing("make a file for fingerprints in", &scope.index);
+    plan::make_room(facts, memory_bytes).map_err(failed)
 }
 
 /// Looks for images, and notes what could not be looked at.

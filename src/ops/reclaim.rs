@@ -54,7 +54,7 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
         } else {
             Purpose::Change
         };
-        let (fs, skipped) = open_pool(scope, data_of(found), purpose, deadline)?;
+        let (fs, skipped) = open_pool(data_of(found), purpose, deadline)?;
         reclaim_until(OpenPool::of(&*fs, skipped, scope, deadline), options, deadline)
     })
 }
@@ -279,10 +279,6 @@ fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor:
             plan = plan_proved(facts, &smaller, &go_on, &mut prove)?;
         }
     }
-    facts
-        .fingerprints
-        .check()
-        .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
     Ok((plan, proved))
 }
 

@@ -15,7 +15,7 @@ use crate::report::{ImageBytes, PoolBytes, Reported};
 /// # Errors
 /// Those of reading metadata.
 pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
-    let (fs, skipped) = open_pool(scope, discover(scope, monitor)?, Purpose::Look, monitor)?;
+    let (fs, skipped) = open_pool(discover(scope, monitor)?, Purpose::Look, monitor)?;
     report_on(OpenPool::of(&*fs, skipped, scope, monitor))
 }
 
@@ -24,8 +24,10 @@ pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
 /// # Errors
 /// Those of reading metadata.
 pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
-    let OpenPool { fs, skipped, .. } = pool;
-    let mapped = fs.map()?;
+    let OpenPool {
+        fs, skipped, budget, ..
+    } = pool;
+    let mapped = fs.map(&budget)?;
     let mut found: Vec<ImageBytes> = images(fs)
         .map(|image| ImageBytes {
             path: image.path.clone(),

@@ -11,7 +11,7 @@ use crate::report::{PoolBytes, Scanned};
 /// # Errors
 /// Those of reading.
 pub fn scan(scope: &Scope, monitor: &dyn Monitor) -> Result<Scanned> {
-    let (fs, skipped) = open_pool(scope, data_of(discover(scope, monitor)?), Purpose::Look, monitor)?;
+    let (fs, skipped) = open_pool(data_of(discover(scope, monitor)?), Purpose::Look, monitor)?;
     scan_on(OpenPool::of(&*fs, skipped, scope, monitor), scope, monitor)
 }
 

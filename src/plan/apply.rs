@@ -2,7 +2,7 @@
 
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
-use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof};
+use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof, Proofs};
 use crate::spill::SpillVec;
 
 /// A pool as it would be, and where its parts come from.
@@ -55,7 +55,7 @@ impl Applied {
 }
 
 /// Where slots come from, run by run.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Origin {
     /// First slot, first slot there was, blocks; by the first.
     runs: SpillVec<(Slot, Slot, u32)>,
@@ -93,7 +93,6 @@ impl Origin {
 }
 
 /// The extents that there would be.
-#[derive(Default)]
 struct After {
     extents: SpillVec<Extent>,
     origin: Origin,
@@ -106,11 +105,15 @@ struct After {
 
 impl After {
     fn of(facts: &Facts, layout: &Layout) -> Self {
+        let budget = facts.budget();
         let mut all = Self {
-            extents: SpillVec::with_capacity(facts.extents.len()),
-            kept: SpillVec::with_capacity(facts.extents.len()),
-            new_place: SpillVec::with_capacity(facts.extents.len()),
-            ..Self::default()
+            extents: SpillVec::with_capacity_in(facts.extents.len(), budget),
+            kept: SpillVec::with_capacity_in(facts.extents.len(), budget),
+            new_place: SpillVec::with_capacity_in(facts.extents.len(), budget),
+            origin: Origin {
+                runs: SpillVec::new_in(budget),
+            },
+            first_donor: 0,
         };
         let mut slot = 0;
         for (old, extent) in (0u32..).zip(&facts.extents) {
@@ -236,7 +239,9 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
             .fingerprints
             .write(*new, &facts.fingerprints.range(*old..old + blocks));
     }
-    let proofs: SpillVec<_> = std::mem::take(&mut facts.proofs).into_iter().collect();
+    let none = Proofs::new_in(facts.budget().clone());
+    let proofs = std::mem::replace(&mut facts.proofs, none);
+    let proofs: SpillVec<_> = SpillVec::from_iter_in(proofs, facts.budget());
     after.add_proofs(proofs.iter().filter_map(|(old, proof)| Some((new_of(*old)?, *proof))));
     Applied {
         facts: after,

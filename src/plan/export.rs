@@ -99,8 +99,8 @@ pub fn plan_export(
         facts,
         table: Table::new(stored.len(), facts.table_slots_max),
         plan: ExportPlan {
-            pieces: SpillVec::new(),
-            chunks: SpillVec::new(),
+            pieces: SpillVec::new_in(facts.budget()),
+            chunks: SpillVec::new_in(facts.budget()),
             first_new,
             end: first_new,
             fingerprints: stored,

@@ -9,10 +9,10 @@ use super::table::Table;
 use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// What a pass found.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Decisions {
     /// Extents that are to go.
     pub(super) gone: SpillVec<u32>,
@@ -20,6 +20,17 @@ pub(super) struct Decisions {
     pub(super) runs: SpillVec<Run>,
     pub(super) unproved: SpillVec<Slot>,
     pub(super) pinned: BTreeMap<Pinned, u64>,
+}
+
+impl Decisions {
+    fn new_in(budget: &Budget) -> Self {
+        Self {
+            gone: SpillVec::new_in(budget),
+            runs: SpillVec::new_in(budget),
+            unproved: SpillVec::new_in(budget),
+            pinned: BTreeMap::new(),
+        }
+    }
 }
 
 /// Runs of one repeated block are cut no shorter: a few blocks that a whole extent refers to thousands of times
@@ -57,7 +68,7 @@ pub(super) fn decide<E>(
         homes: SlotSet::new(slots),
         limits: Limits::new(facts, options),
         here: Here::default(),
-        found: Decisions::default(),
+        found: Decisions::new_in(facts.budget()),
     };
     for extent in order {
         go_on()?;
@@ -94,9 +105,10 @@ fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
         let image = class << 32 | u64::from(first.map_or(u32::MAX, |reference| reference.image));
         (image, first.map_or(0, |reference| reference.file_block), place)
     };
-    let mut order: SpillVec<_> = (0u32..).zip(&facts.extents).map(rank).collect();
+    let ranked = (0u32..).zip(&facts.extents).map(rank);
+    let mut order: SpillVec<_> = SpillVec::from_iter_in(ranked, facts.budget());
     order.sort_unstable();
-    order.into_iter().map(|(_, _, place)| place).collect()
+    SpillVec::from_iter_in(order.into_iter().map(|(_, _, place)| place), facts.budget())
 }
 
 /// Why an extent must stay, if it must.
@@ -160,7 +172,7 @@ impl Limits {
         }
         let extents = 0..u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
         Self {
-            extents: extents.map(|extent| facts.reference_count(extent)).collect(),
+            extents: SpillVec::from_iter_in(extents.map(|extent| facts.reference_count(extent)), facts.budget()),
             added: BTreeMap::new(),
             images,
         }

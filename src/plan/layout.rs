@@ -7,7 +7,7 @@ use super::Options;
 use super::apply::Origins;
 use crate::block::{Slot, SlotSet};
 use crate::facts::{Class, Compression, Facts};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
 pub const COMPRESSED_BLOCKS_MAX: u32 = 32;
@@ -109,6 +109,18 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Where every block stays, with lists that are made from a budget.
+    pub(super) fn new_in(budget: &Budget) -> Self {
+        Self {
+            order: SpillVec::new_in(budget),
+            gone: SlotSet::default(),
+            runs: SpillVec::new_in(budget),
+            leftovers: SpillVec::new_in(budget),
+            pieces: SpillVec::new_in(budget),
+            donors: SpillVec::new_in(budget),
+        }
+    }
+
     /// The extents that go, in the order in which that was decided.
     pub fn gone(&self) -> impl ExactSizeIterator<Item = u32> {
         self.order.iter().map(|gone| gone.extent)
@@ -218,9 +230,11 @@ impl Layout {
                 .min();
             first.filter(|_| self.runs_of(facts, place).is_empty()).ok_or(())
         };
-        let mut keyed: SpillVec<_> = (0u32..).zip(&order).map(|(at, gone)| (key(gone.extent), at)).collect();
+        let keyed = (0u32..).zip(&order).map(|(at, gone)| (key(gone.extent), at));
+        let mut keyed: SpillVec<_> = SpillVec::from_iter_in(keyed, facts.budget());
         keyed.sort_unstable();
-        self.order.extend(keyed.iter().map(|(_, at)| order[*at as usize]));
+        let ordered = keyed.iter().map(|(_, at)| order[*at as usize]);
+        self.order = SpillVec::from_iter_in(ordered, facts.budget());
     }
 
     /// Lays out the donors for what no run covers, batch by batch.

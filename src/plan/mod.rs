@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 pub use apply::{Applied, Origins, apply};
 pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
 pub use ops::{Batch, DonorFile, Op, Source};
-pub use room::{fits, lists_bytes, make_room, memory_bytes};
+pub use room::{lists_bytes, make_room, memory_bytes};
 
 use self::table::Table;
 use crate::block::{Slot, bytes};
@@ -212,7 +212,7 @@ pub fn plan_proved<E>(
 ) -> Result<Plan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
     const QUESTIONS_MAX: usize = 64;
-    let mut layout = Layout::default();
+    let mut layout = Layout::new_in(facts.budget());
     let (mut rounds, mut questions) = (0, 0);
     let mut pinned = BTreeMap::new();
     while rounds < ROUNDS_MAX {
@@ -228,7 +228,7 @@ pub fn plan_proved<E>(
             let proofs = prove(facts, &unproved)?;
             facts.add_proofs(proofs);
             if layout.is_refuted(facts, &unproved) {
-                (layout, rounds) = (Layout::default(), 0);
+                (layout, rounds) = (Layout::new_in(facts.budget()), 0);
                 continue;
             }
             if round.is_refuted(facts) {
@@ -249,6 +249,7 @@ pub fn plan_proved<E>(
         sampled: Table::sampled(facts.slots() as usize, facts.table_slots_max),
         layout,
         pinned,
+        eliminations: SpillVec::new_in(facts.budget()),
         ..Plan::default()
     };
     ops::schedule(facts, &mut plan);
@@ -308,7 +309,8 @@ impl Round {
 
     /// What must be read before this counts, as slots of the pool as it is, in order.
     fn unproved(&self) -> SpillVec<Slot> {
-        let mut slots: SpillVec<Slot> = self.unproved.iter().map(|slot| self.origin(*slot)).collect();
+        let slots = self.unproved.iter().map(|slot| self.origin(*slot));
+        let mut slots: SpillVec<Slot> = SpillVec::from_iter_in(slots, self.unproved.budget());
         slots.sort_unstable();
         slots.dedup();
         slots

@@ -70,7 +70,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         .into_iter()
         .map(|((batch, class), extents)| DonorFile { batch, class, extents })
         .collect();
-    plan.donor_places = SpillVec::of((0, 0), layout.donors().len());
+    plan.donor_places = SpillVec::of_in((0, 0), layout.donors().len(), facts.budget());
     for (file, extents) in (0u32..).zip(plan.donor_files.iter().map(|file| &file.extents)) {
         let mut at = 0;
         for donor in extents {
@@ -79,7 +79,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
         }
     }
     // What needs no donor comes first: it takes no space, and makes some.
-    let mut by_batch = SpillVec::with_capacity(layout.gone().len());
+    let mut by_batch = SpillVec::with_capacity_in(layout.gone().len(), facts.budget());
     for (turn, extent) in (0u32..).zip(layout.gone()) {
         let (elimination, freed, batch) = eliminate(facts, plan, extent);
         for (reason, bytes) in freed {

@@ -1,7 +1,6 @@
 //! How much memory planning may take for each block.
 
 use std::io::Result;
-use std::path::Path;
 
 use super::table::Table;
 use crate::block::Slot;
@@ -25,22 +24,22 @@ pub fn lists_bytes(memory_bytes: u64) -> u64 {
 
 /// Whether a pool's fingerprints fit in, beside a block table of all its slots. If not, they are kept in a file, and as many slots as
 /// fit can be looked up.
-pub fn fits(facts: &Facts, memory_bytes: u64) -> bool {
+fn fits(facts: &Facts, memory_bytes: u64) -> bool {
     u64::from(facts.slots()) * (FINGERPRINT_BYTES + Table::SLOT_BYTES) <= memory_bytes
 }
 
-/// Makes room for a pool's fingerprints within `memory_bytes`, with a file in `folder` if they do not fit, and says how large a block
-/// table may be.
+/// Makes room for a pool's fingerprints within `memory_bytes`, with a file where its budget has them if they do not fit, and says how large
+/// a block table may be.
 ///
 /// # Errors
 /// If there can be no such file.
-pub fn make_room(facts: &mut Facts, memory_bytes: u64, folder: &Path) -> Result<()> {
+pub fn make_room(facts: &mut Facts, memory_bytes: u64) -> Result<()> {
     let slots = facts.slots() as usize;
     facts.table_slots_max = usize::try_from(memory_bytes / Table::SLOT_BYTES).unwrap_or(usize::MAX);
     facts.fingerprints = if fits(facts, memory_bytes) {
         Fingerprints::in_memory(slots)
     } else {
-        Fingerprints::in_file(slots, folder)?
+        Fingerprints::in_file(slots, facts.budget())?
     };
     Ok(())
 }

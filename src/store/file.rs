@@ -70,17 +70,14 @@ impl FileStore {
     /// Opens a file to append to it, which is made if it does not exist, and keeps others from doing so for as long as it is open.
     ///
     /// # Errors
-    /// [`Error::Usage`] if another process appends to it; [`Error::NotAnArchive`] for anything but a regular file;
+    /// [`Error::Appending`] if another process appends to it; [`Error::NotAnArchive`] for anything but a regular file;
     /// [`Error::OfAnother`] for one that another user put there, who would read along; those of opening.
     pub fn append_to(path: &Path) -> Result<Self> {
         let (file, name, is_new) = Self::find_or_make(path)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Error::Usage(format!(
-                    "another vmfold is writing to `{}`",
-                    crate::shown::shown(path)
-                )));
+                return Err(Error::Appending { path: path.to_owned() });
             }
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", path)(error)),
         }

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
 use crate::fingerprint::Function;
 use crate::fs::{self, Filesystem, HeldRange, Image, Outcome, SourceFile};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
 /// for zeros.
@@ -437,7 +437,7 @@ impl Filesystem for Simulated {
         Ok(false)
     }
 
-    fn map(&self) -> Result<fs::Mapped> {
+    fn map(&self, _: &Budget) -> Result<fs::Mapped> {
         Ok(self.mapped())
     }
 
@@ -639,7 +639,7 @@ pub const PLAIN: Class = Class {
 /// What is known of an image whose extents lie at these blocks of the disk; each is `apart` times as far from the image's beginning as
 /// what they hold together before it. Fingerprints are still to be filled in.
 pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Facts {
-    let (mut extents, mut references, mut slot) = (SpillVec::new(), Vec::new(), 0);
+    let (mut extents, mut references, mut slot) = (SpillVec::default(), Vec::new(), 0);
     for (number, place) in (0u32..).zip(places) {
         let blocks = place.end - place.start;
         extents.push(Extent {

@@ -15,9 +15,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmfold::block::bytes;
-use vmfold::facts::{Extent, Facts, Reference};
+use vmfold::facts::{Extent, Facts, Reference, Shared};
 use vmfold::plan::{Options, lists_bytes, make_room, memory_bytes, plan_proved};
-use vmfold::spill::limit_lists;
+use vmfold::spill::{Budget, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
 /// Every fourth extent of so many blocks is like the one before but for some.
@@ -60,7 +60,8 @@ fn main() {
     let slots = gib << 18;
     let memory_bytes = memory_mib.map_or_else(|| memory_bytes(slots), |mib| u64::from(mib) << 20);
     let folder = std::env::var_os("SPILL").map_or_else(std::env::temp_dir, Into::into);
-    limit_lists(lists_bytes(memory_bytes), &folder);
+    let lists = usize::try_from(lists_bytes(memory_bytes)).unwrap();
+    let budget = Budget::new(lists, folder);
     let begin = Instant::now();
     let all = (0..extents).map(|number| Extent {
         address: u64::from(number) * bytes(blocks),
@@ -90,8 +91,9 @@ fn main() {
             }
         })
     });
-    let mut facts = Facts::new(all.collect(), references.collect(), 0);
-    make_room(&mut facts, memory_bytes, &folder).unwrap();
+    let mappings = Shared::from_references_in(references, &budget);
+    let mut facts = Facts::new(SpillVec::from_iter_in(all, &budget), mappings, 0);
+    make_room(&mut facts, memory_bytes).unwrap();
     for extent in 0..extents {
         let first = extent * blocks;
         let of: Vec<u32> = (first..first + blocks)
@@ -101,9 +103,9 @@ fn main() {
     }
     let (made, known) = (begin.elapsed(), PEAK.load(Ordering::Relaxed));
     let begin = Instant::now();
-    let plan = plan_proved(&mut facts, &Options::default(), &|| Ok(()), |_, slots| {
+    let plan = plan_proved(&mut facts, &Options::default(), &|| Ok(()), |facts, slots| {
         let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
-        Ok::<_, Infallible>(slots.iter().map(proof).collect())
+        Ok::<_, Infallible>(SpillVec::from_iter_in(slots.iter().map(proof), facts.budget()))
     })
     .unwrap();
     println!(

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::PathBuf;
 
 use rayon::prelude::*;
 
@@ -14,7 +13,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::facts::Facts;
-use crate::fs::{Filesystem, SourceFile};
+use crate::fs::{Filesystem, drop_slots_behind, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
 use crate::plan::seeds::{Seeded, find_seeds};
 use crate::range;
@@ -25,10 +24,7 @@ pub const PROVED_BLOCKS: u32 = 1024;
 /// Blocks on the disk, numbered by slots, that a restore can share. What it finds by fingerprints is proved by whoever uses it.
 pub trait Seed: Sync {
     /// Looks for wanted blocks, a list, by the fingerprints that are announced of them. What is found does not overlap.
-    ///
-    /// # Errors
-    /// Those of the file that fingerprints lie in.
-    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Result<Vec<Seeded>>;
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<Seeded>;
 
     /// The content of some slots.
     ///
@@ -44,14 +40,12 @@ pub trait Seed: Sync {
 pub struct PoolSeed {
     fs: Box<dyn Filesystem>,
     facts: Facts,
-    /// The folder of indexes, where lists may lie.
-    index: PathBuf,
 }
 
 impl PoolSeed {
     /// Of a pool that was opened and fingerprinted.
-    pub fn new(fs: Box<dyn Filesystem>, facts: Facts, index: PathBuf) -> Self {
-        Self { fs, facts, index }
+    pub fn new(fs: Box<dyn Filesystem>, facts: Facts) -> Self {
+        Self { fs, facts }
     }
 
     /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.
@@ -76,7 +70,7 @@ impl PoolSeed {
 }
 
 impl Seed for PoolSeed {
-    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Result<Vec<Seeded>> {
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<Seeded> {
         let end = wanted.last().map_or(0, |range| range.end) as usize;
         let facts = &self.facts;
         let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), SlotSet::new(end));
@@ -87,24 +81,15 @@ impl Seed for PoolSeed {
             known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
         }
         let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
-        for all in [&fingerprints, &facts.fingerprints] {
-            all.check()
-                .map_err(Error::io("use the file of fingerprints in", &self.index))?;
-        }
-        Ok(found.iter().flat_map(|seeded| self.without_tails(seeded)).collect())
+        found.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
     }
 
     fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>> {
-        let mut content = vec![0; blocks as usize * BLOCK_LEN];
-        let mut rest = &mut content[..];
-        for (_, place) in self.facts.places_of(slot..slot + blocks) {
-            let (part, after) = rest.split_at_mut(place.blocks as usize * BLOCK_LEN);
-            let (file, offset) = (SourceFile::Image(place.image), bytes(place.file_block));
-            self.fs.read_ahead(file, offset, part.len() as u64);
-            self.fs.read(file, offset, part)?;
-            self.fs.drop_behind(file, offset, part.len() as u64);
-            rest = after;
-        }
+        let (fs, slots) = (&*self.fs, slot..slot + blocks);
+        let slots = std::slice::from_ref(&slots);
+        read_slots_ahead(&self.facts, fs, slots);
+        let content = read_slots(&self.facts, fs, slots)?;
+        drop_slots_behind(&self.facts, fs, slots);
         Ok(content)
     }
 

@@ -37,7 +37,7 @@ pub(super) fn fingerprints_from_checksums(fs: &Btrfs, facts: &mut Facts, known: 
 /// Those of reading metadata.
 pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
     let width = usize::from(fs.checksum_bytes).max(1);
-    let mut digests = SpillVec::of(None, facts.extents.len());
+    let mut digests = SpillVec::of_in(None, facts.extents.len(), facts.budget());
     let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
     let (mut current, mut next_block) = (None, 0);
     visit_checksums(fs, facts, |place, block, item| {

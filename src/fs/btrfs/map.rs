@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, HeldRange, Mapped, blocks, kernel};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
 
@@ -221,11 +221,11 @@ impl Reading {
     /// Extents that may wait to be merged.
     const WAITING_MIN: usize = 1 << 16;
 
-    fn new() -> Self {
+    fn new_in(budget: &Budget) -> Self {
         Self {
-            seen: SpillVec::new(),
+            seen: SpillVec::new_in(budget),
             merge_at: Self::WAITING_MIN,
-            spans: Collector::new(),
+            spans: Collector::new_in(budget),
             inline_bytes: 0,
             inline: Vec::new(),
             beyond: Vec::new(),
@@ -301,7 +301,7 @@ fn pinned(image: &OpenImage, end: u64) -> Option<Pinned> {
 /// Numbers the slots of extents.
 fn with_slots(seen: SpillVec<Seen>) -> Result<SpillVec<Extent>> {
     let mut slot = 0u32;
-    let mut extents: SpillVec<Extent> = SpillVec::with_capacity(seen.len());
+    let mut extents: SpillVec<Extent> = SpillVec::with_capacity_in(seen.len(), seen.budget());
     for mut extent in seen.into_iter().map(|seen| seen.extent) {
         extent.first_slot = slot;
         slot = slot.checked_add(extent.blocks).ok_or(Error::TooLarge)?;
@@ -331,12 +331,12 @@ impl Btrfs {
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    pub(super) fn read_map(&self) -> Result<Mapped> {
+    pub(super) fn read_map(&self, budget: &Budget) -> Result<Mapped> {
         let disagree = |image: ImageId| Error::Metadata {
             path: self.path(image).to_owned(),
             problem: "items disagree about the length of an extent".into(),
         };
-        let mut reading = Reading::new();
+        let mut reading = Reading::new_in(budget);
         for (number, image) in (0u32..).zip(&self.opened.images) {
             file_extents(image, |item| reading.take(number, image, item))?;
             if reading.seen.len() >= reading.merge_at {
@@ -345,7 +345,7 @@ impl Btrfs {
             }
         }
         merge(&mut reading.seen).map_err(disagree)?;
-        self.count_references(&mut reading.seen)?;
+        self.count_references(&mut reading.seen, budget)?;
         let extents = with_slots(reading.seen)?;
         let mappings = mappings(reading.spans.finish(), &extents);
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
@@ -359,7 +359,7 @@ impl Btrfs {
     }
 
     /// Fills in generations, and pins what is referred to from elsewhere.
-    fn count_references(&self, seen: &mut [Seen]) -> Result<()> {
+    fn count_references(&self, seen: &mut [Seen], budget: &Budget) -> Result<()> {
         let (Some(first), Some(last)) = (seen.first(), seen.last()) else {
             return Ok(());
         };
@@ -371,7 +371,7 @@ impl Btrfs {
         let (first, last) = (key(first.extent.address, 0), key(last.extent.address, u64::MAX));
         let mut at = 0;
         // What is not found there is not understood, and stays.
-        let mut total = SpillVec::of(u64::MAX, seen.len());
+        let mut total = SpillVec::of_in(u64::MAX, seen.len(), budget);
         self.search(EXTENT_TREE, first, last, |found, item| {
             while seen.get(at).is_some_and(|seen| seen.extent.address < found.object) {
                 at += 1;

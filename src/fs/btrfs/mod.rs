@@ -25,7 +25,7 @@ use crate::facts::{Class, Compression, Facts, ImageId};
 use crate::fingerprint::Function;
 use crate::monitor::Monitor;
 use crate::pool::{Found, Named, Skipped};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::encoded_write::write_frame;
 use crate::sys::fs_info::{FsInfo, fs_info};
 use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
@@ -145,8 +145,8 @@ impl Filesystem for Btrfs {
         self.have_read_only_snapshots()
     }
 
-    fn map(&self) -> Result<Mapped> {
-        self.read_map()
+    fn map(&self, budget: &Budget) -> Result<Mapped> {
+        self.read_map(budget)
     }
 
     fn sees_all_holders(&self) -> bool {

@@ -144,7 +144,7 @@ impl Opened {
                     Ok(0) => break,
                     Ok(read) => at += read,
                     Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(Error::io_at("read", path, here, offset + length - here)(error)),
+                    Err(error) => return Err(Error::unreadable(path, here, offset + length - here)(error)),
                 }
             }
             buffer[at..].fill(0);

@@ -15,7 +15,7 @@ impl Xfs {
             return Ok(BTreeMap::new());
         }
         let mut held = BTreeMap::new();
-        for other in self.others()?.unwrap_or_default() {
+        for other in self.others(facts.budget())?.unwrap_or_default() {
             let end = other.address + other.length;
             let extents = &facts.extents;
             let first = extents.partition_point(|extent| extent.address + extent.disk_bytes <= other.address);

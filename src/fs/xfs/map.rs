@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, Mapped, blocks};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
 
@@ -222,7 +222,8 @@ fn cut(
     images: &[OpenImage],
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
-    let mut events: SpillVec<(u64, Event)> = SpillVec::with_capacity(2 * (ranges.iter().len() + others.len()));
+    let mut events: SpillVec<(u64, Event)> =
+        SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
     for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
         events.push((range.block, Event::Begin(number)));
         events.push((range.block + u64::from(range.blocks), Event::End(number)));
@@ -238,7 +239,7 @@ fn cut(
         (range, Members::of(numbers, images, &ages))
     };
     let mut active = Active::default();
-    let mut extents = SpillVec::new();
+    let mut extents = SpillVec::new_in(ranges.budget());
     let (mut open, mut slot): (Option<(u64, State)>, u32) = (None, 0);
     // Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block
     // until now, by the address where it begins to be that.
@@ -309,8 +310,8 @@ fn cut(
 }
 
 impl Xfs {
-    pub(super) fn read_map(&self) -> Result<Mapped> {
-        let mut ranges = Collector::new();
+    pub(super) fn read_map(&self, budget: &Budget) -> Result<Mapped> {
+        let mut ranges = Collector::new_in(budget);
         let mut beyond = Vec::new();
         for (number, image) in (0u32..).zip(&self.opened.images) {
             for range in ranges_of(image)? {
@@ -321,7 +322,7 @@ impl Xfs {
             }
         }
         let ranges = ranges.finish();
-        let others = if self.reverse_map { self.others()? } else { None };
+        let others = if self.reverse_map { self.others(budget)? } else { None };
         let _ = self.names_owners.set(others.is_some());
         let extents = cut(
             &ranges,
@@ -369,9 +370,9 @@ impl Xfs {
     }
 
     /// Blocks that files outside the pool share with something. None if the kernel does not tell this process.
-    pub(super) fn others(&self) -> Result<Option<SpillVec<SharedBlocks>>> {
+    pub(super) fn others(&self, budget: &Budget) -> Result<Option<SpillVec<SharedBlocks>>> {
         let mine: HashSet<u64> = self.opened.images.iter().map(|image| image.inode).collect();
-        let mut others = SpillVec::new();
+        let mut others = SpillVec::new_in(budget);
         let asked = shared_blocks(self.opened.scratch.folder(), |blocks| {
             if !mine.contains(&blocks.inode) {
                 others.push(blocks);

@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::facts::{Class, Facts, ImageId};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Named, Skipped};
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};
 
 /// Images on an XFS.
@@ -105,8 +105,8 @@ impl Filesystem for Xfs {
         Ok(false)
     }
 
-    fn map(&self) -> Result<Mapped> {
-        self.read_map()
+    fn map(&self, budget: &Budget) -> Result<Mapped> {
+        self.read_map(budget)
     }
 
     fn sees_all_holders(&self) -> bool {
@@ -126,7 +126,7 @@ impl Filesystem for Xfs {
     }
 
     fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
-        Ok(SpillVec::of(None, facts.extents.len()))
+        Ok(SpillVec::of_in(None, facts.extents.len(), facts.budget()))
     }
 
     fn takes_frames(&self) -> bool {

@@ -50,7 +50,7 @@ fn open(options: &ImportOptions, paths: Vec<PathBuf>, monitor: &dyn Monitor) -> 
             second: scope.paths.first().cloned().unwrap_or_default(),
         });
     }
-    Ok(PoolSeed::new(prepared.fs, prepared.facts, scope.index))
+    Ok(PoolSeed::new(prepared.fs, prepared.facts))
 }
 
 /// Whether there can be any seeds: some are named, or there is an index of the filesystem.
