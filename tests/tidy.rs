@@ -98,6 +98,56 @@ fn no_arrow_points_back() {
     assert!(arrows > 300, "only {arrows} imports were found");
 }
 
+/// The words of a source: names, and what else is made of the same characters.
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_')
+}
+
+/// Plans follow from facts alone: nothing below `plan` opens, reads, compresses, asks the kernel or looks at a clock.
+#[test]
+fn plans_are_pure() {
+    /// What plans are made of.
+    const USED: [&str; 7] = ["block", "chunk", "content", "facts", "fingerprint", "range", "spill"];
+    /// Modules of the standard library that reach outside the process, or another thread.
+    const OUTSIDE: [&str; 8] = ["env", "fs", "io", "net", "os", "process", "thread", "time"];
+    /// Names of what does.
+    const IMPURE: [&str; 18] = [
+        "File",
+        "OpenOptions",
+        "Path",
+        "PathBuf",
+        "canonicalize",
+        "exists",
+        "fs",
+        "in_file",
+        "libc",
+        "memmap2",
+        "rayon",
+        "read_dir",
+        "rustix",
+        "sled",
+        "sys",
+        "tempfile",
+        "walkdir",
+        "zstd",
+    ];
+    let (mut wrong, mut files) = (Vec::new(), 0);
+    for (path, code) in sources() {
+        if !path.starts_with("plan") || path.starts_with("plan/tests") {
+            continue;
+        }
+        files += 1;
+        let imports = names_after(&code, "crate::").filter(|used| !USED.contains(used));
+        let modules = names_after(&code, "std::").filter(|used| OUTSIDE.contains(used));
+        let names = words(&code).filter(|word| IMPURE.contains(word));
+        for used in imports.chain(modules).chain(names) {
+            wrong.push(format!("{} uses {used}", path.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(files >= 10, "only {files} sources were found");
+}
+
 #[test]
 fn no_verb_uses_another() {
     let mut wrong = Vec::new();

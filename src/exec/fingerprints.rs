@@ -1,6 +1,7 @@
 //! Fingerprints of every block: from the checksum tree where it serves, from the index where they are known, and by reading
 //! for the rest.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -8,10 +9,12 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
+use crate::fingerprint::Fingerprints;
 use crate::fs::volume::{Image, Volume, fingerprints_from_checksums};
 use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
+use crate::plan;
 use crate::spill::SpillVec;
 
 /// Where fingerprints came from, in bytes of images.
@@ -32,6 +35,26 @@ pub struct Unreadable {
     pub slots: std::ops::Range<Slot>,
     /// What reading the first image that has them led to.
     pub error: Error,
+}
+
+/// Decides within `memory_bytes` where the fingerprints of a pool are kept, in memory or in files in `folder`, and how large a block table
+/// may be.
+///
+/// # Errors
+/// [`Error::Io`] if they do not fit into memory and there can be no such files.
+pub fn allocate(facts: &mut Facts, memory_bytes: u64, folder: &Path) -> Result<()> {
+    let slots = facts.slots();
+    facts.table_slots_max = plan::table_slots_max(memory_bytes);
+    if plan::fingerprints_fit(slots, memory_bytes) {
+        facts.fingerprints = Fingerprints::in_memory(slots as usize);
+        return Ok(());
+    }
+    std::fs::create_dir_all(folder).map_err(Error::io("make the folder", folder))?;
+    let file =
+        || Fingerprints::in_file(slots as usize, folder).map_err(Error::io("make a file for fingerprints in", folder));
+    facts.fingerprints = file()?;
+    facts.planned_fingerprints = Some(file()?);
+    Ok(())
 }
 
 /// Bytes read by one thread at a time.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::block::{ByteRange, Slot, bytes};
 use crate::error::{Error, Result, describe};
-use crate::exec::fingerprints::{Fingerprinted, Unreadable, fingerprint};
+use crate::exec::fingerprints::{Fingerprinted, Unreadable, allocate, fingerprint};
 use crate::facts::{Facts, ImageId};
 use crate::fs::Sharing;
 use crate::fs::volume::{Purpose, Volume};
@@ -178,11 +178,7 @@ fn divide_memory(scope: &Scope, slots: Slot) -> u64 {
 /// Decides where fingerprints are kept and how large a block table may be.
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
     let memory_bytes = divide_memory(scope, facts.slots());
-    if !plan::fits(facts, memory_bytes) {
-        std::fs::create_dir_all(&scope.index).map_err(Error::io("make the folder", &scope.index))?;
-    }
-    plan::make_room(facts, memory_bytes, &scope.index)
-        .map_err(Error::io("make a file for fingerprints in", &scope.index))
+    allocate(facts, memory_bytes, &scope.index)
 }
 
 /// Looks for images, and notes what could not be looked at.

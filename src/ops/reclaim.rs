@@ -255,10 +255,15 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
             plan = plan_proved(facts, &smaller, &go_on, &mut prove)?;
         }
     }
-    facts
-        .fingerprints
-        .check()
-        .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
+    // What its file takes is free again before anybody counts what is.
+    let planned_fingerprints = facts.planned_fingerprints.take();
+    for all in [Some(&facts.fingerprints), planned_fingerprints.as_ref()]
+        .into_iter()
+        .flatten()
+    {
+        all.check()
+            .map_err(Error::io("use the file of fingerprints in", &options.scope.index))?;
+    }
     Ok((plan, proved))
 }
 

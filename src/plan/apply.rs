@@ -3,6 +3,7 @@
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof};
+use crate::fingerprint::Fingerprints;
 use crate::spill::SpillVec;
 
 /// A pool as it would be, and where its parts come from.
@@ -14,6 +15,8 @@ pub struct Applied {
     extents: PackedExtents,
     mappings: PackedMappings,
     proofs: SpillVec<(Slot, Proof)>,
+    /// Whether its fingerprints lie in [`Facts::planned_fingerprints`] of the pool as it is.
+    has_file: bool,
 }
 
 /// Where the parts of a pool as it would be come from.
@@ -47,7 +50,8 @@ impl Applied {
 
     /// Gives back to `facts` what was taken from it.
     pub fn undo(self, facts: &mut Facts) -> Origins {
-        drop(self.facts);
+        let Facts { fingerprints, .. } = self.facts;
+        facts.planned_fingerprints = self.has_file.then_some(fingerprints);
         facts.bring_back(&self.extents, self.mappings);
         facts.add_proofs(self.proofs);
         self.origins
@@ -228,7 +232,9 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
     drop(new_place);
     let mut after = Facts::new(extents, moved, facts.zero_fingerprint);
     after.frees_blocks = facts.frees_blocks;
-    after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
+    let file = facts.planned_fingerprints.take();
+    let has_file = file.is_some();
+    after.fingerprints = file.unwrap_or_else(|| Fingerprints::in_memory(after.slots() as usize));
     after.table_slots_max = facts.table_slots_max;
     after.machines.clone_from(&facts.machines);
     for (new, old, blocks) in &origin.runs {
@@ -244,5 +250,6 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
         extents: packed,
         mappings: aside,
         proofs,
+        has_file,
     }
 }

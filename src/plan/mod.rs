@@ -11,8 +11,8 @@ pub mod export;
 mod greedy;
 pub mod import;
 mod layout;
+mod memory;
 mod ops;
-mod room;
 pub mod sample;
 mod table;
 
@@ -20,8 +20,8 @@ use std::collections::BTreeMap;
 
 pub use apply::{Applied, Origins, apply};
 pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
+pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
 pub use ops::{Batch, DonorFile, Op, Source};
-pub use room::{fits, lists_bytes, make_room, memory_bytes};
 
 use self::table::Table;
 use crate::block::{Slot, bytes};

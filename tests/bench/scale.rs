@@ -15,9 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmfold::block::bytes;
+use vmfold::exec::fingerprints::allocate;
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fs::simulated::PLAIN;
-use vmfold::plan::{Options, lists_bytes, make_room, memory_bytes, plan_proved};
+use vmfold::plan::{Options, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::limit_lists;
 
 /// Every fourth extent of so many blocks is like the one before but for some.
@@ -91,7 +92,7 @@ fn main() {
         })
     });
     let mut facts = Facts::new(all.collect(), references.collect(), 0);
-    make_room(&mut facts, memory_bytes, &folder).unwrap();
+    allocate(&mut facts, memory_bytes, &folder).unwrap();
     for extent in 0..extents {
         let first = extent * blocks;
         let of: Vec<u32> = (first..first + blocks)
