@@ -253,3 +253,140 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
         has_file,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::notation::{Pool, options, pools};
+    use proptest::prelude::*;
+
+    /// Disjoint ranges of slots in any order.
+    fn ranges() -> impl Strategy<Value = Vec<std::ops::Range<Slot>>> {
+        let lengths = prop::collection::vec((0u32..3, 1u32..5), 1..10);
+        let ranges = lengths.prop_map(|lengths| {
+            let mut end = 0;
+            let mut next = |(gap, blocks)| {
+                let start = end + gap;
+                end = start + blocks;
+                start..end
+            };
+            lengths.into_iter().map(&mut next).collect::<Vec<_>>()
+        });
+        ranges.prop_shuffle()
+    }
+
+    fn disk_bytes(facts: &Facts) -> i64 {
+        let bytes: u64 = facts.extents.iter().map(|extent| extent.disk_bytes).sum();
+        i64::try_from(bytes).unwrap()
+    }
+
+    proptest! {
+        /// Slots follow each other in the order in which ranges were put in, and each is found again by what it was.
+        #[test]
+        fn origins_lead_back(ranges in ranges()) {
+            let mut origin = Origin::default();
+            for range in &ranges {
+                origin.push(range.clone());
+            }
+            let slots: Vec<Slot> = ranges.into_iter().flatten().collect();
+            let new_of = origin.inverse();
+            for (new, old) in (0..).zip(&slots) {
+                prop_assert_eq!((origin.of(new), new_of(*old)), (*old, Some(new)));
+            }
+            for old in (0..80).filter(|old| !slots.contains(old)) {
+                prop_assert_eq!(new_of(old), None);
+            }
+        }
+
+        /// A pool as it would be holds what it holds, in as many bytes less as the plan says.
+        #[test]
+        fn a_pool_as_it_would_be_reads_the_same(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let plan = pool.plan(&options);
+            let (texts, blocks, before) = (pool.texts(), pool.image_blocks(), disk_bytes(&pool.facts));
+            let applied = apply(&mut pool.facts, &plan.layout);
+            prop_assert_eq!(before - disk_bytes(&applied.facts), plan.freed_bytes());
+            let mut slot = 0;
+            for extent in &applied.facts.extents {
+                prop_assert_eq!(extent.first_slot, slot);
+                slot = extent.slots().end;
+            }
+            prop_assert!(applied.facts.extents.is_sorted_by_key(|extent| extent.address));
+            let content = |slot: Slot| pool.content[applied.origins().slot(slot) as usize];
+            for (image, text) in (0..).zip(texts) {
+                let mapped = Pool::mapped(&applied.facts, image, blocks).into_iter();
+                let text_after: String = mapped.map(|slot| slot.map_or('0', content)).collect();
+                prop_assert_eq!(text_after, text);
+            }
+            for slot in 0..applied.facts.slots() {
+                let origin = applied.origins().slot(slot);
+                let fingerprint = if content(slot) == '0' { 0 } else { u32::from(content(slot).to_ascii_lowercase()) };
+                prop_assert_eq!(applied.facts.fingerprints.get(slot), fingerprint);
+                prop_assert_eq!(applied.facts.proofs.get(&slot).is_some(), true, "{} was {}", slot, origin);
+            }
+        }
+
+        /// What an extent was is known of those that stay whole, and of no others.
+        #[test]
+        fn extents_that_stay_are_known_again(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            let plan = pool.plan(&options);
+            let addresses: Vec<u64> = pool.facts.extents.iter().map(|extent| extent.address).collect();
+            let stay: Vec<u32> = (0..).take(addresses.len()).filter(|extent| !plan.layout.is_gone(*extent)).collect();
+            let applied = apply(&mut pool.facts, &plan.layout);
+            let mut known = Vec::new();
+            for (place, extent) in (0..).zip(&applied.facts.extents) {
+                if let Some(was) = applied.origins().extent(place) {
+                    prop_assert_eq!(addresses[was as usize], extent.address);
+                    known.push(was);
+                }
+            }
+            prop_assert_eq!(known, stay);
+        }
+
+        #[test]
+        fn undoing_leaves_everything_as_it_was(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let plan = pool.plan(&options);
+            let state = |facts: &Facts| {
+                let mut proofs: Vec<_> = facts.proofs.iter().collect();
+                proofs.sort();
+                let references: Vec<_> = facts.references().collect();
+                format!("{:?} {references:?} {proofs:?} {:?}", facts.extents, facts.fingerprints)
+            };
+            let before = state(&pool.facts);
+            let applied = apply(&mut pool.facts, &plan.layout);
+            prop_assert!(pool.facts.extents.is_empty() && pool.facts.proofs.is_empty());
+            applied.undo(&mut pool.facts);
+            prop_assert_eq!(state(&pool.facts), before);
+        }
+    }
+
+    #[test]
+    fn where_there_is_a_file_for_fingerprints_it_is_used_again() {
+        let text = "
+            A  abcdefgh
+            B  klmnabcdefgh
+            C  opklmnabcdefghop
+            one    A
+            two    B
+            three  C C";
+        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::Options::default()));
+        let expected = planned(&mut Pool::of(text));
+        let folder = tempfile::tempdir().unwrap();
+        let mut pool = Pool::of(text);
+        let slots = pool.facts.slots() as usize;
+        pool.facts.planned_fingerprints = Some(Fingerprints::in_file(slots, folder.path()).unwrap());
+        assert_eq!(planned(&mut pool), expected);
+        let file = pool.facts.planned_fingerprints.unwrap();
+        file.check().unwrap();
+        // What was looked at last lies in it.
+        assert_eq!(file.len(), slots);
+        assert!(file.range(0..4).iter().any(|fingerprint| *fingerprint != 0));
+    }
+}

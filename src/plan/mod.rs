@@ -320,3 +320,6 @@ impl Round {
             .any(|run| run.is_refuted(facts, &self.unproved, |slot| self.origin(slot)))
     }
 }
+
+#[cfg(test)]
+mod tests;
