@@ -3,6 +3,7 @@
 pub mod acl;
 pub mod attributes;
 pub mod simulated;
+pub mod simulated_faults;
 pub mod volume;
 
 use std::collections::BTreeSet;

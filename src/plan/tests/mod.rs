@@ -262,9 +262,7 @@ fn an_image_gets_no_more_references_than_it_may_have() {
         one 0..4 <- two 0..4
         one 4..8 <- two 12..16
     ");
-    assert_snapshot!(pool.planned(&limited(2)), @r"
-    frees 0 KiB
-    ");
+    assert_snapshot!(pool.planned(&limited(2)), @"frees 0 KiB");
 }
 
 #[test]
@@ -322,9 +320,7 @@ fn what_leaves_more_than_the_work_space_takes_stays() {
         work_space_bytes: 31 << 10,
         ..USUAL
     };
-    assert_snapshot!(Pool::of(LEAVES_MUCH).planned(&options), @r"
-    frees 0 KiB
-    ");
+    assert_snapshot!(Pool::of(LEAVES_MUCH).planned(&options), @"frees 0 KiB");
 }
 
 #[test]
