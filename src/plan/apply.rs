@@ -164,6 +164,52 @@ impl After {
         all
     }
 
+    /// What images that have a mapping would have in its place: the same of an extent that stays, and piece by piece where the blocks of
+    /// one that goes end up. `new_of` tells where a slot is.
+    fn mapped(
+        &self,
+        facts: &Facts,
+        layout: &Layout,
+        new_of: &impl Fn(Slot) -> Option<Slot>,
+        mapping: Mapping,
+    ) -> Vec<Mapping> {
+        let first_slot = |extent: u32| self.extents[extent as usize].first_slot;
+        if let Some(extent) = Some(self.new_place[mapping.extent as usize]).filter(|extent| *extent != u32::MAX) {
+            let offset = mapping.slot - facts.extents[mapping.extent as usize].first_slot;
+            return vec![Mapping {
+                extent,
+                slot: first_slot(extent) + offset,
+                ..mapping
+            }];
+        }
+        if mapping.preallocated {
+            return Vec::new();
+        }
+        let pieces = layout.resolve_all(facts, mapping.slots());
+        let pieces = pieces.filter_map(|(piece, found)| {
+            let (extent, slot) = match found {
+                Final::Hole => return None,
+                Final::Kept(slot) => {
+                    let new = new_of(slot)?;
+                    let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
+                    (u32::try_from(extent).unwrap_or(u32::MAX), new)
+                }
+                Final::Donor(donor, at) => {
+                    let extent = self.first_donor + donor;
+                    (extent, first_slot(extent) + at)
+                }
+            };
+            Some(Mapping {
+                file_block: mapping.file_block + (piece.start - mapping.slot),
+                slot,
+                blocks: piece.end - piece.start,
+                extent,
+                preallocated: false,
+            })
+        });
+        pieces.collect()
+    }
+
     fn len(&self) -> u32 {
         u32::try_from(self.extents.len()).unwrap_or(u32::MAX)
     }
@@ -180,55 +226,21 @@ impl After {
 /// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, mappings and proofs are gone until
 /// [`Applied::undo`].
 pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
+    let all = After::of(facts, layout);
+    let new_of = all.origin.inverse();
+    let aside = facts.set_mappings_aside();
+    let facts_then = &*facts;
+    let moved = aside.flat_map(&facts.extents, |mapping| {
+        all.mapped(facts_then, layout, &new_of, mapping)
+    });
+    let packed = facts.set_extents_aside();
     let After {
         extents,
         origin,
         kept,
         new_place,
-        first_donor,
-    } = After::of(facts, layout);
-    let new_of = origin.inverse();
-    let aside = facts.set_mappings_aside();
-    let facts_then = &*facts;
-    let moved = aside.flat_map(&facts.extents, |mapping| {
-        if let Some(extent) = Some(new_place[mapping.extent as usize]).filter(|extent| *extent != u32::MAX) {
-            let slot = extents[extent as usize].first_slot
-                + (mapping.slot - facts_then.extents[mapping.extent as usize].first_slot);
-            return vec![Mapping {
-                extent,
-                slot,
-                ..mapping
-            }];
-        }
-        if mapping.preallocated {
-            return Vec::new();
-        }
-        let pieces = layout
-            .resolve_all(facts_then, mapping.slots())
-            .filter_map(|(piece, found)| {
-                let (extent, offset) = match found {
-                    Final::Hole => return None,
-                    Final::Kept(slot) => {
-                        let new = new_of(slot)?;
-                        let extent = extents.partition_point(|extent| extent.first_slot <= new) - 1;
-                        (
-                            u32::try_from(extent).unwrap_or(u32::MAX),
-                            new - extents[extent].first_slot,
-                        )
-                    }
-                    Final::Donor(donor, at) => (first_donor + donor, at),
-                };
-                Some(Mapping {
-                    file_block: mapping.file_block + (piece.start - mapping.slot),
-                    slot: extents[extent as usize].first_slot + offset,
-                    blocks: piece.end - piece.start,
-                    extent,
-                    preallocated: false,
-                })
-            });
-        pieces.collect()
-    });
-    let packed = facts.set_extents_aside();
+        first_donor: _,
+    } = all;
     drop(new_place);
     let mut after = Facts::new(extents, moved, facts.zero_fingerprint);
     after.frees_blocks = facts.frees_blocks;
@@ -313,7 +325,7 @@ mod tests {
                 prop_assert_eq!(extent.first_slot, slot);
                 slot = extent.slots().end;
             }
-            prop_assert!(applied.facts.extents.is_sorted_by_key(|extent| extent.address));
+            prop_assert!(applied.facts.extents.is_sorted_by(|one, other| one.address < other.address));
             let content = |slot: Slot| pool.content[applied.origins().slot(slot) as usize];
             for (image, text) in (0..).zip(texts) {
                 let mapped = Pool::mapped(&applied.facts, image, blocks).into_iter();

@@ -409,6 +409,7 @@ mod tests {
     use super::*;
     use crate::block::bytes;
     use crate::facts::Recoding;
+    use crate::plan::METADATA_BYTES_PER_REFERENCE;
     use crate::plan::tests::notation::{Pool, options, pools};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -572,39 +573,52 @@ mod tests {
         }
     }
 
-    /// A block of the extents that begin at slots 0, 8 and 16, in the pool as the first layout of them would leave it.
-    #[test]
-    fn decisions_on_a_planned_pool_become_decisions_on_the_one_there_is() {
-        let mut pool = Pool::of(
-            "
-            A  abcdefgh
-            B  ijklmnop
-            C  abcdmnop
-            one    A
-            two    B
-            three  C",
-        );
-        let home = |slot, blocks, home| Run {
-            slot,
-            blocks,
-            target: Target::Home(home),
-        };
+    /// A pool of which two extents go to one donor, as a plan would leave it: the first extent, at slots 16 to 23 of the pool there is, and
+    /// from slot 8 on the donor. What the donor begins with is of the one that comes first in the images.
+    fn planned(images: &str) -> (Pool, Layout, Origins) {
+        let extents = "A abcdefgh\nB ijklmnop\nC abcdmnop";
+        let mut pool = Pool::of(&format!("{extents}\n{images}\nthree C"));
         let mut layout = Layout::default();
-        // What is left over of both goes to one donor, in which the parts of C follow each other.
         layout.compose(&pool.facts, &[0, 1], &[], None);
         layout.place_leftovers(&pool.facts, &Options::default());
         let applied = super::super::apply(&mut pool.facts, &layout);
-        // C is the first of the extents that are left, and the donor follows it.
-        let decided = [home(0, 4, 8), home(4, 4, 20)];
         let origins = applied.undo(&mut pool.facts);
-        layout.compose(&pool.facts, &[0], &decided, Some(&origins));
+        (pool, layout, origins)
+    }
+
+    fn home(slot: Slot, blocks: u32, home: Slot) -> Run {
+        Run {
+            slot,
+            blocks,
+            target: Target::Home(home),
+        }
+    }
+
+    #[test]
+    fn decisions_on_a_planned_pool_become_decisions_on_the_one_there_is() {
+        let (pool, mut layout, origins) = planned("one A\ntwo B");
+        layout.compose(&pool.facts, &[0], &[home(0, 4, 8), home(4, 4, 20)], Some(&origins));
         assert_eq!(&layout.runs[..], [home(16, 4, 0), home(20, 4, 12)]);
         assert_eq!(layout.gone().collect::<Vec<_>>(), [0, 1, 2]);
-        // A run over both parts of the donor is cut where they meet: their slots are apart.
-        let mut again = layout.clone();
-        again.runs.clear();
-        again.compose(&pool.facts, &[], &[home(0, 8, 10)], Some(&origins));
-        assert_eq!(&again.runs[..], [home(16, 8, 2)]);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_its_home_was_put_together() {
+        let (pool, mut layout, origins) = planned("one B\ntwo A");
+        layout.compose(&pool.facts, &[0], &[home(0, 8, 12)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(16, 4, 12), home(20, 4, 0)]);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_its_extents_were_put_together() {
+        // Of the donor that goes in turn, both parts; their slots follow each other in one pool as in the other.
+        let (pool, mut layout, origins) = planned("one A\ntwo B");
+        layout.compose(&pool.facts, &[1], &[home(12, 8, 0)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(4, 4, 16), home(8, 4, 20)]);
+        // The same if they are apart.
+        let (pool, mut layout, origins) = planned("one B\ntwo A");
+        layout.compose(&pool.facts, &[1], &[home(12, 8, 0)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(0, 4, 20), home(12, 4, 16)]);
     }
 
     #[test]
@@ -630,6 +644,9 @@ mod tests {
             .map(|file| pool.donor(&plan, file))
             .collect();
         assert_eq!(donors, ["abcd", "ijklefgh"]);
+        // What is compressed is expected to take half.
+        let taken: Vec<u64> = plan.layout.donors().iter().map(|donor| donor.disk_bytes).collect();
+        assert_eq!(taken, [bytes(4), bytes(4)]);
     }
 
     #[test]
@@ -640,5 +657,7 @@ mod tests {
         assert_eq!(pool.donor(&plan, 0), format!("{} {}", &live[..32], &live[32..]));
         let taken: u64 = plan.layout.donors().iter().map(|donor| donor.disk_bytes).sum();
         assert_eq!(taken, 38 * 4096 * 32 / 75 + 38 * 4096 * 3 / 75);
+        // The image's one reference becomes one to each.
+        assert_eq!(plan.eliminations[0].metadata_bytes, METADATA_BYTES_PER_REFERENCE);
     }
 }

@@ -61,6 +61,36 @@ pub struct Op {
 
 /// Puts extents into batches, in an order in which everything an extent needs is there when its turn comes, and counts.
 pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
+    place_donors(plan);
+    let layout = &plan.layout;
+    // What needs no donor comes first: it takes no space, and makes some.
+    let mut by_batch = SpillVec::with_capacity(layout.gone().len());
+    for (turn, extent) in (0u32..).zip(layout.gone()) {
+        let (elimination, freed, batch) = eliminate(facts, plan, extent);
+        for (reason, bytes) in freed {
+            *plan.freed.entry(reason).or_default() += bytes;
+        }
+        by_batch.push((batch, turn, elimination));
+    }
+    by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
+    let mut by_batch = by_batch.into_iter().peekable();
+    let last = plan.donor_files.last().map(|file| file.batch);
+    let mut space = Space::default();
+    for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
+        let first = plan.eliminations.len();
+        while let Some((.., elimination)) = by_batch.next_if(|(batch, ..)| *batch == number) {
+            plan.eliminations.push(elimination);
+        }
+        let batch = batch_of(facts, plan, number, first);
+        space.pass(plan, &batch);
+        plan.batches.push(batch);
+    }
+    plan.peak_bytes = space.peak_bytes;
+    plan.needed_bytes = space.needed_bytes;
+}
+
+/// Puts donor extents into files, batch by batch.
+fn place_donors(plan: &mut Plan) {
     let layout = &plan.layout;
     let mut files: BTreeMap<(u32, Class), Vec<u32>> = BTreeMap::new();
     for (place, donor) in (0u32..).zip(layout.donors()) {
@@ -78,60 +108,59 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
             at += layout.donors()[*donor as usize].blocks;
         }
     }
-    // What needs no donor comes first: it takes no space, and makes some.
-    let mut by_batch = SpillVec::with_capacity(layout.gone().len());
-    for (turn, extent) in (0u32..).zip(layout.gone()) {
-        let (elimination, freed, batch) = eliminate(facts, plan, extent);
-        for (reason, bytes) in freed {
-            *plan.freed.entry(reason).or_default() += bytes;
-        }
-        by_batch.push((batch, turn, elimination));
+}
+
+/// The batch of the donors of that number, or of no donors, whose eliminations are those from `first` on.
+fn batch_of(facts: &Facts, plan: &Plan, number: Option<u32>, first: usize) -> Batch {
+    let from = plan.batches.last().map_or(0, |before| before.donor_files.end);
+    let files = plan.donor_files[from..].iter();
+    let files = files.take_while(|file| Some(file.batch) == number).count();
+    let compared = plan.eliminations[first..]
+        .iter()
+        .flat_map(|one| facts.references_to(one.extent))
+        .map(|reference| bytes(reference.blocks))
+        .sum();
+    Batch {
+        eliminations: first..plan.eliminations.len(),
+        donor_files: from..from + files,
+        compared_bytes: compared,
     }
-    by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
-    let mut by_batch = by_batch.into_iter().peekable();
-    let last = plan.donor_files.last().map(|file| file.batch);
-    let (mut held, mut released, mut file) = (0u64, 0u64, 0);
-    // All that donors took, and all that was freed, until now.
-    let (mut taken, mut given) = (0u64, 0u64);
-    for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
-        let first = plan.eliminations.len();
-        while let Some((.., elimination)) = by_batch.next_if(|(batch, ..)| *batch == number) {
-            plan.eliminations.push(elimination);
-        }
-        let files = file..file
-            + plan.donor_files[file..]
-                .iter()
-                .take_while(|file| Some(file.batch) == number)
-                .count();
-        file = files.end;
-        let written: u64 = plan.donor_files[files.clone()]
+}
+
+/// The bytes that donors take on the way, batch after batch.
+#[derive(Default)]
+struct Space {
+    /// What donors hold before what they replace is freed.
+    held: u64,
+    /// What the batch before frees.
+    released: u64,
+    /// All that donors took until now.
+    taken: u64,
+    /// All that was freed until now.
+    given: u64,
+    peak_bytes: u64,
+    needed_bytes: u64,
+}
+
+impl Space {
+    /// Goes on to the next batch.
+    fn pass(&mut self, plan: &Plan, batch: &Batch) {
+        let donors = plan.donor_files[batch.donor_files.clone()]
             .iter()
             .flat_map(|file| &file.extents)
-            .map(|donor| &layout.donors()[*donor as usize])
-            .map(|donor| donor.disk_bytes)
-            .sum();
+            .map(|donor| &plan.layout.donors()[*donor as usize]);
+        let written: u64 = donors.map(|donor| donor.disk_bytes).sum();
         // The donors of a batch are written while the one before is shared.
-        plan.peak_bytes = plan.peak_bytes.max(held + written);
-        taken += written;
+        self.peak_bytes = self.peak_bytes.max(self.held + written);
+        self.taken += written;
         // Where there is no other room, they wait for that.
-        given += released;
-        plan.needed_bytes = plan.needed_bytes.max(taken.saturating_sub(given));
-        held = (held + written).saturating_sub(released);
-        let batch = &plan.eliminations[first..];
-        released = batch
+        self.given += self.released;
+        self.needed_bytes = self.needed_bytes.max(self.taken.saturating_sub(self.given));
+        self.held = (self.held + written).saturating_sub(self.released);
+        self.released = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.freed_bytes + one.rewritten_bytes - one.grown_bytes)
             .sum();
-        let compared = batch
-            .iter()
-            .flat_map(|one| facts.references_to(one.extent))
-            .map(|reference| bytes(reference.blocks))
-            .sum();
-        plan.batches.push(Batch {
-            eliminations: first..plan.eliminations.len(),
-            donor_files: files,
-            compared_bytes: compared,
-        });
     }
 }
 

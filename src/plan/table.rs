@@ -263,6 +263,9 @@ mod tests {
             .flat_map(of)
             .for_each(|slot| table.enter(slot, 7, &all, machine));
         assert_eq!(count(&table), Table::CANDIDATES_MAX);
+        // Nor is more entered than is ever looked at.
+        let entered = table.tags.as_flattened().iter().filter(|tag| **tag != EMPTY);
+        assert_eq!(entered.count(), Table::CANDIDATES_MAX);
     }
 
     #[test]
