@@ -1011,6 +1011,18 @@ mod tests {
     }
 
     #[test]
+    fn blocks_between_runs_that_a_run_is_found_in_stay() {
+        // What three images map is too short to share where it is first; what one maps is found in it, though it is in A, too.
+        let pool = Pool::of("A abxyzuvw\nB abab\none A\ntwo B\nthree B[0..2]\nfour B[0..2]");
+        let options = Options::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        pass.look_at(0, false);
+        let extent = pass.turn_to(1);
+        let found = pass.match_extent(extent);
+        assert_eq!((&found.runs[..], found.left_over), ([home(10, 2, 8)].as_slice(), 2));
+    }
+
+    #[test]
     fn what_frees_less_than_it_costs_stays() {
         let pool = Pool::of("A abcdefgh\nB abcdxyzu\none A\ntwo B");
         let options = Options::default();
