@@ -92,6 +92,9 @@ impl KnownSlots {
     }
 }
 
+/// The name that stands among extended attributes for `FS_NOCOW_FL` (linux/fs.h), which is none. No file can have an attribute of this name.
+pub const NODATACOW: &[u8] = b"vmfold.nodatacow";
+
 /// What is kept of a file or folder beside its content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metadata {
@@ -109,4 +112,11 @@ pub struct Metadata {
     pub mtime: (i64, u32),
     /// Extended attributes.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Metadata {
+    /// Whether a file is to be restored without copy on write, and so without checksums: its blocks can be shared with none that has them.
+    pub fn is_nodatacow(&self) -> bool {
+        self.xattrs.iter().any(|(name, _)| name == NODATACOW)
+    }
 }

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use rustix::io::Errno;
 use vmfold::block::Slot;
 use vmfold::exec::compression::{Wish, plan_wished};
 use vmfold::exec::{Ran, Settings, run};
@@ -19,6 +20,7 @@ use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::Silent;
 use vmfold::plan::{Options, Plan};
+use vmfold::testing::faulty_filesystem::{CHANGED, Call, Fault, Faulty};
 use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 
 /// A step in the life of a pool.
@@ -480,5 +482,226 @@ fn planning_ends_when_it_is_told_to() {
         let ended = vmfold::plan::plan_proved(&mut facts, &Options::default(), &go_on, |_, _| Err("enough"));
         assert_eq!(ended.err(), Some("enough"));
         assert!(asked.get() <= allowed + 1);
+    }
+}
+
+/// A pool with a bit of everything: a template and a clone of which blocks changed, revisions that leave blocks nobody reaches, zeros, a
+/// preallocated range, files without checksums, and blocks that look alike and are not.
+fn small_pool(frees_blocks: bool, look_alike: bool) -> Simulated {
+    let mut fs = Simulated::default();
+    fs.frees_blocks = frees_blocks;
+    let template: Vec<Content> = (1..=40).collect();
+    let mut clone = template.clone();
+    (clone[9], clone[30]) = (1000, 1001);
+    if look_alike {
+        // With the same fingerprint as the block in the template, in a run too long to be read before it is shared.
+        clone[23] += 1 << 32;
+    }
+    add_images(&fs, [template.clone(), clone]);
+    // A revision of the template, of which most was written anew, and whose old blocks nobody else reaches.
+    let image = fs.add_image(true, IMAGE_BLOCKS);
+    let extent = fs.allocate(PLAIN, (2000..2016).collect());
+    fs.map(image, 0, extent, 0, 2, false);
+    fs.map(image, 14, extent, 14, 2, false);
+    let extent = fs.allocate(PLAIN, [[1, 2, 3, 4].as_slice(), &[0; 8], &[3000, 3001]].concat());
+    fs.map(image, 16, extent, 0, 14, false);
+    let extent = fs.allocate(PLAIN, (4000..4008).collect());
+    fs.map(image, 40, extent, 0, 4, false);
+    fs.map(image, 44, extent, 4, 4, true);
+    fs.reflink(image);
+    let bare = Class {
+        checksummed: false,
+        ..PLAIN
+    };
+    for _ in 0..2 {
+        let (image, extent) = (
+            fs.add_image(false, IMAGE_BLOCKS),
+            fs.allocate(bare, template[..8].to_vec()),
+        );
+        fs.map(image, 0, extent, 0, 8, false);
+    }
+    fs
+}
+
+/// Small steps, so that there are batches that wait for others.
+const SMALL_STEPS: Options = Options {
+    min_run_blocks: 2,
+    keep_zeros: false,
+    keep_preallocated: false,
+    work_space_bytes: 1 << 20,
+    batch_bytes: 8 << 10,
+    references_max: 1000,
+    references_per_gib_max: u32::MAX,
+};
+
+/// Plans on a filesystem, and runs that while faults are met.
+fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (Plan, Ran, Result<(), vmfold::error::Error>) {
+    let (facts, plan) = planned(fs, &SMALL_STEPS);
+    let mut ran = Ran::default();
+    let outcome = run(&facts, &plan, Settings::default(), faulty, &Silent::default(), &mut ran);
+    fs.close_donors();
+    (plan, ran, outcome)
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap()
+}
+
+/// Bytes that a pool takes, as a scan of it finds.
+fn scanned_bytes(fs: &Simulated) -> u64 {
+    fs.facts().extents.iter().map(|extent| extent.disk_bytes).sum()
+}
+
+/// A run on a small pool that meets no fault.
+struct Undisturbed {
+    frees_blocks: bool,
+    look_alike: bool,
+    /// Bytes that the pool takes after it.
+    allocated_bytes: u64,
+    calls: BTreeMap<Call, u64>,
+}
+
+impl Undisturbed {
+    fn new(frees_blocks: bool, look_alike: bool) -> Self {
+        let fs = small_pool(frees_blocks, look_alike);
+        let faulty = Faulty::without_fault(&fs);
+        run_with(&fs, &faulty).2.unwrap();
+        Self {
+            frees_blocks,
+            look_alike,
+            allocated_bytes: fs.allocated_bytes(),
+            calls: faulty.calls(),
+        }
+    }
+
+    /// The pool as it was before.
+    fn pool(&self) -> Simulated {
+        small_pool(self.frees_blocks, self.look_alike)
+    }
+}
+
+/// Runs on a small pool with some faults, and again without. Images hold what they held but for what someone else wrote; what was not
+/// freed as planned is told; and the next run frees what is left, so that the one after that has nothing to do. Returns whether something
+/// was told.
+fn faults_leave_nothing_but_work(undisturbed: &Undisturbed, faults: impl Fn(&Simulated) -> Faulty<'_>) -> bool {
+    let fs = undisturbed.pool();
+    let (mut content, before) = (fs.contents(), fs.allocated_bytes());
+    let faulty = faults(&fs);
+    let (plan, ran, outcome) = run_with(&fs, &faulty);
+    let changed = faulty.changed();
+    for (image, block) in &changed {
+        content[*image as usize][*block as usize] = CHANGED;
+    }
+    assert_eq!(fs.contents(), content, "{faulty:?}");
+    assert_eq!(fs.allocated_bytes(), scanned_bytes(&fs), "{faulty:?}");
+    let freed = signed(before) - signed(fs.allocated_bytes());
+    let counts = &ran.counts;
+    let told = outcome.is_err()
+        || !ran.unreadable.is_empty()
+        || counts.abandoned_bytes + counts.differing_bytes + counts.extents_still_held > 0
+        || !counts.refused_bytes.is_empty();
+    assert!(
+        freed <= plan.freed_bytes() && (told || freed == plan.freed_bytes()),
+        "{faulty:?}: {ran:?}"
+    );
+    // Everything that was begun can be ended.
+    let before = fs.allocated_bytes();
+    let (plan, ran) = reclaim(&fs, &SMALL_STEPS);
+    assert_eq!(fs.contents(), content, "{faulty:?}");
+    assert_eq!(ran.counts.extents_still_held, 0, "{faulty:?}");
+    if ran.counts.differing_bytes == 0 {
+        assert_eq!(
+            signed(before) - signed(fs.allocated_bytes()),
+            plan.freed_bytes(),
+            "{faulty:?}"
+        );
+    }
+    if changed.is_empty() {
+        assert_eq!(fs.allocated_bytes(), undisturbed.allocated_bytes, "{faulty:?}");
+    }
+    assert_eq!(&planned(&fs, &SMALL_STEPS).1.eliminations[..], &[], "{faulty:?}");
+    told
+}
+
+#[test]
+fn every_call_may_go_wrong_once_or_from_then_on() {
+    let faults = [
+        (Call::MayTouch, Fault::Opened),
+        (Call::Read, Fault::Fails(Errno::IO)),
+        (Call::FreeBytes, Fault::Fails(Errno::IO)),
+        (Call::CreateDonor, Fault::Fails(Errno::NOSPC)),
+        (Call::AppendToDonor, Fault::Fails(Errno::NOSPC)),
+        (Call::AppendToDonor, Fault::Fails(Errno::DQUOT)),
+        (Call::SettleDonor, Fault::Fails(Errno::NOSPC)),
+        (Call::Share, Fault::Fails(Errno::NOSPC)),
+        (Call::Share, Fault::Fails(Errno::IO)),
+        (Call::Share, Fault::Fails(Errno::AGAIN)),
+        (Call::Share, Fault::Changed),
+        (Call::Commit, Fault::Fails(Errno::IO)),
+        (Call::IsAllocated, Fault::Fails(Errno::IO)),
+        (Call::RangesIn, Fault::Fails(Errno::IO)),
+    ];
+    let mut runs: BTreeMap<Call, u64> = BTreeMap::new();
+    for (frees_blocks, look_alike) in [(false, false), (false, true), (true, false), (true, true)] {
+        let undisturbed = Undisturbed::new(frees_blocks, look_alike);
+        for (call, fault) in faults {
+            let calls = undisturbed.calls.get(&call).copied().unwrap_or_default();
+            for (at, lasts) in (0..calls).flat_map(|at| [(at, false), (at, true)]) {
+                let told = faults_leave_nothing_but_work(&undisturbed, |fs| Faulty::new(fs, call, at, fault, lasts));
+                // Of these, what does not matter in the end need not be told.
+                let is_forgiven = matches!(call, Call::MayTouch | Call::Read | Call::Share);
+                assert!(told || is_forgiven, "{call:?} {at}");
+                *runs.entry(call).or_default() += 1;
+            }
+        }
+    }
+    assert!(faults.iter().all(|(call, _)| runs.contains_key(call)), "{runs:?}");
+}
+
+#[test]
+fn every_sector_may_be_unreadable() {
+    for (frees_blocks, look_alike) in [(false, true), (true, true)] {
+        let undisturbed = Undisturbed::new(frees_blocks, look_alike);
+        for (extent, this) in undisturbed.pool().facts().extents.iter().enumerate() {
+            for block in 0..this.blocks {
+                faults_leave_nothing_but_work(&undisturbed, |fs| {
+                    let mut faulty = Faulty::without_fault(fs);
+                    faulty.unreadable.insert((extent, block));
+                    faulty
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_may_end_anywhere() {
+    for look_alike in [false, true] {
+        let undisturbed = Undisturbed::new(false, look_alike);
+        let taken = undisturbed.pool().allocated_bytes();
+        for free_blocks in 0..12 {
+            faults_leave_nothing_but_work(&undisturbed, |fs| {
+                let mut faulty = Faulty::without_fault(fs);
+                faulty.disk_bytes = Some(taken + free_blocks * 4096);
+                faulty
+            });
+        }
+    }
+}
+
+#[test]
+fn what_fits_on_no_disk_is_refused_by_name() {
+    let fs = Simulated::default();
+    add_images(&fs, [(1..=40).collect(), (1..=20).chain(100..120).collect()]);
+    let before = fs.allocated_bytes();
+    for (free_blocks, is_enough) in [(0, false), (19, false), (20, true)] {
+        let mut faulty = Faulty::without_fault(&fs);
+        faulty.disk_bytes = Some(before + free_blocks * 4096);
+        let (plan, ran, outcome) = run_with(&fs, &faulty);
+        let is_refused = matches!(outcome, Err(vmfold::error::Error::Reserve { .. }));
+        assert_eq!((is_refused, outcome.is_ok()), (!is_enough, is_enough));
+        assert_eq!(ran.counts.written_bytes, if is_enough { 20 * 4096 } else { 0 });
+        let freed = signed(before) - signed(fs.allocated_bytes());
+        assert_eq!(freed, if is_enough { plan.freed_bytes() } else { 0 });
     }
 }

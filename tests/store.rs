@@ -22,7 +22,7 @@ use vmfold::ops::import::{ArchivePlace, ImportOptions, import_from, import_in_or
 use vmfold::ops::verify::verify_store;
 use vmfold::report::{Exported, Imported, Verified};
 use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, Store};
-use vmfold::testing::{Call, Fault, Faulty};
+use vmfold::testing::faulty_store::{Call, Fault, Faulty};
 
 /// What every store that is read anywhere and appended to does. It is empty at first.
 fn conforms(store: &dyn Store) {

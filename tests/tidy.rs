@@ -1,6 +1,7 @@
 //! Goal: the order of the code's folders stays what it is, so that a change belongs to one place. Method: the imports in the sources.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
@@ -97,6 +98,131 @@ fn no_arrow_points_back() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(arrows > 300, "only {arrows} imports were found");
+}
+
+/// The words of a source: names, and what else is made of the same characters.
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_')
+}
+
+/// Plans follow from facts alone: nothing below `plan` opens, reads, compresses, asks the kernel or looks at a clock.
+#[test]
+fn plans_are_pure() {
+    /// What plans are made of.
+    const USED: [&str; 11] = [
+        "archive",
+        "block",
+        "chunk",
+        "content",
+        "error",
+        "facts",
+        "fingerprint",
+        "pool",
+        "range",
+        "shown",
+        "spill",
+    ];
+    /// Modules of the standard library that reach outside the process, or another thread.
+    const OUTSIDE: [&str; 7] = ["env", "fs", "io", "net", "process", "thread", "time"];
+    /// Names of what does.
+    const IMPURE: [&str; 21] = [
+        "Archive",
+        "File",
+        "OpenOptions",
+        "canonicalize",
+        "discover",
+        "exists",
+        "fs",
+        "in_file",
+        "libc",
+        "memmap2",
+        "rayon",
+        "read_dir",
+        "read_link",
+        "rustix",
+        "signs_of",
+        "symlink_metadata",
+        "sled",
+        "sys",
+        "tempfile",
+        "walkdir",
+        "zstd",
+    ];
+    let (mut wrong, mut files) = (Vec::new(), 0);
+    for (path, code) in sources() {
+        if !path.starts_with("plan") || path.starts_with("plan/tests") {
+            continue;
+        }
+        files += 1;
+        let imports = names_after(&code, "crate::").filter(|used| !USED.contains(used));
+        let modules = names_after(&code, "std::").filter(|used| OUTSIDE.contains(used));
+        let names = words(&code).filter(|word| IMPURE.contains(word));
+        for used in imports.chain(modules).chain(names) {
+            wrong.push(format!("{} uses {used}", path.display()));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(files >= 10, "only {files} sources were found");
+}
+
+/// A function is seen at a glance: below so many lines, from its name to its last brace.
+const FUNCTION_LINES: usize = 70;
+
+/// Functions that are longer. Nothing is added here; what was split is taken out.
+const LONG: [(&str, &str); 13] = [
+    ("archive/reader.rs", "open_by_searching"),
+    ("archive/reader.rs", "salvage_epoch"),
+    ("cli/mod.rs", "run"),
+    ("exec/mod.rs", "run"),
+    ("exec/store.rs", "store"),
+    ("fs/attributes.rs", "set_mode"),
+    ("fs/opened/images.rs", "open"),
+    ("fs/opened/images.rs", "open_one"),
+    ("fs/xfs/map.rs", "cut"),
+    ("ops/export.rs", "run"),
+    ("ops/reclaim.rs", "reclaim_until"),
+    ("ops/verify.rs", "verify_store"),
+    ("ops/verify.rs", "check_commit"),
+];
+
+/// The functions of a source that rustfmt formatted, each with its number of lines.
+fn functions(code: &str) -> Vec<(&str, usize)> {
+    let lines: Vec<&str> = code.lines().collect();
+    let mut functions = Vec::new();
+    for (first, line) in lines.iter().enumerate() {
+        let indent = &line[..line.len() - line.trim_start().len()];
+        let Some(name) = names_after(line, "fn ").next().filter(|name| !name.is_empty()) else {
+            continue;
+        };
+        // What is declared only has no brace before it ends.
+        let close = format!("{indent}}}");
+        let end = lines[first..]
+            .iter()
+            .position(|line| line.trim_end() == close || line.ends_with(';') && !line[indent.len()..].starts_with(' '));
+        functions.push((name, end.map_or(0, |end| end + 1)));
+    }
+    functions
+}
+
+#[test]
+fn functions_stay_short() {
+    let (mut long, mut count) = (BTreeSet::new(), 0);
+    for (path, code) in sources() {
+        for (name, lines) in functions(&code) {
+            count += 1;
+            if lines >= FUNCTION_LINES {
+                long.insert((path.to_str().unwrap().to_owned(), name.to_owned()));
+            }
+        }
+    }
+    let known: BTreeSet<(String, String)> = LONG
+        .iter()
+        .map(|(path, name)| ((*path).to_owned(), (*name).to_owned()))
+        .collect();
+    let (new, gone): (Vec<_>, Vec<_>) = (long.difference(&known).collect(), known.difference(&long).collect());
+    assert!(new.is_empty(), "to be split: {new:?}");
+    assert!(gone.is_empty(), "to be taken out of the list: {gone:?}");
+    assert!(count > 1000, "only {count} functions were found");
 }
 
 #[test]

@@ -24,8 +24,8 @@ use vmfold::plan;
 use vmfold::pool::Skip;
 use vmfold::report::{Exported, Reclaimed};
 use vmfold::store::{MemoryStore, Store};
+use vmfold::testing::faulty_store::{Fault, Faulty};
 use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
-use vmfold::testing::{Fault, Faulty};
 
 /// A simulated filesystem with what a user has beside it.
 struct Scene {

@@ -132,15 +132,14 @@ impl Trial {
     ) -> bool {
         /// Extents whose samples are compressed before the next are chosen.
         const AT_ONCE: usize = 4096;
-        let count = u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
         self.tried.resize(facts.extents.len(), 0);
         let wanted = |facts: &Facts, place: u32| {
             let extent = &facts.extents[place as usize];
             let may = self.recompress || extent.class.compression == Compression::None;
             extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
         };
-        let candidates = (0..count).filter(|place| wanted(facts, *place));
-        let candidates: SpillVec<u32> = SpillVec::from_iter_in(candidates, facts.budget());
+        let places = (0u32..).zip(&facts.extents).map(|(place, _)| place);
+        let candidates = SpillVec::from_iter_in(places.filter(|place| wanted(facts, *place)), facts.budget());
         let all = |facts: &Facts, places: &[u32]| -> u64 {
             let blocks = places.iter().map(|place| facts.extents[*place as usize].blocks);
             blocks.map(bytes).sum()

@@ -1,6 +1,7 @@
 //! Fingerprints of every block: from the checksum tree where it serves, from the index where they are known, and by reading
 //! for the rest.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -8,9 +9,11 @@ use rayon::prelude::*;
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
 use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
+use crate::fingerprint::Fingerprints;
 use crate::fs::{Filesystem, read_slots_into};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
+use crate::plan;
 use crate::spill::SpillVec;
 
 /// Where fingerprints came from, in bytes of images.
@@ -31,6 +34,28 @@ pub struct Unreadable {
     pub slots: std::ops::Range<Slot>,
     /// What reading the first image that has them led to.
     pub error: Error,
+}
+
+/// Decides within `memory_bytes` where the fingerprints of a pool are kept, in memory or in files where its budget has them, and how large a
+/// block table may be. `folder` is where those files are, for messages.
+///
+/// # Errors
+/// [`Error::NoSpace`] among others, if they do not fit into memory and there can be no such files.
+pub fn allocate(facts: &mut Facts, memory_bytes: u64, folder: &Path) -> Result<()> {
+    let slots = facts.slots();
+    facts.table_slots_max = plan::table_slots_max(memory_bytes);
+    if plan::fingerprints_fit(slots, memory_bytes) {
+        facts.fingerprints = Fingerprints::in_memory(slots as usize);
+        return Ok(());
+    }
+    let file = || {
+        let file = Fingerprints::in_file(slots as usize, facts.budget());
+        file.map_err(Error::writing("make a file for fingerprints in", folder))
+    };
+    let (now, planned) = (file()?, file()?);
+    facts.fingerprints = now;
+    facts.planned_fingerprints = Some(planned);
+    Ok(())
 }
 
 /// Bytes read by one thread at a time.

@@ -283,6 +283,9 @@ pub struct Facts {
     first_mapping: SpillVec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
     pub fingerprints: Fingerprints,
+    /// A file for the fingerprints of this pool as a plan would leave it, where there is no memory for them; it has as many slots. Whoever
+    /// makes a file for [`Facts::fingerprints`] makes this one too: planning makes no files.
+    pub planned_fingerprints: Option<Fingerprints>,
     /// Fingerprint of a block of zeros.
     pub zero_fingerprint: u32,
     /// Strong hashes of the few blocks that were read because their fingerprint alone does not prove equality.
@@ -338,6 +341,7 @@ impl Facts {
             mappings,
             first_mapping: SpillVec::default(),
             fingerprints: Fingerprints::default(),
+            planned_fingerprints: None,
             table_slots_max: usize::MAX,
             machines: Vec::new(),
             frees_blocks: false,

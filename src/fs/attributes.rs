@@ -10,7 +10,7 @@ use rustix::fs::{Gid, IFlags, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::acl;
-use crate::content::Metadata;
+use crate::content::{Metadata, NODATACOW};
 use crate::error::{Error, Result};
 use crate::shown::shown;
 use crate::sys::inode_flags::{add_inode_flags, inode_flags};
@@ -19,8 +19,6 @@ use crate::sys::inode_flags::{add_inode_flags, inode_flags};
 const XATTR_BYTES_MAX: usize = 64 << 10;
 /// What the filesystem itself made of a file and would refuse elsewhere.
 const XATTRS_LEFT_OUT: [&[u8]; 2] = [b"btrfs.", b"system."];
-/// The name that stands among extended attributes for `FS_NOCOW_FL`, which is none. No file can have an attribute of this name.
-pub const NODATACOW: &[u8] = b"vmfold.nodatacow";
 /// Set-user-ID, set-group-ID and sticky bit: whoever writes an archive could make a program run as another user by them.
 const SPECIAL_MODE: u32 = 0o7000;
 
@@ -87,14 +85,9 @@ fn xattrs(file: impl AsFd, path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     Ok(found)
 }
 
-/// Whether a file is to be restored without copy on write, and so without checksums: its blocks can be shared with none that has them.
-pub fn is_nodatacow(metadata: &Metadata) -> bool {
-    metadata.xattrs.iter().any(|(name, _)| name == NODATACOW)
-}
-
 /// Sets what must be set before a file has data. Returns what could not be set, in words.
 pub fn prepare(file: &File, metadata: &Metadata) -> Option<String> {
-    if !is_nodatacow(metadata) {
+    if !metadata.is_nodatacow() {
         return None;
     }
     let set = add_inode_flags(file, IFlags::NOCOW);

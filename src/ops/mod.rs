@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::block::{ByteRange, Slot, bytes};
 use crate::error::{Error, Result, describe};
-use crate::exec::fingerprints::{Fingerprinted, Unreadable, fingerprint};
+use crate::exec::fingerprints::{Fingerprinted, Unreadable, allocate, fingerprint};
 use crate::facts::{Facts, ImageId};
 use crate::fs::{self, Filesystem, Purpose};
 use crate::index::{self, ChunkIndex};
@@ -222,8 +222,7 @@ fn lists_bytes(memory_bytes: u64) -> usize {
 fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
     let memory_bytes = scope.memory_bytes(facts.slots());
     facts.budget().set_bytes(lists_bytes(memory_bytes));
-    let failed = Error::writing("make a file for fingerprints in", &scope.index);
-    plan::make_room(facts, memory_bytes).map_err(failed)
+    allocate(facts, memory_bytes, &scope.index)
 }
 
 /// Looks for images, and notes what could not be looked at.

@@ -279,6 +279,8 @@ fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor:
             plan = plan_proved(facts, &smaller, &go_on, &mut prove)?;
         }
     }
+    // What its file takes is free again before anybody counts what is.
+    facts.planned_fingerprints = None;
     Ok((plan, proved))
 }
 

@@ -3,6 +3,7 @@
 use super::layout::{Final, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof, Proofs};
+use crate::fingerprint::Fingerprints;
 use crate::spill::SpillVec;
 
 /// A pool as it would be, and where its parts come from.
@@ -14,6 +15,8 @@ pub struct Applied {
     extents: PackedExtents,
     mappings: PackedMappings,
     proofs: SpillVec<(Slot, Proof)>,
+    /// Whether its fingerprints lie in [`Facts::planned_fingerprints`] of the pool as it is.
+    has_file: bool,
 }
 
 /// Where the parts of a pool as it would be come from.
@@ -47,7 +50,8 @@ impl Applied {
 
     /// Gives back to `facts` what was taken from it.
     pub fn undo(self, facts: &mut Facts) -> Origins {
-        drop(self.facts);
+        let Facts { fingerprints, .. } = self.facts;
+        facts.planned_fingerprints = self.has_file.then_some(fingerprints);
         facts.bring_back(&self.extents, self.mappings);
         facts.add_proofs(self.proofs);
         self.origins
@@ -163,6 +167,52 @@ impl After {
         all
     }
 
+    /// What images that have a mapping would have in its place: the same of an extent that stays, and piece by piece where the blocks of
+    /// one that goes end up. `new_of` tells where a slot is.
+    fn mapped(
+        &self,
+        facts: &Facts,
+        layout: &Layout,
+        new_of: &impl Fn(Slot) -> Option<Slot>,
+        mapping: Mapping,
+    ) -> Vec<Mapping> {
+        let first_slot = |extent: u32| self.extents[extent as usize].first_slot;
+        if let Some(extent) = Some(self.new_place[mapping.extent as usize]).filter(|extent| *extent != u32::MAX) {
+            let offset = mapping.slot - facts.extents[mapping.extent as usize].first_slot;
+            return vec![Mapping {
+                extent,
+                slot: first_slot(extent) + offset,
+                ..mapping
+            }];
+        }
+        if mapping.preallocated {
+            return Vec::new();
+        }
+        let pieces = layout.resolve_all(facts, mapping.slots());
+        let pieces = pieces.filter_map(|(piece, found)| {
+            let (extent, slot) = match found {
+                Final::Hole => return None,
+                Final::Kept(slot) => {
+                    let new = new_of(slot)?;
+                    let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
+                    (u32::try_from(extent).unwrap_or(u32::MAX), new)
+                }
+                Final::Donor(donor, at) => {
+                    let extent = self.first_donor + donor;
+                    (extent, first_slot(extent) + at)
+                }
+            };
+            Some(Mapping {
+                file_block: mapping.file_block + (piece.start - mapping.slot),
+                slot,
+                blocks: piece.end - piece.start,
+                extent,
+                preallocated: false,
+            })
+        });
+        pieces.collect()
+    }
+
     fn len(&self) -> u32 {
         u32::try_from(self.extents.len()).unwrap_or(u32::MAX)
     }
@@ -179,59 +229,27 @@ impl After {
 /// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, mappings and proofs are gone until
 /// [`Applied::undo`].
 pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
+    let all = After::of(facts, layout);
+    let new_of = all.origin.inverse();
+    let aside = facts.set_mappings_aside();
+    let facts_then = &*facts;
+    let moved = aside.flat_map(&facts.extents, |mapping| {
+        all.mapped(facts_then, layout, &new_of, mapping)
+    });
+    let packed = facts.set_extents_aside();
     let After {
         extents,
         origin,
         kept,
         new_place,
-        first_donor,
-    } = After::of(facts, layout);
-    let new_of = origin.inverse();
-    let aside = facts.set_mappings_aside();
-    let facts_then = &*facts;
-    let moved = aside.flat_map(&facts.extents, |mapping| {
-        if let Some(extent) = Some(new_place[mapping.extent as usize]).filter(|extent| *extent != u32::MAX) {
-            let slot = extents[extent as usize].first_slot
-                + (mapping.slot - facts_then.extents[mapping.extent as usize].first_slot);
-            return vec![Mapping {
-                extent,
-                slot,
-                ..mapping
-            }];
-        }
-        if mapping.preallocated {
-            return Vec::new();
-        }
-        let pieces = layout
-            .resolve_all(facts_then, mapping.slots())
-            .filter_map(|(piece, found)| {
-                let (extent, offset) = match found {
-                    Final::Hole => return None,
-                    Final::Kept(slot) => {
-                        let new = new_of(slot)?;
-                        let extent = extents.partition_point(|extent| extent.first_slot <= new) - 1;
-                        (
-                            u32::try_from(extent).unwrap_or(u32::MAX),
-                            new - extents[extent].first_slot,
-                        )
-                    }
-                    Final::Donor(donor, at) => (first_donor + donor, at),
-                };
-                Some(Mapping {
-                    file_block: mapping.file_block + (piece.start - mapping.slot),
-                    slot: extents[extent as usize].first_slot + offset,
-                    blocks: piece.end - piece.start,
-                    extent,
-                    preallocated: false,
-                })
-            });
-        pieces.collect()
-    });
-    let packed = facts.set_extents_aside();
+        first_donor: _,
+    } = all;
     drop(new_place);
     let mut after = Facts::new(extents, moved, facts.zero_fingerprint);
     after.frees_blocks = facts.frees_blocks;
-    after.fingerprints = facts.fingerprints.alike(after.slots() as usize);
+    let file = facts.planned_fingerprints.take();
+    let has_file = file.is_some();
+    after.fingerprints = file.unwrap_or_else(|| Fingerprints::in_memory(after.slots() as usize));
     after.table_slots_max = facts.table_slots_max;
     after.machines.clone_from(&facts.machines);
     for (new, old, blocks) in &origin.runs {
@@ -249,5 +267,145 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
         extents: packed,
         mappings: aside,
         proofs,
+        has_file,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::notation::{Pool, options, pools};
+    use proptest::prelude::*;
+
+    /// Disjoint ranges of slots in any order.
+    fn ranges() -> impl Strategy<Value = Vec<std::ops::Range<Slot>>> {
+        let lengths = prop::collection::vec((0u32..3, 1u32..5), 1..10);
+        let ranges = lengths.prop_map(|lengths| {
+            let mut end = 0;
+            let mut next = |(gap, blocks)| {
+                let start = end + gap;
+                end = start + blocks;
+                start..end
+            };
+            lengths.into_iter().map(&mut next).collect::<Vec<_>>()
+        });
+        ranges.prop_shuffle()
+    }
+
+    fn disk_bytes(facts: &Facts) -> i64 {
+        let bytes: u64 = facts.extents.iter().map(|extent| extent.disk_bytes).sum();
+        i64::try_from(bytes).unwrap()
+    }
+
+    proptest! {
+        /// Slots follow each other in the order in which ranges were put in, and each is found again by what it was.
+        #[test]
+        fn origins_lead_back(ranges in ranges()) {
+            let mut origin = Origin {
+                runs: SpillVec::default(),
+            };
+            for range in &ranges {
+                origin.push(range.clone());
+            }
+            let slots: Vec<Slot> = ranges.into_iter().flatten().collect();
+            let new_of = origin.inverse();
+            for (new, old) in (0..).zip(&slots) {
+                prop_assert_eq!((origin.of(new), new_of(*old)), (*old, Some(new)));
+            }
+            for old in (0..80).filter(|old| !slots.contains(old)) {
+                prop_assert_eq!(new_of(old), None);
+            }
+        }
+
+        /// A pool as it would be holds what it holds, in as many bytes less as the plan says.
+        #[test]
+        fn a_pool_as_it_would_be_reads_the_same(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let plan = pool.plan(&options);
+            let (texts, blocks, before) = (pool.texts(), pool.image_blocks(), disk_bytes(&pool.facts));
+            let applied = apply(&mut pool.facts, &plan.layout);
+            prop_assert_eq!(before - disk_bytes(&applied.facts), plan.freed_bytes());
+            let mut slot = 0;
+            for extent in &applied.facts.extents {
+                prop_assert_eq!(extent.first_slot, slot);
+                slot = extent.slots().end;
+            }
+            prop_assert!(applied.facts.extents.is_sorted_by(|one, other| one.address < other.address));
+            let content = |slot: Slot| pool.content[applied.origins().slot(slot) as usize];
+            for (image, text) in (0..).zip(texts) {
+                let mapped = Pool::mapped(&applied.facts, image, blocks).into_iter();
+                let text_after: String = mapped.map(|slot| slot.map_or('0', content)).collect();
+                prop_assert_eq!(text_after, text);
+            }
+            for slot in 0..applied.facts.slots() {
+                let origin = applied.origins().slot(slot);
+                let fingerprint = if content(slot) == '0' { 0 } else { u32::from(content(slot).to_ascii_lowercase()) };
+                prop_assert_eq!(applied.facts.fingerprints.get(slot), fingerprint);
+                prop_assert_eq!(applied.facts.proofs.get(&slot).is_some(), true, "{} was {}", slot, origin);
+            }
+        }
+
+        /// What an extent was is known of those that stay whole, and of no others.
+        #[test]
+        fn extents_that_stay_are_known_again(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            let plan = pool.plan(&options);
+            let addresses: Vec<u64> = pool.facts.extents.iter().map(|extent| extent.address).collect();
+            let stay: Vec<u32> = (0..).take(addresses.len()).filter(|extent| !plan.layout.is_gone(*extent)).collect();
+            let applied = apply(&mut pool.facts, &plan.layout);
+            let mut known = Vec::new();
+            for (place, extent) in (0..).zip(&applied.facts.extents) {
+                if let Some(was) = applied.origins().extent(place) {
+                    prop_assert_eq!(addresses[was as usize], extent.address);
+                    known.push(was);
+                }
+            }
+            prop_assert_eq!(known, stay);
+        }
+
+        #[test]
+        fn undoing_leaves_everything_as_it_was(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let plan = pool.plan(&options);
+            let state = |facts: &Facts| {
+                let mut proofs: Vec<_> = facts.proofs.iter().collect();
+                proofs.sort();
+                let references: Vec<_> = facts.references().collect();
+                format!("{:?} {references:?} {proofs:?} {:?}", facts.extents, facts.fingerprints)
+            };
+            let before = state(&pool.facts);
+            let applied = apply(&mut pool.facts, &plan.layout);
+            prop_assert!(pool.facts.extents.is_empty() && pool.facts.proofs.is_empty());
+            applied.undo(&mut pool.facts);
+            prop_assert_eq!(state(&pool.facts), before);
+        }
+    }
+
+    #[test]
+    fn where_there_is_a_file_for_fingerprints_it_is_used_again() {
+        let text = "
+            A  abcdefgh
+            B  klmnabcdefgh
+            C  opklmnabcdefghop
+            one    A
+            two    B
+            three  C C";
+        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::Options::default()));
+        let expected = planned(&mut Pool::of(text));
+        let folder = tempfile::tempdir().unwrap();
+        let budget = crate::spill::Budget::new(0, folder.path().to_owned());
+        let mut pool = Pool::of(text);
+        let slots = pool.facts.slots() as usize;
+        pool.facts.planned_fingerprints = Some(Fingerprints::in_file(slots, &budget).unwrap());
+        assert_eq!(planned(&mut pool), expected);
+        let file = pool.facts.planned_fingerprints.unwrap();
+        // What was looked at last lies in it.
+        assert_eq!(file.len(), slots);
+        assert!(file.range(0..4).iter().any(|fingerprint| *fingerprint != 0));
     }
 }

@@ -114,33 +114,12 @@ pub fn plan_export(
             .enter(block, fingerprint, &planner.plan.fingerprints, |_| ());
     }
     let mut known = known.iter().peekable();
-    for extent in &facts.extents {
-        for live in facts.live_runs(extent.slots()) {
-            let mut at = live.start;
-            while at < live.end {
-                while known.next_if(|piece| piece.end() <= at).is_some() {}
-                let end = match known.peek() {
-                    Some(piece) if piece.slot <= at => {
-                        let end = piece.end().min(live.end);
-                        let source = match piece.content_at(at) {
-                            Content::Stored(first) => Source::Known(first),
-                            _ => Source::KnownZeros,
-                        };
-                        planner.push(at, end - at, source);
-                        end
-                    }
-                    Some(piece) => {
-                        let end = piece.slot.min(live.end);
-                        planner.plan_run(at, end)?;
-                        end
-                    }
-                    None => {
-                        planner.plan_run(at, live.end)?;
-                        live.end
-                    }
-                };
-                at = end;
-            }
+    let live = facts.extents.iter().flat_map(|extent| facts.live_runs(extent.slots()));
+    for live in live {
+        let mut at = live.start;
+        while at < live.end {
+            while known.next_if(|piece| piece.end() <= at).is_some() {}
+            at = planner.plan_up_to(at, live.end, known.peek().copied())?;
         }
     }
     Some(planner.plan)
@@ -164,6 +143,22 @@ impl Planner<'_> {
             return;
         }
         self.plan.pieces.push(Piece { slot, blocks, source });
+    }
+
+    /// Plans live slots from `at` on, and says up to which: to where the next known piece begins, or to where it ends if that is here.
+    fn plan_up_to(&mut self, at: Slot, end: Slot, known: Option<&KnownSlots>) -> Option<Slot> {
+        let Some(piece) = known.filter(|piece| piece.slot <= at) else {
+            let end = known.map_or(end, |next| next.slot.min(end));
+            self.plan_run(at, end)?;
+            return Some(end);
+        };
+        let end = piece.end().min(end);
+        let source = match piece.content_at(at) {
+            Content::Stored(first) => Source::Known(first),
+            _ => Source::KnownZeros,
+        };
+        self.push(at, end - at, source);
+        Some(end)
     }
 
     fn plan_run(&mut self, start: Slot, end: Slot) -> Option<()> {

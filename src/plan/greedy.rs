@@ -57,19 +57,9 @@ pub(super) fn decide<E>(
     rewritten_anyway: impl Fn(u32) -> bool,
     go_on: &dyn Fn() -> Result<(), E>,
 ) -> Result<Decisions, E> {
-    let slots = facts.slots() as usize;
     // Before there are tables: it takes memory of its own while it is made.
     let order = order(facts, options);
-    let mut pass = Pass {
-        facts,
-        options,
-        ask,
-        table: Table::new(slots, facts.table_slots_max),
-        homes: SlotSet::new(slots),
-        limits: Limits::new(facts, options),
-        here: Here::default(),
-        found: Decisions::new_in(facts.budget()),
-    };
+    let mut pass = Pass::new(facts, options, ask);
     for extent in order {
         go_on()?;
         pass.look_at(extent, rewritten_anyway(extent));
@@ -217,17 +207,37 @@ impl Match {
     }
 }
 
-impl Pass<'_> {
-    fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
-        let facts = self.facts;
-        let this = &facts.extents[extent as usize];
-        let pinned = is_pinned(facts, self.options, extent);
+impl<'a> Pass<'a> {
+    fn new(facts: &'a Facts, options: &'a Options, ask: bool) -> Self {
+        let slots = facts.slots() as usize;
+        Self {
+            facts,
+            options,
+            ask,
+            table: Table::new(slots, facts.table_slots_max),
+            homes: SlotSet::new(slots),
+            limits: Limits::new(facts, options),
+            here: Here::default(),
+            found: Decisions::new_in(facts.budget()),
+        }
+    }
+
+    /// Begins with an extent.
+    fn turn_to(&mut self, extent: u32) -> &'a Extent {
+        let this = &self.facts.extents[extent as usize];
         self.here = Here {
             first_slot: this.first_slot,
-            references: facts.reference_count(extent),
-            fingerprints: facts.fingerprints.range(this.slots()),
+            references: self.facts.reference_count(extent),
+            fingerprints: self.facts.fingerprints.range(this.slots()),
             steps_left: Cell::new(STEPS_PER_BLOCK * u64::from(this.blocks)),
         };
+        this
+    }
+
+    fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
+        let facts = self.facts;
+        let pinned = is_pinned(facts, self.options, extent);
+        let this = self.turn_to(extent);
         let mut found = self.match_extent(this);
         let mut more = self.new_references(extent, &found.runs);
         // Where an image is near its limit, the long runs may go without the short ones.
@@ -613,4 +623,447 @@ pub(super) fn matched_blocks(runs: &[Run]) -> (u32, u32) {
         Target::Hole => (zeros + run.blocks, duplicates),
         Target::Home(_) => (zeros, duplicates + run.blocks),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::notation::{Pool, options, pools};
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+    use std::convert::Infallible;
+
+    fn decided(facts: &Facts, options: &Options, ask: bool) -> Decisions {
+        let Ok(decisions) = decide(facts, options, ask, |_| false, &|| Ok::<_, Infallible>(()));
+        decisions
+    }
+
+    fn slots_of(runs: &[Run]) -> Vec<Slot> {
+        runs.iter().flat_map(|run| run.slot..run.slot + run.blocks).collect()
+    }
+
+    fn home(slot: Slot, blocks: u32, home: Slot) -> Run {
+        Run {
+            slot,
+            blocks,
+            target: Target::Home(home),
+        }
+    }
+
+    fn hole(slot: Slot, blocks: u32) -> Run {
+        Run {
+            slot,
+            blocks,
+            target: Target::Hole,
+        }
+    }
+
+    /// A pool of which `images` images map the first extent, and one the second.
+    fn revisions(images: usize, extents: &str) -> Pool {
+        let revisions = "revision A\n".repeat(images);
+        Pool::of(&format!("{extents}\n{revisions}other B"))
+    }
+
+    /// What is written in one pass about the extents of a pool.
+    #[derive(Debug, PartialEq, Eq)]
+    struct Named {
+        gone: BTreeSet<String>,
+        pinned: BTreeMap<Pinned, u64>,
+    }
+
+    proptest! {
+        /// What goes is found in blocks that are equal, may be shared, and stay where they are; each block is found once.
+        #[test]
+        fn what_goes_is_found_in_what_stays(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let facts = &pool.facts;
+            let decisions = decided(facts, &options, true);
+            prop_assert!(decisions.unproved.is_empty());
+            let gone: BTreeSet<u32> = decisions.gone.iter().copied().collect();
+            prop_assert_eq!(gone.len(), decisions.gone.len());
+            prop_assert!(gone.iter().all(|extent| is_pinned(facts, &options, *extent).is_none()));
+            let moved = slots_of(&decisions.runs);
+            let covered: BTreeSet<Slot> = moved.iter().copied().collect();
+            prop_assert_eq!(covered.len(), moved.len());
+            for run in &decisions.runs {
+                let extent = facts.extent_of(run.slot);
+                prop_assert!(gone.contains(&extent) && run.blocks > 0);
+                for n in 0..run.blocks {
+                    prop_assert_eq!(facts.live_runs(run.slot + n..run.slot + n + 1).count(), 1);
+                    let content = pool.content[(run.slot + n) as usize];
+                    match run.target {
+                        Target::Hole => prop_assert!(content == '0' && !options.keep_zeros),
+                        Target::Home(home) => {
+                            prop_assert_eq!(content, pool.content[(home + n) as usize]);
+                            prop_assert!(!covered.contains(&(home + n)));
+                            prop_assert_eq!(facts.live_runs(home + n..home + n + 1).count(), 1);
+                            let other = facts.extent_of(home + n);
+                            prop_assert!(facts.extents[other as usize].class.shares_with(facts.extents[extent as usize].class));
+                        }
+                    }
+                }
+            }
+        }
+
+        /// What is decided does not depend on where extents lie.
+        #[test]
+        fn addresses_decide_nothing(text in pools(), options in options()) {
+            let lines: Vec<&str> = text.lines().collect();
+            let (extents, images): (Vec<&str>, Vec<&str>) = lines.iter().partition(|line| line.starts_with(|c: char| c.is_ascii_uppercase()));
+            let last = u8::try_from(extents.len()).unwrap() - 1;
+            // Whether a repetition goes on is seen at what lies beside its home, even if that is another extent.
+            let ends = |line: &str| {
+                let content = line.split_whitespace().nth(1).unwrap().to_ascii_lowercase();
+                (content.chars().next(), content.chars().last())
+            };
+            let goes_on = |pair: &[&str]| ends(pair[0]).1 == ends(pair[1]).0 || ends(pair[1]).1 == ends(pair[0]).0;
+            prop_assume!(!extents.windows(2).any(goes_on));
+            let other_name = |c: char| char::from(b'A' + last - (c as u8 - b'A'));
+            // The same extents with the last address first, and images that map them by their other names.
+            let mirrored = extents.iter().rev().map(|line| format!("{}{}", other_name(line.chars().next().unwrap()), &line[1..]));
+            let renamed = images.iter().map(|line| {
+                let (name, pieces) = line.split_once(' ').unwrap();
+                format!("{name} {}", pieces.chars().map(|c| if c.is_ascii_uppercase() { other_name(c) } else { c }).collect::<String>())
+            });
+            let mirrored = mirrored.chain(renamed).collect::<Vec<_>>().join("\n");
+            let decide = |text: &str, is_mirrored: bool| {
+                let mut pool = Pool::of(text);
+                pool.prove_all();
+                // What nobody refers to has no place in any order but its own.
+                let referred = |extent: &u32| pool.facts.reference_count(*extent) > 0;
+                let name = |extent: u32| if is_mirrored { u32::from(last) - extent } else { extent }.to_string();
+                let decisions = decided(&pool.facts, &options, true);
+                let gone = decisions.gone.iter().copied().filter(referred).map(name).collect();
+                Named { gone, pinned: decisions.pinned }
+            };
+            prop_assert_eq!(decide(&text, false), decide(&mirrored, true));
+        }
+
+        /// Unless it may ask, a pass counts on nothing that it would have to ask about; if it may, it lists all of it.
+        #[test]
+        fn what_is_not_proved_counts_only_while_it_is_asked_about(text in pools(), options in options()) {
+            let pool = Pool::of(&text);
+            let silent = decided(&pool.facts, &options, false);
+            prop_assert!(silent.unproved.is_empty());
+            for run in &silent.runs {
+                prop_assert!(run.target == Target::Hole && run.blocks > UNPROVED_BLOCKS);
+            }
+            let asking = decided(&pool.facts, &options, true);
+            let pass = Pass::new(&pool.facts, &options, true);
+            let unproved: BTreeSet<Slot> = asking.unproved.iter().copied().collect();
+            for run in &asking.runs {
+                for n in pass.must_be_proved(run) {
+                    prop_assert!(unproved.contains(&(run.slot + n)));
+                    if let Target::Home(home) = run.target {
+                        prop_assert!(unproved.contains(&(home + n)));
+                    }
+                }
+            }
+        }
+
+        /// Every live block of an extent is either found or left over, and a home just if it is left over; also after short runs are left.
+        #[test]
+        fn what_is_not_found_is_left_over_and_a_home(text in pools(), options in options(), least in 2u32..12) {
+            let mut pool = Pool::of(&text);
+            pool.prove_all();
+            let mut pass = Pass::new(&pool.facts, &options, true);
+            for place in 0..u32::try_from(pool.facts.extents.len()).unwrap() {
+                let extent = pass.turn_to(place);
+                let live: BTreeSet<Slot> = pool.facts.live_runs(extent.slots()).flatten().collect();
+                let mut found = pass.match_extent(extent);
+                for least in [None, Some(least)] {
+                    if let Some(least) = least {
+                        pass.leave_short_runs(&mut found, least);
+                        let is_long = |run: &Run| run.blocks >= if run.target == Target::Hole { least / 2 } else { least };
+                        prop_assert!(found.runs.iter().all(is_long));
+                    }
+                    prop_assert_eq!((found.matched() + found.left_over) as usize, live.len());
+                    let covered: BTreeSet<Slot> = slots_of(&found.runs).into_iter().collect();
+                    let homes: BTreeSet<Slot> = pass.homes.runs(extent.slots()).flatten().collect();
+                    prop_assert_eq!(&homes, &live.difference(&covered).copied().collect());
+                    // Of each extent that runs are found in, the references that these would add.
+                    let mut added = BTreeMap::new();
+                    for run in &found.runs {
+                        if let Target::Home(home) = run.target {
+                            *added.entry(pool.facts.extent_of(home)).or_default() += pool.facts.references_over(run.slot..run.slot + run.blocks);
+                        }
+                    }
+                    pass.limits.added.retain(|_, more| *more > 0);
+                    prop_assert_eq!(&pass.limits.added, &added);
+                }
+            }
+        }
+
+        /// References are counted piece by piece: each run takes one in each image that maps some of it, what is between runs too, and
+        /// holes none.
+        #[test]
+        fn new_references_are_the_pieces_that_are_left(text in pools(), cuts in prop::collection::vec((1u32..6, 0u8..3), 1..12)) {
+            let pool = Pool::of(&text);
+            let options = Options::default();
+            let pass = Pass::new(&pool.facts, &options, true);
+            for (place, extent) in (0..).zip(&pool.facts.extents) {
+                // What becomes of each block (0 for holes, 1 for homes, 2 if it is left over), and whether a piece begins with it: what is
+                // found in homes side by side are two pieces, everything else one.
+                let mut each: Vec<(u8, bool)> = Vec::new();
+                for (blocks, kind) in &cuts {
+                    let begins = *kind == 1 || each.last().is_none_or(|(before, _)| before != kind);
+                    each.push((*kind, begins));
+                    each.resize(each.len() + *blocks as usize - 1, (*kind, false));
+                }
+                let begins = each.last().is_none_or(|(before, _)| *before != 2);
+                each.push((2, begins));
+                each.resize(extent.blocks as usize, (2, false));
+                let mut runs: Vec<Run> = Vec::new();
+                for (slot, (kind, begins)) in extent.slots().zip(&each) {
+                    match (kind, begins) {
+                        (0, true) => runs.push(hole(slot, 1)),
+                        (1, true) => runs.push(home(slot, 1, 0)),
+                        (0 | 1, false) => runs.last_mut().unwrap().blocks += 1,
+                        _ => {}
+                    }
+                }
+                let mut expected: BTreeMap<ImageId, i64> = BTreeMap::new();
+                for reference in pool.facts.references_to(place).filter(|one| !one.preallocated) {
+                    let first = (reference.slot - extent.first_slot) as usize;
+                    let inside = each[first..first + reference.blocks as usize].iter().enumerate();
+                    let pieces = inside.filter(|(n, (kind, begins))| *kind != 0 && (*n == 0 || *begins)).count();
+                    *expected.entry(reference.image).or_default() += i64::try_from(pieces).unwrap() - 1;
+                }
+                prop_assert_eq!(pass.new_references(place, &runs), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn extents_that_stay_anyhow_and_those_that_most_use_come_first() {
+        let order_of = |text: &str| -> String {
+            let pool = Pool::of(text);
+            let order = order(&pool.facts, &Options::default()).into_iter();
+            order
+                .map(|extent| char::from(b'A' + u8::try_from(extent).unwrap()))
+                .collect()
+        };
+        let long = |extra: &str| format!("{}{extra}", "abcdefghijklmnopqrst");
+        let text = |extents: [String; 4], images: &str| {
+            let lines = extents
+                .iter()
+                .zip('A'..)
+                .map(|(extent, name)| format!("{name} {extent}\n"));
+            format!("{}{images}", lines.collect::<String>())
+        };
+        let plain = || [long(""), long(""), long(""), long("")];
+        // As the first image maps them, whatever their addresses are.
+        assert_eq!(order_of(&text(plain(), "one D B\ntwo A C")), "DBAC");
+        // What two images use, and what is held, whoever maps it.
+        assert_eq!(order_of(&text(plain(), "one D B\ntwo A C A")), "ADBC");
+        assert_eq!(order_of(&text(plain(), "one D B\ntwo A C\nthree C[3..20]")), "CDBA");
+        let held = [long(""), long(""), long(" held"), long("")];
+        assert_eq!(order_of(&text(held, "one D B D\ntwo A C")), "CDBA");
+        // Small ones are not built upon, and those of which much is unreachable neither.
+        let small = [long(""), "abc".to_owned(), long(""), long("")];
+        assert_eq!(order_of(&text(small, "one D B\ntwo A C")), "DACB");
+        assert_eq!(order_of(&text(plain(), "one D[0..18] B\ntwo A[1..20] C")), "BACD");
+    }
+
+    #[test]
+    fn images_that_are_beyond_their_limit_keep_what_they_have() {
+        // Eight blocks in one reference, and eight in four.
+        let pool = Pool::of(
+            "
+            A  abcdefgh
+            one  A
+            two  A[0..2] A[4..6] A[2..4] A[0..2]",
+        );
+        let limits = |references_per_gib_max: u32| {
+            let options = Options {
+                references_per_gib_max,
+                ..Options::default()
+            };
+            Limits::new(&pool.facts, &options)
+        };
+        let per_gib = |references: u32| references * (1 << 18) / 8;
+        let limited = limits(per_gib(3));
+        assert_eq!(limited.images, [(1, 3), (4, 4)]);
+        let allowed = |image: ImageId, more: i64| limited.allow(&BTreeMap::from([(image, more)]));
+        assert_eq!([allowed(0, 2), allowed(0, 3)], [true, false]);
+        assert_eq!([allowed(1, 0), allowed(1, 1), allowed(1, -1)], [true, false, true]);
+        // Part of a reference is one.
+        assert_eq!(limits(per_gib(3) + 1).images[0], (1, 4));
+        assert_eq!(limits(u32::MAX).images[0].1, u64::from(u32::MAX / (1 << 15)) + 1);
+    }
+
+    #[test]
+    fn what_an_extent_would_add_counts_until_the_next_and_for_good_if_it_goes() {
+        let pool = Pool::of("A abcd\nB abcd\none A B");
+        let mut limits = Limits::new(&pool.facts, &Options::default());
+        limits.added.insert(0, 3);
+        assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
+        limits.accept(&BTreeMap::from([(0, -1)]));
+        limits.added.clear();
+        assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
+        assert_eq!(limits.images[0].0, 1);
+    }
+
+    #[test]
+    fn a_run_is_as_long_as_the_references_that_it_adds_are_worth() {
+        /// The shortest run from `from` on that counts.
+        fn shortest(images: usize, run: impl Fn(u32) -> Run, gap: Slot, repeated: bool) -> u32 {
+            let content: String = ('1'..='9').chain('a'..='z').chain('1'..='9').collect();
+            let pool = revisions(images, &format!("A {content}\nB a"));
+            let options = Options::default();
+            let mut pass = Pass::new(&pool.facts, &options, true);
+            let segment = pass.turn_to(0).slots();
+            let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, gap, repeated);
+            (1..=35).find(counts).unwrap_or(u32::MAX)
+        }
+        // Amid other data, half of the least for one reference, all for two, half as much again for three and more.
+        assert_eq!(
+            [1, 2, 3, 4].map(|images| shortest(images, |n| home(4, n, 44), 2, false)),
+            [1, 2, 3, 3]
+        );
+        // Each reference's metadata is to be worth it, too: sixteen a block for one, and half of that here for two.
+        assert_eq!(shortest(24, |n| home(4, n, 44), 2, false), 3);
+        assert_eq!(shortest(25, |n| home(4, n, 44), 2, false), 4);
+        // Behind another run, half of that.
+        assert_eq!(
+            [2, 4].map(|images| shortest(images, |n| home(4, n, 44), 4, false)),
+            [1, 2]
+        );
+        // Holes take none of their own: half of it amid other data, and behind a run all there is.
+        assert_eq!([2, 4].map(|images| shortest(images, |n| hole(4, n), 2, false)), [1, 2]);
+        assert_eq!(shortest(100, |n| hole(4, n), 4, false), 1);
+        // A repetition of one block is cut no shorter than this.
+        assert_eq!(shortest(1, |n| home(4, n, 44), 2, true), REPEATED_RUN_BLOCKS);
+    }
+
+    #[test]
+    fn all_there_is_adds_no_reference() {
+        let pool = revisions(100, "A ab\nB ab");
+        let options = Options {
+            min_run_blocks: 8,
+            ..Options::default()
+        };
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        let segment = pass.turn_to(0).slots();
+        assert!(pass.is_long_enough(&home(0, 2, 2), &segment, 0, true));
+        assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, 0, false));
+    }
+
+    #[test]
+    fn short_runs_are_proved_and_of_long_ones_a_block() {
+        let pool = Pool::of(&format!("A {0}\nB {0}\none A\ntwo B", "abcdefghijklmnopqrstaaaa0000"));
+        let options = Options::default();
+        let pass = Pass::new(&pool.facts, &options, true);
+        let proved = |run: Run| pass.must_be_proved(&run);
+        assert_eq!([proved(home(28, 1, 0)), proved(home(28, 2, 0))], [0..1, 0..2]);
+        for blocks in [3, 16, 17, 20] {
+            let one = proved(home(28, blocks, 0));
+            assert_eq!((one.len(), one.end <= blocks), (1, true));
+        }
+        // Up to a length, runs with two blocks alike are as suspect as short ones.
+        assert_eq!(proved(home(47, UNPROVED_BLOCKS_ALIKE.min(4), 19)).len(), 4);
+        assert_eq!(proved(home(36, 16, 8)).len(), 16);
+        assert_eq!(proved(home(35, 17, 7)).len(), 1);
+        // Zeros need no other block.
+        assert_eq!([proved(hole(52, 2)), proved(hole(52, 3))], [0..2, 0..0]);
+    }
+
+    #[test]
+    fn a_repetition_is_known_by_what_is_around_it() {
+        let pool = Pool::of("A xaaay\nB aaaz\nC bca\nD cac\none A B C D");
+        let options = Options::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        let mut is_repeated = |extent: u32, run: Run| {
+            let segment = pass.turn_to(extent).slots();
+            pass.is_repeated(&run, &segment)
+        };
+        assert!(is_repeated(0, home(1, 3, 5)), "it is one");
+        assert!(is_repeated(0, home(2, 1, 5)), "it is amid one");
+        assert!(!is_repeated(0, home(0, 2, 5)), "it has two contents");
+        assert!(!is_repeated(0, home(4, 1, 8)), "it is one block");
+        // One block at the end of its extent is like what goes on at its home.
+        assert!(is_repeated(1, home(5, 3, 1)));
+        assert!(is_repeated(2, home(11, 1, 1)));
+        assert!(!is_repeated(2, home(11, 1, 13)), "its home has other neighbours");
+    }
+
+    #[test]
+    fn looking_ends_when_its_steps_are_used_up() {
+        let pool = Pool::of("A abcdefgh\nB abcdefgh\none A\ntwo B");
+        let options = Options::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        pass.look_at(0, false);
+        let extent = pass.turn_to(1);
+        assert_eq!(pass.here.steps_left.get(), 8 * STEPS_PER_BLOCK);
+        let segment = extent.slots();
+        let longest = |pass: &Pass<'_>| pass.longest(extent, 8, &segment, 8);
+        assert_eq!(longest(&pass), Some(home(8, 8, 0)));
+        assert_eq!(pass.here.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
+        pass.here.steps_left.set(0);
+        assert_eq!(longest(&pass), None);
+    }
+
+    #[test]
+    fn a_run_begins_before_what_it_was_found_by() {
+        let mut pool = Pool::of("A abcdefgh\nB xabcdefg\none A\ntwo B");
+        // Of both, `d` alone is in the table's sample.
+        pool.facts.table_slots_max = usize::MAX;
+        let options = Options::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        pass.turn_to(0);
+        pass.homes.insert_range(0..8);
+        pass.enter(3);
+        let extent = pass.turn_to(1);
+        pass.homes.insert_range(8..12);
+        assert_eq!(pass.longest(extent, 12, &extent.slots(), 8), Some(home(9, 7, 0)));
+        // What is no home any more is not gone back over.
+        assert_eq!(pass.longest(extent, 12, &extent.slots(), 11), Some(home(11, 5, 2)));
+    }
+
+    #[test]
+    fn blocks_between_runs_that_a_run_is_found_in_stay() {
+        // What three images map is too short to share where it is first; what one maps is found in it, though it is in A, too.
+        let pool = Pool::of("A abxyzuvw\nB abab\none A\ntwo B\nthree B[0..2]\nfour B[0..2]");
+        let options = Options::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        pass.look_at(0, false);
+        let extent = pass.turn_to(1);
+        let found = pass.match_extent(extent);
+        assert_eq!((&found.runs[..], found.left_over), ([home(10, 2, 8)].as_slice(), 2));
+    }
+
+    #[test]
+    fn what_frees_less_than_it_costs_stays() {
+        let pool = Pool::of("A abcdefgh\nB abcdxyzu\none A\ntwo B");
+        let options = Options::default();
+        let pass = Pass::new(&pool.facts, &options, true);
+        let found = |left_over: u32| Match {
+            runs: vec![home(8, 8 - left_over, 0)],
+            left_over,
+            unproved: Vec::new(),
+        };
+        let pays = |left_over, references| pass.pays(1, references, &found(left_over), false);
+        // Half of it freed: a 32nd of the rest for rewriting it, and the rest for metadata.
+        let frees = 4 * 4096 - 4 * 4096 / 32;
+        let references = frees / METADATA_BYTES_PER_REFERENCE;
+        assert_eq!([pays(4, references), pays(4, references + 1)], [true, false]);
+        assert_eq!([pays(8, 0), pays(0, 0)], [false, true]);
+        // What is planned only is written anyway.
+        assert!(pass.pays(1, references + 2, &found(4), true));
+        // No more is left over than half of the work space.
+        let options = Options {
+            work_space_bytes: 7 * 4096,
+            ..options
+        };
+        let pass = Pass::new(&pool.facts, &options, true);
+        let pays = |left_over| pass.pays(1, 0, &found(left_over), false);
+        assert_eq!([pays(3), pays(4)], [true, false]);
+    }
+
+    #[test]
+    fn matched_blocks_are_zeros_and_others() {
+        assert_eq!(matched_blocks(&[hole(0, 2), home(2, 3, 9), hole(7, 1)]), (3, 3));
+    }
 }

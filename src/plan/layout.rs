@@ -417,3 +417,261 @@ pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[Run]) -> Vec<
     }
     pieces
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::bytes;
+    use crate::facts::Recoding;
+    use crate::plan::METADATA_BYTES_PER_REFERENCE;
+    use crate::plan::tests::notation::{Pool, options, pools};
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    /// Disjoint runs within some slots, in order.
+    fn runs_in(slots: &Range<Slot>, cuts: &[(prop::sample::Index, bool)]) -> Vec<Run> {
+        let mut at: Vec<(Slot, bool)> = cuts
+            .iter()
+            .map(|(cut, is_run)| (slots.start + u32::try_from(cut.index(slots.len())).unwrap(), *is_run))
+            .collect();
+        at.sort_unstable();
+        at.dedup_by_key(|(slot, _)| *slot);
+        let ends = at.iter().skip(1).map(|(slot, _)| *slot).chain([slots.end]);
+        let runs = at.iter().zip(ends).filter(|((_, is_run), _)| *is_run);
+        runs.map(|((slot, _), end)| Run {
+            slot: *slot,
+            blocks: end - slot,
+            target: Target::Hole,
+        })
+        .collect()
+    }
+
+    fn live(facts: &Facts, slots: Range<Slot>) -> BTreeSet<Slot> {
+        facts.live_runs(slots).flatten().collect()
+    }
+
+    proptest! {
+        /// What is left over is what images reach and no run covers, in order.
+        #[test]
+        fn left_over_is_what_no_run_covers(
+            text in pools(),
+            cuts in prop::collection::vec((any::<prop::sample::Index>(), any::<bool>()), 1..8),
+        ) {
+            let facts = Pool::of(&text).facts;
+            for extent in &facts.extents {
+                let runs = runs_in(&extent.slots(), &cuts);
+                let covered: BTreeSet<Slot> = runs.iter().flat_map(|run| run.slot..run.slot + run.blocks).collect();
+                let pieces = left_over(&facts, extent.slots(), &runs);
+                prop_assert!(pieces.iter().all(|piece| !piece.is_empty()));
+                let found: Vec<Slot> = pieces.into_iter().flatten().collect();
+                let expected = live(&facts, extent.slots());
+                prop_assert_eq!(found, expected.difference(&covered).copied().collect::<Vec<_>>());
+            }
+        }
+
+        /// A run is refuted if a pair of its blocks differs of which one is among those that were read.
+        #[test]
+        fn a_run_is_refuted_by_a_pair_that_differs(
+            blocks in prop::collection::vec((0u8..3, any::<bool>()), 2..16),
+            at in any::<[prop::sample::Index; 3]>(),
+            is_hole: bool,
+        ) {
+            let mut facts = Facts::default();
+            let proof = |content: u8| if content == 0 { crate::facts::proof_of(&[0; 4096]) } else { [content; 8] };
+            facts.add_proofs((0..).zip(&blocks).map(|(slot, (content, _))| (slot, proof(*content))));
+            let known: Vec<Slot> = (0..).zip(&blocks).filter(|(_, (_, known))| *known).map(|(slot, _)| slot).collect();
+            let [slot, home] = [at[0], at[1]].map(|at| at.index(blocks.len()));
+            let length = 1 + at[2].index(blocks.len() - slot.max(home));
+            let target = if is_hole { Target::Hole } else { Target::Home(u32::try_from(home).unwrap()) };
+            let run = Run { slot: u32::try_from(slot).unwrap(), blocks: u32::try_from(length).unwrap(), target };
+            let differs = |n: usize| {
+                let (ours, theirs) = (blocks[slot + n], if is_hole { (0, false) } else { blocks[home + n] });
+                ours.0 != theirs.0 && (ours.1 || theirs.1)
+            };
+            prop_assert_eq!(run.is_refuted(&facts, &known, |slot| slot), (0..length).any(differs));
+        }
+
+        /// Every block that an image reaches ends up in a hole, an extent that stays, or a donor that holds just it.
+        #[test]
+        fn every_live_block_ends_up_where_its_content_is(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let plan = pool.plan(&options);
+            let (facts, layout, content) = (&pool.facts, &plan.layout, &pool.content);
+            for live in facts.live_runs(0..facts.slots()) {
+                let mut at = live.start;
+                for (piece, found) in layout.resolve_all(facts, live.clone()) {
+                    prop_assert_eq!(piece.start, at);
+                    prop_assert!(!piece.is_empty());
+                    at = piece.end;
+                    for (n, slot) in (0..).zip(piece.clone()) {
+                        let end = match found {
+                            Final::Hole => '0',
+                            Final::Kept(first) => {
+                                let covered = layout.runs.iter().any(|run| (run.slot..run.slot + run.blocks).contains(&(first + n)));
+                                prop_assert!(!covered && (frees_blocks || !layout.is_gone(facts.extent_of(first + n))));
+                                prop_assert_eq!(facts.extent_of(first + n), facts.extent_of(first));
+                                content[(first + n) as usize]
+                            }
+                            Final::Donor(donor, from) => {
+                                let slots = layout.pieces_of(&layout.donors()[donor as usize]).iter().flat_map(Clone::clone);
+                                content[slots.collect::<Vec<_>>()[(from + n) as usize] as usize]
+                            }
+                        };
+                        prop_assert_eq!(end, content[slot as usize]);
+                    }
+                }
+                prop_assert_eq!(at, live.end);
+            }
+        }
+
+        /// Each block that is left over is in one donor once; donors are as long as their pieces, and no longer than they may be.
+        #[test]
+        fn donors_hold_what_is_left_over_once(text in pools(), options in options()) {
+            let mut pool = Pool::of(&text);
+            let plan = pool.plan(&options);
+            let (facts, layout) = (&pool.facts, &plan.layout);
+            let mut held: Vec<Slot> = Vec::new();
+            for donor in layout.donors() {
+                let pieces = layout.pieces_of(donor);
+                let blocks: usize = pieces.iter().map(ExactSizeIterator::len).sum();
+                prop_assert_eq!(blocks, donor.blocks as usize);
+                prop_assert!((1..=extent_blocks_max(donor.class)).contains(&donor.blocks));
+                prop_assert_eq!(donor.disk_bytes, bytes(donor.blocks));
+                let references: u32 = pieces.iter().map(|piece| facts.references_over(piece.clone())).sum();
+                prop_assert!(references <= options.references_max || pieces.len() == 1);
+                for piece in pieces {
+                    let from = &facts.extents[facts.extent_of(piece.start) as usize];
+                    prop_assert_eq!(from.donor_class(), donor.class);
+                    prop_assert!(piece.end <= from.slots().end);
+                }
+                held.extend(pieces.iter().flat_map(Clone::clone));
+            }
+            held.sort_unstable();
+            let left_over: BTreeSet<Slot> = layout.gone().flat_map(|extent| layout.rest_of(facts, extent)).flatten().collect();
+            prop_assert_eq!(held, left_over.into_iter().collect::<Vec<_>>());
+        }
+
+        /// A batch takes what it may, unless one extent alone leaves more.
+        #[test]
+        fn batches_of_donors_fit(text in pools(), options in options()) {
+            let mut pool = Pool::of(&text);
+            let plan = pool.plan(&options);
+            let layout = &plan.layout;
+            let most = options.batch_bytes.min(options.work_space_bytes / 2);
+            let last = layout.donors().last().map_or(0, |donor| donor.batch);
+            for batch in 0..=last {
+                let donors: Vec<&DonorExtent> = layout.donors().iter().filter(|donor| donor.batch == batch).collect();
+                let taken: u64 = donors.iter().map(|donor| donor.disk_bytes).sum();
+                let pieces = donors.iter().flat_map(|donor| layout.pieces_of(donor));
+                let extents: BTreeSet<u32> = pieces.map(|piece| pool.facts.extent_of(piece.start)).collect();
+                prop_assert!(taken <= most || extents.len() == 1);
+            }
+        }
+
+        /// Runs are in order, apart from each other, and each within one extent, which goes.
+        #[test]
+        fn runs_are_of_one_extent_each(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            let plan = pool.plan(&options);
+            let layout = &plan.layout;
+            prop_assert!(layout.runs.is_sorted_by(|one, other| one.slot + one.blocks <= other.slot));
+            for run in &layout.runs {
+                let extent = pool.facts.extent_of(run.slot);
+                prop_assert!(layout.is_gone(extent));
+                prop_assert_eq!(extent, pool.facts.extent_of(run.slot + run.blocks - 1));
+                prop_assert!(layout.runs_of(&pool.facts, extent).contains(run));
+            }
+        }
+    }
+
+    /// A pool of which two extents go to one donor, as a plan would leave it: the first extent, at slots 16 to 23 of the pool there is, and
+    /// from slot 8 on the donor. What the donor begins with is of the one that comes first in the images.
+    fn planned(images: &str) -> (Pool, Layout, Origins) {
+        let extents = "A abcdefgh\nB ijklmnop\nC abcdmnop";
+        let mut pool = Pool::of(&format!("{extents}\n{images}\nthree C"));
+        let mut layout = Layout::default();
+        layout.compose(&pool.facts, &[0, 1], &[], None);
+        layout.place_leftovers(&pool.facts, &Options::default());
+        let applied = super::super::apply(&mut pool.facts, &layout);
+        let origins = applied.undo(&mut pool.facts);
+        (pool, layout, origins)
+    }
+
+    fn home(slot: Slot, blocks: u32, home: Slot) -> Run {
+        Run {
+            slot,
+            blocks,
+            target: Target::Home(home),
+        }
+    }
+
+    #[test]
+    fn decisions_on_a_planned_pool_become_decisions_on_the_one_there_is() {
+        let (pool, mut layout, origins) = planned("one A\ntwo B");
+        layout.compose(&pool.facts, &[0], &[home(0, 4, 8), home(4, 4, 20)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(16, 4, 0), home(20, 4, 12)]);
+        assert_eq!(layout.gone().collect::<Vec<_>>(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_its_home_was_put_together() {
+        let (pool, mut layout, origins) = planned("one B\ntwo A");
+        layout.compose(&pool.facts, &[0], &[home(0, 8, 12)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(16, 4, 12), home(20, 4, 0)]);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_its_extents_were_put_together() {
+        // Of the donor that goes in turn, both parts; their slots follow each other in one pool as in the other.
+        let (pool, mut layout, origins) = planned("one A\ntwo B");
+        layout.compose(&pool.facts, &[1], &[home(12, 8, 0)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(4, 4, 16), home(8, 4, 20)]);
+        // The same if they are apart.
+        let (pool, mut layout, origins) = planned("one B\ntwo A");
+        layout.compose(&pool.facts, &[1], &[home(12, 8, 0)], Some(&origins));
+        assert_eq!(&layout.runs[..], [home(0, 4, 20), home(12, 4, 16)]);
+    }
+
+    #[test]
+    fn what_is_rewritten_alone_comes_first_in_the_order_of_images() {
+        let mut pool = Pool::of(
+            "
+            A  abcd0000
+            B  efgh
+            C  ijkl
+            one  C A
+            two  B",
+        );
+        for extent in 1..3 {
+            pool.facts.extents[extent].recoding = Some(Recoding {
+                compression: Compression::Zstd,
+                share: Recoding::WHOLE / 2,
+                rewrites: true,
+            });
+        }
+        let plan = pool.plan(&Options::default());
+        assert_eq!(plan.layout.gone().collect::<Vec<_>>(), [2, 1, 0]);
+        let donors: Vec<_> = (0..plan.donor_files.len())
+            .map(|file| pool.donor(&plan, file))
+            .collect();
+        assert_eq!(donors, ["abcd", "ijklefgh"]);
+        // What is compressed is expected to take half.
+        let taken: Vec<u64> = plan.layout.donors().iter().map(|donor| donor.disk_bytes).collect();
+        assert_eq!(taken, [bytes(4), bytes(4)]);
+    }
+
+    #[test]
+    fn donors_of_compressed_extents_are_as_long_as_a_frame() {
+        let live: String = ('1'..='9').chain('a'..='z').collect();
+        let mut pool = Pool::of(&format!("A {live}{} zstd\none A[0..35]", "z".repeat(40)));
+        let plan = pool.plan(&Options::default());
+        assert_eq!(pool.donor(&plan, 0), format!("{} {}", &live[..32], &live[32..]));
+        let taken: u64 = plan.layout.donors().iter().map(|donor| donor.disk_bytes).sum();
+        assert_eq!(taken, 38 * 4096 * 32 / 75 + 38 * 4096 * 3 / 75);
+        // The image's one reference becomes one to each.
+        assert_eq!(plan.eliminations[0].metadata_bytes, METADATA_BYTES_PER_REFERENCE);
+    }
+}

@@ -10,9 +10,9 @@ mod apply;
 pub mod export;
 mod greedy;
 mod layout;
+mod memory;
 mod ops;
 pub mod restore;
-mod room;
 pub mod sample;
 pub mod seeds;
 mod table;
@@ -21,8 +21,8 @@ use std::collections::BTreeMap;
 
 pub use apply::{Applied, Origins, apply};
 pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
+pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
 pub use ops::{Batch, DonorFile, Op, Source};
-pub use room::{lists_bytes, make_room, memory_bytes};
 
 use self::table::Table;
 use crate::block::{Slot, bytes};
@@ -323,3 +323,6 @@ impl Round {
             .any(|run| run.is_refuted(facts, &self.unproved, |slot| self.origin(slot)))
     }
 }
+
+#[cfg(test)]
+mod tests;

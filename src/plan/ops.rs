@@ -61,6 +61,36 @@ pub struct Op {
 
 /// Puts extents into batches, in an order in which everything an extent needs is there when its turn comes, and counts.
 pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
+    place_donors(facts, plan);
+    let layout = &plan.layout;
+    // What needs no donor comes first: it takes no space, and makes some.
+    let mut by_batch = SpillVec::with_capacity_in(layout.gone().len(), facts.budget());
+    for (turn, extent) in (0u32..).zip(layout.gone()) {
+        let (elimination, freed, batch) = eliminate(facts, plan, extent);
+        for (reason, bytes) in freed {
+            *plan.freed.entry(reason).or_default() += bytes;
+        }
+        by_batch.push((batch, turn, elimination));
+    }
+    by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
+    let mut by_batch = by_batch.into_iter().peekable();
+    let last = plan.donor_files.last().map(|file| file.batch);
+    let mut space = Space::default();
+    for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
+        let first = plan.eliminations.len();
+        while let Some((.., elimination)) = by_batch.next_if(|(batch, ..)| *batch == number) {
+            plan.eliminations.push(elimination);
+        }
+        let batch = batch_of(facts, plan, number, first);
+        space.pass(plan, &batch);
+        plan.batches.push(batch);
+    }
+    plan.peak_bytes = space.peak_bytes;
+    plan.needed_bytes = space.needed_bytes;
+}
+
+/// Puts donor extents into files, batch by batch.
+fn place_donors(facts: &Facts, plan: &mut Plan) {
     let layout = &plan.layout;
     let mut files: BTreeMap<(u32, Class), Vec<u32>> = BTreeMap::new();
     for (place, donor) in (0u32..).zip(layout.donors()) {
@@ -78,60 +108,59 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
             at += layout.donors()[*donor as usize].blocks;
         }
     }
-    // What needs no donor comes first: it takes no space, and makes some.
-    let mut by_batch = SpillVec::with_capacity_in(layout.gone().len(), facts.budget());
-    for (turn, extent) in (0u32..).zip(layout.gone()) {
-        let (elimination, freed, batch) = eliminate(facts, plan, extent);
-        for (reason, bytes) in freed {
-            *plan.freed.entry(reason).or_default() += bytes;
-        }
-        by_batch.push((batch, turn, elimination));
+}
+
+/// The batch of the donors of that number, or of no donors, whose eliminations are those from `first` on.
+fn batch_of(facts: &Facts, plan: &Plan, number: Option<u32>, first: usize) -> Batch {
+    let from = plan.batches.last().map_or(0, |before| before.donor_files.end);
+    let files = plan.donor_files[from..].iter();
+    let files = files.take_while(|file| Some(file.batch) == number).count();
+    let compared = plan.eliminations[first..]
+        .iter()
+        .flat_map(|one| facts.references_to(one.extent))
+        .map(|reference| bytes(reference.blocks))
+        .sum();
+    Batch {
+        eliminations: first..plan.eliminations.len(),
+        donor_files: from..from + files,
+        compared_bytes: compared,
     }
-    by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
-    let mut by_batch = by_batch.into_iter().peekable();
-    let last = plan.donor_files.last().map(|file| file.batch);
-    let (mut held, mut released, mut file) = (0u64, 0u64, 0);
-    // All that donors took, and all that was freed, until now.
-    let (mut taken, mut given) = (0u64, 0u64);
-    for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
-        let first = plan.eliminations.len();
-        while let Some((.., elimination)) = by_batch.next_if(|(batch, ..)| *batch == number) {
-            plan.eliminations.push(elimination);
-        }
-        let files = file..file
-            + plan.donor_files[file..]
-                .iter()
-                .take_while(|file| Some(file.batch) == number)
-                .count();
-        file = files.end;
-        let written: u64 = plan.donor_files[files.clone()]
+}
+
+/// The bytes that donors take on the way, batch after batch.
+#[derive(Default)]
+struct Space {
+    /// What donors hold before what they replace is freed.
+    held: u64,
+    /// What the batch before frees.
+    released: u64,
+    /// All that donors took until now.
+    taken: u64,
+    /// All that was freed until now.
+    given: u64,
+    peak_bytes: u64,
+    needed_bytes: u64,
+}
+
+impl Space {
+    /// Goes on to the next batch.
+    fn pass(&mut self, plan: &Plan, batch: &Batch) {
+        let donors = plan.donor_files[batch.donor_files.clone()]
             .iter()
             .flat_map(|file| &file.extents)
-            .map(|donor| &layout.donors()[*donor as usize])
-            .map(|donor| donor.disk_bytes)
-            .sum();
+            .map(|donor| &plan.layout.donors()[*donor as usize]);
+        let written: u64 = donors.map(|donor| donor.disk_bytes).sum();
         // The donors of a batch are written while the one before is shared.
-        plan.peak_bytes = plan.peak_bytes.max(held + written);
-        taken += written;
+        self.peak_bytes = self.peak_bytes.max(self.held + written);
+        self.taken += written;
         // Where there is no other room, they wait for that.
-        given += released;
-        plan.needed_bytes = plan.needed_bytes.max(taken.saturating_sub(given));
-        held = (held + written).saturating_sub(released);
-        let batch = &plan.eliminations[first..];
-        released = batch
+        self.given += self.released;
+        self.needed_bytes = self.needed_bytes.max(self.taken.saturating_sub(self.given));
+        self.held = (self.held + written).saturating_sub(self.released);
+        self.released = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.freed_bytes + one.rewritten_bytes - one.grown_bytes)
             .sum();
-        let compared = batch
-            .iter()
-            .flat_map(|one| facts.references_to(one.extent))
-            .map(|reference| bytes(reference.blocks))
-            .sum();
-        plan.batches.push(Batch {
-            eliminations: first..plan.eliminations.len(),
-            donor_files: files,
-            compared_bytes: compared,
-        });
     }
 }
 
@@ -284,4 +313,237 @@ fn follows(op: &Op, next: &Op) -> bool {
             }
             _ => false,
         }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Options;
+    use crate::plan::tests::notation::{Pool, options, pools};
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    /// What a block of an image maps while a plan is carried out.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Mapped {
+        Slot(Slot),
+        Preallocated(u32),
+        Donor(u32, u32),
+        Nothing,
+    }
+
+    fn mapped(facts: &Facts, image: ImageId, blocks: usize) -> Vec<Mapped> {
+        let mut all = vec![Mapped::Nothing; blocks];
+        for mapping in &facts.mappings_of(image) {
+            for n in 0..mapping.blocks {
+                all[(mapping.file_block + n) as usize] = if mapping.preallocated {
+                    Mapped::Preallocated(mapping.extent)
+                } else {
+                    Mapped::Slot(mapping.slot + n)
+                };
+            }
+        }
+        all
+    }
+
+    /// A plan that is carried out on paper, op after op.
+    struct Paper<'a> {
+        pool: &'a Pool,
+        plan: &'a Plan,
+        images: Vec<Vec<Mapped>>,
+        donors: Vec<Vec<char>>,
+    }
+
+    impl Paper<'_> {
+        fn extent_of(&self, block: Mapped) -> Option<u32> {
+            match block {
+                Mapped::Slot(slot) => Some(self.pool.facts.extent_of(slot)),
+                Mapped::Preallocated(extent) => Some(extent),
+                _ => None,
+            }
+        }
+
+        fn content(&self, block: Mapped) -> char {
+            match block {
+                Mapped::Slot(slot) => self.pool.content[slot as usize],
+                Mapped::Donor(file, at) => self.donors[file as usize][at as usize],
+                _ => '0',
+            }
+        }
+
+        /// Carries out one op, and checks that it takes references from its extent, and that its source is there and equal.
+        fn carry_out(&mut self, op: &Op) {
+            for n in 0..op.blocks {
+                let source = match op.source {
+                    Source::Hole => Mapped::Nothing,
+                    Source::Donor(file, at) => Mapped::Donor(file, at + n),
+                    Source::Image(image, at) => {
+                        let source = self.images[image as usize][(at + n) as usize];
+                        let slot = match source {
+                            Mapped::Slot(slot) => slot,
+                            other => panic!("{op:?} counts on {other:?}"),
+                        };
+                        let (_, stays) = self.plan.layout.resolve(&self.pool.facts, slot..slot + 1);
+                        assert_eq!(stays, Final::Kept(slot), "{op:?} counts on what goes");
+                        source
+                    }
+                };
+                let target = self.images[op.image as usize][(op.file_block + n) as usize];
+                assert_eq!(self.extent_of(target), Some(op.extent), "{op:?} is about {target:?}");
+                assert_eq!(self.content(source), self.content(target), "{op:?}");
+                self.images[op.image as usize][(op.file_block + n) as usize] = source;
+            }
+        }
+
+        fn texts(&self) -> Vec<String> {
+            let text = |image: &Vec<Mapped>| image.iter().map(|block| self.content(*block)).collect();
+            self.images.iter().map(text).collect()
+        }
+
+        /// The extents that images refer to.
+        fn held(&self) -> BTreeSet<u32> {
+            let blocks = self.images.iter().flatten();
+            blocks.filter_map(|block| self.extent_of(*block)).collect()
+        }
+    }
+
+    proptest! {
+        /// Batch by batch, each op finds its source, images keep their content, extents that go are held by nobody, and no more is taken
+        /// on the way than was said.
+        #[test]
+        fn a_plan_can_be_carried_out_in_its_order(text in pools(), options in options(), frees_blocks: bool) {
+            let mut pool = Pool::of(&text);
+            pool.facts.frees_blocks = frees_blocks;
+            pool.prove_all();
+            let plan = pool.plan(&options);
+            let blocks = pool.image_blocks();
+            let images = (0..pool.images()).map(|image| mapped(&pool.facts, image, blocks)).collect();
+            let mut paper = Paper { pool: &pool, plan: &plan, images, donors: Vec::new() };
+            // Bytes that donors took, and that were freed, after each batch.
+            let (mut taken, mut freed) = (vec![0u64], vec![0u64]);
+            for batch in &plan.batches {
+                let files = batch.donor_files.clone();
+                prop_assert_eq!(files.start, paper.donors.len());
+                paper.donors.extend(files.map(|file| pool.donor(&plan, file).replace(' ', "").chars().collect::<Vec<_>>()));
+                let (mut compared, mut given) = (0, 0);
+                for one in &plan.eliminations[batch.eliminations.clone()] {
+                    for op in plan.ops(&pool.facts, one.extent) {
+                        paper.carry_out(&op);
+                    }
+                    if !frees_blocks {
+                        prop_assert!(!paper.held().contains(&one.extent));
+                    }
+                    compared += pool.facts.references_to(one.extent).map(|one| bytes(one.blocks)).sum::<u64>();
+                    given += if frees_blocks { one.freed_bytes } else { pool.facts.extents[one.extent as usize].disk_bytes };
+                }
+                prop_assert_eq!(batch.compared_bytes, compared);
+                let donors = batch.donor_files.clone().flat_map(|file| &plan.donor_files[file].extents);
+                let written: u64 = donors.map(|donor| plan.layout.donors()[*donor as usize].disk_bytes).sum();
+                // Donors are written while the batch before is shared, or, where there is no room, after that.
+                let (before, n) = (taken[taken.len() - 1] + written, freed.len());
+                prop_assert!(before.saturating_sub(freed[n.saturating_sub(2)]) <= plan.peak_bytes);
+                prop_assert!(before.saturating_sub(freed[n - 1]) <= plan.needed_bytes);
+                taken.push(before);
+                freed.push(freed[n - 1] + given);
+            }
+            prop_assert_eq!(paper.texts(), pool.texts());
+            prop_assert_eq!(i64::try_from(freed[freed.len() - 1]).unwrap() - i64::try_from(taken[taken.len() - 1]).unwrap(), plan.freed_bytes());
+        }
+
+        /// Everything an extent takes on disk is either freed, for one reason or another, or rewritten.
+        #[test]
+        fn what_is_freed_adds_up(text in pools(), options in options()) {
+            let mut pool = Pool::of(&text);
+            let plan = pool.plan(&options);
+            prop_assert_eq!(plan.eliminations.len(), plan.layout.gone().len());
+            for one in &plan.eliminations {
+                let (elimination, freed, _) = eliminate(&pool.facts, &plan, one.extent);
+                prop_assert_eq!(&elimination, one);
+                prop_assert_eq!(freed.iter().map(|(_, bytes)| bytes).sum::<u64>(), one.freed_bytes);
+                let disk_bytes = pool.facts.extents[one.extent as usize].disk_bytes;
+                prop_assert_eq!(one.freed_bytes + one.rewritten_bytes, disk_bytes + one.grown_bytes);
+                let most = freed.iter().map(|(_, bytes)| *bytes).max();
+                prop_assert!(freed.is_empty() || freed.contains(&(one.reason, most.unwrap())));
+            }
+            let freed: u64 = plan.freed.values().sum();
+            prop_assert_eq!(freed, plan.eliminations.iter().map(|one| one.freed_bytes).sum::<u64>());
+        }
+
+        /// What needs no donor comes first, and what does comes with the last of those it needs.
+        #[test]
+        fn extents_wait_for_their_donors_and_no_longer(text in pools(), options in options()) {
+            let mut pool = Pool::of(&text);
+            let plan = pool.plan(&options);
+            for (number, batch) in plan.batches.iter().enumerate() {
+                prop_assert!(number > 0 || batch.donor_files.is_empty());
+                for one in &plan.eliminations[batch.eliminations.clone()] {
+                    let donors = plan.ops(&pool.facts, one.extent).filter_map(|op| match op.source {
+                        Source::Donor(file, _) => Some(file as usize),
+                        _ => None,
+                    });
+                    let last = donors.max();
+                    prop_assert_eq!(last.is_some(), number > 0);
+                    prop_assert!(last.is_none_or(|file| batch.donor_files.contains(&file)));
+                }
+            }
+        }
+
+        /// Joined or not, ops say the same of every block, and neighbours that could be one are.
+        #[test]
+        fn joining_ops_changes_nothing(ops in prop::collection::vec((0u32..2, 0u32..3, 1u32..3, 0u32..3, 0u32..4), 0..12)) {
+            let mut at = 0;
+            let ops: Vec<Op> = ops.into_iter().map(|(gap, image, blocks, kind, from)| {
+                let file_block = at + gap;
+                at = file_block + blocks;
+                let source = match kind {
+                    0 => Source::Hole,
+                    1 => Source::Image(from % 2, file_block + from / 2),
+                    _ => Source::Donor(from % 2, file_block + from / 2),
+                };
+                Op { image: image / 2, file_block, blocks, source, extent: 0 }
+            }).collect();
+            let each = |ops: &[Op]| -> Vec<(ImageId, u32, Source)> {
+                let each = |op: &Op| {
+                    let op = *op;
+                    (0..op.blocks).map(move |n| (op.image, op.file_block + n, match op.source {
+                        Source::Hole => Source::Hole,
+                        Source::Image(image, from) => Source::Image(image, from + n),
+                        Source::Donor(file, from) => Source::Donor(file, from + n),
+                    }))
+                };
+                ops.iter().flat_map(each).collect()
+            };
+            let joined: Vec<Op> = join(ops.iter().copied()).collect();
+            prop_assert_eq!(each(&joined), each(&ops));
+            prop_assert!(!joined.windows(2).any(|pair| follows(&pair[0], &pair[1])));
+        }
+    }
+
+    #[test]
+    fn a_reference_into_two_donor_extents_counts_twice() {
+        // An extent may have two references: what is left over of four extents takes two of a donor file.
+        let mut pool = Pool::of(
+            "
+            A  abcd0000
+            B  efgh0000
+            C  ijkl0000
+            D  mnop0000
+            one  A B C D",
+        );
+        let options = Options {
+            references_max: 2,
+            references_per_gib_max: u32::MAX,
+            ..Options::default()
+        };
+        let plan = pool.plan(&options);
+        assert_eq!(pool.donor(&plan, 0), "abcdefgh ijklmnop");
+        let over = |range| plan.donor_extents_over(0, range);
+        assert_eq!(
+            [over(0..8), over(7..8), over(8..9), over(7..9), over(0..16)],
+            [1, 1, 1, 2, 2]
+        );
+        // Each leaves a range with data and a hole in place of one reference, and holes take none.
+        let metadata: Vec<u64> = plan.eliminations.iter().map(|one| one.metadata_bytes).collect();
+        assert_eq!(metadata, [METADATA_BYTES_PER_REFERENCE; 4]);
+    }
 }

@@ -18,7 +18,6 @@ use crate::archive::record::Hash;
 use crate::block::{ByteRange, bytes};
 use crate::content::{Content, Run, StoreBlock};
 use crate::error::{Error, Result};
-use crate::fs::attributes;
 use crate::pool::{Revision, patterns, revision_of};
 use crate::range;
 use crate::shown::shown;
@@ -404,10 +403,7 @@ fn runs<'a>(contents: &'a Contents, images: &'a [RestoredImage]) -> impl Iterato
 
 fn nodatacow_blocks(contents: &Contents, images: &[RestoredImage]) -> Vec<Range<StoreBlock>> {
     let of = |image: &RestoredImage| &contents.manifest.images[image.image];
-    let without = images
-        .iter()
-        .map(of)
-        .filter(|one| attributes::is_nodatacow(&one.image.metadata));
+    let without = images.iter().map(of).filter(|one| one.image.metadata.is_nodatacow());
     wanted(without.flat_map(|one| &one.runs))
 }
 

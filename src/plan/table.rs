@@ -171,3 +171,143 @@ fn hash(fingerprint: u32) -> u32 {
     let h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
     h ^ (h >> 16)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    /// A table of all these fingerprints, the slot of each its place.
+    fn table_of(fingerprints: &[u32], slots_max: usize) -> (Table, Fingerprints) {
+        let mut table = Table::new(fingerprints.len(), slots_max);
+        let all: Fingerprints = fingerprints.to_vec().into();
+        for (slot, fingerprint) in (0..).zip(fingerprints) {
+            table.enter(slot, *fingerprint, &all, |_| ());
+        }
+        (table, all)
+    }
+
+    proptest! {
+        /// Each fingerprint leads to the slots that hold it, to no others, and to the latest first; a common one to the first few.
+        #[test]
+        fn candidates_are_what_was_entered_latest_first(fingerprints in prop::collection::vec(0u32..40, 0..400)) {
+            let (table, all) = table_of(&fingerprints, usize::MAX);
+            let mut expected: HashMap<u32, Vec<Slot>> = HashMap::new();
+            for (slot, fingerprint) in (0..).zip(&fingerprints) {
+                let slots = expected.entry(*fingerprint).or_default();
+                if slots.len() < Table::SLOTS_PER_FINGERPRINT {
+                    slots.insert(0, slot);
+                }
+            }
+            for fingerprint in 0..41 {
+                let found: Vec<Slot> = table.candidates(fingerprint, &all).collect();
+                prop_assert_eq!(&found, expected.entry(fingerprint).or_default());
+            }
+        }
+
+        /// A slot that is in the table is not entered again.
+        #[test]
+        fn entering_again_changes_nothing(fingerprints in prop::collection::vec(0u32..9, 1..60)) {
+            let (mut table, all) = table_of(&fingerprints, usize::MAX);
+            let before = format!("{table:?}");
+            let entered: Vec<Slot> = (0..9).flat_map(|one| table.candidates(one, &all).collect::<Vec<_>>()).collect();
+            for slot in entered {
+                table.enter(slot, fingerprints[slot as usize], &all, |slot| slot);
+            }
+            prop_assert_eq!(format!("{table:?}"), before);
+        }
+
+        #[test]
+        fn places_of_a_tag_are_found_last_first(tags in prop::array::uniform16(prop_oneof![0u8..3, 126u8..130, 253u8..=255]), tag: u8) {
+            for tag in tags.into_iter().chain([tag]) {
+                let expected: Vec<usize> = (0..GROUP).rev().filter(|place| tags[*place] == tag).collect();
+                prop_assert_eq!(places(&tags, tag).collect::<Vec<_>>(), expected);
+            }
+        }
+
+        /// A tag is never taken for a free place.
+        #[test]
+        fn no_tag_is_empty(fingerprint: u32) {
+            prop_assert_ne!(tag(fingerprint), EMPTY);
+            // One of 256 would be.
+            prop_assert!((0..2000).all(|more: u32| tag(fingerprint.wrapping_add(more)) != EMPTY));
+        }
+    }
+
+    #[test]
+    fn beyond_those_of_all_each_machine_enters_a_few() {
+        const MACHINES: u32 = 100;
+        let all = Fingerprints::from(vec![7; 1000]);
+        let mut table = Table::new(1000, usize::MAX);
+        let machine = |slot: Slot| slot % MACHINES;
+        // The slots of one machine.
+        let of = |machine: u32| (0..10).map(move |n| n * MACHINES + machine);
+        let count = |table: &Table| table.candidates(7, &all).count();
+        let mut counts = Vec::new();
+        for one in [0, 0, 1, 2] {
+            // The first fills what all may enter, with more of its own than a machine has after that.
+            let slots: Vec<Slot> = if one == 0 {
+                of(0).chain(of(3)).collect()
+            } else {
+                of(one).collect()
+            };
+            for slot in slots {
+                table.enter(slot, 7, &all, machine);
+            }
+            counts.push(count(&table));
+        }
+        let common = Table::SLOTS_PER_FINGERPRINT;
+        assert_eq!(counts, [common, common, common + 2, common + 4]);
+        (4..MACHINES)
+            .flat_map(of)
+            .for_each(|slot| table.enter(slot, 7, &all, machine));
+        assert_eq!(count(&table), Table::CANDIDATES_MAX);
+        // Nor is more entered than is ever looked at.
+        let entered = table.tags.as_flattened().iter().filter(|tag| **tag != EMPTY);
+        assert_eq!(entered.count(), Table::CANDIDATES_MAX);
+    }
+
+    #[test]
+    fn of_a_pool_too_large_a_sample_is_entered_and_looked_up() {
+        let fingerprints: Vec<u32> = (0..100_000).map(|n: u32| n.wrapping_mul(0x9e37_79b9)).collect();
+        let slots_max = 7000;
+        let (table, all) = table_of(&fingerprints, slots_max);
+        let sampled = Table::sampled(fingerprints.len(), slots_max);
+        assert_eq!(sampled, 16);
+        let found = |one: &&u32| table.candidates(**one, &all).next().is_some();
+        let count = fingerprints.iter().filter(found).count();
+        assert!(fingerprints.iter().all(|one| found(&one) == table.has(*one)));
+        let expected = fingerprints.len() / sampled as usize;
+        assert!(
+            (expected * 9 / 10..expected * 11 / 10).contains(&count),
+            "{count} were found"
+        );
+        assert_eq!(Table::sampled(fingerprints.len(), fingerprints.len()), 1);
+    }
+
+    #[test]
+    fn a_table_takes_the_memory_it_says() {
+        for slots in [0, 1, 1000, 100_000] {
+            let table = Table::new(slots, usize::MAX);
+            let taken = table.tags.len() * GROUP * (size_of::<u8>() + size_of::<Slot>());
+            let said = slots as u64 * Table::SLOT_BYTES;
+            assert!(taken as u64 <= said + 200, "{taken} bytes for {slots} slots");
+        }
+    }
+
+    #[test]
+    fn a_full_table_takes_no_more_and_keeps_what_it_has() {
+        let fingerprints: Vec<u32> = (0..2000).collect();
+        let all = Fingerprints::from(fingerprints.clone());
+        let mut table = Table::new(100, usize::MAX);
+        let mut found = Vec::new();
+        for slot in fingerprints {
+            table.enter(slot, slot, &all, |_| ());
+            found.retain(|one| table.candidates(*one, &all).eq([*one]));
+            found.extend(table.candidates(slot, &all));
+        }
+        // Where all places are taken, nothing was lost on the way.
+        assert_eq!(found.len(), table.tags.len() * GROUP);
+    }
+}

@@ -217,6 +217,14 @@ impl Simulated {
         ranges
     }
 
+    /// The extent that a block of a file lies in, and where in it.
+    pub fn sector_of(&self, file: SourceFile, block: usize) -> Option<(usize, u32)> {
+        self.with(|state| {
+            let mapped = state.file(file)?.blocks.get(block).copied().flatten()?;
+            Some((mapped.extent, mapped.at))
+        })
+    }
+
     /// The greatest number of bytes that were allocated at any call.
     pub fn peak_bytes(&self) -> u64 {
         self.with(|state| state.peak_bytes)

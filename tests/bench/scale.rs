@@ -15,8 +15,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmfold::block::bytes;
+use vmfold::exec::fingerprints::allocate;
 use vmfold::facts::{Extent, Facts, Reference, Shared};
-use vmfold::plan::{Options, lists_bytes, make_room, memory_bytes, plan_proved};
+use vmfold::plan::{Options, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::{Budget, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
@@ -61,7 +62,7 @@ fn main() {
     let memory_bytes = memory_mib.map_or_else(|| memory_bytes(slots), |mib| u64::from(mib) << 20);
     let folder = std::env::var_os("SPILL").map_or_else(std::env::temp_dir, Into::into);
     let lists = usize::try_from(lists_bytes(memory_bytes)).unwrap();
-    let budget = Budget::new(lists, folder);
+    let budget = Budget::new(lists, folder.clone());
     let begin = Instant::now();
     let all = (0..extents).map(|number| Extent {
         address: u64::from(number) * bytes(blocks),
@@ -93,7 +94,7 @@ fn main() {
     });
     let mappings = Shared::from_references_in(references, &budget);
     let mut facts = Facts::new(SpillVec::from_iter_in(all, &budget), mappings, 0);
-    make_room(&mut facts, memory_bytes).unwrap();
+    allocate(&mut facts, memory_bytes, &folder).unwrap();
     for extent in 0..extents {
         let first = extent * blocks;
         let of: Vec<u32> = (first..first + blocks)

@@ -215,7 +215,7 @@ fn fill_one(
         site.monitor
             .note(&format!("`{}`: could not set {problem}", shown(path)));
     }
-    let staged = nodatacow.filter(|_| attributes::is_nodatacow(metadata));
+    let staged = nodatacow.filter(|_| metadata.is_nodatacow());
     let counts = fill(
         (staged.unwrap_or(staging.file()), staging.path()),
         (file, path),
