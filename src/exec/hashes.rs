@@ -57,7 +57,7 @@ impl HashLog {
     }
 
     fn spill(&mut self) -> io::Result<()> {
-        let file = match self.file.take() {
+        let mut file = match self.file.take() {
             Some(file) => file,
             None => SpillFile::new(&self.folder).or_else(|_| SpillFile::new(&std::env::temp_dir()))?,
         };

@@ -66,9 +66,9 @@ impl Budget {
         let space = self.0.as_deref().ok_or(ErrorKind::Unsupported)?;
         let folder = lock(space).folder.clone();
         std::fs::create_dir_all(&folder)?;
-        let file = SpillFile::new(&folder)?;
+        let mut file = SpillFile::new(&folder)?;
         file.make_room_if_possible(bytes)?;
-        file.0.set_len(bytes)?;
+        file.file.set_len(bytes)?;
         Ok(file)
     }
 
@@ -171,9 +171,9 @@ impl Mapping {
     /// takes one in `share` at most.
     fn in_file(bytes: usize, folder: &Path, share: u64) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let file = SpillFile::new(folder)?;
+        let mut file = SpillFile::new(folder)?;
         file.make_room(bytes as u64, share)?;
-        let map = MmapOptions::new().len(bytes).map_raw(&file.0)?;
+        let map = MmapOptions::new().len(bytes).map_raw(&file.file)?;
         // Where memory is short, what lies around a page is not worth what it takes the place of.
         let _ = map.advise(Advice::Random);
         Ok(Self { map, file: Some(file) })
@@ -181,14 +181,13 @@ impl Mapping {
 
     /// Makes it longer or shorter, perhaps elsewhere in memory.
     fn resize(&mut self, bytes: usize) -> Result<()> {
-        if let Some(file) = &self.file {
+        if let Some(file) = &mut self.file {
             file.make_room(bytes as u64, FREE_SHARE)?;
         }
         // SAFETY: nobody has a reference into it, but the one pointer that the new place is returned for.
         unsafe { self.map.remap(bytes, RemapOptions::new().may_move(true)) }?;
-        if let Some(file) = &self.file {
-            // What is not given back is gone with the file.
-            let _ = file.0.set_len(bytes as u64);
+        if let Some(file) = &mut self.file {
+            file.cut(bytes as u64);
         }
         Ok(())
     }
@@ -202,7 +201,11 @@ impl Mapping {
 /// An unnamed file for what does not fit into memory. Its blocks are allocated before anything is written to them, so that a disk that is
 /// full is told at once.
 #[derive(Debug)]
-pub struct SpillFile(File);
+pub struct SpillFile {
+    file: File,
+    /// Bytes from its beginning that need not be allocated again.
+    bytes: u64,
+}
 
 impl SpillFile {
     /// An empty one.
@@ -213,40 +216,49 @@ impl SpillFile {
         let file = tempfile::tempfile_in(folder)?;
         // On btrfs, blocks of other files are written elsewhere each time, where there may be no room. Others know no such flag.
         let _ = add_inode_flags(&file, IFlags::NOCOW);
-        Ok(Self(file))
+        Ok(Self { file, bytes: 0 })
     }
 
     /// Allocates blocks until it has so many bytes, unless that takes more than one in `share` of what is free.
-    fn make_room(&self, bytes: u64, share: u64) -> Result<()> {
-        let has = self.0.metadata()?.len();
-        let more = bytes.saturating_sub(has);
+    fn make_room(&mut self, bytes: u64, share: u64) -> Result<()> {
+        let more = bytes.saturating_sub(self.bytes);
         if more == 0 {
             return Ok(());
         }
-        let stat = fstatvfs(&self.0)?;
+        let stat = fstatvfs(&self.file)?;
         if more > stat.f_bavail.saturating_mul(stat.f_frsize) / share {
             return Err(Errno::NOSPC.into());
         }
-        fallocate(&self.0, FallocateFlags::empty(), has, more)?;
+        fallocate(&self.file, FallocateFlags::empty(), self.bytes, more)?;
+        self.bytes = bytes;
         Ok(())
     }
 
     /// The same where writing can tell as well that there is no room: a filesystem may not know how to allocate blocks before.
-    fn make_room_if_possible(&self, bytes: u64) -> Result<()> {
-        let made = self.make_room(bytes, 1);
-        made.or_else(|error| match error.kind() {
-            ErrorKind::Unsupported => Ok(()),
-            _ => Err(error),
-        })
+    fn make_room_if_possible(&mut self, bytes: u64) -> Result<()> {
+        match self.make_room(bytes, 1) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.bytes = bytes;
+                Ok(())
+            }
+            made => made,
+        }
+    }
+
+    /// Gives back what is behind so many bytes. What is not given back is gone with the file.
+    fn cut(&mut self, bytes: u64) {
+        if bytes < self.bytes && self.file.set_len(bytes).is_ok() {
+            self.bytes = bytes;
+        }
     }
 
     /// Writes bytes.
     ///
     /// # Errors
     /// `ENOSPC`, `EDQUOT`, `EIO`.
-    pub fn write_all_at(&self, bytes: &[u8], at: u64) -> Result<()> {
+    pub fn write_all_at(&mut self, bytes: &[u8], at: u64) -> Result<()> {
         self.make_room_if_possible(at.saturating_add(bytes.len() as u64))?;
-        self.0.write_all_at(bytes, at)
+        self.file.write_all_at(bytes, at)
     }
 
     /// Reads bytes that were written.
@@ -254,7 +266,7 @@ impl SpillFile {
     /// # Errors
     /// `EIO`.
     pub fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> Result<()> {
-        self.0.read_exact_at(bytes, at)
+        self.file.read_exact_at(bytes, at)
     }
 }
 
@@ -339,7 +351,7 @@ mod tests {
     fn what_finds_no_room_fails_where_it_is_written() {
         const FAR: u64 = 1 << 60;
         let folder = tempfile::tempdir().unwrap();
-        let file = SpillFile::new(folder.path()).unwrap();
+        let mut file = SpillFile::new(folder.path()).unwrap();
         file.write_all_at(b"some", 4096).unwrap();
         assert_eq!(
             file.write_all_at(b"more", FAR).unwrap_err().kind(),
