@@ -155,7 +155,16 @@ fn settings(options: &Options) -> exec::Settings {
     exec::Settings {
         reserve_bytes: options.reserve_bytes,
         packer,
+        threads: threads(std::thread::available_parallelism().map_or(1, usize::from)),
     }
+}
+
+/// How many calls may be made at the same time on so many cores. One core is left for reading ahead, writing donors, and the filesystem's
+/// own work.
+fn threads(cores: usize) -> usize {
+    /// All calls change the same trees of the filesystem, whose locks they have in common: many more threads would mostly wait.
+    const THREADS_MAX: usize = 8;
+    if cores <= 2 { 1 } else { (cores - 1).min(THREADS_MAX) }
 }
 
 /// Checks that compression can be as it is wished, and notes what of it cannot.
@@ -275,4 +284,14 @@ fn left_meanwhile(fs: &Volume, ran: &Ran) -> Vec<Skipped> {
     let changed = changed.filter(|image| image.may_touch() && !image.is_unchanged());
     let changed = changed.map(|image| Skipped::new(&image.path, Skip::Changed));
     opened.chain(refused).chain(unreadable).chain(changed).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_is_left_for_reading() {
+        assert_eq!([0, 1, 2, 3, 4, 8, 9, 64].map(threads), [1, 1, 1, 2, 3, 7, 8, 8]);
+    }
 }
