@@ -19,6 +19,14 @@ use std::time::Duration;
 
 use common::{Mounted, Random, build_pool, can_mount, population, reflink, sh, state_of, write_image};
 use serde_json::Value;
+use vmfold::block::Slot;
+use vmfold::exec::fingerprints::{allocate, fingerprint};
+use vmfold::exec::{Ran, Settings, run};
+use vmfold::facts::Facts;
+use vmfold::fs::{Filesystem, Purpose, open, prove_slots};
+use vmfold::monitor::Silent;
+use vmfold::plan;
+use vmfold::spill::Budget;
 
 /// Runs reclaim and checks everything that must hold of it; `tolerance` is what a prediction may be off by, in parts of 100.
 fn reclaim_and_check(fs: &Mounted, arguments: &str, tolerance: f64) -> Value {
@@ -62,6 +70,61 @@ fn reclaim_on_plain_btrfs() {
     let done = reclaim_and_check(&fs, "", 0.0);
     assert!(freed(&done) > 40 << 20, "{done}");
     assert_eq!(done["fingerprinted"]["read"], 0, "checksums serve: {done}");
+    fs.check();
+}
+
+/// Runs a plan through the library, since how many calls are made at the same time depends on the machine otherwise.
+#[test]
+fn reclaim_with_calls_on_several_images_at_the_same_time() {
+    if !can_mount() {
+        return;
+    }
+    let fs = Mounted::btrfs();
+    build_pool(&fs.pool(), 12);
+    // Pairs that have nothing in common with each other, in small extents that lie next to each other on the disk.
+    let mut random = Random(13);
+    for pair in 0..8 {
+        let content = random.data(1 << 20);
+        for name in ["one", "other"] {
+            std::fs::write(fs.pool().join(format!("{name}-{pair}.img")), &content).unwrap();
+        }
+    }
+    sh(&format!("sync -f {}", fs.mount.display()));
+    let (state, used) = (state_of(&fs.pool()), fs.used());
+    let monitor = Silent::default();
+    let found = vmfold::pool::discover(&[fs.pool()], &[]).unwrap();
+    let (opened, skipped) = open(&found.images, &found.named, Purpose::Change, &monitor).unwrap();
+    let volume: &dyn Filesystem = &*opened;
+    assert_eq!(skipped, []);
+    let mut facts = volume.map(&Budget::default()).unwrap().facts;
+    let memory_bytes = plan::memory_bytes(facts.slots());
+    allocate(&mut facts, memory_bytes, &fs.index()).unwrap();
+    let (_, unreadable) = fingerprint(volume, &mut facts, None, &monitor).unwrap();
+    assert!(unreadable.is_empty());
+    let prove = |facts: &Facts, slots: &[Slot]| prove_slots(volume, facts, slots, &monitor);
+    let plan = plan::plan_proved(&mut facts, &plan::Options::default(), &|| Ok(()), prove).unwrap();
+    let settings = Settings {
+        threads: 4,
+        ..Settings::default()
+    };
+    let mut ran = Ran::default();
+    run(&facts, &plan, settings, volume, &monitor, &mut ran).unwrap();
+    volume.close_donors().unwrap();
+    drop((opened, found));
+    let counts = &ran.counts;
+    assert_eq!((counts.differing_bytes, counts.extents_still_held), (0, 0), "{ran:?}");
+    assert!(
+        counts.refused_bytes.is_empty() && ran.opened_meanwhile.is_empty(),
+        "{ran:?}"
+    );
+    let compared: u64 = plan.batches.iter().map(|batch| batch.compared_bytes).sum();
+    assert_eq!(counts.shared_bytes, compared);
+    assert_eq!(state_of(&fs.pool()), state);
+    let freed = i64::try_from(used).unwrap() - i64::try_from(fs.used()).unwrap();
+    assert_eq!(freed, plan.freed_bytes());
+    assert!(freed > 40 << 20);
+    let again = fs.vmfold_json("reclaim -n");
+    assert_eq!(again["planned"]["extents"], 0, "{again}");
     fs.check();
 }
 

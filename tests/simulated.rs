@@ -9,6 +9,9 @@
 )]
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use rustix::io::Errno;
@@ -18,7 +21,7 @@ use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
-use vmfold::monitor::Silent;
+use vmfold::monitor::{Monitor, Silent};
 use vmfold::plan::{Options, Plan};
 use vmfold::testing::faulty_filesystem::{CHANGED, Call, Fault, Faulty};
 use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
@@ -199,11 +202,28 @@ fn planned_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Facts, 
     (facts, plan)
 }
 
-fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
-    reclaim_as(fs, options, None)
+/// One call after the other, and several at the same time.
+const THREADS: [usize; 2] = [1, 4];
+
+fn threads() -> impl Strategy<Value = usize> {
+    prop::sample::select(&THREADS[..])
 }
 
-fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Plan, Ran) {
+fn reclaim(fs: &Simulated, options: &Options, threads: usize) -> (Plan, Ran) {
+    reclaim_as(fs, options, None, threads)
+}
+
+fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>, threads: usize) -> (Plan, Ran) {
+    reclaim_until(fs, options, wish, threads, &Silent::default())
+}
+
+fn reclaim_until(
+    fs: &Simulated,
+    options: &Options,
+    wish: Option<Wish>,
+    threads: usize,
+    monitor: &dyn Monitor,
+) -> (Plan, Ran) {
     let (facts, plan) = planned_as(fs, options, wish);
     let mut ran = Ran::default();
     let packer = match wish {
@@ -212,9 +232,10 @@ fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Plan, R
     };
     let settings = Settings {
         packer,
+        threads,
         ..Settings::default()
     };
-    let _ = run(&facts, &plan, settings, fs, &Silent::default(), &mut ran);
+    let _ = run(&facts, &plan, settings, fs, monitor, &mut ran);
     fs.close_donors();
     (plan, ran)
 }
@@ -268,6 +289,7 @@ proptest! {
         options in options(),
         frees_blocks: bool,
         held in prop::option::of(0usize..20),
+        threads in threads(),
     ) {
         let fs = build(&steps, Faults::default(), frees_blocks);
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
@@ -275,7 +297,7 @@ proptest! {
         }
         let held = references(&fs.facts());
         let (content, before) = (fs.contents(), fs.allocated_bytes());
-        let (plan, ran) = reclaim(&fs, &options);
+        let (plan, ran) = reclaim(&fs, &options, threads);
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!(i64::try_from(before - fs.allocated_bytes()).unwrap(), plan.freed_bytes());
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
@@ -296,6 +318,7 @@ proptest! {
         min_gain in 1u8..60,
         recompress: bool,
         held in prop::option::of(0usize..20),
+        threads in threads(),
     ) {
         // How many bytes and references a compressed donor takes is known once it was written: what these limits leave may take
         // another run.
@@ -306,14 +329,14 @@ proptest! {
         }
         let (content, before) = (fs.contents(), fs.allocated_bytes());
         let wish = Some(Wish::Zstd { packer: Packer { level: 1, min_gain }, recompress });
-        let (_, ran) = reclaim_as(&fs, &options, wish);
+        let (_, ran) = reclaim_as(&fs, &options, wish, threads);
         prop_assert_eq!(fs.contents(), content.clone());
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         let after = fs.allocated_bytes();
         prop_assert!(after <= before);
         let (_, again) = planned_as(&fs, &options, wish);
         prop_assert_eq!(&again.eliminations[..], &[]);
-        let (plan, ran) = reclaim_as(&fs, &options, Some(Wish::Undo));
+        let (plan, ran) = reclaim_as(&fs, &options, Some(Wish::Undo), threads);
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         let signed = |bytes: u64| i64::try_from(bytes).unwrap();
@@ -328,10 +351,11 @@ proptest! {
         options in options(),
         frees_blocks: bool,
         slots in 16usize..200,
+        threads in threads(),
     ) {
         let fs = build(&steps, Faults { table_slots_max: Some(slots), ..Faults::default() }, frees_blocks);
         let (content, before) = (fs.contents(), fs.allocated_bytes());
-        let (plan, _) = reclaim(&fs, &options);
+        let (plan, _) = reclaim(&fs, &options, threads);
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!(i64::try_from(before - fs.allocated_bytes()).unwrap(), plan.freed_bytes());
         let (_, again) = planned(&fs, &options);
@@ -344,10 +368,11 @@ proptest! {
         options in options(),
         frees_blocks: bool,
         bits in 3u32..16,
+        threads in threads(),
     ) {
         let fs = build(&steps, Faults { fingerprint_bits: bits, ..Faults::default() }, frees_blocks);
         let (content, before) = (fs.contents(), fs.allocated_bytes());
-        let _ = reclaim(&fs, &options);
+        let _ = reclaim(&fs, &options, threads);
         prop_assert_eq!(fs.contents(), content);
         prop_assert!(fs.allocated_bytes() <= before);
     }
@@ -361,20 +386,55 @@ proptest! {
         refuse_every in prop::option::of(1u64..5),
         opened in prop::option::of((0u64..30, 0u32..4)),
         space in prop::option::of(0u64..2_000_000),
+        threads in threads(),
     ) {
         let mut fs = build(&steps, Faults { killed_at, refuse_every, opened, space_bytes: space, ..Faults::default() }, frees_blocks);
         let content = fs.contents();
-        let _ = reclaim(&fs, &options);
+        let _ = reclaim(&fs, &options, threads);
         prop_assert_eq!(&fs.contents(), &content);
         fs.faults = Faults::default();
         fs.close_everyone_else();
         // Once nothing goes wrong any more, a run completes whatever was left.
-        let (_, ran) = reclaim(&fs, &options);
+        let (_, ran) = reclaim(&fs, &options, threads);
         prop_assert_eq!(&fs.contents(), &content);
         prop_assert_eq!(ran.counts.extents_still_held, 0);
         let (_, again) = planned(&fs, &options);
         prop_assert_eq!(&again.eliminations[..], &[]);
     }
+
+    #[test]
+    fn calls_at_the_same_time_do_what_they_do_one_after_the_other(
+        steps in prop::collection::vec(step(), 1..12),
+        options in options(),
+        frees_blocks: bool,
+        fault in fault_at_any_time(),
+    ) {
+        let [one_by_one, at_once] = THREADS.map(|threads| {
+            let fs = build(&steps, fault.clone(), frees_blocks);
+            let (_, ran) = reclaim(&fs, &options, threads);
+            (format!("{ran:?}"), fs.contents(), fs.allocated_bytes(), references(&fs.facts()))
+        });
+        prop_assert_eq!(one_by_one, at_once);
+    }
+}
+
+/// Faults that do not depend on which call comes when.
+fn fault_at_any_time() -> impl Strategy<Value = Faults> {
+    prop_oneof![
+        Just(Faults::default()),
+        (3u32..16).prop_map(|fingerprint_bits| Faults {
+            fingerprint_bits,
+            ..Faults::default()
+        }),
+        (0u32..4).prop_map(|image| Faults {
+            opened: Some((0, image)),
+            ..Faults::default()
+        }),
+        Just(Faults {
+            refuse_every: Some(1),
+            ..Faults::default()
+        }),
+    ]
 }
 
 #[test]
@@ -442,8 +502,135 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     assert_eq!(default, [vec![105; 2], vec![103; 22], vec![100; 6]].concat());
 }
 
+/// Asks to stop once it was asked so many times, and counts what is done.
+struct StopsAt {
+    asked: AtomicU64,
+    at: u64,
+    done_bytes: AtomicU64,
+}
+
+impl Monitor for StopsAt {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, bytes: u64) {
+        self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+    fn note(&self, _: &str) {}
+    fn interrupted(&self) -> bool {
+        self.asked.fetch_add(1, Ordering::Relaxed) >= self.at
+    }
+}
+
+/// Pairs of images that hold the same, in extents of eight blocks: no pair has anything in common with another.
+fn pairs(faults: Faults) -> Simulated {
+    let mut fs = Simulated::default();
+    fs.faults = faults;
+    for pair in 0..6 {
+        for _ in 0..2 {
+            let image = fs.add_image(true, IMAGE_BLOCKS);
+            for at in (0..64).step_by(8) {
+                let content = (0..8).map(|n| 1 + 1000 * pair + u64::from(at) + n).collect();
+                let extent = fs.allocate(PLAIN, content);
+                fs.map(image, at, extent, 0, 8, false);
+            }
+        }
+    }
+    fs
+}
+
+#[test]
+fn a_run_that_is_told_to_stop_says_what_it_did() {
+    for threads in THREADS {
+        for at in [0, 1, 2, 5, 12, 30, 47, 48, 60] {
+            let fs = pairs(Faults::default());
+            let (content, before) = (fs.contents(), fs.allocated_bytes());
+            let monitor = StopsAt {
+                asked: AtomicU64::new(0),
+                at,
+                done_bytes: AtomicU64::new(0),
+            };
+            let (_, ran) = reclaim_until(&fs, &Options::default(), None, threads, &monitor);
+            assert_eq!(fs.contents(), content);
+            assert_eq!(ran.interrupted, at < 50, "{threads} threads, {at}: {ran:?}");
+            assert_eq!(ran.counts.shared_bytes, ran.counts.calls * 8 * 4096);
+            assert_eq!(ran.counts.shared_bytes, monitor.done_bytes.into_inner());
+            assert_eq!(
+                before - fs.allocated_bytes(),
+                ran.counts.shared_bytes,
+                "one extent a call"
+            );
+            let _ = reclaim(&fs, &Options::default(), threads);
+            assert_eq!(fs.allocated_bytes(), before / 2);
+        }
+    }
+}
+
+/// Keeps every call from ending until another one has, too.
+#[derive(Default)]
+struct Meeting {
+    inside: Mutex<u32>,
+    changed: Condvar,
+}
+
+impl Monitor for Meeting {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {
+        let mut inside = self.inside.lock().unwrap();
+        *inside += 1;
+        self.changed.notify_all();
+        let alone = self
+            .changed
+            .wait_timeout_while(inside, Duration::from_mins(1), |inside| *inside < 2);
+        assert!(!alone.unwrap().1.timed_out(), "no other call is made");
+    }
+    fn note(&self, _: &str) {}
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn calls_on_different_images_are_made_at_the_same_time() {
+    let fs = pairs(Faults::default());
+    let before = fs.allocated_bytes();
+    let (_, ran) = reclaim_until(&fs, &Options::default(), None, 4, &Meeting::default());
+    assert_eq!((ran.counts.calls, fs.allocated_bytes()), (48, before / 2));
+}
+
+#[test]
+fn whoever_opens_an_image_meanwhile_has_it_left_alone_whichever_call_is_made() {
+    for threads in THREADS {
+        for at in 1..48 {
+            let fs = pairs(Faults {
+                opened: Some((at, 1)),
+                ..Faults::default()
+            });
+            let content = fs.contents();
+            let (plan, ran) = reclaim(&fs, &Options::default(), threads);
+            assert_eq!(fs.contents(), content);
+            let counts = &ran.counts;
+            assert_eq!(counts.calls * 8 * 4096, counts.shared_bytes);
+            let planned: u64 = plan.batches.iter().map(|batch| batch.compared_bytes).sum();
+            assert_eq!(
+                counts.shared_bytes + counts.abandoned_bytes,
+                planned,
+                "{threads} threads, {at}"
+            );
+            // Nothing but that pair is affected.
+            assert!(counts.abandoned_bytes <= 8 * 8 * 4096);
+            assert_eq!(ran.opened_meanwhile.contains(&1), counts.abandoned_bytes > 0);
+            assert!(ran.opened_meanwhile.iter().all(|image| *image == 1));
+        }
+    }
+}
+
 #[test]
 fn what_needs_an_image_that_someone_opened_is_not_begun() {
+    for threads in THREADS {
+        what_needs_an_open_image_is_not_begun(threads);
+    }
+}
+
+fn what_needs_an_open_image_is_not_begun(threads: usize) {
     let mut fs = Simulated::default();
     fs.faults.opened = Some((0, 0));
     // Everything that is common lies in the first image; of each other one, a part would go to a donor.
@@ -454,14 +641,14 @@ fn what_needs_an_image_that_someone_opened_is_not_begun() {
         .collect();
     add_images(&fs, images);
     let before = fs.allocated_bytes();
-    let (plan, ran) = reclaim(&fs, &Options::default());
+    let (plan, ran) = reclaim(&fs, &Options::default(), threads);
     assert!(plan.freed_bytes() > 19 * 40 * 4096);
     assert_eq!(fs.allocated_bytes(), before, "what is begun and not ended takes more");
     assert_eq!((ran.counts.calls, ran.counts.second_round_extents), (0, 0));
     assert!(ran.opened_meanwhile.contains(&0) && ran.counts.abandoned_bytes > 0);
     fs.faults = Faults::default();
     fs.close_everyone_else();
-    let (plan, _) = reclaim(&fs, &Options::default());
+    let (plan, _) = reclaim(&fs, &Options::default(), threads);
     assert_eq!(
         i128::from(before - fs.allocated_bytes()),
         i128::from(plan.freed_bytes())
@@ -606,7 +793,7 @@ fn faults_leave_nothing_but_work(undisturbed: &Undisturbed, faults: impl Fn(&Sim
     );
     // Everything that was begun can be ended.
     let before = fs.allocated_bytes();
-    let (plan, ran) = reclaim(&fs, &SMALL_STEPS);
+    let (plan, ran) = reclaim(&fs, &SMALL_STEPS, 1);
     assert_eq!(fs.contents(), content, "{faulty:?}");
     assert_eq!(ran.counts.extents_still_held, 0, "{faulty:?}");
     if ran.counts.differing_bytes == 0 {

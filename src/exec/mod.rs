@@ -4,6 +4,7 @@ pub mod compression;
 mod donors;
 pub mod fingerprints;
 pub mod hashes;
+mod parallel;
 mod prefetch;
 pub mod restore;
 mod second;
@@ -15,6 +16,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use rustix::io::Errno;
 
 use donors::{Donor, Writer, Written};
+use parallel::Caller;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Exhausted, Result};
@@ -50,6 +52,31 @@ pub struct Counts {
     pub extents_still_held: u64,
 }
 
+impl Counts {
+    fn add(&mut self, more: Self) {
+        let Self {
+            calls,
+            shared_bytes,
+            differing_bytes,
+            refused_bytes,
+            written_bytes,
+            abandoned_bytes,
+            second_round_extents,
+            extents_still_held,
+        } = more;
+        self.calls += calls;
+        self.shared_bytes += shared_bytes;
+        self.differing_bytes += differing_bytes;
+        for (error, bytes) in refused_bytes {
+            *self.refused_bytes.entry(error).or_default() += bytes;
+        }
+        self.written_bytes += written_bytes;
+        self.abandoned_bytes += abandoned_bytes;
+        self.second_round_extents += second_round_extents;
+        self.extents_still_held += extents_still_held;
+    }
+}
+
 /// What the user chose of how a plan is run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Settings {
@@ -57,6 +84,8 @@ pub struct Settings {
     pub reserve_bytes: u64,
     /// How compressed donors are made.
     pub packer: Packer,
+    /// Calls on different images that may be made at the same time. With 0 or 1, all are made one after the other.
+    pub threads: usize,
 }
 
 /// How a run ended.
@@ -72,6 +101,23 @@ pub struct Ran {
     pub unreadable: Vec<Error>,
     /// Whether the user asked to stop before the end.
     pub interrupted: bool,
+}
+
+impl Ran {
+    fn add(&mut self, more: Self) {
+        let Self {
+            counts,
+            opened_meanwhile,
+            refused,
+            unreadable,
+            interrupted,
+        } = more;
+        self.counts.add(counts);
+        self.opened_meanwhile.extend(opened_meanwhile);
+        self.refused.extend(refused);
+        self.unreadable.extend(unreadable);
+        self.interrupted |= interrupted;
+    }
 }
 
 /// Runs a plan to its end, or until the user asks to stop. `ran` tells what was done in either case, and after an error.
@@ -103,6 +149,7 @@ pub fn run(
         fs,
         monitor,
         writer,
+        threads: settings.threads,
         ran,
     };
     let shared = Shared::default();
@@ -223,6 +270,7 @@ struct Run<'a> {
     fs: &'a dyn Filesystem,
     monitor: &'a dyn Monitor,
     writer: Writer<'a>,
+    threads: usize,
     ran: &'a mut Ran,
 }
 
@@ -260,15 +308,15 @@ impl Run<'_> {
         let extents: SpillVec<u32> = SpillVec::from_iter_in(extents.filter(has_all).filter(is_free), facts.budget());
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
+        let caller = Caller {
+            fs,
+            monitor,
+            threads: self.threads,
+        };
         let ran = &mut *self.ran;
-        prefetch::ahead(fs, calls.flat_map(split), |call| {
-            if monitor.interrupted() {
-                ran.interrupted = true;
-                return Ok(false);
-            }
-            share(fs, call, ran)?;
-            monitor.advance(call.length);
-            Ok(true)
+        prefetch::ahead(fs, self.threads, calls.flat_map(split), |window| {
+            caller.share_all(window, ran)?;
+            Ok(!ran.interrupted)
         })?;
         self.fs.commit()?;
         if self.ran.interrupted {

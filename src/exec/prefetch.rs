@@ -1,5 +1,5 @@
-//! Reads both sides of every comparison ahead of it, since the kernel compares page by page and waits for each; and drops them
-//! from memory behind it, so that a run takes no more of the page cache than a few windows.
+//! Reads both sides of every comparison ahead of it, since the kernel compares page by page and waits for each; and where memory is
+//! short drops them from it behind that, so that a run takes no more of the page cache than a few windows.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::mpsc::sync_channel;
@@ -7,31 +7,48 @@ use std::sync::mpsc::sync_channel;
 use super::Call;
 use crate::error::Result;
 use crate::fs::{Filesystem, SourceFile};
+use crate::sys::memory::{Memory, limits};
 
 /// Bytes of images in a window. One is worked on while the next is being read and the last is dropped.
 const WINDOW_BYTES: u64 = 16 << 20;
+/// The same where calls are made side by side and memory is not short, so that several of the longest fit in.
+const WIDE_WINDOW_BYTES: u64 = 64 << 20;
 /// Calls in a window, where they are short.
 const WINDOW_CALLS: usize = 4096;
 /// Bytes of sources that stay in memory after they were compared: the next revision of an image is compared with the same.
 const BEHIND_BYTES: u64 = 256 << 20;
+/// Available memory from which on pages may stay: more than a host such as the dom0 of Qubes OS has in all, which is 1 to 4 GB, and
+/// several times what a run reads ahead.
+const PLENTY_BYTES: u64 = 4 << 30;
+/// The part of all memory that must be available, too: where others use most of it, filling the rest with pages that are read once can
+/// have the kernel swap out machines.
+const PLENTY_PART: u64 = 4;
 
 type Range = (SourceFile, u64, u64);
 
-/// Calls `work` with each call in order, each read ahead by a window, until it says false.
+/// Calls that are read ahead, made and dropped together.
+struct Window {
+    calls: Vec<Call>,
+    /// Whether memory was short when it was made.
+    memory_is_short: bool,
+}
+
+/// Calls `work` with all calls in order, window by window, each read ahead while the one before is worked on, until it says false.
 pub(super) fn ahead(
     fs: &dyn Filesystem,
+    threads: usize,
     mut calls: impl Iterator<Item = Call> + Send,
-    mut work: impl FnMut(Call) -> Result<bool>,
+    mut work: impl FnMut(&[Call]) -> Result<bool>,
 ) -> Result<()> {
     std::thread::scope(|scope| {
         // Both channels hold nothing: each side waits for the other, so no more than a window is ever ahead or behind.
-        let (read, windows) = sync_channel::<Vec<Call>>(0);
-        let (finished, to_drop) = sync_channel::<Vec<Call>>(0);
+        let (read, windows) = sync_channel::<Window>(0);
+        let (finished, to_drop) = sync_channel::<Window>(0);
         scope.spawn(move || {
             loop {
-                let window = next_window(&mut calls);
-                read_ahead(fs, &window);
-                if window.is_empty() || read.send(window).is_err() {
+                let window = next_window(&mut calls, threads);
+                read_ahead(fs, &window.calls);
+                if window.calls.is_empty() || read.send(window).is_err() {
                     return;
                 }
             }
@@ -39,14 +56,14 @@ pub(super) fn ahead(
         scope.spawn(move || {
             let mut behind = Behind::default();
             for window in to_drop {
-                behind.done(fs, &window);
+                for (file, offset, length) in behind.done(&window) {
+                    fs.drop_behind(file, offset, length);
+                }
             }
         });
         for window in windows {
-            for call in &window {
-                if !work(*call)? {
-                    return Ok(());
-                }
+            if !work(&window.calls)? {
+                return Ok(());
             }
             // Only the thread above could have gone, and it ends after this.
             let _ = finished.send(window);
@@ -55,14 +72,23 @@ pub(super) fn ahead(
     })
 }
 
-fn next_window(calls: &mut impl Iterator<Item = Call>) -> Vec<Call> {
+fn next_window(calls: &mut impl Iterator<Item = Call>, threads: usize) -> Window {
+    let memory_is_short = is_short(&limits());
+    let bytes_max = if threads > 1 && !memory_is_short {
+        WIDE_WINDOW_BYTES
+    } else {
+        WINDOW_BYTES
+    };
     let (mut window, mut bytes) = (Vec::new(), 0);
-    while bytes < WINDOW_BYTES && window.len() < WINDOW_CALLS {
+    while bytes < bytes_max && window.len() < WINDOW_CALLS {
         let Some(call) = calls.next() else { break };
         bytes += call.length;
         window.push(call);
     }
-    window
+    Window {
+        calls: window,
+        memory_is_short,
+    }
 }
 
 /// Asks for both sides of each call.
@@ -81,22 +107,32 @@ struct Behind {
 }
 
 impl Behind {
-    fn done(&mut self, fs: &dyn Filesystem, window: &[Call]) {
-        for (file, offset, length) in joined(window.iter().map(image_range)) {
-            fs.drop_behind(file, offset, length);
-        }
-        for range in sources(window) {
+    /// What is to be dropped from memory once a window was worked on: nothing unless memory is short.
+    ///
+    /// What stays is the page cache's and no memory of this process, so that what a run takes itself is the same in either case. It was
+    /// not written to and most of it read once, so that the kernel takes it away before anything else when memory is needed, and the
+    /// time that dropping takes is saved.
+    fn done(&mut self, window: &Window) -> Vec<Range> {
+        let mut dropped: Vec<Range> = joined(window.calls.iter().map(image_range)).collect();
+        for range in sources(&window.calls) {
             self.bytes += range.2;
             self.sources.push_back(range);
         }
         while self.bytes > BEHIND_BYTES {
-            let Some((file, offset, length)) = self.sources.pop_front() else {
+            let Some(range) = self.sources.pop_front() else {
                 break;
             };
-            fs.drop_behind(file, offset, length);
-            self.bytes -= length;
+            self.bytes -= range.2;
+            dropped.push(range);
         }
+        if window.memory_is_short { dropped } else { Vec::new() }
     }
+}
+
+/// Whether any of the limits leaves so little that pages must not stay. Where none is known, it may.
+fn is_short(limits: &[Memory]) -> bool {
+    let leaves_little = |one: &Memory| one.available_bytes < PLENTY_BYTES.max(one.total_bytes / PLENTY_PART);
+    limits.is_empty() || limits.iter().any(leaves_little)
 }
 
 fn image_range(call: &Call) -> Range {
@@ -120,4 +156,66 @@ fn joined(ranges: impl Iterator<Item = Range>) -> impl Iterator<Item = Range> {
         }
         Some((file, offset, length))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(source: usize, source_offset: u64, offset: u64, length: u64) -> Call {
+        Call {
+            source: SourceFile::Donor(source),
+            source_offset,
+            image: 7,
+            offset,
+            length,
+        }
+    }
+
+    #[test]
+    fn memory_is_short_on_small_hosts_and_where_others_use_most_of_it() {
+        const GIB: u64 = 1 << 30;
+        let is_short = |total: u64, available: u64| {
+            is_short(&[Memory {
+                total_bytes: total,
+                available_bytes: available,
+            }])
+        };
+        for total in [GIB, 2 * GIB, 4 * GIB - 1] {
+            assert!(is_short(total, total), "a dom0 with {total} bytes");
+        }
+        assert!(is_short(16 * GIB, 4 * GIB - 1) && !is_short(16 * GIB, 4 * GIB));
+        assert!(is_short(64 * GIB, 16 * GIB - 1) && !is_short(64 * GIB, 16 * GIB));
+    }
+
+    #[test]
+    fn memory_is_short_where_any_limit_is_or_none_is_known() {
+        let [plenty, little] = [8, 1].map(|gib| Memory {
+            total_bytes: 8 << 30,
+            available_bytes: gib << 30,
+        });
+        assert!(is_short(&[]));
+        assert!(!is_short(&[plenty, plenty]));
+        assert!(is_short(&[plenty, little]) && is_short(&[little, plenty]));
+    }
+
+    #[test]
+    fn pages_are_dropped_only_where_memory_is_short() {
+        const MIB: u64 = 1 << 20;
+        let calls = [call(0, 0, 0, MIB), call(0, MIB, MIB, MIB), call(1, 0, 4 * MIB, MIB)];
+        let window = |calls: &[Call], memory_is_short| Window {
+            calls: calls.into(),
+            memory_is_short,
+        };
+        let images = [(SourceFile::Image(7), 0, 2 * MIB), (SourceFile::Image(7), 4 * MIB, MIB)];
+        let mut behind = Behind::default();
+        assert_eq!(behind.done(&window(&calls, true)), images, "sources stay for a while");
+        assert_eq!(behind.done(&window(&calls, false)), []);
+        // What was left in memory before it got short is the kernel's to take away.
+        let large = [call(2, 0, 0, BEHIND_BYTES)];
+        assert_eq!(behind.done(&window(&large, false)), []);
+        assert_eq!((behind.bytes, behind.sources.len()), (BEHIND_BYTES, 1));
+        let dropped = behind.done(&window(&calls, true));
+        assert_eq!(dropped[2..], [(SourceFile::Donor(2), 0, BEHIND_BYTES)]);
+    }
 }

@@ -180,7 +180,16 @@ fn settings(options: &Options) -> exec::Settings {
     exec::Settings {
         reserve_bytes: options.reserve_bytes,
         packer,
+        threads: threads(std::thread::available_parallelism().map_or(1, usize::from)),
     }
+}
+
+/// How many calls may be made at the same time on so many cores. One core is left for reading ahead, writing donors, and the filesystem's
+/// own work.
+fn threads(cores: usize) -> usize {
+    /// All calls change the same trees of the filesystem, whose locks they have in common: many more threads would mostly wait.
+    const THREADS_MAX: usize = 8;
+    if cores <= 2 { 1 } else { (cores - 1).min(THREADS_MAX) }
 }
 
 /// Checks that compression can be as it is wished, and notes what of it cannot.
@@ -296,4 +305,14 @@ fn left_meanwhile(fs: &dyn Filesystem, ran: &Ran) -> Vec<Skipped> {
     let changed = (0..fs.image_count()).filter(|image| fs.may_touch(*image) && !fs.is_unchanged(*image));
     let changed = changed.map(|image| one(image, Skip::Changed));
     opened.chain(refused).chain(unreadable).chain(changed).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_is_left_for_reading() {
+        assert_eq!([0, 1, 2, 3, 4, 8, 9, 64].map(threads), [1, 1, 1, 2, 3, 7, 8, 8]);
+    }
 }

@@ -18,6 +18,7 @@ pub mod inode_flags;
 pub mod lease;
 pub mod logical_ino;
 pub mod loop_status;
+pub mod memory;
 pub mod open_files;
 pub mod priority;
 pub mod readahead;
