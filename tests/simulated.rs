@@ -21,7 +21,7 @@ use vmfold::fs::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 use vmfold::fs::simulated_faults::{CHANGED, Call, Fault, Faulty};
 use vmfold::fs::{Sharing, SourceFile};
 use vmfold::monitor::Silent;
-use vmfold::plan::{Options, Plan};
+use vmfold::plan::{ReclaimOptions, ReclaimPlan};
 
 /// A step in the life of a pool.
 #[derive(Debug, Clone)]
@@ -162,11 +162,11 @@ fn add_images(fs: &Simulated, contents: impl IntoIterator<Item = Vec<Content>>) 
     }
 }
 
-fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
+fn planned(fs: &Simulated, options: &ReclaimOptions) -> (Facts, ReclaimPlan) {
     planned_as(fs, options, None)
 }
 
-fn planned_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Facts, Plan) {
+fn planned_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>) -> (Facts, ReclaimPlan) {
     let mut facts = fs.facts();
     let prove = |facts: &Facts, slots: &[Slot]| {
         let mut block = vec![0; 4096];
@@ -199,11 +199,11 @@ fn planned_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Facts, 
     (facts, plan)
 }
 
-fn reclaim(fs: &Simulated, options: &Options) -> (Plan, Ran) {
+fn reclaim(fs: &Simulated, options: &ReclaimOptions) -> (ReclaimPlan, Ran) {
     reclaim_as(fs, options, None)
 }
 
-fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Plan, Ran) {
+fn reclaim_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>) -> (ReclaimPlan, Ran) {
     let (facts, plan) = planned_as(fs, options, wish);
     let mut ran = Ran::default();
     let packer = match wish {
@@ -230,7 +230,7 @@ fn references(facts: &Facts) -> BTreeMap<ImageId, (u64, u64)> {
     images
 }
 
-fn options() -> impl Strategy<Value = Options> {
+fn options() -> impl Strategy<Value = ReclaimOptions> {
     (
         1u32..10,
         any::<bool>(),
@@ -247,7 +247,7 @@ fn options() -> impl Strategy<Value = Options> {
                 work_space_bytes,
                 references_max,
                 references_per_gib_max,
-            )| Options {
+            )| ReclaimOptions {
                 min_run_blocks,
                 keep_zeros,
                 keep_preallocated,
@@ -299,7 +299,7 @@ proptest! {
     ) {
         // How many bytes and references a compressed donor takes is known once it was written: what these limits leave may take
         // another run.
-        let options = Options { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
+        let options = ReclaimOptions { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
         let fs = build(&steps, Faults::default(), false);
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
             fs.hold_from_outside(extent);
@@ -388,7 +388,7 @@ fn plan_is_the_same_every_time() {
     }
     let counts: BTreeMap<i64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
         *counts
-            .entry(planned(&fs, &Options::default()).1.freed_bytes())
+            .entry(planned(&fs, &ReclaimOptions::default()).1.freed_bytes())
             .or_default() += 1;
         counts
     });
@@ -404,10 +404,10 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
     let content: Vec<Content> = short.chain(100..160).chain([0; 60]).collect();
     add_images(&fs, [known, content]);
     let freed_blocks = |references: u32| {
-        let options = Options {
+        let options = ReclaimOptions {
             // The image has 200 blocks, so that the limit is `references`.
             references_per_gib_max: references * (1 << 18) / 200,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         planned(&fs, &options).1.freed_bytes() / 4096
     };
@@ -423,10 +423,10 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     // It stays whatever it is used for.
     fs.hold_from_outside(0);
     let freed_blocks = |min_run_blocks| {
-        let options = Options {
+        let options = ReclaimOptions {
             min_run_blocks,
             references_per_gib_max: u32::MAX,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         planned(&fs, &options).1.freed_bytes() / 4096
     };
@@ -454,14 +454,14 @@ fn what_needs_an_image_that_someone_opened_is_not_begun() {
         .collect();
     add_images(&fs, images);
     let before = fs.allocated_bytes();
-    let (plan, ran) = reclaim(&fs, &Options::default());
+    let (plan, ran) = reclaim(&fs, &ReclaimOptions::default());
     assert!(plan.freed_bytes() > 19 * 40 * 4096);
     assert_eq!(fs.allocated_bytes(), before, "what is begun and not ended takes more");
     assert_eq!((ran.counts.calls, ran.counts.second_round_extents), (0, 0));
     assert!(ran.opened_meanwhile.contains(&0) && ran.counts.abandoned_bytes > 0);
     fs.faults = Faults::default();
     fs.close_everyone_else();
-    let (plan, _) = reclaim(&fs, &Options::default());
+    let (plan, _) = reclaim(&fs, &ReclaimOptions::default());
     assert_eq!(
         i128::from(before - fs.allocated_bytes()),
         i128::from(plan.freed_bytes())
@@ -479,7 +479,7 @@ fn planning_ends_when_it_is_told_to() {
             if asked.get() > allowed { Err("enough") } else { Ok(()) }
         };
         let mut facts = fs.facts();
-        let ended = vmfold::plan::plan_proved(&mut facts, &Options::default(), &go_on, |_, _| Err("enough"));
+        let ended = vmfold::plan::plan_proved(&mut facts, &ReclaimOptions::default(), &go_on, |_, _| Err("enough"));
         assert_eq!(ended.err(), Some("enough"));
         assert!(asked.get() <= allowed + 1);
     }
@@ -524,7 +524,7 @@ fn small_pool(frees_blocks: bool, look_alike: bool) -> Simulated {
 }
 
 /// Small steps, so that there are batches that wait for others.
-const SMALL_STEPS: Options = Options {
+const SMALL_STEPS: ReclaimOptions = ReclaimOptions {
     min_run_blocks: 2,
     keep_zeros: false,
     keep_preallocated: false,
@@ -535,7 +535,7 @@ const SMALL_STEPS: Options = Options {
 };
 
 /// Plans on a filesystem, and runs that while faults are met.
-fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (Plan, Ran, Result<(), vmfold::error::Error>) {
+fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (ReclaimPlan, Ran, Result<(), vmfold::error::Error>) {
     let (facts, plan) = planned(fs, &SMALL_STEPS);
     let mut ran = Ran::default();
     let outcome = run(&facts, &plan, Settings::default(), faulty, &Silent::default(), &mut ran);

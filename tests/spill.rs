@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Proof, Reference};
 use vmfold::fs::simulated::PLAIN;
-use vmfold::plan::{Options, Plan, plan_proved};
+use vmfold::plan::{ReclaimOptions, ReclaimPlan, plan_proved};
 use vmfold::spill::{SpillMap, SpillVec, bytes_in_files, limit_lists};
 
 /// Large enough that few make a list that may lie in a file.
@@ -194,7 +194,7 @@ fn who_loses_a_list_says_so() {
 
 /// A plan for enough extents that lists of them may lie in files, and how many bytes did on the way. Of every fourth, half is like the one
 /// before.
-fn plan() -> (Plan, usize) {
+fn plan() -> (ReclaimPlan, usize) {
     const EXTENTS: u32 = 40_000;
     const BLOCKS: u32 = 16;
     let number_of = |slot: u32| {
@@ -209,7 +209,7 @@ fn plan() -> (Plan, usize) {
         blocks: BLOCKS,
         class: PLAIN,
         pinned: None,
-        recoding: None,
+        compression_goal: None,
     });
     let references = (0..EXTENTS).map(|extent| Reference {
         image: extent % 3,
@@ -228,7 +228,7 @@ fn plan() -> (Plan, usize) {
         let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     };
-    let Ok(plan) = plan_proved(&mut facts, &Options::default(), &|| Ok(()), prove);
+    let Ok(plan) = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), prove);
     (plan, in_files)
 }
 

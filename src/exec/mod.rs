@@ -22,7 +22,7 @@ use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Outcome, Sharing, SourceFile};
 use crate::monitor::Monitor;
-use crate::plan::{Batch, DonorFile, Op, Plan, Source};
+use crate::plan::{Batch, DonorFile, Op, ReclaimPlan, ShareSource};
 use crate::pool::Skip;
 use crate::spill::SpillVec;
 
@@ -81,7 +81,7 @@ pub struct Ran {
 /// Writing a donor, a full filesystem. Ranges that differ, cannot be read or are refused are no errors.
 pub fn run(
     facts: &Facts,
-    plan: &Plan,
+    plan: &ReclaimPlan,
     settings: Settings,
     fs: &dyn Sharing,
     monitor: &dyn Monitor,
@@ -194,7 +194,7 @@ struct Room<W> {
 
 impl<W: Fn()> Room<W> {
     /// Refuses a donor for which there is no room, even once everything before it was shared.
-    fn keep(&self, plan: &Plan, file: &DonorFile, fs: &dyn Sharing) -> Result<()> {
+    fn keep(&self, plan: &ReclaimPlan, file: &DonorFile, fs: &dyn Sharing) -> Result<()> {
         let donors = file
             .extents
             .iter()
@@ -219,7 +219,7 @@ impl<W: Fn()> Room<W> {
 
 struct Run<'a> {
     facts: &'a Facts,
-    plan: &'a Plan,
+    plan: &'a ReclaimPlan,
     fs: &'a dyn Sharing,
     monitor: &'a dyn Monitor,
     writer: Writer<'a>,
@@ -286,13 +286,13 @@ impl Run<'_> {
 /// The range to share for an op; none if its donor does not hold it.
 fn call(fs: &dyn Sharing, donor_files: &[Option<Donor>], op: &Op) -> Option<Call> {
     let (source, source_block) = match op.source {
-        Source::Image(image, block) => (SourceFile::Image(image), block),
-        Source::Donor(file, block) => {
+        ShareSource::Image(image, block) => (SourceFile::Image(image), block),
+        ShareSource::Donor(file, block) => {
             let donor = donor_files[file as usize].as_ref();
             let donor = donor.filter(|donor| donor.has(&(block..block + op.blocks)))?;
             (SourceFile::Donor(donor.number), block)
         }
-        Source::Hole => (
+        ShareSource::Hole => (
             SourceFile::Hole {
                 checksummed: fs.is_checksummed(op.image),
             },

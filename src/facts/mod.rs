@@ -1,13 +1,13 @@
 //! What is known of a pool before anything is planned: extents, references, fingerprints. Plain data, no I/O.
 
-mod aside;
+mod packed;
 mod shared;
 
 use std::ops::Range;
 
-pub(crate) use aside::{PackedExtents, PackedMappings};
+pub(crate) use packed::{PackedExtents, PackedMappings};
 pub(crate) use shared::Collector;
-pub use shared::Shared;
+pub use shared::SharedList;
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
@@ -57,23 +57,23 @@ pub struct Extent {
     /// What may share with it.
     pub class: Class,
     /// Why it must stay where it is, if it must.
-    pub pinned: Option<Pinned>,
+    pub pinned: Option<PinReason>,
     /// How its blocks are to lie on disk once they are rewritten, if not as before.
-    pub recoding: Option<Recoding>,
+    pub compression_goal: Option<CompressionGoal>,
 }
 
 /// How blocks are to lie on disk, where someone asked for compression or for none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Recoding {
+pub struct CompressionGoal {
     /// What their donors are to be like.
     pub compression: Compression,
-    /// Bytes on disk that are expected for each [`Recoding::WHOLE`] bytes of content.
+    /// Bytes on disk that are expected for each [`CompressionGoal::WHOLE`] bytes of content.
     pub share: u16,
     /// Whether an extent is rewritten for that alone. Where it is not, it is known only what its blocks would become.
     pub rewrites: bool,
 }
 
-impl Recoding {
+impl CompressionGoal {
     /// The share of what is not compressed.
     pub const WHOLE: u16 = 1 << 15;
 }
@@ -81,7 +81,7 @@ impl Recoding {
 /// Why an extent cannot be eliminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Pinned {
+pub enum PinReason {
     /// Something outside the given paths (another file, a snapshot) or an image that is left alone refers to it.
     HeldByOthers,
     /// It holds the last block of an image whose size is not a multiple of 4 KiB.
@@ -108,16 +108,17 @@ impl Extent {
     }
 
     /// Whether it is rewritten even if nothing of it is found elsewhere.
-    pub fn is_recoded(&self) -> bool {
-        self.recoding.is_some_and(|recoding| recoding.rewrites)
+    pub fn is_always_rewritten(&self) -> bool {
+        self.compression_goal
+            .is_some_and(|compression_goal| compression_goal.rewrites)
     }
 
     /// What a donor that takes over its blocks must be like.
     pub fn donor_class(&self) -> Class {
         Class {
             compression: self
-                .recoding
-                .map_or(self.class.compression, |recoding| recoding.compression),
+                .compression_goal
+                .map_or(self.class.compression, |compression_goal| compression_goal.compression),
             ..self.class
         }
     }
@@ -125,9 +126,12 @@ impl Extent {
     /// Bytes on disk that `blocks` of its blocks are expected to take in a donor.
     pub fn donor_bytes(&self, blocks: u32) -> u64 {
         let whole = u64::from(blocks) * BLOCK_BYTES;
-        match (self.donor_class().compression, self.recoding) {
+        match (self.donor_class().compression, self.compression_goal) {
             (Compression::None, _) => whole,
-            (_, Some(recoding)) => whole * u64::from(recoding.share.min(Recoding::WHOLE)) / u64::from(Recoding::WHOLE),
+            (_, Some(compression_goal)) => {
+                whole * u64::from(compression_goal.share.min(CompressionGoal::WHOLE))
+                    / u64::from(CompressionGoal::WHOLE)
+            }
             (_, None) => self.disk_share(blocks).min(whole),
         }
     }
@@ -204,7 +208,7 @@ impl Mapping {
     }
 }
 
-impl FromIterator<Reference> for Shared<Mapping> {
+impl FromIterator<Reference> for SharedList<Mapping> {
     fn from_iter<I: IntoIterator<Item = Reference>>(references: I) -> Self {
         let mut all = Collector::new();
         for reference in references {
@@ -221,7 +225,7 @@ impl FromIterator<Reference> for Shared<Mapping> {
     }
 }
 
-impl Shared<Mapping> {
+impl SharedList<Mapping> {
     /// Makes one of mappings that follow each other in an image and in an extent. Whether the filesystem keeps one item or two for
     /// such a range depends on how it came about, and nothing may depend on that.
     fn join(&mut self) {
@@ -273,7 +277,7 @@ pub struct Facts {
     /// Extents by address; slots follow this order.
     pub extents: SpillVec<Extent>,
     /// By extent, then slot, then the first image and the place in it.
-    mappings: Shared<Mapping>,
+    mappings: SharedList<Mapping>,
     /// For each extent, and one past the last, where its mappings begin.
     first_mapping: SpillVec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
@@ -323,7 +327,7 @@ pub struct Place {
 
 impl Facts {
     /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in.
-    pub fn new(mut extents: SpillVec<Extent>, mut mappings: Shared<Mapping>, zero_fingerprint: u32) -> Self {
+    pub fn new(mut extents: SpillVec<Extent>, mut mappings: SharedList<Mapping>, zero_fingerprint: u32) -> Self {
         mappings.join();
         mappings.sort();
         // Both grew piece by piece, up to twice what they need, and stay for long.
@@ -413,7 +417,7 @@ impl Facts {
     }
 
     /// What images map, each with the images that do, by extent.
-    pub(crate) fn mappings(&self) -> &Shared<Mapping> {
+    pub(crate) fn mappings(&self) -> &SharedList<Mapping> {
         &self.mappings
     }
 
@@ -605,7 +609,7 @@ mod tests {
                 blocks: BLOCKS,
                 class: PLAIN,
                 pinned: None,
-                recoding: None,
+                compression_goal: None,
             };
             let facts = Facts::new((0..2).map(extent).collect(), pieces.iter().copied().collect(), 0);
 

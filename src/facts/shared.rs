@@ -55,12 +55,12 @@ impl Numbering {
 
 /// Things, each with the set of images that have it.
 #[derive(Debug)]
-pub struct Shared<T> {
+pub struct SharedList<T> {
     pub(super) list: SpillVec<(T, u32)>,
     pub(super) sets: ImageSets,
 }
 
-impl<T> Default for Shared<T> {
+impl<T> Default for SharedList<T> {
     fn default() -> Self {
         Self {
             list: SpillVec::new(),
@@ -69,7 +69,7 @@ impl<T> Default for Shared<T> {
     }
 }
 
-impl<T> Shared<T> {
+impl<T> SharedList<T> {
     /// The things, each with the images that have it, ascending.
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (&T, &[ImageId])> {
         self.list.iter().map(|(thing, set)| (thing, self.sets.get(*set)))
@@ -82,9 +82,9 @@ impl<T> Shared<T> {
     }
 
     /// What becomes of each, for the same images.
-    pub(crate) fn flat_map<U, I: IntoIterator<Item = U>>(self, mut becomes: impl FnMut(T) -> I) -> Shared<U> {
+    pub(crate) fn flat_map<U, I: IntoIterator<Item = U>>(self, mut becomes: impl FnMut(T) -> I) -> SharedList<U> {
         let list = self.list.into_iter();
-        Shared {
+        SharedList {
             list: list
                 .flat_map(|(thing, set)| becomes(thing).into_iter().map(move |thing| (thing, set)))
                 .collect(),
@@ -125,10 +125,10 @@ impl<T: Ord + Copy> Collector<T> {
     }
 
     /// All that came in, in order.
-    pub(crate) fn finish(mut self) -> Shared<T> {
+    pub(crate) fn finish(mut self) -> SharedList<T> {
         self.unite();
         self.list.shrink_to_fit();
-        Shared {
+        SharedList {
             list: self.list,
             sets: self.numbering.sets,
         }
@@ -166,7 +166,7 @@ fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, u32)>, old: &ImageSets, new: &mu
     list.truncate(kept);
 }
 
-impl<T: Ord + Copy> Shared<T> {
+impl<T: Ord + Copy> SharedList<T> {
     /// Takes some things apart, image by image, and puts what `rework` makes of them in their place. `is_same_part` cuts them, in order,
     /// into parts that have nothing to do with each other; `needs` tells of which parts that is to be done.
     pub(super) fn rework(

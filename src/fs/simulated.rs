@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::{HeldRange, Outcome, Sharing, SourceFile};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::facts::{Class, Compression, Extent, Facts, ImageId, PinReason, Reference};
 use crate::spill::SpillVec;
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
@@ -251,8 +251,8 @@ impl Simulated {
                         first_slot: slot,
                         blocks,
                         class: allocation.class,
-                        pinned: allocation.outside.then_some(Pinned::HeldByOthers),
-                        recoding: None,
+                        pinned: allocation.outside.then_some(PinReason::HeldByOthers),
+                        compression_goal: None,
                     });
                     slot += blocks;
                     let content = &allocation.content[range.start as usize..range.end as usize];
@@ -574,7 +574,7 @@ pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Fa
             blocks,
             class: PLAIN,
             pinned: None,
-            recoding: None,
+            compression_goal: None,
         });
         references.push(Reference {
             image: 0,

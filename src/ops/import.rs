@@ -221,7 +221,7 @@ fn restore_blocks(
     staging: &mut Staging,
     claimed: &[Range<StoreBlock>],
     wanted: &[Range<StoreBlock>],
-    seeds: Option<(&Seeds, &[crate::plan::import::Seeded])>,
+    seeds: Option<(&Seeds, &[crate::plan::import::SeedMatch])>,
     hashes: &mut StoredHashes<'_>,
     imported: &mut Imported,
     monitor: &dyn Monitor,

@@ -14,7 +14,7 @@ use crate::frame::Packer;
 use crate::fs::Sharing;
 use crate::fs::volume::{Image, Purpose, Volume, freed_bytes};
 use crate::monitor::{Deadline, Monitor};
-use crate::plan::{self, Plan, plan_proved};
+use crate::plan::{self, ReclaimPlan, plan_proved};
 use crate::pool::{Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
 use crate::shown::size;
@@ -27,7 +27,7 @@ pub struct Options {
     /// Patterns of images that share among themselves only.
     pub groups: Vec<String>,
     /// How to plan.
-    pub plan: plan::Options,
+    pub plan: plan::ReclaimOptions,
     /// What compression is wished.
     pub compress: Option<Wish>,
     /// Stop after planning.
@@ -192,7 +192,7 @@ fn check_compression(wish: Wish, fs: &Volume, monitor: &dyn Monitor) -> Result<(
 }
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
-fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(ReclaimPlan, u64)> {
     if let Some(wish) = options.compress {
         check_compression(wish, fs, monitor)?;
     }
@@ -225,8 +225,9 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     let all_free = fs.free_bytes()?;
     let free = all_free.saturating_sub(options.reserve_bytes);
     // Where less is free than is to stay, what is freed on the way makes up for that first.
-    let is_short =
-        |plan: &Plan| plan.needed_bytes > free || (all_free < options.reserve_bytes && plan.rewritten_bytes() > 0);
+    let is_short = |plan: &ReclaimPlan| {
+        plan.needed_bytes > free || (all_free < options.reserve_bytes && plan.rewritten_bytes() > 0)
+    };
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
     if grows > free {
         return Err(Error::Grows {
@@ -237,7 +238,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
     }
     if is_short(&plan) {
         // In small steps, each makes room for the next.
-        let small = plan::Options {
+        let small = plan::ReclaimOptions {
             batch_bytes: free / 2,
             ..options.plan
         };
@@ -248,7 +249,7 @@ fn make_plan(options: &Options, fs: &Volume, facts: &mut Facts, monitor: &dyn Mo
                 size(free),
                 size(options.reserve_bytes)
             ));
-            let smaller = plan::Options {
+            let smaller = plan::ReclaimOptions {
                 work_space_bytes: free,
                 ..small
             };

@@ -1,6 +1,6 @@
 //! What a pool would be once a layout is carried out.
 
-use super::layout::{Final, Layout};
+use super::layout::{Destination, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof};
 use crate::fingerprint::Fingerprints;
@@ -8,7 +8,7 @@ use crate::spill::SpillVec;
 
 /// A pool as it would be, and where its parts come from.
 #[derive(Debug)]
-pub struct Applied {
+pub struct PlannedPool {
     /// What would be known of it. Donors have addresses beyond all others.
     pub facts: Facts,
     origins: Origins,
@@ -22,7 +22,7 @@ pub struct Applied {
 /// Where the parts of a pool as it would be come from.
 #[derive(Debug)]
 pub struct Origins {
-    slots: Origin,
+    slots: SlotOrigins,
     /// For each extent, which one it was, or [`Origins::NEW`].
     kept: SpillVec<u32>,
 }
@@ -42,7 +42,7 @@ impl Origins {
     }
 }
 
-impl Applied {
+impl PlannedPool {
     /// Where its parts come from.
     pub fn origins(&self) -> &Origins {
         &self.origins
@@ -52,7 +52,7 @@ impl Applied {
     pub fn undo(self, facts: &mut Facts) -> Origins {
         let Facts { fingerprints, .. } = self.facts;
         facts.planned_fingerprints = self.has_file.then_some(fingerprints);
-        facts.bring_back(&self.extents, self.mappings);
+        facts.unpack(&self.extents, self.mappings);
         facts.add_proofs(self.proofs);
         self.origins
     }
@@ -60,12 +60,12 @@ impl Applied {
 
 /// Where slots come from, run by run.
 #[derive(Debug, Default)]
-struct Origin {
+struct SlotOrigins {
     /// First slot, first slot there was, blocks; by the first.
     runs: SpillVec<(Slot, Slot, u32)>,
 }
 
-impl Origin {
+impl SlotOrigins {
     fn push(&mut self, old: std::ops::Range<Slot>) {
         if let Some((_, first, blocks)) = self.runs.last_mut()
             && *first + *blocks == old.start
@@ -98,9 +98,9 @@ impl Origin {
 
 /// The extents that there would be.
 #[derive(Default)]
-struct After {
+struct PlannedExtents {
     extents: SpillVec<Extent>,
-    origin: Origin,
+    origin: SlotOrigins,
     kept: SpillVec<u32>,
     /// For each extent that there was, its new place; `u32::MAX` if it is gone.
     new_place: SpillVec<u32>,
@@ -108,7 +108,7 @@ struct After {
     first_donor: u32,
 }
 
-impl After {
+impl PlannedExtents {
     fn of(facts: &Facts, layout: &Layout) -> Self {
         let mut all = Self {
             extents: SpillVec::with_capacity(facts.extents.len()),
@@ -155,7 +155,7 @@ impl After {
                 blocks: donor.blocks,
                 class: donor.class,
                 pinned: None,
-                recoding: None,
+                compression_goal: None,
             };
             all.push(written, Origins::NEW, layout.pieces_of(donor));
             address += disk_bytes;
@@ -188,13 +188,13 @@ impl After {
         let pieces = layout.resolve_all(facts, mapping.slots());
         let pieces = pieces.filter_map(|(piece, found)| {
             let (extent, slot) = match found {
-                Final::Hole => return None,
-                Final::Kept(slot) => {
+                Destination::Hole => return None,
+                Destination::Kept(slot) => {
                     let new = new_of(slot)?;
                     let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
                     (u32::try_from(extent).unwrap_or(u32::MAX), new)
                 }
-                Final::Donor(donor, at) => {
+                Destination::Donor(donor, at) => {
                     let extent = self.first_donor + donor;
                     (extent, first_slot(extent) + at)
                 }
@@ -224,17 +224,17 @@ impl After {
 }
 
 /// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, mappings and proofs are gone until
-/// [`Applied::undo`].
-pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
-    let all = After::of(facts, layout);
+/// [`PlannedPool::undo`].
+pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
+    let all = PlannedExtents::of(facts, layout);
     let new_of = all.origin.inverse();
-    let aside = facts.set_mappings_aside();
+    let aside = facts.pack_mappings();
     let facts_then = &*facts;
     let moved = aside.flat_map(&facts.extents, |mapping| {
         all.mapped(facts_then, layout, &new_of, mapping)
     });
-    let packed = facts.set_extents_aside();
-    let After {
+    let packed = facts.pack_extents();
+    let PlannedExtents {
         extents,
         origin,
         kept,
@@ -256,7 +256,7 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
     }
     let proofs: SpillVec<_> = std::mem::take(&mut facts.proofs).into_iter().collect();
     after.add_proofs(proofs.iter().filter_map(|(old, proof)| Some((new_of(*old)?, *proof))));
-    Applied {
+    PlannedPool {
         facts: after,
         origins: Origins { slots: origin, kept },
         extents: packed,
@@ -296,7 +296,7 @@ mod tests {
         /// Slots follow each other in the order in which ranges were put in, and each is found again by what it was.
         #[test]
         fn origins_lead_back(ranges in ranges()) {
-            let mut origin = Origin::default();
+            let mut origin = SlotOrigins::default();
             for range in &ranges {
                 origin.push(range.clone());
             }
@@ -388,7 +388,7 @@ mod tests {
             one    A
             two    B
             three  C C";
-        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::Options::default()));
+        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::ReclaimOptions::default()));
         let expected = planned(&mut Pool::of(text));
         let folder = tempfile::tempdir().unwrap();
         let mut pool = Pool::of(text);

@@ -4,11 +4,11 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::layout::{Run, Target};
-use super::table::Table;
-use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
+use super::layout::{DedupRun, DedupTarget};
+use super::table::BlockTable;
+use super::{METADATA_BYTES_PER_REFERENCE, ReclaimOptions, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
-use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
+use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::spill::SpillVec;
 
 /// What a pass found.
@@ -17,9 +17,9 @@ pub(super) struct Decisions {
     /// Extents that are to go.
     pub(super) gone: SpillVec<u32>,
     /// Where their blocks are found. What no run covers is left over.
-    pub(super) runs: SpillVec<Run>,
+    pub(super) runs: SpillVec<DedupRun>,
     pub(super) unproved: SpillVec<Slot>,
-    pub(super) pinned: BTreeMap<Pinned, u64>,
+    pub(super) pinned: BTreeMap<PinReason, u64>,
 }
 
 /// Runs of one repeated block are cut no shorter: a few blocks that a whole extent refers to thousands of times
@@ -41,7 +41,7 @@ const STEPS_PER_BLOCK: u64 = 1024;
 /// in a plan, which cost nothing to write otherwise. Before each, `go_on` is asked.
 pub(super) fn decide<E>(
     facts: &Facts,
-    options: &Options,
+    options: &ReclaimOptions,
     ask: bool,
     rewritten_anyway: impl Fn(u32) -> bool,
     go_on: &dyn Fn() -> Result<(), E>,
@@ -59,7 +59,7 @@ pub(super) fn decide<E>(
 /// Extents that stay anyhow first, then those that most images use on average, then image by image in the order in which each is
 /// read: what is looked at early is likely to stay. So one of several images that are alike stays as it is, and the others refer to
 /// it in long runs; an order that mixes them would cut all of them into pieces. Addresses differ between a plan and what became of it.
-fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
+fn order(facts: &Facts, options: &ReclaimOptions) -> SpillVec<u32> {
     /// An extent with this share of it unreachable is better not built upon, in 1/16.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
     /// Nor is a small one: runs end where extents do.
@@ -90,30 +90,30 @@ fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
 }
 
 /// Why an extent must stay, if it must.
-fn is_pinned(facts: &Facts, options: &Options, extent: u32) -> Option<Pinned> {
+fn is_pinned(facts: &Facts, options: &ReclaimOptions, extent: u32) -> Option<PinReason> {
     facts.extents[extent as usize].pinned.or_else(|| {
         let preallocated =
             options.keep_preallocated && facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
-        preallocated.then_some(Pinned::Preallocated)
+        preallocated.then_some(PinReason::Preallocated)
     })
 }
 
 struct Pass<'a> {
     facts: &'a Facts,
-    options: &'a Options,
+    options: &'a ReclaimOptions,
     /// Whether short runs that are not proved count, and are listed; if not, they do not count.
     ask: bool,
-    table: Table,
+    table: BlockTable,
     /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
     homes: SlotSet,
-    limits: Limits,
-    here: Here,
+    limits: ReferenceLimits,
+    current: CurrentExtent,
     found: Decisions,
 }
 
 /// The extent that is looked at.
 #[derive(Default)]
-struct Here {
+struct CurrentExtent {
     first_slot: Slot,
     references: u32,
     /// They are asked for many times, and may be on disk.
@@ -123,7 +123,7 @@ struct Here {
 }
 
 /// How many references there are, and may be.
-struct Limits {
+struct ReferenceLimits {
     /// By extent.
     extents: SpillVec<u32>,
     /// What the extent that is looked at would add to them.
@@ -132,8 +132,8 @@ struct Limits {
     images: Vec<(u64, u64)>,
 }
 
-impl Limits {
-    fn new(facts: &Facts, options: &Options) -> Self {
+impl ReferenceLimits {
+    fn new(facts: &Facts, options: &ReclaimOptions) -> Self {
         const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
         let last = facts.mappings().iter().filter_map(|(_, images)| images.last()).max();
         let mut images = vec![(0u64, 0u64); last.map_or(0, |last| *last as usize + 1)];
@@ -182,13 +182,13 @@ impl Limits {
 }
 
 /// What eliminating one extent would do.
-struct Match {
-    runs: Vec<Run>,
+struct ExtentMatch {
+    runs: Vec<DedupRun>,
     left_over: u32,
     unproved: Vec<Slot>,
 }
 
-impl Match {
+impl ExtentMatch {
     /// Blocks that are found elsewhere.
     fn matched(&self) -> u32 {
         self.runs.iter().map(|run| run.blocks).sum()
@@ -196,24 +196,24 @@ impl Match {
 }
 
 impl<'a> Pass<'a> {
-    fn new(facts: &'a Facts, options: &'a Options, ask: bool) -> Self {
+    fn new(facts: &'a Facts, options: &'a ReclaimOptions, ask: bool) -> Self {
         let slots = facts.slots() as usize;
         Self {
             facts,
             options,
             ask,
-            table: Table::new(slots, facts.table_slots_max),
+            table: BlockTable::new(slots, facts.table_slots_max),
             homes: SlotSet::new(slots),
-            limits: Limits::new(facts, options),
-            here: Here::default(),
+            limits: ReferenceLimits::new(facts, options),
+            current: CurrentExtent::default(),
             found: Decisions::default(),
         }
     }
 
     /// Begins with an extent.
-    fn turn_to(&mut self, extent: u32) -> &'a Extent {
+    fn begin(&mut self, extent: u32) -> &'a Extent {
         let this = &self.facts.extents[extent as usize];
-        self.here = Here {
+        self.current = CurrentExtent {
             first_slot: this.first_slot,
             references: self.facts.reference_count(extent),
             fingerprints: self.facts.fingerprints.range(this.slots()),
@@ -225,7 +225,7 @@ impl<'a> Pass<'a> {
     fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
         let facts = self.facts;
         let pinned = is_pinned(facts, self.options, extent);
-        let this = self.turn_to(extent);
+        let this = self.begin(extent);
         let mut found = self.match_extent(this);
         let mut more = self.new_references(extent, &found.runs);
         // Where an image is near its limit, the long runs may go without the short ones.
@@ -256,7 +256,10 @@ impl<'a> Pass<'a> {
         for run in &found.runs {
             (run.slot..run.slot + run.blocks).for_each(|slot| self.enter(slot));
         }
-        if pinned.is_none() && this.is_recoded() && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2 {
+        if pinned.is_none()
+            && this.is_always_rewritten()
+            && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2
+        {
             self.found.gone.push(extent);
         }
     }
@@ -271,10 +274,10 @@ impl<'a> Pass<'a> {
     }
 
     fn fingerprint(&self, slot: Slot) -> u32 {
-        let here = &self.here;
+        let current = &self.current;
         let known = slot
-            .checked_sub(here.first_slot)
-            .and_then(|n| here.fingerprints.get(n as usize));
+            .checked_sub(current.first_slot)
+            .and_then(|n| current.fingerprints.get(n as usize));
         known.copied().unwrap_or_else(|| self.facts.fingerprints.get(slot))
     }
 
@@ -289,14 +292,14 @@ impl<'a> Pass<'a> {
     }
 
     /// Whether eliminating `extent` as `found` frees at least what it costs.
-    fn pays(&self, extent: u32, new_references: u64, found: &Match, rewritten_anyway: bool) -> bool {
+    fn pays(&self, extent: u32, new_references: u64, found: &ExtentMatch, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
         let left_over = this.donor_bytes(found.left_over);
         let others = this.blocks - found.left_over;
         let frees = if rewritten_anyway {
             // Whatever it will be like: what pays then must pay now, or a second run would find it.
             bytes(others)
-        } else if this.is_recoded() {
+        } else if this.is_always_rewritten() {
             // Rewriting it all is what it is compared with, and no merit of what is found elsewhere.
             this.donor_bytes(found.left_over + found.matched()) - left_over
         } else if this.class.compression == Compression::None {
@@ -306,7 +309,7 @@ impl<'a> Pass<'a> {
             // What it takes is known after it was written only. A plan must not hang on that.
             bytes(others) / 2
         };
-        let rewritten_anyway = rewritten_anyway || this.is_recoded();
+        let rewritten_anyway = rewritten_anyway || this.is_always_rewritten();
         // Where blocks are freed one by one, the others stay where they are.
         let rewritten = if self.facts.frees_blocks { 0 } else { left_over };
         let rewriting = if rewritten_anyway {
@@ -320,10 +323,10 @@ impl<'a> Pass<'a> {
     }
 
     /// How many more references each image would have. To holes there are none.
-    fn new_references(&self, extent: u32, runs: &[Run]) -> BTreeMap<ImageId, i64> {
+    fn new_references(&self, extent: u32, runs: &[DedupRun]) -> BTreeMap<ImageId, i64> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
-        let holes = runs.iter().filter(|run| matches!(run.target, Target::Hole));
+        let holes = runs.iter().filter(|run| matches!(run.target, DedupTarget::Hole));
         let holes: Vec<Range<Slot>> = holes.map(|run| run.slot..run.slot + run.blocks).collect();
         let mappings = self.facts.mappings_to(extent);
         let mut more = BTreeMap::new();
@@ -343,9 +346,9 @@ impl<'a> Pass<'a> {
     }
 
     /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
-    fn match_extent(&mut self, extent: &Extent) -> Match {
+    fn match_extent(&mut self, extent: &Extent) -> ExtentMatch {
         self.limits.added.clear();
-        let mut found = Match {
+        let mut found = ExtentMatch {
             runs: Vec::new(),
             left_over: 0,
             unproved: Vec::new(),
@@ -377,8 +380,8 @@ impl<'a> Pass<'a> {
         found
     }
 
-    fn accept(&mut self, run: Run, found: &mut Match) {
-        if let Target::Home(home) = run.target {
+    fn accept(&mut self, run: DedupRun, found: &mut ExtentMatch) {
+        if let DedupTarget::Home(home) = run.target {
             let added = self.limits.added.entry(self.facts.extent_of(home)).or_default();
             *added += self.facts.references_over(run.slot..run.slot + run.blocks);
         }
@@ -388,16 +391,16 @@ impl<'a> Pass<'a> {
 
     /// Leaves over after all what runs of fewer than `least` blocks cover, or of half that if they are zeros: a hole takes a
     /// reference less.
-    fn leave_short_runs(&mut self, found: &mut Match, least: u32) {
-        let is_long = |run: &Run| match run.target {
-            Target::Hole => run.blocks >= least / 2,
-            Target::Home(_) => run.blocks >= least,
+    fn leave_short_runs(&mut self, found: &mut ExtentMatch, least: u32) {
+        let is_long = |run: &DedupRun| match run.target {
+            DedupTarget::Hole => run.blocks >= least / 2,
+            DedupTarget::Home(_) => run.blocks >= least,
         };
         let (stay, short) = std::mem::take(&mut found.runs).into_iter().partition(is_long);
         found.runs = stay;
         for run in short {
             let slots = run.slot..run.slot + run.blocks;
-            if let Target::Home(home) = run.target
+            if let DedupTarget::Home(home) = run.target
                 && let Some(added) = self.limits.added.get_mut(&self.facts.extent_of(home))
             {
                 *added = added.saturating_sub(self.facts.references_over(slots.clone()));
@@ -410,10 +413,9 @@ impl<'a> Pass<'a> {
 
     /// Looks once more at a few blocks that are left over between runs: they take a reference of their own in any case, so
     /// that sharing them costs nothing, however few they are.
-    fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&Run>, found: &mut Match) {
+    fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&DedupRun>, found: &mut ExtentMatch) {
         let blocks = gap.end - gap.start;
-        let is_used =
-            |run: &Run| matches!(run.target, Target::Home(home) if home < gap.end && gap.start < home + run.blocks);
+        let is_used = |run: &DedupRun| matches!(run.target, DedupTarget::Home(home) if home < gap.end && gap.start < home + run.blocks);
         if blocks == 0 || blocks > GAP_BLOCKS_MAX || next.is_some_and(is_used) {
             return;
         }
@@ -430,31 +432,31 @@ impl<'a> Pass<'a> {
     }
 
     /// The run of zeros that begins at `at`, if it is worth a hole. From `gap` on blocks are left over so far.
-    fn zeros(&self, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
+    fn zeros(&self, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<DedupRun> {
         if self.options.keep_zeros || !self.is_zero(at) {
             return None;
         }
         let end = (at..segment.end)
             .find(|slot| !self.is_zero(*slot))
             .unwrap_or(segment.end);
-        let run = Run {
+        let run = DedupRun {
             slot: at,
             blocks: end - at,
-            target: Target::Hole,
+            target: DedupTarget::Hole,
         };
         (self.is_long_enough(&run, segment, gap, false) && self.may_count(&run)).then_some(run)
     }
 
     /// The longest run around `at` that is found in a home, if it is worth a reference.
     /// It may begin before `at`, in blocks from `gap` on that are left over so far: they may not be in the table's sample.
-    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
+    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<DedupRun> {
         let facts = self.facts;
         let fingerprint = self.fingerprint(at);
         // Those over one block are no more than that, and take longer to count.
-        let all = self.here.references;
-        let mut best: Option<Run> = None;
+        let all = self.current.references;
+        let mut best: Option<DedupRun> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
-            if self.here.steps_left.get() == 0 {
+            if self.current.steps_left.get() == 0 {
                 break;
             }
             if !self.homes.contains(home) || home == at {
@@ -481,17 +483,19 @@ impl<'a> Pass<'a> {
             let back =
                 (1..=before).take_while(|n| self.homes.contains(home - n) && self.may_be_equal(at - n, home - n));
             let mut back = u32::try_from(back.count()).unwrap_or(0);
-            let steps = self.here.steps_left.get();
-            self.here.steps_left.set(steps.saturating_sub(u64::from(blocks + back)));
+            let steps = self.current.steps_left.get();
+            self.current
+                .steps_left
+                .set(steps.saturating_sub(u64::from(blocks + back)));
             // What the run covers is no home any more, so it must not be what it is found in.
             if home - back < at && at - back < home + blocks {
                 back = 0;
             }
             blocks += back;
-            let run = Run {
+            let run = DedupRun {
                 slot: at - back,
                 blocks,
-                target: Target::Home(home - back),
+                target: DedupTarget::Home(home - back),
             };
             if blocks > best.map_or(0, |best| best.blocks)
                 && self.is_long_enough(&run, segment, gap, self.is_repeated(&run, segment))
@@ -505,13 +509,13 @@ impl<'a> Pass<'a> {
 
     /// Whether a run is part of one block's repetition. Where it ends with its segment, its home tells how that would go on: where
     /// donors end within a repetition would change from one plan to the next.
-    fn is_repeated(&self, run: &Run, segment: &Range<Slot>) -> bool {
+    fn is_repeated(&self, run: &DedupRun, segment: &Range<Slot>) -> bool {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
         let fingerprint = |slot| self.fingerprint(slot);
         let first = fingerprint(run.slot);
         let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
         let goes_on = || match run.target {
-            Target::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
+            DedupTarget::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
                 // On either side: of a repetition, it may be the beginning or the end.
                 home.checked_sub(1).iter().chain(&Some(home + run.blocks)).any(is_first)
             }
@@ -524,7 +528,7 @@ impl<'a> Pass<'a> {
     /// Whether a run is worth the references that it adds: two, or one where it follows another, a hole one less, and that for each
     /// reference to the place. All there is adds none. At an end of its extent it would add less, too, but where donors end changes
     /// with all that goes before: what such an end makes worth while, the next round would find at another, and so on.
-    fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
+    fn is_long_enough(&self, run: &DedupRun, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
         if run.blocks as usize == segment.len() {
             return true;
         }
@@ -535,8 +539,8 @@ impl<'a> Pass<'a> {
         let follows_a_run = slots.start == gap && gap > segment.start;
         let ends: u64 = if follows_a_run { 1 } else { 2 };
         let new = match run.target {
-            Target::Home(_) => ends,
-            Target::Hole => ends - 1,
+            DedupTarget::Home(_) => ends,
+            DedupTarget::Hole => ends - 1,
         };
         if new == 0 {
             return true;
@@ -549,15 +553,15 @@ impl<'a> Pass<'a> {
         }
         let most = usize::try_from(most).unwrap_or(usize::MAX);
         // Counting takes time where there are many, and is rarely needed.
-        self.here.references as usize <= most || !self.facts.has_references_over(slots, most + 1)
+        self.current.references as usize <= most || !self.facts.has_references_over(slots, most + 1)
     }
 
     /// Whether a run is proved as far as it must be, or may count until it is.
-    fn may_count(&self, run: &Run) -> bool {
+    fn may_count(&self, run: &DedupRun) -> bool {
         self.must_be_proved(run).all(|n| {
             let known = match run.target {
-                Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
-                Target::Hole => self.facts.proved_zero(run.slot + n),
+                DedupTarget::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
+                DedupTarget::Hole => self.facts.proved_zero(run.slot + n),
             };
             known.unwrap_or(self.ask)
         })
@@ -566,12 +570,12 @@ impl<'a> Pass<'a> {
     /// The blocks of a run that must be proved: all of a short one, and one of a long one that is found in other data. Checksums prove
     /// long runs unless someone forged them, and then not those of every block: whoever is matched with a forgery is to be matched with
     /// something else instead. Zeros are nobody else's.
-    fn must_be_proved(&self, run: &Run) -> Range<u32> {
+    fn must_be_proved(&self, run: &DedupRun) -> Range<u32> {
         match run.target {
             _ if run.blocks <= UNPROVED_BLOCKS => 0..run.blocks,
-            Target::Hole => 0..0,
-            Target::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
-            Target::Home(_) => {
+            DedupTarget::Hole => 0..0,
+            DedupTarget::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
+            DedupTarget::Home(_) => {
                 // Where it is, follows from the run, so that asking again asks the same.
                 let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
                 n..n + 1
@@ -580,7 +584,7 @@ impl<'a> Pass<'a> {
     }
 
     /// Whether two blocks of a short run have the same fingerprint.
-    fn has_blocks_alike(&self, run: &Run) -> bool {
+    fn has_blocks_alike(&self, run: &DedupRun) -> bool {
         let mut fingerprints: Vec<u32> = (run.slot..run.slot + run.blocks)
             .map(|slot| self.fingerprint(slot))
             .collect();
@@ -590,14 +594,14 @@ impl<'a> Pass<'a> {
 
     /// Lists what must be read before a run counts: some of its blocks, and all that look like them, since another of those may
     /// be the one that is equal.
-    fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
+    fn question(&self, run: &DedupRun, unproved: &mut Vec<Slot>) {
         let fingerprints = &self.facts.fingerprints;
         for n in self.must_be_proved(run) {
             let slot = run.slot + n;
             let alike = self.table.candidates(self.fingerprint(slot), fingerprints);
             let home = match run.target {
-                Target::Home(home) => Some(home + n),
-                Target::Hole => None,
+                DedupTarget::Home(home) => Some(home + n),
+                DedupTarget::Hole => None,
             };
             let slots = alike.filter(|_| home.is_some()).chain(home).chain([slot]);
             unproved.extend(slots.filter(|slot| !self.facts.proofs.contains_key(slot)));
@@ -606,10 +610,10 @@ impl<'a> Pass<'a> {
 }
 
 /// Blocks of the runs that go to a hole, and of those that go to homes.
-pub(super) fn matched_blocks(runs: &[Run]) -> (u32, u32) {
+pub(super) fn matched_blocks(runs: &[DedupRun]) -> (u32, u32) {
     runs.iter().fold((0, 0), |(zeros, duplicates), run| match run.target {
-        Target::Hole => (zeros + run.blocks, duplicates),
-        Target::Home(_) => (zeros, duplicates + run.blocks),
+        DedupTarget::Hole => (zeros + run.blocks, duplicates),
+        DedupTarget::Home(_) => (zeros, duplicates + run.blocks),
     })
 }
 
@@ -621,28 +625,28 @@ mod tests {
     use std::collections::BTreeSet;
     use std::convert::Infallible;
 
-    fn decided(facts: &Facts, options: &Options, ask: bool) -> Decisions {
+    fn decided(facts: &Facts, options: &ReclaimOptions, ask: bool) -> Decisions {
         let Ok(decisions) = decide(facts, options, ask, |_| false, &|| Ok::<_, Infallible>(()));
         decisions
     }
 
-    fn slots_of(runs: &[Run]) -> Vec<Slot> {
+    fn slots_of(runs: &[DedupRun]) -> Vec<Slot> {
         runs.iter().flat_map(|run| run.slot..run.slot + run.blocks).collect()
     }
 
-    fn home(slot: Slot, blocks: u32, home: Slot) -> Run {
-        Run {
+    fn home(slot: Slot, blocks: u32, home: Slot) -> DedupRun {
+        DedupRun {
             slot,
             blocks,
-            target: Target::Home(home),
+            target: DedupTarget::Home(home),
         }
     }
 
-    fn hole(slot: Slot, blocks: u32) -> Run {
-        Run {
+    fn hole(slot: Slot, blocks: u32) -> DedupRun {
+        DedupRun {
             slot,
             blocks,
-            target: Target::Hole,
+            target: DedupTarget::Hole,
         }
     }
 
@@ -656,7 +660,7 @@ mod tests {
     #[derive(Debug, PartialEq, Eq)]
     struct Named {
         gone: BTreeSet<String>,
-        pinned: BTreeMap<Pinned, u64>,
+        pinned: BTreeMap<PinReason, u64>,
     }
 
     proptest! {
@@ -682,8 +686,8 @@ mod tests {
                     prop_assert_eq!(facts.live_runs(run.slot + n..run.slot + n + 1).count(), 1);
                     let content = pool.content[(run.slot + n) as usize];
                     match run.target {
-                        Target::Hole => prop_assert!(content == '0' && !options.keep_zeros),
-                        Target::Home(home) => {
+                        DedupTarget::Hole => prop_assert!(content == '0' && !options.keep_zeros),
+                        DedupTarget::Home(home) => {
                             prop_assert_eq!(content, pool.content[(home + n) as usize]);
                             prop_assert!(!covered.contains(&(home + n)));
                             prop_assert_eq!(facts.live_runs(home + n..home + n + 1).count(), 1);
@@ -736,7 +740,7 @@ mod tests {
             let silent = decided(&pool.facts, &options, false);
             prop_assert!(silent.unproved.is_empty());
             for run in &silent.runs {
-                prop_assert!(run.target == Target::Hole && run.blocks > UNPROVED_BLOCKS);
+                prop_assert!(run.target == DedupTarget::Hole && run.blocks > UNPROVED_BLOCKS);
             }
             let asking = decided(&pool.facts, &options, true);
             let pass = Pass::new(&pool.facts, &options, true);
@@ -744,7 +748,7 @@ mod tests {
             for run in &asking.runs {
                 for n in pass.must_be_proved(run) {
                     prop_assert!(unproved.contains(&(run.slot + n)));
-                    if let Target::Home(home) = run.target {
+                    if let DedupTarget::Home(home) = run.target {
                         prop_assert!(unproved.contains(&(home + n)));
                     }
                 }
@@ -758,13 +762,13 @@ mod tests {
             pool.prove_all();
             let mut pass = Pass::new(&pool.facts, &options, true);
             for place in 0..u32::try_from(pool.facts.extents.len()).unwrap() {
-                let extent = pass.turn_to(place);
+                let extent = pass.begin(place);
                 let live: BTreeSet<Slot> = pool.facts.live_runs(extent.slots()).flatten().collect();
                 let mut found = pass.match_extent(extent);
                 for least in [None, Some(least)] {
                     if let Some(least) = least {
                         pass.leave_short_runs(&mut found, least);
-                        let is_long = |run: &Run| run.blocks >= if run.target == Target::Hole { least / 2 } else { least };
+                        let is_long = |run: &DedupRun| run.blocks >= if run.target == DedupTarget::Hole { least / 2 } else { least };
                         prop_assert!(found.runs.iter().all(is_long));
                     }
                     prop_assert_eq!((found.matched() + found.left_over) as usize, live.len());
@@ -774,7 +778,7 @@ mod tests {
                     // Of each extent that runs are found in, the references that these would add.
                     let mut added = BTreeMap::new();
                     for run in &found.runs {
-                        if let Target::Home(home) = run.target {
+                        if let DedupTarget::Home(home) = run.target {
                             *added.entry(pool.facts.extent_of(home)).or_default() += pool.facts.references_over(run.slot..run.slot + run.blocks);
                         }
                     }
@@ -789,7 +793,7 @@ mod tests {
         #[test]
         fn new_references_are_the_pieces_that_are_left(text in pools(), cuts in prop::collection::vec((1u32..6, 0u8..3), 1..12)) {
             let pool = Pool::of(&text);
-            let options = Options::default();
+            let options = ReclaimOptions::default();
             let pass = Pass::new(&pool.facts, &options, true);
             for (place, extent) in (0..).zip(&pool.facts.extents) {
                 // What becomes of each block (0 for holes, 1 for homes, 2 if it is left over), and whether a piece begins with it: what is
@@ -803,7 +807,7 @@ mod tests {
                 let begins = each.last().is_none_or(|(before, _)| *before != 2);
                 each.push((2, begins));
                 each.resize(extent.blocks as usize, (2, false));
-                let mut runs: Vec<Run> = Vec::new();
+                let mut runs: Vec<DedupRun> = Vec::new();
                 for (slot, (kind, begins)) in extent.slots().zip(&each) {
                     match (kind, begins) {
                         (0, true) => runs.push(hole(slot, 1)),
@@ -828,7 +832,7 @@ mod tests {
     fn extents_that_stay_anyhow_and_those_that_most_use_come_first() {
         let order_of = |text: &str| -> String {
             let pool = Pool::of(text);
-            let order = order(&pool.facts, &Options::default()).into_iter();
+            let order = order(&pool.facts, &ReclaimOptions::default()).into_iter();
             order
                 .map(|extent| char::from(b'A' + u8::try_from(extent).unwrap()))
                 .collect()
@@ -865,11 +869,11 @@ mod tests {
             two  A[0..2] A[4..6] A[2..4] A[0..2]",
         );
         let limits = |references_per_gib_max: u32| {
-            let options = Options {
+            let options = ReclaimOptions {
                 references_per_gib_max,
-                ..Options::default()
+                ..ReclaimOptions::default()
             };
-            Limits::new(&pool.facts, &options)
+            ReferenceLimits::new(&pool.facts, &options)
         };
         let per_gib = |references: u32| references * (1 << 18) / 8;
         let limited = limits(per_gib(3));
@@ -885,7 +889,7 @@ mod tests {
     #[test]
     fn what_an_extent_would_add_counts_until_the_next_and_for_good_if_it_goes() {
         let pool = Pool::of("A abcd\nB abcd\none A B");
-        let mut limits = Limits::new(&pool.facts, &Options::default());
+        let mut limits = ReferenceLimits::new(&pool.facts, &ReclaimOptions::default());
         limits.added.insert(0, 3);
         assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
         limits.accept(&BTreeMap::from([(0, -1)]));
@@ -897,12 +901,12 @@ mod tests {
     #[test]
     fn a_run_is_as_long_as_the_references_that_it_adds_are_worth() {
         /// The shortest run from `from` on that counts.
-        fn shortest(images: usize, run: impl Fn(u32) -> Run, gap: Slot, repeated: bool) -> u32 {
+        fn shortest(images: usize, run: impl Fn(u32) -> DedupRun, gap: Slot, repeated: bool) -> u32 {
             let content: String = ('1'..='9').chain('a'..='z').chain('1'..='9').collect();
             let pool = revisions(images, &format!("A {content}\nB a"));
-            let options = Options::default();
+            let options = ReclaimOptions::default();
             let mut pass = Pass::new(&pool.facts, &options, true);
-            let segment = pass.turn_to(0).slots();
+            let segment = pass.begin(0).slots();
             let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, gap, repeated);
             (1..=35).find(counts).unwrap_or(u32::MAX)
         }
@@ -929,12 +933,12 @@ mod tests {
     #[test]
     fn all_there_is_adds_no_reference() {
         let pool = revisions(100, "A ab\nB ab");
-        let options = Options {
+        let options = ReclaimOptions {
             min_run_blocks: 8,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let segment = pass.turn_to(0).slots();
+        let segment = pass.begin(0).slots();
         assert!(pass.is_long_enough(&home(0, 2, 2), &segment, 0, true));
         assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, 0, false));
     }
@@ -942,9 +946,9 @@ mod tests {
     #[test]
     fn short_runs_are_proved_and_of_long_ones_a_block() {
         let pool = Pool::of(&format!("A {0}\nB {0}\none A\ntwo B", "abcdefghijklmnopqrstaaaa0000"));
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let pass = Pass::new(&pool.facts, &options, true);
-        let proved = |run: Run| pass.must_be_proved(&run);
+        let proved = |run: DedupRun| pass.must_be_proved(&run);
         assert_eq!([proved(home(28, 1, 0)), proved(home(28, 2, 0))], [0..1, 0..2]);
         for blocks in [3, 16, 17, 20] {
             let one = proved(home(28, blocks, 0));
@@ -961,10 +965,10 @@ mod tests {
     #[test]
     fn a_repetition_is_known_by_what_is_around_it() {
         let pool = Pool::of("A xaaay\nB aaaz\nC bca\nD cac\none A B C D");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let mut is_repeated = |extent: u32, run: Run| {
-            let segment = pass.turn_to(extent).slots();
+        let mut is_repeated = |extent: u32, run: DedupRun| {
+            let segment = pass.begin(extent).slots();
             pass.is_repeated(&run, &segment)
         };
         assert!(is_repeated(0, home(1, 3, 5)), "it is one");
@@ -980,16 +984,16 @@ mod tests {
     #[test]
     fn looking_ends_when_its_steps_are_used_up() {
         let pool = Pool::of("A abcdefgh\nB abcdefgh\none A\ntwo B");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.look_at(0, false);
-        let extent = pass.turn_to(1);
-        assert_eq!(pass.here.steps_left.get(), 8 * STEPS_PER_BLOCK);
+        let extent = pass.begin(1);
+        assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK);
         let segment = extent.slots();
         let longest = |pass: &Pass<'_>| pass.longest(extent, 8, &segment, 8);
         assert_eq!(longest(&pass), Some(home(8, 8, 0)));
-        assert_eq!(pass.here.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
-        pass.here.steps_left.set(0);
+        assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
+        pass.current.steps_left.set(0);
         assert_eq!(longest(&pass), None);
     }
 
@@ -998,12 +1002,12 @@ mod tests {
         let mut pool = Pool::of("A abcdefgh\nB xabcdefg\none A\ntwo B");
         // Of both, `d` alone is in the table's sample.
         pool.facts.table_slots_max = usize::MAX;
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        pass.turn_to(0);
+        pass.begin(0);
         pass.homes.insert_range(0..8);
         pass.enter(3);
-        let extent = pass.turn_to(1);
+        let extent = pass.begin(1);
         pass.homes.insert_range(8..12);
         assert_eq!(pass.longest(extent, 12, &extent.slots(), 8), Some(home(9, 7, 0)));
         // What is no home any more is not gone back over.
@@ -1014,10 +1018,10 @@ mod tests {
     fn blocks_between_runs_that_a_run_is_found_in_stay() {
         // What three images map is too short to share where it is first; what one maps is found in it, though it is in A, too.
         let pool = Pool::of("A abxyzuvw\nB abab\none A\ntwo B\nthree B[0..2]\nfour B[0..2]");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.look_at(0, false);
-        let extent = pass.turn_to(1);
+        let extent = pass.begin(1);
         let found = pass.match_extent(extent);
         assert_eq!((&found.runs[..], found.left_over), ([home(10, 2, 8)].as_slice(), 2));
     }
@@ -1025,9 +1029,9 @@ mod tests {
     #[test]
     fn what_frees_less_than_it_costs_stays() {
         let pool = Pool::of("A abcdefgh\nB abcdxyzu\none A\ntwo B");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let pass = Pass::new(&pool.facts, &options, true);
-        let found = |left_over: u32| Match {
+        let found = |left_over: u32| ExtentMatch {
             runs: vec![home(8, 8 - left_over, 0)],
             left_over,
             unproved: Vec::new(),
@@ -1041,7 +1045,7 @@ mod tests {
         // What is planned only is written anyway.
         assert!(pass.pays(1, references + 2, &found(4), true));
         // No more is left over than half of the work space.
-        let options = Options {
+        let options = ReclaimOptions {
             work_space_bytes: 7 * 4096,
             ..options
         };

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::table::Table;
+use super::table::BlockTable;
 use crate::block::{ByteRange, Slot, bytes};
 use crate::content::{Content, Run, StoreBlock};
 use crate::facts::Facts;
@@ -48,7 +48,7 @@ pub fn lost_ranges(runs: &[Run], size: u64, lost: &[Range<StoreBlock>]) -> Vec<B
 
 /// A range of the store that seeds seem to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seeded {
+pub struct SeedMatch {
     /// First store address.
     pub first: StoreBlock,
     /// Blocks.
@@ -64,8 +64,8 @@ pub fn find_seeds(
     wanted: &[Range<StoreBlock>],
     fingerprints: &Fingerprints,
     known: impl Fn(StoreBlock) -> bool,
-) -> Vec<Seeded> {
-    let mut table = Table::new(facts.slots() as usize, facts.table_slots_max);
+) -> Vec<SeedMatch> {
+    let mut table = BlockTable::new(facts.slots() as usize, facts.table_slots_max);
     for extent in &facts.extents {
         for run in facts.live_runs(extent.slots()) {
             for (slot, fingerprint) in run.clone().zip(facts.fingerprints.range(run)) {
@@ -81,7 +81,7 @@ pub fn find_seeds(
             .next()
             .map_or(slot, |run| run.end)
     };
-    let mut found: Vec<Seeded> = Vec::new();
+    let mut found: Vec<SeedMatch> = Vec::new();
     for range in wanted {
         let mut at = range.start;
         let mut follows = None;
@@ -108,7 +108,7 @@ pub fn find_seeds(
                 .reduce(|best, next| if next.0 > best.0 { next } else { best });
             match best {
                 Some((blocks, slot)) if blocks > 0 => {
-                    found.push(Seeded {
+                    found.push(SeedMatch {
                         first: at,
                         blocks,
                         slot,

@@ -18,14 +18,14 @@ mod table;
 
 use std::collections::BTreeMap;
 
-pub use apply::{Applied, Origins, apply};
-pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
+pub use apply::{Origins, PlannedPool, apply};
+pub use layout::{COMPRESSED_BLOCKS_MAX, Destination, DonorExtent, Layout};
 pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
-pub use ops::{Batch, DonorFile, Op, Source};
+pub use ops::{Batch, DonorFile, Op, ShareSource};
 
-use self::table::Table;
+use self::table::BlockTable;
 use crate::block::{Slot, bytes};
-use crate::facts::{Facts, Pinned, Proof};
+use crate::facts::{Facts, PinReason, Proof};
 use crate::spill::SpillVec;
 
 /// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
@@ -57,7 +57,7 @@ pub const BATCH_BYTES: u64 = 128 << 20;
 
 /// What the user may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Options {
+pub struct ReclaimOptions {
     /// Shortest run of blocks worth sharing amid other data, where two revisions have the place. It is weighed by the references that it
     /// adds: half of it is enough where only one reference maps the place, and half where it follows another run; half as much again is
     /// needed where there are three references or more.
@@ -76,7 +76,7 @@ pub struct Options {
     pub references_per_gib_max: u32,
 }
 
-impl Default for Options {
+impl Default for ReclaimOptions {
     fn default() -> Self {
         Self {
             min_run_blocks: 2,
@@ -90,7 +90,7 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl ReclaimOptions {
     /// Bytes that a run must free for each reference that it adds. Amid other data one adds two for each reference to the place; at the
     /// shortest run there is, only what those take counts.
     fn bytes_per_reference(&self) -> u64 {
@@ -146,7 +146,7 @@ pub struct Elimination {
 
 /// What is to be done.
 #[derive(Debug, Clone, Default)]
-pub struct Plan {
+pub struct ReclaimPlan {
     /// Where every block is to be.
     pub layout: Layout,
     /// Extents to eliminate, in the order of their batches.
@@ -160,7 +160,7 @@ pub struct Plan {
     /// Bytes on disk that will be freed, by reason.
     pub freed: BytesByReason,
     /// Bytes of extents that stay although something in them could go, by why.
-    pub pinned: BTreeMap<Pinned, u64>,
+    pub pinned: BTreeMap<PinReason, u64>,
     /// The share of blocks that could be looked up in the block table: one in so many.
     pub sampled: u32,
     /// Greatest number of bytes that donors take before what they replace is freed.
@@ -169,7 +169,7 @@ pub struct Plan {
     pub needed_bytes: u64,
 }
 
-impl Plan {
+impl ReclaimPlan {
     /// Bytes on disk that will be freed, net. Negative if undoing compression takes more than is freed.
     pub fn freed_bytes(&self) -> i64 {
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -205,10 +205,10 @@ impl Plan {
 /// Whatever `prove` or `go_on` fails with.
 pub fn plan_proved<E>(
     facts: &mut Facts,
-    options: &Options,
+    options: &ReclaimOptions,
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
-) -> Result<Plan, E> {
+) -> Result<ReclaimPlan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
     const QUESTIONS_MAX: usize = 64;
     let mut layout = Layout::default();
@@ -244,11 +244,11 @@ pub fn plan_proved<E>(
         rounds += 1;
     }
     layout.place_leftovers(facts, options);
-    let mut plan = Plan {
-        sampled: Table::sampled(facts.slots() as usize, facts.table_slots_max),
+    let mut plan = ReclaimPlan {
+        sampled: BlockTable::sampled(facts.slots() as usize, facts.table_slots_max),
         layout,
         pinned,
-        ..Plan::default()
+        ..ReclaimPlan::default()
     };
     ops::schedule(facts, &mut plan);
     Ok(plan)
@@ -257,17 +257,22 @@ pub fn plan_proved<E>(
 /// What one look at the whole pool came to.
 struct Round {
     gone: SpillVec<u32>,
-    runs: SpillVec<layout::Run>,
+    runs: SpillVec<layout::DedupRun>,
     /// Slots that must be read before this counts, in order.
     unproved: SpillVec<Slot>,
-    pinned: BTreeMap<Pinned, u64>,
+    pinned: BTreeMap<PinReason, u64>,
     /// Where the parts of the pool that was looked at come from, unless it was looked at as it is.
     origins: Option<Origins>,
 }
 
 impl Round {
     /// Looks at the pool as it is.
-    fn first<E>(facts: &Facts, options: &Options, ask: bool, go_on: &dyn Fn() -> Result<(), E>) -> Result<Self, E> {
+    fn first<E>(
+        facts: &Facts,
+        options: &ReclaimOptions,
+        ask: bool,
+        go_on: &dyn Fn() -> Result<(), E>,
+    ) -> Result<Self, E> {
         let decisions = greedy::decide(facts, options, ask, |_| false, go_on)?;
         Ok(Self::of(decisions, None))
     }
@@ -275,7 +280,7 @@ impl Round {
     /// Looks at the pool as a layout would leave it.
     fn next<E>(
         facts: &mut Facts,
-        options: &Options,
+        options: &ReclaimOptions,
         ask: bool,
         layout: &mut Layout,
         go_on: &dyn Fn() -> Result<(), E>,

@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::greedy::matched_blocks;
-use super::layout::Final;
-use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason};
+use super::layout::Destination;
+use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Reason, ReclaimPlan};
 use crate::block::{Slot, bytes};
 use crate::facts::{Class, Facts, ImageId, Mapping};
 use crate::spill::SpillVec;
@@ -25,9 +25,9 @@ pub struct DonorFile {
 /// Extents that are eliminated together.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Their places in [`Plan::eliminations`].
+    /// Their places in [`ReclaimPlan::eliminations`].
     pub eliminations: Range<usize>,
-    /// The donor files to write first, as places in [`Plan::donor_files`].
+    /// The donor files to write first, as places in [`ReclaimPlan::donor_files`].
     pub donor_files: Range<usize>,
     /// Bytes of images that the kernel will compare.
     pub compared_bytes: u64,
@@ -35,7 +35,7 @@ pub struct Batch {
 
 /// What a range of an image is to share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub enum ShareSource {
     /// A range of an image that stays as it is, from this block on.
     Image(ImageId, u32),
     /// A range of a donor file, from this block on.
@@ -54,13 +54,13 @@ pub struct Op {
     /// Blocks.
     pub blocks: u32,
     /// What it is to share.
-    pub source: Source,
+    pub source: ShareSource,
     /// The extent that this takes a reference from, as a place in [`Facts::extents`].
     pub extent: u32,
 }
 
 /// Puts extents into batches, in an order in which everything an extent needs is there when its turn comes, and counts.
-pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
+pub(super) fn schedule(facts: &Facts, plan: &mut ReclaimPlan) {
     place_donors(plan);
     let layout = &plan.layout;
     // What needs no donor comes first: it takes no space, and makes some.
@@ -90,7 +90,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
 }
 
 /// Puts donor extents into files, batch by batch.
-fn place_donors(plan: &mut Plan) {
+fn place_donors(plan: &mut ReclaimPlan) {
     let layout = &plan.layout;
     let mut files: BTreeMap<(u32, Class), Vec<u32>> = BTreeMap::new();
     for (place, donor) in (0u32..).zip(layout.donors()) {
@@ -111,7 +111,7 @@ fn place_donors(plan: &mut Plan) {
 }
 
 /// The batch of the donors of that number, or of no donors, whose eliminations are those from `first` on.
-fn batch_of(facts: &Facts, plan: &Plan, number: Option<u32>, first: usize) -> Batch {
+fn batch_of(facts: &Facts, plan: &ReclaimPlan, number: Option<u32>, first: usize) -> Batch {
     let from = plan.batches.last().map_or(0, |before| before.donor_files.end);
     let files = plan.donor_files[from..].iter();
     let files = files.take_while(|file| Some(file.batch) == number).count();
@@ -144,7 +144,7 @@ struct Space {
 
 impl Space {
     /// Goes on to the next batch.
-    fn pass(&mut self, plan: &Plan, batch: &Batch) {
+    fn pass(&mut self, plan: &ReclaimPlan, batch: &Batch) {
         let donors = plan.donor_files[batch.donor_files.clone()]
             .iter()
             .flat_map(|file| &file.extents)
@@ -165,7 +165,7 @@ impl Space {
 }
 
 /// What eliminating one extent frees, why, and the batch of the last donor that it needs, if any.
-fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
+fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
     let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
     let runs = layout.runs_of(facts, extent);
     let pieces = layout.rest_of(facts, extent);
@@ -205,7 +205,7 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
 
     let (mut batch, mut ops) = (None, 0);
     for op in plan.ops(facts, extent) {
-        if let Source::Donor(file, at) = op.source {
+        if let ShareSource::Donor(file, at) = op.source {
             batch = batch.max(Some(plan.donor_files[file as usize].batch));
             ops += plan.donor_extents_over(file, at..at + op.blocks);
         } else {
@@ -228,7 +228,7 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     )
 }
 
-impl Plan {
+impl ReclaimPlan {
     /// How many extents of a donor file a range of it reaches into: a reference is needed for each.
     fn donor_extents_over(&self, file: u32, range: Range<u32>) -> u64 {
         let extents = &self.donor_files[file as usize].extents;
@@ -261,28 +261,28 @@ impl Plan {
             extent: mapping.extent,
         };
         if mapping.preallocated {
-            return vec![op(mapping.slot, mapping.blocks, Source::Hole)];
+            return vec![op(mapping.slot, mapping.blocks, ShareSource::Hole)];
         }
         let pieces = self.layout.resolve_all(facts, mapping.slots());
         pieces
             .flat_map(|(piece, found)| match found {
-                Final::Hole => vec![op(piece.start, piece.end - piece.start, Source::Hole)],
-                Final::Donor(donor, at) => {
+                Destination::Hole => vec![op(piece.start, piece.end - piece.start, ShareSource::Hole)],
+                Destination::Donor(donor, at) => {
                     let (file, first) = self.donor_places[donor as usize];
                     vec![op(
                         piece.start,
                         piece.end - piece.start,
-                        Source::Donor(file, first + at),
+                        ShareSource::Donor(file, first + at),
                     )]
                 }
-                Final::Kept(home) if home == piece.start => Vec::new(),
-                Final::Kept(home) => facts
+                Destination::Kept(home) if home == piece.start => Vec::new(),
+                Destination::Kept(home) => facts
                     .places_of(home..home + (piece.end - piece.start))
                     .map(|(slot, place)| {
                         op(
                             piece.start + (slot - home),
                             place.blocks,
-                            Source::Image(place.image, place.file_block),
+                            ShareSource::Image(place.image, place.file_block),
                         )
                     })
                     .collect(),
@@ -307,10 +307,9 @@ fn follows(op: &Op, next: &Op) -> bool {
     next.image == op.image
         && next.file_block == op.file_block + op.blocks
         && match (op.source, next.source) {
-            (Source::Hole, Source::Hole) => true,
-            (Source::Image(a, at), Source::Image(b, to)) | (Source::Donor(a, at), Source::Donor(b, to)) => {
-                a == b && to == at + op.blocks
-            }
+            (ShareSource::Hole, ShareSource::Hole) => true,
+            (ShareSource::Image(a, at), ShareSource::Image(b, to))
+            | (ShareSource::Donor(a, at), ShareSource::Donor(b, to)) => a == b && to == at + op.blocks,
             _ => false,
         }
 }
@@ -318,7 +317,7 @@ fn follows(op: &Op, next: &Op) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Options;
+    use crate::plan::ReclaimOptions;
     use crate::plan::tests::notation::{Pool, options, pools};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -349,7 +348,7 @@ mod tests {
     /// A plan that is carried out on paper, op after op.
     struct Paper<'a> {
         pool: &'a Pool,
-        plan: &'a Plan,
+        plan: &'a ReclaimPlan,
         images: Vec<Vec<Mapped>>,
         donors: Vec<Vec<char>>,
     }
@@ -375,16 +374,16 @@ mod tests {
         fn carry_out(&mut self, op: &Op) {
             for n in 0..op.blocks {
                 let source = match op.source {
-                    Source::Hole => Mapped::Nothing,
-                    Source::Donor(file, at) => Mapped::Donor(file, at + n),
-                    Source::Image(image, at) => {
+                    ShareSource::Hole => Mapped::Nothing,
+                    ShareSource::Donor(file, at) => Mapped::Donor(file, at + n),
+                    ShareSource::Image(image, at) => {
                         let source = self.images[image as usize][(at + n) as usize];
                         let slot = match source {
                             Mapped::Slot(slot) => slot,
                             other => panic!("{op:?} counts on {other:?}"),
                         };
                         let (_, stays) = self.plan.layout.resolve(&self.pool.facts, slot..slot + 1);
-                        assert_eq!(stays, Final::Kept(slot), "{op:?} counts on what goes");
+                        assert_eq!(stays, Destination::Kept(slot), "{op:?} counts on what goes");
                         source
                     }
                 };
@@ -478,7 +477,7 @@ mod tests {
                 prop_assert!(number > 0 || batch.donor_files.is_empty());
                 for one in &plan.eliminations[batch.eliminations.clone()] {
                     let donors = plan.ops(&pool.facts, one.extent).filter_map(|op| match op.source {
-                        Source::Donor(file, _) => Some(file as usize),
+                        ShareSource::Donor(file, _) => Some(file as usize),
                         _ => None,
                     });
                     let last = donors.max();
@@ -496,19 +495,19 @@ mod tests {
                 let file_block = at + gap;
                 at = file_block + blocks;
                 let source = match kind {
-                    0 => Source::Hole,
-                    1 => Source::Image(from % 2, file_block + from / 2),
-                    _ => Source::Donor(from % 2, file_block + from / 2),
+                    0 => ShareSource::Hole,
+                    1 => ShareSource::Image(from % 2, file_block + from / 2),
+                    _ => ShareSource::Donor(from % 2, file_block + from / 2),
                 };
                 Op { image: image / 2, file_block, blocks, source, extent: 0 }
             }).collect();
-            let each = |ops: &[Op]| -> Vec<(ImageId, u32, Source)> {
+            let each = |ops: &[Op]| -> Vec<(ImageId, u32, ShareSource)> {
                 let each = |op: &Op| {
                     let op = *op;
                     (0..op.blocks).map(move |n| (op.image, op.file_block + n, match op.source {
-                        Source::Hole => Source::Hole,
-                        Source::Image(image, from) => Source::Image(image, from + n),
-                        Source::Donor(file, from) => Source::Donor(file, from + n),
+                        ShareSource::Hole => ShareSource::Hole,
+                        ShareSource::Image(image, from) => ShareSource::Image(image, from + n),
+                        ShareSource::Donor(file, from) => ShareSource::Donor(file, from + n),
                     }))
                 };
                 ops.iter().flat_map(each).collect()
@@ -530,10 +529,10 @@ mod tests {
             D  mnop0000
             one  A B C D",
         );
-        let options = Options {
+        let options = ReclaimOptions {
             references_max: 2,
             references_per_gib_max: u32::MAX,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         let plan = pool.plan(&options);
         assert_eq!(pool.donor(&plan, 0), "abcdefgh ijklmnop");

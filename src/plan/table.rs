@@ -3,13 +3,13 @@
 use crate::block::Slot;
 use crate::fingerprint::Fingerprints;
 
-/// Slots by fingerprint: [`Table::SLOT_BYTES`] for each, in one open-addressed table of groups, of which each is looked at as a whole.
+/// Slots by fingerprint: [`BlockTable::SLOT_BYTES`] for each, in one open-addressed table of groups, of which each is looked at as a whole.
 ///
 /// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
 /// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
 /// directions, block by block.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct BlockTable {
     /// Eight bits of each fingerprint's hash, from the first place of each group on, or [`EMPTY`]. Most blocks are like no other, and
     /// these say so without a look at the fingerprints, which may be on disk.
     tags: Vec<[u8; GROUP]>,
@@ -23,7 +23,7 @@ pub(super) struct Table {
 const GROUP: usize = 16;
 const EMPTY: u8 = 0;
 
-impl Table {
+impl BlockTable {
     /// Bytes of memory for each slot that the table has room for: a slot and a tag, and a quarter of the places free.
     pub(super) const SLOT_BYTES: u64 = 7;
     /// Slots entered for one fingerprint. One that more blocks share says too little: guests keep blocks whose checksums are
@@ -71,7 +71,7 @@ impl Table {
         group.checked_sub(self.tags.len()).unwrap_or(group)
     }
 
-    /// How many steps from `home` it is to a group that has a free place; at most [`Table::STEPS_MAX`] less one.
+    /// How many steps from `home` it is to a group that has a free place; at most [`BlockTable::STEPS_MAX`] less one.
     fn last_step(&self, home: usize) -> usize {
         let last = Self::STEPS_MAX.min(self.tags.len()) - 1;
         (0..last)
@@ -179,8 +179,8 @@ mod tests {
     use std::collections::HashMap;
 
     /// A table of all these fingerprints, the slot of each its place.
-    fn table_of(fingerprints: &[u32], slots_max: usize) -> (Table, Fingerprints) {
-        let mut table = Table::new(fingerprints.len(), slots_max);
+    fn table_of(fingerprints: &[u32], slots_max: usize) -> (BlockTable, Fingerprints) {
+        let mut table = BlockTable::new(fingerprints.len(), slots_max);
         let all: Fingerprints = fingerprints.to_vec().into();
         for (slot, fingerprint) in (0..).zip(fingerprints) {
             table.enter(slot, *fingerprint, &all, |_| ());
@@ -196,7 +196,7 @@ mod tests {
             let mut expected: HashMap<u32, Vec<Slot>> = HashMap::new();
             for (slot, fingerprint) in (0..).zip(&fingerprints) {
                 let slots = expected.entry(*fingerprint).or_default();
-                if slots.len() < Table::SLOTS_PER_FINGERPRINT {
+                if slots.len() < BlockTable::SLOTS_PER_FINGERPRINT {
                     slots.insert(0, slot);
                 }
             }
@@ -239,11 +239,11 @@ mod tests {
     fn beyond_those_of_all_each_machine_enters_a_few() {
         const MACHINES: u32 = 100;
         let all = Fingerprints::from(vec![7; 1000]);
-        let mut table = Table::new(1000, usize::MAX);
+        let mut table = BlockTable::new(1000, usize::MAX);
         let machine = |slot: Slot| slot % MACHINES;
         // The slots of one machine.
         let of = |machine: u32| (0..10).map(move |n| n * MACHINES + machine);
-        let count = |table: &Table| table.candidates(7, &all).count();
+        let count = |table: &BlockTable| table.candidates(7, &all).count();
         let mut counts = Vec::new();
         for one in [0, 0, 1, 2] {
             // The first fills what all may enter, with more of its own than a machine has after that.
@@ -257,15 +257,15 @@ mod tests {
             }
             counts.push(count(&table));
         }
-        let common = Table::SLOTS_PER_FINGERPRINT;
+        let common = BlockTable::SLOTS_PER_FINGERPRINT;
         assert_eq!(counts, [common, common, common + 2, common + 4]);
         (4..MACHINES)
             .flat_map(of)
             .for_each(|slot| table.enter(slot, 7, &all, machine));
-        assert_eq!(count(&table), Table::CANDIDATES_MAX);
+        assert_eq!(count(&table), BlockTable::CANDIDATES_MAX);
         // Nor is more entered than is ever looked at.
         let entered = table.tags.as_flattened().iter().filter(|tag| **tag != EMPTY);
-        assert_eq!(entered.count(), Table::CANDIDATES_MAX);
+        assert_eq!(entered.count(), BlockTable::CANDIDATES_MAX);
     }
 
     #[test]
@@ -273,7 +273,7 @@ mod tests {
         let fingerprints: Vec<u32> = (0..100_000).map(|n: u32| n.wrapping_mul(0x9e37_79b9)).collect();
         let slots_max = 7000;
         let (table, all) = table_of(&fingerprints, slots_max);
-        let sampled = Table::sampled(fingerprints.len(), slots_max);
+        let sampled = BlockTable::sampled(fingerprints.len(), slots_max);
         assert_eq!(sampled, 16);
         let found = |one: &&u32| table.candidates(**one, &all).next().is_some();
         let count = fingerprints.iter().filter(found).count();
@@ -283,15 +283,15 @@ mod tests {
             (expected * 9 / 10..expected * 11 / 10).contains(&count),
             "{count} were found"
         );
-        assert_eq!(Table::sampled(fingerprints.len(), fingerprints.len()), 1);
+        assert_eq!(BlockTable::sampled(fingerprints.len(), fingerprints.len()), 1);
     }
 
     #[test]
     fn a_table_takes_the_memory_it_says() {
         for slots in [0, 1, 1000, 100_000] {
-            let table = Table::new(slots, usize::MAX);
+            let table = BlockTable::new(slots, usize::MAX);
             let taken = table.tags.len() * GROUP * (size_of::<u8>() + size_of::<Slot>());
-            let said = slots as u64 * Table::SLOT_BYTES;
+            let said = slots as u64 * BlockTable::SLOT_BYTES;
             assert!(taken as u64 <= said + 200, "{taken} bytes for {slots} slots");
         }
     }
@@ -300,7 +300,7 @@ mod tests {
     fn a_full_table_takes_no_more_and_keeps_what_it_has() {
         let fingerprints: Vec<u32> = (0..2000).collect();
         let all = Fingerprints::from(fingerprints.clone());
-        let mut table = Table::new(100, usize::MAX);
+        let mut table = BlockTable::new(100, usize::MAX);
         let mut found = Vec::new();
         for slot in fingerprints {
             table.enter(slot, slot, &all, |_| ());

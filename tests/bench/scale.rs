@@ -18,7 +18,7 @@ use vmfold::block::bytes;
 use vmfold::exec::fingerprints::allocate;
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fs::simulated::PLAIN;
-use vmfold::plan::{Options, lists_bytes, memory_bytes, plan_proved};
+use vmfold::plan::{ReclaimOptions, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::limit_lists;
 
 /// Every fourth extent of so many blocks is like the one before but for some.
@@ -71,7 +71,7 @@ fn main() {
         blocks,
         class: PLAIN,
         pinned: None,
-        recoding: None,
+        compression_goal: None,
     });
     // Image by image, as they are read. One in a hundred extents is half replaced in each revision but the first.
     let references = (0..revisions).flat_map(|image| {
@@ -102,7 +102,7 @@ fn main() {
     }
     let (made, known) = (begin.elapsed(), PEAK.load(Ordering::Relaxed));
     let begin = Instant::now();
-    let plan = plan_proved(&mut facts, &Options::default(), &|| Ok(()), |_, slots| {
+    let plan = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), |_, slots| {
         let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     })

@@ -7,7 +7,7 @@ use super::kernel;
 use super::{EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, Image, Mapped, ROOT_ITEM, ROOT_TREE, Volume, blocks};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason};
 use crate::fs::HeldRange;
 use crate::spill::SpillVec;
 use crate::sys::logical_ino;
@@ -198,7 +198,7 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
             .ok()?;
         let extent = &facts.extents[place];
         let is_mapped = facts.mappings_to(u32::try_from(place).ok()?).next().is_some();
-        let is_held = extent.pinned == Some(Pinned::HeldByOthers);
+        let is_held = extent.pinned == Some(PinReason::HeldByOthers);
         (!is_mapped && !is_held).then_some((*image, extent.disk_bytes))
     });
     alone.collect()
@@ -233,13 +233,13 @@ impl Volume {
                 };
                 let end = extent.file_offset + extent.length;
                 let pinned = if image.fixed.is_some() {
-                    Some(Pinned::Fixed)
+                    Some(PinReason::Fixed)
                 } else if end > image_end {
                     // What is preallocated beyond the end of a file cannot be reached by any call.
-                    Some(Pinned::Preallocated)
+                    Some(PinReason::Preallocated)
                 } else {
                     // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
-                    (end > image.size).then_some(Pinned::UnalignedTail)
+                    (end > image.size).then_some(PinReason::UnalignedTail)
                 };
                 seen.push(Seen {
                     extent: Extent {
@@ -254,7 +254,7 @@ impl Volume {
                             groups: 1 << image.group,
                         },
                         pinned,
-                        recoding: None,
+                        compression_goal: None,
                     },
                     references: 1,
                     image: number,
@@ -349,7 +349,7 @@ impl Volume {
                 || cannot_tell
                 || (snapshots && self.is_held_elsewhere(seen.extent.address, &mine)?)
             {
-                seen.extent.pinned = Some(Pinned::HeldByOthers);
+                seen.extent.pinned = Some(PinReason::HeldByOthers);
             }
         }
         Ok(())

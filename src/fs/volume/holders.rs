@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::{ROOT_TREE, Volume};
 use crate::error::Result;
-use crate::facts::{Extent, Facts, Pinned};
+use crate::facts::{Extent, Facts, PinReason};
 use crate::pool::{MountedAt, mounted_at};
 use crate::sys::logical_ino::{self, holders};
 use crate::sys::tree_search::{FEW, Key, tree_search};
@@ -28,7 +28,7 @@ impl Volume {
         let mut held: Vec<&Extent> = facts
             .extents
             .iter()
-            .filter(|extent| extent.pinned == Some(Pinned::HeldByOthers))
+            .filter(|extent| extent.pinned == Some(PinReason::HeldByOthers))
             .collect();
         held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
         let mine: HashSet<(u64, u64)> = self.images.iter().map(|image| (image.root, image.inode)).collect();

@@ -21,7 +21,7 @@ use crate::fs::{Sharing, SourceFile};
 use crate::index::Index;
 use crate::monitor::Monitor;
 use crate::ops::{Prepared, Scope, prepare};
-use crate::plan::import::{Seeded, find_seeds};
+use crate::plan::import::{SeedMatch, find_seeds};
 use crate::pool;
 use crate::range;
 use crate::sys::beneath::Folder;
@@ -100,7 +100,7 @@ impl Seeds {
         wanted: &[Range<StoreBlock>],
         announced: impl Iterator<Item = &'a Announced>,
         monitor: &dyn Monitor,
-    ) -> Result<Vec<Seeded>> {
+    ) -> Result<Vec<SeedMatch>> {
         monitor.phase("Looking for blocks that are here already", 0);
         let end = wanted.last().map_or(0, |range| range.end) as usize;
         let facts = &self.prepared.facts;
@@ -119,15 +119,15 @@ impl Seeds {
     }
 
     /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.
-    fn without_tails(&self, seeded: &Seeded) -> Vec<Seeded> {
-        let mut parts: Vec<Seeded> = Vec::new();
+    fn without_tails(&self, seeded: &SeedMatch) -> Vec<SeedMatch> {
+        let mut parts: Vec<SeedMatch> = Vec::new();
         for (slot, place) in self.prepared.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
             let whole = self.fs().images()[place.image as usize].size / BLOCK_BYTES;
             let blocks = whole.saturating_sub(u64::from(place.file_block));
             let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
             match parts.last_mut() {
                 Some(last) if last.slot + last.blocks == slot => last.blocks += blocks,
-                _ => parts.push(Seeded {
+                _ => parts.push(SeedMatch {
                     first: seeded.first + (slot - seeded.slot),
                     blocks,
                     slot,
@@ -141,10 +141,10 @@ impl Seeds {
     /// Reads what was found and keeps what has the hashes of the archive.
     pub(super) fn prove(
         &self,
-        found: &[Seeded],
+        found: &[SeedMatch],
         hashes: &mut StoredHashes<'_>,
         monitor: &dyn Monitor,
-    ) -> Result<Vec<Seeded>> {
+    ) -> Result<Vec<SeedMatch>> {
         monitor.phase(
             "Checking blocks that are here already",
             found.iter().map(|one| bytes(one.blocks)).sum(),
@@ -159,7 +159,7 @@ impl Seeds {
                 let length = bytes(part.end - part.start);
                 if let Ok(content) = self.content(slot, part.end - part.start) {
                     for range in proved(part.clone(), &content, hashes)? {
-                        kept.push(Seeded {
+                        kept.push(SeedMatch {
                             first: range.start,
                             blocks: range.end - range.start,
                             slot: slot + (range.start - part.start),
@@ -190,7 +190,7 @@ impl Seeds {
     /// Makes the staging file share what was found, and proves it once more there. Returns the bytes that hold.
     pub(super) fn clone_into(
         &self,
-        seeded: &Seeded,
+        seeded: &SeedMatch,
         staging: &mut Staging,
         hashes: &mut StoredHashes<'_>,
         monitor: &dyn Monitor,

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::HashLog;
 use crate::exec::restore::folder::Root;
 use crate::monitor::Monitor;
-use crate::plan::import::{Seeded, wanted};
+use crate::plan::import::{SeedMatch, wanted};
 use crate::range;
 use crate::report::{Imported, Restored};
 use crate::store::{InputPipe, Reader, Store};
@@ -105,7 +105,7 @@ struct Plan {
     epoch: u64,
     /// None means all.
     wanted: Option<Vec<Range<StoreBlock>>>,
-    seeded: Vec<Seeded>,
+    seeded: Vec<SeedMatch>,
 }
 
 struct Importer<'a> {
@@ -531,7 +531,7 @@ struct Written {
 /// Shares the parts of a range that seeds hold, each compared with what came, before and after.
 fn share(
     seeds: &Seeds,
-    seeded: &[Seeded],
+    seeded: &[SeedMatch],
     range: &Range<StoreBlock>,
     content: &[u8],
     content_first: StoreBlock,

@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 
 use super::shared::ImageSets;
-use super::{Class, Extent, Facts, Mapping, Pinned, Recoding, Shared};
+use super::{Class, CompressionGoal, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::block::bytes;
 use crate::codec::{Decoder, put_varint, put_zigzag};
 use crate::spill::SpillVec;
 
 /// What is the same for many extents.
-type Kind = (Class, Option<Pinned>, Option<Recoding>);
+type Kind = (Class, Option<PinReason>, Option<CompressionGoal>);
 
 /// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(crate) struct PackedMappings {
 
 impl Facts {
     /// Sets the mappings aside. Until they are brought back there are none.
-    pub(crate) fn set_mappings_aside(&mut self) -> PackedMappings {
+    pub(crate) fn pack_mappings(&mut self) -> PackedMappings {
         let aside = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
         self.first_mapping = SpillVec::new();
         self.cover = SpillVec::new();
@@ -37,14 +37,14 @@ impl Facts {
     }
 
     /// Sets the extents aside, after what is mapped of them.
-    pub(crate) fn set_extents_aside(&mut self) -> PackedExtents {
+    pub(crate) fn pack_extents(&mut self) -> PackedExtents {
         let aside = PackedExtents::of(&self.extents);
         self.extents = SpillVec::new();
         aside
     }
 
     /// Brings back what was set aside.
-    pub(crate) fn bring_back(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
+    pub(crate) fn unpack(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
         self.extents = extents.unpack();
         self.mappings.list = SpillVec::with_capacity(mappings.count);
         self.mappings.list.extend(mappings.unpack(&self.extents));
@@ -59,7 +59,7 @@ impl PackedExtents {
         let mut numbers: HashMap<Kind, usize> = HashMap::new();
         let (mut address, mut generation, mut slot) = (0, 0, 0);
         for extent in extents {
-            let kind = (extent.class, extent.pinned, extent.recoding);
+            let kind = (extent.class, extent.pinned, extent.compression_goal);
             let number = *numbers.entry(kind).or_insert_with(|| {
                 kinds.push(kind);
                 kinds.len() - 1
@@ -89,7 +89,7 @@ impl PackedExtents {
         let mut packed = Unpacker(Decoder::new(&self.packed));
         let (mut address, mut generation, mut slot) = (0u64, 0u64, 0);
         let next = |_| {
-            let (class, pinned, recoding) = self.kinds[packed.number() as usize];
+            let (class, pinned, compression_goal) = self.kinds[packed.number() as usize];
             let blocks = packed.number();
             address = address.wrapping_add_signed(packed.signed());
             let disk_bytes = bytes(blocks).wrapping_add_signed(packed.signed());
@@ -102,7 +102,7 @@ impl PackedExtents {
                 blocks,
                 class,
                 pinned,
-                recoding,
+                compression_goal,
             };
             address = address.wrapping_add(disk_bytes);
             slot = extent.slots().end;
@@ -113,7 +113,7 @@ impl PackedExtents {
 }
 
 impl PackedMappings {
-    fn of(mappings: Shared<Mapping>, extents: &[Extent]) -> Self {
+    fn of(mappings: SharedList<Mapping>, extents: &[Extent]) -> Self {
         let (mut packed, mut record) = (SpillVec::new(), Vec::new());
         let (mut last, mut last_set) = (Mapping::default(), 0);
         for (mapping, set) in &mappings.list {
@@ -141,12 +141,12 @@ impl PackedMappings {
         &self,
         extents: &[Extent],
         mut becomes: impl FnMut(Mapping) -> I,
-    ) -> Shared<Mapping> {
+    ) -> SharedList<Mapping> {
         let mut list = SpillVec::with_capacity(self.count);
         for (mapping, set) in self.unpack(extents) {
             list.extend(becomes(mapping).into_iter().map(|mapping| (mapping, set)));
         }
-        Shared {
+        SharedList {
             list,
             sets: self.sets.clone(),
         }
@@ -203,15 +203,20 @@ mod tests {
     use proptest::prelude::*;
 
     fn extent() -> impl Strategy<Value = (Extent, u64)> {
-        let recoding = (any::<u16>(), any::<bool>()).prop_map(|(share, rewrites)| Recoding {
+        let compression_goal = (any::<u16>(), any::<bool>()).prop_map(|(share, rewrites)| CompressionGoal {
             compression: Compression::Zstd,
             share,
             rewrites,
         });
         let numbers = (0u64..1 << 60, 0u64..1 << 40, any::<u64>(), 1u32..100_000, 0u32..3);
-        let kind = (any::<bool>(), any::<u32>(), any::<bool>(), prop::option::of(recoding));
+        let kind = (
+            any::<bool>(),
+            any::<u32>(),
+            any::<bool>(),
+            prop::option::of(compression_goal),
+        );
         (numbers, kind).prop_map(
-            |((gap, disk_bytes, generation, blocks, skipped), (checksummed, groups, pinned, recoding))| {
+            |((gap, disk_bytes, generation, blocks, skipped), (checksummed, groups, pinned, compression_goal))| {
                 let extent = Extent {
                     address: 0,
                     disk_bytes,
@@ -223,8 +228,8 @@ mod tests {
                         compression: Compression::Lzo,
                         groups,
                     },
-                    pinned: pinned.then_some(Pinned::HeldByOthers),
-                    recoding,
+                    pinned: pinned.then_some(PinReason::HeldByOthers),
+                    compression_goal,
                 };
                 (extent, gap >> 8)
             },
@@ -260,10 +265,10 @@ mod tests {
             });
             let mut facts = Facts::new(extents.clone(), references.collect(), 0);
             let before = format!("{facts:?}");
-            let mappings = facts.set_mappings_aside();
-            let packed = facts.set_extents_aside();
+            let mappings = facts.pack_mappings();
+            let packed = facts.pack_extents();
             prop_assert!(facts.extents.is_empty() && facts.references().next().is_none());
-            facts.bring_back(&packed, mappings);
+            facts.unpack(&packed, mappings);
             prop_assert_eq!(before, format!("{facts:?}"));
         }
     }
