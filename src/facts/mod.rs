@@ -148,11 +148,11 @@ impl Extent {
 pub struct Reference {
     /// The image.
     pub image: ImageId,
-    /// First block in the image.
+    /// First block of the range in the image.
     pub file_block: u32,
-    /// First slot it maps.
+    /// The slot that its first block maps.
     pub slot: Slot,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
     /// Place of the extent in [`Facts::extents`].
     pub extent: u32,
@@ -172,11 +172,11 @@ impl Reference {
 pub struct Mapping {
     /// Place of the extent in [`Facts::extents`].
     pub extent: u32,
-    /// First slot it maps.
+    /// The slot that its first block maps.
     pub slot: Slot,
     /// First block in the images.
     pub file_block: u32,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
     /// Whether the range is preallocated: it reads as zeros, whatever the extent holds there.
     pub preallocated: bool,
@@ -188,7 +188,7 @@ impl Mapping {
         self.slot..self.slot + self.blocks
     }
 
-    /// One image's.
+    /// The reference of one of the images that have it.
     fn reference(self, image: ImageId) -> Reference {
         Reference {
             image,
@@ -261,7 +261,7 @@ impl SharedList<Mapping> {
         );
     }
 
-    /// By extent, then slot, then the first image and the place in it.
+    /// In the order of extents, then slots, then the first image and the place in it.
     fn sort(&mut self) {
         let sets = &self.sets;
         self.list.sort_unstable_by_key(|(mapping, set)| {
@@ -271,12 +271,12 @@ impl SharedList<Mapping> {
     }
 }
 
-/// Everything that a plan follows from.
+/// Everything that a plan follows from. A plan that was made left all of it as it was but for the proofs, of which there are more.
 #[derive(Debug, Default)]
 pub struct Facts {
-    /// Extents by address; slots follow this order.
+    /// Extents in the order of their addresses; slots are numbered in the same order.
     pub extents: SpillVec<Extent>,
-    /// By extent, then slot, then the first image and the place in it.
+    /// In the order of extents, then slots, then the first image and the place in it.
     mappings: SharedList<Mapping>,
     /// For each extent, and one past the last, where its mappings begin.
     first_mapping: SpillVec<u32>,
@@ -296,21 +296,21 @@ pub struct Facts {
     /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
     pub frees_blocks: bool,
-    /// For each slot range that is reachable, a mapping to read it through; by slot, without overlap.
+    /// For each range of slots that an image reaches, a mapping to read it through; in the order of slots, without overlap.
     cover: SpillVec<Cover>,
 }
 
-/// What a block was found to hold when it was read.
+/// The strong hash of a block that was read, as [`proof_of`] makes it.
 pub type Proof = [u8; 8];
 
-/// What blocks were found to hold.
+/// The strong hashes of the blocks that were read.
 pub type Proofs = SpillMap<Slot, Proof>;
 
 /// A range of slots and the mapping it is read through.
 #[derive(Debug, Clone, Copy)]
 struct Cover {
     slot: Slot,
-    /// It covers to the end of this mapping.
+    /// The mapping, by its place in the list; it covers all slots to its end.
     mapping: u32,
 }
 
@@ -321,7 +321,7 @@ pub struct Place {
     pub image: ImageId,
     /// First block in it.
     pub file_block: u32,
-    /// Blocks that follow there and in the extent alike.
+    /// Length in blocks: they lie side by side both in the image and in the extent.
     pub blocks: u32,
 }
 
@@ -330,7 +330,7 @@ impl Facts {
     pub fn new(mut extents: SpillVec<Extent>, mut mappings: SharedList<Mapping>, zero_fingerprint: u32) -> Self {
         mappings.join();
         mappings.sort();
-        // Both grew piece by piece, up to twice what they need, and stay for long.
+        // Both lists grew up to twice what they need, and they stay for long.
         extents.shrink_to_fit();
         mappings.list.shrink_to_fit();
         let mut facts = Self {
@@ -377,7 +377,7 @@ impl Facts {
         self.cover = cover;
     }
 
-    /// Slots in all.
+    /// How many slots the pool has.
     pub fn slots(&self) -> Slot {
         self.extents.last().map_or(0, |last| last.slots().end)
     }
@@ -453,7 +453,7 @@ impl Facts {
     /// What images map of the slots, which are of one extent.
     fn over(&self, slots: Range<Slot>) -> impl Iterator<Item = (&Mapping, &[ImageId])> {
         let all = self.range_of(self.extent_of(slots.start));
-        // They are in the order of their slots, so that most of those are near the end of them.
+        // Mappings are in the order of their slots, so that most of those over a range are close before its end.
         let before = self.mappings.list[all.clone()].partition_point(|(mapping, _)| mapping.slot < slots.end);
         self.mappings_in(all.start..all.start + before)
             .rev()
@@ -504,7 +504,7 @@ impl Facts {
         })
     }
 
-    /// The same for a whole range, place after place.
+    /// The places of a whole range of live slots, in order, each with its first slot.
     pub fn places_of(&self, slots: Range<Slot>) -> impl Iterator<Item = (Slot, Place)> + '_ {
         let mut at = slots.start;
         std::iter::from_fn(move || {
@@ -542,7 +542,7 @@ impl Facts {
     }
 }
 
-/// How many references those are.
+/// How many references these mappings are.
 fn count<'a>(mappings: impl Iterator<Item = (&'a Mapping, &'a [ImageId])>) -> u32 {
     let count: usize = mappings.map(|(_, images)| images.len()).sum();
     u32::try_from(count).unwrap_or(u32::MAX)

@@ -1,4 +1,4 @@
-//! Extents and what images map of them set aside, in a fifth of their memory or less, while a plan looks at the pool as it would be.
+//! Extents and mappings in packed form, which takes a fifth of their memory or less, while a plan looks at the planned pool.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use crate::block::bytes;
 use crate::codec::{Decoder, put_varint, put_zigzag};
 use crate::spill::SpillVec;
 
-/// What is the same for many extents.
+/// The properties that many extents have in common.
 type Kind = (Class, Option<PinReason>, Option<CompressionGoal>);
 
 /// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
@@ -28,22 +28,22 @@ pub(crate) struct PackedMappings {
 }
 
 impl Facts {
-    /// Sets the mappings aside. Until they are brought back there are none.
+    /// Takes out all mappings and packs them. Until [`Facts::unpack`] there are none.
     pub(crate) fn pack_mappings(&mut self) -> PackedMappings {
-        let aside = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
+        let packed = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
         self.first_mapping = SpillVec::new();
         self.cover = SpillVec::new();
-        aside
+        packed
     }
 
-    /// Sets the extents aside, after what is mapped of them.
+    /// Takes out all extents and packs them, after [`Facts::pack_mappings`].
     pub(crate) fn pack_extents(&mut self) -> PackedExtents {
-        let aside = PackedExtents::of(&self.extents);
+        let packed = PackedExtents::of(&self.extents);
         self.extents = SpillVec::new();
-        aside
+        packed
     }
 
-    /// Brings back what was set aside.
+    /// Puts back what was packed.
     pub(crate) fn unpack(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
         self.extents = extents.unpack();
         self.mappings.list = SpillVec::with_capacity(mappings.count);
@@ -136,7 +136,8 @@ impl PackedMappings {
         }
     }
 
-    /// What becomes of each, for the same images; `extents` are those they were set aside with.
+    /// Makes a list in which each mapping is replaced by others, for the same images; `extents` are those that the mappings were
+    /// packed with.
     pub(crate) fn flat_map<I: IntoIterator<Item = Mapping>>(
         &self,
         extents: &[Extent],
@@ -173,12 +174,12 @@ impl PackedMappings {
     }
 }
 
-/// How far a number is from another.
+/// The difference of two numbers.
 fn difference(number: u32, from: u32) -> i64 {
     i64::from(number) - i64::from(from)
 }
 
-/// Reads numbers that were packed here.
+/// Reads packed numbers.
 struct Unpacker<'a>(Decoder<'a>);
 
 impl Unpacker<'_> {
@@ -190,7 +191,7 @@ impl Unpacker<'_> {
         self.0.varint32().unwrap_or_default()
     }
 
-    /// The number that is so far from another.
+    /// The number that differs from another by what is read.
     fn after(&mut self, from: u32) -> u32 {
         u32::try_from(i64::from(from) + self.signed()).unwrap_or_default()
     }

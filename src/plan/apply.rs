@@ -1,4 +1,4 @@
-//! What a pool would be once a layout is carried out.
+//! The *planned pool*: the pool as it would be once a layout was carried out.
 
 use super::layout::{Destination, Layout};
 use crate::block::{Slot, bytes};
@@ -6,10 +6,10 @@ use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof}
 use crate::fingerprint::Fingerprints;
 use crate::spill::SpillVec;
 
-/// A pool as it would be, and where its parts come from.
+/// A planned pool, where its slots and extents come from, and what was set aside of the pool as it is to make room for it.
 #[derive(Debug)]
 pub struct PlannedPool {
-    /// What would be known of it. Donors have addresses beyond all others.
+    /// Its facts. Donors have addresses beyond those of all other extents.
     pub facts: Facts,
     origins: Origins,
     extents: PackedExtents,
@@ -19,36 +19,37 @@ pub struct PlannedPool {
     has_file: bool,
 }
 
-/// Where the parts of a pool as it would be come from.
+/// Where the slots and extents of a planned pool come from.
 #[derive(Debug)]
 pub struct Origins {
     slots: SlotOrigins,
-    /// For each extent, which one it was, or [`Origins::NEW`].
+    /// For each extent of the planned pool, its place in the pool as it is, or [`Origins::NEW`].
     kept: SpillVec<u32>,
 }
 
 impl Origins {
-    /// No extent there was.
+    /// Stands for no extent of the pool as it is.
     const NEW: u32 = u32::MAX;
 
-    /// Which slot a slot was: of a donor's block, the one it is copied from.
+    /// The slot of the pool as it is that a slot stands for: for a donor, the slot that its block is copied from.
     pub fn slot(&self, slot: Slot) -> Slot {
         self.slots.of(slot)
     }
 
-    /// Which extent an extent was. None for donors, and for what stays of extents that part of goes.
+    /// The extent of the pool as it is that an extent stands for. None for donors, and for the parts that stay of an extent of
+    /// which another part goes.
     pub fn extent(&self, extent: u32) -> Option<u32> {
         Some(self.kept[extent as usize]).filter(|extent| *extent != Self::NEW)
     }
 }
 
 impl PlannedPool {
-    /// Where its parts come from.
+    /// Where its slots and extents come from.
     pub fn origins(&self) -> &Origins {
         &self.origins
     }
 
-    /// Gives back to `facts` what was taken from it.
+    /// Gives back to `facts` all that [`apply`] took from it.
     pub fn undo(self, facts: &mut Facts) -> Origins {
         let Facts { fingerprints, .. } = self.facts;
         facts.planned_fingerprints = self.has_file.then_some(fingerprints);
@@ -58,10 +59,10 @@ impl PlannedPool {
     }
 }
 
-/// Where slots come from, run by run.
+/// Where slots come from, range by range.
 #[derive(Debug, Default)]
 struct SlotOrigins {
-    /// First slot, first slot there was, blocks; by the first.
+    /// For each range its first slot, the slot which that stands for, and its blocks; in the order of the first.
     runs: SpillVec<(Slot, Slot, u32)>,
 }
 
@@ -77,14 +78,14 @@ impl SlotOrigins {
         self.runs.push((new, old.start, old.end - old.start));
     }
 
-    /// The slot that `slot` was.
+    /// The slot that `slot` stands for.
     fn of(&self, slot: Slot) -> Slot {
         let after = self.runs.partition_point(|(new, ..)| *new <= slot);
         let (new, old, _) = self.runs[after - 1];
         old + (slot - new)
     }
 
-    /// The slot that `old` is now, for many of them.
+    /// A function that finds the new slot for an old one; none if there is none. Making it takes time, calling it takes little.
     fn inverse(&self) -> impl Fn(Slot) -> Option<Slot> + use<> {
         let mut by_old = self.runs.clone();
         by_old.sort_unstable_by_key(|(_, old, _)| *old);
@@ -96,15 +97,15 @@ impl SlotOrigins {
     }
 }
 
-/// The extents that there would be.
+/// The extents of a planned pool.
 #[derive(Default)]
 struct PlannedExtents {
     extents: SpillVec<Extent>,
     origin: SlotOrigins,
     kept: SpillVec<u32>,
-    /// For each extent that there was, its new place; `u32::MAX` if it is gone.
+    /// For each extent of the pool as it is, its place in the planned pool; `u32::MAX` if it goes.
     new_place: SpillVec<u32>,
-    /// The place of the first donor.
+    /// The place of the first donor; the others follow it.
     first_donor: u32,
 }
 
@@ -164,8 +165,8 @@ impl PlannedExtents {
         all
     }
 
-    /// What images that have a mapping would have in its place: the same of an extent that stays, and piece by piece where the blocks of
-    /// one that goes end up. `new_of` tells where a slot is.
+    /// The mappings that take the place of one: the same range of an extent that stays, or, of an extent that goes, where each
+    /// piece ends up. `new_of` finds the new slot for an old one.
     fn mapped(
         &self,
         facts: &Facts,
@@ -223,17 +224,17 @@ impl PlannedExtents {
     }
 }
 
-/// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, mappings and proofs are gone until
-/// [`PlannedPool::undo`].
+/// Makes the planned pool of a layout. There is memory for one pool only: the extents, mappings and proofs of `facts` are packed
+/// and missing from it until [`PlannedPool::undo`].
 pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
     let all = PlannedExtents::of(facts, layout);
     let new_of = all.origin.inverse();
-    let aside = facts.pack_mappings();
+    let packed_mappings = facts.pack_mappings();
     let facts_then = &*facts;
-    let moved = aside.flat_map(&facts.extents, |mapping| {
+    let moved = packed_mappings.flat_map(&facts.extents, |mapping| {
         all.mapped(facts_then, layout, &new_of, mapping)
     });
-    let packed = facts.pack_extents();
+    let packed_extents = facts.pack_extents();
     let PlannedExtents {
         extents,
         origin,
@@ -259,8 +260,8 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
     PlannedPool {
         facts: after,
         origins: Origins { slots: origin, kept },
-        extents: packed,
-        mappings: aside,
+        extents: packed_extents,
+        mappings: packed_mappings,
         proofs,
         has_file,
     }

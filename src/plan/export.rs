@@ -44,9 +44,9 @@ impl ExportSource {
 pub struct ExportPiece {
     /// First slot.
     pub slot: Slot,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
-    /// What they are.
+    /// What they are in the archive.
     pub source: ExportSource,
 }
 
@@ -56,7 +56,7 @@ impl ExportPiece {
         self.slot + self.blocks
     }
 
-    /// What it is from a slot of it on.
+    /// What it is from one of its slots on.
     pub fn content_at(&self, slot: Slot) -> Content {
         self.known().content_at(slot)
     }
@@ -71,7 +71,7 @@ impl ExportPiece {
     }
 }
 
-/// What is to be exported.
+/// What an export is to store, and what it may refer to instead.
 #[derive(Debug, Default)]
 pub struct ExportPlan {
     /// All live slots, in order.
@@ -80,7 +80,7 @@ pub struct ExportPlan {
     pub chunks: SpillVec<u8>,
     /// Store address of the first new block.
     pub first_new: StoreBlock,
-    /// And of the one after the last.
+    /// Store address after the last new block.
     pub end: StoreBlock,
     /// Fingerprints by store address.
     pub fingerprints: Fingerprints,
@@ -166,7 +166,7 @@ impl Planner<'_> {
         let zero = self.facts.zero_fingerprint;
         let mut at = 0usize;
         let mut new_from = None;
-        // What follows the last match is looked at first: the longer a run, the fewer there are.
+        // The blocks behind the last match are tried first, since longer runs are fewer.
         let mut follows = None;
         while at < fingerprints.len() {
             let zeros = fingerprints[at..].iter().take_while(|one| **one == zero).count();

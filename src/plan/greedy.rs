@@ -1,4 +1,5 @@
-//! One pass over all extents: what stays, and where the blocks of what goes are found.
+//! One pass over all extents: it decides which stay, and where the blocks of the others are found. A *home* is a slot whose
+//! content stays where it is for the rest of the pass.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -11,12 +12,12 @@ use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::spill::SpillVec;
 
-/// What a pass found.
+/// What a pass decided.
 #[derive(Debug, Default)]
 pub(super) struct Decisions {
-    /// Extents that are to go.
+    /// Extents that are to be eliminated, in the order in which that was decided.
     pub(super) gone: SpillVec<u32>,
-    /// Where their blocks are found. What no run covers is left over.
+    /// Where their blocks are found. A live block that no run covers is left over.
     pub(super) runs: SpillVec<DedupRun>,
     pub(super) unproved: SpillVec<Slot>,
     pub(super) pinned: BTreeMap<PinReason, u64>,
@@ -26,19 +27,20 @@ pub(super) struct Decisions {
 /// would make every later look at them slow.
 const REPEATED_RUN_BLOCKS: u32 = 32;
 
-/// Of more references to a place, these count when a run is weighed, besides what they take of metadata: the others are of revisions, which
-/// are kept rather than run.
+/// References to a place that count when a run is weighed, apart from the metadata that each takes. More of them are of
+/// revisions, which users keep rather than run, so that fragments in them cost little.
 const REFERENCES_COUNTED_MAX: u64 = 3;
 
-/// Blocks left over between two runs that are looked at once more.
+/// The longest gap between two runs, in blocks, that is looked up once more.
 const GAP_BLOCKS_MAX: u32 = 32;
 
-/// Steps, for each block of an extent, that looking for what is like it may take: far more than any that is to be found takes. Guests
-/// choose the checksums of their blocks, and can have many look alike for long stretches which then are no match.
+/// Comparisons of two blocks that matching may take, for each block of an extent. Honest content takes far fewer. The limit is
+/// for guests, who choose the checksums of their blocks and can make long stretches look alike that are no match.
 const STEPS_PER_BLOCK: u64 = 1024;
 
-/// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only
-/// in a plan, which cost nothing to write otherwise. Before each, `go_on` is asked.
+/// Decides for every extent whether it is eliminated. If `ask` is true, runs may rest on blocks that were not read, and those
+/// blocks are listed in [`Decisions::unproved`]. `rewritten_anyway` tells which extents are donors that exist only in the plan:
+/// writing them differently costs nothing. `go_on` is called before each extent, and its error ends the pass.
 pub(super) fn decide<E>(
     facts: &Facts,
     options: &ReclaimOptions,
@@ -46,7 +48,7 @@ pub(super) fn decide<E>(
     rewritten_anyway: impl Fn(u32) -> bool,
     go_on: &dyn Fn() -> Result<(), E>,
 ) -> Result<Decisions, E> {
-    // Before there are tables: it takes memory of its own while it is made.
+    // The order is made before the tables, since making it takes memory of its own.
     let order = order(facts, options);
     let mut pass = Pass::new(facts, options, ask);
     for extent in order {
@@ -56,13 +58,14 @@ pub(super) fn decide<E>(
     Ok(pass.found)
 }
 
-/// Extents that stay anyhow first, then those that most images use on average, then image by image in the order in which each is
-/// read: what is looked at early is likely to stay. So one of several images that are alike stays as it is, and the others refer to
-/// it in long runs; an order that mixes them would cut all of them into pieces. Addresses differ between a plan and what became of it.
+/// The order in which extents are looked at: pinned extents first, then those that most images use on average, then image by
+/// image in the order of their blocks. An extent that is looked at early is likely to stay. So one of several images that are
+/// alike stays as it is, and the others refer to it in long runs; an order that mixes them would cut all of them into pieces.
+/// Addresses do not count, since they differ between a plan and the pool that it leads to.
 fn order(facts: &Facts, options: &ReclaimOptions) -> SpillVec<u32> {
-    /// An extent with this share of it unreachable is better not built upon, in 1/16.
+    /// An extent of which more than this share is unreachable, in 1/16, makes a bad home: it is likely to go.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
-    /// Nor is a small one: runs end where extents do.
+    /// So does an extent of fewer blocks than this: runs end where extents do.
     const SMALL_BLOCKS: u32 = 16;
     const USE_MAX: u64 = (1 << 29) - 1;
     let rank = |(place, extent): (u32, &Extent)| {
@@ -73,14 +76,15 @@ fn order(facts: &Facts, options: &ReclaimOptions) -> SpillVec<u32> {
         let used: u64 = mappings
             .map(|(mapping, images)| u64::from(mapping.blocks) * images.len() as u64)
             .sum();
-        // In halves: revisions differ by a few blocks, which must not part what lies side by side.
+        // The average is rounded to halves: revisions differ by a few blocks, which must not separate extents that lie side by
+        // side.
         let halves = (used * 2 / (live as u64).max(1)).min(USE_MAX);
         let class = u64::from(is_pinned(facts, options, place).is_none()) << 31
             | u64::from(is_wasteful) << 30
             | u64::from(extent.blocks < SMALL_BLOCKS) << 29
             | (USE_MAX - halves);
         let first = facts.references_to(place).next();
-        // Numbers take less memory than what they are made of.
+        // The rank is packed into one number, which takes less memory than its parts.
         let image = class << 32 | u64::from(first.map_or(u32::MAX, |reference| reference.image));
         (image, first.map_or(0, |reference| reference.file_block), place)
     };
@@ -101,34 +105,34 @@ fn is_pinned(facts: &Facts, options: &ReclaimOptions, extent: u32) -> Option<Pin
 struct Pass<'a> {
     facts: &'a Facts,
     options: &'a ReclaimOptions,
-    /// Whether short runs that are not proved count, and are listed; if not, they do not count.
+    /// Whether runs that must be proved count, and are listed, before they are.
     ask: bool,
     table: BlockTable,
-    /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
+    /// Homes: live slots of extents that stay, and slots that are left over from extents that go.
     homes: SlotSet,
     limits: ReferenceLimits,
     current: CurrentExtent,
     found: Decisions,
 }
 
-/// The extent that is looked at.
+/// The extent that the pass is at.
 #[derive(Default)]
 struct CurrentExtent {
     first_slot: Slot,
     references: u32,
-    /// They are asked for many times, and may be on disk.
+    /// A copy of its fingerprints: they are read many times, and may be on disk.
     fingerprints: Vec<u32>,
-    /// Steps that looking for what is like its blocks may take yet.
+    /// Comparisons of two blocks that matching it may still take.
     steps_left: Cell<u64>,
 }
 
-/// How many references there are, and may be.
+/// How many references each extent and each image has, and may have.
 struct ReferenceLimits {
-    /// By extent.
+    /// For each extent, its references as decided so far.
     extents: SpillVec<u32>,
-    /// What the extent that is looked at would add to them.
+    /// For other extents, the references that they would get from the current one.
     added: BTreeMap<u32, u32>,
-    /// By image: references, and how many there may be.
+    /// For each image, its references as decided so far, and how many it may have.
     images: Vec<(u64, u64)>,
 }
 
@@ -156,12 +160,12 @@ impl ReferenceLimits {
         }
     }
 
-    /// References that an extent would have, beside those of the run that is looked at.
+    /// References that an extent would have if the current extent went, without those of the run under consideration.
     fn of_extent(&self, extent: u32) -> u32 {
         self.extents[extent as usize] + self.added.get(&extent).copied().unwrap_or(0)
     }
 
-    /// Whether images may get so many more references each.
+    /// Whether each image may get so many more references.
     fn allow(&self, images: &BTreeMap<ImageId, i64>) -> bool {
         images.iter().all(|(image, more)| {
             let (references, limit) = self.images[*image as usize];
@@ -169,7 +173,7 @@ impl ReferenceLimits {
         })
     }
 
-    /// The extent that is looked at goes.
+    /// Counts the references that the current extent adds for good, since it goes.
     fn accept(&mut self, images: &BTreeMap<ImageId, i64>) {
         for (extent, more) in &self.added {
             self.extents[*extent as usize] += more;
@@ -181,7 +185,7 @@ impl ReferenceLimits {
     }
 }
 
-/// What eliminating one extent would do.
+/// Where the blocks of one extent are found.
 struct ExtentMatch {
     runs: Vec<DedupRun>,
     left_over: u32,
@@ -189,7 +193,7 @@ struct ExtentMatch {
 }
 
 impl ExtentMatch {
-    /// Blocks that are found elsewhere.
+    /// Blocks that are found in homes or are zeros.
     fn matched(&self) -> u32 {
         self.runs.iter().map(|run| run.blocks).sum()
     }
@@ -210,7 +214,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Begins with an extent.
+    /// Makes an extent the current one.
     fn begin(&mut self, extent: u32) -> &'a Extent {
         let this = &self.facts.extents[extent as usize];
         self.current = CurrentExtent {
@@ -228,7 +232,7 @@ impl<'a> Pass<'a> {
         let this = self.begin(extent);
         let mut found = self.match_extent(this);
         let mut more = self.new_references(extent, &found.runs);
-        // Where an image is near its limit, the long runs may go without the short ones.
+        // An image near its limit of references may still have room for the long runs.
         let mut least = self.options.min_run_blocks;
         while pinned.is_none() && !found.runs.is_empty() && !self.limits.allow(&more) {
             least = least.saturating_mul(2);
@@ -252,7 +256,7 @@ impl<'a> Pass<'a> {
         for run in facts.live_runs(this.slots()) {
             self.homes.insert_range(run);
         }
-        // What is left over was entered when it was.
+        // Blocks that are left over are in the table already.
         for run in &found.runs {
             (run.slot..run.slot + run.blocks).for_each(|slot| self.enter(slot));
         }
@@ -264,7 +268,8 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Enters a home into the table. Zeros are found in holes, or are to stay; they are shared only amid other data.
+    /// Enters a home into the table. Zeros are not entered: they become holes, or stay, and are shared only as part of a longer
+    /// run.
     fn enter(&mut self, slot: Slot) {
         let (facts, fingerprint) = (self.facts, self.fingerprint(slot));
         if fingerprint != facts.zero_fingerprint {
@@ -297,20 +302,21 @@ impl<'a> Pass<'a> {
         let left_over = this.donor_bytes(found.left_over);
         let others = this.blocks - found.left_over;
         let frees = if rewritten_anyway {
-            // Whatever it will be like: what pays then must pay now, or a second run would find it.
+            // A donor will be an ordinary extent after the run. What pays then must pay now, or a second run would find it.
             bytes(others)
         } else if this.is_always_rewritten() {
-            // Rewriting it all is what it is compared with, and no merit of what is found elsewhere.
+            // It is rewritten in any case, so only the bytes that need not be written count.
             this.donor_bytes(found.left_over + found.matched()) - left_over
         } else if this.class.compression == Compression::None {
-            // Nor is it one that what is left over may take less in a donor.
+            // What is left over may take less in a donor, but that does not count for sharing.
             this.disk_bytes - bytes(found.left_over)
         } else {
-            // What it takes is known after it was written only. A plan must not hang on that.
+            // How many bytes its donor takes is known only once it was written. A plan must not depend on that, so half of the
+            // blocks count.
             bytes(others) / 2
         };
         let rewritten_anyway = rewritten_anyway || this.is_always_rewritten();
-        // Where blocks are freed one by one, the others stay where they are.
+        // Where the filesystem frees single blocks, the blocks that are left over stay where they are.
         let rewritten = if self.facts.frees_blocks { 0 } else { left_over };
         let rewriting = if rewritten_anyway {
             0
@@ -322,7 +328,7 @@ impl<'a> Pass<'a> {
             && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * new_references
     }
 
-    /// How many more references each image would have. To holes there are none.
+    /// How many more references each image would have if an extent with these runs went; holes take no reference.
     fn new_references(&self, extent: u32, runs: &[DedupRun]) -> BTreeMap<ImageId, i64> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
@@ -345,7 +351,8 @@ impl<'a> Pass<'a> {
         more
     }
 
-    /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
+    /// Finds the blocks of an extent in homes, earlier blocks of the same extent included. A block that is left over becomes a
+    /// home at once.
     fn match_extent(&mut self, extent: &Extent) -> ExtentMatch {
         self.limits.added.clear();
         let mut found = ExtentMatch {
@@ -355,7 +362,7 @@ impl<'a> Pass<'a> {
         };
         for segment in self.facts.live_runs(extent.slots()) {
             let mut at = segment.start;
-            // Where the blocks begin that are left over so far.
+            // Blocks from here to `at` are left over so far.
             let mut gap = at;
             while at < segment.end {
                 let run = self
@@ -389,8 +396,8 @@ impl<'a> Pass<'a> {
         found.runs.push(run);
     }
 
-    /// Leaves over after all what runs of fewer than `least` blocks cover, or of half that if they are zeros: a hole takes a
-    /// reference less.
+    /// Gives up runs of fewer than `least` blocks, or of fewer than half of that if they are zeros, since a hole takes one
+    /// reference less. Their blocks are left over.
     fn leave_short_runs(&mut self, found: &mut ExtentMatch, least: u32) {
         let is_long = |run: &DedupRun| match run.target {
             DedupTarget::Hole => run.blocks >= least / 2,
@@ -411,8 +418,8 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Looks once more at a few blocks that are left over between runs: they take a reference of their own in any case, so
-    /// that sharing them costs nothing, however few they are.
+    /// Looks up once more a few blocks that are left over between runs. They need a reference of their own in any case, so that
+    /// sharing all of them costs nothing, however few they are.
     fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&DedupRun>, found: &mut ExtentMatch) {
         let blocks = gap.end - gap.start;
         let is_used = |run: &DedupRun| matches!(run.target, DedupTarget::Home(home) if home < gap.end && gap.start < home + run.blocks);
@@ -431,7 +438,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// The run of zeros that begins at `at`, if it is worth a hole. From `gap` on blocks are left over so far.
+    /// The run of zeros that begins at `at`, if it is worth a hole. Blocks from `gap` to `at` are left over so far.
     fn zeros(&self, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<DedupRun> {
         if self.options.keep_zeros || !self.is_zero(at) {
             return None;
@@ -447,12 +454,12 @@ impl<'a> Pass<'a> {
         (self.is_long_enough(&run, segment, gap, false) && self.may_count(&run)).then_some(run)
     }
 
-    /// The longest run around `at` that is found in a home, if it is worth a reference.
-    /// It may begin before `at`, in blocks from `gap` on that are left over so far: they may not be in the table's sample.
+    /// The longest run around `at` that is found in homes, if it is worth its references. It may begin before `at`, in blocks
+    /// from `gap` on that are left over so far: those may be outside the table's sample.
     fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<DedupRun> {
         let facts = self.facts;
         let fingerprint = self.fingerprint(at);
-        // Those over one block are no more than that, and take longer to count.
+        // An upper bound for the references over one block, which take longer to count.
         let all = self.current.references;
         let mut best: Option<DedupRun> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
@@ -467,7 +474,7 @@ impl<'a> Pass<'a> {
             if !other.class.shares_with(extent.class) {
                 continue;
             }
-            // Within one extent, references only change places.
+            // A run that is found within its own extent adds no references to it.
             if other.first_slot != extent.first_slot
                 && self.limits.of_extent(number) + all > self.options.references_max
                 && self.limits.of_extent(number) + facts.references_over(at..at + 1) > self.options.references_max
@@ -487,7 +494,7 @@ impl<'a> Pass<'a> {
             self.current
                 .steps_left
                 .set(steps.saturating_sub(u64::from(blocks + back)));
-            // What the run covers is no home any more, so it must not be what it is found in.
+            // Blocks that the run covers are homes no longer than until it is accepted, so the run must not be found in them.
             if home - back < at && at - back < home + blocks {
                 back = 0;
             }
@@ -507,8 +514,8 @@ impl<'a> Pass<'a> {
         best
     }
 
-    /// Whether a run is part of one block's repetition. Where it ends with its segment, its home tells how that would go on: where
-    /// donors end within a repetition would change from one plan to the next.
+    /// Whether a run is part of a repetition of one block. A run that ends with its segment is judged by what lies beside its
+    /// home: otherwise donors would end at other places within a repetition from one plan to the next.
     fn is_repeated(&self, run: &DedupRun, segment: &Range<Slot>) -> bool {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
         let fingerprint = |slot| self.fingerprint(slot);
@@ -516,7 +523,7 @@ impl<'a> Pass<'a> {
         let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
         let goes_on = || match run.target {
             DedupTarget::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
-                // On either side: of a repetition, it may be the beginning or the end.
+                // Either side counts: the run may be the beginning or the end of a repetition.
                 home.checked_sub(1).iter().chain(&Some(home + run.blocks)).any(is_first)
             }
             _ => false,
@@ -552,7 +559,8 @@ impl<'a> Pass<'a> {
             most = most.min(each / weight);
         }
         let most = usize::try_from(most).unwrap_or(usize::MAX);
-        // Counting takes time where there are many, and is rarely needed.
+        // The references over the run are counted only if those of the whole extent do not decide: counting takes time where
+        // there are many.
         self.current.references as usize <= most || !self.facts.has_references_over(slots, most + 1)
     }
 
@@ -576,7 +584,7 @@ impl<'a> Pass<'a> {
             DedupTarget::Hole => 0..0,
             DedupTarget::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
             DedupTarget::Home(_) => {
-                // Where it is, follows from the run, so that asking again asks the same.
+                // Which block it is follows from the run, so that the next round asks for the same one.
                 let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
                 n..n + 1
             }
@@ -592,8 +600,8 @@ impl<'a> Pass<'a> {
         fingerprints.windows(2).any(|pair| pair[0] == pair[1])
     }
 
-    /// Lists what must be read before a run counts: some of its blocks, and all that look like them, since another of those may
-    /// be the one that is equal.
+    /// Lists the slots that must be read before a run counts: some of its blocks, and all candidates that look like them, since
+    /// another candidate may be the equal one.
     fn question(&self, run: &DedupRun, unproved: &mut Vec<Slot>) {
         let fingerprints = &self.facts.fingerprints;
         for n in self.must_be_proved(run) {
@@ -609,7 +617,7 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// Blocks of the runs that go to a hole, and of those that go to homes.
+/// How many blocks of the runs become holes, and how many are found in homes.
 pub(super) fn matched_blocks(runs: &[DedupRun]) -> (u32, u32) {
     runs.iter().fold((0, 0), |(zeros, duplicates), run| match run.target {
         DedupTarget::Hole => (zeros + run.blocks, duplicates),
@@ -941,6 +949,17 @@ mod tests {
         let segment = pass.begin(0).slots();
         assert!(pass.is_long_enough(&home(0, 2, 2), &segment, 0, true));
         assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, 0, false));
+    }
+
+    #[test]
+    fn references_beside_a_run_do_not_count() {
+        let pool = Pool::of("A abcdefghijklmnop\nB ab\none A\ntwo A\nthree A[4..16]\nfour B");
+        let options = ReclaimOptions::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        let segment = pass.begin(0).slots();
+        let counts = |slot| pass.is_long_enough(&home(slot, 2, 16), &segment, 0, false);
+        // Two map the place, three the extent.
+        assert_eq!([counts(1), counts(3), counts(8)], [true, false, false]);
     }
 
     #[test]

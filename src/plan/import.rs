@@ -51,7 +51,7 @@ pub fn lost_ranges(runs: &[Run], size: u64, lost: &[Range<StoreBlock>]) -> Vec<B
 pub struct SeedMatch {
     /// First store address.
     pub first: StoreBlock,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
     /// First slot of the seeds' facts.
     pub slot: Slot,
@@ -73,7 +73,7 @@ pub fn find_seeds(
             }
         }
     }
-    // Nobody reaches the blocks between two live runs: a match ends with its own.
+    // A match ends with its live run: no image reaches the blocks behind it.
     let live_end = |slot: Slot| {
         let extent = &facts.extents[facts.extent_of(slot) as usize];
         facts
@@ -104,7 +104,7 @@ pub fn find_seeds(
                 .into_iter()
                 .chain(candidates)
                 .map(|slot| (length(slot), slot))
-                // Of equal ones the first: it follows what was found before.
+                // Of equally long matches the first is taken: it follows what was found before.
                 .reduce(|best, next| if next.0 > best.0 { next } else { best });
             match best {
                 Some((blocks, slot)) if blocks > 0 => {

@@ -12,16 +12,16 @@ use crate::spill::SpillVec;
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
 pub const COMPRESSED_BLOCKS_MAX: u32 = 32;
 
-/// Where a run of blocks is found.
+/// Where the blocks of a run are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DedupTarget {
-    /// In the slots from here on. They may move on in turn; [`Layout::resolve`] follows.
+    /// In the slots from this one on. A later round may move those in turn, which [`Layout::resolve`] follows.
     Home(Slot),
-    /// Nowhere: they are zeros.
+    /// Nowhere, since they are zeros: they become a hole.
     Hole,
 }
 
-/// Blocks of an extent that goes, and where they are found.
+/// A run of blocks of an extent that goes, and where they are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DedupRun {
     pub(super) slot: Slot,
@@ -30,7 +30,8 @@ pub(super) struct DedupRun {
 }
 
 impl DedupRun {
-    /// Whether what is known of some slots, in order, speaks against it. `origin` tells which slot of `facts` a slot is.
+    /// Whether two of its blocks that should be equal are known to differ. Only pairs with a slot in `known`, which is in order,
+    /// are looked at. `origin` tells which slot of `facts` a slot stands for.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot], origin: impl Fn(Slot) -> Slot) -> bool {
         let among = |from: Slot| {
             let first = known.partition_point(|slot| *slot < from);
@@ -49,33 +50,33 @@ impl DedupRun {
     }
 }
 
-/// Where blocks end up.
+/// Where blocks are after the plan was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Destination {
-    /// Where no data is.
+    /// Nowhere: the image has a hole there.
     Hole,
-    /// In an extent that stays, from this slot on.
+    /// In an extent of the pool, from this slot on.
     Kept(Slot),
-    /// In a donor: which donor extent, and from which of its blocks on.
+    /// In a donor extent, by its place in [`Layout::donors`], from this block of it on.
     Donor(u32, u32),
 }
 
-/// A donor's extent: written in one go, so that the filesystem allocates it as one.
+/// An extent of a donor. It is written in one go, so that the filesystem allocates it as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DonorExtent {
-    /// Like the extents whose blocks it takes over.
+    /// What it must have in common with the extents whose blocks it takes over.
     pub class: Class,
-    /// The slots it takes over, as places in what [`Layout::pieces_of`] looks in.
+    /// The slots that it takes over, as places in the list of pieces that [`Layout::pieces_of`] reads.
     pieces: Range<u32>,
-    /// Its blocks.
+    /// Its length in blocks.
     pub blocks: u32,
-    /// Bytes that it is expected to take on disk; the sum of blocks if it is not compressed.
+    /// Bytes that it is expected to take on disk. They are exact if it is not compressed.
     pub disk_bytes: u64,
-    /// The batch it is written in.
+    /// The number of the batch that it is written in.
     pub batch: u32,
 }
 
-/// Left over slots and where in the donors they go.
+/// A range of slots that is left over, and its place in a donor.
 #[derive(Debug, Clone, Copy)]
 struct Leftover {
     slot: Slot,
@@ -88,22 +89,22 @@ struct Leftover {
 #[derive(Debug, Clone, Copy)]
 struct EliminatedExtent {
     extent: u32,
-    /// Its blocks that were left over when that was decided. Batches go by this: what is found of them later must not move others to
-    /// another batch, away from what they lie beside in their images.
+    /// Blocks of it that were left over when its elimination was decided. Batches are cut by this number: a block that a later
+    /// round finds must not move other extents to another batch, away from their neighbours in the images.
     left_over: u32,
 }
 
-/// Where every block is to be.
+/// Where every block of the pool is to be.
 #[derive(Debug, Clone, Default)]
 pub struct Layout {
     /// Extents that go, in the order in which that was decided.
     order: SpillVec<EliminatedExtent>,
-    /// Which those are.
+    /// The same extents as a set.
     gone: SlotSet,
-    /// What of them is found elsewhere, by slot.
+    /// Their blocks that are found elsewhere, by slot. Runs do not overlap, and each lies within one extent.
     runs: SpillVec<DedupRun>,
     leftovers: SpillVec<Leftover>,
-    /// The same, donor by donor.
+    /// The slots of the leftovers, donor by donor.
     pieces: SpillVec<Range<Slot>>,
     donors: SpillVec<DonorExtent>,
 }
@@ -129,7 +130,8 @@ impl Layout {
         &self.pieces[donor.pieces.start as usize..donor.pieces.end as usize]
     }
 
-    /// What stays where it is of an extent that goes: on a filesystem that frees blocks, all that no run covers.
+    /// The slots of an extent that goes which stay where they are: those that no run covers, if the filesystem frees single
+    /// blocks, and otherwise none.
     pub(super) fn stays_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
         if facts.frees_blocks {
             self.rest_of(facts, extent)
@@ -138,7 +140,7 @@ impl Layout {
         }
     }
 
-    /// The live slots of an extent that are found nowhere else.
+    /// The live slots of an extent that no run covers.
     pub(super) fn rest_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
         left_over(
             facts,
@@ -154,13 +156,13 @@ impl Layout {
         &self.runs[from..from + count]
     }
 
-    /// Whether what is known of some slots, in order, speaks against what is to be shared.
+    /// Whether a run is refuted by what was read of the slots `known`, which are in order.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot]) -> bool {
         self.runs.iter().any(|run| run.is_refuted(facts, known, |slot| slot))
     }
 
-    /// Adds decisions that were made on the pool as this layout would leave it, and where the parts of that come from; none if it
-    /// is the pool as it is.
+    /// Adds decisions of a pass. `origins` tells where the slots of the planned pool come from that the pass looked at; it is
+    /// none if the pass looked at the pool as it is.
     pub(super) fn compose(&mut self, facts: &Facts, gone: &[u32], runs: &[DedupRun], origins: Option<&Origins>) {
         let origin = |slot| origins.map_or(slot, |origins| origins.slot(slot));
         let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
@@ -203,8 +205,8 @@ impl Layout {
         }
     }
 
-    /// Where extents are rewritten though nothing of them is found elsewhere, they come first, in the order of the images: they need
-    /// nobody, and what needs them comes after them.
+    /// Moves extents to the front, in the order of the images, that are rewritten although nothing of them is found elsewhere:
+    /// they need no other extent, and others may need them. Without such extents the order stays.
     fn order_for_donors(&mut self, facts: &Facts) {
         let extent = |place: u32| &facts.extents[place as usize];
         if !self.gone().any(|place| extent(place).is_always_rewritten()) {
@@ -223,7 +225,7 @@ impl Layout {
         self.order.extend(keyed.iter().map(|(_, at)| order[*at as usize]));
     }
 
-    /// Lays out the donors for what no run covers, batch by batch.
+    /// Lays out the donors for the blocks that are left over, batch by batch.
     pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &ReclaimOptions) {
         self.leftovers.clear();
         self.pieces.clear();
@@ -251,7 +253,7 @@ impl Layout {
         self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
     }
 
-    /// Lists what each donor's extent takes over.
+    /// Lists the slots that each donor extent takes over.
     fn list_pieces(&mut self) {
         self.leftovers
             .sort_unstable_by_key(|leftover| (leftover.donor, leftover.at));
@@ -277,7 +279,7 @@ impl Layout {
             let place = facts.place_of(piece.clone());
             place.map(|place| (place.image, place.file_block))
         });
-        // The donor extent that is being filled, for each class, and the references it will have.
+        // For each class, the donor extent that is being filled, and the references that it will have.
         let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
         for (extent, piece) in pieces {
             let this = &facts.extents[extent as usize];
@@ -322,10 +324,11 @@ impl Layout {
         }
     }
 
-    /// Where a range of live slots ends up: the beginning of it, and for how many blocks.
+    /// Where the beginning of a range of live slots ends up, and for how many blocks that holds.
     pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, Destination) {
         let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);
-        // Each step leads to a slot that was a home when the step was decided and never becomes one again, so this ends.
+        // This ends: each step leads to a slot that was a home when the run was decided, so only runs of later rounds can lead
+        // on.
         loop {
             let after = self.runs.partition_point(|run| run.slot <= slot);
             if let Some(run) = after
@@ -360,7 +363,7 @@ impl Layout {
         }
     }
 
-    /// The same for a whole range, piece after piece.
+    /// Where each piece of a range of live slots ends up, in order. The pieces cover the range.
     pub fn resolve_all<'a>(
         &'a self,
         facts: &'a Facts,
@@ -378,7 +381,8 @@ impl Layout {
     }
 }
 
-/// Blocks of a donor's extent at most. Small enough that one image's deletion does not leave much behind.
+/// Greatest length of a donor extent in blocks. It is small enough that the deletion of one image does not leave much of it
+/// unreachable.
 pub(super) fn extent_blocks_max(class: Class) -> u32 {
     match class.compression {
         Compression::None => 4096,
@@ -386,7 +390,7 @@ pub(super) fn extent_blocks_max(class: Class) -> u32 {
     }
 }
 
-/// The live slots that no run covers.
+/// The live slots among `slots` that no run covers, in order; `runs` are those of the same slots, in order.
 pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[DedupRun]) -> Vec<Range<Slot>> {
     let mut pieces = Vec::new();
     let mut runs = runs.iter().peekable();

@@ -1,4 +1,4 @@
-//! The layout as a list of ops: what is copied, and which range of which image is shared with what.
+//! The layout as a list of ops: which blocks are copied to donors, and which range of which image is to share with which source.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -14,9 +14,9 @@ use crate::spill::SpillVec;
 /// A file that holds the donor extents of one batch and class, one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DonorFile {
-    /// The batch it is written in.
+    /// The number of the batch that it is written in.
     pub batch: u32,
-    /// What the file must be like.
+    /// What the file must have in common with the images that will share with it.
     pub class: Class,
     /// Its extents, as places in [`super::Layout::donors`].
     pub extents: Vec<u32>,
@@ -33,7 +33,7 @@ pub struct Batch {
     pub compared_bytes: u64,
 }
 
-/// What a range of an image is to share.
+/// What a range of an image is to share with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShareSource {
     /// A range of an image that stays as it is, from this block on.
@@ -47,23 +47,24 @@ pub enum ShareSource {
 /// One range of an image that is to share another's blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Op {
-    /// The image.
+    /// The image whose range changes its blocks.
     pub image: ImageId,
-    /// Its first block.
+    /// First block of the range.
     pub file_block: u32,
-    /// Blocks.
+    /// Length of the range in blocks.
     pub blocks: u32,
-    /// What it is to share.
+    /// What it is to share with.
     pub source: ShareSource,
-    /// The extent that this takes a reference from, as a place in [`Facts::extents`].
+    /// The extent that the range refers to before the op, as a place in [`Facts::extents`].
     pub extent: u32,
 }
 
-/// Puts extents into batches, in an order in which everything an extent needs is there when its turn comes, and counts.
+/// Puts the extents that go into batches, in an order in which the donors of an extent are written when its turn comes, and
+/// counts what is freed and what space that takes.
 pub(super) fn schedule(facts: &Facts, plan: &mut ReclaimPlan) {
     place_donors(plan);
     let layout = &plan.layout;
-    // What needs no donor comes first: it takes no space, and makes some.
+    // Extents that need no donor come first: they take no space, and free some.
     let mut by_batch = SpillVec::with_capacity(layout.gone().len());
     for (turn, extent) in (0u32..).zip(layout.gone()) {
         let (elimination, freed, batch) = eliminate(facts, plan, extent);
@@ -127,7 +128,7 @@ fn batch_of(facts: &Facts, plan: &ReclaimPlan, number: Option<u32>, first: usize
     }
 }
 
-/// The bytes that donors take on the way, batch after batch.
+/// Counts the bytes that donors take on the way, batch after batch.
 #[derive(Default)]
 struct Space {
     /// What donors hold before what they replace is freed.
@@ -143,7 +144,7 @@ struct Space {
 }
 
 impl Space {
-    /// Goes on to the next batch.
+    /// Counts the next batch.
     fn pass(&mut self, plan: &ReclaimPlan, batch: &Batch) {
         let donors = plan.donor_files[batch.donor_files.clone()]
             .iter()
@@ -153,7 +154,7 @@ impl Space {
         // The donors of a batch are written while the one before is shared.
         self.peak_bytes = self.peak_bytes.max(self.held + written);
         self.taken += written;
-        // Where there is no other room, they wait for that.
+        // Where nothing else is free, they wait until that one freed its extents.
         self.given += self.released;
         self.needed_bytes = self.needed_bytes.max(self.taken.saturating_sub(self.given));
         self.held = (self.held + written).saturating_sub(self.released);
@@ -174,11 +175,11 @@ fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: u32) -> (Elimination, Ve
     let freed_bytes = this.disk_bytes.saturating_sub(left_over_bytes);
     let rewritten_bytes = if facts.frees_blocks { 0 } else { left_over_bytes };
 
-    // What is found elsewhere is rounded down and the rest given to what nothing reaches, so that the sum is exact.
+    // The shares are rounded down, and the remainder counts as unreachable, so that the sum is exact.
     let (zeros, duplicates) = matched_blocks(runs);
     let zeros = this.disk_share(zeros).min(freed_bytes);
     let duplicates = this.disk_share(duplicates).min(freed_bytes - zeros);
-    // What is not compressed anew takes in a donor what it took before.
+    // Blocks that are not compressed anew are expected to take in a donor what they took before.
     let compressed = this.disk_share(left_over_blocks).saturating_sub(left_over_bytes);
     let compressed = compressed.min(freed_bytes - zeros - duplicates);
     let nothing = freed_bytes - zeros - duplicates - compressed;
@@ -229,7 +230,7 @@ fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: u32) -> (Elimination, Ve
 }
 
 impl ReclaimPlan {
-    /// How many extents of a donor file a range of it reaches into: a reference is needed for each.
+    /// How many extents of a donor file a range of it overlaps: a reference is needed for each.
     fn donor_extents_over(&self, file: u32, range: Range<u32>) -> u64 {
         let extents = &self.donor_files[file as usize].extents;
         let begin_before = |block| extents.partition_point(|donor| self.donor_places[*donor as usize].1 < block);
@@ -291,7 +292,7 @@ impl ReclaimPlan {
     }
 }
 
-/// Joins ops that follow each other on both sides.
+/// Joins ops whose ranges and sources follow each other.
 fn join(ops: impl Iterator<Item = Op>) -> impl Iterator<Item = Op> {
     let mut ops = ops.peekable();
     std::iter::from_fn(move || {

@@ -3,19 +3,20 @@
 use crate::block::Slot;
 use crate::fingerprint::Fingerprints;
 
-/// Slots by fingerprint: [`BlockTable::SLOT_BYTES`] for each, in one open-addressed table of groups, of which each is looked at as a whole.
+/// Slots by fingerprint, in an open-addressed hash table of groups; all tags of a group are compared at once. It takes
+/// [`BlockTable::SLOT_BYTES`] of memory for each slot.
 ///
-/// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
-/// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
+/// Where a pool has more slots than the table may hold, only a sample of the fingerprints is entered and looked up. A fingerprint
+/// itself decides whether it belongs to the sample, so that of two equal runs the same blocks do; matches grow from those in both
 /// directions, block by block.
 #[derive(Debug)]
 pub(super) struct BlockTable {
-    /// Eight bits of each fingerprint's hash, from the first place of each group on, or [`EMPTY`]. Most blocks are like no other, and
-    /// these say so without a look at the fingerprints, which may be on disk.
+    /// Eight bits of each fingerprint's hash, or [`EMPTY`]; a group is filled from its first place on. Most blocks are like no
+    /// other, and the tags say so without a look at the fingerprints, which may be on disk.
     tags: Vec<[u8; GROUP]>,
-    /// The slots, where a tag is. Nothing is ever taken out: the caller checks what a candidate is worth.
+    /// The slots, at the places of their tags. No slot is ever removed: the caller checks what a candidate is worth.
     slots: Vec<[Slot; GROUP]>,
-    /// Fingerprints are in the sample if so many bits of their hash are zero.
+    /// A fingerprint belongs to the sample if so many upper bits of its hash are zero.
     sample_bits: u32,
 }
 
@@ -31,9 +32,9 @@ impl BlockTable {
     const SLOTS_PER_FINGERPRINT: usize = 16;
     /// Beyond those, each machine may enter as many: a guest that fills its disk with other guests' checksums keeps out nobody.
     const SLOTS_PER_MACHINE: usize = 2;
-    /// Slots looked at for one question.
+    /// Greatest number of candidates for one fingerprint.
     const CANDIDATES_MAX: usize = 64;
-    /// Groups looked at for one question, other fingerprints of the same region included: guests can fill regions, too.
+    /// Groups that one search looks at, at most. Guests can choose fingerprints that fill one region of the table.
     const STEPS_MAX: usize = 1024 / GROUP;
 
     /// An empty table for so many slots, that holds so many of them at most.
@@ -64,10 +65,10 @@ impl BlockTable {
         usize::try_from((spread * self.tags.len() as u64) >> 32).unwrap_or(0)
     }
 
-    /// The group so many steps from another.
+    /// The group that is so many steps behind `home`, around the end of the table.
     fn group(&self, home: usize, step: usize) -> usize {
         let group = home + step;
-        // There are no more steps than groups. A division would take as long as the rest.
+        // A subtraction is enough, since there are no more steps than groups; a division would take as long as all the rest.
         group.checked_sub(self.tags.len()).unwrap_or(group)
     }
 
@@ -140,7 +141,7 @@ impl BlockTable {
 fn places(tags: &[u8; GROUP], tag: u8) -> impl Iterator<Item = usize> + use<> {
     /// One in each byte.
     const ONES: u128 = u128::MAX / 255;
-    // All bytes at once: zero where the tag is, and the upper bit set just there.
+    // A byte of `other` is zero where the tag is; the upper bit of a byte of `found` is set just there.
     let other = u128::from_le_bytes(*tags) ^ (ONES * u128::from(tag));
     let low = ONES * 0x7f;
     let mut found = !(((other & low) + low) | other | low);
@@ -159,7 +160,7 @@ fn sample_bits(slots: usize, slots_max: usize) -> u32 {
         .unwrap_or(SAMPLE_BITS_MAX)
 }
 
-/// Which of the others that begin near it a fingerprint is not: other bits of the hash than those that choose place and sample.
+/// The tag of a fingerprint: bits that do not depend on those which choose the group and the sample. It is never [`EMPTY`].
 fn tag(fingerprint: u32) -> u8 {
     let [tag, ..] = hash(fingerprint.rotate_left(16)).to_le_bytes();
     tag.max(EMPTY + 1)
