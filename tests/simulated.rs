@@ -22,7 +22,7 @@ use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::{Monitor, Silent};
-use vmfold::plan::{Options, Plan};
+use vmfold::plan::{ReclaimOptions, ReclaimPlan};
 use vmfold::testing::faulty_filesystem::{CHANGED, Call, Fault, Faulty};
 use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 
@@ -165,11 +165,11 @@ fn add_images(fs: &Simulated, contents: impl IntoIterator<Item = Vec<Content>>) 
     }
 }
 
-fn planned(fs: &Simulated, options: &Options) -> (Facts, Plan) {
+fn planned(fs: &Simulated, options: &ReclaimOptions) -> (Facts, ReclaimPlan) {
     planned_as(fs, options, None)
 }
 
-fn planned_as(fs: &Simulated, options: &Options, wish: Option<Wish>) -> (Facts, Plan) {
+fn planned_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>) -> (Facts, ReclaimPlan) {
     let mut facts = fs.facts();
     let prove = |facts: &Facts, slots: &[Slot]| {
         let mut block = vec![0; 4096];
@@ -209,21 +209,21 @@ fn threads() -> impl Strategy<Value = usize> {
     prop::sample::select(&THREADS[..])
 }
 
-fn reclaim(fs: &Simulated, options: &Options, threads: usize) -> (Plan, Ran) {
+fn reclaim(fs: &Simulated, options: &ReclaimOptions, threads: usize) -> (ReclaimPlan, Ran) {
     reclaim_as(fs, options, None, threads)
 }
 
-fn reclaim_as(fs: &Simulated, options: &Options, wish: Option<Wish>, threads: usize) -> (Plan, Ran) {
+fn reclaim_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>, threads: usize) -> (ReclaimPlan, Ran) {
     reclaim_until(fs, options, wish, threads, &Silent::default())
 }
 
 fn reclaim_until(
     fs: &Simulated,
-    options: &Options,
+    options: &ReclaimOptions,
     wish: Option<Wish>,
     threads: usize,
     monitor: &dyn Monitor,
-) -> (Plan, Ran) {
+) -> (ReclaimPlan, Ran) {
     let (facts, plan) = planned_as(fs, options, wish);
     let mut ran = Ran::default();
     let packer = match wish {
@@ -251,7 +251,7 @@ fn references(facts: &Facts) -> BTreeMap<ImageId, (u64, u64)> {
     images
 }
 
-fn options() -> impl Strategy<Value = Options> {
+fn options() -> impl Strategy<Value = ReclaimOptions> {
     (
         1u32..10,
         any::<bool>(),
@@ -268,7 +268,7 @@ fn options() -> impl Strategy<Value = Options> {
                 work_space_bytes,
                 references_max,
                 references_per_gib_max,
-            )| Options {
+            )| ReclaimOptions {
                 min_run_blocks,
                 keep_zeros,
                 keep_preallocated,
@@ -322,7 +322,7 @@ proptest! {
     ) {
         // How many bytes and references a compressed donor takes is known once it was written: what these limits leave may take
         // another run.
-        let options = Options { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
+        let options = ReclaimOptions { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
         let fs = build(&steps, Faults::default(), false);
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
             fs.hold_from_outside(extent);
@@ -448,7 +448,7 @@ fn plan_is_the_same_every_time() {
     }
     let counts: BTreeMap<i64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
         *counts
-            .entry(planned(&fs, &Options::default()).1.freed_bytes())
+            .entry(planned(&fs, &ReclaimOptions::default()).1.freed_bytes())
             .or_default() += 1;
         counts
     });
@@ -464,10 +464,10 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
     let content: Vec<Content> = short.chain(100..160).chain([0; 60]).collect();
     add_images(&fs, [known, content]);
     let freed_blocks = |references: u32| {
-        let options = Options {
+        let options = ReclaimOptions {
             // The image has 200 blocks, so that the limit is `references`.
             references_per_gib_max: references * (1 << 18) / 200,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         planned(&fs, &options).1.freed_bytes() / 4096
     };
@@ -483,10 +483,10 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     // It stays whatever it is used for.
     fs.hold_from_outside(0);
     let freed_blocks = |min_run_blocks| {
-        let options = Options {
+        let options = ReclaimOptions {
             min_run_blocks,
             references_per_gib_max: u32::MAX,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         planned(&fs, &options).1.freed_bytes() / 4096
     };
@@ -548,7 +548,7 @@ fn a_run_that_is_told_to_stop_says_what_it_did() {
                 at,
                 done_bytes: AtomicU64::new(0),
             };
-            let (_, ran) = reclaim_until(&fs, &Options::default(), None, threads, &monitor);
+            let (_, ran) = reclaim_until(&fs, &ReclaimOptions::default(), None, threads, &monitor);
             assert_eq!(fs.contents(), content);
             assert_eq!(ran.interrupted, at < 50, "{threads} threads, {at}: {ran:?}");
             assert_eq!(ran.counts.shared_bytes, ran.counts.calls * 8 * 4096);
@@ -558,7 +558,7 @@ fn a_run_that_is_told_to_stop_says_what_it_did() {
                 ran.counts.shared_bytes,
                 "one extent a call"
             );
-            let _ = reclaim(&fs, &Options::default(), threads);
+            let _ = reclaim(&fs, &ReclaimOptions::default(), threads);
             assert_eq!(fs.allocated_bytes(), before / 2);
         }
     }
@@ -592,7 +592,7 @@ impl Monitor for Meeting {
 fn calls_on_different_images_are_made_at_the_same_time() {
     let fs = pairs(Faults::default());
     let before = fs.allocated_bytes();
-    let (_, ran) = reclaim_until(&fs, &Options::default(), None, 4, &Meeting::default());
+    let (_, ran) = reclaim_until(&fs, &ReclaimOptions::default(), None, 4, &Meeting::default());
     assert_eq!((ran.counts.calls, fs.allocated_bytes()), (48, before / 2));
 }
 
@@ -605,7 +605,7 @@ fn whoever_opens_an_image_meanwhile_has_it_left_alone_whichever_call_is_made() {
                 ..Faults::default()
             });
             let content = fs.contents();
-            let (plan, ran) = reclaim(&fs, &Options::default(), threads);
+            let (plan, ran) = reclaim(&fs, &ReclaimOptions::default(), threads);
             assert_eq!(fs.contents(), content);
             let counts = &ran.counts;
             assert_eq!(counts.calls * 8 * 4096, counts.shared_bytes);
@@ -641,14 +641,14 @@ fn what_needs_an_open_image_is_not_begun(threads: usize) {
         .collect();
     add_images(&fs, images);
     let before = fs.allocated_bytes();
-    let (plan, ran) = reclaim(&fs, &Options::default(), threads);
+    let (plan, ran) = reclaim(&fs, &ReclaimOptions::default(), threads);
     assert!(plan.freed_bytes() > 19 * 40 * 4096);
     assert_eq!(fs.allocated_bytes(), before, "what is begun and not ended takes more");
     assert_eq!((ran.counts.calls, ran.counts.second_round_extents), (0, 0));
     assert!(ran.opened_meanwhile.contains(&0) && ran.counts.abandoned_bytes > 0);
     fs.faults = Faults::default();
     fs.close_everyone_else();
-    let (plan, _) = reclaim(&fs, &Options::default(), threads);
+    let (plan, _) = reclaim(&fs, &ReclaimOptions::default(), threads);
     assert_eq!(
         i128::from(before - fs.allocated_bytes()),
         i128::from(plan.freed_bytes())
@@ -666,7 +666,7 @@ fn planning_ends_when_it_is_told_to() {
             if asked.get() > allowed { Err("enough") } else { Ok(()) }
         };
         let mut facts = fs.facts();
-        let ended = vmfold::plan::plan_proved(&mut facts, &Options::default(), &go_on, |_, _| Err("enough"));
+        let ended = vmfold::plan::plan_proved(&mut facts, &ReclaimOptions::default(), &go_on, |_, _| Err("enough"));
         assert_eq!(ended.err(), Some("enough"));
         assert!(asked.get() <= allowed + 1);
     }
@@ -711,7 +711,7 @@ fn small_pool(frees_blocks: bool, look_alike: bool) -> Simulated {
 }
 
 /// Small steps, so that there are batches that wait for others.
-const SMALL_STEPS: Options = Options {
+const SMALL_STEPS: ReclaimOptions = ReclaimOptions {
     min_run_blocks: 2,
     keep_zeros: false,
     keep_preallocated: false,
@@ -722,7 +722,7 @@ const SMALL_STEPS: Options = Options {
 };
 
 /// Plans on a filesystem, and runs that while faults are met.
-fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (Plan, Ran, Result<(), vmfold::error::Error>) {
+fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (ReclaimPlan, Ran, Result<(), vmfold::error::Error>) {
     let (facts, plan) = planned(fs, &SMALL_STEPS);
     let mut ran = Ran::default();
     let outcome = run(&facts, &plan, Settings::default(), faulty, &Silent::default(), &mut ran);

@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use common::{Mounted, can_mount};
 use proptest::prelude::*;
 use vmfold::block::bytes;
-use vmfold::facts::{Extent, Facts, Proof, Reference, Shared};
+use vmfold::facts::{Extent, Facts, Proof, Reference, SharedList};
 use vmfold::fingerprint::Fingerprints;
-use vmfold::plan::{Options, Plan, plan_proved};
+use vmfold::plan::{ReclaimOptions, ReclaimPlan, plan_proved};
 use vmfold::spill::{Budget, SpillMap, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
@@ -216,7 +216,7 @@ fn who_loses_what_does_not_fit_into_memory_says_so() {
 
 /// A plan for enough extents that lists of them may lie in files, and how many bytes did on the way. Of every fourth, half is like the one
 /// before.
-fn plan(budget: &Budget) -> (Plan, usize) {
+fn plan(budget: &Budget) -> (ReclaimPlan, usize) {
     const EXTENTS: u32 = 40_000;
     const BLOCKS: u32 = 16;
     let number_of = |slot: u32| {
@@ -231,7 +231,7 @@ fn plan(budget: &Budget) -> (Plan, usize) {
         blocks: BLOCKS,
         class: PLAIN,
         pinned: None,
-        recoding: None,
+        compression_goal: None,
     });
     let references = (0..EXTENTS).map(|extent| Reference {
         image: extent % 3,
@@ -243,7 +243,7 @@ fn plan(budget: &Budget) -> (Plan, usize) {
     });
     let mut facts = Facts::new(
         SpillVec::from_iter_in(extents, budget),
-        Shared::from_references_in(references, budget),
+        SharedList::from_references_in(references, budget),
         0,
     );
     let fingerprint = |slot| (number_of(slot) + 1).wrapping_mul(0x9e37_79b9);
@@ -254,7 +254,7 @@ fn plan(budget: &Budget) -> (Plan, usize) {
         let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     };
-    let Ok(plan) = plan_proved(&mut facts, &Options::default(), &|| Ok(()), prove);
+    let Ok(plan) = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), prove);
     (plan, in_files)
 }
 

@@ -75,7 +75,7 @@ impl Scene {
         let options = ReclaimOptions {
             scope: self.scope(),
             groups: Vec::new(),
-            plan: plan::Options::default(),
+            plan: plan::ReclaimOptions::default(),
             compress,
             dry_run,
             reserve_bytes: 0,

@@ -306,7 +306,7 @@ impl args::Reclaim {
         let options = |scope| ops::reclaim::Options {
             scope,
             compress,
-            plan: crate::plan::Options {
+            plan: crate::plan::ReclaimOptions {
                 min_run_blocks,
                 keep_zeros: self.keep_zeros,
                 keep_preallocated: self.keep_prealloc,

@@ -6,12 +6,12 @@ use rayon::prelude::*;
 use zstd::bulk::Compressor;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
-use crate::facts::{Compression, Facts, Proof, Recoding};
+use crate::facts::{Compression, CompressionGoal, Facts, Proof};
 use crate::frame::{Packer, on_disk};
 use crate::fs::{Filesystem, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
-use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, Options, Plan, plan_proved};
+use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, ReclaimOptions, ReclaimPlan, plan_proved};
 use crate::spill::{Budget, SpillVec};
 
 /// What compression the user asked for.
@@ -30,7 +30,7 @@ pub enum Wish {
 
 /// What samples of an extent became, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
-struct Became {
+struct SampledBytes {
     content: u64,
     /// Expected on disk, amid other content of the kind.
     expected: u64,
@@ -38,7 +38,7 @@ struct Became {
     alone: u64,
 }
 
-impl Became {
+impl SampledBytes {
     fn and(self, other: Self) -> Self {
         Self {
             content: self.content + other.content,
@@ -48,8 +48,10 @@ impl Became {
     }
 
     fn share(self) -> u16 {
-        let share = u128::from(self.expected) * u128::from(Recoding::WHOLE) / u128::from(self.content.max(1));
-        u16::try_from(share).unwrap_or(Recoding::WHOLE).min(Recoding::WHOLE)
+        let share = u128::from(self.expected) * u128::from(CompressionGoal::WHOLE) / u128::from(self.content.max(1));
+        u16::try_from(share)
+            .unwrap_or(CompressionGoal::WHOLE)
+            .min(CompressionGoal::WHOLE)
     }
 }
 
@@ -60,12 +62,12 @@ impl Became {
 pub fn plan_wished<E>(
     wish: Option<Wish>,
     facts: &mut Facts,
-    options: &Options,
+    options: &ReclaimOptions,
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
     is_candidate: impl Fn(&Facts, u32) -> bool,
     (fs, monitor): (&dyn Filesystem, &dyn Monitor),
-) -> Result<Plan, E> {
+) -> Result<ReclaimPlan, E> {
     /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
     const TRIALS_MAX: usize = 8;
     if wish == Some(Wish::Undo) {
@@ -88,13 +90,13 @@ pub fn plan_wished<E>(
 
 /// Has extents that are compressed written as they are.
 fn undo(facts: &mut Facts) {
-    let plain = Recoding {
+    let plain = CompressionGoal {
         compression: Compression::None,
-        share: Recoding::WHOLE,
+        share: CompressionGoal::WHOLE,
         rewrites: true,
     };
     for extent in &mut facts.extents {
-        extent.recoding = (extent.class.compression != Compression::None).then_some(plain);
+        extent.compression_goal = (extent.class.compression != Compression::None).then_some(plain);
     }
 }
 
@@ -105,7 +107,7 @@ struct Trial {
     recompress: bool,
     /// For each extent, a hash of the sample that was tried; 0 if none was.
     tried: SpillVec<u64>,
-    pool: Became,
+    pool: SampledBytes,
 }
 
 impl Trial {
@@ -115,7 +117,7 @@ impl Trial {
             packer,
             recompress,
             tried: SpillVec::new_in(budget),
-            pool: Became::default(),
+            pool: SampledBytes::default(),
         }
     }
 
@@ -164,26 +166,14 @@ impl Trial {
                 let Some(became) = became.filter(|became| became.content > 0) else {
                     continue;
                 };
-                self.pool = self.pool.and(became);
                 self.tried[sample.extent as usize] = *hash;
-                let extent = &mut facts.extents[sample.extent as usize];
-                let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
-                let rewrites = self.packer.is_worth(became.alone, extent.disk_share(blocks));
-                is_new |= if layout.is_gone(sample.extent) {
-                    extent.recoding.is_none()
-                } else {
-                    rewrites && !extent.is_recoded()
-                };
-                extent.recoding = Some(Recoding {
-                    compression: Compression::Zstd,
-                    share: became.share(),
-                    rewrites,
-                });
+                is_new |= self.learn(facts, layout, sample.extent, became);
             }
         }
         // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
         for place in candidates.into_iter().filter(|_| self.pool.content > 0) {
-            facts.extents[place as usize].recoding.get_or_insert(Recoding {
+            let goal = &mut facts.extents[place as usize].compression_goal;
+            goal.get_or_insert(CompressionGoal {
                 compression: Compression::Zstd,
                 share: self.pool.share(),
                 rewrites: false,
@@ -192,8 +182,27 @@ impl Trial {
         is_new
     }
 
+    /// Fills in how an extent is to lie on disk, of which a sample was compressed. Says whether a plan is due that knows it.
+    fn learn(&mut self, facts: &mut Facts, layout: &Layout, place: u32, became: SampledBytes) -> bool {
+        self.pool = self.pool.and(became);
+        let extent = &mut facts.extents[place as usize];
+        let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
+        let rewrites = self.packer.is_worth(became.alone, extent.disk_share(blocks));
+        let is_new = if layout.is_gone(place) {
+            extent.compression_goal.is_none()
+        } else {
+            rewrites && !extent.is_always_rewritten()
+        };
+        extent.compression_goal = Some(CompressionGoal {
+            compression: Compression::Zstd,
+            share: became.share(),
+            rewrites,
+        });
+        is_new
+    }
+
     /// Compresses samples on all cores; nothing becomes of what cannot be read.
-    fn compress(&self, facts: &Facts, chosen: &[(Sample, u64)], fs: &dyn Filesystem) -> Vec<Option<Became>> {
+    fn compress(&self, facts: &Facts, chosen: &[(Sample, u64)], fs: &dyn Filesystem) -> Vec<Option<SampledBytes>> {
         let compressor = || self.packer.compressor();
         let compress = |compressor: &mut io::Result<Compressor<'_>>, (sample, _): &(Sample, u64)| {
             let compressor = compressor.as_mut().ok()?;
@@ -216,7 +225,7 @@ fn hash_of(sample: &Sample) -> u64 {
     hash.digest().max(1)
 }
 
-impl std::iter::Sum for Became {
+impl std::iter::Sum for SampledBytes {
     fn sum<I: Iterator<Item = Self>>(windows: I) -> Self {
         windows.fold(Self::default(), Self::and)
     }
@@ -229,7 +238,7 @@ fn try_window(
     packer: Packer,
     compressor: &mut Compressor<'_>,
     window: &[std::ops::Range<Slot>],
-) -> Option<Became> {
+) -> Option<SampledBytes> {
     let content = read_slots(facts, fs, window).ok()?;
     let frame = compressor.compress(&content).ok()?.len();
     let whole = content.len() as u64;
@@ -239,7 +248,7 @@ fn try_window(
     let is_full = content.len() == COMPRESSED_BLOCKS_MAX as usize * BLOCK_LEN;
     // Less than a frame goes into one with others, whose last block is half full on average.
     let part = frame as u64 + whole * BLOCK_BYTES / 2 / bytes(COMPRESSED_BLOCKS_MAX);
-    Some(Became {
+    Some(SampledBytes {
         content: whole,
         expected: if is_full { alone } else { part.min(whole) },
         alone,

@@ -10,7 +10,7 @@ use crate::facts::{Class, Compression, Facts};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, SourceFile, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
-use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, Plan};
+use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, ReclaimPlan};
 
 /// Extents that are compressed side by side.
 const SIDE_BY_SIDE: usize = 64;
@@ -45,7 +45,7 @@ pub(super) struct Written {
 #[derive(Clone, Copy)]
 pub(super) struct Writer<'a> {
     pub(super) facts: &'a Facts,
-    pub(super) plan: &'a Plan,
+    pub(super) plan: &'a ReclaimPlan,
     pub(super) packer: Packer,
     pub(super) fs: &'a dyn Filesystem,
     pub(super) monitor: &'a dyn Monitor,

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
-use crate::facts::{Compression, Facts, Mapping, Pinned, Place};
+use crate::facts::{Compression, Facts, Mapping, PinReason, Place};
 use crate::fingerprint::Fingerprints;
 use crate::fs::{Filesystem, read_slots_into};
 use crate::index::ChunkIndex;
@@ -147,7 +147,7 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
             let found = unchanged[image as usize]
                 && copy(&mappings, *place, |done, old| {
                     let extent = &before.extents[before.extent_of(old.start) as usize];
-                    is_known &= extent.pinned != Some(Pinned::Unreadable);
+                    is_known &= extent.pinned != Some(PinReason::Unreadable);
                     fingerprints.write(slot + done, &before.fingerprints.range(old));
                 })
                 && is_known;
@@ -251,7 +251,7 @@ fn by_reading(
     for one in &unreadable {
         let extent = facts.extent_of(one.slots.start) as usize;
         let pinned = &mut facts.extents[extent].pinned;
-        *pinned = pinned.or(Some(Pinned::Unreadable));
+        *pinned = pinned.or(Some(PinReason::Unreadable));
     }
     Ok((read.into_inner(), unreadable))
 }

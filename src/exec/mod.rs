@@ -24,7 +24,7 @@ use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, Outcome, SourceFile};
 use crate::monitor::Monitor;
-use crate::plan::{Batch, DonorFile, Op, Plan, Source};
+use crate::plan::{Batch, DonorFile, Op, ReclaimPlan, ShareSource};
 use crate::pool::Skip;
 use crate::spill::SpillVec;
 
@@ -127,7 +127,7 @@ impl Ran {
 /// Writing a donor, a full filesystem. Ranges that differ, cannot be read or are refused are no errors.
 pub fn run(
     facts: &Facts,
-    plan: &Plan,
+    plan: &ReclaimPlan,
     settings: Settings,
     fs: &dyn Filesystem,
     monitor: &dyn Monitor,
@@ -241,7 +241,7 @@ struct Room<W> {
 
 impl<W: Fn()> Room<W> {
     /// Refuses a donor for which there is no room, even once everything before it was shared.
-    fn keep(&self, plan: &Plan, file: &DonorFile, fs: &dyn Filesystem) -> Result<()> {
+    fn keep(&self, plan: &ReclaimPlan, file: &DonorFile, fs: &dyn Filesystem) -> Result<()> {
         let donors = file
             .extents
             .iter()
@@ -266,7 +266,7 @@ impl<W: Fn()> Room<W> {
 
 struct Run<'a> {
     facts: &'a Facts,
-    plan: &'a Plan,
+    plan: &'a ReclaimPlan,
     fs: &'a dyn Filesystem,
     monitor: &'a dyn Monitor,
     writer: Writer<'a>,
@@ -334,13 +334,13 @@ impl Run<'_> {
 /// The range to share for an op; none if its donor does not hold it.
 fn call(fs: &dyn Filesystem, donor_files: &[Option<Donor>], op: &Op) -> Option<Call> {
     let (source, source_block) = match op.source {
-        Source::Image(image, block) => (SourceFile::Image(image), block),
-        Source::Donor(file, block) => {
+        ShareSource::Image(image, block) => (SourceFile::Image(image), block),
+        ShareSource::Donor(file, block) => {
             let donor = donor_files[file as usize].as_ref();
             let donor = donor.filter(|donor| donor.has(&(block..block + op.blocks)))?;
             (SourceFile::Donor(donor.number), block)
         }
-        Source::Hole => (
+        ShareSource::Hole => (
             SourceFile::Hole {
                 checksummed: fs.image(op.image).checksummed,
             },

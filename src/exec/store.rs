@@ -19,7 +19,7 @@ use crate::facts::{Facts, ImageId};
 use crate::fingerprint::Function;
 use crate::fs::{Filesystem, SourceFile, drop_slots_behind, read_slots_ahead, read_slots_into};
 use crate::monitor::Monitor;
-use crate::plan::export::{ExportPlan, Piece, Source};
+use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
 use crate::spill::SpillVec;
 
 /// Bytes of images read at a time, while those before are compressed, and those before that are written.
@@ -41,7 +41,7 @@ const CORRECTIONS_REMEMBERED: usize = 1 << 16;
 #[derive(Debug)]
 pub struct Stored {
     /// Ranges that turned out to be other blocks than planned, and what they are. By slot.
-    pub corrections: Vec<Piece>,
+    pub corrections: Vec<ExportPiece>,
     /// First blocks of images that lie in metadata.
     pub inline: Vec<(ImageId, Option<StoreBlock>)>,
     /// Hashes of all new blocks, corrected ones included.
@@ -290,7 +290,7 @@ fn read_batch(
             for piece in &plan.pieces[task.pieces.clone()] {
                 let (from, to) = part_of(task, piece);
                 for block in blocks.by_ref().take((to - from) as usize) {
-                    let proved = piece.source == Source::Zeros && is_zero(block);
+                    let proved = piece.source == ExportSource::Zeros && is_zero(block);
                     read.hashes.push((!proved).then(|| hash_of(block)));
                 }
             }
@@ -301,7 +301,7 @@ fn read_batch(
 }
 
 /// The slots of a piece that a task covers.
-fn part_of(task: &Task, piece: &Piece) -> (Slot, Slot) {
+fn part_of(task: &Task, piece: &ExportPiece) -> (Slot, Slot) {
     (piece.slot.max(task.slot), piece.end().min(task.slot + task.blocks))
 }
 
@@ -310,7 +310,7 @@ struct Assembler<'a> {
     plan: &'a ExportPlan,
     log: HashLog,
     corrected: Corrected,
-    corrections: Vec<Piece>,
+    corrections: Vec<ExportPiece>,
     frame: Vec<u8>,
     ready: Vec<Vec<u8>>,
     chunks: std::slice::Iter<'a, u8>,
@@ -326,12 +326,12 @@ impl Assembler<'_> {
             let content = &read.content.bytes()[at * BLOCK_LEN..][..count * BLOCK_LEN];
             let hashes = &read.hashes[at..at + count];
             match piece.source {
-                Source::New(_) => {
+                ExportSource::New(_) => {
                     let hashes: Vec<Hash> = hashes.iter().flatten().copied().collect();
                     self.log.extend(&hashes)?;
                     self.append(content);
                 }
-                Source::Same(first) => {
+                ExportSource::Same(first) => {
                     let first = first + (from - piece.slot);
                     let expected = self.hashes_of(first, to - from, old)?;
                     for (n, ((hash, expected), block)) in
@@ -342,14 +342,14 @@ impl Assembler<'_> {
                         }
                     }
                 }
-                Source::Zeros => {
+                ExportSource::Zeros => {
                     for (n, (hash, block)) in (0u32..).zip(hashes.iter().zip(content.chunks_exact(BLOCK_LEN))) {
                         if hash.is_some() {
                             self.correct(from + n, block, *hash)?;
                         }
                     }
                 }
-                Source::Known(_) | Source::KnownZeros => {}
+                ExportSource::Known(_) | ExportSource::KnownZeros => {}
             }
         }
         Ok(())
@@ -369,10 +369,10 @@ impl Assembler<'_> {
 
     fn correct(&mut self, slot: Slot, block: &[u8], hash: Option<Hash>) -> Result<()> {
         let source = match hash {
-            Some(hash) if !is_zero(block) => Source::New(self.corrected.add(block, hash)?),
-            _ => Source::Zeros,
+            Some(hash) if !is_zero(block) => ExportSource::New(self.corrected.add(block, hash)?),
+            _ => ExportSource::Zeros,
         };
-        self.corrections.push(Piece {
+        self.corrections.push(ExportPiece {
             slot,
             blocks: 1,
             source,

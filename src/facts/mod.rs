@@ -1,13 +1,13 @@
 //! What is known of a pool before anything is planned: extents, references, fingerprints. Plain data, no I/O.
 
-mod aside;
+mod packed;
 mod shared;
 
 use std::ops::Range;
 
-pub(crate) use aside::{PackedExtents, PackedMappings};
+pub(crate) use packed::{PackedExtents, PackedMappings};
 pub(crate) use shared::Collector;
-pub use shared::Shared;
+pub use shared::SharedList;
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
@@ -57,23 +57,23 @@ pub struct Extent {
     /// What may share with it.
     pub class: Class,
     /// Why it must stay where it is, if it must.
-    pub pinned: Option<Pinned>,
+    pub pinned: Option<PinReason>,
     /// How its blocks are to lie on disk once they are rewritten, if not as before.
-    pub recoding: Option<Recoding>,
+    pub compression_goal: Option<CompressionGoal>,
 }
 
 /// How blocks are to lie on disk, where someone asked for compression or for none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Recoding {
+pub struct CompressionGoal {
     /// What their donors are to be like.
     pub compression: Compression,
-    /// Bytes on disk that are expected for each [`Recoding::WHOLE`] bytes of content.
+    /// Bytes on disk that are expected for each [`CompressionGoal::WHOLE`] bytes of content.
     pub share: u16,
     /// Whether an extent is rewritten for that alone. Where it is not, it is known only what its blocks would become.
     pub rewrites: bool,
 }
 
-impl Recoding {
+impl CompressionGoal {
     /// The share of what is not compressed.
     pub const WHOLE: u16 = 1 << 15;
 }
@@ -81,7 +81,7 @@ impl Recoding {
 /// Why an extent cannot be eliminated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Pinned {
+pub enum PinReason {
     /// Something outside the given paths (another file, a snapshot) or an image that is left alone refers to it.
     HeldByOthers,
     /// It holds the last block of an image whose size is not a multiple of 4 KiB.
@@ -108,16 +108,17 @@ impl Extent {
     }
 
     /// Whether it is rewritten even if nothing of it is found elsewhere.
-    pub fn is_recoded(&self) -> bool {
-        self.recoding.is_some_and(|recoding| recoding.rewrites)
+    pub fn is_always_rewritten(&self) -> bool {
+        self.compression_goal
+            .is_some_and(|compression_goal| compression_goal.rewrites)
     }
 
     /// What a donor that takes over its blocks must be like.
     pub fn donor_class(&self) -> Class {
         Class {
             compression: self
-                .recoding
-                .map_or(self.class.compression, |recoding| recoding.compression),
+                .compression_goal
+                .map_or(self.class.compression, |compression_goal| compression_goal.compression),
             ..self.class
         }
     }
@@ -125,9 +126,12 @@ impl Extent {
     /// Bytes on disk that `blocks` of its blocks are expected to take in a donor.
     pub fn donor_bytes(&self, blocks: u32) -> u64 {
         let whole = u64::from(blocks) * BLOCK_BYTES;
-        match (self.donor_class().compression, self.recoding) {
+        match (self.donor_class().compression, self.compression_goal) {
             (Compression::None, _) => whole,
-            (_, Some(recoding)) => whole * u64::from(recoding.share.min(Recoding::WHOLE)) / u64::from(Recoding::WHOLE),
+            (_, Some(compression_goal)) => {
+                whole * u64::from(compression_goal.share.min(CompressionGoal::WHOLE))
+                    / u64::from(CompressionGoal::WHOLE)
+            }
             (_, None) => self.disk_share(blocks).min(whole),
         }
     }
@@ -144,11 +148,11 @@ impl Extent {
 pub struct Reference {
     /// The image.
     pub image: ImageId,
-    /// First block in the image.
+    /// First block of the range in the image.
     pub file_block: u32,
-    /// First slot it maps.
+    /// The slot that its first block maps.
     pub slot: Slot,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
     /// Place of the extent in [`Facts::extents`].
     pub extent: u32,
@@ -168,11 +172,11 @@ impl Reference {
 pub struct Mapping {
     /// Place of the extent in [`Facts::extents`].
     pub extent: u32,
-    /// First slot it maps.
+    /// The slot that its first block maps.
     pub slot: Slot,
     /// First block in the images.
     pub file_block: u32,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
     /// Whether the range is preallocated: it reads as zeros, whatever the extent holds there.
     pub preallocated: bool,
@@ -184,7 +188,7 @@ impl Mapping {
         self.slot..self.slot + self.blocks
     }
 
-    /// One image's.
+    /// The reference of one of the images that have it.
     fn reference(self, image: ImageId) -> Reference {
         Reference {
             image,
@@ -204,13 +208,13 @@ impl Mapping {
     }
 }
 
-impl FromIterator<Reference> for Shared<Mapping> {
+impl FromIterator<Reference> for SharedList<Mapping> {
     fn from_iter<I: IntoIterator<Item = Reference>>(references: I) -> Self {
         Self::from_references_in(references, &Budget::default())
     }
 }
 
-impl Shared<Mapping> {
+impl SharedList<Mapping> {
     /// What images map by these references.
     pub fn from_references_in(references: impl IntoIterator<Item = Reference>, budget: &Budget) -> Self {
         let mut all = Collector::new_in(budget);
@@ -262,7 +266,7 @@ impl Shared<Mapping> {
         );
     }
 
-    /// By extent, then slot, then the first image and the place in it.
+    /// In the order of extents, then slots, then the first image and the place in it.
     fn sort(&mut self) {
         let sets = &self.sets;
         self.list.sort_unstable_by_key(|(mapping, set)| {
@@ -272,13 +276,13 @@ impl Shared<Mapping> {
     }
 }
 
-/// Everything that a plan follows from.
+/// Everything that a plan follows from. A plan that was made left all of it as it was but for the proofs, of which there are more.
 #[derive(Debug, Default)]
 pub struct Facts {
-    /// Extents by address; slots follow this order.
+    /// Extents in the order of their addresses; slots are numbered in the same order.
     pub extents: SpillVec<Extent>,
-    /// By extent, then slot, then the first image and the place in it.
-    mappings: Shared<Mapping>,
+    /// In the order of extents, then slots, then the first image and the place in it.
+    mappings: SharedList<Mapping>,
     /// For each extent, and one past the last, where its mappings begin.
     first_mapping: SpillVec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
@@ -297,21 +301,21 @@ pub struct Facts {
     /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
     pub frees_blocks: bool,
-    /// For each slot range that is reachable, a mapping to read it through; by slot, without overlap.
+    /// For each range of slots that an image reaches, a mapping to read it through; in the order of slots, without overlap.
     cover: SpillVec<Cover>,
 }
 
-/// What a block was found to hold when it was read.
+/// The strong hash of a block that was read, as [`proof_of`] makes it.
 pub type Proof = [u8; 8];
 
-/// What blocks were found to hold.
+/// The strong hashes of the blocks that were read.
 pub type Proofs = SpillMap<Slot, Proof>;
 
 /// A range of slots and the mapping it is read through.
 #[derive(Debug, Clone, Copy)]
 struct Cover {
     slot: Slot,
-    /// It covers to the end of this mapping.
+    /// The mapping, by its place in the list; it covers all slots to its end.
     mapping: u32,
 }
 
@@ -322,17 +326,17 @@ pub struct Place {
     pub image: ImageId,
     /// First block in it.
     pub file_block: u32,
-    /// Blocks that follow there and in the extent alike.
+    /// Length in blocks: they lie side by side both in the image and in the extent.
     pub blocks: u32,
 }
 
 impl Facts {
-    /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in. The
-    /// budget of the extents is that of all lists.
-    pub fn new(mut extents: SpillVec<Extent>, mut mappings: Shared<Mapping>, zero_fingerprint: u32) -> Self {
+    /// Puts extents (by address, slots in that order) and what images map of them together; fingerprints are still to be filled in.
+    /// All lists are made from the budget of the extents.
+    pub fn new(mut extents: SpillVec<Extent>, mut mappings: SharedList<Mapping>, zero_fingerprint: u32) -> Self {
         mappings.join();
         mappings.sort();
-        // Both grew piece by piece, up to twice what they need, and stay for long.
+        // Both lists grew up to twice what they need, and they stay for long.
         extents.shrink_to_fit();
         mappings.list.shrink_to_fit();
         let proofs = Proofs::new_in(extents.budget().clone());
@@ -380,12 +384,12 @@ impl Facts {
         self.cover = cover;
     }
 
-    /// What its lists are made from, and those that follow from it: that of the extents.
+    /// The budget that its lists and those that follow from it are made from. It is that of the extents.
     pub fn budget(&self) -> &Budget {
         self.extents.budget()
     }
 
-    /// Slots in all.
+    /// How many slots the pool has.
     pub fn slots(&self) -> Slot {
         self.extents.last().map_or(0, |last| last.slots().end)
     }
@@ -425,7 +429,7 @@ impl Facts {
     }
 
     /// What images map, each with the images that do, by extent.
-    pub(crate) fn mappings(&self) -> &Shared<Mapping> {
+    pub(crate) fn mappings(&self) -> &SharedList<Mapping> {
         &self.mappings
     }
 
@@ -459,7 +463,7 @@ impl Facts {
     /// What images map of the slots, which are of one extent.
     fn over(&self, slots: Range<Slot>) -> impl Iterator<Item = (&Mapping, &[ImageId])> {
         let all = self.range_of(self.extent_of(slots.start));
-        // They are in the order of their slots, so that most of those are near the end of them.
+        // Mappings are in the order of their slots, so that most of those over a range are close before its end.
         let before = self.mappings.list[all.clone()].partition_point(|(mapping, _)| mapping.slot < slots.end);
         self.mappings_in(all.start..all.start + before)
             .rev()
@@ -510,7 +514,7 @@ impl Facts {
         })
     }
 
-    /// The same for a whole range, place after place.
+    /// The places of a whole range of live slots, in order, each with its first slot.
     pub fn places_of(&self, slots: Range<Slot>) -> impl Iterator<Item = (Slot, Place)> + '_ {
         let mut at = slots.start;
         std::iter::from_fn(move || {
@@ -548,7 +552,7 @@ impl Facts {
     }
 }
 
-/// How many references those are.
+/// How many references these mappings are.
 fn count<'a>(mappings: impl Iterator<Item = (&'a Mapping, &'a [ImageId])>) -> u32 {
     let count: usize = mappings.map(|(_, images)| images.len()).sum();
     u32::try_from(count).unwrap_or(u32::MAX)
@@ -615,7 +619,7 @@ mod tests {
                 blocks: BLOCKS,
                 class: PLAIN,
                 pinned: None,
-                recoding: None,
+                compression_goal: None,
             };
             let facts = Facts::new((0..2).map(extent).collect(), pieces.iter().copied().collect(), 0);
 

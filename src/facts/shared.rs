@@ -1,5 +1,5 @@
-//! What images have in common: each thing once, with the set of images that have it. Revisions of a machine mostly map the same
-//! blocks from the same place, so that what is known of them does not grow with their number.
+//! Lists of what images have in common: each item once, with the set of images that have it. Revisions of a machine mostly map
+//! the same blocks at the same places, so that such a list does not grow with their number.
 
 use std::collections::HashMap;
 
@@ -34,7 +34,7 @@ impl ImageSets {
     }
 }
 
-/// Numbers sets, the same ones the same.
+/// Numbers sets of images; equal sets get the same number.
 #[derive(Debug, Default)]
 struct Numbering {
     sets: ImageSets,
@@ -53,14 +53,14 @@ impl Numbering {
     }
 }
 
-/// Things, each with the set of images that have it.
+/// A list of items, each with the number of the set of images that have it.
 #[derive(Debug)]
-pub struct Shared<T> {
+pub struct SharedList<T> {
     pub(super) list: SpillVec<(T, u32)>,
     pub(super) sets: ImageSets,
 }
 
-impl<T> Default for Shared<T> {
+impl<T> Default for SharedList<T> {
     fn default() -> Self {
         Self {
             list: SpillVec::default(),
@@ -69,36 +69,37 @@ impl<T> Default for Shared<T> {
     }
 }
 
-impl<T> Shared<T> {
-    /// What their list was made from.
+impl<T> SharedList<T> {
+    /// The budget that the list is made from.
     pub(crate) fn budget(&self) -> &Budget {
         self.list.budget()
     }
 
-    /// The things, each with the images that have it, ascending.
+    /// The items, each with the images that have it, ascending.
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (&T, &[ImageId])> {
-        self.list.iter().map(|(thing, set)| (thing, self.sets.get(*set)))
+        self.list.iter().map(|(item, set)| (item, self.sets.get(*set)))
     }
 
-    /// One of them.
+    /// The item at a place of the list.
     pub(crate) fn get(&self, place: usize) -> (&T, &[ImageId]) {
-        let (thing, set) = &self.list[place];
-        (thing, self.sets.get(*set))
+        let (item, set) = &self.list[place];
+        (item, self.sets.get(*set))
     }
 
-    /// What becomes of each, for the same images.
-    pub(crate) fn flat_map<U, I: IntoIterator<Item = U>>(self, mut becomes: impl FnMut(T) -> I) -> Shared<U> {
+    /// Replaces each item by others, for the same images.
+    pub(crate) fn flat_map<U, I: IntoIterator<Item = U>>(self, mut becomes: impl FnMut(T) -> I) -> SharedList<U> {
         let budget = self.budget().clone();
         let list = self.list.into_iter();
-        let list = list.flat_map(|(thing, set)| becomes(thing).into_iter().map(move |thing| (thing, set)));
-        Shared {
+        let list = list.flat_map(|(item, set)| becomes(item).into_iter().map(move |item| (item, set)));
+        SharedList {
             list: SpillVec::from_iter_in(list, &budget),
             sets: self.sets,
         }
     }
 }
 
-/// Finds out what images have in common, while it comes in image by image: what all have is kept once from the beginning.
+/// Builds a [`SharedList`] from items that arrive image by image. Equal items are united on the way, so that memory does not grow
+/// with the number of images.
 #[derive(Debug)]
 pub(crate) struct Collector<T> {
     list: SpillVec<(T, u32)>,
@@ -107,10 +108,10 @@ pub(crate) struct Collector<T> {
 }
 
 impl<T: Ord + Copy> Collector<T> {
-    /// Things that may wait to be united.
+    /// Items that may wait to be united.
     const WAITING_MIN: usize = 1 << 16;
 
-    /// With nothing in it.
+    /// An empty one, whose list is made from a budget.
     pub(crate) fn new_in(budget: &Budget) -> Self {
         Self {
             list: SpillVec::new_in(budget),
@@ -120,41 +121,40 @@ impl<T: Ord + Copy> Collector<T> {
     }
 
     /// Adds what one image has.
-    pub(crate) fn push(&mut self, thing: T, image: ImageId) {
+    pub(crate) fn push(&mut self, item: T, image: ImageId) {
         if self.list.len() >= self.unite_at {
             self.unite();
             self.unite_at = Self::WAITING_MIN.max(2 * self.list.len());
         }
         let set = self.numbering.of(&[image]);
-        self.list.push((thing, set));
+        self.list.push((item, set));
     }
 
-    /// All that came in, in order.
-    pub(crate) fn finish(mut self) -> Shared<T> {
+    /// The list of all items, in order.
+    pub(crate) fn finish(mut self) -> SharedList<T> {
         self.unite();
         self.list.shrink_to_fit();
-        Shared {
+        SharedList {
             list: self.list,
             sets: self.numbering.sets,
         }
     }
 
-    /// Makes one of what is the same. Sets that nothing has any more are gone after that.
+    /// Unites equal items. Sets that no item has after that are dropped.
     fn unite(&mut self) {
         let old = std::mem::take(&mut self.numbering).sets;
         unite(&mut self.list, &old, &mut self.numbering);
     }
 }
 
-/// Makes one of each thing that is in the list several times, with all its images. `old` are the sets the list speaks of; of those, the ones
-/// that are still needed are numbered anew in `new`.
+/// Unites equal items of a list, with all their images. The list refers to sets in `old` before, and to sets in `new` after.
 fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, u32)>, old: &ImageSets, new: &mut Numbering) {
-    list.sort_unstable_by_key(|(thing, _)| *thing);
+    list.sort_unstable_by_key(|(item, _)| *item);
     let mut renumbered = vec![None; old.len()];
     let (mut from, mut kept, mut members) = (0, 0, Vec::new());
     while from < list.len() {
-        let (thing, set) = list[from];
-        let same = list[from..].iter().take_while(|(other, _)| *other == thing).count();
+        let (item, set) = list[from];
+        let same = list[from..].iter().take_while(|(other, _)| *other == item).count();
         let number = if same == 1 {
             *renumbered[set as usize].get_or_insert_with(|| new.of(old.get(set)))
         } else {
@@ -164,16 +164,16 @@ fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, u32)>, old: &ImageSets, new: &mu
             members.dedup();
             new.of(&members)
         };
-        list[kept] = (thing, number);
+        list[kept] = (item, number);
         kept += 1;
         from += same;
     }
     list.truncate(kept);
 }
 
-impl<T: Ord + Copy> Shared<T> {
-    /// Takes some things apart, image by image, and puts what `rework` makes of them in their place. `is_same_part` cuts them, in order,
-    /// into parts that have nothing to do with each other; `needs` tells of which parts that is to be done.
+impl<T: Ord + Copy> SharedList<T> {
+    /// Replaces some items by what `rework` makes of them, image by image. `is_same_part` cuts the ordered list into parts that
+    /// are independent of each other; `needs` tells which of the parts are to be reworked.
     pub(super) fn rework(
         &mut self,
         is_same_part: impl Fn(&T, &T) -> bool,
@@ -189,11 +189,11 @@ impl<T: Ord + Copy> Shared<T> {
             let end = from + rest.partition_point(|(other, _)| is_same_part(&rest[0].0, other));
             if needs(&self.list[from..end], &numbering.sets) {
                 each.clear();
-                for (thing, set) in &self.list[from..end] {
-                    each.extend(numbering.sets.get(*set).iter().map(|image| (*image, *thing)));
+                for (item, set) in &self.list[from..end] {
+                    each.extend(numbering.sets.get(*set).iter().map(|image| (*image, *item)));
                 }
                 rework(&mut each);
-                each.sort_unstable_by_key(|(image, thing)| (*thing, *image));
+                each.sort_unstable_by_key(|(image, item)| (*item, *image));
                 each.dedup();
                 for same in each.chunk_by(|one, other| one.1 == other.1) {
                     members.clear();
@@ -218,26 +218,26 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whatever order things come in and however often they are united on the way, each is there once with all its images.
+        /// Whatever order items come in and however often they are united on the way, each is there once with all its images.
         #[test]
         fn each_thing_is_kept_once(
             all in prop::collection::vec((0u8..8, 0u32..6), 0..60),
             waiting in 1usize..10,
         ) {
             let mut collector = Collector::new_in(&Budget::default());
-            for (thing, image) in &all {
+            for (item, image) in &all {
                 if collector.list.len() >= waiting {
                     collector.unite();
                 }
-                collector.push(*thing, *image);
+                collector.push(*item, *image);
             }
             let shared = collector.finish();
             let mut expected: std::collections::BTreeMap<u8, std::collections::BTreeSet<u32>> = std::collections::BTreeMap::new();
-            for (thing, image) in all {
-                expected.entry(thing).or_default().insert(image);
+            for (item, image) in all {
+                expected.entry(item).or_default().insert(image);
             }
-            let found: Vec<(u8, Vec<u32>)> = shared.iter().map(|(thing, images)| (*thing, images.to_vec())).collect();
-            let expected: Vec<(u8, Vec<u32>)> = expected.into_iter().map(|(thing, images)| (thing, images.into_iter().collect())).collect();
+            let found: Vec<(u8, Vec<u32>)> = shared.iter().map(|(item, images)| (*item, images.to_vec())).collect();
+            let expected: Vec<(u8, Vec<u32>)> = expected.into_iter().map(|(item, images)| (item, images.into_iter().collect())).collect();
             prop_assert_eq!(found, expected);
             prop_assert!(shared.sets.len() <= shared.list.len());
         }

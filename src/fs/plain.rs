@@ -13,7 +13,7 @@ use super::{Filesystem, HeldRange, Image, Mapped, Outcome, Purpose, SourceFile, 
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason};
 use crate::fingerprint::Function;
 use crate::pool::{Found, Named, Skipped};
 use crate::spill::{Budget, SpillVec};
@@ -153,8 +153,8 @@ impl Filesystem for Plain {
                         compression: Compression::None,
                         groups: 1 << image.group,
                     },
-                    pinned: Some(Pinned::Fixed),
-                    recoding: None,
+                    pinned: Some(PinReason::Fixed),
+                    compression_goal: None,
                 });
                 slot = slot.checked_add(length).ok_or(Error::TooLarge)?;
             }

@@ -21,7 +21,7 @@ use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
-use crate::plan::export::{self, ExportPlan, Piece, Source, plan_export};
+use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
 use crate::pool::{Found, Named, Revision, patterns, revision_of};
 use crate::report::Exported;
 use crate::spill::SpillVec;
@@ -337,7 +337,7 @@ impl Exporter<'_> {
             writer: &mut writer,
             failed: &failed,
         };
-        let runs_of = |place: usize, pieces: &[Piece]| {
+        let runs_of = |place: usize, pieces: &[ExportPiece]| {
             let number = u32::try_from(place).unwrap_or(u32::MAX);
             export::runs_of(facts, pieces, number, images[place].blocks())
         };
@@ -555,7 +555,8 @@ impl Exporter<'_> {
         let facts = &self.survey.facts;
         let mut payloads = Payloads::default();
         if !stored.corrections.is_empty() {
-            let slots: BTreeMap<u32, &Piece> = stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
+            let slots: BTreeMap<u32, &ExportPiece> =
+                stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
             let images = 0..self.fs.image_count();
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
@@ -621,18 +622,18 @@ fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
 }
 
 /// The plan's pieces with what turned out otherwise.
-fn corrected(plan: &ExportPlan, corrections: &[Piece]) -> SpillVec<Piece> {
+fn corrected(plan: &ExportPlan, corrections: &[ExportPiece]) -> SpillVec<ExportPiece> {
     let mut corrections = corrections.iter().peekable();
     let mut pieces = SpillVec::with_capacity_in(plan.pieces.len(), plan.pieces.budget());
     for piece in &plan.pieces {
         let mut at = piece.slot;
-        let part = |from: u32, to: u32| Piece {
+        let part = |from: u32, to: u32| ExportPiece {
             slot: from,
             blocks: to - from,
             source: match (piece.source, piece.content_at(from)) {
-                (Source::Known(_), Content::Stored(first)) => Source::Known(first),
-                (Source::Same(_), Content::Stored(first)) => Source::Same(first),
-                (Source::New(_), Content::Stored(first)) => Source::New(first),
+                (ExportSource::Known(_), Content::Stored(first)) => ExportSource::Known(first),
+                (ExportSource::Same(_), Content::Stored(first)) => ExportSource::Same(first),
+                (ExportSource::New(_), Content::Stored(first)) => ExportSource::New(first),
                 (other, _) => other,
             },
         };

@@ -13,7 +13,7 @@ use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, Image, Purpose, freed_bytes, images, prove_slots};
 use crate::monitor::{Deadline, Monitor};
-use crate::plan::{self, Plan, plan_proved};
+use crate::plan::{self, ReclaimPlan, plan_proved};
 use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
 use crate::shown::size;
@@ -26,7 +26,7 @@ pub struct Options {
     /// Patterns of images that share among themselves only.
     pub groups: Vec<String>,
     /// How to plan.
-    pub plan: plan::Options,
+    pub plan: plan::ReclaimOptions,
     /// What compression is wished.
     pub compress: Option<Wish>,
     /// Stop after planning.
@@ -224,8 +224,22 @@ fn check_compression(wish: Wish, fs: &dyn Filesystem, monitor: &dyn Monitor) -> 
     Ok(())
 }
 
+/// Fails once the user asked to stop.
+fn go_on(monitor: &dyn Monitor) -> Result<()> {
+    if monitor.interrupted() {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
+}
+
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
-fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor: &dyn Monitor) -> Result<(Plan, u64)> {
+fn make_plan(
+    options: &Options,
+    fs: &dyn Filesystem,
+    facts: &mut Facts,
+    monitor: &dyn Monitor,
+) -> Result<(ReclaimPlan, u64)> {
     if let Some(wish) = options.compress {
         check_compression(wish, fs, monitor)?;
     }
@@ -234,20 +248,13 @@ fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor:
         proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
         prove_slots(fs, facts, slots, monitor)
     };
-    let go_on = || {
-        if monitor.interrupted() {
-            Err(Error::Interrupted)
-        } else {
-            Ok(())
-        }
-    };
+    let go_on = || go_on(monitor);
     let is_candidate = |facts: &Facts, extent: u32| {
         let mut references = facts.references_to(extent);
         references.all(|reference| !fs.image(reference.image).stays_uncompressed)
     };
-    let wish = options.compress;
     let mut plan = plan_wished(
-        wish,
+        options.compress,
         facts,
         &options.plan,
         &go_on,
@@ -258,8 +265,9 @@ fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor:
     let all_free = fs.free_bytes()?;
     let free = all_free.saturating_sub(options.reserve_bytes);
     // Where less is free than is to stay, what is freed on the way makes up for that first.
-    let is_short =
-        |plan: &Plan| plan.needed_bytes > free || (all_free < options.reserve_bytes && plan.rewritten_bytes() > 0);
+    let is_short = |plan: &ReclaimPlan| {
+        plan.needed_bytes > free || (all_free < options.reserve_bytes && plan.rewritten_bytes() > 0)
+    };
     let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
     if grows > free {
         return Err(Error::Grows {
@@ -270,7 +278,7 @@ fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor:
     }
     if is_short(&plan) {
         // In small steps, each makes room for the next.
-        let small = plan::Options {
+        let small = plan::ReclaimOptions {
             batch_bytes: free / 2,
             ..options.plan
         };
@@ -281,7 +289,7 @@ fn make_plan(options: &Options, fs: &dyn Filesystem, facts: &mut Facts, monitor:
                 size(free),
                 size(options.reserve_bytes)
             ));
-            let smaller = plan::Options {
+            let smaller = plan::ReclaimOptions {
                 work_space_bytes: free,
                 ..small
             };

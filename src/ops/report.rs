@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{OpenPool, Scope, discover, open_pool};
 use crate::block::{Slot, bytes};
 use crate::error::Result;
-use crate::facts::{Compression, Facts, ImageId, Pinned};
+use crate::facts::{Compression, Facts, ImageId, PinReason};
 use crate::fs::{Purpose, images};
 use crate::monitor::Monitor;
 use crate::report::{ImageBytes, PoolBytes, Reported};
@@ -79,7 +79,7 @@ struct Held {
 /// Who holds an extent: as a whole, or block by block where blocks are freed so.
 fn held(facts: &Facts, extent: u32, by_blocks: bool) -> Held {
     let this = &facts.extents[extent as usize];
-    let is_held_by_others = this.pinned == Some(Pinned::HeldByOthers);
+    let is_held_by_others = this.pinned == Some(PinReason::HeldByOthers);
     let mut held = Held::default();
     let mut hold = |images: &BTreeSet<ImageId>, blocks: u32| {
         let is_exclusive = images.len() == 1 && !is_held_by_others;
@@ -138,7 +138,7 @@ fn by_image(facts: &Facts, extent: u32) -> BTreeMap<ImageId, u32> {
 /// Bytes on disk of an extent that nothing reaches. Of one that others hold, nobody here can tell.
 fn dead_bytes(facts: &Facts, extent: u32) -> u64 {
     let this = &facts.extents[extent as usize];
-    if this.pinned == Some(Pinned::HeldByOthers) {
+    if this.pinned == Some(PinReason::HeldByOthers) {
         return 0;
     }
     let mut reached: Vec<_> = facts.mappings_to(extent).map(|(mapping, _)| mapping.slots()).collect();

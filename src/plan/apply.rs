@@ -1,15 +1,15 @@
-//! What a pool would be once a layout is carried out.
+//! The *planned pool*: the pool as it would be once a layout was carried out.
 
-use super::layout::{Final, Layout};
+use super::layout::{Destination, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof, Proofs};
 use crate::fingerprint::Fingerprints;
 use crate::spill::SpillVec;
 
-/// A pool as it would be, and where its parts come from.
+/// A planned pool, where its slots and extents come from, and what was set aside of the pool as it is to make room for it.
 #[derive(Debug)]
-pub struct Applied {
-    /// What would be known of it. Donors have addresses beyond all others.
+pub struct PlannedPool {
+    /// Its facts. Donors have addresses beyond those of all other extents.
     pub facts: Facts,
     origins: Origins,
     extents: PackedExtents,
@@ -19,53 +19,54 @@ pub struct Applied {
     has_file: bool,
 }
 
-/// Where the parts of a pool as it would be come from.
+/// Where the slots and extents of a planned pool come from.
 #[derive(Debug)]
 pub struct Origins {
-    slots: Origin,
-    /// For each extent, which one it was, or [`Origins::NEW`].
+    slots: SlotOrigins,
+    /// For each extent of the planned pool, its place in the pool as it is, or [`Origins::NEW`].
     kept: SpillVec<u32>,
 }
 
 impl Origins {
-    /// No extent there was.
+    /// Stands for no extent of the pool as it is.
     const NEW: u32 = u32::MAX;
 
-    /// Which slot a slot was: of a donor's block, the one it is copied from.
+    /// The slot of the pool as it is that a slot stands for: for a donor, the slot that its block is copied from.
     pub fn slot(&self, slot: Slot) -> Slot {
         self.slots.of(slot)
     }
 
-    /// Which extent an extent was. None for donors, and for what stays of extents that part of goes.
+    /// The extent of the pool as it is that an extent stands for. None for donors, and for the parts that stay of an extent of
+    /// which another part goes.
     pub fn extent(&self, extent: u32) -> Option<u32> {
         Some(self.kept[extent as usize]).filter(|extent| *extent != Self::NEW)
     }
 }
 
-impl Applied {
-    /// Where its parts come from.
+impl PlannedPool {
+    /// Where its slots and extents come from.
     pub fn origins(&self) -> &Origins {
         &self.origins
     }
 
-    /// Gives back to `facts` what was taken from it.
+    /// Gives back to `facts` all that [`apply`] took from it.
     pub fn undo(self, facts: &mut Facts) -> Origins {
         let Facts { fingerprints, .. } = self.facts;
         facts.planned_fingerprints = self.has_file.then_some(fingerprints);
-        facts.bring_back(&self.extents, self.mappings);
+        facts.unpack(&self.extents, self.mappings);
         facts.add_proofs(self.proofs);
         self.origins
     }
 }
 
-/// Where slots come from, run by run.
+/// Where slots come from, range by range.
 #[derive(Debug)]
-struct Origin {
-    /// First slot, first slot there was, blocks; by the first.
+struct SlotOrigins {
+    /// For each range its first slot, the slot which that stands for, and its blocks; in the order of the first.
     runs: SpillVec<(Slot, Slot, u32)>,
 }
 
-impl Origin {
+impl SlotOrigins {
     fn push(&mut self, old: std::ops::Range<Slot>) {
         if let Some((_, first, blocks)) = self.runs.last_mut()
             && *first + *blocks == old.start
@@ -77,14 +78,14 @@ impl Origin {
         self.runs.push((new, old.start, old.end - old.start));
     }
 
-    /// The slot that `slot` was.
+    /// The slot that `slot` stands for.
     fn of(&self, slot: Slot) -> Slot {
         let after = self.runs.partition_point(|(new, ..)| *new <= slot);
         let (new, old, _) = self.runs[after - 1];
         old + (slot - new)
     }
 
-    /// The slot that `old` is now, for many of them.
+    /// A function that finds the new slot for an old one; none if there is none. Making it takes time, calling it takes little.
     fn inverse(&self) -> impl Fn(Slot) -> Option<Slot> + use<> {
         let mut by_old = self.runs.clone();
         by_old.sort_unstable_by_key(|(_, old, _)| *old);
@@ -96,25 +97,25 @@ impl Origin {
     }
 }
 
-/// The extents that there would be.
-struct After {
+/// The extents of a planned pool.
+struct PlannedExtents {
     extents: SpillVec<Extent>,
-    origin: Origin,
+    origin: SlotOrigins,
     kept: SpillVec<u32>,
-    /// For each extent that there was, its new place; `u32::MAX` if it is gone.
+    /// For each extent of the pool as it is, its place in the planned pool; `u32::MAX` if it goes.
     new_place: SpillVec<u32>,
-    /// The place of the first donor.
+    /// The place of the first donor; the others follow it.
     first_donor: u32,
 }
 
-impl After {
+impl PlannedExtents {
     fn of(facts: &Facts, layout: &Layout) -> Self {
         let budget = facts.budget();
         let mut all = Self {
             extents: SpillVec::with_capacity_in(facts.extents.len(), budget),
             kept: SpillVec::with_capacity_in(facts.extents.len(), budget),
             new_place: SpillVec::with_capacity_in(facts.extents.len(), budget),
-            origin: Origin {
+            origin: SlotOrigins {
                 runs: SpillVec::new_in(budget),
             },
             first_donor: 0,
@@ -158,7 +159,7 @@ impl After {
                 blocks: donor.blocks,
                 class: donor.class,
                 pinned: None,
-                recoding: None,
+                compression_goal: None,
             };
             all.push(written, Origins::NEW, layout.pieces_of(donor));
             address += disk_bytes;
@@ -167,8 +168,8 @@ impl After {
         all
     }
 
-    /// What images that have a mapping would have in its place: the same of an extent that stays, and piece by piece where the blocks of
-    /// one that goes end up. `new_of` tells where a slot is.
+    /// The mappings that take the place of one: the same range of an extent that stays, or, of an extent that goes, where each
+    /// piece ends up. `new_of` finds the new slot for an old one.
     fn mapped(
         &self,
         facts: &Facts,
@@ -191,13 +192,13 @@ impl After {
         let pieces = layout.resolve_all(facts, mapping.slots());
         let pieces = pieces.filter_map(|(piece, found)| {
             let (extent, slot) = match found {
-                Final::Hole => return None,
-                Final::Kept(slot) => {
+                Destination::Hole => return None,
+                Destination::Kept(slot) => {
                     let new = new_of(slot)?;
                     let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
                     (u32::try_from(extent).unwrap_or(u32::MAX), new)
                 }
-                Final::Donor(donor, at) => {
+                Destination::Donor(donor, at) => {
                     let extent = self.first_donor + donor;
                     (extent, first_slot(extent) + at)
                 }
@@ -226,18 +227,18 @@ impl After {
     }
 }
 
-/// Carries a layout out on paper. There is room for one pool only: of `facts`, the extents, mappings and proofs are gone until
-/// [`Applied::undo`].
-pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
-    let all = After::of(facts, layout);
+/// Makes the planned pool of a layout. There is memory for one pool only: the extents, mappings and proofs of `facts` are packed
+/// and missing from it until [`PlannedPool::undo`].
+pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
+    let all = PlannedExtents::of(facts, layout);
     let new_of = all.origin.inverse();
-    let aside = facts.set_mappings_aside();
+    let packed_mappings = facts.pack_mappings();
     let facts_then = &*facts;
-    let moved = aside.flat_map(&facts.extents, |mapping| {
+    let moved = packed_mappings.flat_map(&facts.extents, |mapping| {
         all.mapped(facts_then, layout, &new_of, mapping)
     });
-    let packed = facts.set_extents_aside();
-    let After {
+    let packed_extents = facts.pack_extents();
+    let PlannedExtents {
         extents,
         origin,
         kept,
@@ -261,11 +262,11 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> Applied {
     let proofs = std::mem::replace(&mut facts.proofs, none);
     let proofs: SpillVec<_> = SpillVec::from_iter_in(proofs, facts.budget());
     after.add_proofs(proofs.iter().filter_map(|(old, proof)| Some((new_of(*old)?, *proof))));
-    Applied {
+    PlannedPool {
         facts: after,
         origins: Origins { slots: origin, kept },
-        extents: packed,
-        mappings: aside,
+        extents: packed_extents,
+        mappings: packed_mappings,
         proofs,
         has_file,
     }
@@ -301,7 +302,7 @@ mod tests {
         /// Slots follow each other in the order in which ranges were put in, and each is found again by what it was.
         #[test]
         fn origins_lead_back(ranges in ranges()) {
-            let mut origin = Origin {
+            let mut origin = SlotOrigins {
                 runs: SpillVec::default(),
             };
             for range in &ranges {
@@ -395,7 +396,7 @@ mod tests {
             one    A
             two    B
             three  C C";
-        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::Options::default()));
+        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::ReclaimOptions::default()));
         let expected = planned(&mut Pool::of(text));
         let folder = tempfile::tempdir().unwrap();
         let budget = crate::spill::Budget::new(0, folder.path().to_owned());

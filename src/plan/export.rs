@@ -2,7 +2,7 @@
 //!
 //! Fingerprints propose; whoever carries the plan out hashes every block that it reads, and stores what was taken for another.
 
-use super::table::Table;
+use super::table::BlockTable;
 use crate::block::Slot;
 use crate::chunk::Chunker;
 use crate::content::{Content, KnownSlots, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
@@ -12,7 +12,7 @@ use crate::spill::SpillVec;
 
 /// What a range of slots is in the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub enum ExportSource {
     /// Stored by an earlier commit, as is known of its extent: it is not read again.
     Known(StoreBlock),
     /// Zeros, as is known of its extent.
@@ -25,7 +25,7 @@ pub enum Source {
     New(StoreBlock),
 }
 
-impl Source {
+impl ExportSource {
     fn content(self) -> Content {
         match self {
             Self::Known(first) | Self::Same(first) | Self::New(first) => Content::Stored(first),
@@ -41,22 +41,22 @@ impl Source {
 
 /// A range of slots and what it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
+pub struct ExportPiece {
     /// First slot.
     pub slot: Slot,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
-    /// What they are.
-    pub source: Source,
+    /// What they are in the archive.
+    pub source: ExportSource,
 }
 
-impl Piece {
+impl ExportPiece {
     /// The slot after its last.
     pub fn end(&self) -> Slot {
         self.slot + self.blocks
     }
 
-    /// What it is from a slot of it on.
+    /// What it is from one of its slots on.
     pub fn content_at(&self, slot: Slot) -> Content {
         self.known().content_at(slot)
     }
@@ -71,16 +71,16 @@ impl Piece {
     }
 }
 
-/// What is to be exported.
+/// What an export is to store, and what it may refer to instead.
 #[derive(Debug, Default)]
 pub struct ExportPlan {
     /// All live slots, in order.
-    pub pieces: SpillVec<Piece>,
+    pub pieces: SpillVec<ExportPiece>,
     /// Lengths of the chunks of new blocks, in order.
     pub chunks: SpillVec<u8>,
     /// Store address of the first new block.
     pub first_new: StoreBlock,
-    /// And of the one after the last.
+    /// Store address after the last new block.
     pub end: StoreBlock,
     /// Fingerprints by store address.
     pub fingerprints: Fingerprints,
@@ -97,7 +97,7 @@ pub fn plan_export(
 ) -> Option<ExportPlan> {
     let mut planner = Planner {
         facts,
-        table: Table::new(stored.len(), facts.table_slots_max),
+        table: BlockTable::new(stored.len(), facts.table_slots_max),
         plan: ExportPlan {
             pieces: SpillVec::new_in(facts.budget()),
             chunks: SpillVec::new_in(facts.budget()),
@@ -127,13 +127,13 @@ pub fn plan_export(
 
 struct Planner<'a> {
     facts: &'a Facts,
-    table: Table,
+    table: BlockTable,
     plan: ExportPlan,
     chunker: Chunker,
 }
 
 impl Planner<'_> {
-    fn push(&mut self, slot: Slot, blocks: u32, source: Source) {
+    fn push(&mut self, slot: Slot, blocks: u32, source: ExportSource) {
         if let Some(last) = self.plan.pieces.last_mut()
             && last.end() == slot
             && std::mem::discriminant(&last.source) == std::mem::discriminant(&source)
@@ -142,7 +142,7 @@ impl Planner<'_> {
             last.blocks += blocks;
             return;
         }
-        self.plan.pieces.push(Piece { slot, blocks, source });
+        self.plan.pieces.push(ExportPiece { slot, blocks, source });
     }
 
     /// Plans live slots from `at` on, and says up to which: to where the next known piece begins, or to where it ends if that is here.
@@ -154,8 +154,8 @@ impl Planner<'_> {
         };
         let end = piece.end().min(end);
         let source = match piece.content_at(at) {
-            Content::Stored(first) => Source::Known(first),
-            _ => Source::KnownZeros,
+            Content::Stored(first) => ExportSource::Known(first),
+            _ => ExportSource::KnownZeros,
         };
         self.push(at, end - at, source);
         Some(end)
@@ -166,15 +166,15 @@ impl Planner<'_> {
         let zero = self.facts.zero_fingerprint;
         let mut at = 0usize;
         let mut new_from = None;
-        // What follows the last match is looked at first: the longer a run, the fewer there are.
+        // The blocks behind the last match are tried first, since longer runs are fewer.
         let mut follows = None;
         while at < fingerprints.len() {
             let zeros = fingerprints[at..].iter().take_while(|one| **one == zero).count();
             let found = if zeros > 0 {
-                Some((zeros, Source::Zeros))
+                Some((zeros, ExportSource::Zeros))
             } else {
                 self.longest(&fingerprints[at..], follows)
-                    .map(|(first, length)| (length, Source::Same(first)))
+                    .map(|(first, length)| (length, ExportSource::Same(first)))
             };
             let Some((length, source)) = found else {
                 let block = self.plan.end;
@@ -184,7 +184,7 @@ impl Planner<'_> {
                 self.plan.fingerprints.write(block, &fingerprints[at..=at]);
                 let fingerprint = self.plan.fingerprints.get(block);
                 self.table.enter(block, fingerprint, &self.plan.fingerprints, |_| ());
-                self.push(start + as_blocks(at), 1, Source::New(block));
+                self.push(start + as_blocks(at), 1, ExportSource::New(block));
                 self.plan.end += 1;
                 new_from.get_or_insert(at);
                 at += 1;
@@ -192,7 +192,7 @@ impl Planner<'_> {
             };
             self.cut(new_from.take().map(|from| &fingerprints[from..at]));
             self.push(start + as_blocks(at), as_blocks(length), source);
-            if let Source::Same(first) = source {
+            if let ExportSource::Same(first) = source {
                 follows = Some(first + as_blocks(length));
             }
             at += length;
@@ -238,7 +238,7 @@ fn as_blocks(count: usize) -> u32 {
 }
 
 /// What each range of an image of so many blocks holds, given what the slots of its pool are.
-pub fn runs_of(facts: &Facts, pieces: &[Piece], image: ImageId, blocks: u32) -> Vec<Run> {
+pub fn runs_of(facts: &Facts, pieces: &[ExportPiece], image: ImageId, blocks: u32) -> Vec<Run> {
     let hole = |blocks| Run {
         blocks,
         content: Content::Hole,
@@ -321,13 +321,13 @@ mod tests {
                 for n in 0..piece.blocks {
                     let fingerprint = facts.fingerprints.get(slot + n);
                     match piece.source {
-                        Source::Zeros | Source::KnownZeros => prop_assert_eq!(fingerprint, 0),
-                        Source::Same(first) => prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint),
-                        Source::Known(first) => {
+                        ExportSource::Zeros | ExportSource::KnownZeros => prop_assert_eq!(fingerprint, 0),
+                        ExportSource::Same(first) => prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint),
+                        ExportSource::Known(first) => {
                             prop_assert!(extent.slots().contains(&(slot + n)));
                             prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint);
                         }
-                        Source::New(first) => {
+                        ExportSource::New(first) => {
                             prop_assert_eq!(first + n, next);
                             next += 1;
                             prop_assert!(new.insert(fingerprint) && !stored.contains(&fingerprint));
@@ -360,7 +360,7 @@ mod tests {
         let plan = plan_export(&facts, &[], 0, room(&[], &facts)).unwrap();
         assert_eq!(
             plan.pieces.iter().map(|piece| piece.source).collect::<Vec<_>>(),
-            [Source::New(0), Source::Same(0)]
+            [ExportSource::New(0), ExportSource::Same(0)]
         );
     }
 }

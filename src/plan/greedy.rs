@@ -1,25 +1,26 @@
-//! One pass over all extents: what stays, and where the blocks of what goes are found.
+//! One pass over all extents: it decides which stay, and where the blocks of the others are found. A *home* is a slot whose
+//! content stays where it is for the rest of the pass.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::layout::{Run, Target};
-use super::table::Table;
-use super::{METADATA_BYTES_PER_REFERENCE, Options, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
+use super::layout::{DedupRun, DedupTarget};
+use super::table::BlockTable;
+use super::{METADATA_BYTES_PER_REFERENCE, ReclaimOptions, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
-use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
+use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::spill::{Budget, SpillVec};
 
-/// What a pass found.
+/// What a pass decided.
 #[derive(Debug)]
 pub(super) struct Decisions {
-    /// Extents that are to go.
+    /// Extents that are to be eliminated, in the order in which that was decided.
     pub(super) gone: SpillVec<u32>,
-    /// Where their blocks are found. What no run covers is left over.
-    pub(super) runs: SpillVec<Run>,
+    /// Where their blocks are found. A live block that no run covers is left over.
+    pub(super) runs: SpillVec<DedupRun>,
     pub(super) unproved: SpillVec<Slot>,
-    pub(super) pinned: BTreeMap<Pinned, u64>,
+    pub(super) pinned: BTreeMap<PinReason, u64>,
 }
 
 impl Decisions {
@@ -37,27 +38,28 @@ impl Decisions {
 /// would make every later look at them slow.
 const REPEATED_RUN_BLOCKS: u32 = 32;
 
-/// Of more references to a place, these count when a run is weighed, besides what they take of metadata: the others are of revisions, which
-/// are kept rather than run.
+/// References to a place that count when a run is weighed, apart from the metadata that each takes. More of them are of
+/// revisions, which users keep rather than run, so that fragments in them cost little.
 const REFERENCES_COUNTED_MAX: u64 = 3;
 
-/// Blocks left over between two runs that are looked at once more.
+/// The longest gap between two runs, in blocks, that is looked up once more.
 const GAP_BLOCKS_MAX: u32 = 32;
 
-/// Steps, for each block of an extent, that looking for what is like it may take: far more than any that is to be found takes. Guests
-/// choose the checksums of their blocks, and can have many look alike for long stretches which then are no match.
+/// Comparisons of two blocks that matching may take, for each block of an extent. Honest content takes far fewer. The limit is
+/// for guests, who choose the checksums of their blocks and can make long stretches look alike that are no match.
 const STEPS_PER_BLOCK: u64 = 1024;
 
-/// Decides for every extent. Where it is to `ask`, it lists what it counts on unproved. `rewritten_anyway` tells extents that exist only
-/// in a plan, which cost nothing to write otherwise. Before each, `go_on` is asked.
+/// Decides for every extent whether it is eliminated. If `ask` is true, runs may rest on blocks that were not read, and those
+/// blocks are listed in [`Decisions::unproved`]. `rewritten_anyway` tells which extents are donors that exist only in the plan:
+/// writing them differently costs nothing. `go_on` is called before each extent, and its error ends the pass.
 pub(super) fn decide<E>(
     facts: &Facts,
-    options: &Options,
+    options: &ReclaimOptions,
     ask: bool,
     rewritten_anyway: impl Fn(u32) -> bool,
     go_on: &dyn Fn() -> Result<(), E>,
 ) -> Result<Decisions, E> {
-    // Before there are tables: it takes memory of its own while it is made.
+    // The order is made before the tables, since making it takes memory of its own.
     let order = order(facts, options);
     let mut pass = Pass::new(facts, options, ask);
     for extent in order {
@@ -67,13 +69,14 @@ pub(super) fn decide<E>(
     Ok(pass.found)
 }
 
-/// Extents that stay anyhow first, then those that most images use on average, then image by image in the order in which each is
-/// read: what is looked at early is likely to stay. So one of several images that are alike stays as it is, and the others refer to
-/// it in long runs; an order that mixes them would cut all of them into pieces. Addresses differ between a plan and what became of it.
-fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
-    /// An extent with this share of it unreachable is better not built upon, in 1/16.
+/// The order in which extents are looked at: pinned extents first, then those that most images use on average, then image by
+/// image in the order of their blocks. An extent that is looked at early is likely to stay. So one of several images that are
+/// alike stays as it is, and the others refer to it in long runs; an order that mixes them would cut all of them into pieces.
+/// Addresses do not count, since they differ between a plan and the pool that it leads to.
+fn order(facts: &Facts, options: &ReclaimOptions) -> SpillVec<u32> {
+    /// An extent of which more than this share is unreachable, in 1/16, makes a bad home: it is likely to go.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
-    /// Nor is a small one: runs end where extents do.
+    /// So does an extent of fewer blocks than this: runs end where extents do.
     const SMALL_BLOCKS: u32 = 16;
     const USE_MAX: u64 = (1 << 29) - 1;
     let rank = |(place, extent): (u32, &Extent)| {
@@ -84,14 +87,15 @@ fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
         let used: u64 = mappings
             .map(|(mapping, images)| u64::from(mapping.blocks) * images.len() as u64)
             .sum();
-        // In halves: revisions differ by a few blocks, which must not part what lies side by side.
+        // The average is rounded to halves: revisions differ by a few blocks, which must not separate extents that lie side by
+        // side.
         let halves = (used * 2 / (live as u64).max(1)).min(USE_MAX);
         let class = u64::from(is_pinned(facts, options, place).is_none()) << 31
             | u64::from(is_wasteful) << 30
             | u64::from(extent.blocks < SMALL_BLOCKS) << 29
             | (USE_MAX - halves);
         let first = facts.references_to(place).next();
-        // Numbers take less memory than what they are made of.
+        // The rank is packed into one number, which takes less memory than its parts.
         let image = class << 32 | u64::from(first.map_or(u32::MAX, |reference| reference.image));
         (image, first.map_or(0, |reference| reference.file_block), place)
     };
@@ -102,50 +106,50 @@ fn order(facts: &Facts, options: &Options) -> SpillVec<u32> {
 }
 
 /// Why an extent must stay, if it must.
-fn is_pinned(facts: &Facts, options: &Options, extent: u32) -> Option<Pinned> {
+fn is_pinned(facts: &Facts, options: &ReclaimOptions, extent: u32) -> Option<PinReason> {
     facts.extents[extent as usize].pinned.or_else(|| {
         let preallocated =
             options.keep_preallocated && facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
-        preallocated.then_some(Pinned::Preallocated)
+        preallocated.then_some(PinReason::Preallocated)
     })
 }
 
 struct Pass<'a> {
     facts: &'a Facts,
-    options: &'a Options,
-    /// Whether short runs that are not proved count, and are listed; if not, they do not count.
+    options: &'a ReclaimOptions,
+    /// Whether runs that must be proved count, and are listed, before they are.
     ask: bool,
-    table: Table,
-    /// Slots that hold what they hold for good: in extents that stay, or left over from those that go.
+    table: BlockTable,
+    /// Homes: live slots of extents that stay, and slots that are left over from extents that go.
     homes: SlotSet,
-    limits: Limits,
-    here: Here,
+    limits: ReferenceLimits,
+    current: CurrentExtent,
     found: Decisions,
 }
 
-/// The extent that is looked at.
+/// The extent that the pass is at.
 #[derive(Default)]
-struct Here {
+struct CurrentExtent {
     first_slot: Slot,
     references: u32,
-    /// They are asked for many times, and may be on disk.
+    /// A copy of its fingerprints: they are read many times, and may be on disk.
     fingerprints: Vec<u32>,
-    /// Steps that looking for what is like its blocks may take yet.
+    /// Comparisons of two blocks that matching it may still take.
     steps_left: Cell<u64>,
 }
 
-/// How many references there are, and may be.
-struct Limits {
-    /// By extent.
+/// How many references each extent and each image has, and may have.
+struct ReferenceLimits {
+    /// For each extent, its references as decided so far.
     extents: SpillVec<u32>,
-    /// What the extent that is looked at would add to them.
+    /// For other extents, the references that they would get from the current one.
     added: BTreeMap<u32, u32>,
-    /// By image: references, and how many there may be.
+    /// For each image, its references as decided so far, and how many it may have.
     images: Vec<(u64, u64)>,
 }
 
-impl Limits {
-    fn new(facts: &Facts, options: &Options) -> Self {
+impl ReferenceLimits {
+    fn new(facts: &Facts, options: &ReclaimOptions) -> Self {
         const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
         let last = facts.mappings().iter().filter_map(|(_, images)| images.last()).max();
         let mut images = vec![(0u64, 0u64); last.map_or(0, |last| *last as usize + 1)];
@@ -168,12 +172,12 @@ impl Limits {
         }
     }
 
-    /// References that an extent would have, beside those of the run that is looked at.
+    /// References that an extent would have if the current extent went, without those of the run under consideration.
     fn of_extent(&self, extent: u32) -> u32 {
         self.extents[extent as usize] + self.added.get(&extent).copied().unwrap_or(0)
     }
 
-    /// Whether images may get so many more references each.
+    /// Whether each image may get so many more references.
     fn allow(&self, images: &BTreeMap<ImageId, i64>) -> bool {
         images.iter().all(|(image, more)| {
             let (references, limit) = self.images[*image as usize];
@@ -181,7 +185,7 @@ impl Limits {
         })
     }
 
-    /// The extent that is looked at goes.
+    /// Counts the references that the current extent adds for good, since it goes.
     fn accept(&mut self, images: &BTreeMap<ImageId, i64>) {
         for (extent, more) in &self.added {
             self.extents[*extent as usize] += more;
@@ -193,39 +197,39 @@ impl Limits {
     }
 }
 
-/// What eliminating one extent would do.
-struct Match {
-    runs: Vec<Run>,
+/// Where the blocks of one extent are found.
+struct ExtentMatch {
+    runs: Vec<DedupRun>,
     left_over: u32,
     unproved: Vec<Slot>,
 }
 
-impl Match {
-    /// Blocks that are found elsewhere.
+impl ExtentMatch {
+    /// Blocks that are found in homes or are zeros.
     fn matched(&self) -> u32 {
         self.runs.iter().map(|run| run.blocks).sum()
     }
 }
 
 impl<'a> Pass<'a> {
-    fn new(facts: &'a Facts, options: &'a Options, ask: bool) -> Self {
+    fn new(facts: &'a Facts, options: &'a ReclaimOptions, ask: bool) -> Self {
         let slots = facts.slots() as usize;
         Self {
             facts,
             options,
             ask,
-            table: Table::new(slots, facts.table_slots_max),
+            table: BlockTable::new(slots, facts.table_slots_max),
             homes: SlotSet::new(slots),
-            limits: Limits::new(facts, options),
-            here: Here::default(),
+            limits: ReferenceLimits::new(facts, options),
+            current: CurrentExtent::default(),
             found: Decisions::new_in(facts.budget()),
         }
     }
 
-    /// Begins with an extent.
-    fn turn_to(&mut self, extent: u32) -> &'a Extent {
+    /// Makes an extent the current one.
+    fn begin(&mut self, extent: u32) -> &'a Extent {
         let this = &self.facts.extents[extent as usize];
-        self.here = Here {
+        self.current = CurrentExtent {
             first_slot: this.first_slot,
             references: self.facts.reference_count(extent),
             fingerprints: self.facts.fingerprints.range(this.slots()),
@@ -237,10 +241,10 @@ impl<'a> Pass<'a> {
     fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
         let facts = self.facts;
         let pinned = is_pinned(facts, self.options, extent);
-        let this = self.turn_to(extent);
+        let this = self.begin(extent);
         let mut found = self.match_extent(this);
         let mut more = self.new_references(extent, &found.runs);
-        // Where an image is near its limit, the long runs may go without the short ones.
+        // An image near its limit of references may still have room for the long runs.
         let mut least = self.options.min_run_blocks;
         while pinned.is_none() && !found.runs.is_empty() && !self.limits.allow(&more) {
             least = least.saturating_mul(2);
@@ -264,16 +268,20 @@ impl<'a> Pass<'a> {
         for run in facts.live_runs(this.slots()) {
             self.homes.insert_range(run);
         }
-        // What is left over was entered when it was.
+        // Blocks that are left over are in the table already.
         for run in &found.runs {
             (run.slot..run.slot + run.blocks).for_each(|slot| self.enter(slot));
         }
-        if pinned.is_none() && this.is_recoded() && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2 {
+        if pinned.is_none()
+            && this.is_always_rewritten()
+            && this.donor_bytes(this.blocks) <= self.options.work_space_bytes / 2
+        {
             self.found.gone.push(extent);
         }
     }
 
-    /// Enters a home into the table. Zeros are found in holes, or are to stay; they are shared only amid other data.
+    /// Enters a home into the table. Zeros are not entered: they become holes, or stay, and are shared only as part of a longer
+    /// run.
     fn enter(&mut self, slot: Slot) {
         let (facts, fingerprint) = (self.facts, self.fingerprint(slot));
         if fingerprint != facts.zero_fingerprint {
@@ -283,10 +291,10 @@ impl<'a> Pass<'a> {
     }
 
     fn fingerprint(&self, slot: Slot) -> u32 {
-        let here = &self.here;
+        let current = &self.current;
         let known = slot
-            .checked_sub(here.first_slot)
-            .and_then(|n| here.fingerprints.get(n as usize));
+            .checked_sub(current.first_slot)
+            .and_then(|n| current.fingerprints.get(n as usize));
         known.copied().unwrap_or_else(|| self.facts.fingerprints.get(slot))
     }
 
@@ -301,25 +309,26 @@ impl<'a> Pass<'a> {
     }
 
     /// Whether eliminating `extent` as `found` frees at least what it costs.
-    fn pays(&self, extent: u32, new_references: u64, found: &Match, rewritten_anyway: bool) -> bool {
+    fn pays(&self, extent: u32, new_references: u64, found: &ExtentMatch, rewritten_anyway: bool) -> bool {
         let this = &self.facts.extents[extent as usize];
         let left_over = this.donor_bytes(found.left_over);
         let others = this.blocks - found.left_over;
         let frees = if rewritten_anyway {
-            // Whatever it will be like: what pays then must pay now, or a second run would find it.
+            // A donor will be an ordinary extent after the run. What pays then must pay now, or a second run would find it.
             bytes(others)
-        } else if this.is_recoded() {
-            // Rewriting it all is what it is compared with, and no merit of what is found elsewhere.
+        } else if this.is_always_rewritten() {
+            // It is rewritten in any case, so only the bytes that need not be written count.
             this.donor_bytes(found.left_over + found.matched()) - left_over
         } else if this.class.compression == Compression::None {
-            // Nor is it one that what is left over may take less in a donor.
+            // What is left over may take less in a donor, but that does not count for sharing.
             this.disk_bytes - bytes(found.left_over)
         } else {
-            // What it takes is known after it was written only. A plan must not hang on that.
+            // How many bytes its donor takes is known only once it was written. A plan must not depend on that, so half of the
+            // blocks count.
             bytes(others) / 2
         };
-        let rewritten_anyway = rewritten_anyway || this.is_recoded();
-        // Where blocks are freed one by one, the others stay where they are.
+        let rewritten_anyway = rewritten_anyway || this.is_always_rewritten();
+        // Where the filesystem frees single blocks, the blocks that are left over stay where they are.
         let rewritten = if self.facts.frees_blocks { 0 } else { left_over };
         let rewriting = if rewritten_anyway {
             0
@@ -331,11 +340,11 @@ impl<'a> Pass<'a> {
             && frees >= rewriting + METADATA_BYTES_PER_REFERENCE * new_references
     }
 
-    /// How many more references each image would have. To holes there are none.
-    fn new_references(&self, extent: u32, runs: &[Run]) -> BTreeMap<ImageId, i64> {
+    /// How many more references each image would have if an extent with these runs went; holes take no reference.
+    fn new_references(&self, extent: u32, runs: &[DedupRun]) -> BTreeMap<ImageId, i64> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
-        let holes = runs.iter().filter(|run| matches!(run.target, Target::Hole));
+        let holes = runs.iter().filter(|run| matches!(run.target, DedupTarget::Hole));
         let holes: Vec<Range<Slot>> = holes.map(|run| run.slot..run.slot + run.blocks).collect();
         let mappings = self.facts.mappings_to(extent);
         let mut more = BTreeMap::new();
@@ -354,17 +363,18 @@ impl<'a> Pass<'a> {
         more
     }
 
-    /// Finds the blocks of an extent elsewhere, or earlier in itself. What is left over becomes a home at once.
-    fn match_extent(&mut self, extent: &Extent) -> Match {
+    /// Finds the blocks of an extent in homes, earlier blocks of the same extent included. A block that is left over becomes a
+    /// home at once.
+    fn match_extent(&mut self, extent: &Extent) -> ExtentMatch {
         self.limits.added.clear();
-        let mut found = Match {
+        let mut found = ExtentMatch {
             runs: Vec::new(),
             left_over: 0,
             unproved: Vec::new(),
         };
         for segment in self.facts.live_runs(extent.slots()) {
             let mut at = segment.start;
-            // Where the blocks begin that are left over so far.
+            // Blocks from here to `at` are left over so far.
             let mut gap = at;
             while at < segment.end {
                 let run = self
@@ -389,8 +399,8 @@ impl<'a> Pass<'a> {
         found
     }
 
-    fn accept(&mut self, run: Run, found: &mut Match) {
-        if let Target::Home(home) = run.target {
+    fn accept(&mut self, run: DedupRun, found: &mut ExtentMatch) {
+        if let DedupTarget::Home(home) = run.target {
             let added = self.limits.added.entry(self.facts.extent_of(home)).or_default();
             *added += self.facts.references_over(run.slot..run.slot + run.blocks);
         }
@@ -398,18 +408,18 @@ impl<'a> Pass<'a> {
         found.runs.push(run);
     }
 
-    /// Leaves over after all what runs of fewer than `least` blocks cover, or of half that if they are zeros: a hole takes a
-    /// reference less.
-    fn leave_short_runs(&mut self, found: &mut Match, least: u32) {
-        let is_long = |run: &Run| match run.target {
-            Target::Hole => run.blocks >= least / 2,
-            Target::Home(_) => run.blocks >= least,
+    /// Gives up runs of fewer than `least` blocks, or of fewer than half of that if they are zeros, since a hole takes one
+    /// reference less. Their blocks are left over.
+    fn leave_short_runs(&mut self, found: &mut ExtentMatch, least: u32) {
+        let is_long = |run: &DedupRun| match run.target {
+            DedupTarget::Hole => run.blocks >= least / 2,
+            DedupTarget::Home(_) => run.blocks >= least,
         };
         let (stay, short) = std::mem::take(&mut found.runs).into_iter().partition(is_long);
         found.runs = stay;
         for run in short {
             let slots = run.slot..run.slot + run.blocks;
-            if let Target::Home(home) = run.target
+            if let DedupTarget::Home(home) = run.target
                 && let Some(added) = self.limits.added.get_mut(&self.facts.extent_of(home))
             {
                 *added = added.saturating_sub(self.facts.references_over(slots.clone()));
@@ -420,12 +430,11 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Looks once more at a few blocks that are left over between runs: they take a reference of their own in any case, so
-    /// that sharing them costs nothing, however few they are.
-    fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&Run>, found: &mut Match) {
+    /// Looks up once more a few blocks that are left over between runs. They need a reference of their own in any case, so that
+    /// sharing all of them costs nothing, however few they are.
+    fn close_gap(&mut self, extent: &Extent, gap: Range<Slot>, next: Option<&DedupRun>, found: &mut ExtentMatch) {
         let blocks = gap.end - gap.start;
-        let is_used =
-            |run: &Run| matches!(run.target, Target::Home(home) if home < gap.end && gap.start < home + run.blocks);
+        let is_used = |run: &DedupRun| matches!(run.target, DedupTarget::Home(home) if home < gap.end && gap.start < home + run.blocks);
         if blocks == 0 || blocks > GAP_BLOCKS_MAX || next.is_some_and(is_used) {
             return;
         }
@@ -441,32 +450,32 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// The run of zeros that begins at `at`, if it is worth a hole. From `gap` on blocks are left over so far.
-    fn zeros(&self, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
+    /// The run of zeros that begins at `at`, if it is worth a hole. Blocks from `gap` to `at` are left over so far.
+    fn zeros(&self, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<DedupRun> {
         if self.options.keep_zeros || !self.is_zero(at) {
             return None;
         }
         let end = (at..segment.end)
             .find(|slot| !self.is_zero(*slot))
             .unwrap_or(segment.end);
-        let run = Run {
+        let run = DedupRun {
             slot: at,
             blocks: end - at,
-            target: Target::Hole,
+            target: DedupTarget::Hole,
         };
         (self.is_long_enough(&run, segment, gap, false) && self.may_count(&run)).then_some(run)
     }
 
-    /// The longest run around `at` that is found in a home, if it is worth a reference.
-    /// It may begin before `at`, in blocks from `gap` on that are left over so far: they may not be in the table's sample.
-    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<Run> {
+    /// The longest run around `at` that is found in homes, if it is worth its references. It may begin before `at`, in blocks
+    /// from `gap` on that are left over so far: those may be outside the table's sample.
+    fn longest(&self, extent: &Extent, at: Slot, segment: &Range<Slot>, gap: Slot) -> Option<DedupRun> {
         let facts = self.facts;
         let fingerprint = self.fingerprint(at);
-        // Those over one block are no more than that, and take longer to count.
-        let all = self.here.references;
-        let mut best: Option<Run> = None;
+        // An upper bound for the references over one block, which take longer to count.
+        let all = self.current.references;
+        let mut best: Option<DedupRun> = None;
         for home in self.table.candidates(fingerprint, &facts.fingerprints) {
-            if self.here.steps_left.get() == 0 {
+            if self.current.steps_left.get() == 0 {
                 break;
             }
             if !self.homes.contains(home) || home == at {
@@ -477,7 +486,7 @@ impl<'a> Pass<'a> {
             if !other.class.shares_with(extent.class) {
                 continue;
             }
-            // Within one extent, references only change places.
+            // A run that is found within its own extent adds no references to it.
             if other.first_slot != extent.first_slot
                 && self.limits.of_extent(number) + all > self.options.references_max
                 && self.limits.of_extent(number) + facts.references_over(at..at + 1) > self.options.references_max
@@ -493,17 +502,19 @@ impl<'a> Pass<'a> {
             let back =
                 (1..=before).take_while(|n| self.homes.contains(home - n) && self.may_be_equal(at - n, home - n));
             let mut back = u32::try_from(back.count()).unwrap_or(0);
-            let steps = self.here.steps_left.get();
-            self.here.steps_left.set(steps.saturating_sub(u64::from(blocks + back)));
-            // What the run covers is no home any more, so it must not be what it is found in.
+            let steps = self.current.steps_left.get();
+            self.current
+                .steps_left
+                .set(steps.saturating_sub(u64::from(blocks + back)));
+            // Blocks that the run covers are homes no longer than until it is accepted, so the run must not be found in them.
             if home - back < at && at - back < home + blocks {
                 back = 0;
             }
             blocks += back;
-            let run = Run {
+            let run = DedupRun {
                 slot: at - back,
                 blocks,
-                target: Target::Home(home - back),
+                target: DedupTarget::Home(home - back),
             };
             if blocks > best.map_or(0, |best| best.blocks)
                 && self.is_long_enough(&run, segment, gap, self.is_repeated(&run, segment))
@@ -515,16 +526,16 @@ impl<'a> Pass<'a> {
         best
     }
 
-    /// Whether a run is part of one block's repetition. Where it ends with its segment, its home tells how that would go on: where
-    /// donors end within a repetition would change from one plan to the next.
-    fn is_repeated(&self, run: &Run, segment: &Range<Slot>) -> bool {
+    /// Whether a run is part of a repetition of one block. A run that ends with its segment is judged by what lies beside its
+    /// home: otherwise donors would end at other places within a repetition from one plan to the next.
+    fn is_repeated(&self, run: &DedupRun, segment: &Range<Slot>) -> bool {
         let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
         let fingerprint = |slot| self.fingerprint(slot);
         let first = fingerprint(run.slot);
         let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
         let goes_on = || match run.target {
-            Target::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
-                // On either side: of a repetition, it may be the beginning or the end.
+            DedupTarget::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
+                // Either side counts: the run may be the beginning or the end of a repetition.
                 home.checked_sub(1).iter().chain(&Some(home + run.blocks)).any(is_first)
             }
             _ => false,
@@ -536,7 +547,7 @@ impl<'a> Pass<'a> {
     /// Whether a run is worth the references that it adds: two, or one where it follows another, a hole one less, and that for each
     /// reference to the place. All there is adds none. At an end of its extent it would add less, too, but where donors end changes
     /// with all that goes before: what such an end makes worth while, the next round would find at another, and so on.
-    fn is_long_enough(&self, run: &Run, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
+    fn is_long_enough(&self, run: &DedupRun, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
         if run.blocks as usize == segment.len() {
             return true;
         }
@@ -547,8 +558,8 @@ impl<'a> Pass<'a> {
         let follows_a_run = slots.start == gap && gap > segment.start;
         let ends: u64 = if follows_a_run { 1 } else { 2 };
         let new = match run.target {
-            Target::Home(_) => ends,
-            Target::Hole => ends - 1,
+            DedupTarget::Home(_) => ends,
+            DedupTarget::Hole => ends - 1,
         };
         if new == 0 {
             return true;
@@ -560,16 +571,17 @@ impl<'a> Pass<'a> {
             most = most.min(each / weight);
         }
         let most = usize::try_from(most).unwrap_or(usize::MAX);
-        // Counting takes time where there are many, and is rarely needed.
-        self.here.references as usize <= most || !self.facts.has_references_over(slots, most + 1)
+        // The references over the run are counted only if those of the whole extent do not decide: counting takes time where
+        // there are many.
+        self.current.references as usize <= most || !self.facts.has_references_over(slots, most + 1)
     }
 
     /// Whether a run is proved as far as it must be, or may count until it is.
-    fn may_count(&self, run: &Run) -> bool {
+    fn may_count(&self, run: &DedupRun) -> bool {
         self.must_be_proved(run).all(|n| {
             let known = match run.target {
-                Target::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
-                Target::Hole => self.facts.proved_zero(run.slot + n),
+                DedupTarget::Home(home) => self.facts.proved_equal(run.slot + n, home + n),
+                DedupTarget::Hole => self.facts.proved_zero(run.slot + n),
             };
             known.unwrap_or(self.ask)
         })
@@ -578,13 +590,13 @@ impl<'a> Pass<'a> {
     /// The blocks of a run that must be proved: all of a short one, and one of a long one that is found in other data. Checksums prove
     /// long runs unless someone forged them, and then not those of every block: whoever is matched with a forgery is to be matched with
     /// something else instead. Zeros are nobody else's.
-    fn must_be_proved(&self, run: &Run) -> Range<u32> {
+    fn must_be_proved(&self, run: &DedupRun) -> Range<u32> {
         match run.target {
             _ if run.blocks <= UNPROVED_BLOCKS => 0..run.blocks,
-            Target::Hole => 0..0,
-            Target::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
-            Target::Home(_) => {
-                // Where it is, follows from the run, so that asking again asks the same.
+            DedupTarget::Hole => 0..0,
+            DedupTarget::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
+            DedupTarget::Home(_) => {
+                // Which block it is follows from the run, so that the next round asks for the same one.
                 let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
                 n..n + 1
             }
@@ -592,7 +604,7 @@ impl<'a> Pass<'a> {
     }
 
     /// Whether two blocks of a short run have the same fingerprint.
-    fn has_blocks_alike(&self, run: &Run) -> bool {
+    fn has_blocks_alike(&self, run: &DedupRun) -> bool {
         let mut fingerprints: Vec<u32> = (run.slot..run.slot + run.blocks)
             .map(|slot| self.fingerprint(slot))
             .collect();
@@ -600,16 +612,16 @@ impl<'a> Pass<'a> {
         fingerprints.windows(2).any(|pair| pair[0] == pair[1])
     }
 
-    /// Lists what must be read before a run counts: some of its blocks, and all that look like them, since another of those may
-    /// be the one that is equal.
-    fn question(&self, run: &Run, unproved: &mut Vec<Slot>) {
+    /// Lists the slots that must be read before a run counts: some of its blocks, and all candidates that look like them, since
+    /// another candidate may be the equal one.
+    fn question(&self, run: &DedupRun, unproved: &mut Vec<Slot>) {
         let fingerprints = &self.facts.fingerprints;
         for n in self.must_be_proved(run) {
             let slot = run.slot + n;
             let alike = self.table.candidates(self.fingerprint(slot), fingerprints);
             let home = match run.target {
-                Target::Home(home) => Some(home + n),
-                Target::Hole => None,
+                DedupTarget::Home(home) => Some(home + n),
+                DedupTarget::Hole => None,
             };
             let slots = alike.filter(|_| home.is_some()).chain(home).chain([slot]);
             unproved.extend(slots.filter(|slot| !self.facts.proofs.contains_key(slot)));
@@ -617,11 +629,11 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// Blocks of the runs that go to a hole, and of those that go to homes.
-pub(super) fn matched_blocks(runs: &[Run]) -> (u32, u32) {
+/// How many blocks of the runs become holes, and how many are found in homes.
+pub(super) fn matched_blocks(runs: &[DedupRun]) -> (u32, u32) {
     runs.iter().fold((0, 0), |(zeros, duplicates), run| match run.target {
-        Target::Hole => (zeros + run.blocks, duplicates),
-        Target::Home(_) => (zeros, duplicates + run.blocks),
+        DedupTarget::Hole => (zeros + run.blocks, duplicates),
+        DedupTarget::Home(_) => (zeros, duplicates + run.blocks),
     })
 }
 
@@ -633,28 +645,28 @@ mod tests {
     use std::collections::BTreeSet;
     use std::convert::Infallible;
 
-    fn decided(facts: &Facts, options: &Options, ask: bool) -> Decisions {
+    fn decided(facts: &Facts, options: &ReclaimOptions, ask: bool) -> Decisions {
         let Ok(decisions) = decide(facts, options, ask, |_| false, &|| Ok::<_, Infallible>(()));
         decisions
     }
 
-    fn slots_of(runs: &[Run]) -> Vec<Slot> {
+    fn slots_of(runs: &[DedupRun]) -> Vec<Slot> {
         runs.iter().flat_map(|run| run.slot..run.slot + run.blocks).collect()
     }
 
-    fn home(slot: Slot, blocks: u32, home: Slot) -> Run {
-        Run {
+    fn home(slot: Slot, blocks: u32, home: Slot) -> DedupRun {
+        DedupRun {
             slot,
             blocks,
-            target: Target::Home(home),
+            target: DedupTarget::Home(home),
         }
     }
 
-    fn hole(slot: Slot, blocks: u32) -> Run {
-        Run {
+    fn hole(slot: Slot, blocks: u32) -> DedupRun {
+        DedupRun {
             slot,
             blocks,
-            target: Target::Hole,
+            target: DedupTarget::Hole,
         }
     }
 
@@ -668,7 +680,7 @@ mod tests {
     #[derive(Debug, PartialEq, Eq)]
     struct Named {
         gone: BTreeSet<String>,
-        pinned: BTreeMap<Pinned, u64>,
+        pinned: BTreeMap<PinReason, u64>,
     }
 
     proptest! {
@@ -694,8 +706,8 @@ mod tests {
                     prop_assert_eq!(facts.live_runs(run.slot + n..run.slot + n + 1).count(), 1);
                     let content = pool.content[(run.slot + n) as usize];
                     match run.target {
-                        Target::Hole => prop_assert!(content == '0' && !options.keep_zeros),
-                        Target::Home(home) => {
+                        DedupTarget::Hole => prop_assert!(content == '0' && !options.keep_zeros),
+                        DedupTarget::Home(home) => {
                             prop_assert_eq!(content, pool.content[(home + n) as usize]);
                             prop_assert!(!covered.contains(&(home + n)));
                             prop_assert_eq!(facts.live_runs(home + n..home + n + 1).count(), 1);
@@ -748,7 +760,7 @@ mod tests {
             let silent = decided(&pool.facts, &options, false);
             prop_assert!(silent.unproved.is_empty());
             for run in &silent.runs {
-                prop_assert!(run.target == Target::Hole && run.blocks > UNPROVED_BLOCKS);
+                prop_assert!(run.target == DedupTarget::Hole && run.blocks > UNPROVED_BLOCKS);
             }
             let asking = decided(&pool.facts, &options, true);
             let pass = Pass::new(&pool.facts, &options, true);
@@ -756,7 +768,7 @@ mod tests {
             for run in &asking.runs {
                 for n in pass.must_be_proved(run) {
                     prop_assert!(unproved.contains(&(run.slot + n)));
-                    if let Target::Home(home) = run.target {
+                    if let DedupTarget::Home(home) = run.target {
                         prop_assert!(unproved.contains(&(home + n)));
                     }
                 }
@@ -770,13 +782,13 @@ mod tests {
             pool.prove_all();
             let mut pass = Pass::new(&pool.facts, &options, true);
             for place in 0..u32::try_from(pool.facts.extents.len()).unwrap() {
-                let extent = pass.turn_to(place);
+                let extent = pass.begin(place);
                 let live: BTreeSet<Slot> = pool.facts.live_runs(extent.slots()).flatten().collect();
                 let mut found = pass.match_extent(extent);
                 for least in [None, Some(least)] {
                     if let Some(least) = least {
                         pass.leave_short_runs(&mut found, least);
-                        let is_long = |run: &Run| run.blocks >= if run.target == Target::Hole { least / 2 } else { least };
+                        let is_long = |run: &DedupRun| run.blocks >= if run.target == DedupTarget::Hole { least / 2 } else { least };
                         prop_assert!(found.runs.iter().all(is_long));
                     }
                     prop_assert_eq!((found.matched() + found.left_over) as usize, live.len());
@@ -786,7 +798,7 @@ mod tests {
                     // Of each extent that runs are found in, the references that these would add.
                     let mut added = BTreeMap::new();
                     for run in &found.runs {
-                        if let Target::Home(home) = run.target {
+                        if let DedupTarget::Home(home) = run.target {
                             *added.entry(pool.facts.extent_of(home)).or_default() += pool.facts.references_over(run.slot..run.slot + run.blocks);
                         }
                     }
@@ -801,7 +813,7 @@ mod tests {
         #[test]
         fn new_references_are_the_pieces_that_are_left(text in pools(), cuts in prop::collection::vec((1u32..6, 0u8..3), 1..12)) {
             let pool = Pool::of(&text);
-            let options = Options::default();
+            let options = ReclaimOptions::default();
             let pass = Pass::new(&pool.facts, &options, true);
             for (place, extent) in (0..).zip(&pool.facts.extents) {
                 // What becomes of each block (0 for holes, 1 for homes, 2 if it is left over), and whether a piece begins with it: what is
@@ -815,7 +827,7 @@ mod tests {
                 let begins = each.last().is_none_or(|(before, _)| *before != 2);
                 each.push((2, begins));
                 each.resize(extent.blocks as usize, (2, false));
-                let mut runs: Vec<Run> = Vec::new();
+                let mut runs: Vec<DedupRun> = Vec::new();
                 for (slot, (kind, begins)) in extent.slots().zip(&each) {
                     match (kind, begins) {
                         (0, true) => runs.push(hole(slot, 1)),
@@ -840,7 +852,7 @@ mod tests {
     fn extents_that_stay_anyhow_and_those_that_most_use_come_first() {
         let order_of = |text: &str| -> String {
             let pool = Pool::of(text);
-            let order = order(&pool.facts, &Options::default()).into_iter();
+            let order = order(&pool.facts, &ReclaimOptions::default()).into_iter();
             order
                 .map(|extent| char::from(b'A' + u8::try_from(extent).unwrap()))
                 .collect()
@@ -877,11 +889,11 @@ mod tests {
             two  A[0..2] A[4..6] A[2..4] A[0..2]",
         );
         let limits = |references_per_gib_max: u32| {
-            let options = Options {
+            let options = ReclaimOptions {
                 references_per_gib_max,
-                ..Options::default()
+                ..ReclaimOptions::default()
             };
-            Limits::new(&pool.facts, &options)
+            ReferenceLimits::new(&pool.facts, &options)
         };
         let per_gib = |references: u32| references * (1 << 18) / 8;
         let limited = limits(per_gib(3));
@@ -897,7 +909,7 @@ mod tests {
     #[test]
     fn what_an_extent_would_add_counts_until_the_next_and_for_good_if_it_goes() {
         let pool = Pool::of("A abcd\nB abcd\none A B");
-        let mut limits = Limits::new(&pool.facts, &Options::default());
+        let mut limits = ReferenceLimits::new(&pool.facts, &ReclaimOptions::default());
         limits.added.insert(0, 3);
         assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
         limits.accept(&BTreeMap::from([(0, -1)]));
@@ -909,12 +921,12 @@ mod tests {
     #[test]
     fn a_run_is_as_long_as_the_references_that_it_adds_are_worth() {
         /// The shortest run from `from` on that counts.
-        fn shortest(images: usize, run: impl Fn(u32) -> Run, gap: Slot, repeated: bool) -> u32 {
+        fn shortest(images: usize, run: impl Fn(u32) -> DedupRun, gap: Slot, repeated: bool) -> u32 {
             let content: String = ('1'..='9').chain('a'..='z').chain('1'..='9').collect();
             let pool = revisions(images, &format!("A {content}\nB a"));
-            let options = Options::default();
+            let options = ReclaimOptions::default();
             let mut pass = Pass::new(&pool.facts, &options, true);
-            let segment = pass.turn_to(0).slots();
+            let segment = pass.begin(0).slots();
             let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, gap, repeated);
             (1..=35).find(counts).unwrap_or(u32::MAX)
         }
@@ -941,22 +953,33 @@ mod tests {
     #[test]
     fn all_there_is_adds_no_reference() {
         let pool = revisions(100, "A ab\nB ab");
-        let options = Options {
+        let options = ReclaimOptions {
             min_run_blocks: 8,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let segment = pass.turn_to(0).slots();
+        let segment = pass.begin(0).slots();
         assert!(pass.is_long_enough(&home(0, 2, 2), &segment, 0, true));
         assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, 0, false));
     }
 
     #[test]
+    fn references_beside_a_run_do_not_count() {
+        let pool = Pool::of("A abcdefghijklmnop\nB ab\none A\ntwo A\nthree A[4..16]\nfour B");
+        let options = ReclaimOptions::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        let segment = pass.begin(0).slots();
+        let counts = |slot| pass.is_long_enough(&home(slot, 2, 16), &segment, 0, false);
+        // Two map the place, three the extent.
+        assert_eq!([counts(1), counts(3), counts(8)], [true, false, false]);
+    }
+
+    #[test]
     fn short_runs_are_proved_and_of_long_ones_a_block() {
         let pool = Pool::of(&format!("A {0}\nB {0}\none A\ntwo B", "abcdefghijklmnopqrstaaaa0000"));
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let pass = Pass::new(&pool.facts, &options, true);
-        let proved = |run: Run| pass.must_be_proved(&run);
+        let proved = |run: DedupRun| pass.must_be_proved(&run);
         assert_eq!([proved(home(28, 1, 0)), proved(home(28, 2, 0))], [0..1, 0..2]);
         for blocks in [3, 16, 17, 20] {
             let one = proved(home(28, blocks, 0));
@@ -973,10 +996,10 @@ mod tests {
     #[test]
     fn a_repetition_is_known_by_what_is_around_it() {
         let pool = Pool::of("A xaaay\nB aaaz\nC bca\nD cac\none A B C D");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let mut is_repeated = |extent: u32, run: Run| {
-            let segment = pass.turn_to(extent).slots();
+        let mut is_repeated = |extent: u32, run: DedupRun| {
+            let segment = pass.begin(extent).slots();
             pass.is_repeated(&run, &segment)
         };
         assert!(is_repeated(0, home(1, 3, 5)), "it is one");
@@ -992,16 +1015,16 @@ mod tests {
     #[test]
     fn looking_ends_when_its_steps_are_used_up() {
         let pool = Pool::of("A abcdefgh\nB abcdefgh\none A\ntwo B");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.look_at(0, false);
-        let extent = pass.turn_to(1);
-        assert_eq!(pass.here.steps_left.get(), 8 * STEPS_PER_BLOCK);
+        let extent = pass.begin(1);
+        assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK);
         let segment = extent.slots();
         let longest = |pass: &Pass<'_>| pass.longest(extent, 8, &segment, 8);
         assert_eq!(longest(&pass), Some(home(8, 8, 0)));
-        assert_eq!(pass.here.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
-        pass.here.steps_left.set(0);
+        assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
+        pass.current.steps_left.set(0);
         assert_eq!(longest(&pass), None);
     }
 
@@ -1010,12 +1033,12 @@ mod tests {
         let mut pool = Pool::of("A abcdefgh\nB xabcdefg\none A\ntwo B");
         // Of both, `d` alone is in the table's sample.
         pool.facts.table_slots_max = usize::MAX;
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        pass.turn_to(0);
+        pass.begin(0);
         pass.homes.insert_range(0..8);
         pass.enter(3);
-        let extent = pass.turn_to(1);
+        let extent = pass.begin(1);
         pass.homes.insert_range(8..12);
         assert_eq!(pass.longest(extent, 12, &extent.slots(), 8), Some(home(9, 7, 0)));
         // What is no home any more is not gone back over.
@@ -1026,10 +1049,10 @@ mod tests {
     fn blocks_between_runs_that_a_run_is_found_in_stay() {
         // What three images map is too short to share where it is first; what one maps is found in it, though it is in A, too.
         let pool = Pool::of("A abxyzuvw\nB abab\none A\ntwo B\nthree B[0..2]\nfour B[0..2]");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.look_at(0, false);
-        let extent = pass.turn_to(1);
+        let extent = pass.begin(1);
         let found = pass.match_extent(extent);
         assert_eq!((&found.runs[..], found.left_over), ([home(10, 2, 8)].as_slice(), 2));
     }
@@ -1037,9 +1060,9 @@ mod tests {
     #[test]
     fn what_frees_less_than_it_costs_stays() {
         let pool = Pool::of("A abcdefgh\nB abcdxyzu\none A\ntwo B");
-        let options = Options::default();
+        let options = ReclaimOptions::default();
         let pass = Pass::new(&pool.facts, &options, true);
-        let found = |left_over: u32| Match {
+        let found = |left_over: u32| ExtentMatch {
             runs: vec![home(8, 8 - left_over, 0)],
             left_over,
             unproved: Vec::new(),
@@ -1053,7 +1076,7 @@ mod tests {
         // What is planned only is written anyway.
         assert!(pass.pays(1, references + 2, &found(4), true));
         // No more is left over than half of the work space.
-        let options = Options {
+        let options = ReclaimOptions {
             work_space_bytes: 7 * 4096,
             ..options
         };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::Options;
+use super::ReclaimOptions;
 use super::apply::Origins;
 use crate::block::{Slot, SlotSet};
 use crate::facts::{Class, Compression, Facts};
@@ -12,25 +12,26 @@ use crate::spill::{Budget, SpillVec};
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
 pub const COMPRESSED_BLOCKS_MAX: u32 = 32;
 
-/// Where a run of blocks is found.
+/// Where the blocks of a run are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Target {
-    /// In the slots from here on. They may move on in turn; [`Layout::resolve`] follows.
+pub(super) enum DedupTarget {
+    /// In the slots from this one on. A later round may move those in turn, which [`Layout::resolve`] follows.
     Home(Slot),
-    /// Nowhere: they are zeros.
+    /// Nowhere, since they are zeros: they become a hole.
     Hole,
 }
 
-/// Blocks of an extent that goes, and where they are found.
+/// A run of blocks of an extent that goes, and where they are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run {
+pub(super) struct DedupRun {
     pub(super) slot: Slot,
     pub(super) blocks: u32,
-    pub(super) target: Target,
+    pub(super) target: DedupTarget,
 }
 
-impl Run {
-    /// Whether what is known of some slots, in order, speaks against it. `origin` tells which slot of `facts` a slot is.
+impl DedupRun {
+    /// Whether two of its blocks that should be equal are known to differ. Only pairs with a slot in `known`, which is in order,
+    /// are looked at. `origin` tells which slot of `facts` a slot stands for.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot], origin: impl Fn(Slot) -> Slot) -> bool {
         let among = |from: Slot| {
             let first = known.partition_point(|slot| *slot < from);
@@ -41,41 +42,41 @@ impl Run {
         };
         let mut ours = among(self.slot);
         match self.target {
-            Target::Hole => ours.any(|n| facts.proved_zero(origin(self.slot + n)) == Some(false)),
-            Target::Home(home) => ours
+            DedupTarget::Hole => ours.any(|n| facts.proved_zero(origin(self.slot + n)) == Some(false)),
+            DedupTarget::Home(home) => ours
                 .chain(among(home))
                 .any(|n| facts.proved_equal(origin(self.slot + n), origin(home + n)) == Some(false)),
         }
     }
 }
 
-/// Where blocks end up.
+/// Where blocks are after the plan was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Final {
-    /// Where no data is.
+pub enum Destination {
+    /// Nowhere: the image has a hole there.
     Hole,
-    /// In an extent that stays, from this slot on.
+    /// In an extent of the pool, from this slot on.
     Kept(Slot),
-    /// In a donor: which donor extent, and from which of its blocks on.
+    /// In a donor extent, by its place in [`Layout::donors`], from this block of it on.
     Donor(u32, u32),
 }
 
-/// A donor's extent: written in one go, so that the filesystem allocates it as one.
+/// An extent of a donor. It is written in one go, so that the filesystem allocates it as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DonorExtent {
-    /// Like the extents whose blocks it takes over.
+    /// What it must have in common with the extents whose blocks it takes over.
     pub class: Class,
-    /// The slots it takes over, as places in what [`Layout::pieces_of`] looks in.
+    /// The slots that it takes over, as places in the list of pieces that [`Layout::pieces_of`] reads.
     pieces: Range<u32>,
-    /// Its blocks.
+    /// Its length in blocks.
     pub blocks: u32,
-    /// Bytes that it is expected to take on disk; the sum of blocks if it is not compressed.
+    /// Bytes that it is expected to take on disk. They are exact if it is not compressed.
     pub disk_bytes: u64,
-    /// The batch it is written in.
+    /// The number of the batch that it is written in.
     pub batch: u32,
 }
 
-/// Left over slots and where in the donors they go.
+/// A range of slots that is left over, and its place in a donor.
 #[derive(Debug, Clone, Copy)]
 struct Leftover {
     slot: Slot,
@@ -86,30 +87,30 @@ struct Leftover {
 
 /// An extent that goes.
 #[derive(Debug, Clone, Copy)]
-struct Gone {
+struct EliminatedExtent {
     extent: u32,
-    /// Its blocks that were left over when that was decided. Batches go by this: what is found of them later must not move others to
-    /// another batch, away from what they lie beside in their images.
+    /// Blocks of it that were left over when its elimination was decided. Batches are cut by this number: a block that a later
+    /// round finds must not move other extents to another batch, away from their neighbours in the images.
     left_over: u32,
 }
 
-/// Where every block is to be.
+/// Where every block of the pool is to be.
 #[derive(Debug, Clone, Default)]
 pub struct Layout {
     /// Extents that go, in the order in which that was decided.
-    order: SpillVec<Gone>,
-    /// Which those are.
+    order: SpillVec<EliminatedExtent>,
+    /// The same extents as a set.
     gone: SlotSet,
-    /// What of them is found elsewhere, by slot.
-    runs: SpillVec<Run>,
+    /// Their blocks that are found elsewhere, by slot. Runs do not overlap, and each lies within one extent.
+    runs: SpillVec<DedupRun>,
     leftovers: SpillVec<Leftover>,
-    /// The same, donor by donor.
+    /// The slots of the leftovers, donor by donor.
     pieces: SpillVec<Range<Slot>>,
     donors: SpillVec<DonorExtent>,
 }
 
 impl Layout {
-    /// Where every block stays, with lists that are made from a budget.
+    /// A layout in which every block stays, with lists that are made from a budget.
     pub(super) fn new_in(budget: &Budget) -> Self {
         Self {
             order: SpillVec::new_in(budget),
@@ -141,7 +142,8 @@ impl Layout {
         &self.pieces[donor.pieces.start as usize..donor.pieces.end as usize]
     }
 
-    /// What stays where it is of an extent that goes: on a filesystem that frees blocks, all that no run covers.
+    /// The slots of an extent that goes which stay where they are: those that no run covers, if the filesystem frees single
+    /// blocks, and otherwise none.
     pub(super) fn stays_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
         if facts.frees_blocks {
             self.rest_of(facts, extent)
@@ -150,7 +152,7 @@ impl Layout {
         }
     }
 
-    /// The live slots of an extent that are found nowhere else.
+    /// The live slots of an extent that no run covers.
     pub(super) fn rest_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
         left_over(
             facts,
@@ -159,21 +161,21 @@ impl Layout {
         )
     }
 
-    pub(super) fn runs_of(&self, facts: &Facts, extent: u32) -> &[Run] {
+    pub(super) fn runs_of(&self, facts: &Facts, extent: u32) -> &[DedupRun] {
         let slots = facts.extents[extent as usize].slots();
         let from = self.runs.partition_point(|run| run.slot < slots.start);
         let count = self.runs[from..].partition_point(|run| run.slot < slots.end);
         &self.runs[from..from + count]
     }
 
-    /// Whether what is known of some slots, in order, speaks against what is to be shared.
+    /// Whether a run is refuted by what was read of the slots `known`, which are in order.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot]) -> bool {
         self.runs.iter().any(|run| run.is_refuted(facts, known, |slot| slot))
     }
 
-    /// Adds decisions that were made on the pool as this layout would leave it, and where the parts of that come from; none if it
-    /// is the pool as it is.
-    pub(super) fn compose(&mut self, facts: &Facts, gone: &[u32], runs: &[Run], origins: Option<&Origins>) {
+    /// Adds decisions of a pass. `origins` tells where the slots of the planned pool come from that the pass looked at; it is
+    /// none if the pass looked at the pool as it is.
+    pub(super) fn compose(&mut self, facts: &Facts, gone: &[u32], runs: &[DedupRun], origins: Option<&Origins>) {
         let origin = |slot| origins.map_or(slot, |origins| origins.slot(slot));
         let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
         self.gone.grow(facts.extents.len());
@@ -185,21 +187,21 @@ impl Layout {
             while done < run.blocks {
                 let slot = origin(run.slot + done);
                 let target = |n| match run.target {
-                    Target::Home(home) => Target::Home(origin(home + n)),
-                    Target::Hole => Target::Hole,
+                    DedupTarget::Home(home) => DedupTarget::Home(origin(home + n)),
+                    DedupTarget::Hole => DedupTarget::Hole,
                 };
                 let first = target(done);
                 let follows = |n: u32| {
                     origin(run.slot + done + n) == slot + n
                         && match (first, target(done + n)) {
-                            (Target::Home(first), Target::Home(this)) => this == first + n,
+                            (DedupTarget::Home(first), DedupTarget::Home(this)) => this == first + n,
                             _ => true,
                         }
                 };
                 let extent = facts.extent_of(slot);
                 let room = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
                 let blocks = (1..room).find(|n| !follows(*n)).unwrap_or(room);
-                self.runs.push(Run {
+                self.runs.push(DedupRun {
                     slot,
                     blocks,
                     target: first,
@@ -211,15 +213,15 @@ impl Layout {
         for extent in gone.iter().filter_map(|extent| kept(*extent)) {
             let rest = self.rest_of(facts, extent);
             let left_over = rest.iter().map(|piece| piece.end - piece.start).sum();
-            self.order.push(Gone { extent, left_over });
+            self.order.push(EliminatedExtent { extent, left_over });
         }
     }
 
-    /// Where extents are rewritten though nothing of them is found elsewhere, they come first, in the order of the images: they need
-    /// nobody, and what needs them comes after them.
+    /// Moves extents to the front, in the order of the images, that are rewritten although nothing of them is found elsewhere:
+    /// they need no other extent, and others may need them. Without such extents the order stays.
     fn order_for_donors(&mut self, facts: &Facts) {
         let extent = |place: u32| &facts.extents[place as usize];
-        if !self.gone().any(|place| extent(place).is_recoded()) {
+        if !self.gone().any(|place| extent(place).is_always_rewritten()) {
             return;
         }
         let order = std::mem::take(&mut self.order);
@@ -237,8 +239,8 @@ impl Layout {
         self.order = SpillVec::from_iter_in(ordered, facts.budget());
     }
 
-    /// Lays out the donors for what no run covers, batch by batch.
-    pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &Options) {
+    /// Lays out the donors for the blocks that are left over, batch by batch.
+    pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &ReclaimOptions) {
         self.leftovers.clear();
         self.pieces.clear();
         self.donors.clear();
@@ -249,7 +251,7 @@ impl Layout {
         let batch_bytes_max = (options.work_space_bytes / 2).min(options.batch_bytes);
         let (mut batch, mut batch_bytes, mut pieces) = (0, 0, Vec::new());
         let order = std::mem::take(&mut self.order);
-        for Gone { extent, left_over } in order.iter().copied() {
+        for EliminatedExtent { extent, left_over } in order.iter().copied() {
             let rest = self.rest_of(facts, extent);
             let share = facts.extents[extent as usize].donor_bytes(left_over);
             if batch_bytes > 0 && batch_bytes + share > batch_bytes_max {
@@ -265,7 +267,7 @@ impl Layout {
         self.leftovers.sort_unstable_by_key(|leftover| leftover.slot);
     }
 
-    /// Lists what each donor's extent takes over.
+    /// Lists the slots that each donor extent takes over.
     fn list_pieces(&mut self) {
         self.leftovers
             .sort_unstable_by_key(|leftover| (leftover.donor, leftover.at));
@@ -280,12 +282,18 @@ impl Layout {
     }
 
     /// Lays out the donors of one batch, in the order in which images are read.
-    fn place_batch(&mut self, facts: &Facts, options: &Options, batch: u32, mut pieces: Vec<(u32, Range<Slot>)>) {
+    fn place_batch(
+        &mut self,
+        facts: &Facts,
+        options: &ReclaimOptions,
+        batch: u32,
+        mut pieces: Vec<(u32, Range<Slot>)>,
+    ) {
         pieces.sort_by_cached_key(|(_, piece)| {
             let place = facts.place_of(piece.clone());
             place.map(|place| (place.image, place.file_block))
         });
-        // The donor extent that is being filled, for each class, and the references it will have.
+        // For each class, the donor extent that is being filled, and the references that it will have.
         let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
         for (extent, piece) in pieces {
             let this = &facts.extents[extent as usize];
@@ -330,10 +338,11 @@ impl Layout {
         }
     }
 
-    /// Where a range of live slots ends up: the beginning of it, and for how many blocks.
-    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, Final) {
+    /// Where the beginning of a range of live slots ends up, and for how many blocks that holds.
+    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, Destination) {
         let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);
-        // Each step leads to a slot that was a home when the step was decided and never becomes one again, so this ends.
+        // This ends: each step leads to a slot that was a home when the run was decided, so only runs of later rounds can lead
+        // on.
         loop {
             let after = self.runs.partition_point(|run| run.slot <= slot);
             if let Some(run) = after
@@ -343,19 +352,19 @@ impl Layout {
             {
                 blocks = blocks.min(run.slot + run.blocks - slot);
                 match run.target {
-                    Target::Hole => return (blocks, Final::Hole),
-                    Target::Home(home) => slot = home + (slot - run.slot),
+                    DedupTarget::Hole => return (blocks, Destination::Hole),
+                    DedupTarget::Home(home) => slot = home + (slot - run.slot),
                 }
                 continue;
             }
             let extent = facts.extent_of(slot);
             let end = facts.extents[extent as usize].slots().end;
             if !self.is_gone(extent) {
-                return (blocks.min(end - slot), Final::Kept(slot));
+                return (blocks.min(end - slot), Destination::Kept(slot));
             }
             if facts.frees_blocks {
                 let end = self.runs.get(after).map_or(end, |next| next.slot.min(end));
-                return (blocks.min(end - slot), Final::Kept(slot));
+                return (blocks.min(end - slot), Destination::Kept(slot));
             }
             let place = self.leftovers.partition_point(|leftover| leftover.slot <= slot);
             let leftover = self.leftovers[place - 1];
@@ -363,17 +372,17 @@ impl Layout {
             blocks = blocks.min(leftover.slot + leftover.blocks - slot);
             return (
                 blocks,
-                Final::Donor(leftover.donor, leftover.at + (slot - leftover.slot)),
+                Destination::Donor(leftover.donor, leftover.at + (slot - leftover.slot)),
             );
         }
     }
 
-    /// The same for a whole range, piece after piece.
+    /// Where each piece of a range of live slots ends up, in order. The pieces cover the range.
     pub fn resolve_all<'a>(
         &'a self,
         facts: &'a Facts,
         slots: Range<Slot>,
-    ) -> impl Iterator<Item = (Range<Slot>, Final)> + 'a {
+    ) -> impl Iterator<Item = (Range<Slot>, Destination)> + 'a {
         let mut at = slots.start;
         std::iter::from_fn(move || {
             (at < slots.end).then(|| {
@@ -386,7 +395,8 @@ impl Layout {
     }
 }
 
-/// Blocks of a donor's extent at most. Small enough that one image's deletion does not leave much behind.
+/// Greatest length of a donor extent in blocks. It is small enough that the deletion of one image does not leave much of it
+/// unreachable.
 pub(super) fn extent_blocks_max(class: Class) -> u32 {
     match class.compression {
         Compression::None => 4096,
@@ -394,8 +404,8 @@ pub(super) fn extent_blocks_max(class: Class) -> u32 {
     }
 }
 
-/// The live slots that no run covers.
-pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[Run]) -> Vec<Range<Slot>> {
+/// The live slots among `slots` that no run covers, in order; `runs` are those of the same slots, in order.
+pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[DedupRun]) -> Vec<Range<Slot>> {
     let mut pieces = Vec::new();
     let mut runs = runs.iter().peekable();
     for live in facts.live_runs(slots) {
@@ -422,14 +432,14 @@ pub(super) fn left_over(facts: &Facts, slots: Range<Slot>, runs: &[Run]) -> Vec<
 mod tests {
     use super::*;
     use crate::block::bytes;
-    use crate::facts::Recoding;
+    use crate::facts::CompressionGoal;
     use crate::plan::METADATA_BYTES_PER_REFERENCE;
     use crate::plan::tests::notation::{Pool, options, pools};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
     /// Disjoint runs within some slots, in order.
-    fn runs_in(slots: &Range<Slot>, cuts: &[(prop::sample::Index, bool)]) -> Vec<Run> {
+    fn runs_in(slots: &Range<Slot>, cuts: &[(prop::sample::Index, bool)]) -> Vec<DedupRun> {
         let mut at: Vec<(Slot, bool)> = cuts
             .iter()
             .map(|(cut, is_run)| (slots.start + u32::try_from(cut.index(slots.len())).unwrap(), *is_run))
@@ -438,10 +448,10 @@ mod tests {
         at.dedup_by_key(|(slot, _)| *slot);
         let ends = at.iter().skip(1).map(|(slot, _)| *slot).chain([slots.end]);
         let runs = at.iter().zip(ends).filter(|((_, is_run), _)| *is_run);
-        runs.map(|((slot, _), end)| Run {
+        runs.map(|((slot, _), end)| DedupRun {
             slot: *slot,
             blocks: end - slot,
-            target: Target::Hole,
+            target: DedupTarget::Hole,
         })
         .collect()
     }
@@ -482,8 +492,8 @@ mod tests {
             let known: Vec<Slot> = (0..).zip(&blocks).filter(|(_, (_, known))| *known).map(|(slot, _)| slot).collect();
             let [slot, home] = [at[0], at[1]].map(|at| at.index(blocks.len()));
             let length = 1 + at[2].index(blocks.len() - slot.max(home));
-            let target = if is_hole { Target::Hole } else { Target::Home(u32::try_from(home).unwrap()) };
-            let run = Run { slot: u32::try_from(slot).unwrap(), blocks: u32::try_from(length).unwrap(), target };
+            let target = if is_hole { DedupTarget::Hole } else { DedupTarget::Home(u32::try_from(home).unwrap()) };
+            let run = DedupRun { slot: u32::try_from(slot).unwrap(), blocks: u32::try_from(length).unwrap(), target };
             let differs = |n: usize| {
                 let (ours, theirs) = (blocks[slot + n], if is_hole { (0, false) } else { blocks[home + n] });
                 ours.0 != theirs.0 && (ours.1 || theirs.1)
@@ -507,14 +517,14 @@ mod tests {
                     at = piece.end;
                     for (n, slot) in (0..).zip(piece.clone()) {
                         let end = match found {
-                            Final::Hole => '0',
-                            Final::Kept(first) => {
+                            Destination::Hole => '0',
+                            Destination::Kept(first) => {
                                 let covered = layout.runs.iter().any(|run| (run.slot..run.slot + run.blocks).contains(&(first + n)));
                                 prop_assert!(!covered && (frees_blocks || !layout.is_gone(facts.extent_of(first + n))));
                                 prop_assert_eq!(facts.extent_of(first + n), facts.extent_of(first));
                                 content[(first + n) as usize]
                             }
-                            Final::Donor(donor, from) => {
+                            Destination::Donor(donor, from) => {
                                 let slots = layout.pieces_of(&layout.donors()[donor as usize]).iter().flat_map(Clone::clone);
                                 content[slots.collect::<Vec<_>>()[(from + n) as usize] as usize]
                             }
@@ -594,17 +604,17 @@ mod tests {
         let mut pool = Pool::of(&format!("{extents}\n{images}\nthree C"));
         let mut layout = Layout::default();
         layout.compose(&pool.facts, &[0, 1], &[], None);
-        layout.place_leftovers(&pool.facts, &Options::default());
+        layout.place_leftovers(&pool.facts, &ReclaimOptions::default());
         let applied = super::super::apply(&mut pool.facts, &layout);
         let origins = applied.undo(&mut pool.facts);
         (pool, layout, origins)
     }
 
-    fn home(slot: Slot, blocks: u32, home: Slot) -> Run {
-        Run {
+    fn home(slot: Slot, blocks: u32, home: Slot) -> DedupRun {
+        DedupRun {
             slot,
             blocks,
-            target: Target::Home(home),
+            target: DedupTarget::Home(home),
         }
     }
 
@@ -646,13 +656,13 @@ mod tests {
             two  B",
         );
         for extent in 1..3 {
-            pool.facts.extents[extent].recoding = Some(Recoding {
+            pool.facts.extents[extent].compression_goal = Some(CompressionGoal {
                 compression: Compression::Zstd,
-                share: Recoding::WHOLE / 2,
+                share: CompressionGoal::WHOLE / 2,
                 rewrites: true,
             });
         }
-        let plan = pool.plan(&Options::default());
+        let plan = pool.plan(&ReclaimOptions::default());
         assert_eq!(plan.layout.gone().collect::<Vec<_>>(), [2, 1, 0]);
         let donors: Vec<_> = (0..plan.donor_files.len())
             .map(|file| pool.donor(&plan, file))
@@ -667,7 +677,7 @@ mod tests {
     fn donors_of_compressed_extents_are_as_long_as_a_frame() {
         let live: String = ('1'..='9').chain('a'..='z').collect();
         let mut pool = Pool::of(&format!("A {live}{} zstd\none A[0..35]", "z".repeat(40)));
-        let plan = pool.plan(&Options::default());
+        let plan = pool.plan(&ReclaimOptions::default());
         assert_eq!(pool.donor(&plan, 0), format!("{} {}", &live[..32], &live[32..]));
         let taken: u64 = plan.layout.donors().iter().map(|donor| donor.disk_bytes).sum();
         assert_eq!(taken, 38 * 4096 * 32 / 75 + 38 * 4096 * 3 / 75);

@@ -1,6 +1,6 @@
 //! How much memory planning may take for each block of a pool.
 
-use super::table::Table;
+use super::table::BlockTable;
 use crate::block::Slot;
 
 /// Bytes for each slot: its fingerprint, twice, since planning looks at the pool as it would be as well.
@@ -21,12 +21,12 @@ pub fn lists_bytes(memory_bytes: u64) -> u64 {
 /// Whether the fingerprints of so many slots fit into `memory_bytes`, beside a block table of all of them. If they do not, they belong
 /// into a file, and [`table_slots_max`] of the slots can be looked up.
 pub fn fingerprints_fit(slots: Slot, memory_bytes: u64) -> bool {
-    u64::from(slots) * (FINGERPRINT_BYTES + Table::SLOT_BYTES) <= memory_bytes
+    u64::from(slots) * (FINGERPRINT_BYTES + BlockTable::SLOT_BYTES) <= memory_bytes
 }
 
 /// The slots that a block table of `memory_bytes` can hold.
 pub fn table_slots_max(memory_bytes: u64) -> usize {
-    usize::try_from(memory_bytes / Table::SLOT_BYTES).unwrap_or(usize::MAX)
+    usize::try_from(memory_bytes / BlockTable::SLOT_BYTES).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -44,7 +44,7 @@ mod tests {
     #[test]
     fn what_fits_can_be_looked_up_as_a_whole() {
         for slots in [1, 1000, 1 << 28] {
-            let least = u64::from(slots) * (FINGERPRINT_BYTES + Table::SLOT_BYTES);
+            let least = u64::from(slots) * (FINGERPRINT_BYTES + BlockTable::SLOT_BYTES);
             assert!(fingerprints_fit(slots, least) && !fingerprints_fit(slots, least - 1));
             assert!(table_slots_max(least) >= slots as usize);
         }

@@ -19,14 +19,14 @@ mod table;
 
 use std::collections::BTreeMap;
 
-pub use apply::{Applied, Origins, apply};
-pub use layout::{COMPRESSED_BLOCKS_MAX, DonorExtent, Final, Layout};
+pub use apply::{Origins, PlannedPool, apply};
+pub use layout::{COMPRESSED_BLOCKS_MAX, Destination, DonorExtent, Layout};
 pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
-pub use ops::{Batch, DonorFile, Op, Source};
+pub use ops::{Batch, DonorFile, Op, ShareSource};
 
-use self::table::Table;
+use self::table::BlockTable;
 use crate::block::{Slot, bytes};
-use crate::facts::{Facts, Pinned, Proof};
+use crate::facts::{Facts, PinReason, Proof};
 use crate::spill::SpillVec;
 
 /// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
@@ -56,9 +56,9 @@ const ROUNDS_MAX: usize = 256;
 /// is needed.
 pub const BATCH_BYTES: u64 = 128 << 20;
 
-/// What the user may choose.
+/// What the user may choose about a reclaim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Options {
+pub struct ReclaimOptions {
     /// Shortest run of blocks worth sharing amid other data, where two revisions have the place. It is weighed by the references that it
     /// adds: half of it is enough where only one reference maps the place, and half where it follows another run; half as much again is
     /// needed where there are three references or more.
@@ -67,9 +67,9 @@ pub struct Options {
     pub keep_zeros: bool,
     /// Leave preallocated ranges allocated.
     pub keep_preallocated: bool,
-    /// Bytes that donors may take before what they replace is freed.
+    /// Bytes on disk that donors may take before the extents that they replace are freed.
     pub work_space_bytes: u64,
-    /// Bytes of donors that are written before what they replace is freed, unless one extent leaves more.
+    /// Bytes on disk that the donors of one batch may take, unless one extent alone leaves more over.
     pub batch_bytes: u64,
     /// References that one extent may get. Those that have more keep them.
     pub references_max: u32,
@@ -77,7 +77,7 @@ pub struct Options {
     pub references_per_gib_max: u32,
 }
 
-impl Default for Options {
+impl Default for ReclaimOptions {
     fn default() -> Self {
         Self {
             min_run_blocks: 2,
@@ -91,7 +91,7 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl ReclaimOptions {
     /// Bytes that a run must free for each reference that it adds. Amid other data one adds two for each reference to the place; at the
     /// shortest run there is, only what those take counts.
     fn bytes_per_reference(&self) -> u64 {
@@ -102,14 +102,14 @@ impl Options {
         }
     }
 
-    /// Bytes to be freed for each byte rewritten, in 1/256: a 32nd at the default of 8 KiB, and the less the smaller the
-    /// runs are that someone accepts, who asks for more rewriting by that.
+    /// Bytes that must be freed for each byte that is rewritten, in 1/256. At the default of 8 KiB this is a 32nd. It falls with
+    /// the shortest run: a user who accepts shorter runs accepts more rewriting.
     fn rewrite_weight(&self) -> u64 {
         u64::from(self.min_run_blocks.min(64)) * 4
     }
 }
 
-/// Why an extent goes, by what most of it is.
+/// Why an extent is eliminated, by what most of it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
@@ -125,19 +125,19 @@ pub enum Reason {
     Compressed,
 }
 
-/// Bytes on disk, by why they are freed.
+/// Bytes on disk, by the reason for which they are freed.
 pub type BytesByReason = BTreeMap<Reason, u64>;
 
 /// An extent that is to be eliminated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Elimination {
-    /// Place in [`Facts::extents`].
+    /// Its place in [`Facts::extents`].
     pub extent: u32,
     /// What most of the freed bytes are.
     pub reason: Reason,
     /// Bytes on disk that are freed, net of what is rewritten.
     pub freed_bytes: u64,
-    /// Bytes on disk that it takes more than before: where compression is undone.
+    /// Bytes on disk that its blocks take more than before. This is not zero only where compression is undone.
     pub grown_bytes: u64,
     /// Bytes on disk that are copied to a donor.
     pub rewritten_bytes: u64,
@@ -145,32 +145,34 @@ pub struct Elimination {
     pub metadata_bytes: u64,
 }
 
-/// What is to be done.
+/// What a reclaim is to do: data that follows from [`Facts`] and [`ReclaimOptions`] alone, and that `exec` carries out without a
+/// decision of its own.
 #[derive(Debug, Clone, Default)]
-pub struct Plan {
+pub struct ReclaimPlan {
     /// Where every block is to be.
     pub layout: Layout,
     /// Extents to eliminate, in the order of their batches.
     pub eliminations: SpillVec<Elimination>,
-    /// What is done one after the other, each within the work space.
+    /// Steps that are carried out one after the other, each within the work space.
     pub batches: Vec<Batch>,
     /// Donor files to write, by batch.
     pub donor_files: Vec<DonorFile>,
-    /// For each donor extent, the donor file it is in and the block it begins at there.
+    /// For each donor extent, the donor file that holds it and the block of that file at which it begins.
     donor_places: SpillVec<(u32, u32)>,
     /// Bytes on disk that will be freed, by reason.
     pub freed: BytesByReason,
-    /// Bytes of extents that stay although something in them could go, by why.
-    pub pinned: BTreeMap<Pinned, u64>,
-    /// The share of blocks that could be looked up in the block table: one in so many.
+    /// Bytes on disk that could be freed if their extents were not pinned, by why they are.
+    pub pinned: BTreeMap<PinReason, u64>,
+    /// One in this many blocks could be looked up in the block table: 1 unless the pool is larger than the table.
     pub sampled: u32,
     /// Greatest number of bytes that donors take before what they replace is freed.
     pub peak_bytes: u64,
-    /// Bytes that must be free at the beginning, since donors may also take what was freed by then.
+    /// Bytes on disk that must be free at the beginning. This is less than all donors take, since later donors may take what
+    /// earlier batches freed.
     pub needed_bytes: u64,
 }
 
-impl Plan {
+impl ReclaimPlan {
     /// Bytes on disk that will be freed, net. Negative if undoing compression takes more than is freed.
     pub fn freed_bytes(&self) -> i64 {
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -206,10 +208,10 @@ impl Plan {
 /// Whatever `prove` or `go_on` fails with.
 pub fn plan_proved<E>(
     facts: &mut Facts,
-    options: &Options,
+    options: &ReclaimOptions,
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
-) -> Result<Plan, E> {
+) -> Result<ReclaimPlan, E> {
     /// Proofs change decisions, which raise new questions, fewer each time; after these, what is unproved does not count.
     const QUESTIONS_MAX: usize = 64;
     let mut layout = Layout::new_in(facts.budget());
@@ -245,39 +247,44 @@ pub fn plan_proved<E>(
         rounds += 1;
     }
     layout.place_leftovers(facts, options);
-    let mut plan = Plan {
-        sampled: Table::sampled(facts.slots() as usize, facts.table_slots_max),
+    let mut plan = ReclaimPlan {
+        sampled: BlockTable::sampled(facts.slots() as usize, facts.table_slots_max),
         layout,
         pinned,
         eliminations: SpillVec::new_in(facts.budget()),
-        ..Plan::default()
+        ..ReclaimPlan::default()
     };
     ops::schedule(facts, &mut plan);
     Ok(plan)
 }
 
-/// What one look at the whole pool came to.
+/// What one pass over the whole pool decided.
 struct Round {
     gone: SpillVec<u32>,
-    runs: SpillVec<layout::Run>,
-    /// Slots that must be read before this counts, in order.
+    runs: SpillVec<layout::DedupRun>,
+    /// Slots that must be read before these decisions count, in order.
     unproved: SpillVec<Slot>,
-    pinned: BTreeMap<Pinned, u64>,
-    /// Where the parts of the pool that was looked at come from, unless it was looked at as it is.
+    pinned: BTreeMap<PinReason, u64>,
+    /// Where the slots of the planned pool come from; none if the pass looked at the pool as it is.
     origins: Option<Origins>,
 }
 
 impl Round {
-    /// Looks at the pool as it is.
-    fn first<E>(facts: &Facts, options: &Options, ask: bool, go_on: &dyn Fn() -> Result<(), E>) -> Result<Self, E> {
+    /// Makes a pass over the pool as it is.
+    fn first<E>(
+        facts: &Facts,
+        options: &ReclaimOptions,
+        ask: bool,
+        go_on: &dyn Fn() -> Result<(), E>,
+    ) -> Result<Self, E> {
         let decisions = greedy::decide(facts, options, ask, |_| false, go_on)?;
         Ok(Self::of(decisions, None))
     }
 
-    /// Looks at the pool as a layout would leave it.
+    /// Makes a pass over the planned pool: the pool as a layout would leave it.
     fn next<E>(
         facts: &mut Facts,
-        options: &Options,
+        options: &ReclaimOptions,
         ask: bool,
         layout: &mut Layout,
         go_on: &dyn Fn() -> Result<(), E>,
@@ -302,12 +309,12 @@ impl Round {
         }
     }
 
-    /// Which slot of the pool as it is a slot was.
+    /// The slot of the pool as it is that a slot of the pass stands for.
     fn origin(&self, slot: Slot) -> Slot {
         self.origins.as_ref().map_or(slot, |origins| origins.slot(slot))
     }
 
-    /// What must be read before this counts, as slots of the pool as it is, in order.
+    /// The slots that must be read before these decisions count, as slots of the pool as it is, in order.
     fn unproved(&self) -> SpillVec<Slot> {
         let slots = self.unproved.iter().map(|slot| self.origin(*slot));
         let mut slots: SpillVec<Slot> = SpillVec::from_iter_in(slots, self.unproved.budget());
@@ -316,7 +323,7 @@ impl Round {
         slots
     }
 
-    /// Whether what was read speaks against what counted on it.
+    /// Whether what was read refutes a run that counted on it.
     fn is_refuted(&self, facts: &Facts) -> bool {
         self.runs
             .iter()

@@ -1,12 +1,12 @@
-//! The layout as a list of ops: what is copied, and which range of which image is shared with what.
+//! The layout as a list of ops: which blocks are copied to donors, and which range of which image is to share with which source.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::greedy::matched_blocks;
-use super::layout::Final;
-use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Plan, Reason};
+use super::layout::Destination;
+use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Reason, ReclaimPlan};
 use crate::block::{Slot, bytes};
 use crate::facts::{Class, Facts, ImageId, Mapping};
 use crate::spill::SpillVec;
@@ -14,9 +14,9 @@ use crate::spill::SpillVec;
 /// A file that holds the donor extents of one batch and class, one after the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DonorFile {
-    /// The batch it is written in.
+    /// The number of the batch that it is written in.
     pub batch: u32,
-    /// What the file must be like.
+    /// What the file must have in common with the images that will share with it.
     pub class: Class,
     /// Its extents, as places in [`super::Layout::donors`].
     pub extents: Vec<u32>,
@@ -25,17 +25,17 @@ pub struct DonorFile {
 /// Extents that are eliminated together.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
-    /// Their places in [`Plan::eliminations`].
+    /// Their places in [`ReclaimPlan::eliminations`].
     pub eliminations: Range<usize>,
-    /// The donor files to write first, as places in [`Plan::donor_files`].
+    /// The donor files to write first, as places in [`ReclaimPlan::donor_files`].
     pub donor_files: Range<usize>,
     /// Bytes of images that the kernel will compare.
     pub compared_bytes: u64,
 }
 
-/// What a range of an image is to share.
+/// What a range of an image is to share with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub enum ShareSource {
     /// A range of an image that stays as it is, from this block on.
     Image(ImageId, u32),
     /// A range of a donor file, from this block on.
@@ -47,23 +47,24 @@ pub enum Source {
 /// One range of an image that is to share another's blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Op {
-    /// The image.
+    /// The image whose range changes its blocks.
     pub image: ImageId,
-    /// Its first block.
+    /// First block of the range.
     pub file_block: u32,
-    /// Blocks.
+    /// Length of the range in blocks.
     pub blocks: u32,
-    /// What it is to share.
-    pub source: Source,
-    /// The extent that this takes a reference from, as a place in [`Facts::extents`].
+    /// What it is to share with.
+    pub source: ShareSource,
+    /// The extent that the range refers to before the op, as a place in [`Facts::extents`].
     pub extent: u32,
 }
 
-/// Puts extents into batches, in an order in which everything an extent needs is there when its turn comes, and counts.
-pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
+/// Puts the extents that go into batches, in an order in which the donors of an extent are written when its turn comes, and
+/// counts what is freed and what space that takes.
+pub(super) fn schedule(facts: &Facts, plan: &mut ReclaimPlan) {
     place_donors(facts, plan);
     let layout = &plan.layout;
-    // What needs no donor comes first: it takes no space, and makes some.
+    // Extents that need no donor come first: they take no space, and free some.
     let mut by_batch = SpillVec::with_capacity_in(layout.gone().len(), facts.budget());
     for (turn, extent) in (0u32..).zip(layout.gone()) {
         let (elimination, freed, batch) = eliminate(facts, plan, extent);
@@ -90,7 +91,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut Plan) {
 }
 
 /// Puts donor extents into files, batch by batch.
-fn place_donors(facts: &Facts, plan: &mut Plan) {
+fn place_donors(facts: &Facts, plan: &mut ReclaimPlan) {
     let layout = &plan.layout;
     let mut files: BTreeMap<(u32, Class), Vec<u32>> = BTreeMap::new();
     for (place, donor) in (0u32..).zip(layout.donors()) {
@@ -111,7 +112,7 @@ fn place_donors(facts: &Facts, plan: &mut Plan) {
 }
 
 /// The batch of the donors of that number, or of no donors, whose eliminations are those from `first` on.
-fn batch_of(facts: &Facts, plan: &Plan, number: Option<u32>, first: usize) -> Batch {
+fn batch_of(facts: &Facts, plan: &ReclaimPlan, number: Option<u32>, first: usize) -> Batch {
     let from = plan.batches.last().map_or(0, |before| before.donor_files.end);
     let files = plan.donor_files[from..].iter();
     let files = files.take_while(|file| Some(file.batch) == number).count();
@@ -127,7 +128,7 @@ fn batch_of(facts: &Facts, plan: &Plan, number: Option<u32>, first: usize) -> Ba
     }
 }
 
-/// The bytes that donors take on the way, batch after batch.
+/// Counts the bytes that donors take on the way, batch after batch.
 #[derive(Default)]
 struct Space {
     /// What donors hold before what they replace is freed.
@@ -143,8 +144,8 @@ struct Space {
 }
 
 impl Space {
-    /// Goes on to the next batch.
-    fn pass(&mut self, plan: &Plan, batch: &Batch) {
+    /// Counts the next batch.
+    fn pass(&mut self, plan: &ReclaimPlan, batch: &Batch) {
         let donors = plan.donor_files[batch.donor_files.clone()]
             .iter()
             .flat_map(|file| &file.extents)
@@ -153,7 +154,7 @@ impl Space {
         // The donors of a batch are written while the one before is shared.
         self.peak_bytes = self.peak_bytes.max(self.held + written);
         self.taken += written;
-        // Where there is no other room, they wait for that.
+        // Where nothing else is free, they wait until that one freed its extents.
         self.given += self.released;
         self.needed_bytes = self.needed_bytes.max(self.taken.saturating_sub(self.given));
         self.held = (self.held + written).saturating_sub(self.released);
@@ -165,7 +166,7 @@ impl Space {
 }
 
 /// What eliminating one extent frees, why, and the batch of the last donor that it needs, if any.
-fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
+fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
     let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
     let runs = layout.runs_of(facts, extent);
     let pieces = layout.rest_of(facts, extent);
@@ -174,11 +175,11 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     let freed_bytes = this.disk_bytes.saturating_sub(left_over_bytes);
     let rewritten_bytes = if facts.frees_blocks { 0 } else { left_over_bytes };
 
-    // What is found elsewhere is rounded down and the rest given to what nothing reaches, so that the sum is exact.
+    // The shares are rounded down, and the remainder counts as unreachable, so that the sum is exact.
     let (zeros, duplicates) = matched_blocks(runs);
     let zeros = this.disk_share(zeros).min(freed_bytes);
     let duplicates = this.disk_share(duplicates).min(freed_bytes - zeros);
-    // What is not compressed anew takes in a donor what it took before.
+    // Blocks that are not compressed anew are expected to take in a donor what they took before.
     let compressed = this.disk_share(left_over_blocks).saturating_sub(left_over_bytes);
     let compressed = compressed.min(freed_bytes - zeros - duplicates);
     let nothing = freed_bytes - zeros - duplicates - compressed;
@@ -205,7 +206,7 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
 
     let (mut batch, mut ops) = (None, 0);
     for op in plan.ops(facts, extent) {
-        if let Source::Donor(file, at) = op.source {
+        if let ShareSource::Donor(file, at) = op.source {
             batch = batch.max(Some(plan.donor_files[file as usize].batch));
             ops += plan.donor_extents_over(file, at..at + op.blocks);
         } else {
@@ -228,8 +229,8 @@ fn eliminate(facts: &Facts, plan: &Plan, extent: u32) -> (Elimination, Vec<(Reas
     )
 }
 
-impl Plan {
-    /// How many extents of a donor file a range of it reaches into: a reference is needed for each.
+impl ReclaimPlan {
+    /// How many extents of a donor file a range of it overlaps: a reference is needed for each.
     fn donor_extents_over(&self, file: u32, range: Range<u32>) -> u64 {
         let extents = &self.donor_files[file as usize].extents;
         let begin_before = |block| extents.partition_point(|donor| self.donor_places[*donor as usize].1 < block);
@@ -261,28 +262,28 @@ impl Plan {
             extent: mapping.extent,
         };
         if mapping.preallocated {
-            return vec![op(mapping.slot, mapping.blocks, Source::Hole)];
+            return vec![op(mapping.slot, mapping.blocks, ShareSource::Hole)];
         }
         let pieces = self.layout.resolve_all(facts, mapping.slots());
         pieces
             .flat_map(|(piece, found)| match found {
-                Final::Hole => vec![op(piece.start, piece.end - piece.start, Source::Hole)],
-                Final::Donor(donor, at) => {
+                Destination::Hole => vec![op(piece.start, piece.end - piece.start, ShareSource::Hole)],
+                Destination::Donor(donor, at) => {
                     let (file, first) = self.donor_places[donor as usize];
                     vec![op(
                         piece.start,
                         piece.end - piece.start,
-                        Source::Donor(file, first + at),
+                        ShareSource::Donor(file, first + at),
                     )]
                 }
-                Final::Kept(home) if home == piece.start => Vec::new(),
-                Final::Kept(home) => facts
+                Destination::Kept(home) if home == piece.start => Vec::new(),
+                Destination::Kept(home) => facts
                     .places_of(home..home + (piece.end - piece.start))
                     .map(|(slot, place)| {
                         op(
                             piece.start + (slot - home),
                             place.blocks,
-                            Source::Image(place.image, place.file_block),
+                            ShareSource::Image(place.image, place.file_block),
                         )
                     })
                     .collect(),
@@ -291,7 +292,7 @@ impl Plan {
     }
 }
 
-/// Joins ops that follow each other on both sides.
+/// Joins ops whose ranges and sources follow each other.
 fn join(ops: impl Iterator<Item = Op>) -> impl Iterator<Item = Op> {
     let mut ops = ops.peekable();
     std::iter::from_fn(move || {
@@ -307,10 +308,9 @@ fn follows(op: &Op, next: &Op) -> bool {
     next.image == op.image
         && next.file_block == op.file_block + op.blocks
         && match (op.source, next.source) {
-            (Source::Hole, Source::Hole) => true,
-            (Source::Image(a, at), Source::Image(b, to)) | (Source::Donor(a, at), Source::Donor(b, to)) => {
-                a == b && to == at + op.blocks
-            }
+            (ShareSource::Hole, ShareSource::Hole) => true,
+            (ShareSource::Image(a, at), ShareSource::Image(b, to))
+            | (ShareSource::Donor(a, at), ShareSource::Donor(b, to)) => a == b && to == at + op.blocks,
             _ => false,
         }
 }
@@ -318,7 +318,7 @@ fn follows(op: &Op, next: &Op) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Options;
+    use crate::plan::ReclaimOptions;
     use crate::plan::tests::notation::{Pool, options, pools};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -349,7 +349,7 @@ mod tests {
     /// A plan that is carried out on paper, op after op.
     struct Paper<'a> {
         pool: &'a Pool,
-        plan: &'a Plan,
+        plan: &'a ReclaimPlan,
         images: Vec<Vec<Mapped>>,
         donors: Vec<Vec<char>>,
     }
@@ -375,16 +375,16 @@ mod tests {
         fn carry_out(&mut self, op: &Op) {
             for n in 0..op.blocks {
                 let source = match op.source {
-                    Source::Hole => Mapped::Nothing,
-                    Source::Donor(file, at) => Mapped::Donor(file, at + n),
-                    Source::Image(image, at) => {
+                    ShareSource::Hole => Mapped::Nothing,
+                    ShareSource::Donor(file, at) => Mapped::Donor(file, at + n),
+                    ShareSource::Image(image, at) => {
                         let source = self.images[image as usize][(at + n) as usize];
                         let slot = match source {
                             Mapped::Slot(slot) => slot,
                             other => panic!("{op:?} counts on {other:?}"),
                         };
                         let (_, stays) = self.plan.layout.resolve(&self.pool.facts, slot..slot + 1);
-                        assert_eq!(stays, Final::Kept(slot), "{op:?} counts on what goes");
+                        assert_eq!(stays, Destination::Kept(slot), "{op:?} counts on what goes");
                         source
                     }
                 };
@@ -478,7 +478,7 @@ mod tests {
                 prop_assert!(number > 0 || batch.donor_files.is_empty());
                 for one in &plan.eliminations[batch.eliminations.clone()] {
                     let donors = plan.ops(&pool.facts, one.extent).filter_map(|op| match op.source {
-                        Source::Donor(file, _) => Some(file as usize),
+                        ShareSource::Donor(file, _) => Some(file as usize),
                         _ => None,
                     });
                     let last = donors.max();
@@ -496,19 +496,19 @@ mod tests {
                 let file_block = at + gap;
                 at = file_block + blocks;
                 let source = match kind {
-                    0 => Source::Hole,
-                    1 => Source::Image(from % 2, file_block + from / 2),
-                    _ => Source::Donor(from % 2, file_block + from / 2),
+                    0 => ShareSource::Hole,
+                    1 => ShareSource::Image(from % 2, file_block + from / 2),
+                    _ => ShareSource::Donor(from % 2, file_block + from / 2),
                 };
                 Op { image: image / 2, file_block, blocks, source, extent: 0 }
             }).collect();
-            let each = |ops: &[Op]| -> Vec<(ImageId, u32, Source)> {
+            let each = |ops: &[Op]| -> Vec<(ImageId, u32, ShareSource)> {
                 let each = |op: &Op| {
                     let op = *op;
                     (0..op.blocks).map(move |n| (op.image, op.file_block + n, match op.source {
-                        Source::Hole => Source::Hole,
-                        Source::Image(image, from) => Source::Image(image, from + n),
-                        Source::Donor(file, from) => Source::Donor(file, from + n),
+                        ShareSource::Hole => ShareSource::Hole,
+                        ShareSource::Image(image, from) => ShareSource::Image(image, from + n),
+                        ShareSource::Donor(file, from) => ShareSource::Donor(file, from + n),
                     }))
                 };
                 ops.iter().flat_map(each).collect()
@@ -530,10 +530,10 @@ mod tests {
             D  mnop0000
             one  A B C D",
         );
-        let options = Options {
+        let options = ReclaimOptions {
             references_max: 2,
             references_per_gib_max: u32::MAX,
-            ..Options::default()
+            ..ReclaimOptions::default()
         };
         let plan = pool.plan(&options);
         assert_eq!(pool.donor(&plan, 0), "abcdefgh ijklmnop");

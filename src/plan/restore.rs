@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::METADATA_BYTES_PER_REFERENCE;
-use super::seeds::Seeded;
+use super::seeds::SeedMatch;
 use crate::archive::commit::Summary;
 use crate::archive::manifest::{ImageRuns, Manifest};
 use crate::archive::record::Hash;
@@ -324,7 +324,7 @@ pub struct RestorePlan {
     /// The blocks of the store that the images refer to, a list of ranges.
     pub wanted: Vec<Range<StoreBlock>>,
     /// Those of them that the disk holds, as far as is known, by their beginnings.
-    pub seeded: Vec<Seeded>,
+    pub seeded: Vec<SeedMatch>,
     /// What it takes; a report has that beside the plan.
     #[serde(skip)]
     pub bytes: RestoreBytes,
@@ -335,7 +335,7 @@ impl RestorePlan {
     pub fn new(
         contents: Arc<Contents>,
         Selected { images, missing }: Selected,
-        seeded: Vec<Seeded>,
+        seeded: Vec<SeedMatch>,
         destination: &Destination,
     ) -> Self {
         let wanted = wanted_by(&contents, &images);
@@ -410,7 +410,7 @@ fn nodatacow_blocks(contents: &Contents, images: &[RestoredImage]) -> Vec<Range<
 fn bytes_of(
     contents: &Contents,
     images: &[RestoredImage],
-    (wanted, seeded): (&[Range<StoreBlock>], &[Seeded]),
+    (wanted, seeded): (&[Range<StoreBlock>], &[SeedMatch]),
     destination: &Destination,
 ) -> RestoreBytes {
     let stored = || runs(contents, images).filter(|run| matches!(run.content, Content::Stored(_)));
@@ -646,7 +646,7 @@ mod tests {
     fn a_plan_counts_what_is_new_what_is_here_and_what_is_staged() {
         let contents = Arc::new(contents(&[(&["a.img"], 100), (&["b.img"], 50)]));
         let seeded = || {
-            vec![Seeded {
+            vec![SeedMatch {
                 first: 10,
                 blocks: 20,
                 slot: 7,

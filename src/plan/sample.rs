@@ -6,15 +6,15 @@ use super::layout::{COMPRESSED_BLOCKS_MAX, Layout};
 use crate::block::Slot;
 use crate::facts::Facts;
 
-/// Of so many windows of an extent one is tried, two at least.
+/// One in so many windows of an extent is compressed, and two at least.
 const ONE_IN: usize = 8;
 
-/// Parts of an extent.
+/// The parts of an extent that are compressed on trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// The extent.
     pub extent: u32,
-    /// Windows as long as what is compressed at a time, each with its slots in order.
+    /// Windows of at most [`COMPRESSED_BLOCKS_MAX`] blocks, as btrfs compresses them; each with its slots in order.
     pub windows: Vec<Vec<Range<Slot>>>,
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::table::Table;
+use super::table::BlockTable;
 use crate::archive::manifest::Announced;
 use crate::block::Slot;
 use crate::chunk::weak_id;
@@ -15,17 +15,17 @@ use crate::fingerprint::Fingerprints;
 
 /// A range of the store that seeds seem to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Seeded {
+pub struct SeedMatch {
     /// First store address.
     pub first: StoreBlock,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
     /// First slot of the seeds' facts, which are this run's own.
     #[serde(skip)]
     pub slot: Slot,
 }
 
-impl Seeded {
+impl SeedMatch {
     /// Its store addresses.
     pub fn range(&self) -> Range<StoreBlock> {
         self.first..self.first + self.blocks
@@ -39,8 +39,8 @@ pub fn find_seeds(
     wanted: &[Range<StoreBlock>],
     fingerprints: &Fingerprints,
     known: impl Fn(StoreBlock) -> bool,
-) -> Vec<Seeded> {
-    let mut table = Table::new(facts.slots() as usize, facts.table_slots_max);
+) -> Vec<SeedMatch> {
+    let mut table = BlockTable::new(facts.slots() as usize, facts.table_slots_max);
     for extent in &facts.extents {
         for run in facts.live_runs(extent.slots()) {
             for (slot, fingerprint) in run.clone().zip(facts.fingerprints.range(run)) {
@@ -48,7 +48,7 @@ pub fn find_seeds(
             }
         }
     }
-    // Nobody reaches the blocks between two live runs: a match ends with its own.
+    // A match ends with its live run: no image reaches the blocks behind it.
     let live_end = |slot: Slot| {
         let extent = &facts.extents[facts.extent_of(slot) as usize];
         facts
@@ -56,7 +56,7 @@ pub fn find_seeds(
             .next()
             .map_or(slot, |run| run.end)
     };
-    let mut found: Vec<Seeded> = Vec::new();
+    let mut found: Vec<SeedMatch> = Vec::new();
     for range in wanted {
         let mut at = range.start;
         let mut follows = None;
@@ -79,11 +79,11 @@ pub fn find_seeds(
                 .into_iter()
                 .chain(candidates)
                 .map(|slot| (length(slot), slot))
-                // Of equal ones the first: it follows what was found before.
+                // Of equally long matches the first is taken: it follows what was found before.
                 .reduce(|best, next| if next.0 > best.0 { next } else { best });
             match best {
                 Some((blocks, slot)) if blocks > 0 => {
-                    found.push(Seeded {
+                    found.push(SeedMatch {
                         first: at,
                         blocks,
                         slot,

@@ -3,19 +3,20 @@
 use crate::block::Slot;
 use crate::fingerprint::Fingerprints;
 
-/// Slots by fingerprint: [`Table::SLOT_BYTES`] for each, in one open-addressed table of groups, of which each is looked at as a whole.
+/// Slots by fingerprint, in an open-addressed hash table of groups; all tags of a group are compared at once. It takes
+/// [`BlockTable::SLOT_BYTES`] of memory for each slot.
 ///
-/// Where a pool has more slots than the table may hold, only fingerprints of a sample are entered and looked up. The sample is
-/// chosen by the fingerprint itself, so that of two equal runs the same blocks are in it; matches grow from there in both
+/// Where a pool has more slots than the table may hold, only a sample of the fingerprints is entered and looked up. A fingerprint
+/// itself decides whether it belongs to the sample, so that of two equal runs the same blocks do; matches grow from those in both
 /// directions, block by block.
 #[derive(Debug)]
-pub(super) struct Table {
-    /// Eight bits of each fingerprint's hash, from the first place of each group on, or [`EMPTY`]. Most blocks are like no other, and
-    /// these say so without a look at the fingerprints, which may be on disk.
+pub(super) struct BlockTable {
+    /// Eight bits of each fingerprint's hash, or [`EMPTY`]; a group is filled from its first place on. Most blocks are like no
+    /// other, and the tags say so without a look at the fingerprints, which may be on disk.
     tags: Vec<[u8; GROUP]>,
-    /// The slots, where a tag is. Nothing is ever taken out: the caller checks what a candidate is worth.
+    /// The slots, at the places of their tags. No slot is ever removed: the caller checks what a candidate is worth.
     slots: Vec<[Slot; GROUP]>,
-    /// Fingerprints are in the sample if so many bits of their hash are zero.
+    /// A fingerprint belongs to the sample if so many upper bits of its hash are zero.
     sample_bits: u32,
 }
 
@@ -23,7 +24,7 @@ pub(super) struct Table {
 const GROUP: usize = 16;
 const EMPTY: u8 = 0;
 
-impl Table {
+impl BlockTable {
     /// Bytes of memory for each slot that the table has room for: a slot and a tag, and a quarter of the places free.
     pub(super) const SLOT_BYTES: u64 = 7;
     /// Slots entered for one fingerprint. One that more blocks share says too little: guests keep blocks whose checksums are
@@ -31,9 +32,9 @@ impl Table {
     const SLOTS_PER_FINGERPRINT: usize = 16;
     /// Beyond those, each machine may enter as many: a guest that fills its disk with other guests' checksums keeps out nobody.
     const SLOTS_PER_MACHINE: usize = 2;
-    /// Slots looked at for one question.
+    /// Greatest number of candidates for one fingerprint.
     const CANDIDATES_MAX: usize = 64;
-    /// Groups looked at for one question, other fingerprints of the same region included: guests can fill regions, too.
+    /// Groups that one search looks at, at most. Guests can choose fingerprints that fill one region of the table.
     const STEPS_MAX: usize = 1024 / GROUP;
 
     /// An empty table for so many slots, that holds so many of them at most.
@@ -64,14 +65,14 @@ impl Table {
         usize::try_from((spread * self.tags.len() as u64) >> 32).unwrap_or(0)
     }
 
-    /// The group so many steps from another.
+    /// The group that is so many steps behind `home`, around the end of the table.
     fn group(&self, home: usize, step: usize) -> usize {
         let group = home + step;
-        // There are no more steps than groups. A division would take as long as the rest.
+        // A subtraction is enough, since there are no more steps than groups; a division would take as long as all the rest.
         group.checked_sub(self.tags.len()).unwrap_or(group)
     }
 
-    /// How many steps from `home` it is to a group that has a free place; at most [`Table::STEPS_MAX`] less one.
+    /// How many steps from `home` it is to a group that has a free place; at most [`BlockTable::STEPS_MAX`] less one.
     fn last_step(&self, home: usize) -> usize {
         let last = Self::STEPS_MAX.min(self.tags.len()) - 1;
         (0..last)
@@ -140,7 +141,7 @@ impl Table {
 fn places(tags: &[u8; GROUP], tag: u8) -> impl Iterator<Item = usize> + use<> {
     /// One in each byte.
     const ONES: u128 = u128::MAX / 255;
-    // All bytes at once: zero where the tag is, and the upper bit set just there.
+    // A byte of `other` is zero where the tag is; the upper bit of a byte of `found` is set just there.
     let other = u128::from_le_bytes(*tags) ^ (ONES * u128::from(tag));
     let low = ONES * 0x7f;
     let mut found = !(((other & low) + low) | other | low);
@@ -159,7 +160,7 @@ fn sample_bits(slots: usize, slots_max: usize) -> u32 {
         .unwrap_or(SAMPLE_BITS_MAX)
 }
 
-/// Which of the others that begin near it a fingerprint is not: other bits of the hash than those that choose place and sample.
+/// The tag of a fingerprint: bits that do not depend on those which choose the group and the sample. It is never [`EMPTY`].
 fn tag(fingerprint: u32) -> u8 {
     let [tag, ..] = hash(fingerprint.rotate_left(16)).to_le_bytes();
     tag.max(EMPTY + 1)
@@ -179,8 +180,8 @@ mod tests {
     use std::collections::HashMap;
 
     /// A table of all these fingerprints, the slot of each its place.
-    fn table_of(fingerprints: &[u32], slots_max: usize) -> (Table, Fingerprints) {
-        let mut table = Table::new(fingerprints.len(), slots_max);
+    fn table_of(fingerprints: &[u32], slots_max: usize) -> (BlockTable, Fingerprints) {
+        let mut table = BlockTable::new(fingerprints.len(), slots_max);
         let all: Fingerprints = fingerprints.to_vec().into();
         for (slot, fingerprint) in (0..).zip(fingerprints) {
             table.enter(slot, *fingerprint, &all, |_| ());
@@ -196,7 +197,7 @@ mod tests {
             let mut expected: HashMap<u32, Vec<Slot>> = HashMap::new();
             for (slot, fingerprint) in (0..).zip(&fingerprints) {
                 let slots = expected.entry(*fingerprint).or_default();
-                if slots.len() < Table::SLOTS_PER_FINGERPRINT {
+                if slots.len() < BlockTable::SLOTS_PER_FINGERPRINT {
                     slots.insert(0, slot);
                 }
             }
@@ -239,11 +240,11 @@ mod tests {
     fn beyond_those_of_all_each_machine_enters_a_few() {
         const MACHINES: u32 = 100;
         let all = Fingerprints::from(vec![7; 1000]);
-        let mut table = Table::new(1000, usize::MAX);
+        let mut table = BlockTable::new(1000, usize::MAX);
         let machine = |slot: Slot| slot % MACHINES;
         // The slots of one machine.
         let of = |machine: u32| (0..10).map(move |n| n * MACHINES + machine);
-        let count = |table: &Table| table.candidates(7, &all).count();
+        let count = |table: &BlockTable| table.candidates(7, &all).count();
         let mut counts = Vec::new();
         for one in [0, 0, 1, 2] {
             // The first fills what all may enter, with more of its own than a machine has after that.
@@ -257,15 +258,15 @@ mod tests {
             }
             counts.push(count(&table));
         }
-        let common = Table::SLOTS_PER_FINGERPRINT;
+        let common = BlockTable::SLOTS_PER_FINGERPRINT;
         assert_eq!(counts, [common, common, common + 2, common + 4]);
         (4..MACHINES)
             .flat_map(of)
             .for_each(|slot| table.enter(slot, 7, &all, machine));
-        assert_eq!(count(&table), Table::CANDIDATES_MAX);
+        assert_eq!(count(&table), BlockTable::CANDIDATES_MAX);
         // Nor is more entered than is ever looked at.
         let entered = table.tags.as_flattened().iter().filter(|tag| **tag != EMPTY);
-        assert_eq!(entered.count(), Table::CANDIDATES_MAX);
+        assert_eq!(entered.count(), BlockTable::CANDIDATES_MAX);
     }
 
     #[test]
@@ -273,7 +274,7 @@ mod tests {
         let fingerprints: Vec<u32> = (0..100_000).map(|n: u32| n.wrapping_mul(0x9e37_79b9)).collect();
         let slots_max = 7000;
         let (table, all) = table_of(&fingerprints, slots_max);
-        let sampled = Table::sampled(fingerprints.len(), slots_max);
+        let sampled = BlockTable::sampled(fingerprints.len(), slots_max);
         assert_eq!(sampled, 16);
         let found = |one: &&u32| table.candidates(**one, &all).next().is_some();
         let count = fingerprints.iter().filter(found).count();
@@ -283,15 +284,15 @@ mod tests {
             (expected * 9 / 10..expected * 11 / 10).contains(&count),
             "{count} were found"
         );
-        assert_eq!(Table::sampled(fingerprints.len(), fingerprints.len()), 1);
+        assert_eq!(BlockTable::sampled(fingerprints.len(), fingerprints.len()), 1);
     }
 
     #[test]
     fn a_table_takes_the_memory_it_says() {
         for slots in [0, 1, 1000, 100_000] {
-            let table = Table::new(slots, usize::MAX);
+            let table = BlockTable::new(slots, usize::MAX);
             let taken = table.tags.len() * GROUP * (size_of::<u8>() + size_of::<Slot>());
-            let said = slots as u64 * Table::SLOT_BYTES;
+            let said = slots as u64 * BlockTable::SLOT_BYTES;
             assert!(taken as u64 <= said + 200, "{taken} bytes for {slots} slots");
         }
     }
@@ -300,7 +301,7 @@ mod tests {
     fn a_full_table_takes_no_more_and_keeps_what_it_has() {
         let fingerprints: Vec<u32> = (0..2000).collect();
         let all = Fingerprints::from(fingerprints.clone());
-        let mut table = Table::new(100, usize::MAX);
+        let mut table = BlockTable::new(100, usize::MAX);
         let mut found = Vec::new();
         for slot in fingerprints {
             table.enter(slot, slot, &all, |_| ());

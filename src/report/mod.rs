@@ -13,11 +13,11 @@ use crate::exec::Counts;
 use crate::exec::fingerprints::Fingerprinted;
 use crate::exec::restore::Outcome;
 pub use crate::exec::restore::Restored;
-use crate::facts::{Compression, Extent, Facts, Pinned};
+use crate::facts::{Compression, Extent, Facts, PinReason};
 use crate::fs::{Filesystem, images, physical_bytes};
 use crate::plan::restore::RestorePlan;
 pub use crate::plan::restore::{LostImage, RestoreBytes};
-use crate::plan::{BytesByReason, Plan};
+use crate::plan::{BytesByReason, ReclaimPlan};
 use crate::pool::Skipped;
 
 /// Totals of a pool, in bytes.
@@ -82,12 +82,12 @@ pub struct Planned {
     /// One block in so many could be looked up; more than one where the pool is too large for the memory allowed.
     pub sampled: u32,
     /// What could be freed if nothing held it, by what does.
-    pub pinned: BTreeMap<Pinned, u64>,
+    pub pinned: BTreeMap<PinReason, u64>,
 }
 
 impl Planned {
     /// Sums a plan up.
-    pub fn of(plan: &Plan, proved_bytes: u64) -> Self {
+    pub fn of(plan: &ReclaimPlan, proved_bytes: u64) -> Self {
         let donors = plan.layout.donors().iter();
         let (uncompressed_bytes, compressed_bytes) = donors
             .filter(|donor| donor.class.compression != Compression::None)

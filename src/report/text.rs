@@ -326,13 +326,13 @@ impl Display for Reclaimed {
         planned(f, &self.planned, self.dry_run)?;
         for (why, bytes) in &self.planned.pinned {
             let why = match why {
-                crate::facts::Pinned::HeldByOthers => {
+                crate::facts::PinReason::HeldByOthers => {
                     "files or snapshots outside the given paths, or images that were left alone, hold"
                 }
-                crate::facts::Pinned::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
-                crate::facts::Pinned::Fixed => "images whose extents cannot change hold",
-                crate::facts::Pinned::Preallocated => "preallocated ranges that are to stay hold",
-                crate::facts::Pinned::Unreadable => "extents hold that cannot be read",
+                crate::facts::PinReason::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
+                crate::facts::PinReason::Fixed => "images whose extents cannot change hold",
+                crate::facts::PinReason::Preallocated => "preallocated ranges that are to stay hold",
+                crate::facts::PinReason::Unreadable => "extents hold that cannot be read",
             };
             writeln!(f, "Not freed: {} that {why}", size(*bytes))?;
         }

@@ -16,7 +16,7 @@ pub use filesystem::block_of;
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, ImageId, Pinned, Reference};
+use crate::facts::{Class, Compression, Extent, Facts, ImageId, PinReason, Reference};
 use crate::fingerprint::Function;
 use crate::fs::{self, Filesystem, HeldRange, Image, Outcome, SourceFile};
 use crate::spill::{Budget, SpillVec};
@@ -258,8 +258,8 @@ impl Simulated {
                         first_slot: slot,
                         blocks,
                         class: allocation.class,
-                        pinned: allocation.outside.then_some(Pinned::HeldByOthers),
-                        recoding: None,
+                        pinned: allocation.outside.then_some(PinReason::HeldByOthers),
+                        compression_goal: None,
                     });
                     slot += blocks;
                     let content = &allocation.content[range.start as usize..range.end as usize];
@@ -658,7 +658,7 @@ pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Fa
             blocks,
             class: PLAIN,
             pinned: None,
-            recoding: None,
+            compression_goal: None,
         });
         references.push(Reference {
             image: 0,

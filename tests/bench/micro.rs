@@ -14,7 +14,7 @@ use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fingerprint::Function;
-use vmfold::plan::{Options, plan_proved};
+use vmfold::plan::{ReclaimOptions, plan_proved};
 use vmfold::testing::simulated::PLAIN;
 
 const MIB: usize = 1 << 20;
@@ -31,7 +31,7 @@ fn pool(extents: u32, revisions: u32) -> Facts {
         blocks: MIB_BLOCKS,
         class: PLAIN,
         pinned: None,
-        recoding: None,
+        compression_goal: None,
     });
     let references = (0..extents).flat_map(|number| {
         (0..revisions).map(move |image| Reference {
@@ -90,7 +90,7 @@ fn benchmarks(criterion: &mut Criterion) {
         let _ = group.throughput(Throughput::Bytes(1 << 30));
         let _ = group.bench_function(format!("{revisions} revisions"), |bencher| {
             bencher.iter(|| {
-                let plan = plan_proved(&mut facts, &Options::default(), &|| Ok(()), |_, slots| {
+                let plan = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), |_, slots| {
                     // Blocks that look alike are, in this pool.
                     Ok::<_, Infallible>(slots.iter().map(|slot| (*slot, proof(*slot))).collect())
                 });

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use vmfold::block::bytes;
 use vmfold::exec::fingerprints::allocate;
-use vmfold::facts::{Extent, Facts, Reference, Shared};
-use vmfold::plan::{Options, lists_bytes, memory_bytes, plan_proved};
+use vmfold::facts::{Extent, Facts, Reference, SharedList};
+use vmfold::plan::{ReclaimOptions, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::{Budget, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
@@ -72,7 +72,7 @@ fn main() {
         blocks,
         class: PLAIN,
         pinned: None,
-        recoding: None,
+        compression_goal: None,
     });
     // Image by image, as they are read. One in a hundred extents is half replaced in each revision but the first.
     let references = (0..revisions).flat_map(|image| {
@@ -92,7 +92,7 @@ fn main() {
             }
         })
     });
-    let mappings = Shared::from_references_in(references, &budget);
+    let mappings = SharedList::from_references_in(references, &budget);
     let mut facts = Facts::new(SpillVec::from_iter_in(all, &budget), mappings, 0);
     allocate(&mut facts, memory_bytes, &folder).unwrap();
     for extent in 0..extents {
@@ -104,7 +104,7 @@ fn main() {
     }
     let (made, known) = (begin.elapsed(), PEAK.load(Ordering::Relaxed));
     let begin = Instant::now();
-    let plan = plan_proved(&mut facts, &Options::default(), &|| Ok(()), |facts, slots| {
+    let plan = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), |facts, slots| {
         let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
         Ok::<_, Infallible>(SpillVec::from_iter_in(slots.iter().map(proof), facts.budget()))
     })

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::facts::Facts;
 use crate::fs::{Filesystem, drop_slots_behind, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
-use crate::plan::seeds::{Seeded, find_seeds};
+use crate::plan::seeds::{SeedMatch, find_seeds};
 use crate::range;
 
 /// Blocks whose hashes are compared at a time.
@@ -24,7 +24,7 @@ pub const PROVED_BLOCKS: u32 = 1024;
 /// Blocks on the disk, numbered by slots, that a restore can share. What it finds by fingerprints is proved by whoever uses it.
 pub trait Seed: Sync {
     /// Looks for wanted blocks, a list, by the fingerprints that are announced of them. What is found does not overlap.
-    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<Seeded>;
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<SeedMatch>;
 
     /// The content of some slots.
     ///
@@ -49,15 +49,15 @@ impl PoolSeed {
     }
 
     /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.
-    fn without_tails(&self, seeded: &Seeded) -> Vec<Seeded> {
-        let mut parts: Vec<Seeded> = Vec::new();
+    fn without_tails(&self, seeded: &SeedMatch) -> Vec<SeedMatch> {
+        let mut parts: Vec<SeedMatch> = Vec::new();
         for (slot, place) in self.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
             let whole = self.fs.image(place.image).size / BLOCK_BYTES;
             let blocks = whole.saturating_sub(u64::from(place.file_block));
             let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
             match parts.last_mut() {
                 Some(last) if last.slot + last.blocks == slot => last.blocks += blocks,
-                _ => parts.push(Seeded {
+                _ => parts.push(SeedMatch {
                     first: seeded.first + (slot - seeded.slot),
                     blocks,
                     slot,
@@ -70,7 +70,7 @@ impl PoolSeed {
 }
 
 impl Seed for PoolSeed {
-    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<Seeded> {
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<SeedMatch> {
         let end = wanted.last().map_or(0, |range| range.end) as usize;
         let facts = &self.facts;
         let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), SlotSet::new(end));
@@ -124,10 +124,10 @@ pub(super) fn proved(
 /// Those of the hashes; [`Error::Interrupted`]. What cannot be read is not kept.
 pub fn prove(
     seed: &dyn Seed,
-    found: &[Seeded],
+    found: &[SeedMatch],
     hashes: &mut dyn BlockHashes,
     monitor: &dyn Monitor,
-) -> Result<Vec<Seeded>> {
+) -> Result<Vec<SeedMatch>> {
     monitor.phase(
         "Checking blocks that are here already",
         found.iter().map(|one| bytes(one.blocks)).sum(),
@@ -142,7 +142,7 @@ pub fn prove(
             let blocks = part.end - part.start;
             if let Ok(content) = seed.content(slot, blocks) {
                 for range in proved(part.clone(), &content, hashes)? {
-                    kept.push(Seeded {
+                    kept.push(SeedMatch {
                         first: range.start,
                         blocks: range.end - range.start,
                         slot: slot + (range.start - part.start),
@@ -161,7 +161,7 @@ pub fn prove(
 /// Those of the hashes and of the staging file; [`Error::Interrupted`].
 pub(super) fn clone_into(
     seed: &dyn Seed,
-    seeded: &Seeded,
+    seeded: &SeedMatch,
     staging: &mut Staging,
     hashes: &mut dyn BlockHashes,
     monitor: &dyn Monitor,

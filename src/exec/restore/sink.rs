@@ -13,7 +13,7 @@ use crate::block::{BLOCK_LEN, bytes};
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
-use crate::plan::seeds::Seeded;
+use crate::plan::seeds::SeedMatch;
 use crate::range;
 
 /// The staging file as a sink.
@@ -24,7 +24,7 @@ pub(super) struct StagingSink<'a> {
     /// Blocks from this address on are wanted whatever the list says.
     pub(super) known_end: StoreBlock,
     /// What the disk seems to hold: compared with what comes before it is shared.
-    pub(super) seeds: Option<(&'a dyn Seed, &'a [Seeded])>,
+    pub(super) seeds: Option<(&'a dyn Seed, &'a [SeedMatch])>,
     pub(super) done: &'a mut Restored,
     pub(super) monitor: &'a dyn Monitor,
 }
@@ -133,7 +133,7 @@ impl BlockSink for StagingSink<'_> {
 /// Shares the parts of a range that seeds hold, each compared with what came, before and after.
 fn share_equal(
     seed: &dyn Seed,
-    seeded: &[Seeded],
+    seeded: &[SeedMatch],
     range: &Range<StoreBlock>,
     content: &[u8],
     staging: &Staging,

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{Btrfs, ROOT_TREE};
-use crate::facts::{Extent, Facts, Pinned};
+use crate::facts::{Extent, Facts, PinReason};
 use crate::fs::opened::name_of_holder;
 use crate::pool::{MountedAt, mounted_at};
 use crate::sys::logical_ino::{self, holders};
@@ -28,7 +28,7 @@ impl Btrfs {
         let mut held: Vec<&Extent> = facts
             .extents
             .iter()
-            .filter(|extent| extent.pinned == Some(Pinned::HeldByOthers))
+            .filter(|extent| extent.pinned == Some(PinReason::HeldByOthers))
             .collect();
         held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
         let mine: HashSet<(u64, u64)> = self

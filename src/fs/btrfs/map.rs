@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashSet};
 use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, HeldRange, Mapped, blocks, kernel};
 use crate::spill::{Budget, SpillVec};
@@ -199,7 +199,7 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
             .ok()?;
         let extent = &facts.extents[place];
         let is_mapped = facts.mappings_to(u32::try_from(place).ok()?).next().is_some();
-        let is_held = extent.pinned == Some(Pinned::HeldByOthers);
+        let is_held = extent.pinned == Some(PinReason::HeldByOthers);
         (!is_mapped && !is_held).then_some((*image, extent.disk_bytes))
     });
     alone.collect()
@@ -256,7 +256,7 @@ impl Reading {
                     groups: 1 << image.group,
                 },
                 pinned: pinned(image, extent.file_offset + extent.length),
-                recoding: None,
+                compression_goal: None,
             },
             references: 1,
             image: number,
@@ -286,15 +286,15 @@ fn end_of(image: &OpenImage) -> u64 {
 }
 
 /// Why an extent must stay of which an image maps a part up to some byte.
-fn pinned(image: &OpenImage, end: u64) -> Option<Pinned> {
+fn pinned(image: &OpenImage, end: u64) -> Option<PinReason> {
     if image.fixed.is_some() {
-        Some(Pinned::Fixed)
+        Some(PinReason::Fixed)
     } else if end > end_of(image) {
         // What is preallocated beyond the end of a file cannot be reached by any call.
-        Some(Pinned::Preallocated)
+        Some(PinReason::Preallocated)
     } else {
         // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
-        (end > image.known.size).then_some(Pinned::UnalignedTail)
+        (end > image.known.size).then_some(PinReason::UnalignedTail)
     }
 }
 
@@ -311,7 +311,7 @@ fn with_slots(seen: SpillVec<Seen>) -> Result<SpillVec<Extent>> {
 }
 
 /// Finds the extents that images refer to.
-fn mappings(spans: Shared<Span>, extents: &[Extent]) -> Shared<Mapping> {
+fn mappings(spans: SharedList<Span>, extents: &[Extent]) -> SharedList<Mapping> {
     let mut place = 0;
     spans.flat_map(|Span { address, range }| {
         // Both are in the order of addresses.
@@ -400,7 +400,7 @@ impl Btrfs {
                 || cannot_tell
                 || (snapshots && self.is_held_elsewhere(seen.extent.address, &mine)?)
             {
-                seen.extent.pinned = Some(Pinned::HeldByOthers);
+                seen.extent.pinned = Some(PinReason::HeldByOthers);
             }
         }
         Ok(())

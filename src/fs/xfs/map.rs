@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use super::Xfs;
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, Pinned, Shared};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, Mapped, blocks};
 use crate::spill::{Budget, SpillVec};
@@ -28,7 +28,7 @@ struct Range {
     preallocated: bool,
     /// Whether the filesystem says that something else refers to the same blocks.
     shared: bool,
-    pinned: Option<Pinned>,
+    pinned: Option<PinReason>,
     /// Whether it lies before the end of the image.
     reachable: bool,
 }
@@ -73,7 +73,7 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
             blocks: blocks(mapping.length)?,
             preallocated: mapping.unwritten,
             shared: mapping.shared,
-            pinned: image.fixed.map(|_| Pinned::Fixed),
+            pinned: image.fixed.map(|_| PinReason::Fixed),
             reachable: true,
         };
         let end = range.file_block.saturating_add(range.blocks);
@@ -81,13 +81,13 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
         if end > image_blocks {
             let mut beyond = range.split_off(image_blocks - range.file_block);
             beyond.reachable = false;
-            beyond.pinned = beyond.pinned.or(Some(Pinned::Preallocated));
+            beyond.pinned = beyond.pinned.or(Some(PinReason::Preallocated));
             ranges.push(beyond);
         }
         // The kernel takes the last, partial block of a file only with that of another.
         if image_blocks > whole_blocks && end >= image_blocks && range.blocks > 0 {
             let mut tail = range.split_off(range.blocks - 1);
-            tail.pinned = tail.pinned.or(Some(Pinned::UnalignedTail));
+            tail.pinned = tail.pinned.or(Some(PinReason::UnalignedTail));
             ranges.push(tail);
         }
         ranges.push(range);
@@ -100,7 +100,7 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct State {
     groups: u32,
-    pinned: Option<Pinned>,
+    pinned: Option<PinReason>,
     preallocated: bool,
 }
 
@@ -133,7 +133,7 @@ struct Active {
     /// By the age of the eldest image.
     ages: BTreeMap<usize, u32>,
     groups: BTreeMap<u32, u32>,
-    pinned: BTreeMap<Pinned, u32>,
+    pinned: BTreeMap<PinReason, u32>,
     references: u32,
     preallocated: u32,
     shared: u32,
@@ -175,7 +175,7 @@ impl Active {
         (self.references > 0).then(|| State {
             groups: self.groups.keys().fold(0, |all, groups| all | groups),
             pinned: held
-                .then_some(Pinned::HeldByOthers)
+                .then_some(PinReason::HeldByOthers)
                 .or_else(|| self.pinned.keys().next().copied()),
             preallocated: self.preallocated > 0,
         })
@@ -217,7 +217,7 @@ enum Event {
 
 /// Cuts what images refer to into ranges of blocks that are alike.
 fn cut(
-    ranges: &Shared<Range>,
+    ranges: &SharedList<Range>,
     others: &[SharedBlocks],
     images: &[OpenImage],
     reverse_map: bool,
@@ -270,7 +270,7 @@ fn cut(
                     groups: state.groups,
                 },
                 pinned: state.pinned,
-                recoding: None,
+                compression_goal: None,
             });
             slot = slot.checked_add(blocks).ok_or(Error::TooLarge)?;
             from += length;

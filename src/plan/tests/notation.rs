@@ -17,8 +17,8 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use crate::block::{BLOCK_LEN, Slot, bytes};
-use crate::facts::{Class, Compression, Extent, Facts, Mapping, Pinned, Proof, Reference, proof_of};
-use crate::plan::{Op, Options, Plan, Source, plan_proved};
+use crate::facts::{Class, Compression, Extent, Facts, Mapping, PinReason, Proof, Reference, proof_of};
+use crate::plan::{Op, ReclaimOptions, ReclaimPlan, ShareSource, plan_proved};
 use crate::spill::SpillVec;
 
 /// A pool that was written down.
@@ -97,8 +97,8 @@ fn extent(content: &str, words: &[&str], place: u32, first_slot: Slot) -> Extent
             compression,
             groups: group.map_or(0, |group| 1 << group.parse::<u32>().unwrap()),
         },
-        pinned: has("held").then_some(Pinned::HeldByOthers),
-        recoding: None,
+        pinned: has("held").then_some(PinReason::HeldByOthers),
+        compression_goal: None,
     }
 }
 
@@ -151,7 +151,7 @@ impl Pool {
     }
 
     /// Plans, and reads what is asked for.
-    pub(in crate::plan) fn plan(&mut self, options: &Options) -> Plan {
+    pub(in crate::plan) fn plan(&mut self, options: &ReclaimOptions) -> ReclaimPlan {
         let content = &self.content;
         let prove = |_: &Facts, slots: &[Slot]| {
             let proofs = slots.iter().map(|slot| (*slot, proof(content[*slot as usize])));
@@ -203,7 +203,7 @@ impl Pool {
     }
 
     /// Plans, and prints the plan.
-    pub(in crate::plan) fn planned(&mut self, options: &Options) -> String {
+    pub(in crate::plan) fn planned(&mut self, options: &ReclaimOptions) -> String {
         let plan = self.plan(options);
         self.print(&plan)
     }
@@ -213,7 +213,7 @@ impl Pool {
     }
 
     /// A plan as a person reads it: what is freed and why, and, batch by batch, donors and the ops of each extent that goes.
-    fn print(&self, plan: &Plan) -> String {
+    fn print(&self, plan: &ReclaimPlan) -> String {
         let mut text = String::new();
         let kib = |bytes: u64| format!("{} KiB", bytes >> 10);
         let freed = plan
@@ -266,7 +266,7 @@ impl Pool {
     }
 
     /// What a donor file holds; its extents are apart.
-    pub(in crate::plan) fn donor(&self, plan: &Plan, file: usize) -> String {
+    pub(in crate::plan) fn donor(&self, plan: &ReclaimPlan, file: usize) -> String {
         let donors = plan.donor_files[file].extents.iter();
         let donors = donors.map(|extent| &plan.layout.donors()[*extent as usize]);
         let texts = donors.map(|donor| {
@@ -280,9 +280,9 @@ impl Pool {
         let range = |from: u32| format!("{from}..{}", from + op.blocks);
         let image = |image: u32| &self.images[image as usize];
         let source = match op.source {
-            Source::Image(of, from) => format!("{} {}", image(of), range(from)),
-            Source::Donor(file, from) => format!("donor {file} {}", range(from)),
-            Source::Hole => "hole".to_owned(),
+            ShareSource::Image(of, from) => format!("{} {}", image(of), range(from)),
+            ShareSource::Donor(file, from) => format!("donor {file} {}", range(from)),
+            ShareSource::Hole => "hole".to_owned(),
         };
         format!("{} {} <- {source}", image(op.image), range(op.file_block))
     }
@@ -349,7 +349,7 @@ pub(in crate::plan) fn pools() -> impl Strategy<Value = String> {
 }
 
 /// What a user may choose.
-pub(in crate::plan) fn options() -> impl Strategy<Value = Options> {
+pub(in crate::plan) fn options() -> impl Strategy<Value = ReclaimOptions> {
     let references = (
         prop_oneof![Just(1000u32), 1u32..6],
         prop_oneof![Just(1u32 << 18), 1000u32..200_000],
@@ -363,7 +363,7 @@ pub(in crate::plan) fn options() -> impl Strategy<Value = Options> {
             work_space_bytes,
             (references_max, references_per_gib_max),
         )| {
-            Options {
+            ReclaimOptions {
                 min_run_blocks,
                 keep_zeros,
                 keep_preallocated,

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::{BLOCK_LEN, Content, Simulated, State, block_at, fill};
 use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::content::Metadata;
-use crate::facts::{Compression, Extent, Facts, ImageId, Pinned};
+use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::fingerprint::Function;
 use crate::fs::{Image, Mapped, SourceFile};
 use crate::spill::SpillVec;
@@ -100,7 +100,7 @@ impl Simulated {
         let held = facts
             .extents
             .iter()
-            .filter(|extent| extent.pinned == Some(Pinned::HeldByOthers));
+            .filter(|extent| extent.pinned == Some(PinReason::HeldByOthers));
         let bytes: u64 = held.map(|extent| extent.disk_bytes).sum();
         (bytes > 0).then(|| ("outside".to_owned(), bytes)).into_iter().collect()
     }

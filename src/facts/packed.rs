@@ -1,15 +1,15 @@
-//! Extents and what images map of them set aside, in a fifth of their memory or less, while a plan looks at the pool as it would be.
+//! Extents and mappings in packed form, which takes a fifth of their memory or less, while a plan looks at the planned pool.
 
 use std::collections::HashMap;
 
 use super::shared::ImageSets;
-use super::{Class, Extent, Facts, Mapping, Pinned, Recoding, Shared};
+use super::{Class, CompressionGoal, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::block::bytes;
 use crate::codec::{Decoder, put_varint, put_zigzag};
 use crate::spill::SpillVec;
 
-/// What is the same for many extents.
-type Kind = (Class, Option<Pinned>, Option<Recoding>);
+/// The properties that many extents have in common.
+type Kind = (Class, Option<PinReason>, Option<CompressionGoal>);
 
 /// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
 #[derive(Debug)]
@@ -28,23 +28,23 @@ pub(crate) struct PackedMappings {
 }
 
 impl Facts {
-    /// Sets the mappings aside. Until they are brought back there are none.
-    pub(crate) fn set_mappings_aside(&mut self) -> PackedMappings {
-        let aside = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
+    /// Takes out all mappings and packs them. Until [`Facts::unpack`] there are none.
+    pub(crate) fn pack_mappings(&mut self) -> PackedMappings {
+        let packed = PackedMappings::of(std::mem::take(&mut self.mappings), &self.extents);
         self.first_mapping = SpillVec::default();
         self.cover = SpillVec::default();
-        aside
+        packed
     }
 
-    /// Sets the extents aside, after what is mapped of them.
-    pub(crate) fn set_extents_aside(&mut self) -> PackedExtents {
-        let aside = PackedExtents::of(&self.extents);
+    /// Takes out all extents and packs them, after [`Facts::pack_mappings`].
+    pub(crate) fn pack_extents(&mut self) -> PackedExtents {
+        let packed = PackedExtents::of(&self.extents);
         self.extents = SpillVec::new_in(self.budget());
-        aside
+        packed
     }
 
-    /// Brings back what was set aside.
-    pub(crate) fn bring_back(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
+    /// Puts back what was packed.
+    pub(crate) fn unpack(&mut self, extents: &PackedExtents, mappings: PackedMappings) {
         self.extents = extents.unpack();
         self.mappings.list = SpillVec::with_capacity_in(mappings.count, self.budget());
         self.mappings.list.extend(mappings.unpack(&self.extents));
@@ -59,7 +59,7 @@ impl PackedExtents {
         let mut numbers: HashMap<Kind, usize> = HashMap::new();
         let (mut address, mut generation, mut slot) = (0, 0, 0);
         for extent in extents {
-            let kind = (extent.class, extent.pinned, extent.recoding);
+            let kind = (extent.class, extent.pinned, extent.compression_goal);
             let number = *numbers.entry(kind).or_insert_with(|| {
                 kinds.push(kind);
                 kinds.len() - 1
@@ -89,7 +89,7 @@ impl PackedExtents {
         let mut packed = Unpacker(Decoder::new(&self.packed));
         let (mut address, mut generation, mut slot) = (0u64, 0u64, 0);
         let next = |_| {
-            let (class, pinned, recoding) = self.kinds[packed.number() as usize];
+            let (class, pinned, compression_goal) = self.kinds[packed.number() as usize];
             let blocks = packed.number();
             address = address.wrapping_add_signed(packed.signed());
             let disk_bytes = bytes(blocks).wrapping_add_signed(packed.signed());
@@ -102,7 +102,7 @@ impl PackedExtents {
                 blocks,
                 class,
                 pinned,
-                recoding,
+                compression_goal,
             };
             address = address.wrapping_add(disk_bytes);
             slot = extent.slots().end;
@@ -113,7 +113,7 @@ impl PackedExtents {
 }
 
 impl PackedMappings {
-    fn of(mappings: Shared<Mapping>, extents: &[Extent]) -> Self {
+    fn of(mappings: SharedList<Mapping>, extents: &[Extent]) -> Self {
         let (mut packed, mut record) = (SpillVec::new_in(mappings.budget()), Vec::new());
         let (mut last, mut last_set) = (Mapping::default(), 0);
         for (mapping, set) in &mappings.list {
@@ -136,17 +136,18 @@ impl PackedMappings {
         }
     }
 
-    /// What becomes of each, for the same images; `extents` are those they were set aside with.
+    /// Makes a list in which each mapping is replaced by others, for the same images; `extents` are those that the mappings were
+    /// packed with.
     pub(crate) fn flat_map<I: IntoIterator<Item = Mapping>>(
         &self,
         extents: &[Extent],
         mut becomes: impl FnMut(Mapping) -> I,
-    ) -> Shared<Mapping> {
+    ) -> SharedList<Mapping> {
         let mut list = SpillVec::with_capacity_in(self.count, self.packed.budget());
         for (mapping, set) in self.unpack(extents) {
             list.extend(becomes(mapping).into_iter().map(|mapping| (mapping, set)));
         }
-        Shared {
+        SharedList {
             list,
             sets: self.sets.clone(),
         }
@@ -173,12 +174,12 @@ impl PackedMappings {
     }
 }
 
-/// How far a number is from another.
+/// The difference of two numbers.
 fn difference(number: u32, from: u32) -> i64 {
     i64::from(number) - i64::from(from)
 }
 
-/// Reads numbers that were packed here.
+/// Reads packed numbers.
 struct Unpacker<'a>(Decoder<'a>);
 
 impl Unpacker<'_> {
@@ -190,7 +191,7 @@ impl Unpacker<'_> {
         self.0.varint32().unwrap_or_default()
     }
 
-    /// The number that is so far from another.
+    /// The number that differs from another by what is read.
     fn after(&mut self, from: u32) -> u32 {
         u32::try_from(i64::from(from) + self.signed()).unwrap_or_default()
     }
@@ -203,15 +204,20 @@ mod tests {
     use proptest::prelude::*;
 
     fn extent() -> impl Strategy<Value = (Extent, u64)> {
-        let recoding = (any::<u16>(), any::<bool>()).prop_map(|(share, rewrites)| Recoding {
+        let compression_goal = (any::<u16>(), any::<bool>()).prop_map(|(share, rewrites)| CompressionGoal {
             compression: Compression::Zstd,
             share,
             rewrites,
         });
         let numbers = (0u64..1 << 60, 0u64..1 << 40, any::<u64>(), 1u32..100_000, 0u32..3);
-        let kind = (any::<bool>(), any::<u32>(), any::<bool>(), prop::option::of(recoding));
+        let kind = (
+            any::<bool>(),
+            any::<u32>(),
+            any::<bool>(),
+            prop::option::of(compression_goal),
+        );
         (numbers, kind).prop_map(
-            |((gap, disk_bytes, generation, blocks, skipped), (checksummed, groups, pinned, recoding))| {
+            |((gap, disk_bytes, generation, blocks, skipped), (checksummed, groups, pinned, compression_goal))| {
                 let extent = Extent {
                     address: 0,
                     disk_bytes,
@@ -223,8 +229,8 @@ mod tests {
                         compression: Compression::Lzo,
                         groups,
                     },
-                    pinned: pinned.then_some(Pinned::HeldByOthers),
-                    recoding,
+                    pinned: pinned.then_some(PinReason::HeldByOthers),
+                    compression_goal,
                 };
                 (extent, gap >> 8)
             },
@@ -260,10 +266,10 @@ mod tests {
             });
             let mut facts = Facts::new(extents.clone(), references.collect(), 0);
             let before = format!("{facts:?}");
-            let mappings = facts.set_mappings_aside();
-            let packed = facts.set_extents_aside();
+            let mappings = facts.pack_mappings();
+            let packed = facts.pack_extents();
             prop_assert!(facts.extents.is_empty() && facts.references().next().is_none());
-            facts.bring_back(&packed, mappings);
+            facts.unpack(&packed, mappings);
             prop_assert_eq!(before, format!("{facts:?}"));
         }
     }
