@@ -102,7 +102,7 @@ fn reclaim_with_calls_on_several_images_at_the_same_time() {
     let (_, unreadable) = fingerprint(volume, &mut facts, None, &monitor).unwrap();
     assert!(unreadable.is_empty());
     let prove = |facts: &Facts, slots: &[Slot]| prove_slots(volume, facts, slots, &monitor);
-    let plan = plan::plan_proved(&mut facts, &plan::ReclaimOptions::default(), &|| Ok(()), prove).unwrap();
+    let plan = plan::plan_proved(&mut facts, &plan::PlanOptions::default(), &|| Ok(()), prove).unwrap();
     let settings = Settings {
         threads: 4,
         ..Settings::default()

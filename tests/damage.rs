@@ -18,7 +18,8 @@ use vmfold::archive::record::{HEADER_BYTES, Header, Kind, hash_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::import::{ArchivePlace, ImportOptions, import};
+use vmfold::ops::ArchivePlace;
+use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify;
 use vmfold::report::Imported;
 

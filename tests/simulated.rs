@@ -16,13 +16,13 @@ use std::time::Duration;
 use proptest::prelude::*;
 use rustix::io::Errno;
 use vmfold::block::Slot;
-use vmfold::exec::compression::{Wish, plan_wished};
+use vmfold::exec::compression::{CompressionRequest, plan_compressing};
 use vmfold::exec::{Ran, Settings, run};
 use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::{Monitor, Silent};
-use vmfold::plan::{ReclaimOptions, ReclaimPlan};
+use vmfold::plan::{PlanOptions, ReclaimPlan};
 use vmfold::testing::faulty_filesystem::{CHANGED, Call, Fault, Faulty};
 use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 
@@ -165,11 +165,11 @@ fn add_images(fs: &Simulated, contents: impl IntoIterator<Item = Vec<Content>>) 
     }
 }
 
-fn planned(fs: &Simulated, options: &ReclaimOptions) -> (Facts, ReclaimPlan) {
+fn planned(fs: &Simulated, options: &PlanOptions) -> (Facts, ReclaimPlan) {
     planned_as(fs, options, None)
 }
 
-fn planned_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>) -> (Facts, ReclaimPlan) {
+fn planned_as(fs: &Simulated, options: &PlanOptions, request: Option<CompressionRequest>) -> (Facts, ReclaimPlan) {
     let mut facts = fs.facts();
     let prove = |facts: &Facts, slots: &[Slot]| {
         let mut block = vec![0; 4096];
@@ -189,8 +189,8 @@ fn planned_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>) -> (
                 .collect(),
         )
     };
-    let plan = plan_wished(
-        wish,
+    let plan = plan_compressing(
+        request,
         &mut facts,
         options,
         &|| Ok(()),
@@ -209,25 +209,30 @@ fn threads() -> impl Strategy<Value = usize> {
     prop::sample::select(&THREADS[..])
 }
 
-fn reclaim(fs: &Simulated, options: &ReclaimOptions, threads: usize) -> (ReclaimPlan, Ran) {
+fn reclaim(fs: &Simulated, options: &PlanOptions, threads: usize) -> (ReclaimPlan, Ran) {
     reclaim_as(fs, options, None, threads)
 }
 
-fn reclaim_as(fs: &Simulated, options: &ReclaimOptions, wish: Option<Wish>, threads: usize) -> (ReclaimPlan, Ran) {
-    reclaim_until(fs, options, wish, threads, &Silent::default())
+fn reclaim_as(
+    fs: &Simulated,
+    options: &PlanOptions,
+    request: Option<CompressionRequest>,
+    threads: usize,
+) -> (ReclaimPlan, Ran) {
+    reclaim_until(fs, options, request, threads, &Silent::default())
 }
 
 fn reclaim_until(
     fs: &Simulated,
-    options: &ReclaimOptions,
-    wish: Option<Wish>,
+    options: &PlanOptions,
+    request: Option<CompressionRequest>,
     threads: usize,
     monitor: &dyn Monitor,
 ) -> (ReclaimPlan, Ran) {
-    let (facts, plan) = planned_as(fs, options, wish);
+    let (facts, plan) = planned_as(fs, options, request);
     let mut ran = Ran::default();
-    let packer = match wish {
-        Some(Wish::Zstd { packer, .. }) => packer,
+    let packer = match request {
+        Some(CompressionRequest::Zstd { packer, .. }) => packer,
         _ => Packer::default(),
     };
     let settings = Settings {
@@ -251,7 +256,7 @@ fn references(facts: &Facts) -> BTreeMap<ImageId, (u64, u64)> {
     images
 }
 
-fn options() -> impl Strategy<Value = ReclaimOptions> {
+fn options() -> impl Strategy<Value = PlanOptions> {
     (
         1u32..10,
         any::<bool>(),
@@ -268,7 +273,7 @@ fn options() -> impl Strategy<Value = ReclaimOptions> {
                 work_space_bytes,
                 references_max,
                 references_per_gib_max,
-            )| ReclaimOptions {
+            )| PlanOptions {
                 min_run_blocks,
                 keep_zeros,
                 keep_preallocated,
@@ -322,26 +327,26 @@ proptest! {
     ) {
         // How many bytes and references a compressed donor takes is known once it was written: what these limits leave may take
         // another run.
-        let options = ReclaimOptions { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
+        let options = PlanOptions { references_per_gib_max: u32::MAX, work_space_bytes: 1 << 30, ..options };
         let fs = build(&steps, Faults::default(), false);
         if let Some(extent) = held.filter(|extent| *extent < fs.extents()) {
             fs.hold_from_outside(extent);
         }
         let (content, before) = (fs.contents(), fs.allocated_bytes());
-        let wish = Some(Wish::Zstd { packer: Packer { level: 1, min_gain }, recompress });
-        let (_, ran) = reclaim_as(&fs, &options, wish, threads);
+        let request = Some(CompressionRequest::Zstd { packer: Packer { level: 1, min_gain }, recompress });
+        let (_, ran) = reclaim_as(&fs, &options, request, threads);
         prop_assert_eq!(fs.contents(), content.clone());
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         let after = fs.allocated_bytes();
         prop_assert!(after <= before);
-        let (_, again) = planned_as(&fs, &options, wish);
+        let (_, again) = planned_as(&fs, &options, request);
         prop_assert_eq!(&again.eliminations[..], &[]);
-        let (plan, ran) = reclaim_as(&fs, &options, Some(Wish::Undo), threads);
+        let (plan, ran) = reclaim_as(&fs, &options, Some(CompressionRequest::Undo), threads);
         prop_assert_eq!(fs.contents(), content);
         prop_assert_eq!((ran.counts.differing_bytes, ran.counts.extents_still_held), (0, 0));
         let signed = |bytes: u64| i64::try_from(bytes).unwrap();
         prop_assert_eq!(signed(after) - signed(fs.allocated_bytes()), plan.freed_bytes());
-        let (_, again) = planned_as(&fs, &options, Some(Wish::Undo));
+        let (_, again) = planned_as(&fs, &options, Some(CompressionRequest::Undo));
         prop_assert_eq!(&again.eliminations[..], &[]);
     }
 
@@ -448,7 +453,7 @@ fn plan_is_the_same_every_time() {
     }
     let counts: BTreeMap<i64, usize> = (0..5).fold(BTreeMap::new(), |mut counts, _| {
         *counts
-            .entry(planned(&fs, &ReclaimOptions::default()).1.freed_bytes())
+            .entry(planned(&fs, &PlanOptions::default()).1.freed_bytes())
             .or_default() += 1;
         counts
     });
@@ -464,10 +469,10 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
     let content: Vec<Content> = short.chain(100..160).chain([0; 60]).collect();
     add_images(&fs, [known, content]);
     let freed_blocks = |references: u32| {
-        let options = ReclaimOptions {
+        let options = PlanOptions {
             // The image has 200 blocks, so that the limit is `references`.
             references_per_gib_max: references * (1 << 18) / 200,
-            ..ReclaimOptions::default()
+            ..PlanOptions::default()
         };
         planned(&fs, &options).1.freed_bytes() / 4096
     };
@@ -483,10 +488,10 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     // It stays whatever it is used for.
     fs.hold_from_outside(0);
     let freed_blocks = |min_run_blocks| {
-        let options = ReclaimOptions {
+        let options = PlanOptions {
             min_run_blocks,
             references_per_gib_max: u32::MAX,
-            ..ReclaimOptions::default()
+            ..PlanOptions::default()
         };
         planned(&fs, &options).1.freed_bytes() / 4096
     };
@@ -548,7 +553,7 @@ fn a_run_that_is_told_to_stop_says_what_it_did() {
                 at,
                 done_bytes: AtomicU64::new(0),
             };
-            let (_, ran) = reclaim_until(&fs, &ReclaimOptions::default(), None, threads, &monitor);
+            let (_, ran) = reclaim_until(&fs, &PlanOptions::default(), None, threads, &monitor);
             assert_eq!(fs.contents(), content);
             assert_eq!(ran.interrupted, at < 50, "{threads} threads, {at}: {ran:?}");
             assert_eq!(ran.counts.shared_bytes, ran.counts.calls * 8 * 4096);
@@ -558,7 +563,7 @@ fn a_run_that_is_told_to_stop_says_what_it_did() {
                 ran.counts.shared_bytes,
                 "one extent a call"
             );
-            let _ = reclaim(&fs, &ReclaimOptions::default(), threads);
+            let _ = reclaim(&fs, &PlanOptions::default(), threads);
             assert_eq!(fs.allocated_bytes(), before / 2);
         }
     }
@@ -592,7 +597,7 @@ impl Monitor for Meeting {
 fn calls_on_different_images_are_made_at_the_same_time() {
     let fs = pairs(Faults::default());
     let before = fs.allocated_bytes();
-    let (_, ran) = reclaim_until(&fs, &ReclaimOptions::default(), None, 4, &Meeting::default());
+    let (_, ran) = reclaim_until(&fs, &PlanOptions::default(), None, 4, &Meeting::default());
     assert_eq!((ran.counts.calls, fs.allocated_bytes()), (48, before / 2));
 }
 
@@ -605,7 +610,7 @@ fn whoever_opens_an_image_meanwhile_has_it_left_alone_whichever_call_is_made() {
                 ..Faults::default()
             });
             let content = fs.contents();
-            let (plan, ran) = reclaim(&fs, &ReclaimOptions::default(), threads);
+            let (plan, ran) = reclaim(&fs, &PlanOptions::default(), threads);
             assert_eq!(fs.contents(), content);
             let counts = &ran.counts;
             assert_eq!(counts.calls * 8 * 4096, counts.shared_bytes);
@@ -641,14 +646,14 @@ fn what_needs_an_open_image_is_not_begun(threads: usize) {
         .collect();
     add_images(&fs, images);
     let before = fs.allocated_bytes();
-    let (plan, ran) = reclaim(&fs, &ReclaimOptions::default(), threads);
+    let (plan, ran) = reclaim(&fs, &PlanOptions::default(), threads);
     assert!(plan.freed_bytes() > 19 * 40 * 4096);
     assert_eq!(fs.allocated_bytes(), before, "what is begun and not ended takes more");
     assert_eq!((ran.counts.calls, ran.counts.second_round_extents), (0, 0));
     assert!(ran.opened_meanwhile.contains(&0) && ran.counts.abandoned_bytes > 0);
     fs.faults = Faults::default();
     fs.close_everyone_else();
-    let (plan, _) = reclaim(&fs, &ReclaimOptions::default(), threads);
+    let (plan, _) = reclaim(&fs, &PlanOptions::default(), threads);
     assert_eq!(
         i128::from(before - fs.allocated_bytes()),
         i128::from(plan.freed_bytes())
@@ -666,7 +671,7 @@ fn planning_ends_when_it_is_told_to() {
             if asked.get() > allowed { Err("enough") } else { Ok(()) }
         };
         let mut facts = fs.facts();
-        let ended = vmfold::plan::plan_proved(&mut facts, &ReclaimOptions::default(), &go_on, |_, _| Err("enough"));
+        let ended = vmfold::plan::plan_proved(&mut facts, &PlanOptions::default(), &go_on, |_, _| Err("enough"));
         assert_eq!(ended.err(), Some("enough"));
         assert!(asked.get() <= allowed + 1);
     }
@@ -711,7 +716,7 @@ fn small_pool(frees_blocks: bool, look_alike: bool) -> Simulated {
 }
 
 /// Small steps, so that there are batches that wait for others.
-const SMALL_STEPS: ReclaimOptions = ReclaimOptions {
+const SMALL_STEPS: PlanOptions = PlanOptions {
     min_run_blocks: 2,
     keep_zeros: false,
     keep_preallocated: false,

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Proof, Reference, SharedList};
 use vmfold::fingerprint::Fingerprints;
-use vmfold::plan::{ReclaimOptions, ReclaimPlan, plan_proved};
+use vmfold::plan::{PlanOptions, ReclaimPlan, plan_proved};
 use vmfold::spill::{Budget, SpillMap, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
@@ -254,7 +254,7 @@ fn plan(budget: &Budget) -> (ReclaimPlan, usize) {
         let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     };
-    let Ok(plan) = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), prove);
+    let Ok(plan) = plan_proved(&mut facts, &PlanOptions::default(), &|| Ok(()), prove);
     (plan, in_files)
 }
 

@@ -16,10 +16,10 @@ use common::{Mounted, Random, can_mount, state_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::Scope;
-use vmfold::ops::export::{Options as ExportOptions, Revisions, Target, export_to};
-use vmfold::ops::import::{ArchivePlace, ImportOptions, import_from, import_in_order};
+use vmfold::ops::export::{ExportOptions, Revisions, export_to};
+use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
+use vmfold::ops::{ArchivePlace, Scope};
 use vmfold::report::{Exported, Imported, Verified};
 use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, Store};
 use vmfold::testing::faulty_store::{Call, Fault, Faulty};
@@ -129,7 +129,7 @@ impl Scene {
             },
             only: Vec::new(),
             revisions: Revisions::All,
-            target: Target::Pipe,
+            archive: ArchivePlace::Pipe,
             level: 3,
             label: String::new(),
         };

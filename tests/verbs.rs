@@ -9,17 +9,17 @@ use std::sync::Arc;
 
 use vmfold::block::BLOCK_BYTES;
 use vmfold::error::Error;
-use vmfold::exec::compression::Wish;
+use vmfold::exec::compression::CompressionRequest;
 use vmfold::fingerprint::Function;
 use vmfold::frame::Packer;
 use vmfold::index::Memory;
 use vmfold::monitor::Silent;
-use vmfold::ops::export::{Options as ExportOptions, Revisions, Target, export_on};
-use vmfold::ops::reclaim::{Options as ReclaimOptions, reclaim_on};
+use vmfold::ops::export::{ExportOptions, Revisions, export_on};
+use vmfold::ops::reclaim::{ReclaimOptions, reclaim_on};
 use vmfold::ops::report::report_on;
 use vmfold::ops::scan::scan_on;
 use vmfold::ops::verify::verify_store;
-use vmfold::ops::{OpenPool, Scope};
+use vmfold::ops::{ArchivePlace, OpenPool, Scope};
 use vmfold::plan;
 use vmfold::pool::Skip;
 use vmfold::report::{Exported, Reclaimed};
@@ -71,11 +71,11 @@ impl Scene {
         }
     }
 
-    fn reclaim_as(&self, dry_run: bool, compress: Option<Wish>) -> Result<Reclaimed, Error> {
+    fn reclaim_as(&self, dry_run: bool, compress: Option<CompressionRequest>) -> Result<Reclaimed, Error> {
         let options = ReclaimOptions {
             scope: self.scope(),
             groups: Vec::new(),
-            plan: plan::ReclaimOptions::default(),
+            plan: plan::PlanOptions::default(),
             compress,
             dry_run,
             reserve_bytes: 0,
@@ -95,7 +95,7 @@ impl Scene {
             scope: self.scope(),
             only: Vec::new(),
             revisions: Revisions::All,
-            target: Target::Pipe,
+            archive: ArchivePlace::Pipe,
             level: 3,
             label: String::new(),
         };
@@ -172,20 +172,20 @@ fn reclaim_names_what_it_had_to_leave_alone() {
 
 #[test]
 fn what_is_compressed_is_read_only_once() {
-    let wish = || {
-        Some(Wish::Zstd {
+    let request = || {
+        Some(CompressionRequest::Zstd {
             packer: Packer::default(),
             recompress: false,
         })
     };
-    let refused = Scene::new(true).reclaim_as(false, wish());
+    let refused = Scene::new(true).reclaim_as(false, request());
     assert!(matches!(refused, Err(Error::NoCompression { .. })), "{refused:?}");
     let scene = Scene::new(false);
     let image = scene.fs.add_image(true, 64);
     let extent = scene.fs.allocate(PLAIN, (1..65).collect());
     scene.fs.map(image, 0, extent, 0, 64, false);
     let contents = scene.fs.contents();
-    let done = scene.reclaim_as(false, wish()).unwrap();
+    let done = scene.reclaim_as(false, request()).unwrap();
     assert!(done.planned.uncompressed_bytes > done.planned.compressed_bytes);
     let after = done.done.unwrap().after;
     assert_eq!(after.physical_bytes, scene.fs.allocated_bytes());

@@ -15,20 +15,20 @@ use args::{Args, Command};
 use progress::Terminal;
 
 use crate::error::{Error, ErrorKind, Result, describe};
-use crate::exec::compression::Wish;
+use crate::exec::compression::CompressionRequest;
 use crate::exec::restore::RestoreOptions;
 use crate::frame::Packer;
 use crate::index;
 use crate::monitor::Monitor;
-use crate::ops;
-use crate::ops::diff::{With, diff};
-use crate::ops::export::{Target, export};
-use crate::ops::import::{ArchivePlace, ImportOptions, import};
+use crate::ops::diff::{ComparedWith, diff};
+use crate::ops::export::{ExportOptions, export};
+use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list;
-use crate::ops::reclaim::reclaim;
+use crate::ops::reclaim::{ReclaimOptions, reclaim};
 use crate::ops::report::report;
 use crate::ops::scan::scan;
 use crate::ops::verify::verify;
+use crate::ops::{self, ArchivePlace};
 use crate::report::Change;
 use crate::shown::shown;
 use crate::sys::priority::give_way;
@@ -149,7 +149,7 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             terminal.finish();
             let text = Text {
                 json: args.json,
-                to_stderr: options.target == Target::Pipe,
+                to_stderr: options.archive == ArchivePlace::Pipe,
             };
             print_to(text, "export", &found)?;
             Ok(exit(false, !found.skipped.is_empty()))
@@ -286,7 +286,7 @@ fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &
 /// The options of a command as the library wants them.
 impl args::Reclaim {
     /// Those for each filesystem.
-    fn options(&self) -> Result<Vec<ops::reclaim::Options>> {
+    fn options(&self) -> Result<Vec<ReclaimOptions>> {
         let blocks = self.min_run.div_ceil(crate::block::BLOCK_BYTES);
         let min_run_blocks = u32::try_from(blocks)
             .ok()
@@ -294,8 +294,8 @@ impl args::Reclaim {
         let min_run_blocks =
             min_run_blocks.ok_or_else(|| Error::Usage("--min-run must be between 4K and 4G".into()))?;
         let compress = self.compress.map(|compression| match compression {
-            args::Compression::None => Wish::Undo,
-            args::Compression::Zstd(level) => Wish::Zstd {
+            args::Compression::None => CompressionRequest::Undo,
+            args::Compression::Zstd(level) => CompressionRequest::Zstd {
                 packer: Packer {
                     level,
                     min_gain: self.min_gain,
@@ -303,10 +303,10 @@ impl args::Reclaim {
                 recompress: self.recompress,
             },
         });
-        let options = |scope| ops::reclaim::Options {
+        let options = |scope| ReclaimOptions {
             scope,
             compress,
-            plan: crate::plan::ReclaimOptions {
+            plan: crate::plan::PlanOptions {
                 min_run_blocks,
                 keep_zeros: self.keep_zeros,
                 keep_preallocated: self.keep_prealloc,
@@ -324,17 +324,22 @@ impl args::Reclaim {
     }
 }
 
+/// Where an archive is that is named on the command line.
+fn archive_place(named: &Path) -> ArchivePlace {
+    if named.as_os_str() == "-" {
+        ArchivePlace::Pipe
+    } else {
+        ArchivePlace::File(named.to_owned())
+    }
+}
+
 impl args::Export {
-    fn options(&self) -> Result<ops::export::Options> {
-        Ok(ops::export::Options {
+    fn options(&self) -> Result<ExportOptions> {
+        Ok(ExportOptions {
             scope: self.scope.scope()?,
             only: self.only.clone(),
             revisions: self.revisions,
-            target: if self.archive.as_os_str() == "-" {
-                Target::Pipe
-            } else {
-                Target::File(self.archive.clone())
-            },
+            archive: archive_place(&self.archive),
             level: self.level,
             label: self.label.clone(),
         })
@@ -344,11 +349,7 @@ impl args::Export {
 impl args::Import {
     fn options(&self) -> ImportOptions {
         ImportOptions {
-            archive: if self.archive.as_os_str() == "-" {
-                ArchivePlace::Pipe
-            } else {
-                ArchivePlace::File(self.archive.clone())
-            },
+            archive: archive_place(&self.archive),
             commit: self.commit.clone(),
             restore: RestoreOptions {
                 to: self.to.clone(),
@@ -369,10 +370,10 @@ impl args::Import {
 }
 
 impl args::Diff {
-    fn sides(&self) -> (Option<String>, With) {
+    fn sides(&self) -> (Option<String>, ComparedWith) {
         if self.pool.is_empty() {
             let first = self.first.clone().or_else(|| Some("previous".into()));
-            return (first, With::Commit(self.second.clone()));
+            return (first, ComparedWith::Commit(self.second.clone()));
         }
         let scope = ops::Scope {
             paths: self.pool.clone(),
@@ -380,7 +381,7 @@ impl args::Diff {
             index: index::DEFAULT_FOLDER.into(),
             memory_bytes: None,
         };
-        (self.first.clone(), With::Pool(scope))
+        (self.first.clone(), ComparedWith::Pool(scope))
     }
 }
 

@@ -11,12 +11,12 @@ use crate::frame::{Packer, on_disk};
 use crate::fs::{Filesystem, read_slots};
 use crate::monitor::Monitor;
 use crate::plan::sample::{Sample, samples};
-use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, ReclaimOptions, ReclaimPlan, plan_proved};
+use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, PlanOptions, ReclaimPlan, plan_proved};
 use crate::spill::{Budget, SpillVec};
 
-/// What compression the user asked for.
+/// What the user asked for; what becomes of each extent by it is its [`CompressionGoal`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wish {
+pub enum CompressionRequest {
     /// Compress what gains by it.
     Zstd {
         /// How frames are made.
@@ -55,14 +55,14 @@ impl SampledBytes {
     }
 }
 
-/// Makes a plan that compresses as it is wished, of extents that are candidates; `go_on` and `prove` as in [`plan_proved`].
+/// Makes a plan that compresses, or undoes that, as it is asked for, of extents that are candidates; `go_on` and `prove` as in [`plan_proved`].
 ///
 /// # Errors
 /// Whatever `go_on` or `prove` fails with.
-pub fn plan_wished<E>(
-    wish: Option<Wish>,
+pub fn plan_compressing<E>(
+    request: Option<CompressionRequest>,
     facts: &mut Facts,
-    options: &ReclaimOptions,
+    options: &PlanOptions,
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
     is_candidate: impl Fn(&Facts, u32) -> bool,
@@ -70,12 +70,12 @@ pub fn plan_wished<E>(
 ) -> Result<ReclaimPlan, E> {
     /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
     const TRIALS_MAX: usize = 8;
-    if wish == Some(Wish::Undo) {
+    if request == Some(CompressionRequest::Undo) {
         undo(facts);
     }
     monitor.phase("Planning", 0);
     let mut plan = plan_proved(facts, options, go_on, &mut prove)?;
-    if let Some(Wish::Zstd { packer, recompress }) = wish {
+    if let Some(CompressionRequest::Zstd { packer, recompress }) = request {
         let mut trial = Trial::new(packer, recompress, facts.budget());
         for _ in 0..TRIALS_MAX {
             if !trial.look_at(facts, &plan.layout, &is_candidate, fs, monitor) {

@@ -23,7 +23,7 @@ use crate::store::FileStore;
 
 /// What an archive's commit is compared with.
 #[derive(Debug, Clone)]
-pub enum With {
+pub enum ComparedWith {
     /// Another commit.
     Commit(Option<String>),
     /// Images on disk.
@@ -34,7 +34,7 @@ pub enum With {
 ///
 /// # Errors
 /// Those of reading, or if there is no such commit.
-pub fn diff(path: &Path, commit: Option<&str>, with: &With, monitor: &dyn Monitor) -> Result<Diffed> {
+pub fn diff(path: &Path, commit: Option<&str>, with: &ComparedWith, monitor: &dyn Monitor) -> Result<Diffed> {
     let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
     let one = archive.commit(commit)?;
     let mut result = Diffed {
@@ -43,12 +43,12 @@ pub fn diff(path: &Path, commit: Option<&str>, with: &With, monitor: &dyn Monito
         ..Diffed::default()
     };
     match with {
-        With::Commit(other) => {
+        ComparedWith::Commit(other) => {
             let other = archive.commit(other.as_deref())?;
             result.second = format!("commit {} ({})", other.commit.number, other.id());
             result.images = commits(&archive, one, other, monitor)?;
         }
-        With::Pool(scope) => {
+        ComparedWith::Pool(scope) => {
             result.second = "the images on disk".into();
             result.images = with_pool(&archive, one, scope, monitor)?;
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
+use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
 use crate::archive::head::Head;
 use crate::archive::manifest::{self, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads};
@@ -39,26 +39,17 @@ pub enum Revisions {
     Only,
 }
 
-/// Where an archive is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
-    /// A file, new or an archive to append to.
-    File(PathBuf),
-    /// Standard output.
-    Pipe,
-}
-
 /// What to export, and how.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct ExportOptions {
     /// What to look at.
     pub scope: Scope,
     /// Patterns of images to choose; none means all.
     pub only: Vec<String>,
     /// Which revisions.
     pub revisions: Revisions,
-    /// Where to.
-    pub target: Target,
+    /// Where to: if a file, it is new or an archive to append to.
+    pub archive: ArchivePlace,
     /// Compression level of zstd.
     pub level: i32,
     /// What the commit is called.
@@ -70,13 +61,13 @@ pub struct Options {
 /// # Errors
 /// Those of reading and writing; [`Error::ChangedMeanwhile`] if an image changed. Whatever the error, the archive has the commits
 /// it had before, and no more bytes.
-pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
-    match &options.target {
-        Target::Pipe => {
+pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported> {
+    match &options.archive {
+        ArchivePlace::Pipe => {
             let pipe = OutputPipe::new().map_err(Error::io("write to", Path::new("stdout")))?;
             export_to(options, || Ok(Arc::new(pipe)), monitor)
         }
-        Target::File(path) => {
+        ArchivePlace::File(path) => {
             let mut opened = None;
             let open = || {
                 let file = Arc::new(FileStore::append_to(path)?);
@@ -94,12 +85,12 @@ pub fn export(options: &Options, monitor: &dyn Monitor) -> Result<Exported> {
     }
 }
 
-/// Exports a pool to a store, which is opened once it is known that there is something to export. [`Options::target`] is not looked at.
+/// Exports a pool to a store, which is opened once it is known that there is something to export. [`ExportOptions::archive`] is not looked at.
 ///
 /// # Errors
 /// As for [`export`].
 pub fn export_to(
-    options: &Options,
+    options: &ExportOptions,
     open: impl FnOnce() -> Result<Arc<dyn Store>>,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
@@ -135,7 +126,7 @@ pub fn export_to(
 /// As for [`export`].
 pub fn export_on(
     pool: OpenPool<'_>,
-    options: &Options,
+    options: &ExportOptions,
     store: Arc<dyn Store>,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
@@ -155,7 +146,7 @@ pub fn export_on(
 fn write(
     pool: OpenPool<'_>,
     origin: &Origin,
-    options: &Options,
+    options: &ExportOptions,
     opened: &mut Opened,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
@@ -186,7 +177,7 @@ struct Origin {
 }
 
 /// The images that the options choose.
-fn choose(images: Vec<Found>, options: &Options, root: &Path) -> Result<Vec<Found>> {
+fn choose(images: Vec<Found>, options: &ExportOptions, root: &Path) -> Result<Vec<Found>> {
     let only = patterns(&options.only)?;
     let relative = |path: &Path| path.strip_prefix(root).unwrap_or(path).to_owned();
     let mut chosen = images;
@@ -309,7 +300,7 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 }
 
 struct Exporter<'a> {
-    options: &'a Options,
+    options: &'a ExportOptions,
     fs: &'a dyn Filesystem,
     survey: &'a Survey,
     origin: &'a Origin,

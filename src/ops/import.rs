@@ -5,6 +5,7 @@ mod seeds;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::ArchivePlace;
 use crate::archive::reader::Archive;
 use crate::error::{Error, Result};
 use crate::exec::restore::archive::ArchiveSource;
@@ -15,15 +16,6 @@ use crate::exec::restore::{Restore, RestoreOptions};
 use crate::monitor::Monitor;
 use crate::report::Imported;
 use crate::store::{FileStore, InputPipe, Store};
-
-/// Where an archive is read from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ArchivePlace {
-    /// A file.
-    File(PathBuf),
-    /// Standard input.
-    Pipe,
-}
 
 /// What to import, and how.
 #[derive(Debug, Clone)]

@@ -50,6 +50,15 @@ impl Scope {
     }
 }
 
+/// Where an archive is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ArchivePlace {
+    /// A file.
+    File(PathBuf),
+    /// Standard output for an export, standard input for an import.
+    Pipe,
+}
+
 /// Opens an index when it is needed; none if it is to be done without.
 type OpenIndex<'a> = Box<dyn FnOnce() -> Result<Option<Box<dyn ChunkIndex>>> + 'a>;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{OpenPool, Scope, Survey, data_of, discover, open_pool, survey, unreadable};
 use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
-use crate::exec::compression::{Wish, plan_wished};
+use crate::exec::compression::{CompressionRequest, plan_compressing};
 use crate::exec::fingerprints::remember;
 use crate::exec::{self, Ran};
 use crate::facts::{Facts, ImageId};
@@ -20,15 +20,15 @@ use crate::shown::size;
 
 /// What the user chose.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct ReclaimOptions {
     /// What to work on.
     pub scope: Scope,
     /// Patterns of images that share among themselves only.
     pub groups: Vec<String>,
     /// How to plan.
-    pub plan: plan::ReclaimOptions,
-    /// What compression is wished.
-    pub compress: Option<Wish>,
+    pub plan: plan::PlanOptions,
+    /// What compression is asked for.
+    pub compress: Option<CompressionRequest>,
     /// Stop after planning.
     pub dry_run: bool,
     /// Bytes that stay free on the filesystem whatever donors would take.
@@ -45,7 +45,7 @@ const FEW_FRAGMENTS_BLOCKS: u32 = 16;
 /// # Errors
 /// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
 /// did until then is in the result, with the error.
-pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+pub fn reclaim(options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclaimed> {
     in_time(options, monitor, |deadline| {
         let (scope, mut found) = (&options.scope, discover(&options.scope, deadline)?);
         pool::group(&mut found.images, &options.groups)?;
@@ -63,13 +63,13 @@ pub fn reclaim(options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
 ///
 /// # Errors
 /// As for [`reclaim`].
-pub fn reclaim_on(pool: OpenPool<'_>, options: &Options, monitor: &dyn Monitor) -> Result<Reclaimed> {
+pub fn reclaim_on(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclaimed> {
     in_time(options, monitor, |deadline| reclaim_until(pool, options, deadline))
 }
 
 /// Stops a run when its time is over, and says whether that was why.
 fn in_time(
-    options: &Options,
+    options: &ReclaimOptions,
     monitor: &dyn Monitor,
     run: impl FnOnce(&Deadline<'_>) -> Result<Reclaimed>,
 ) -> Result<Reclaimed> {
@@ -81,7 +81,7 @@ fn in_time(
     Ok(result)
 }
 
-fn reclaim_until(pool: OpenPool<'_>, options: &Options, monitor: &Deadline<'_>) -> Result<Reclaimed> {
+fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadline<'_>) -> Result<Reclaimed> {
     let fs = pool.fs;
     let Survey {
         mut facts,
@@ -172,9 +172,9 @@ fn reclaim_until(pool: OpenPool<'_>, options: &Options, monitor: &Deadline<'_>) 
     Ok(result)
 }
 
-fn settings(options: &Options) -> exec::Settings {
+fn settings(options: &ReclaimOptions) -> exec::Settings {
     let packer = match options.compress {
-        Some(Wish::Zstd { packer, .. }) => packer,
+        Some(CompressionRequest::Zstd { packer, .. }) => packer,
         _ => Packer::default(),
     };
     exec::Settings {
@@ -192,15 +192,15 @@ fn threads(cores: usize) -> usize {
     if cores <= 2 { 1 } else { (cores - 1).min(THREADS_MAX) }
 }
 
-/// Checks that compression can be as it is wished, and notes what of it cannot.
-fn check_compression(wish: Wish, fs: &dyn Filesystem, monitor: &dyn Monitor) -> Result<()> {
+/// Checks that compression can be as it is asked for, and notes what of it cannot.
+fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: &dyn Monitor) -> Result<()> {
     if !fs.compresses() {
         return Err(Error::NoCompression {
             path: fs.folder().to_owned(),
         });
     }
     let count = |is: fn(&Image) -> bool| images(fs).filter(|image| is(image)).count();
-    if matches!(wish, Wish::Zstd { .. }) {
+    if matches!(request, CompressionRequest::Zstd { .. }) {
         let notes = [
             (
                 count(|image| image.stays_uncompressed),
@@ -235,13 +235,13 @@ fn go_on(monitor: &dyn Monitor) -> Result<()> {
 
 /// Makes a plan that fits into what is free, and says how many bytes were read for it.
 fn make_plan(
-    options: &Options,
+    options: &ReclaimOptions,
     fs: &dyn Filesystem,
     facts: &mut Facts,
     monitor: &dyn Monitor,
 ) -> Result<(ReclaimPlan, u64)> {
-    if let Some(wish) = options.compress {
-        check_compression(wish, fs, monitor)?;
+    if let Some(request) = options.compress {
+        check_compression(request, fs, monitor)?;
     }
     let mut proved = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
@@ -253,7 +253,7 @@ fn make_plan(
         let mut references = facts.references_to(extent);
         references.all(|reference| !fs.image(reference.image).stays_uncompressed)
     };
-    let mut plan = plan_wished(
+    let mut plan = plan_compressing(
         options.compress,
         facts,
         &options.plan,
@@ -278,7 +278,7 @@ fn make_plan(
     }
     if is_short(&plan) {
         // In small steps, each makes room for the next.
-        let small = plan::ReclaimOptions {
+        let small = plan::PlanOptions {
             batch_bytes: free / 2,
             ..options.plan
         };
@@ -289,7 +289,7 @@ fn make_plan(
                 size(free),
                 size(options.reserve_bytes)
             ));
-            let smaller = plan::ReclaimOptions {
+            let smaller = plan::PlanOptions {
                 work_space_bytes: free,
                 ..small
             };

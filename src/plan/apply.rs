@@ -396,7 +396,7 @@ mod tests {
             one    A
             two    B
             three  C C";
-        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::ReclaimOptions::default()));
+        let planned = |pool: &mut Pool| format!("{:?}", pool.plan(&crate::plan::PlanOptions::default()));
         let expected = planned(&mut Pool::of(text));
         let folder = tempfile::tempdir().unwrap();
         let budget = crate::spill::Budget::new(0, folder.path().to_owned());

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::layout::{DedupRun, DedupTarget};
 use super::table::BlockTable;
-use super::{METADATA_BYTES_PER_REFERENCE, ReclaimOptions, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
+use super::{METADATA_BYTES_PER_REFERENCE, PlanOptions, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::spill::{Budget, SpillVec};
@@ -54,7 +54,7 @@ const STEPS_PER_BLOCK: u64 = 1024;
 /// writing them differently costs nothing. `go_on` is called before each extent, and its error ends the pass.
 pub(super) fn decide<E>(
     facts: &Facts,
-    options: &ReclaimOptions,
+    options: &PlanOptions,
     ask: bool,
     rewritten_anyway: impl Fn(u32) -> bool,
     go_on: &dyn Fn() -> Result<(), E>,
@@ -73,7 +73,7 @@ pub(super) fn decide<E>(
 /// image in the order of their blocks. An extent that is looked at early is likely to stay. So one of several images that are
 /// alike stays as it is, and the others refer to it in long runs; an order that mixes them would cut all of them into pieces.
 /// Addresses do not count, since they differ between a plan and the pool that it leads to.
-fn order(facts: &Facts, options: &ReclaimOptions) -> SpillVec<u32> {
+fn order(facts: &Facts, options: &PlanOptions) -> SpillVec<u32> {
     /// An extent of which more than this share is unreachable, in 1/16, makes a bad home: it is likely to go.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
     /// So does an extent of fewer blocks than this: runs end where extents do.
@@ -106,7 +106,7 @@ fn order(facts: &Facts, options: &ReclaimOptions) -> SpillVec<u32> {
 }
 
 /// Why an extent must stay, if it must.
-fn is_pinned(facts: &Facts, options: &ReclaimOptions, extent: u32) -> Option<PinReason> {
+fn is_pinned(facts: &Facts, options: &PlanOptions, extent: u32) -> Option<PinReason> {
     facts.extents[extent as usize].pinned.or_else(|| {
         let preallocated =
             options.keep_preallocated && facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
@@ -116,7 +116,7 @@ fn is_pinned(facts: &Facts, options: &ReclaimOptions, extent: u32) -> Option<Pin
 
 struct Pass<'a> {
     facts: &'a Facts,
-    options: &'a ReclaimOptions,
+    options: &'a PlanOptions,
     /// Whether runs that must be proved count, and are listed, before they are.
     ask: bool,
     table: BlockTable,
@@ -149,7 +149,7 @@ struct ReferenceLimits {
 }
 
 impl ReferenceLimits {
-    fn new(facts: &Facts, options: &ReclaimOptions) -> Self {
+    fn new(facts: &Facts, options: &PlanOptions) -> Self {
         const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
         let last = facts.mappings().iter().filter_map(|(_, images)| images.last()).max();
         let mut images = vec![(0u64, 0u64); last.map_or(0, |last| *last as usize + 1)];
@@ -212,7 +212,7 @@ impl ExtentMatch {
 }
 
 impl<'a> Pass<'a> {
-    fn new(facts: &'a Facts, options: &'a ReclaimOptions, ask: bool) -> Self {
+    fn new(facts: &'a Facts, options: &'a PlanOptions, ask: bool) -> Self {
         let slots = facts.slots() as usize;
         Self {
             facts,
@@ -645,7 +645,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::convert::Infallible;
 
-    fn decided(facts: &Facts, options: &ReclaimOptions, ask: bool) -> Decisions {
+    fn decided(facts: &Facts, options: &PlanOptions, ask: bool) -> Decisions {
         let Ok(decisions) = decide(facts, options, ask, |_| false, &|| Ok::<_, Infallible>(()));
         decisions
     }
@@ -813,7 +813,7 @@ mod tests {
         #[test]
         fn new_references_are_the_pieces_that_are_left(text in pools(), cuts in prop::collection::vec((1u32..6, 0u8..3), 1..12)) {
             let pool = Pool::of(&text);
-            let options = ReclaimOptions::default();
+            let options = PlanOptions::default();
             let pass = Pass::new(&pool.facts, &options, true);
             for (place, extent) in (0..).zip(&pool.facts.extents) {
                 // What becomes of each block (0 for holes, 1 for homes, 2 if it is left over), and whether a piece begins with it: what is
@@ -852,7 +852,7 @@ mod tests {
     fn extents_that_stay_anyhow_and_those_that_most_use_come_first() {
         let order_of = |text: &str| -> String {
             let pool = Pool::of(text);
-            let order = order(&pool.facts, &ReclaimOptions::default()).into_iter();
+            let order = order(&pool.facts, &PlanOptions::default()).into_iter();
             order
                 .map(|extent| char::from(b'A' + u8::try_from(extent).unwrap()))
                 .collect()
@@ -889,9 +889,9 @@ mod tests {
             two  A[0..2] A[4..6] A[2..4] A[0..2]",
         );
         let limits = |references_per_gib_max: u32| {
-            let options = ReclaimOptions {
+            let options = PlanOptions {
                 references_per_gib_max,
-                ..ReclaimOptions::default()
+                ..PlanOptions::default()
             };
             ReferenceLimits::new(&pool.facts, &options)
         };
@@ -909,7 +909,7 @@ mod tests {
     #[test]
     fn what_an_extent_would_add_counts_until_the_next_and_for_good_if_it_goes() {
         let pool = Pool::of("A abcd\nB abcd\none A B");
-        let mut limits = ReferenceLimits::new(&pool.facts, &ReclaimOptions::default());
+        let mut limits = ReferenceLimits::new(&pool.facts, &PlanOptions::default());
         limits.added.insert(0, 3);
         assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
         limits.accept(&BTreeMap::from([(0, -1)]));
@@ -924,7 +924,7 @@ mod tests {
         fn shortest(images: usize, run: impl Fn(u32) -> DedupRun, gap: Slot, repeated: bool) -> u32 {
             let content: String = ('1'..='9').chain('a'..='z').chain('1'..='9').collect();
             let pool = revisions(images, &format!("A {content}\nB a"));
-            let options = ReclaimOptions::default();
+            let options = PlanOptions::default();
             let mut pass = Pass::new(&pool.facts, &options, true);
             let segment = pass.begin(0).slots();
             let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, gap, repeated);
@@ -953,9 +953,9 @@ mod tests {
     #[test]
     fn all_there_is_adds_no_reference() {
         let pool = revisions(100, "A ab\nB ab");
-        let options = ReclaimOptions {
+        let options = PlanOptions {
             min_run_blocks: 8,
-            ..ReclaimOptions::default()
+            ..PlanOptions::default()
         };
         let mut pass = Pass::new(&pool.facts, &options, true);
         let segment = pass.begin(0).slots();
@@ -966,7 +966,7 @@ mod tests {
     #[test]
     fn references_beside_a_run_do_not_count() {
         let pool = Pool::of("A abcdefghijklmnop\nB ab\none A\ntwo A\nthree A[4..16]\nfour B");
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         let segment = pass.begin(0).slots();
         let counts = |slot| pass.is_long_enough(&home(slot, 2, 16), &segment, 0, false);
@@ -977,7 +977,7 @@ mod tests {
     #[test]
     fn short_runs_are_proved_and_of_long_ones_a_block() {
         let pool = Pool::of(&format!("A {0}\nB {0}\none A\ntwo B", "abcdefghijklmnopqrstaaaa0000"));
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let pass = Pass::new(&pool.facts, &options, true);
         let proved = |run: DedupRun| pass.must_be_proved(&run);
         assert_eq!([proved(home(28, 1, 0)), proved(home(28, 2, 0))], [0..1, 0..2]);
@@ -996,7 +996,7 @@ mod tests {
     #[test]
     fn a_repetition_is_known_by_what_is_around_it() {
         let pool = Pool::of("A xaaay\nB aaaz\nC bca\nD cac\none A B C D");
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         let mut is_repeated = |extent: u32, run: DedupRun| {
             let segment = pass.begin(extent).slots();
@@ -1015,7 +1015,7 @@ mod tests {
     #[test]
     fn looking_ends_when_its_steps_are_used_up() {
         let pool = Pool::of("A abcdefgh\nB abcdefgh\none A\ntwo B");
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.look_at(0, false);
         let extent = pass.begin(1);
@@ -1033,7 +1033,7 @@ mod tests {
         let mut pool = Pool::of("A abcdefgh\nB xabcdefg\none A\ntwo B");
         // Of both, `d` alone is in the table's sample.
         pool.facts.table_slots_max = usize::MAX;
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.begin(0);
         pass.homes.insert_range(0..8);
@@ -1049,7 +1049,7 @@ mod tests {
     fn blocks_between_runs_that_a_run_is_found_in_stay() {
         // What three images map is too short to share where it is first; what one maps is found in it, though it is in A, too.
         let pool = Pool::of("A abxyzuvw\nB abab\none A\ntwo B\nthree B[0..2]\nfour B[0..2]");
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.look_at(0, false);
         let extent = pass.begin(1);
@@ -1060,7 +1060,7 @@ mod tests {
     #[test]
     fn what_frees_less_than_it_costs_stays() {
         let pool = Pool::of("A abcdefgh\nB abcdxyzu\none A\ntwo B");
-        let options = ReclaimOptions::default();
+        let options = PlanOptions::default();
         let pass = Pass::new(&pool.facts, &options, true);
         let found = |left_over: u32| ExtentMatch {
             runs: vec![home(8, 8 - left_over, 0)],
@@ -1076,7 +1076,7 @@ mod tests {
         // What is planned only is written anyway.
         assert!(pass.pays(1, references + 2, &found(4), true));
         // No more is left over than half of the work space.
-        let options = ReclaimOptions {
+        let options = PlanOptions {
             work_space_bytes: 7 * 4096,
             ..options
         };

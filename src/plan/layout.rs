@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::ReclaimOptions;
+use super::PlanOptions;
 use super::apply::Origins;
 use crate::block::{Slot, SlotSet};
 use crate::facts::{Class, Compression, Facts};
@@ -240,7 +240,7 @@ impl Layout {
     }
 
     /// Lays out the donors for the blocks that are left over, batch by batch.
-    pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &ReclaimOptions) {
+    pub(super) fn place_leftovers(&mut self, facts: &Facts, options: &PlanOptions) {
         self.leftovers.clear();
         self.pieces.clear();
         self.donors.clear();
@@ -282,13 +282,7 @@ impl Layout {
     }
 
     /// Lays out the donors of one batch, in the order in which images are read.
-    fn place_batch(
-        &mut self,
-        facts: &Facts,
-        options: &ReclaimOptions,
-        batch: u32,
-        mut pieces: Vec<(u32, Range<Slot>)>,
-    ) {
+    fn place_batch(&mut self, facts: &Facts, options: &PlanOptions, batch: u32, mut pieces: Vec<(u32, Range<Slot>)>) {
         pieces.sort_by_cached_key(|(_, piece)| {
             let place = facts.place_of(piece.clone());
             place.map(|place| (place.image, place.file_block))
@@ -604,7 +598,7 @@ mod tests {
         let mut pool = Pool::of(&format!("{extents}\n{images}\nthree C"));
         let mut layout = Layout::default();
         layout.compose(&pool.facts, &[0, 1], &[], None);
-        layout.place_leftovers(&pool.facts, &ReclaimOptions::default());
+        layout.place_leftovers(&pool.facts, &PlanOptions::default());
         let applied = super::super::apply(&mut pool.facts, &layout);
         let origins = applied.undo(&mut pool.facts);
         (pool, layout, origins)
@@ -662,7 +656,7 @@ mod tests {
                 rewrites: true,
             });
         }
-        let plan = pool.plan(&ReclaimOptions::default());
+        let plan = pool.plan(&PlanOptions::default());
         assert_eq!(plan.layout.gone().collect::<Vec<_>>(), [2, 1, 0]);
         let donors: Vec<_> = (0..plan.donor_files.len())
             .map(|file| pool.donor(&plan, file))
@@ -677,7 +671,7 @@ mod tests {
     fn donors_of_compressed_extents_are_as_long_as_a_frame() {
         let live: String = ('1'..='9').chain('a'..='z').collect();
         let mut pool = Pool::of(&format!("A {live}{} zstd\none A[0..35]", "z".repeat(40)));
-        let plan = pool.plan(&ReclaimOptions::default());
+        let plan = pool.plan(&PlanOptions::default());
         assert_eq!(pool.donor(&plan, 0), format!("{} {}", &live[..32], &live[32..]));
         let taken: u64 = plan.layout.donors().iter().map(|donor| donor.disk_bytes).sum();
         assert_eq!(taken, 38 * 4096 * 32 / 75 + 38 * 4096 * 3 / 75);

@@ -58,7 +58,7 @@ pub const BATCH_BYTES: u64 = 128 << 20;
 
 /// What the user may choose about a reclaim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReclaimOptions {
+pub struct PlanOptions {
     /// Shortest run of blocks worth sharing amid other data, where two revisions have the place. It is weighed by the references that it
     /// adds: half of it is enough where only one reference maps the place, and half where it follows another run; half as much again is
     /// needed where there are three references or more.
@@ -77,7 +77,7 @@ pub struct ReclaimOptions {
     pub references_per_gib_max: u32,
 }
 
-impl Default for ReclaimOptions {
+impl Default for PlanOptions {
     fn default() -> Self {
         Self {
             min_run_blocks: 2,
@@ -91,7 +91,7 @@ impl Default for ReclaimOptions {
     }
 }
 
-impl ReclaimOptions {
+impl PlanOptions {
     /// Bytes that a run must free for each reference that it adds. Amid other data one adds two for each reference to the place; at the
     /// shortest run there is, only what those take counts.
     fn bytes_per_reference(&self) -> u64 {
@@ -145,7 +145,7 @@ pub struct Elimination {
     pub metadata_bytes: u64,
 }
 
-/// What a reclaim is to do: data that follows from [`Facts`] and [`ReclaimOptions`] alone, and that `exec` carries out without a
+/// What a reclaim is to do: data that follows from [`Facts`] and [`PlanOptions`] alone, and that `exec` carries out without a
 /// decision of its own.
 #[derive(Debug, Clone, Default)]
 pub struct ReclaimPlan {
@@ -208,7 +208,7 @@ impl ReclaimPlan {
 /// Whatever `prove` or `go_on` fails with.
 pub fn plan_proved<E>(
     facts: &mut Facts,
-    options: &ReclaimOptions,
+    options: &PlanOptions,
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
 ) -> Result<ReclaimPlan, E> {
@@ -271,12 +271,7 @@ struct Round {
 
 impl Round {
     /// Makes a pass over the pool as it is.
-    fn first<E>(
-        facts: &Facts,
-        options: &ReclaimOptions,
-        ask: bool,
-        go_on: &dyn Fn() -> Result<(), E>,
-    ) -> Result<Self, E> {
+    fn first<E>(facts: &Facts, options: &PlanOptions, ask: bool, go_on: &dyn Fn() -> Result<(), E>) -> Result<Self, E> {
         let decisions = greedy::decide(facts, options, ask, |_| false, go_on)?;
         Ok(Self::of(decisions, None))
     }
@@ -284,7 +279,7 @@ impl Round {
     /// Makes a pass over the planned pool: the pool as a layout would leave it.
     fn next<E>(
         facts: &mut Facts,
-        options: &ReclaimOptions,
+        options: &PlanOptions,
         ask: bool,
         layout: &mut Layout,
         go_on: &dyn Fn() -> Result<(), E>,

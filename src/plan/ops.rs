@@ -318,7 +318,7 @@ fn follows(op: &Op, next: &Op) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::ReclaimOptions;
+    use crate::plan::PlanOptions;
     use crate::plan::tests::notation::{Pool, options, pools};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -530,10 +530,10 @@ mod tests {
             D  mnop0000
             one  A B C D",
         );
-        let options = ReclaimOptions {
+        let options = PlanOptions {
             references_max: 2,
             references_per_gib_max: u32::MAX,
-            ..ReclaimOptions::default()
+            ..PlanOptions::default()
         };
         let plan = pool.plan(&options);
         assert_eq!(pool.donor(&plan, 0), "abcdefgh ijklmnop");

@@ -14,7 +14,7 @@ use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fingerprint::Function;
-use vmfold::plan::{ReclaimOptions, plan_proved};
+use vmfold::plan::{PlanOptions, plan_proved};
 use vmfold::testing::simulated::PLAIN;
 
 const MIB: usize = 1 << 20;
@@ -90,7 +90,7 @@ fn benchmarks(criterion: &mut Criterion) {
         let _ = group.throughput(Throughput::Bytes(1 << 30));
         let _ = group.bench_function(format!("{revisions} revisions"), |bencher| {
             bencher.iter(|| {
-                let plan = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), |_, slots| {
+                let plan = plan_proved(&mut facts, &PlanOptions::default(), &|| Ok(()), |_, slots| {
                     // Blocks that look alike are, in this pool.
                     Ok::<_, Infallible>(slots.iter().map(|slot| (*slot, proof(*slot))).collect())
                 });

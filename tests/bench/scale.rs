@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use vmfold::block::bytes;
 use vmfold::exec::fingerprints::allocate;
 use vmfold::facts::{Extent, Facts, Reference, SharedList};
-use vmfold::plan::{ReclaimOptions, lists_bytes, memory_bytes, plan_proved};
+use vmfold::plan::{PlanOptions, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::{Budget, SpillVec};
 use vmfold::testing::simulated::PLAIN;
 
@@ -104,7 +104,7 @@ fn main() {
     }
     let (made, known) = (begin.elapsed(), PEAK.load(Ordering::Relaxed));
     let begin = Instant::now();
-    let plan = plan_proved(&mut facts, &ReclaimOptions::default(), &|| Ok(()), |facts, slots| {
+    let plan = plan_proved(&mut facts, &PlanOptions::default(), &|| Ok(()), |facts, slots| {
         let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
         Ok::<_, Infallible>(SpillVec::from_iter_in(slots.iter().map(proof), facts.budget()))
     })

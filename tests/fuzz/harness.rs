@@ -10,7 +10,8 @@ use vmfold::archive::stream::{Event, Stream};
 use vmfold::archive::{index, manifest, pack};
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::import::{ArchivePlace, ImportOptions, import};
+use vmfold::ops::ArchivePlace;
+use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify;
 use vmfold::store::MemoryStore;
 

@@ -6,10 +6,10 @@ use insta::assert_snapshot;
 use notation::{Pool, options, pools};
 use proptest::prelude::*;
 
-use super::{BATCH_BYTES, METADATA_BYTES_PER_REFERENCE, REFERENCES_MAX, ReclaimOptions, apply};
+use super::{BATCH_BYTES, METADATA_BYTES_PER_REFERENCE, PlanOptions, REFERENCES_MAX, apply};
 
 /// What users get unless they choose otherwise; but images of a few blocks would not be allowed a second reference.
-const USUAL: ReclaimOptions = ReclaimOptions {
+const USUAL: PlanOptions = PlanOptions {
     min_run_blocks: 2,
     keep_zeros: false,
     keep_preallocated: false,
@@ -82,7 +82,7 @@ fn zeros_become_holes() {
 
 #[test]
 fn zeros_that_are_to_stay_are_shared_only_with_what_they_are_amid() {
-    let options = ReclaimOptions {
+    let options = PlanOptions {
         keep_zeros: true,
         ..USUAL
     };
@@ -127,7 +127,7 @@ fn preallocated_ranges_are_given_back() {
 
 #[test]
 fn preallocated_ranges_that_are_to_stay_pin_their_extents() {
-    let options = ReclaimOptions {
+    let options = PlanOptions {
         keep_preallocated: true,
         ..USUAL
     };
@@ -227,7 +227,7 @@ const FOUR_ALIKE: &str = "
 
 #[test]
 fn an_extent_gets_no_more_references_than_it_may_have() {
-    let options = ReclaimOptions {
+    let options = PlanOptions {
         references_max: 2,
         ..USUAL
     };
@@ -250,7 +250,7 @@ fn an_image_gets_no_more_references_than_it_may_have() {
         one  A
         two  B",
     );
-    let limited = |references: u32| ReclaimOptions {
+    let limited = |references: u32| PlanOptions {
         // The second image has 16 blocks.
         references_per_gib_max: references * (1 << 18) / 16,
         ..USUAL
@@ -294,7 +294,7 @@ const LEAVES_MUCH: &str = "
 
 #[test]
 fn donors_are_written_in_batches_that_fit() {
-    let options = ReclaimOptions {
+    let options = PlanOptions {
         work_space_bytes: 32 << 10,
         ..USUAL
     };
@@ -316,7 +316,7 @@ fn donors_are_written_in_batches_that_fit() {
 
 #[test]
 fn what_leaves_more_than_the_work_space_takes_stays() {
-    let options = ReclaimOptions {
+    let options = PlanOptions {
         work_space_bytes: 31 << 10,
         ..USUAL
     };
@@ -416,7 +416,7 @@ fn compressed_extents_share_with_others_and_count_what_they_take() {
 
 #[test]
 fn what_someone_asks_for_sets_what_runs_are_worth() {
-    let with = |min_run_blocks| ReclaimOptions {
+    let with = |min_run_blocks| PlanOptions {
         min_run_blocks,
         ..USUAL
     };

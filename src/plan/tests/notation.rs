@@ -18,7 +18,7 @@ use proptest::prelude::*;
 
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::facts::{Class, Compression, Extent, Facts, Mapping, PinReason, Proof, Reference, proof_of};
-use crate::plan::{Op, ReclaimOptions, ReclaimPlan, ShareSource, plan_proved};
+use crate::plan::{Op, PlanOptions, ReclaimPlan, ShareSource, plan_proved};
 use crate::spill::SpillVec;
 
 /// A pool that was written down.
@@ -151,7 +151,7 @@ impl Pool {
     }
 
     /// Plans, and reads what is asked for.
-    pub(in crate::plan) fn plan(&mut self, options: &ReclaimOptions) -> ReclaimPlan {
+    pub(in crate::plan) fn plan(&mut self, options: &PlanOptions) -> ReclaimPlan {
         let content = &self.content;
         let prove = |_: &Facts, slots: &[Slot]| {
             let proofs = slots.iter().map(|slot| (*slot, proof(content[*slot as usize])));
@@ -203,7 +203,7 @@ impl Pool {
     }
 
     /// Plans, and prints the plan.
-    pub(in crate::plan) fn planned(&mut self, options: &ReclaimOptions) -> String {
+    pub(in crate::plan) fn planned(&mut self, options: &PlanOptions) -> String {
         let plan = self.plan(options);
         self.print(&plan)
     }
@@ -349,7 +349,7 @@ pub(in crate::plan) fn pools() -> impl Strategy<Value = String> {
 }
 
 /// What a user may choose.
-pub(in crate::plan) fn options() -> impl Strategy<Value = ReclaimOptions> {
+pub(in crate::plan) fn options() -> impl Strategy<Value = PlanOptions> {
     let references = (
         prop_oneof![Just(1000u32), 1u32..6],
         prop_oneof![Just(1u32 << 18), 1000u32..200_000],
@@ -363,7 +363,7 @@ pub(in crate::plan) fn options() -> impl Strategy<Value = ReclaimOptions> {
             work_space_bytes,
             (references_max, references_per_gib_max),
         )| {
-            ReclaimOptions {
+            PlanOptions {
                 min_run_blocks,
                 keep_zeros,
                 keep_preallocated,
