@@ -8,7 +8,7 @@
 //! cli         arguments, progress, printing
 //! ops         one verb a file; no verb uses another
 //! report      what the verbs found, as data and as text
-//! exec        does what plans say and decides nothing: fingerprints, reclaim, store (export), restore (import)
+//! exec        does what plans say and decides nothing: fingerprints, reclaim, export, restore (import)
 //! plan        pure: what reclaim shares, what an export stores, what a restore needs
 //! index       what earlier runs learnt, in sled or in memory; a cache
 //! fs          what a filesystem can do, behind one trait: btrfs, XFS, and plain ones that share nothing

@@ -21,7 +21,7 @@ use common::{Mounted, Random, build_pool, can_mount, population, reflink, sh, st
 use serde_json::Value;
 use vmfold::block::Slot;
 use vmfold::exec::fingerprints::{allocate, fingerprint};
-use vmfold::exec::{Ran, Settings, run};
+use vmfold::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use vmfold::facts::Facts;
 use vmfold::fs::{Filesystem, Purpose, open, prove_slots};
 use vmfold::monitor::Silent;
@@ -103,11 +103,11 @@ fn reclaim_with_calls_on_several_images_at_the_same_time() {
     assert!(unreadable.is_empty());
     let prove = |facts: &Facts, slots: &[Slot]| prove_slots(volume, facts, slots, &monitor);
     let plan = plan::plan_proved(&mut facts, &plan::PlanOptions::default(), &|| Ok(()), prove).unwrap();
-    let settings = Settings {
+    let settings = ReclaimSettings {
         threads: 4,
-        ..Settings::default()
+        ..ReclaimSettings::default()
     };
-    let mut ran = Ran::default();
+    let mut ran = ReclaimOutcome::default();
     run(&facts, &plan, settings, volume, &monitor, &mut ran).unwrap();
     volume.close_donors().unwrap();
     drop((opened, found));

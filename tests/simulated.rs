@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use rustix::io::Errno;
 use vmfold::block::Slot;
 use vmfold::exec::compression::{CompressionRequest, plan_compressing};
-use vmfold::exec::{Ran, Settings, run};
+use vmfold::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
@@ -209,7 +209,7 @@ fn threads() -> impl Strategy<Value = usize> {
     prop::sample::select(&THREADS[..])
 }
 
-fn reclaim(fs: &Simulated, options: &PlanOptions, threads: usize) -> (ReclaimPlan, Ran) {
+fn reclaim(fs: &Simulated, options: &PlanOptions, threads: usize) -> (ReclaimPlan, ReclaimOutcome) {
     reclaim_as(fs, options, None, threads)
 }
 
@@ -218,7 +218,7 @@ fn reclaim_as(
     options: &PlanOptions,
     request: Option<CompressionRequest>,
     threads: usize,
-) -> (ReclaimPlan, Ran) {
+) -> (ReclaimPlan, ReclaimOutcome) {
     reclaim_until(fs, options, request, threads, &Silent::default())
 }
 
@@ -228,17 +228,17 @@ fn reclaim_until(
     request: Option<CompressionRequest>,
     threads: usize,
     monitor: &dyn Monitor,
-) -> (ReclaimPlan, Ran) {
+) -> (ReclaimPlan, ReclaimOutcome) {
     let (facts, plan) = planned_as(fs, options, request);
-    let mut ran = Ran::default();
+    let mut ran = ReclaimOutcome::default();
     let packer = match request {
         Some(CompressionRequest::Zstd { packer, .. }) => packer,
         _ => Packer::default(),
     };
-    let settings = Settings {
+    let settings = ReclaimSettings {
         packer,
         threads,
-        ..Settings::default()
+        ..ReclaimSettings::default()
     };
     let _ = run(&facts, &plan, settings, fs, monitor, &mut ran);
     fs.close_donors();
@@ -727,10 +727,17 @@ const SMALL_STEPS: PlanOptions = PlanOptions {
 };
 
 /// Plans on a filesystem, and runs that while faults are met.
-fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (ReclaimPlan, Ran, Result<(), vmfold::error::Error>) {
+fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (ReclaimPlan, ReclaimOutcome, Result<(), vmfold::error::Error>) {
     let (facts, plan) = planned(fs, &SMALL_STEPS);
-    let mut ran = Ran::default();
-    let outcome = run(&facts, &plan, Settings::default(), faulty, &Silent::default(), &mut ran);
+    let mut ran = ReclaimOutcome::default();
+    let outcome = run(
+        &facts,
+        &plan,
+        ReclaimSettings::default(),
+        faulty,
+        &Silent::default(),
+        &mut ran,
+    );
     fs.close_donors();
     (plan, ran, outcome)
 }

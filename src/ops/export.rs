@@ -16,8 +16,8 @@ use crate::archive::writer::{Base, Writer};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
+use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
-use crate::exec::store::{How, Out, Stored, announce, store};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
@@ -324,7 +324,7 @@ impl Exporter<'_> {
         let (folders, images) = self.images()?;
         let epoch = u64::from_le_bytes(random()?);
         let mut writer = Writer::begin(Arc::clone(&opened.store), opened.base, epoch).map_err(failed)?;
-        let mut out = Out {
+        let mut out = RecordWriter {
             writer: &mut writer,
             failed: &failed,
         };
@@ -343,10 +343,10 @@ impl Exporter<'_> {
         let old = |archive| StoredHashes::new(archive, first_new);
         let archive = opened.archive.as_ref();
         let log = HashLog::new(first_new, self.options.scope.index.clone());
-        let stored = store(
+        let stored = store_blocks(
             (fs, facts),
             &plan,
-            self.how(),
+            self.settings(),
             (old(archive), log),
             &mut out,
             self.monitor,
@@ -444,8 +444,8 @@ impl Exporter<'_> {
         plan_export(facts, &known, first_new, fingerprints).ok_or(Error::TooLarge)
     }
 
-    fn how(&self) -> How<'_> {
-        How {
+    fn settings(&self) -> ExportSettings<'_> {
+        ExportSettings {
             function: self.fs.function(),
             level: self.options.level,
             inline: &self.survey.inline,
@@ -542,7 +542,7 @@ impl Exporter<'_> {
     }
 
     /// Writes what turned out otherwise than planned; a record without entries if nothing did.
-    fn put_corrections(&self, stored: &Stored, out: &mut Out<'_>) -> Result<()> {
+    fn put_corrections(&self, stored: &Stored, out: &mut RecordWriter<'_>) -> Result<()> {
         let facts = &self.survey.facts;
         let mut payloads = Payloads::default();
         if !stored.corrections.is_empty() {
@@ -575,7 +575,12 @@ impl Exporter<'_> {
     }
 }
 
-fn put_images(folders: &[Folder], images: &[Image], runs: impl Fn(usize) -> Vec<Run>, out: &mut Out<'_>) -> Result<()> {
+fn put_images(
+    folders: &[Folder],
+    images: &[Image],
+    runs: impl Fn(usize) -> Vec<Run>,
+    out: &mut RecordWriter<'_>,
+) -> Result<()> {
     let mut payloads = Payloads::default();
     for folder in folders {
         payloads.push(&Entry::Folder(folder.clone()));
@@ -599,7 +604,7 @@ fn put_images(folders: &[Folder], images: &[Image], runs: impl Fn(usize) -> Vec<
     put_payloads(PART_IMAGES, payloads, out)
 }
 
-fn put_payloads(part: u8, payloads: Payloads, out: &mut Out<'_>) -> Result<()> {
+fn put_payloads(part: u8, payloads: Payloads, out: &mut RecordWriter<'_>) -> Result<()> {
     let mut payloads = payloads.finish();
     if payloads.is_empty() {
         payloads.push(Vec::new());

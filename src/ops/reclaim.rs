@@ -8,7 +8,7 @@ use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::compression::{CompressionRequest, plan_compressing};
 use crate::exec::fingerprints::remember;
-use crate::exec::{self, Ran};
+use crate::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, Image, Purpose, freed_bytes, images, prove_slots};
@@ -139,11 +139,11 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
     if options.dry_run {
         return Ok(result);
     }
-    let mut ran = Ran::default();
+    let mut ran = ReclaimOutcome::default();
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        exec::run(&facts, &plan, settings(options), fs, monitor, &mut ran)
+        run(&facts, &plan, settings(options), fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
@@ -172,12 +172,12 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
     Ok(result)
 }
 
-fn settings(options: &ReclaimOptions) -> exec::Settings {
+fn settings(options: &ReclaimOptions) -> ReclaimSettings {
     let packer = match options.compress {
         Some(CompressionRequest::Zstd { packer, .. }) => packer,
         _ => Packer::default(),
     };
-    exec::Settings {
+    ReclaimSettings {
         reserve_bytes: options.reserve_bytes,
         packer,
         threads: threads(std::thread::available_parallelism().map_or(1, usize::from)),
@@ -302,7 +302,7 @@ fn make_plan(
 }
 
 /// Images that had to be left alone in the middle of the run.
-fn left_meanwhile(fs: &dyn Filesystem, ran: &Ran) -> Vec<Skipped> {
+fn left_meanwhile(fs: &dyn Filesystem, ran: &ReclaimOutcome) -> Vec<Skipped> {
     let one = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
     let opened = ran
         .opened_meanwhile

@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use crate::block::{ByteRange, bytes};
 use crate::error::Error;
-use crate::exec::Counts;
 use crate::exec::fingerprints::Fingerprinted;
+use crate::exec::reclaim::ReclaimCounts;
 use crate::exec::restore::Outcome;
 pub use crate::exec::restore::Restored;
 use crate::facts::{Compression, Extent, Facts, PinReason};
@@ -119,7 +119,7 @@ pub struct Done {
     /// The pool afterwards.
     pub after: PoolBytes,
     /// Range by range.
-    pub counts: Counts,
+    pub counts: ReclaimCounts,
 }
 
 /// What `reclaim` found and did.

@@ -1,20 +1,20 @@
-//! The second turn: whatever still holds an extent that was to go is copied to a donor and moved there, so that one block
-//! that turned out different never pins a whole extent.
+//! Relocates what still holds an extent that was to go: its blocks are copied to a donor, and references to them are moved there, so that
+//! one block that turned out different never pins a whole extent.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Call, Run, share, split};
+use super::{ReclaimRun, ShareCall, share, split};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::error::Result;
 use crate::facts::ImageId;
 use crate::fs::{HeldRange, SourceFile};
 
-/// Blocks copied in one round at most: what is left over by chance is little, and what is much has another cause.
-const ROUND_BLOCKS_MAX: usize = 16 << 10;
+/// Blocks of one extent that are copied at most: what is left over by chance is little, and what is much has another cause.
+const RELOCATED_BLOCKS_MAX: usize = 16 << 10;
 
-/// Gives the extents of a batch their second turn.
-pub(super) fn round(run: &mut Run<'_>, extents: &[u32]) -> Result<()> {
+/// Relocates what still holds the extents of a batch, after everything planned was shared.
+pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[u32]) -> Result<()> {
     let mut held = Vec::new();
     for extent in extents {
         let this = &run.facts.extents[*extent as usize];
@@ -44,7 +44,7 @@ pub(super) fn round(run: &mut Run<'_>, extents: &[u32]) -> Result<()> {
         }
         // Where no image holds an extent any more, someone else does since the plan was made.
         if let Some(rest) = rest.remove(&address(extent)) {
-            move_rest(run, *extent, rest)?;
+            relocate_extent(run, *extent, rest)?;
         }
     }
     run.fs.commit()?;
@@ -55,8 +55,8 @@ pub(super) fn round(run: &mut Run<'_>, extents: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Moves what images still refer to of one extent.
-fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) -> Result<()> {
+/// Relocates what images still refer to of one extent.
+fn relocate_extent(run: &mut ReclaimRun<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) -> Result<()> {
     let this = &run.facts.extents[extent as usize];
     if rest.iter().any(|(image, _)| !run.fs.may_touch(*image)) {
         return Ok(());
@@ -78,7 +78,7 @@ fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) ->
                 }
             }
         }
-        if copies.len() > ROUND_BLOCKS_MAX || copies.len() >= this.blocks as usize {
+        if copies.len() > RELOCATED_BLOCKS_MAX || copies.len() >= this.blocks as usize {
             return Ok(());
         }
     }
@@ -89,7 +89,7 @@ fn move_rest(run: &mut Run<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) ->
         run.ran.counts.written_bytes += content.len() as u64;
     }
     for (image, range) in rest {
-        let call = |n, source, source_offset, length| Call {
+        let call = |n, source, source_offset, length| ShareCall {
             source,
             source_offset,
             image,

@@ -4,7 +4,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::mpsc::sync_channel;
 
-use super::Call;
+use super::ShareCall;
 use crate::error::Result;
 use crate::fs::{Filesystem, SourceFile};
 use crate::sys::memory::{Memory, limits};
@@ -24,11 +24,11 @@ const PLENTY_BYTES: u64 = 4 << 30;
 /// have the kernel swap out machines.
 const PLENTY_PART: u64 = 4;
 
-type Range = (SourceFile, u64, u64);
+type FileRange = (SourceFile, u64, u64);
 
 /// Calls that are read ahead, made and dropped together.
 struct Window {
-    calls: Vec<Call>,
+    calls: Vec<ShareCall>,
     /// Whether memory was short when it was made.
     memory_is_short: bool,
 }
@@ -37,8 +37,8 @@ struct Window {
 pub(super) fn ahead(
     fs: &dyn Filesystem,
     threads: usize,
-    mut calls: impl Iterator<Item = Call> + Send,
-    mut work: impl FnMut(&[Call]) -> Result<bool>,
+    mut calls: impl Iterator<Item = ShareCall> + Send,
+    mut work: impl FnMut(&[ShareCall]) -> Result<bool>,
 ) -> Result<()> {
     std::thread::scope(|scope| {
         // Both channels hold nothing: each side waits for the other, so no more than a window is ever ahead or behind.
@@ -72,7 +72,7 @@ pub(super) fn ahead(
     })
 }
 
-fn next_window(calls: &mut impl Iterator<Item = Call>, threads: usize) -> Window {
+fn next_window(calls: &mut impl Iterator<Item = ShareCall>, threads: usize) -> Window {
     let memory_is_short = is_short(&limits());
     let bytes_max = if threads > 1 && !memory_is_short {
         WIDE_WINDOW_BYTES
@@ -92,7 +92,7 @@ fn next_window(calls: &mut impl Iterator<Item = Call>, threads: usize) -> Window
 }
 
 /// Asks for both sides of each call.
-fn read_ahead(fs: &dyn Filesystem, window: &[Call]) {
+fn read_ahead(fs: &dyn Filesystem, window: &[ShareCall]) {
     let images = window.iter().map(image_range);
     for (file, offset, length) in joined(images).chain(sources(window)) {
         fs.read_ahead(file, offset, length);
@@ -102,7 +102,7 @@ fn read_ahead(fs: &dyn Filesystem, window: &[Call]) {
 /// What was compared lately and is still in memory.
 #[derive(Default)]
 struct Behind {
-    sources: VecDeque<Range>,
+    sources: VecDeque<FileRange>,
     bytes: u64,
 }
 
@@ -112,8 +112,8 @@ impl Behind {
     /// What stays is the page cache's and no memory of this process, so that what a run takes itself is the same in either case. It was
     /// not written to and most of it read once, so that the kernel takes it away before anything else when memory is needed, and the
     /// time that dropping takes is saved.
-    fn done(&mut self, window: &Window) -> Vec<Range> {
-        let mut dropped: Vec<Range> = joined(window.calls.iter().map(image_range)).collect();
+    fn done(&mut self, window: &Window) -> Vec<FileRange> {
+        let mut dropped: Vec<FileRange> = joined(window.calls.iter().map(image_range)).collect();
         for range in sources(&window.calls) {
             self.bytes += range.2;
             self.sources.push_back(range);
@@ -135,19 +135,19 @@ fn is_short(limits: &[Memory]) -> bool {
     limits.is_empty() || limits.iter().any(leaves_little)
 }
 
-fn image_range(call: &Call) -> Range {
+fn image_range(call: &ShareCall) -> FileRange {
     (SourceFile::Image(call.image), call.offset, call.length)
 }
 
 /// The sources of a window, each once, however many images share them. Holes have nothing to read.
-fn sources(window: &[Call]) -> impl Iterator<Item = Range> {
+fn sources(window: &[ShareCall]) -> impl Iterator<Item = FileRange> {
     let mut seen = HashSet::new();
     let ranges = window.iter().map(|call| (call.source, call.source_offset, call.length));
     joined(ranges.filter(move |range| !matches!(range.0, SourceFile::Hole { .. }) && seen.insert(*range)))
 }
 
 /// Joins ranges of files that lie next to each other.
-fn joined(ranges: impl Iterator<Item = Range>) -> impl Iterator<Item = Range> {
+fn joined(ranges: impl Iterator<Item = FileRange>) -> impl Iterator<Item = FileRange> {
     let mut ranges = ranges.peekable();
     std::iter::from_fn(move || {
         let (file, offset, mut length) = ranges.next()?;
@@ -162,8 +162,8 @@ fn joined(ranges: impl Iterator<Item = Range>) -> impl Iterator<Item = Range> {
 mod tests {
     use super::*;
 
-    fn call(source: usize, source_offset: u64, offset: u64, length: u64) -> Call {
-        Call {
+    fn call(source: usize, source_offset: u64, offset: u64, length: u64) -> ShareCall {
+        ShareCall {
             source: SourceFile::Donor(source),
             source_offset,
             image: 7,
@@ -203,7 +203,7 @@ mod tests {
     fn pages_are_dropped_only_where_memory_is_short() {
         const MIB: u64 = 1 << 20;
         let calls = [call(0, 0, 0, MIB), call(0, MIB, MIB, MIB), call(1, 0, 4 * MIB, MIB)];
-        let window = |calls: &[Call], memory_is_short| Window {
+        let window = |calls: &[ShareCall], memory_is_short| Window {
             calls: calls.into(),
             memory_is_short,
         };

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::{Call, Ran, share};
+use super::{ReclaimOutcome, ShareCall, share};
 use crate::error::{Error, Result};
 use crate::facts::ImageId;
 use crate::fs::{Filesystem, SourceFile};
@@ -23,7 +23,7 @@ pub(super) struct Caller<'a> {
 impl Caller<'_> {
     /// Makes the calls of a window, those on one image in their order, until one fails or the user asks to stop. What `ran` says then
     /// does not depend on which thread was faster.
-    pub(super) fn share_all(self, window: &[Call], ran: &mut Ran) -> Result<()> {
+    pub(super) fn share_all(self, window: &[ShareCall], ran: &mut ReclaimOutcome) -> Result<()> {
         if self.threads > 1 {
             let schedule = Schedule::new(window, &ran.refused);
             let threads = self.threads.min(schedule.threads());
@@ -40,7 +40,7 @@ impl Caller<'_> {
     }
 
     /// Makes a call unless the user asked to stop; says whether to go on.
-    fn share_one(self, call: Call, ran: &mut Ran) -> Result<bool> {
+    fn share_one(self, call: ShareCall, ran: &mut ReclaimOutcome) -> Result<bool> {
         if self.monitor.interrupted() {
             ran.interrupted = true;
             return Ok(false);
@@ -50,7 +50,7 @@ impl Caller<'_> {
         Ok(true)
     }
 
-    fn share_scheduled(self, schedule: Schedule<'_>, threads: usize, ran: &mut Ran) -> Result<()> {
+    fn share_scheduled(self, schedule: Schedule<'_>, threads: usize, ran: &mut ReclaimOutcome) -> Result<()> {
         let queue = Queue {
             schedule: Mutex::new(schedule),
             changed: Condvar::new(),
@@ -120,36 +120,36 @@ impl<'a> Queue<'a> {
 
 /// What came of the calls on one image.
 #[derive(Debug, Default)]
-struct Part {
-    ran: Ran,
+struct ImageOutcome {
+    ran: ReclaimOutcome,
     /// For each of `ran.unreadable`, the place in the window of the call that needed it.
     unreadable_at: Vec<usize>,
     failed: Option<(usize, Error)>,
 }
 
 /// A call that is being made.
-struct Turn {
+struct CallUnderWay {
     /// Its place in the window.
     place: usize,
     /// What came of the calls on its image before it.
-    part: Part,
+    part: ImageOutcome,
 }
 
 /// The calls on one image.
 #[derive(Default)]
-struct Destination {
+struct ImageCalls {
     /// Places in the window of those that are still to be made, in their order.
     waiting: VecDeque<usize>,
     /// What came of the others; it is with the call while one is being made.
-    part: Part,
+    part: ImageOutcome,
 }
 
 /// Which calls of a window can be made now.
 struct Schedule<'a> {
-    window: &'a [Call],
+    window: &'a [ShareCall],
     /// For each call, its image as a place in `destinations`, and its two files as places in `inodes`.
     places: Vec<(usize, [usize; 2])>,
-    destinations: Vec<Destination>,
+    destinations: Vec<ImageCalls>,
     inodes: Vec<Inode>,
     /// Whether no more calls are to be made.
     stops: bool,
@@ -165,7 +165,7 @@ struct Inode {
 }
 
 impl<'a> Schedule<'a> {
-    fn new(window: &'a [Call], refused: &BTreeMap<ImageId, Skip>) -> Self {
+    fn new(window: &'a [ShareCall], refused: &BTreeMap<ImageId, Skip>) -> Self {
         let mut schedule = Self {
             window,
             places: Vec::with_capacity(window.len()),
@@ -176,7 +176,7 @@ impl<'a> Schedule<'a> {
         let (mut images, mut files) = (HashMap::new(), HashMap::new());
         for (place, call) in window.iter().enumerate() {
             let image = *images.entry(call.image).or_insert_with(|| {
-                let mut image = Destination::default();
+                let mut image = ImageCalls::default();
                 // What was learnt of an image holds for its next calls.
                 let known = refused.get(&call.image).map(|reason| (call.image, *reason));
                 image.part.ran.refused.extend(known);
@@ -219,7 +219,7 @@ impl<'a> Schedule<'a> {
 
     /// Takes a call neither file of which has a call under way. Of several, it is one with the file for which most is left to do, since
     /// that file decides how long the window takes.
-    fn begin(&mut self) -> Option<Turn> {
+    fn begin(&mut self) -> Option<CallUnderWay> {
         let next = self
             .destinations
             .iter()
@@ -237,13 +237,13 @@ impl<'a> Schedule<'a> {
         });
         let image = &mut self.destinations[self.places[place].0];
         image.waiting.pop_front();
-        Some(Turn {
+        Some(CallUnderWay {
             place,
             part: std::mem::take(&mut image.part),
         })
     }
 
-    fn end(&mut self, turn: Turn) {
+    fn end(&mut self, turn: CallUnderWay) {
         self.each_inode_of(turn.place, |file| file.is_locked = false);
         self.destinations[self.places[turn.place].0].part = turn.part;
     }
@@ -251,7 +251,7 @@ impl<'a> Schedule<'a> {
 
 /// Adds up what was done image by image, as if all calls had been made in the order of the window. Where several failed, the first of them
 /// counts.
-fn merge(parts: impl Iterator<Item = Part>, ran: &mut Ran) -> Result<()> {
+fn merge(parts: impl Iterator<Item = ImageOutcome>, ran: &mut ReclaimOutcome) -> Result<()> {
     let (mut unreadable, mut failed) = (Vec::new(), Vec::new());
     for mut part in parts {
         let errors = std::mem::take(&mut part.ran.unreadable);
@@ -275,8 +275,8 @@ mod tests {
 
     use super::*;
 
-    fn calls(calls: &[(ImageId, ImageId, u64)]) -> Vec<Call> {
-        let call = |(source, image, length): &(ImageId, ImageId, u64)| Call {
+    fn calls(calls: &[(ImageId, ImageId, u64)]) -> Vec<ShareCall> {
+        let call = |(source, image, length): &(ImageId, ImageId, u64)| ShareCall {
             source: SourceFile::Image(*source),
             source_offset: 0,
             image: *image,
@@ -332,7 +332,7 @@ mod tests {
                     begun.push(turn.place);
                     under_way.push(turn);
                 }
-                let files = under_way.iter().map(|turn: &Turn| {
+                let files = under_way.iter().map(|turn: &CallUnderWay| {
                     let call = window[turn.place];
                     BTreeSet::from([SourceFile::Image(call.image), call.source].map(|file| format!("{file:?}")))
                 });
@@ -360,7 +360,7 @@ mod tests {
     #[test]
     fn images_add_up_in_the_order_of_the_window() {
         let part = |image, places: [usize; 2], failed: usize| {
-            let mut part = Part::default();
+            let mut part = ImageOutcome::default();
             part.ran.counts.calls = 2;
             part.ran.counts.refused_bytes = BTreeMap::from([("no".to_owned(), 4096)]);
             part.ran.opened_meanwhile.insert(image);
@@ -372,8 +372,8 @@ mod tests {
         };
         let parts = || [part(7, [1, 4], 6), part(8, [0, 3], 5)];
         let [mut one, mut other] = parts();
-        let all = |parts: Vec<Part>| {
-            let mut ran = Ran::default();
+        let all = |parts: Vec<ImageOutcome>| {
+            let mut ran = ReclaimOutcome::default();
             ran.counts.calls = 10;
             ran.unreadable.push(error("before"));
             let failed = merge(parts.into_iter(), &mut ran).unwrap_err();

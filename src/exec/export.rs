@@ -50,9 +50,9 @@ pub struct Stored {
     pub read_bytes: u64,
 }
 
-/// What is stored, and how.
+/// What of an export is the same for all of its blocks, and what lies in no extent.
 #[derive(Debug, Clone, Copy)]
-pub struct How<'a> {
+pub struct ExportSettings<'a> {
     /// What the fingerprints are.
     pub function: Function,
     /// Compression level of zstd.
@@ -62,13 +62,13 @@ pub struct How<'a> {
 }
 
 /// A range of slots read at once, and the pieces it is made of.
-struct Task {
+struct ReadTask {
     slot: Slot,
     blocks: u32,
     pieces: std::ops::Range<usize>,
 }
 
-impl Task {
+impl ReadTask {
     fn slots(&self) -> std::ops::Range<Slot> {
         self.slot..self.slot + self.blocks
     }
@@ -76,32 +76,32 @@ impl Task {
 
 /// Bytes that begin at a multiple of a block, as direct reading asks for.
 #[derive(Default)]
-struct Aligned {
-    room: Vec<u8>,
+struct AlignedBuffer {
+    allocated: Vec<u8>,
     start: usize,
     length: usize,
 }
 
-impl Aligned {
+impl AlignedBuffer {
     /// Makes it so long; what it holds is anything.
     fn resize(&mut self, length: usize) -> &mut [u8] {
-        if self.room.len() < length + BLOCK_LEN {
-            self.room = vec![0; length + BLOCK_LEN];
+        if self.allocated.len() < length + BLOCK_LEN {
+            self.allocated = vec![0; length + BLOCK_LEN];
         }
-        self.start = self.room.as_ptr().align_offset(BLOCK_LEN).min(BLOCK_LEN);
+        self.start = self.allocated.as_ptr().align_offset(BLOCK_LEN).min(BLOCK_LEN);
         self.length = length;
-        &mut self.room[self.start..self.start + length]
+        &mut self.allocated[self.start..self.start + length]
     }
 
     fn bytes(&self) -> &[u8] {
-        &self.room[self.start..self.start + self.length]
+        &self.allocated[self.start..self.start + self.length]
     }
 }
 
 /// What was read of a task.
 #[derive(Default)]
-struct Read {
-    content: Aligned,
+struct ReadBlocks {
+    content: AlignedBuffer,
     /// Of each block; none for zeros where zeros were planned.
     hashes: Vec<Option<Hash>>,
 }
@@ -110,12 +110,12 @@ struct Read {
 ///
 /// # Errors
 /// Those of reading images, with path and range, and of writing; [`Error::Interrupted`].
-pub fn store(
+pub fn store_blocks(
     (fs, facts): (&dyn Filesystem, &Facts),
     plan: &ExportPlan,
-    how: How<'_>,
+    settings: ExportSettings<'_>,
     (mut old, log): (StoredHashes<'_>, HashLog),
-    out: &mut Out<'_>,
+    out: &mut RecordWriter<'_>,
     monitor: &dyn Monitor,
 ) -> Result<Stored> {
     let tasks = tasks(facts, plan);
@@ -124,7 +124,7 @@ pub fn store(
     let mut assembler = Assembler {
         plan,
         log,
-        corrected: Corrected::new(plan.end, how.function),
+        corrected: Corrected::new(plan.end, settings.function),
         corrections: Vec::new(),
         frame: Vec::new(),
         ready: Vec::new(),
@@ -138,12 +138,12 @@ pub fn store(
         .map_err(|error| {
             Error::io("start threads for", std::path::Path::new("export"))(std::io::Error::other(error))
         })?;
-    let mut packer = Packer::new(plan.first_new);
+    let mut packer = PackWriter::new(plan.first_new);
     let mut compressed = Vec::new();
     let mut batches = batches(&tasks).peekable();
-    let mut ahead: Vec<Read> = Vec::new();
-    let mut current: &[Task] = &[];
-    let mut spare: Vec<Read> = Vec::new();
+    let mut ahead: Vec<ReadBlocks> = Vec::new();
+    let mut current: &[ReadTask] = &[];
+    let mut spare: Vec<ReadBlocks> = Vec::new();
     read_ahead(fs, facts, batches.peek().copied());
     loop {
         if monitor.interrupted() {
@@ -164,7 +164,7 @@ pub fn store(
                 || packer.add(to_write, log, out),
                 || {
                     rayon::join(
-                        || compress(how.level, &frames),
+                        || compress(settings.level, &frames),
                         || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
                     )
                 },
@@ -172,7 +172,7 @@ pub fn store(
         });
         added?;
         compressed = now_compressed.map_err(out.failed)?;
-        assembler.corrected.write(how.level, false, out)?;
+        assembler.corrected.write(settings.level, false, out)?;
         match (next, read) {
             (Some(tasks), Some(read)) => (current, ahead) = (tasks, read?),
             _ if assembler.ready.is_empty() && current.is_empty() && compressed.is_empty() => break,
@@ -183,8 +183,8 @@ pub fn store(
         }
     }
     packer.finish(&assembler.log, out)?;
-    let inline = assembler.take_inline(fs, how, &mut old)?;
-    assembler.corrected.write(how.level, true, out)?;
+    let inline = assembler.take_inline(fs, settings, &mut old)?;
+    assembler.corrected.write(settings.level, true, out)?;
     let Assembler {
         mut log,
         corrected,
@@ -210,8 +210,8 @@ fn is_zero(block: &[u8]) -> bool {
 }
 
 /// The ranges to be read, in the order they lie on disk.
-fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<Task> {
-    let mut tasks: SpillVec<Task> = SpillVec::new_in(facts.budget());
+fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<ReadTask> {
+    let mut tasks: SpillVec<ReadTask> = SpillVec::new_in(facts.budget());
     let mut extent_end = 0;
     for (number, piece) in plan
         .pieces
@@ -236,7 +236,7 @@ fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<Task> {
                 at += more;
             } else {
                 let blocks = (end - at).min(READ_BLOCKS);
-                tasks.push(Task {
+                tasks.push(ReadTask {
                     slot: at,
                     blocks,
                     pieces: number..number + 1,
@@ -248,7 +248,7 @@ fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<Task> {
     tasks
 }
 
-fn batches(tasks: &[Task]) -> impl Iterator<Item = &[Task]> {
+fn batches(tasks: &[ReadTask]) -> impl Iterator<Item = &[ReadTask]> {
     let mut rest = tasks;
     std::iter::from_fn(move || {
         let (mut count, mut total) = (0, 0);
@@ -262,7 +262,7 @@ fn batches(tasks: &[Task]) -> impl Iterator<Item = &[Task]> {
     })
 }
 
-fn read_ahead(fs: &dyn Filesystem, facts: &Facts, tasks: Option<&[Task]>) {
+fn read_ahead(fs: &dyn Filesystem, facts: &Facts, tasks: Option<&[ReadTask]>) {
     for task in tasks.into_iter().flatten() {
         read_slots_ahead(facts, fs, &[task.slots()]);
     }
@@ -272,11 +272,11 @@ fn read_batch(
     fs: &dyn Filesystem,
     facts: &Facts,
     plan: &ExportPlan,
-    tasks: &[Task],
-    mut spare: Vec<Read>,
+    tasks: &[ReadTask],
+    mut spare: Vec<ReadBlocks>,
     monitor: &dyn Monitor,
-) -> Result<Vec<Read>> {
-    spare.resize_with(tasks.len(), Read::default);
+) -> Result<Vec<ReadBlocks>> {
+    spare.resize_with(tasks.len(), ReadBlocks::default);
     tasks
         .par_iter()
         .zip(spare)
@@ -301,7 +301,7 @@ fn read_batch(
 }
 
 /// The slots of a piece that a task covers.
-fn part_of(task: &Task, piece: &ExportPiece) -> (Slot, Slot) {
+fn part_of(task: &ReadTask, piece: &ExportPiece) -> (Slot, Slot) {
     (piece.slot.max(task.slot), piece.end().min(task.slot + task.blocks))
 }
 
@@ -318,7 +318,7 @@ struct Assembler<'a> {
 }
 
 impl Assembler<'_> {
-    fn take(&mut self, task: &Task, read: &Read, old: &mut StoredHashes<'_>) -> Result<()> {
+    fn take(&mut self, task: &ReadTask, read: &ReadBlocks, old: &mut StoredHashes<'_>) -> Result<()> {
         for piece in &self.plan.pieces[task.pieces.clone()] {
             let (from, to) = part_of(task, piece);
             let at = (from - task.slot) as usize;
@@ -384,17 +384,20 @@ impl Assembler<'_> {
     fn take_inline(
         &mut self,
         fs: &dyn Filesystem,
-        how: How<'_>,
+        settings: ExportSettings<'_>,
         old: &mut StoredHashes<'_>,
     ) -> Result<Vec<(ImageId, Option<StoreBlock>)>> {
         let mut inline = Vec::new();
         let mut wanted: HashMap<u32, Vec<usize>> = HashMap::new();
         let mut blocks = Vec::new();
-        for image in how.inline {
+        for image in settings.inline {
             let mut block = vec![0; BLOCK_LEN];
             fs.read(SourceFile::Image(*image), 0, &mut block)?;
             if !is_zero(&block) {
-                wanted.entry(how.function.of(&block)).or_default().push(inline.len());
+                wanted
+                    .entry(settings.function.of(&block))
+                    .or_default()
+                    .push(inline.len());
             }
             inline.push((*image, None));
             blocks.push(block);
@@ -431,8 +434,8 @@ impl Assembler<'_> {
 
     fn end(&mut self) {
         if !self.frame.is_empty() {
-            let room = Vec::with_capacity(self.frame.len());
-            self.ready.push(std::mem::replace(&mut self.frame, room));
+            let next = Vec::with_capacity(self.frame.len());
+            self.ready.push(std::mem::replace(&mut self.frame, next));
         }
     }
 }
@@ -481,7 +484,7 @@ impl Corrected {
     }
 
     /// Writes a pack if there is enough for one, or anything and `all`.
-    fn write(&mut self, level: i32, all: bool, out: &mut Out<'_>) -> Result<()> {
+    fn write(&mut self, level: i32, all: bool, out: &mut RecordWriter<'_>) -> Result<()> {
         if self.content.is_empty() || !all && self.content.len() < PACK_BYTES {
             return Ok(());
         }
@@ -500,7 +503,7 @@ impl Corrected {
     }
 
     /// Writes what a PLAN and an INDEX say of the blocks.
-    fn announce(&self, out: &mut Out<'_>) -> Result<()> {
+    fn announce(&self, out: &mut RecordWriter<'_>) -> Result<()> {
         if self.hashes.is_empty() {
             return Ok(());
         }
@@ -526,14 +529,14 @@ impl Corrected {
 }
 
 /// Where records go, and what an error of that is called.
-pub struct Out<'a> {
+pub struct RecordWriter<'a> {
     /// Writes them.
     pub writer: &'a mut Writer,
     /// Makes an error of one of writing.
     pub failed: &'a (dyn Fn(std::io::Error) -> Error + Sync),
 }
 
-impl Out<'_> {
+impl RecordWriter<'_> {
     /// Writes a record.
     ///
     /// # Errors
@@ -561,7 +564,7 @@ pub fn announce(
     mut first: StoreBlock,
     chunks: &[u8],
     fingerprints: impl Fn(StoreBlock, u32) -> Vec<u32>,
-    out: &mut Out<'_>,
+    out: &mut RecordWriter<'_>,
 ) -> Result<()> {
     /// Blocks announced in a record, unless its last chunk has more.
     const BLOCKS: u32 = 1 << 18;
@@ -587,7 +590,7 @@ pub fn announce(
     Ok(())
 }
 
-fn put_index(first: StoreBlock, hashes: &[Hash], out: &mut Out<'_>) -> Result<()> {
+fn put_index(first: StoreBlock, hashes: &[Hash], out: &mut RecordWriter<'_>) -> Result<()> {
     let blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
     out.put(Kind::Index, 0, (first, blocks), &index::encode(first, hashes))
 }
@@ -607,7 +610,7 @@ fn compress(level: i32, plain: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
 }
 
 /// Writes frames in packs.
-struct Packer {
+struct PackWriter {
     /// Frames of the pack that is being filled.
     frames: Vec<Frame>,
     stored_bytes: usize,
@@ -618,7 +621,7 @@ struct Packer {
     indexed: StoreBlock,
 }
 
-impl Packer {
+impl PackWriter {
     fn new(first: StoreBlock) -> Self {
         Self {
             frames: Vec::new(),
@@ -629,7 +632,7 @@ impl Packer {
         }
     }
 
-    fn add(&mut self, frames: Vec<Frame>, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
+    fn add(&mut self, frames: Vec<Frame>, log: &HashLog, out: &mut RecordWriter<'_>) -> Result<()> {
         for frame in frames {
             self.stored_bytes += frame.stored_bytes();
             self.end += u32::from(frame.blocks);
@@ -644,7 +647,7 @@ impl Packer {
         Ok(())
     }
 
-    fn end_pack(&mut self, out: &mut Out<'_>) -> Result<()> {
+    fn end_pack(&mut self, out: &mut RecordWriter<'_>) -> Result<()> {
         if !self.frames.is_empty() {
             let body = pack::encode(self.first, &self.frames);
             out.put(Kind::Pack, 0, (self.first, self.end - self.first), &body)?;
@@ -655,13 +658,13 @@ impl Packer {
         Ok(())
     }
 
-    fn put_index(&mut self, blocks: u32, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
+    fn put_index(&mut self, blocks: u32, log: &HashLog, out: &mut RecordWriter<'_>) -> Result<()> {
         put_index(self.indexed, &log.read(self.indexed, blocks)?, out)?;
         self.indexed += blocks;
         Ok(())
     }
 
-    fn finish(&mut self, log: &HashLog, out: &mut Out<'_>) -> Result<()> {
+    fn finish(&mut self, log: &HashLog, out: &mut RecordWriter<'_>) -> Result<()> {
         self.end_pack(out)?;
         while self.end > self.indexed {
             self.put_index(INDEX_BLOCKS.min(self.end - self.indexed), log, out)?;

@@ -35,7 +35,7 @@ impl Donor {
 
 /// What came of writing donors.
 #[derive(Debug, Default)]
-pub(super) struct Written {
+pub(super) struct WrittenDonors {
     pub(super) bytes: u64,
     /// What could not be read for them.
     pub(super) unreadable: Vec<Error>,
@@ -43,7 +43,7 @@ pub(super) struct Written {
 
 /// What donors are written for, and how.
 #[derive(Clone, Copy)]
-pub(super) struct Writer<'a> {
+pub(super) struct DonorWriter<'a> {
     pub(super) facts: &'a Facts,
     pub(super) plan: &'a ReclaimPlan,
     pub(super) packer: Packer,
@@ -57,9 +57,9 @@ struct Packed {
     frame: Option<Vec<u8>>,
 }
 
-impl Writer<'_> {
+impl DonorWriter<'_> {
     /// Writes one donor file. If the user asks to stop, it stays incomplete, and nothing will be shared with it.
-    pub(super) fn write(self, file: &DonorFile, written: &mut Written) -> Result<Donor> {
+    pub(super) fn write(self, file: &DonorFile, written: &mut WrittenDonors) -> Result<Donor> {
         let mut donor = Donor {
             number: self.fs.create_donor(file.class)?,
             ..Donor::default()
@@ -72,7 +72,7 @@ impl Writer<'_> {
         Ok(donor)
     }
 
-    fn fill(self, file: &DonorFile, donor: &mut Donor, written: &mut Written) -> Result<()> {
+    fn fill(self, file: &DonorFile, donor: &mut Donor, written: &mut WrittenDonors) -> Result<()> {
         let extent = |place: &u32| &self.plan.layout.donors()[*place as usize];
         let side_by_side = if packs(self.fs, file.class) { SIDE_BY_SIDE } else { 1 };
         let groups: Vec<&[u32]> = file.extents.chunks(side_by_side).collect();
@@ -104,7 +104,7 @@ impl Writer<'_> {
         (extent, read): (&DonorExtent, Result<Packed>),
         at: &mut u32,
         donor: &mut Donor,
-        written: &mut Written,
+        written: &mut WrittenDonors,
     ) -> Result<()> {
         let read = match read {
             // Others need what is around it. In its place are zeros, which nothing is shared with.
