@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use vmfold::archive::commit::{Commit, CommitLocation, Summary, encode_tail};
-use vmfold::archive::record::{HEADER_BYTES, Header, Kind, hash_of};
+use vmfold::archive::record::{HEADER_BYTES, Header, RecordKind, hash_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
@@ -26,7 +26,7 @@ use vmfold::report::Imported;
 const GOLDEN: &[u8] = include_bytes!("../testdata/archive-v1.vmfold");
 
 /// Where each record of an archive is, and what it is.
-fn records(bytes: &[u8]) -> Vec<(std::ops::Range<usize>, Kind)> {
+fn records(bytes: &[u8]) -> Vec<(std::ops::Range<usize>, RecordKind)> {
     let (mut at, mut found) = (0, Vec::new());
     while at < bytes.len() {
         let header = Header::decode(bytes[at..].first_chunk().unwrap()).unwrap();
@@ -294,7 +294,7 @@ fn records_of_another_archive_do_not_count() {
 fn what_is_intact_is_restored_and_what_is_lost_is_named() {
     let intact = intact();
     let records = records(GOLDEN);
-    let packs: Vec<_> = records.iter().filter(|(_, kind)| *kind == Kind::Pack).collect();
+    let packs: Vec<_> = records.iter().filter(|(_, kind)| *kind == RecordKind::Pack).collect();
     // The last PACK holds what the second commit brought: one small image.
     let mut bytes = GOLDEN.to_vec();
     bytes[packs.last().unwrap().0.end - 3] ^= 1;
@@ -311,12 +311,12 @@ fn what_is_intact_is_restored_and_what_is_lost_is_named() {
     // Without any INDEX and without the TAIL, everything can be restored.
     let kept = records
         .iter()
-        .filter(|(_, kind)| !matches!(kind, Kind::Index | Kind::Tail));
+        .filter(|(_, kind)| !matches!(kind, RecordKind::Index | RecordKind::Tail));
     let bytes: Vec<u8> = kept.flat_map(|(range, _)| &GOLDEN[range.clone()]).copied().collect();
     let outcome = check("no INDEX and no TAIL", &bytes, &intact);
     assert_eq!((outcome.whole, outcome.lost), (4, 0));
     // Without any COMMIT, what the records themselves say.
-    let kept = records.iter().filter(|(_, kind)| *kind != Kind::Commit);
+    let kept = records.iter().filter(|(_, kind)| *kind != RecordKind::Commit);
     let bytes: Vec<u8> = kept.flat_map(|(range, _)| &GOLDEN[range.clone()]).copied().collect();
     let outcome = check("no COMMIT", &bytes, &intact);
     assert_eq!((outcome.whole, outcome.lost), (4, 0));
@@ -355,7 +355,7 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
                 let code = output.status.code();
                 assert!(matches!(code, Some(0 | 4)), "{case}: {code:?}");
                 assert!(
-                    partial || code != Some(0) || *kind == Kind::Tail,
+                    partial || code != Some(0) || *kind == RecordKind::Tail,
                     "{case}: it was not noticed"
                 );
                 for (name, content) in content_of(&to) {
@@ -378,7 +378,7 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
 /// An archive of small images of zeros with these names, as nothing but a hostile writer makes it.
 fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     use std::os::unix::ffi::OsStrExt;
-    use vmfold::archive::manifest::{self, Entry, Image, Payloads};
+    use vmfold::archive::manifest::{self, ArchivedImage, ManifestEntry, Payloads};
     use vmfold::archive::writer::{Base, Writer};
     use vmfold::content::{Content as Holds, Metadata, Run};
     let store = std::sync::Arc::new(vmfold::store::MemoryStore::default());
@@ -397,13 +397,13 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
             new_blocks: 0,
             digest: hash_of(&[0; 32]),
         });
-        payloads.push(&Entry::Image(Image {
+        payloads.push(&ManifestEntry::Image(ArchivedImage {
             number,
             names: vec![PathBuf::from(std::ffi::OsStr::from_bytes(name))],
             size: 4096,
             metadata: Metadata::default(),
         }));
-        payloads.push(&Entry::Runs {
+        payloads.push(&ManifestEntry::Runs {
             image: number,
             first_block: 0,
             runs: vec![Run {
@@ -421,7 +421,7 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
         let count = payloads.len();
         for (n, payload) in (1..).zip(payloads) {
             let body = manifest::encode(1, part, n == count, &payload).unwrap();
-            writer.put(Kind::Plan, part, (0, 0), &body).unwrap();
+            writer.put(RecordKind::Plan, part, (0, 0), &body).unwrap();
         }
     }
     let commit = Commit {
@@ -498,7 +498,7 @@ fn numbers_of_hostile_headers_are_not_believed() {
             true,
         );
         let unknown = |length| {
-            let mut header = Header::of(Kind::Other(77), [0; 16], u64::MAX, u64::MAX - 1, b"");
+            let mut header = Header::of(RecordKind::Other(77), [0; 16], u64::MAX, u64::MAX - 1, b"");
             header.body_bytes = length;
             header.encode().to_vec()
         };
@@ -517,7 +517,7 @@ fn numbers_of_hostile_headers_are_not_believed() {
 fn commits_that_contradict_themselves_are_damage() {
     type Change = fn(&mut Commit);
     let records = records(GOLDEN);
-    let (range, _) = records.iter().rfind(|(_, kind)| *kind == Kind::Commit).unwrap();
+    let (range, _) = records.iter().rfind(|(_, kind)| *kind == RecordKind::Commit).unwrap();
     let (tail, _) = records.last().unwrap();
     let commit = Commit::decode(&GOLDEN[range.start + HEADER_BYTES..range.end]).unwrap();
     let changes: [(&str, Change); 7] = [
@@ -544,11 +544,11 @@ fn commits_that_contradict_themselves_are_damage() {
     let archive_with = |commit: &Commit, length: Option<u64>| {
         let body = commit.encode().unwrap();
         let old = Header::decode(GOLDEN[range.start..].first_chunk().unwrap()).unwrap();
-        let header = Header::of(Kind::Commit, old.archive, old.epoch, old.sequence, &body);
+        let header = Header::of(RecordKind::Commit, old.archive, old.epoch, old.sequence, &body);
         let whole = (HEADER_BYTES + body.len()) as u64;
         let tail_body = encode_tail(&location_of(&header, length.unwrap_or(whole)));
         let old = Header::decode(GOLDEN[tail.start..].first_chunk().unwrap()).unwrap();
-        let tail = Header::of(Kind::Tail, old.archive, old.epoch, old.sequence, &tail_body);
+        let tail = Header::of(RecordKind::Tail, old.archive, old.epoch, old.sequence, &tail_body);
         [
             &GOLDEN[..range.start],
             &header.encode(),
@@ -590,9 +590,9 @@ fn commits_that_contradict_themselves_are_damage() {
 #[test]
 fn damage_has_one_exit_code() {
     let records = records(GOLDEN);
-    let (last, _) = records.iter().rfind(|(_, kind)| *kind == Kind::Commit).unwrap();
+    let (last, _) = records.iter().rfind(|(_, kind)| *kind == RecordKind::Commit).unwrap();
     let mut no_commit = GOLDEN.to_vec();
-    for (range, _) in records.iter().filter(|(_, kind)| *kind == Kind::Commit) {
+    for (range, _) in records.iter().filter(|(_, kind)| *kind == RecordKind::Commit) {
         no_commit[range.end - 1] ^= 1;
     }
     let mut lost_commit = GOLDEN.to_vec();

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use vmfold::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet};
 use vmfold::facts::{Class, Compression, Facts, ImageId};
 use vmfold::frame::Packer;
-use vmfold::fs::{Filesystem, Outcome, Plain, Purpose, SourceFile, freed_bytes, images, open, physical_bytes};
+use vmfold::fs::{Filesystem, Plain, Purpose, ShareOutcome, SourceFile, freed_bytes, images, open, physical_bytes};
 use vmfold::monitor::Silent;
 use vmfold::pool;
 use vmfold::spill::Budget;
@@ -205,10 +205,10 @@ fn what_differs_stays(fs: &dyn Filesystem) {
     let before = physical_bytes(&map(fs));
     for image in [OTHER, NEARLY] {
         let shared = fs.share(SourceFile::Image(FIRST), 0, image, 0, BYTES);
-        assert_eq!(shared, Outcome::Differs, "image {image}");
+        assert_eq!(shared, ShareOutcome::Differs, "image {image}");
     }
     let hole = SourceFile::Hole { checksummed: true };
-    assert_eq!(fs.share(hole, 0, ZEROS, 0, BYTES), Outcome::Differs);
+    assert_eq!(fs.share(hole, 0, ZEROS, 0, BYTES), ShareOutcome::Differs);
     assert_eq!(physical_bytes(&map(fs)), before);
     all_is_as_it_was(fs);
 }
@@ -219,7 +219,7 @@ fn freed_by(fs: &dyn Filesystem, source: SourceFile, image: ImageId, ranges: &[(
     let free = fs.free_bytes().unwrap();
     for (offset, length) in ranges {
         let shared = fs.share(source, *offset, image, *offset, *length);
-        assert_eq!(shared, Outcome::Shared, "image {image} at {offset}");
+        assert_eq!(shared, ShareOutcome::Shared, "image {image} at {offset}");
     }
     fs.commit().unwrap();
     let (freed, after) = freed_bytes(fs, &before, free).unwrap();
@@ -358,7 +358,7 @@ fn conforms_without_sharing(fs: &dyn Filesystem, folder: &Path) {
     what_was_written_is_read(fs);
     the_map_covers_the_data(fs);
     let before = map(fs);
-    let refused = Outcome::Refused(Errno::OPNOTSUPP);
+    let refused = ShareOutcome::Refused(Errno::OPNOTSUPP);
     for (source, image) in [
         (SourceFile::Image(FIRST), SAME),
         (SourceFile::Image(FIRST), OTHER),

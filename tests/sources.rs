@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmfold::archive::manifest::{Image, ImageRuns, Manifest};
+use vmfold::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{Hash, hash_of};
 use vmfold::block::{BLOCK_LEN, bytes};
@@ -18,7 +18,7 @@ use vmfold::exec::restore::archive::ArchiveSource;
 use vmfold::exec::restore::folder::Root;
 use vmfold::exec::restore::pipe::{PipeOptions, PipeSource};
 use vmfold::exec::restore::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer};
-use vmfold::exec::restore::{Outcome, Restore, RestoreOptions};
+use vmfold::exec::restore::{Restore, RestoreOptions, RestoreOutcome};
 use vmfold::monitor::Silent;
 use vmfold::plan::restore::{CommitName, Contents, wanted};
 use vmfold::range;
@@ -39,7 +39,7 @@ impl MemorySource {
     fn new(images: Vec<(&'static str, Vec<u8>)>) -> Self {
         let (mut next, mut manifest) = (0, Manifest::default());
         for (number, (name, content)) in (0u32..).zip(&images) {
-            let image = Image {
+            let image = ArchivedImage {
                 number,
                 names: vec![PathBuf::from(name)],
                 size: content.len() as u64,
@@ -314,7 +314,7 @@ fn what_does_not_exist_is_said() {
     assert!(matches!(run(&GOLDEN[..GOLDEN.len() / 4], None), Error::Damaged { .. }));
 }
 
-fn restore(source: &mut dyn BlockSource, to: &Path) -> Result<Outcome> {
+fn restore(source: &mut dyn BlockSource, to: &Path) -> Result<RestoreOutcome> {
     let options = RestoreOptions {
         to: to.to_owned(),
         ..RestoreOptions::default()

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::manifest::store_block;
-use super::record::{HEADER_BYTES, Hash, Kind};
+use super::record::{HEADER_BYTES, Hash, RecordKind};
 use crate::codec::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use crate::content::StoreBlock;
 
@@ -27,7 +27,7 @@ fn limit_of(stored: usize) -> usize {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Location {
     /// What it holds.
-    pub kind: Kind,
+    pub kind: RecordKind,
     /// Of a PLAN: which part.
     pub part: u8,
     /// Its number in the archive.
@@ -209,7 +209,7 @@ impl Commit {
         let count = decoder.count(39)?;
         let mut records = Vec::with_capacity(count);
         for _ in 0..count {
-            let (kind, part) = (Kind::of(decoder.u8()?), decoder.u8()?);
+            let (kind, part) = (RecordKind::of(decoder.u8()?), decoder.u8()?);
             let record = Location {
                 kind,
                 part,
@@ -292,7 +292,7 @@ mod tests {
                 previous: CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] },
                 store_end: 100,
                 images: paths.iter().map(|path| Summary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3, digest: [9; 32] }).collect(),
-                records: vec![Location { kind: Kind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
+                records: vec![Location { kind: RecordKind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
             };
             prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));
         }
@@ -334,7 +334,7 @@ mod tests {
     #[test]
     fn records_lie_behind_the_commit_before_and_in_no_other() {
         let record = |offset, length| Location {
-            kind: Kind::Pack,
+            kind: RecordKind::Pack,
             part: 0,
             sequence: 4,
             offset,
@@ -377,7 +377,7 @@ mod tests {
             body_hash: [7; 32],
         };
         let body = encode_tail(&location);
-        assert_eq!(body.len() as u64, Kind::Tail.body_bytes_max());
+        assert_eq!(body.len() as u64, RecordKind::Tail.body_bytes_max());
         assert_eq!(decode_tail(&body), Ok(location));
     }
 }

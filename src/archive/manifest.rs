@@ -47,7 +47,7 @@ const TAG_RUNS: u8 = 3;
 
 /// A folder that images lie in.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Folder {
+pub struct ArchivedFolder {
     /// Its path, relative.
     pub path: PathBuf,
     /// What is kept of it.
@@ -56,7 +56,7 @@ pub struct Folder {
 
 /// An image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Image {
+pub struct ArchivedImage {
     /// Its number in the commit.
     pub number: u32,
     /// All its names, relative; the first is the one it is called by.
@@ -67,7 +67,7 @@ pub struct Image {
     pub metadata: Metadata,
 }
 
-impl Image {
+impl ArchivedImage {
     /// The name it is called by.
     pub fn path(&self) -> &Path {
         self.names.first().map_or(Path::new(""), PathBuf::as_path)
@@ -81,11 +81,11 @@ impl Image {
 
 /// An entry of the payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Entry {
+pub enum ManifestEntry {
     /// A folder.
-    Folder(Folder),
+    Folder(ArchivedFolder),
     /// An image; its runs follow.
-    Image(Image),
+    Image(ArchivedImage),
     /// Runs of an image.
     Runs {
         /// The image's number.
@@ -119,16 +119,16 @@ impl Announced {
 
 /// What a PLAN holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Part {
+pub enum PlanPart {
     /// Folders and images.
-    Images(Vec<Entry>),
+    Images(Vec<ManifestEntry>),
     /// Blocks that follow.
     Blocks(Announced),
     /// Runs that replace others.
-    Corrections(Vec<Entry>),
+    Corrections(Vec<ManifestEntry>),
 }
 
-impl Part {
+impl PlanPart {
     /// Its number in the format.
     pub fn number(&self) -> u8 {
         match self {
@@ -154,20 +154,20 @@ pub fn encode(commit: u32, part: u8, last: bool, payload: &[u8]) -> std::io::Res
 
 /// A PLAN.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct PlanRecord {
     /// The number of the commit it is for.
     pub commit: u32,
     /// Whether it is the last of its part.
     pub last: bool,
     /// What it holds.
-    pub part: Part,
+    pub part: PlanPart,
 }
 
 /// Reads the body of a PLAN.
 ///
 /// # Errors
 /// Where it is not as the format says.
-pub fn decode(body: &[u8]) -> Decoded<Plan> {
+pub fn decode(body: &[u8]) -> Decoded<PlanRecord> {
     let mut decoder = Decoder::new(body);
     let commit = decoder.u32()?;
     let (part, encoding) = (decoder.u8()?, decoder.u8()?);
@@ -180,12 +180,12 @@ pub fn decode(body: &[u8]) -> Decoded<Plan> {
     let stored = decoder.take(decoder.left())?;
     let payload = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
     let part = match part {
-        PART_IMAGES => Part::Images(decode_entries(&payload, false)?),
-        PART_BLOCKS => Part::Blocks(decode_announced(&payload)?),
-        PART_CORRECTIONS => Part::Corrections(decode_entries(&payload, true)?),
+        PART_IMAGES => PlanPart::Images(decode_entries(&payload, false)?),
+        PART_BLOCKS => PlanPart::Blocks(decode_announced(&payload)?),
+        PART_CORRECTIONS => PlanPart::Corrections(decode_entries(&payload, true)?),
         _ => return Err("it is of a part not known"),
     };
-    Ok(Plan { commit, last, part })
+    Ok(PlanRecord { commit, last, part })
 }
 
 /// Collects entries into payloads of a bearable size.
@@ -197,14 +197,14 @@ pub struct Payloads {
 
 impl Payloads {
     /// Appends an entry; long lists of runs are split.
-    pub fn push(&mut self, entry: &Entry) {
+    pub fn push(&mut self, entry: &ManifestEntry) {
         match entry {
-            Entry::Folder(folder) => {
+            ManifestEntry::Folder(folder) => {
                 self.current.push(TAG_FOLDER);
                 put_string(&mut self.current, folder.path.as_os_str().as_bytes());
                 put_metadata(&mut self.current, &folder.metadata);
             }
-            Entry::Image(image) => {
+            ManifestEntry::Image(image) => {
                 self.current.push(TAG_IMAGE);
                 put_varint(&mut self.current, image.number.into());
                 put_varint(&mut self.current, image.size);
@@ -214,7 +214,7 @@ impl Payloads {
                 }
                 put_metadata(&mut self.current, &image.metadata);
             }
-            Entry::Runs {
+            ManifestEntry::Runs {
                 image,
                 first_block,
                 runs,
@@ -283,16 +283,16 @@ fn put_metadata(out: &mut Vec<u8>, metadata: &Metadata) {
     }
 }
 
-fn decode_entries(payload: &[u8], only_runs: bool) -> Decoded<Vec<Entry>> {
+fn decode_entries(payload: &[u8], only_runs: bool) -> Decoded<Vec<ManifestEntry>> {
     let mut decoder = Decoder::new(payload);
     let mut entries = Vec::new();
     while decoder.left() > 0 {
         entries.push(match decoder.u8()? {
-            TAG_FOLDER if !only_runs => Entry::Folder(Folder {
+            TAG_FOLDER if !only_runs => ManifestEntry::Folder(ArchivedFolder {
                 path: path(&mut decoder)?,
                 metadata: metadata(&mut decoder)?,
             }),
-            TAG_IMAGE if !only_runs => Entry::Image(image(&mut decoder)?),
+            TAG_IMAGE if !only_runs => ManifestEntry::Image(image(&mut decoder)?),
             TAG_RUNS => runs(&mut decoder)?,
             _ => return Err("an entry is of a kind not known"),
         });
@@ -300,7 +300,7 @@ fn decode_entries(payload: &[u8], only_runs: bool) -> Decoded<Vec<Entry>> {
     Ok(entries)
 }
 
-fn image(decoder: &mut Decoder<'_>) -> Decoded<Image> {
+fn image(decoder: &mut Decoder<'_>) -> Decoded<ArchivedImage> {
     let (number, size) = (decoder.varint32()?, decoder.varint()?);
     if size > IMAGE_BYTES_MAX {
         return Err("an image is larger than allowed");
@@ -310,7 +310,7 @@ fn image(decoder: &mut Decoder<'_>) -> Decoded<Image> {
         return Err("an image has no name, or too many");
     }
     let names = (0..count).map(|_| path(decoder)).collect::<Decoded<_>>()?;
-    Ok(Image {
+    Ok(ArchivedImage {
         number,
         names,
         size,
@@ -318,7 +318,7 @@ fn image(decoder: &mut Decoder<'_>) -> Decoded<Image> {
     })
 }
 
-fn runs(decoder: &mut Decoder<'_>) -> Decoded<Entry> {
+fn runs(decoder: &mut Decoder<'_>) -> Decoded<ManifestEntry> {
     let (image, first_block) = (decoder.varint32()?, decoder.varint32()?);
     let count = decoder.count(1)?;
     let mut runs = Vec::with_capacity(count);
@@ -345,7 +345,7 @@ fn runs(decoder: &mut Decoder<'_>) -> Decoded<Entry> {
         };
         runs.push(Run { blocks, content });
     }
-    Ok(Entry::Runs {
+    Ok(ManifestEntry::Runs {
         image,
         first_block,
         runs,
@@ -457,7 +457,7 @@ pub(super) fn store_block(number: u64) -> Decoded<StoreBlock> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageRuns {
     /// The image.
-    pub image: Image,
+    pub image: ArchivedImage,
     /// Its ranges, one after the other, to its end.
     pub runs: Vec<Run>,
 }
@@ -466,14 +466,14 @@ pub struct ImageRuns {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Manifest {
     /// Folders.
-    pub folders: Vec<Folder>,
+    pub folders: Vec<ArchivedFolder>,
     /// Images, by number.
     pub images: Vec<ImageRuns>,
 }
 
 /// Puts a manifest together from the PLANs of an epoch, in the order they were written; some may be missing.
 #[derive(Debug, Clone, Default)]
-pub struct Builder {
+pub struct ManifestBuilder {
     manifest: Manifest,
     places: HashMap<u32, usize>,
     /// Blocks of each image that its runs cover so far.
@@ -483,29 +483,29 @@ pub struct Builder {
     entries: usize,
 }
 
-impl Builder {
+impl ManifestBuilder {
     /// Adds what a PLAN says of images.
     ///
     /// # Errors
     /// Where entries contradict each other.
-    pub fn add(&mut self, part: Part) -> Decoded<()> {
+    pub fn add(&mut self, part: PlanPart) -> Decoded<()> {
         let (entries, correcting) = match part {
-            Part::Images(entries) => (entries, false),
-            Part::Corrections(entries) => (entries, true),
-            Part::Blocks(_) => return Ok(()),
+            PlanPart::Images(entries) => (entries, false),
+            PlanPart::Corrections(entries) => (entries, true),
+            PlanPart::Blocks(_) => return Ok(()),
         };
         for entry in entries {
             self.entries += match &entry {
-                Entry::Runs { runs, .. } => runs.len(),
+                ManifestEntry::Runs { runs, .. } => runs.len(),
                 // An entry with its names takes as much memory as some runs.
-                Entry::Folder(_) | Entry::Image(_) => ENTRY_RUNS,
+                ManifestEntry::Folder(_) | ManifestEntry::Image(_) => ENTRY_RUNS,
             };
             if self.entries > RUNS_MAX {
                 return Err("it has more runs and images than allowed");
             }
             match entry {
-                Entry::Folder(folder) => self.manifest.folders.push(folder),
-                Entry::Image(image) => {
+                ManifestEntry::Folder(folder) => self.manifest.folders.push(folder),
+                ManifestEntry::Image(image) => {
                     if self.places.insert(image.number, self.manifest.images.len()).is_some() {
                         return Err("two images have one number");
                     }
@@ -515,7 +515,7 @@ impl Builder {
                     });
                     self.covered.push(0);
                 }
-                Entry::Runs {
+                ManifestEntry::Runs {
                     image,
                     first_block,
                     runs,
@@ -527,7 +527,7 @@ impl Builder {
                         at = at.checked_add(run.blocks).ok_or("runs go beyond the largest image")?;
                     }
                 }
-                Entry::Runs {
+                ManifestEntry::Runs {
                     image,
                     first_block,
                     runs,
@@ -658,9 +658,9 @@ mod tests {
         #[test]
         fn images_come_back(metadata in metadata(), runs in runs(), size in 0..IMAGE_BYTES_MAX) {
             let entries = vec![
-                Entry::Folder(Folder { path: "a".into(), metadata: metadata.clone() }),
-                Entry::Image(Image { number: 3, names: vec!["a/b".into(), "a/c".into()], size, metadata }),
-                Entry::Runs { image: 3, first_block: 5, runs },
+                ManifestEntry::Folder(ArchivedFolder { path: "a".into(), metadata: metadata.clone() }),
+                ManifestEntry::Image(ArchivedImage { number: 3, names: vec!["a/b".into(), "a/c".into()], size, metadata }),
+                ManifestEntry::Runs { image: 3, first_block: 5, runs },
             ];
             let mut payloads = Payloads::default();
             for entry in &entries {
@@ -668,14 +668,14 @@ mod tests {
             }
             let mut found = Vec::new();
             for payload in payloads.finish() {
-                let Plan { commit, last, part } = decode(&encode(2, 0, true, &payload).unwrap()).unwrap();
+                let PlanRecord { commit, last, part } = decode(&encode(2, 0, true, &payload).unwrap()).unwrap();
                 prop_assert_eq!((commit, last), (2, true));
-                let Part::Images(entries) = part else { panic!() };
+                let PlanPart::Images(entries) = part else { panic!() };
                 found.extend(entries);
             }
             let entries: Vec<_> = entries
                 .into_iter()
-                .filter(|entry| !matches!(entry, Entry::Runs { runs, .. } if runs.is_empty()))
+                .filter(|entry| !matches!(entry, ManifestEntry::Runs { runs, .. } if runs.is_empty()))
                 .collect();
             prop_assert_eq!(found, entries);
         }
@@ -685,7 +685,7 @@ mod tests {
             let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
             let announced = Announced { first, function: Function::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
             let body = encode(1, 1, false, &encode_announced(&announced)).unwrap();
-            prop_assert_eq!(decode(&body), Ok(Plan { commit: 1, last: false, part: Part::Blocks(announced) }));
+            prop_assert_eq!(decode(&body), Ok(PlanRecord { commit: 1, last: false, part: PlanPart::Blocks(announced) }));
         }
 
         #[test]
@@ -733,14 +733,14 @@ mod tests {
     #[test]
     fn what_a_lost_plan_said_is_known_to_be_lost() {
         let image = |number, names: &[&str]| {
-            Entry::Image(Image {
+            ManifestEntry::Image(ArchivedImage {
                 number,
                 names: names.iter().map(PathBuf::from).collect(),
                 size: 10 * BLOCK_BYTES,
                 metadata: Metadata::default(),
             })
         };
-        let runs = |image, first_block, blocks| Entry::Runs {
+        let runs = |image, first_block, blocks| ManifestEntry::Runs {
             image,
             first_block,
             runs: vec![Run {
@@ -748,9 +748,9 @@ mod tests {
                 content: Content::Zeros,
             }],
         };
-        let built = |entries: Vec<Entry>| {
-            let mut builder = Builder::default();
-            builder.add(Part::Images(entries))?;
+        let built = |entries: Vec<ManifestEntry>| {
+            let mut builder = ManifestBuilder::default();
+            builder.add(PlanPart::Images(entries))?;
             builder.finish()
         };
         let found = built(vec![image(1, &["a"]), runs(1, 0, 2), runs(1, 5, 2), runs(2, 0, 1)]).unwrap();
@@ -773,13 +773,13 @@ mod tests {
     #[test]
     fn an_image_may_come_in_very_many_entries() {
         const ENTRIES: u32 = 1 << 20;
-        let image = Entry::Image(Image {
+        let image = ManifestEntry::Image(ArchivedImage {
             number: 1,
             names: vec!["a".into()],
             size: u64::from(ENTRIES) * BLOCK_BYTES,
             metadata: Metadata::default(),
         });
-        let runs = (0..ENTRIES).map(|first_block| Entry::Runs {
+        let runs = (0..ENTRIES).map(|first_block| ManifestEntry::Runs {
             image: 1,
             first_block,
             runs: vec![Run {
@@ -791,9 +791,9 @@ mod tests {
                 },
             }],
         });
-        let mut builder = Builder::default();
+        let mut builder = ManifestBuilder::default();
         builder
-            .add(Part::Images(std::iter::once(image).chain(runs).collect()))
+            .add(PlanPart::Images(std::iter::once(image).chain(runs).collect()))
             .unwrap();
         assert_eq!(builder.finish().unwrap().images[0].runs.len(), ENTRIES as usize);
     }
@@ -807,7 +807,7 @@ mod tests {
             })
             .collect();
         let mut payloads = Payloads::default();
-        payloads.push(&Entry::Runs {
+        payloads.push(&ManifestEntry::Runs {
             image: 0,
             first_block: 0,
             runs: runs.clone(),
@@ -816,7 +816,7 @@ mod tests {
         for payload in payloads.finish() {
             assert!(payload.len() < PAYLOAD_BYTES_MAX);
             for entry in decode_entries(&payload, true).unwrap() {
-                let Entry::Runs { first_block, runs, .. } = entry else {
+                let ManifestEntry::Runs { first_block, runs, .. } = entry else {
                     panic!()
                 };
                 assert_eq!(first_block as usize, found.len());

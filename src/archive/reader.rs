@@ -8,9 +8,9 @@ use std::sync::{Arc, OnceLock};
 use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, decode_tail};
 use super::head::Head;
 use super::index;
-use super::manifest::{self, Announced, Builder, Manifest, Part};
+use super::manifest::{self, Announced, Manifest, ManifestBuilder, PlanPart};
 use super::pack::{self, FrameInfo};
-use super::record::{BadHeader, HEADER_BYTES, Hash, Header, Kind, MAGIC, hash_of};
+use super::record::{BadHeader, HEADER_BYTES, Hash, Header, MAGIC, RecordKind, hash_of};
 use super::stream::{Event, Stream};
 use super::writer::Base;
 use crate::block::ByteRange;
@@ -127,27 +127,35 @@ impl Archive {
             .flat_map(|committed| committed.commit.records.iter().copied())
             .collect();
         located.sort_by_key(|location| location.first);
-        archive.packs = located.iter().filter(|one| one.kind == Kind::Pack).copied().collect();
-        archive.indexes = located.iter().filter(|one| one.kind == Kind::Index).copied().collect();
+        archive.packs = located
+            .iter()
+            .filter(|one| one.kind == RecordKind::Pack)
+            .copied()
+            .collect();
+        archive.indexes = located
+            .iter()
+            .filter(|one| one.kind == RecordKind::Index)
+            .copied()
+            .collect();
         Ok(archive)
     }
 
     /// From the TAIL along the chain of commits.
     fn open_from_tail(&mut self) -> Result<()> {
         let first = self.header_at(0)?;
-        if first.kind != Kind::Head {
+        if first.kind != RecordKind::Head {
             return Err(self.problem(0, "it does not begin with a HEAD"));
         }
         self.id = first.archive;
         let body = self.body_of(0, &first)?;
         self.head = Head::decode(&body).map_err(|problem| self.unsupported(problem))?;
-        let tail_length = HEADER_BYTES as u64 + Kind::Tail.body_bytes_max();
+        let tail_length = HEADER_BYTES as u64 + RecordKind::Tail.body_bytes_max();
         let at = self
             .length
             .checked_sub(tail_length)
             .ok_or_else(|| self.problem(0, "it is too short"))?;
         let tail = self.header_at(at)?;
-        if tail.kind != Kind::Tail || tail.archive != self.id {
+        if tail.kind != RecordKind::Tail || tail.archive != self.id {
             return Err(self.problem(at, "it does not end with its TAIL"));
         }
         let mut next = decode_tail(&self.body_of(at, &tail)?).map_err(|problem| self.problem(at, problem))?;
@@ -157,7 +165,7 @@ impl Archive {
             if next.length != HEADER_BYTES as u64 + header.body_bytes {
                 return Err(self.problem(next.offset, "a COMMIT has another length than it should have"));
             }
-            if header.kind != Kind::Commit || header.body_hash != next.body_hash || header.archive != self.id {
+            if header.kind != RecordKind::Commit || header.body_hash != next.body_hash || header.archive != self.id {
                 return Err(self.problem(next.offset, "a COMMIT is not where it should be"));
             }
             let commit = Commit::decode(&self.body_of(next.offset, &header)?)
@@ -211,11 +219,11 @@ impl Archive {
         let (mut end, mut head) = ((0, 0), None);
         for (header, offset) in searched.records.iter().filter(|(header, _)| header.archive == id) {
             match header.kind {
-                Kind::Head => {
+                RecordKind::Head => {
                     let decoded = Head::decode(&self.body_of(*offset, header)?);
                     head = Some(decoded.map_err(|problem| self.unsupported(problem))?);
                 }
-                Kind::Commit => {
+                RecordKind::Commit => {
                     let location = CommitLocation {
                         offset: *offset,
                         length: HEADER_BYTES as u64 + header.body_bytes,
@@ -245,7 +253,7 @@ impl Archive {
                         Err(problem) => refused.push((location, problem)),
                     }
                 }
-                Kind::Tail if end.0 == *offset => {
+                RecordKind::Tail if end.0 == *offset => {
                     end = (offset + HEADER_BYTES as u64 + header.body_bytes, header.sequence + 1);
                 }
                 _ => {}
@@ -310,8 +318,8 @@ impl Archive {
         for committed in found {
             for location in &committed.commit.records {
                 let list = match location.kind {
-                    Kind::Pack => &mut self.packs,
-                    Kind::Index => &mut self.indexes,
+                    RecordKind::Pack => &mut self.packs,
+                    RecordKind::Index => &mut self.indexes,
                     _ => continue,
                 };
                 list.push(*location);
@@ -365,30 +373,30 @@ impl Archive {
                 body_hash: header.body_hash,
             };
             match header.kind {
-                Kind::Plan => {
+                RecordKind::Plan => {
                     let Ok(plan) = manifest::decode(&body) else { continue };
                     commit.number = plan.commit;
                     location.part = plan.part.number();
-                    if let Part::Corrections(_) = plan.part {
+                    if let PlanPart::Corrections(_) = plan.part {
                         let follows = before.is_some_and(|before| before + 1 == header.sequence);
                         corrected = plan.last && follows;
                         if !follows {
                             return Ok(None);
                         }
                     }
-                    if let Part::Blocks(announced) = plan.part {
+                    if let PlanPart::Blocks(announced) = plan.part {
                         location.first = announced.first;
                         location.blocks = u32::try_from(announced.fingerprints.len()).unwrap_or(u32::MAX);
                     }
                 }
-                Kind::Pack => {
+                RecordKind::Pack => {
                     let Ok(frames) = pack::decode_table(&body, header.body_bytes) else {
                         continue;
                     };
                     location.first = frames.first().map_or(0, |frame| frame.first);
                     location.blocks = frames.iter().map(|frame| u32::from(frame.blocks)).sum();
                 }
-                Kind::Index => {
+                RecordKind::Index => {
                     let Ok((first, hashes)) = index::decode(&body) else {
                         continue;
                     };
@@ -500,13 +508,13 @@ impl Archive {
                 Event::Record { header, .. } => {
                     let follows = header.archive == self.id && header.sequence == sequence;
                     sequence += 1;
-                    follows && header.kind != Kind::Commit && header.kind != Kind::Tail
+                    follows && header.kind != RecordKind::Commit && header.kind != RecordKind::Tail
                 }
                 // A torn record is the last thing there.
                 Event::Damage { header, .. } => {
                     let last = !broken;
                     broken = true;
-                    last && header.is_none_or(|header| header.kind != Kind::Commit)
+                    last && header.is_none_or(|header| header.kind != RecordKind::Commit)
                 }
                 Event::Unsupported(_) => false,
             };
@@ -549,7 +557,7 @@ impl Archive {
     /// # Errors
     /// Where what is intact contradicts itself.
     pub fn manifest(&self, committed: &Committed) -> Result<(Manifest, Vec<Damage>)> {
-        let (mut builder, mut damage) = (Builder::default(), Vec::new());
+        let (mut builder, mut damage) = (ManifestBuilder::default(), Vec::new());
         for location in plans(committed).filter(|location| location.part != manifest::PART_BLOCKS) {
             match self.plan(location) {
                 Ok(part) => builder
@@ -581,7 +589,7 @@ impl Archive {
         let mut found = Vec::new();
         for location in plans(committed).filter(|location| location.part == manifest::PART_BLOCKS) {
             match self.plan(location) {
-                Ok(Part::Blocks(announced)) => found.push(announced),
+                Ok(PlanPart::Blocks(announced)) => found.push(announced),
                 Ok(_) | Err(Error::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -589,7 +597,7 @@ impl Archive {
         Ok(found)
     }
 
-    fn plan(&self, location: &Location) -> Result<Part> {
+    fn plan(&self, location: &Location) -> Result<PlanPart> {
         let body = self.body(location)?;
         let plan = manifest::decode(&body).map_err(|problem| self.problem(location.offset, problem))?;
         if plan.part.number() != location.part {
@@ -767,7 +775,7 @@ fn plans(committed: &Committed) -> impl Iterator<Item = &Location> {
         .commit
         .records
         .iter()
-        .filter(|location| location.kind == Kind::Plan)
+        .filter(|location| location.kind == RecordKind::Plan)
 }
 
 fn overlapping(sorted: &[Location], first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &Location> {

@@ -25,7 +25,7 @@ pub fn hash_of(bytes: &[u8]) -> Hash {
 
 /// What a record holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
+pub enum RecordKind {
     /// What a reader must know.
     Head,
     /// Manifests and what follows.
@@ -42,7 +42,7 @@ pub enum Kind {
     Other(u8),
 }
 
-impl Kind {
+impl RecordKind {
     /// Every kind that this version writes.
     pub const ALL: [Self; 6] = [
         Self::Head,
@@ -109,7 +109,7 @@ impl Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// What the record holds.
-    pub kind: Kind,
+    pub kind: RecordKind,
     /// The archive it belongs to.
     pub archive: [u8; 16],
     /// The export that wrote it.
@@ -133,7 +133,7 @@ pub enum BadHeader {
 
 impl Header {
     /// The header of a record with this body.
-    pub fn of(kind: Kind, archive: [u8; 16], epoch: u64, sequence: u64, body: &[u8]) -> Self {
+    pub fn of(kind: RecordKind, archive: [u8; 16], epoch: u64, sequence: u64, body: &[u8]) -> Self {
         Self {
             kind,
             archive,
@@ -178,7 +178,7 @@ impl Header {
         }
         let fields = || -> Decoded<(Self, u8, u16)> {
             let mut decoder = Decoder::new(&hashed[MAGIC.len()..]);
-            let (kind, version, flags) = (Kind::of(decoder.u8()?), decoder.u8()?, decoder.u16()?);
+            let (kind, version, flags) = (RecordKind::of(decoder.u8()?), decoder.u8()?, decoder.u16()?);
             decoder.take(4)?;
             let header = Self {
                 kind,
@@ -199,7 +199,7 @@ impl Header {
                 "it is encrypted, which this version cannot read",
             ));
         }
-        let is_known = !matches!(header.kind, Kind::Other(_));
+        let is_known = !matches!(header.kind, RecordKind::Other(_));
         if !is_known && flags & FLAG_CRITICAL != 0 {
             return Err(BadHeader::Unsupported(
                 "it has records of a kind that this version does not know",
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn headers_come_back_and_no_bit_may_flip() {
-        for kind in Kind::ALL {
+        for kind in RecordKind::ALL {
             let header = Header::of(kind, [7; 16], 3, 4, b"body");
             let bytes = header.encode();
             assert_eq!(Header::decode(&bytes), Ok(header));
@@ -240,22 +240,22 @@ mod tests {
             bytes[HASHED_BYTES..].copy_from_slice(&hash[..8]);
             bytes
         };
-        let mut bytes = Header::of(Kind::Other(9), [0; 16], 0, 0, b"").encode();
+        let mut bytes = Header::of(RecordKind::Other(9), [0; 16], 0, 0, b"").encode();
         assert!(Header::decode(&bytes).is_ok());
         bytes[10] = 1;
         assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
         bytes[10] = 2;
         assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
         for (kind, longer) in [
-            (Kind::Tail, 97),
-            (Kind::Other(9), (64 << 20) + 1),
-            (Kind::Other(9), u64::MAX),
+            (RecordKind::Tail, 97),
+            (RecordKind::Other(9), (64 << 20) + 1),
+            (RecordKind::Other(9), u64::MAX),
         ] {
             let mut long = Header::of(kind, [0; 16], 0, 0, b"");
             long.body_bytes = longer;
             assert!(matches!(Header::decode(&long.encode()), Err(BadHeader::Damaged(_))));
         }
-        let last = Header::of(Kind::Tail, [0; 16], 0, u64::MAX, b"");
+        let last = Header::of(RecordKind::Tail, [0; 16], 0, u64::MAX, b"");
         assert!(matches!(Header::decode(&last.encode()), Err(BadHeader::Damaged(_))));
     }
 }

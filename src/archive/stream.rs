@@ -196,14 +196,14 @@ fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::archive::record::Kind;
+    use crate::archive::record::RecordKind;
     use proptest::prelude::*;
 
     fn records(count: u8) -> Vec<Vec<u8>> {
         (0..count)
             .map(|n| {
                 let body = vec![n; usize::from(n) * 50];
-                let header = Header::of(Kind::Other(9), [1; 16], 2, n.into(), &body);
+                let header = Header::of(RecordKind::Other(9), [1; 16], 2, n.into(), &body);
                 [&header.encode()[..], &body].concat()
             })
             .collect()
@@ -234,9 +234,9 @@ mod tests {
     #[test]
     fn lengths_in_headers_are_not_believed() {
         for (kind, length) in [
-            (Kind::Other(200), u64::MAX),
-            (Kind::Other(200), u64::MAX - 96),
-            (Kind::Pack, u64::MAX),
+            (RecordKind::Other(200), u64::MAX),
+            (RecordKind::Other(200), u64::MAX - 96),
+            (RecordKind::Pack, u64::MAX),
         ] {
             let mut header = Header::of(kind, [1; 16], 2, 7, b"");
             header.body_bytes = length;
@@ -247,8 +247,8 @@ mod tests {
 
     #[test]
     fn headers_that_overlap_do_not_take_for_ever() {
-        let mut header = Header::of(Kind::Pack, [1; 16], 2, 7, b"");
-        header.body_bytes = Kind::Pack.body_bytes_max() - 1;
+        let mut header = Header::of(RecordKind::Pack, [1; 16], 2, 7, b"");
+        header.body_bytes = RecordKind::Pack.body_bytes_max() - 1;
         let bytes = [&header.encode().repeat(10_000)[..], &vec![0; 33 << 20]].concat();
         let mut stream = Stream::new(&bytes[..], 0);
         let mut events = 0;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, encode_tail};
 use super::head::Head;
-use super::record::{HEADER_BYTES, Header, Kind, SEQUENCES};
+use super::record::{HEADER_BYTES, Header, RecordKind, SEQUENCES};
 use crate::content::StoreBlock;
 use crate::store::Store;
 
@@ -57,7 +57,7 @@ impl Writer {
             offset: base.length,
             records: Vec::new(),
         };
-        writer.put(Kind::Head, 0, (0, 0), &Head::current().encode())?;
+        writer.put(RecordKind::Head, 0, (0, 0), &Head::current().encode())?;
         Ok(writer)
     }
 
@@ -76,13 +76,13 @@ impl Writer {
     ///
     /// # Errors
     /// Those of writing, or a body longer than the format allows.
-    pub fn put(&mut self, kind: Kind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<()> {
+    pub fn put(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<()> {
         let location = self.write(kind, part, store, body)?;
         self.records.push(location);
         Ok(())
     }
 
-    fn write(&mut self, kind: Kind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<Location> {
+    fn write(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<Location> {
         if body.len() as u64 > kind.body_bytes_max() {
             return Err(io::Error::other(format!(
                 "a {} record would be longer than the format allows",
@@ -132,13 +132,13 @@ impl Writer {
                 "the commit has more images, longer names or a longer label than the format allows",
             ));
         }
-        let location = self.write(Kind::Commit, 0, (0, 0), &body)?;
+        let location = self.write(RecordKind::Commit, 0, (0, 0), &body)?;
         let last = CommitLocation {
             offset: location.offset,
             length: location.length,
             body_hash: location.body_hash,
         };
-        self.write(Kind::Tail, 0, (0, 0), &encode_tail(&last))?;
+        self.write(RecordKind::Tail, 0, (0, 0), &encode_tail(&last))?;
         self.store.settle()?;
         let base = Base {
             archive: self.base.archive,

@@ -9,7 +9,7 @@ use super::hashes::{HashLog, StoredHashes};
 use crate::archive::index;
 use crate::archive::manifest::{self, Announced};
 use crate::archive::pack::{self, Frame};
-use crate::archive::record::{Hash, Kind, hash_of};
+use crate::archive::record::{Hash, RecordKind, hash_of};
 use crate::archive::writer::Writer;
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::chunk::Chunker;
@@ -492,7 +492,7 @@ impl Corrected {
         let frames = compress(level, &plain).map_err(out.failed)?;
         let blocks = u32::try_from(self.content.len() / BLOCK_LEN).unwrap_or(u32::MAX);
         out.put(
-            Kind::Pack,
+            RecordKind::Pack,
             0,
             (self.written, blocks),
             &pack::encode(self.written, &frames),
@@ -541,7 +541,7 @@ impl RecordWriter<'_> {
     ///
     /// # Errors
     /// Those of writing.
-    pub fn put(&mut self, kind: Kind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> Result<()> {
+    pub fn put(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> Result<()> {
         self.writer.put(kind, part, store, body).map_err(self.failed)
     }
 
@@ -551,7 +551,7 @@ impl RecordWriter<'_> {
     /// Those of writing.
     pub fn put_plan(&mut self, part: u8, last: bool, store: (StoreBlock, u32), payload: &[u8]) -> Result<()> {
         let body = manifest::encode(self.writer.commit_number(), part, last, payload).map_err(self.failed)?;
-        self.put(Kind::Plan, part, store, &body)
+        self.put(RecordKind::Plan, part, store, &body)
     }
 }
 
@@ -592,7 +592,7 @@ pub fn announce(
 
 fn put_index(first: StoreBlock, hashes: &[Hash], out: &mut RecordWriter<'_>) -> Result<()> {
     let blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
-    out.put(Kind::Index, 0, (first, blocks), &index::encode(first, hashes))
+    out.put(RecordKind::Index, 0, (first, blocks), &index::encode(first, hashes))
 }
 
 /// Compresses blocks on all cores.
@@ -650,7 +650,7 @@ impl PackWriter {
     fn end_pack(&mut self, out: &mut RecordWriter<'_>) -> Result<()> {
         if !self.frames.is_empty() {
             let body = pack::encode(self.first, &self.frames);
-            out.put(Kind::Pack, 0, (self.first, self.end - self.first), &body)?;
+            out.put(RecordKind::Pack, 0, (self.first, self.end - self.first), &body)?;
             self.frames.clear();
             self.stored_bytes = 0;
             self.first = self.end;

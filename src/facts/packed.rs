@@ -9,14 +9,14 @@ use crate::codec::{Decoder, put_varint, put_zigzag};
 use crate::spill::SpillVec;
 
 /// The properties that many extents have in common.
-type Kind = (Class, Option<PinReason>, Option<CompressionGoal>);
+type ExtentKind = (Class, Option<PinReason>, Option<CompressionGoal>);
 
 /// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
 #[derive(Debug)]
 pub(crate) struct PackedExtents {
     packed: SpillVec<u8>,
     count: usize,
-    kinds: Vec<Kind>,
+    kinds: Vec<ExtentKind>,
 }
 
 /// Mappings as differences from the one before, and from their extents.
@@ -56,7 +56,7 @@ impl Facts {
 impl PackedExtents {
     fn of(extents: &SpillVec<Extent>) -> Self {
         let (mut packed, mut record, mut kinds) = (SpillVec::new_in(extents.budget()), Vec::new(), Vec::new());
-        let mut numbers: HashMap<Kind, usize> = HashMap::new();
+        let mut numbers: HashMap<ExtentKind, usize> = HashMap::new();
         let (mut address, mut generation, mut slot) = (0, 0, 0);
         for extent in extents {
             let kind = (extent.class, extent.pinned, extent.compression_goal);

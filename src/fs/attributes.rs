@@ -22,9 +22,9 @@ const XATTRS_LEFT_OUT: [&[u8]; 2] = [b"btrfs.", b"system."];
 /// Set-user-ID, set-group-ID and sticky bit: whoever writes an archive could make a program run as another user by them.
 const SPECIAL_MODE: u32 = 0o7000;
 
-/// How what an archive says of a file is to be taken.
+/// What of the metadata that an archive has of a file is restored, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct How {
+pub struct AttributePolicy {
     /// Take owners by number even where their names are known here.
     pub numeric_owner: bool,
     /// Restore special mode bits, and attributes that give privileges or are for root.
@@ -99,9 +99,9 @@ pub fn prepare(file: &File, metadata: &Metadata) -> Option<String> {
 ///
 /// # Errors
 /// If mode or times cannot be set.
-pub fn apply(file: &File, path: &Path, metadata: &Metadata, how: How) -> Result<NotRestored> {
+pub fn apply(file: &File, path: &Path, metadata: &Metadata, policy: AttributePolicy) -> Result<NotRestored> {
     let mut not = NotRestored::default();
-    let by_name = |name: &str| !how.numeric_owner && !name.is_empty();
+    let by_name = |name: &str| !policy.numeric_owner && !name.is_empty();
     let uid = by_name(&metadata.user)
         .then(|| nix::unistd::User::from_name(&metadata.user).ok().flatten())
         .flatten()
@@ -121,13 +121,13 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, how: How) -> Result<
         if name == acl::ACCESS || name == acl::DEFAULT {
             continue;
         }
-        match may_restore(name, how) {
+        match may_restore(name, policy) {
             Some(true) => set_xattr(file, name, value, &mut not),
             Some(false) => not.left_out.push(named(name)),
             None => {}
         }
     }
-    set_mode(file, path, metadata, how, owned, &mut not)?;
+    set_mode(file, path, metadata, policy, owned, &mut not)?;
     let time = Timespec {
         tv_sec: metadata.mtime.0,
         tv_nsec: metadata.mtime.1.into(),
@@ -142,9 +142,9 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, how: How) -> Result<
 
 /// Whether an extended attribute is restored. None for what is left out without a word: the label of `SELinux` says who may access a file
 /// by the policy of the host it was on, and the file gets one by the policy of this host.
-fn may_restore(name: &[u8], how: How) -> Option<bool> {
+fn may_restore(name: &[u8], policy: AttributePolicy) -> Option<bool> {
     let special = name.starts_with(b"security.") || name.starts_with(b"trusted.");
-    if name.starts_with(b"user.") || (how.preserve_special && special) {
+    if name.starts_with(b"user.") || (policy.preserve_special && special) {
         return Some(true);
     }
     (name != b"security.selinux").then_some(false)
@@ -168,7 +168,7 @@ fn set_mode(
     file: &File,
     path: &Path,
     metadata: &Metadata,
-    how: How,
+    policy: AttributePolicy,
     (by_user, by_group): (bool, bool),
     not: &mut NotRestored,
 ) -> Result<()> {
@@ -183,9 +183,9 @@ fn set_mode(
         |mode: u32| rustix::fs::fchmod(file, Mode::from_raw_mode(mode)).map_err(Error::io("set the mode of", path));
     let special = metadata.mode & SPECIAL_MODE;
     let mut mode = metadata.mode & 0o777;
-    if how.preserve_special && by_user && by_group {
+    if policy.preserve_special && by_user && by_group {
         mode |= special;
-    } else if how.preserve_special && special != 0 {
+    } else if policy.preserve_special && special != 0 {
         not.problems
             .push(format!("mode bits {special:o}: it has another owner"));
     } else if special != 0 {
@@ -240,7 +240,7 @@ fn set_mode(
 mod tests {
     use super::*;
 
-    const CAREFUL: How = How {
+    const CAREFUL: AttributePolicy = AttributePolicy {
         numeric_owner: true,
         preserve_special: false,
     };

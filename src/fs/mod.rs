@@ -48,7 +48,7 @@ pub enum SourceFile {
 
 /// What one call did with one range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ShareOutcome {
     /// The range maps the source's blocks now, or did before.
     Shared,
     /// The bytes differ. Nothing was changed.
@@ -85,7 +85,7 @@ pub enum Purpose {
 
 /// What is known of an open image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Image {
+pub struct ImageInfo {
     /// Its path.
     pub path: PathBuf,
     /// Bytes, holes included.
@@ -117,7 +117,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     fn image_count(&self) -> u32;
 
     /// What is known of an image.
-    fn image(&self, image: ImageId) -> &Image;
+    fn image(&self, image: ImageId) -> &ImageInfo;
 
     /// Whether an image may still be touched: false once someone else wants it.
     fn may_touch(&self, image: ImageId) -> bool;
@@ -239,7 +239,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     fn close_donors(&self) -> Result<()>;
 
     /// Makes a range of an image share a range of another file, if the bytes are equal. One system call.
-    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome;
+    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> ShareOutcome;
 
     /// Makes a range of a new file share a range of an image.
     ///
@@ -279,7 +279,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
 }
 
 /// The images that are open, in the order of their numbers.
-pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &Image> {
+pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &ImageInfo> {
     (0..fs.image_count()).map(|image| fs.image(image))
 }
 

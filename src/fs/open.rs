@@ -9,7 +9,7 @@ use super::{Filesystem, Purpose, btrfs, xfs};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::pool::{Found, Named, Skipped};
-use crate::sys::fs_info::{FsInfo, Kind, fs_info};
+use crate::sys::fs_info::{FilesystemKind, FsInfo, fs_info};
 
 /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards.
 ///
@@ -23,7 +23,7 @@ pub fn open(
 ) -> Result<(Box<dyn Filesystem>, Vec<Skipped>)> {
     let (info, first) = same_filesystem(named)?;
     match info.kind {
-        Kind::Btrfs {
+        FilesystemKind::Btrfs {
             checksum_type,
             checksum_bytes,
         } => {
@@ -31,7 +31,7 @@ pub fn open(
             let (fs, skipped) = btrfs::Btrfs::open(found, first, info, purpose, checksums, monitor)?;
             Ok((Box::new(fs), skipped))
         }
-        Kind::Xfs { reverse_map, .. } => {
+        FilesystemKind::Xfs { reverse_map, .. } => {
             let (fs, skipped) = xfs::Xfs::open(found, first, info, purpose, reverse_map)?;
             Ok((Box::new(fs), skipped))
         }
@@ -47,8 +47,8 @@ pub fn uuid_at(path: &Path) -> Option<[u8; 16]> {
 pub fn may_find_holders(path: &Path) -> bool {
     // Only root may ask btrfs who holds an extent.
     filesystem_at(path).is_some_and(|(_, info)| match info.kind {
-        Kind::Btrfs { .. } => rustix::process::geteuid().is_root(),
-        Kind::Xfs { .. } => true,
+        FilesystemKind::Btrfs { .. } => rustix::process::geteuid().is_root(),
+        FilesystemKind::Xfs { .. } => true,
     })
 }
 
@@ -57,8 +57,8 @@ pub fn may_find_holders(path: &Path) -> bool {
 pub fn images_holding(path: &Path, addresses: Vec<u64>, monitor: &dyn Monitor) -> Option<Vec<(usize, PathBuf)>> {
     let (folder, info) = filesystem_at(path)?;
     match info.kind {
-        Kind::Btrfs { .. } => btrfs::images_holding(path, &folder, &addresses),
-        Kind::Xfs { .. } => xfs::images_holding(path, addresses, monitor),
+        FilesystemKind::Btrfs { .. } => btrfs::images_holding(path, &folder, &addresses),
+        FilesystemKind::Xfs { .. } => xfs::images_holding(path, addresses, monitor),
     }
 }
 
@@ -85,7 +85,7 @@ fn same_filesystem(named: &[Named]) -> Result<(FsInfo, &Named)> {
         let path = &one.path;
         let info = match fs_info(&one.folder) {
             Ok(FsInfo {
-                kind: Kind::Xfs { reflinks: false, .. },
+                kind: FilesystemKind::Xfs { reflinks: false, .. },
                 ..
             }) => return Err(Error::NoReflinks { path: path.clone() }),
             Ok(info) => info,

@@ -9,7 +9,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::opened::{OpenImage, Opened, Specifics, reads_opened};
-use super::{Filesystem, HeldRange, Image, Mapped, Outcome, Purpose, SourceFile, blocks, kernel};
+use super::{Filesystem, HeldRange, ImageInfo, Mapped, Purpose, ShareOutcome, SourceFile, blocks, kernel};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
@@ -213,8 +213,8 @@ impl Filesystem for Plain {
         Ok(())
     }
 
-    fn share(&self, _: SourceFile, _: u64, _: ImageId, _: u64, _: u64) -> Outcome {
-        Outcome::Refused(Errno::OPNOTSUPP)
+    fn share(&self, _: SourceFile, _: u64, _: ImageId, _: u64, _: u64) -> ShareOutcome {
+        ShareOutcome::Refused(Errno::OPNOTSUPP)
     }
 
     fn clone_range(&self, _: ImageId, _: u64, _: &File, _: u64, _: u64) -> rustix::io::Result<()> {

@@ -9,7 +9,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::{Commit, CommitLocation, Summary};
 use crate::archive::head::Head;
-use crate::archive::manifest::{self, Entry, Folder, Image, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads};
+use crate::archive::manifest::{
+    self, ArchivedFolder, ArchivedImage, ManifestEntry, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads,
+};
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
 use crate::archive::writer::{Base, Writer};
@@ -479,7 +481,7 @@ impl Exporter<'_> {
     }
 
     /// The images of the pool as the archive will have them, and the folders they lie in.
-    fn images(&self) -> Result<(Vec<Folder>, Vec<Image>)> {
+    fn images(&self) -> Result<(Vec<ArchivedFolder>, Vec<ArchivedImage>)> {
         let relative = |path: &Path| path.strip_prefix(&self.origin.root).unwrap_or(path).to_owned();
         let (mut folders, mut found) = (BTreeSet::new(), Vec::new());
         for (number, image) in (0u32..).zip(images(self.fs)) {
@@ -513,7 +515,7 @@ impl Exporter<'_> {
                     crate::shown::shown(&image.path)
                 )));
             }
-            found.push(Image {
+            found.push(ArchivedImage {
                 number,
                 names: names.iter().map(|name| relative(name)).collect(),
                 size: image.size,
@@ -524,7 +526,7 @@ impl Exporter<'_> {
             let full = self.origin.root.join(&path);
             let folder = self.folder(&full).map_err(Error::io("open", &full))?;
             let metadata = attributes::read(&folder, &full)?;
-            Ok(Folder { path, metadata })
+            Ok(ArchivedFolder { path, metadata })
         });
         Ok((folders.collect::<Result<_>>()?, found))
     }
@@ -552,7 +554,7 @@ impl Exporter<'_> {
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
                 for (slot, piece) in slots.range(mapping.slots()) {
-                    payloads.push(&Entry::Runs {
+                    payloads.push(&ManifestEntry::Runs {
                         image,
                         first_block: mapping.file_block + (slot - mapping.slot),
                         runs: vec![Run {
@@ -565,7 +567,7 @@ impl Exporter<'_> {
         }
         for (image, block) in &stored.inline {
             let content = block.map_or(Content::Zeros, Content::Stored);
-            payloads.push(&Entry::Runs {
+            payloads.push(&ManifestEntry::Runs {
                 image: *image,
                 first_block: 0,
                 runs: vec![Run { blocks: 1, content }],
@@ -576,14 +578,14 @@ impl Exporter<'_> {
 }
 
 fn put_images(
-    folders: &[Folder],
-    images: &[Image],
+    folders: &[ArchivedFolder],
+    images: &[ArchivedImage],
     runs: impl Fn(usize) -> Vec<Run>,
     out: &mut RecordWriter<'_>,
 ) -> Result<()> {
     let mut payloads = Payloads::default();
     for folder in folders {
-        payloads.push(&Entry::Folder(folder.clone()));
+        payloads.push(&ManifestEntry::Folder(folder.clone()));
     }
     let mut count = 0;
     for (place, image) in images.iter().enumerate() {
@@ -594,8 +596,8 @@ fn put_images(
                 "the images are too fragmented for one commit: export them in several".into(),
             ));
         }
-        payloads.push(&Entry::Image(image.clone()));
-        payloads.push(&Entry::Runs {
+        payloads.push(&ManifestEntry::Image(image.clone()));
+        payloads.push(&ManifestEntry::Runs {
             image: image.number,
             first_block: 0,
             runs,
@@ -663,7 +665,7 @@ fn replace_first(runs: &mut Vec<Run>, block: Option<StoreBlock>) {
 }
 
 fn summaries(
-    images: &[Image],
+    images: &[ArchivedImage],
     runs: impl Fn(usize) -> Vec<Run>,
     log: &HashLog,
     (old, archive): (&mut StoredHashes<'_>, &Path),

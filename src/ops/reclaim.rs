@@ -11,7 +11,7 @@ use crate::exec::fingerprints::remember;
 use crate::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
-use crate::fs::{Filesystem, Image, Purpose, freed_bytes, images, prove_slots};
+use crate::fs::{Filesystem, ImageInfo, Purpose, freed_bytes, images, prove_slots};
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, ReclaimPlan, plan_proved};
 use crate::pool::{self, Skip, Skipped, machine_of};
@@ -199,7 +199,7 @@ fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: 
             path: fs.folder().to_owned(),
         });
     }
-    let count = |is: fn(&Image) -> bool| images(fs).filter(|image| is(image)).count();
+    let count = |is: fn(&ImageInfo) -> bool| images(fs).filter(|image| is(image)).count();
     if matches!(request, CompressionRequest::Zstd { .. }) {
         let notes = [
             (

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::archive::commit::{Location, by_path};
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
-use crate::archive::record::{Kind, hash_of};
+use crate::archive::record::{RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
@@ -106,7 +106,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
             .commit
             .records
             .iter()
-            .filter(|location| location.kind != Kind::Pack)
+            .filter(|location| location.kind != RecordKind::Pack)
         {
             match archive.body(location) {
                 Ok(_) => {}

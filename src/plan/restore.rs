@@ -502,7 +502,7 @@ pub fn lost_ranges(runs: &[Run], size: u64, lost: &[Range<StoreBlock>]) -> Vec<B
 mod tests {
     use super::NameState::{Folder, Free, Ours, Taken};
     use super::*;
-    use crate::archive::manifest::Image;
+    use crate::archive::manifest::ArchivedImage;
     use crate::content::Metadata;
 
     /// A commit of images with these names; each holds a hole, and `blocks` blocks of the store from the end of the one before.
@@ -520,7 +520,7 @@ mod tests {
             };
             next += blocks;
             manifest.images.push(ImageRuns {
-                image: Image {
+                image: ArchivedImage {
                     number,
                     names: names.iter().map(PathBuf::from).collect(),
                     size: bytes(blocks + 2),

@@ -18,7 +18,7 @@ use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 pub use mounts::{MountedAt, mounted_at};
-pub use naming::{Kind, Revision, kind_of, looks_like_image, machine_of, revision_of};
+pub use naming::{FileKind, Revision, kind_of, looks_like_image, machine_of, revision_of};
 pub use qubes::qubes_folders;
 
 use crate::error::{Error, Result};
@@ -416,7 +416,7 @@ impl Search {
         }
         let machine = machine_of(&path);
         match kind_of(&path) {
-            Kind::Image => {
+            FileKind::Image => {
                 let id = (stat.st_dev, stat.st_ino);
                 let known = self.found.entry(id).or_insert_with(|| Found {
                     path: path.clone(),
@@ -435,12 +435,12 @@ impl Search {
                 }
                 known.names.insert(path);
             }
-            Kind::Import => {
+            FileKind::Import => {
                 self.importing.insert(machine);
                 self.pool.skipped.push(Skipped::new(&path, Skip::ImportInProgress));
             }
-            Kind::Volatile => self.pool.skipped.push(Skipped::new(&path, Skip::Volatile)),
-            Kind::Temporary => {}
+            FileKind::Volatile => self.pool.skipped.push(Skipped::new(&path, Skip::Volatile)),
+            FileKind::Temporary => {}
         }
     }
 

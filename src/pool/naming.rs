@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// What a file is, by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum FileKind {
     /// An image or a revision.
     Image,
     /// The target of a Qubes import that is going on.
@@ -26,18 +26,18 @@ const EXTENSIONS: [&str; 10] = [
 const NAMELESS_BYTES_MIN: u64 = 16 << 20;
 
 /// What a file is. Qubes names: qubes-core-admin, `qubes/storage/reflink.py`.
-pub fn kind_of(path: &Path) -> Kind {
+pub fn kind_of(path: &Path) -> FileKind {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // The driver removes what matches `*.img*~*`.
     let is_temporary = name.split_once(".img").is_some_and(|(_, end)| end.contains('~'));
     if is_temporary || is_of_import(path) {
-        Kind::Temporary
+        FileKind::Temporary
     } else if name.ends_with("-import.img") {
-        Kind::Import
+        FileKind::Import
     } else if name == "volatile.img" || name == "volatile-dirty.img" {
-        Kind::Volatile
+        FileKind::Volatile
     } else {
-        Kind::Image
+        FileKind::Image
     }
 }
 
@@ -212,7 +212,7 @@ mod tests {
             ".root.img.vmfold-link",
             "a/.vmfold-import-0123abcd-12/blocks",
         ] {
-            assert_eq!(kind_of(Path::new(name)), Kind::Temporary, "{name}");
+            assert_eq!(kind_of(Path::new(name)), FileKind::Temporary, "{name}");
         }
         for name in [
             "private.img",
@@ -222,7 +222,7 @@ mod tests {
             ".vmfold-0123456789abcde~",
             "a/.vmfold-import/blocks",
         ] {
-            assert_eq!(kind_of(Path::new(name)), Kind::Image, "{name}");
+            assert_eq!(kind_of(Path::new(name)), FileKind::Image, "{name}");
         }
         assert_eq!(clean_of(OsStr::new("root-dirty.img")), Some("root.img".into()));
         assert_eq!(clean_of(OsStr::new("root.img")), None);

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::naming::{Kind, kind_of, machine_of, volume_of};
+use super::naming::{FileKind, kind_of, machine_of, volume_of};
 use super::{Skip, qubes};
 
 /// Where Qubes OS 4.3 notes which volumes are in use (qubes-core-admin, `qubes/storage/__init__.py`).
@@ -49,7 +49,7 @@ impl Signs {
             .find(|sign| is_machine || volume_of(sign) == volume_of(image));
         if let Some(sign) = sign {
             let skip = match kind_of(sign) {
-                Kind::Import => Skip::ImportInProgress,
+                FileKind::Import => Skip::ImportInProgress,
                 _ => Skip::Dirty,
             };
             return Some((skip, sign.clone()));
@@ -74,7 +74,7 @@ fn signs_in(folder: &Path) -> Vec<PathBuf> {
 
 fn signs_among(folder: &Path, names: &[OsString]) -> Vec<PathBuf> {
     let is_sign =
-        |name: &&OsString| name.as_bytes().ends_with(b"-dirty.img") || kind_of(Path::new(name)) == Kind::Import;
+        |name: &&OsString| name.as_bytes().ends_with(b"-dirty.img") || kind_of(Path::new(name)) == FileKind::Import;
     let mut found: Vec<PathBuf> = names.iter().filter(is_sign).map(|name| folder.join(name)).collect();
     found.sort();
     found

@@ -11,7 +11,7 @@ use crate::block::{ByteRange, bytes};
 use crate::error::Error;
 use crate::exec::fingerprints::Fingerprinted;
 use crate::exec::reclaim::ReclaimCounts;
-use crate::exec::restore::Outcome;
+use crate::exec::restore::RestoreOutcome;
 pub use crate::exec::restore::Restored;
 use crate::facts::{Compression, Extent, Facts, PinReason};
 use crate::fs::{Filesystem, images, physical_bytes};
@@ -272,7 +272,7 @@ pub struct Imported {
 
 impl Imported {
     /// What came of a restore from an archive to a folder.
-    pub fn of(archive: PathBuf, to: PathBuf, outcome: Outcome) -> Self {
+    pub fn of(archive: PathBuf, to: PathBuf, outcome: RestoreOutcome) -> Self {
         let commit = outcome.plan.contents.commit.as_ref();
         Self {
             archive,
@@ -289,7 +289,7 @@ impl Imported {
     }
 
     /// The same of a restore that was only planned.
-    pub fn planned(archive: PathBuf, to: PathBuf, outcome: Outcome) -> Self {
+    pub fn planned(archive: PathBuf, to: PathBuf, outcome: RestoreOutcome) -> Self {
         let plan = Some(outcome.plan.clone());
         Self {
             dry_run: true,

@@ -12,7 +12,7 @@ const FLAG_CSUM_INFO: u64 = 1;
 
 /// Which filesystem it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum FilesystemKind {
     /// It frees extents as a whole, and keeps checksums of data.
     Btrfs {
         /// `csum_type` of the superblock: 0 CRC32C, 1 xxhash64, 2 SHA-256, 3 `BLAKE2b`; none if the kernel is too old to say.
@@ -33,7 +33,7 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FsInfo {
     /// Which it is.
-    pub kind: Kind,
+    pub kind: FilesystemKind,
     /// The filesystem's UUID.
     pub uuid: [u8; 16],
     /// The device number of an XFS: a second copy of one may be mounted. 0 for a btrfs, whose subvolumes have numbers of their own.
@@ -61,7 +61,7 @@ fn btrfs_info(fd: impl AsFd) -> Result<FsInfo> {
     unsafe { ioctl(fd, Updater::<BTRFS_IOC_FS_INFO, _>::new(&mut args)) }?;
     let answered = args.flags & FLAG_CSUM_INFO != 0;
     Ok(FsInfo {
-        kind: Kind::Btrfs {
+        kind: FilesystemKind::Btrfs {
             checksum_type: answered.then_some(args.csum_type),
             checksum_bytes: if answered { args.csum_size } else { 0 },
         },
@@ -94,7 +94,7 @@ fn xfs_info(fd: impl AsFd) -> Result<FsInfo> {
     // SAFETY: the opcode takes a pointer to exactly this structure, plain integers all of them.
     unsafe { ioctl(&fd, Updater::<XFS_IOC_FSGEOMETRY_V4, _>::new(&mut geometry)) }?;
     Ok(FsInfo {
-        kind: Kind::Xfs {
+        kind: FilesystemKind::Xfs {
             reflinks: geometry.flags & XFS_FSOP_GEOM_FLAGS_REFLINK != 0,
             reverse_map: geometry.flags & XFS_FSOP_GEOM_FLAGS_RMAPBT != 0,
         },

@@ -14,7 +14,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts, ImageId};
 use crate::fingerprint::Function;
-use crate::fs::{Filesystem, HeldRange, Image, Mapped, Outcome, SourceFile};
+use crate::fs::{Filesystem, HeldRange, ImageInfo, Mapped, ShareOutcome, SourceFile};
 use crate::spill::{Budget, SpillVec};
 
 /// Calls that can go wrong, by what they do. Those of one kind are counted from 0.
@@ -163,7 +163,7 @@ impl Filesystem for Faulty<'_> {
         self.inner.image_count()
     }
 
-    fn image(&self, image: ImageId) -> &Image {
+    fn image(&self, image: ImageId) -> &ImageInfo {
         self.inner.image(image)
     }
 
@@ -302,9 +302,9 @@ impl Filesystem for Faulty<'_> {
         self.inner.settle_donor(donor)
     }
 
-    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
+    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> ShareOutcome {
         match self.meets(Call::Share) {
-            Some(Fault::Fails(errno)) => return Outcome::Refused(errno),
+            Some(Fault::Fails(errno)) => return ShareOutcome::Refused(errno),
             Some(Fault::Changed) => {
                 let last = (offset + length) / BLOCK_BYTES - 1;
                 self.change(image, u32::try_from(last).unwrap_or(u32::MAX));
@@ -317,7 +317,7 @@ impl Filesystem for Faulty<'_> {
             .iter()
             .any(|(file, offset)| self.has_unreadable(*file, *offset, length))
         {
-            return Outcome::Refused(Errno::IO);
+            return ShareOutcome::Refused(Errno::IO);
         }
         self.inner.share(source, source_offset, image, offset, length)
     }
@@ -382,7 +382,10 @@ mod tests {
         };
         assert_eq!([read(0, 0), read(1, 0), read(0, 1)], [Err(true), Err(true), Ok(())]);
         let share = |block| faulty.share(SourceFile::Image(0), bytes(block), 0, bytes(block), bytes(1));
-        assert_eq!([share(0), share(1)], [Outcome::Refused(Errno::IO), Outcome::Shared]);
+        assert_eq!(
+            [share(0), share(1)],
+            [ShareOutcome::Refused(Errno::IO), ShareOutcome::Shared]
+        );
     }
 
     #[test]
@@ -413,7 +416,7 @@ mod tests {
         let fs = pool();
         let faulty = Faulty::new(&fs, Call::Share, 0, Fault::Changed, false);
         let share = || faulty.share(SourceFile::Image(0), 0, 1, 0, bytes(1));
-        assert_eq!([share(), share()], [Outcome::Differs, Outcome::Differs]);
+        assert_eq!([share(), share()], [ShareOutcome::Differs, ShareOutcome::Differs]);
         assert_eq!(faulty.changed(), BTreeSet::from([(1, 0)]));
         assert_eq!(fs.contents(), [[7, 8], [CHANGED, 0]]);
     }

@@ -18,7 +18,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, PinReason, Reference};
 use crate::fingerprint::Function;
-use crate::fs::{self, Filesystem, HeldRange, Image, Outcome, SourceFile};
+use crate::fs::{self, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
 use crate::spill::{Budget, SpillVec};
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
@@ -405,7 +405,7 @@ impl Filesystem for Simulated {
         self.count_images()
     }
 
-    fn image(&self, image: ImageId) -> &Image {
+    fn image(&self, image: ImageId) -> &ImageInfo {
         self.known_image(image)
     }
 
@@ -568,18 +568,18 @@ impl Filesystem for Simulated {
         Ok(())
     }
 
-    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
+    fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> ShareOutcome {
         self.with(|state| {
             state.calls += 1;
             if self.is_dead(state) {
-                return Outcome::Refused(Errno::IO);
+                return ShareOutcome::Refused(Errno::IO);
             }
             if self
                 .faults
                 .refuse_every
                 .is_some_and(|every| state.calls.is_multiple_of(every))
             {
-                return Outcome::Refused(Errno::AGAIN);
+                return ShareOutcome::Refused(Errno::AGAIN);
             }
             let checksummed = match source {
                 SourceFile::Hole { checksummed } => checksummed,
@@ -589,14 +589,14 @@ impl Filesystem for Simulated {
                 .iter()
                 .all(|number| number.is_multiple_of(BLOCK_BYTES));
             if !aligned || checksummed != state.images[image as usize].checksummed {
-                return Outcome::Refused(Errno::INVAL);
+                return ShareOutcome::Refused(Errno::INVAL);
             }
             let at = |n: usize| (block_at(source_offset) + n, block_at(offset) + n);
             let blocks = block_at(length);
             let read = |state: &State, n| state.file(source).map_or(0, |file| state.content(file, n));
             let image = image as usize;
             if (0..blocks).any(|n| read(state, at(n).0) != state.content(&state.images[image], at(n).1)) {
-                return Outcome::Differs;
+                return ShareOutcome::Differs;
             }
             for n in 0..blocks {
                 let mapped = state
@@ -604,7 +604,7 @@ impl Filesystem for Simulated {
                     .and_then(|file| file.blocks.get(at(n).0).copied().flatten());
                 state.images[image].blocks[at(n).1] = mapped;
             }
-            Outcome::Shared
+            ShareOutcome::Shared
         })
     }
 

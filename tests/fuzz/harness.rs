@@ -22,7 +22,7 @@ pub(crate) fn decoders(bytes: &[u8]) {
     }
     let _ = Head::decode(bytes);
     if let Ok(plan) = manifest::decode(bytes) {
-        let mut builder = manifest::Builder::default();
+        let mut builder = manifest::ManifestBuilder::default();
         if builder.add(plan.part).is_ok() {
             let _ = builder.finish();
         }

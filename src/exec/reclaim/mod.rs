@@ -18,7 +18,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Exhausted, Result};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
-use crate::fs::{Filesystem, Outcome, SourceFile};
+use crate::fs::{Filesystem, ShareOutcome, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::{Batch, DonorFile, Op, ReclaimPlan, ShareSource};
 use crate::pool::Skip;
@@ -401,13 +401,13 @@ fn share(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOutcome) -> Resu
         outcome = try_it();
     }
     match outcome {
-        Outcome::Shared => ran.counts.shared_bytes += call.length,
-        Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
-        Outcome::Differs => ran.counts.differing_bytes += call.length,
-        Outcome::Refused(errno) if is_full(outcome) => {
+        ShareOutcome::Shared => ran.counts.shared_bytes += call.length,
+        ShareOutcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
+        ShareOutcome::Differs => ran.counts.differing_bytes += call.length,
+        ShareOutcome::Refused(errno) if is_full(outcome) => {
             return Err(Error::writing("share blocks of", fs.path(call.image))(errno));
         }
-        Outcome::Refused(errno) => refused(fs, call, errno, ran),
+        ShareOutcome::Refused(errno) => refused(fs, call, errno, ran),
     }
     Ok(())
 }
@@ -448,8 +448,8 @@ fn first_unreadable(fs: &dyn Filesystem, file: SourceFile, offset: u64, length: 
         .find_map(|at| fs.read(file, at, &mut block).err())
 }
 
-fn is_full(outcome: Outcome) -> bool {
-    matches!(outcome, Outcome::Refused(errno) if Exhausted::of(errno.kind()).is_some())
+fn is_full(outcome: ShareOutcome) -> bool {
+    matches!(outcome, ShareOutcome::Refused(errno) if Exhausted::of(errno.kind()).is_some())
 }
 
 /// Shares the runs of blocks of a range that are equal, and counts those that are not.
@@ -462,10 +462,10 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOut
         let Some(call) = equal.take() else { return };
         ran.counts.calls += 1;
         match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
-            Outcome::Shared => ran.counts.shared_bytes += call.length,
+            ShareOutcome::Shared => ran.counts.shared_bytes += call.length,
             // It changed since it was read a moment ago. Whatever holds the extent is relocated.
-            Outcome::Differs => ran.counts.differing_bytes += call.length,
-            Outcome::Refused(errno) => refused(fs, call, errno, ran),
+            ShareOutcome::Differs => ran.counts.differing_bytes += call.length,
+            ShareOutcome::Refused(errno) => refused(fs, call, errno, ran),
         }
     };
     let mut done = 0;

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use super::RestoreOptions;
 use super::destination::{self, Interrupted};
 use super::folder::{Place, Root, State};
-use super::names::{Image, New, Temporaries, give_names};
-use super::place::{Counts, fill, without_checksums};
+use super::names::{NewImage, Temporaries, UnnamedFile, give_names};
+use super::place::{PlacingCounts, fill, without_checksums};
 use super::staging::{Noted, Staging};
 use super::standing::Standing;
 use crate::content::{Metadata, StoreBlock};
@@ -74,7 +74,7 @@ struct Made<'a> {
 ///
 /// # Errors
 /// Those of the checks, which are made once more, and of writing; [`Error::Interrupted`].
-pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses) -> Result<Counts> {
+pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses) -> Result<PlacingCounts> {
     let Site {
         plan,
         options,
@@ -171,14 +171,14 @@ fn make_all<'a>(
     temporaries: &Temporaries,
     may_be_open: u64,
     losses: &Losses,
-) -> Result<(Vec<Image>, Vec<Made<'a>>, Counts)> {
+) -> Result<(Vec<NewImage>, Vec<Made<'a>>, PlacingCounts)> {
     let nodatacow = staged_without_checksums(site, staging)?;
     let make = |at: usize, job: &Job<'_>| {
         let first = job.places.first().ok_or(Errno::NOENT);
         let first = first.map_err(Error::io("make a file in", site.root.path()))?;
-        let mut counts = Counts::default();
+        let mut counts = PlacingCounts::default();
         let stays_open = (at as u64) < may_be_open;
-        let (new, state) = New::make(first, temporaries, stays_open, |file| {
+        let (new, state) = UnnamedFile::make(first, temporaries, stays_open, |file| {
             counts = fill_one(
                 site,
                 (staging, nodatacow.as_ref()),
@@ -190,13 +190,14 @@ fn make_all<'a>(
         })?;
         Ok((new, state, counts))
     };
-    let made: Vec<Result<(New, State, Counts)>> = jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
-    let (mut counts, mut images, mut all) = (Counts::default(), Vec::new(), Vec::new());
+    let made: Vec<Result<(UnnamedFile, State, PlacingCounts)>> =
+        jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
+    let (mut counts, mut images, mut all) = (PlacingCounts::default(), Vec::new(), Vec::new());
     for (one, Job { restored, places }) in made.into_iter().zip(jobs) {
         let (new, state, more) = one?;
         counts += more;
         all.push(Made { restored, state });
-        images.push(Image { new, places });
+        images.push(NewImage { new, places });
     }
     Ok((images, all, counts))
 }
@@ -208,7 +209,7 @@ fn fill_one(
     restored: &RestoredImage,
     (file, path): (&File, &Path),
     losses: &Losses,
-) -> Result<Counts> {
+) -> Result<PlacingCounts> {
     let image = site.plan.runs_of(restored);
     let metadata = &image.image.metadata;
     if let Some(problem) = attributes::prepare(file, metadata) {
@@ -245,7 +246,7 @@ fn remove_leftovers(jobs: &[Job<'_>], noted: &Noted) -> Result<()> {
 }
 
 /// Makes durable all filesystems that new images are on: others may be mounted below the folder.
-fn sync_filesystems(images: &[Image], made: &[Made<'_>]) -> Result<()> {
+fn sync_filesystems(images: &[NewImage], made: &[Made<'_>]) -> Result<()> {
     let mut synced = BTreeSet::new();
     for (image, made) in images.iter().zip(made) {
         let Some(place) = image.places.first().filter(|_| synced.insert(made.state.id.0)) else {
@@ -289,11 +290,11 @@ fn set_folders(site: Site<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
 /// Sets what an image or folder has beside its content, and notes what could not be set.
 fn apply(file: &File, path: &Path, metadata: &Metadata, site: Site<'_>) -> Result<()> {
     let Site { options, monitor, .. } = site;
-    let how = attributes::How {
+    let policy = attributes::AttributePolicy {
         numeric_owner: options.numeric_owner,
         preserve_special: options.preserve_special,
     };
-    let not = attributes::apply(file, path, metadata, how)?;
+    let not = attributes::apply(file, path, metadata, policy)?;
     if !not.problems.is_empty() {
         let problems = some_of(&not.problems);
         monitor.note(&format!("`{}`: could not set {problems}", shown(path)));

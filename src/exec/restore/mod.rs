@@ -86,7 +86,7 @@ pub struct Restored {
 
 /// What came of a restore.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct RestoreOutcome {
     /// What was carried out, or is to be.
     pub plan: RestorePlan,
     /// What was done; none where nothing was restored: it is only a plan, or some of it is lost.
@@ -158,9 +158,9 @@ impl<'a> Restore<'a> {
     ///
     /// # Errors
     /// Those of [`Restore::plan`], where that was not called yet.
-    pub fn into_plan(mut self) -> Result<Outcome> {
+    pub fn into_plan(mut self) -> Result<RestoreOutcome> {
         let Planned { plan, .. } = self.take_plan()?;
-        Ok(Outcome {
+        Ok(RestoreOutcome {
             plan,
             restored: None,
             lost: Vec::new(),
@@ -180,7 +180,7 @@ impl<'a> Restore<'a> {
     /// # Errors
     /// Before anything is written: if an interrupted restore is there and not to be gone on with, or it does not fit. Later: those of
     /// reading the source and of writing; what was restored so far is kept.
-    pub fn execute(mut self) -> Result<Outcome> {
+    pub fn execute(mut self) -> Result<RestoreOutcome> {
         let planned = self.take_plan()?;
         let folder = self.work_folder();
         if !self.options.resume && Noted::read(self.root.file(), &folder).is_some() {
@@ -271,7 +271,7 @@ impl<'a> Restore<'a> {
         Ok(selected)
     }
 
-    fn run(&mut self, first: Planned, staging: &mut Staging) -> Result<Outcome> {
+    fn run(&mut self, first: Planned, staging: &mut Staging) -> Result<RestoreOutcome> {
         let noted = staging.noted().clone();
         let mut restored = Restored::default();
         let (mut planned, mut committed) = (first, None);
@@ -366,7 +366,7 @@ impl<'a> Restore<'a> {
     }
 
     /// Says what is lost, and makes the rest.
-    fn finish(&mut self, plan: RestorePlan, staging: &mut Staging, mut restored: Restored) -> Result<Outcome> {
+    fn finish(&mut self, plan: RestorePlan, staging: &mut Staging, mut restored: Restored) -> Result<RestoreOutcome> {
         let wanted = plan.wanted.iter().cloned();
         let blocks: Vec<Range<StoreBlock>> = wanted.flat_map(|range| staging.missing(range)).collect();
         if !blocks.is_empty() && !self.source.knows_hashes() && !self.options.only.is_empty() && !self.options.partial {
@@ -384,7 +384,7 @@ impl<'a> Restore<'a> {
         let mut lost = lost_images(&plan, &mut losses);
         let later_damage = self.source.has_later_damage();
         if !lost.is_empty() && !self.options.partial {
-            return Ok(Outcome {
+            return Ok(RestoreOutcome {
                 plan,
                 restored: None,
                 lost,
@@ -410,7 +410,7 @@ impl<'a> Restore<'a> {
         restored.clones = counts.clones;
         restored.shared_bytes = counts.cloned_bytes;
         restored.copied_bytes = counts.copied_bytes;
-        Ok(Outcome {
+        Ok(RestoreOutcome {
             plan,
             restored: Some(restored),
             lost,

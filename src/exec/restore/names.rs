@@ -60,7 +60,7 @@ impl Temporaries {
 
 /// A file that was made and has none of its names yet. It goes with this value if it gets none.
 #[derive(Debug)]
-pub struct New {
+pub struct UnnamedFile {
     /// None if more files are made than can be open.
     file: Option<File>,
     /// Its name until then, where it needs one.
@@ -68,7 +68,7 @@ pub struct New {
     id: FileId,
 }
 
-impl New {
+impl UnnamedFile {
     /// Makes a file, which `fill` completes, in the folder of a place. With `stays_open` its descriptor is kept, and it needs no name where
     /// the filesystem can do without.
     ///
@@ -126,7 +126,7 @@ impl New {
     }
 }
 
-impl Drop for New {
+impl Drop for UnnamedFile {
     fn drop(&mut self) {
         if let Some(temporary) = &self.temporary {
             remove_if(temporary, self.id);
@@ -141,9 +141,9 @@ fn remove_if(place: &Place, id: FileId) -> bool {
 
 /// A new file and the names it is to get.
 #[derive(Debug)]
-pub struct Image {
+pub struct NewImage {
     /// The file.
-    pub new: New,
+    pub new: UnnamedFile,
     /// Its names: the first is in the folder it was made in.
     pub places: Vec<Place>,
 }
@@ -162,7 +162,7 @@ enum Step {
 }
 
 /// A name that a new file gets.
-struct Given<'a> {
+struct GivenName<'a> {
     place: &'a Place,
     new: FileId,
     /// What stood there.
@@ -178,7 +178,7 @@ struct Given<'a> {
 /// [`Error::InUse`] if someone opens what is replaced, [`Error::Exists`] if something stands where nothing did; then everything is as it was.
 /// [`Error::HalfReplaced`] if that could not be had.
 pub fn give_names(
-    images: &[Image],
+    images: &[NewImage],
     standing: &Standing,
     temporaries: &Temporaries,
     mut placed: impl FnMut(usize) -> Result<()>,
@@ -215,11 +215,11 @@ fn give<'a>(
     place: &'a Place,
     standing: &Standing,
     temporaries: &Temporaries,
-    given: &mut Vec<Given<'a>>,
+    given: &mut Vec<GivenName<'a>>,
 ) -> Result<()> {
     let failed = |errno| Error::io("give its name to", &place.path)(errno);
     let old = standing.at(place);
-    let mut one = Given {
+    let mut one = GivenName {
         place,
         new,
         old,
@@ -285,7 +285,7 @@ fn changed(place: &Place) -> Error {
 }
 
 /// Undoes what was done, last first. Returns the error, with what could not be undone.
-fn take_back(images: &[Image], given: &[Given<'_>], standing: &Standing, error: Error) -> Error {
+fn take_back(images: &[NewImage], given: &[GivenName<'_>], standing: &Standing, error: Error) -> Error {
     let mut replaced = Vec::new();
     for one in given.iter().rev() {
         let is_undone = match (one.step, &one.temporary) {
@@ -361,15 +361,15 @@ mod tests {
             self.root.place(Path::new(name), false, |_| {}).unwrap().unwrap()
         }
 
-        fn image(&self, names: &[&str], stays_open: bool) -> Image {
+        fn image(&self, names: &[&str], stays_open: bool) -> NewImage {
             let places: Vec<Place> = names.iter().map(|name| self.place(name)).collect();
             let fill = |mut file: &File| {
                 file.write_all(names[0].as_bytes())
                     .map_err(Error::io("write", &places[0].path))
             };
-            let (new, state) = New::make(&places[0], &self.temporaries, stays_open, fill).unwrap();
+            let (new, state) = UnnamedFile::make(&places[0], &self.temporaries, stays_open, fill).unwrap();
             assert_eq!(state.size, names[0].len() as u64);
-            Image { new, places }
+            NewImage { new, places }
         }
 
         fn all(&self) -> Vec<(OsString, String)> {
@@ -411,7 +411,7 @@ mod tests {
                 ]
             };
             let one = images();
-            let leased = |images: &[Image; 2]| {
+            let leased = |images: &[NewImage; 2]| {
                 let places: Vec<Place> = images.iter().map(|image| image.places[0].clone()).collect();
                 Standing::lease(places.iter()).unwrap()
             };

@@ -8,10 +8,10 @@ use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer
 use crate::archive::commit::{Commit, CommitLocation};
 use crate::archive::head::Head;
 use crate::archive::index;
-use crate::archive::manifest::{self, Announced, Builder, Part};
+use crate::archive::manifest::{self, Announced, ManifestBuilder, PlanPart};
 use crate::archive::pack::{self, FrameInfo};
 use crate::archive::reader::{Committed, find_commit};
-use crate::archive::record::{Hash, Header, Kind, hash_of};
+use crate::archive::record::{Hash, Header, RecordKind, hash_of};
 use crate::archive::stream::{Event, Stream};
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::content::StoreBlock;
@@ -77,7 +77,7 @@ impl Record {
 #[derive(Default)]
 struct Epoch {
     number: u64,
-    builder: Builder,
+    builder: ManifestBuilder,
     announced: Vec<Announced>,
     announced_blocks: usize,
     announced_end: StoreBlock,
@@ -143,7 +143,7 @@ impl<'a> PipeSource<'a> {
                     return Ok(Some(Record { header, offset, body }));
                 }
                 Some(Event::Damage { range, problem, header }) => {
-                    self.epoch.doubtful |= header.is_none_or(|header| header.kind == Kind::Plan);
+                    self.epoch.doubtful |= header.is_none_or(|header| header.kind == RecordKind::Plan);
                     self.damaged(range.start, range.length, problem)?;
                 }
                 Some(Event::Unsupported(problem)) => {
@@ -189,17 +189,17 @@ impl<'a> PipeSource<'a> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
         match record.header.kind {
-            Kind::Head => {
+            RecordKind::Head => {
                 Head::decode(&record.body).map_err(|problem| Error::Unsupported {
                     path: path.clone(),
                     problem,
                 })?;
             }
-            Kind::Plan => match manifest::decode(&record.body).map_err(malformed)?.part {
-                Part::Blocks(announced) => self.epoch.announce(announced, self.options.announces),
+            RecordKind::Plan => match manifest::decode(&record.body).map_err(malformed)?.part {
+                PlanPart::Blocks(announced) => self.epoch.announce(announced, self.options.announces),
                 part => self.epoch.builder.add(part).map_err(malformed)?,
             },
-            Kind::Index => {
+            RecordKind::Index => {
                 let (first, hashes) = index::decode(&record.body).map_err(malformed)?;
                 self.hashes.add(first, hashes)?;
                 if let Some(sink) = sink
@@ -208,7 +208,7 @@ impl<'a> PipeSource<'a> {
                     return Err(malformed("a block is not the one that the INDEX says"));
                 }
             }
-            Kind::Pack | Kind::Commit | Kind::Tail | Kind::Other(_) => {}
+            RecordKind::Pack | RecordKind::Commit | RecordKind::Tail | RecordKind::Other(_) => {}
         }
         Ok(())
     }
@@ -338,8 +338,8 @@ impl BlockSource for PipeSource<'_> {
             let (epoch, offset) = (record.header.epoch, record.offset);
             let done = match record.header.kind {
                 // Behind a COMMIT, an epoch has nothing more.
-                Kind::Pack | Kind::Commit if self.offered == Some(epoch) => Ok(None),
-                Kind::Pack | Kind::Commit => self.offer_of(&record),
+                RecordKind::Pack | RecordKind::Commit if self.offered == Some(epoch) => Ok(None),
+                RecordKind::Pack | RecordKind::Commit => self.offer_of(&record),
                 _ => self.take(&record, None).map(|()| None),
             };
             if let Some(offer) = self.unless_damaged(offset, done)? {
@@ -357,15 +357,15 @@ impl BlockSource for PipeSource<'_> {
             let offset = record.offset;
             let is_offered = self.offered == Some(record.header.epoch);
             let done = match record.header.kind {
-                Kind::Pack | Kind::Commit if !is_offered => {
+                RecordKind::Pack | RecordKind::Commit if !is_offered => {
                     self.pending = Some(record);
                     return Ok(Delivered {
                         committed: None,
                         is_last: false,
                     });
                 }
-                Kind::Pack => self.take_pack(&record, sink).map(|()| None),
-                Kind::Commit => self.take_commit(&record),
+                RecordKind::Pack => self.take_pack(&record, sink).map(|()| None),
+                RecordKind::Commit => self.take_commit(&record),
                 _ => self.take(&record, Some(&mut *sink)).map(|()| None),
             };
             if let Some(delivered) = self.unless_damaged(offset, done)? {

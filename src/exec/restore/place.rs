@@ -21,7 +21,7 @@ const COPY_BYTES: u64 = 1 << 20;
 
 /// What making images took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct PlacingCounts {
     /// Ranges that share extents.
     pub clones: u64,
     /// Bytes that share extents.
@@ -30,7 +30,7 @@ pub struct Counts {
     pub copied_bytes: u64,
 }
 
-impl std::ops::AddAssign for Counts {
+impl std::ops::AddAssign for PlacingCounts {
     fn add_assign(&mut self, more: Self) {
         self.clones += more.clones;
         self.cloned_bytes += more.cloned_bytes;
@@ -49,9 +49,9 @@ pub fn fill(
     lost: &[Range<StoreBlock>],
     shares: bool,
     monitor: &dyn Monitor,
-) -> Result<Counts> {
+) -> Result<PlacingCounts> {
     let failed = Error::writing("write to", path);
-    let mut counts = Counts::default();
+    let mut counts = PlacingCounts::default();
     let mut at = 0u64;
     let mut buffer = Vec::new();
     image.set_len(size).map_err(&failed)?;

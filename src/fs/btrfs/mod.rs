@@ -17,7 +17,7 @@ use rustix::io::Errno;
 pub(super) use holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
-use super::{Filesystem, HeldRange, Image, Mapped, Outcome, Purpose, SourceFile, kernel};
+use super::{Filesystem, HeldRange, ImageInfo, Mapped, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::block::{BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};

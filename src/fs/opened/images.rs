@@ -15,7 +15,7 @@ use super::Specifics;
 use super::watch::Watch;
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::fs::{Image, Purpose};
+use crate::fs::{ImageInfo, Purpose};
 use crate::pool::users::{self, FileId};
 use crate::pool::{Found, Skip, Skipped};
 use crate::shown::shown;
@@ -48,7 +48,7 @@ impl Purpose {
 #[derive(Debug)]
 pub(in crate::fs) struct OpenImage {
     /// What verbs know of it.
-    pub(in crate::fs) known: Image,
+    pub(in crate::fs) known: ImageInfo,
     /// The subvolume's tree; 0 where there are no subvolumes.
     pub(in crate::fs) root: u64,
     /// Its inode there.
@@ -331,7 +331,7 @@ fn open_one(
         Err(errno) => return failed("look at", errno),
     };
     Ok(Ok(OpenImage {
-        known: Image {
+        known: ImageInfo {
             path: path.clone(),
             size: metadata.len(),
             checksummed: true,

@@ -19,7 +19,7 @@ pub(super) use images::OpenImage;
 pub(super) use scratch::{Scratch, SetUp};
 
 use super::kernel::{self, Verdict};
-use super::{Image, Outcome, Purpose, SourceFile, attributes};
+use super::{ImageInfo, Purpose, ShareOutcome, SourceFile, attributes};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
@@ -115,7 +115,7 @@ impl Opened {
     }
 
     /// What verbs know of an image.
-    pub(super) fn known(&self, image: ImageId) -> &Image {
+    pub(super) fn known(&self, image: ImageId) -> &ImageInfo {
         &self.image(image).known
     }
 
@@ -178,18 +178,18 @@ impl Opened {
         image: ImageId,
         offset: u64,
         length: u64,
-    ) -> Outcome {
+    ) -> ShareOutcome {
         let destination = &self.image(image).file;
         let called = self.with_file(source, |file, path| {
             dedupe_range(file, source_offset, destination, offset, length).map_err(Error::io("share blocks of", path))
         });
         match called {
             // A success without progress is none: the range would be asked for for ever.
-            Ok(Deduped::Same(0)) => Outcome::Refused(Errno::IO),
-            Ok(Deduped::Same(_)) => Outcome::Shared,
-            Ok(Deduped::Differs) => Outcome::Differs,
-            Ok(Deduped::Refused(errno)) => Outcome::Refused(errno),
-            Err(error) => Outcome::Refused(errno_of(&error)),
+            Ok(Deduped::Same(0)) => ShareOutcome::Refused(Errno::IO),
+            Ok(Deduped::Same(_)) => ShareOutcome::Shared,
+            Ok(Deduped::Differs) => ShareOutcome::Differs,
+            Ok(Deduped::Refused(errno)) => ShareOutcome::Refused(errno),
+            Err(error) => ShareOutcome::Refused(errno_of(&error)),
         }
     }
 
@@ -258,7 +258,7 @@ macro_rules! reads_opened {
             u32::try_from(self.opened.images.len()).unwrap_or(u32::MAX)
         }
 
-        fn image(&self, image: ImageId) -> &Image {
+        fn image(&self, image: ImageId) -> &ImageInfo {
             self.opened.known(image)
         }
 
@@ -327,7 +327,14 @@ macro_rules! shares_opened {
             self.commit()
         }
 
-        fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> Outcome {
+        fn share(
+            &self,
+            source: SourceFile,
+            source_offset: u64,
+            image: ImageId,
+            offset: u64,
+            length: u64,
+        ) -> ShareOutcome {
             self.opened.share(source, source_offset, image, offset, length)
         }
 

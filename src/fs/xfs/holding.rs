@@ -34,7 +34,7 @@ pub(in crate::fs) fn images_holding(
             return None;
         }
         let is_image = entry.file_type().is_file()
-            && pool::kind_of(entry.path()) == pool::Kind::Image
+            && pool::kind_of(entry.path()) == pool::FileKind::Image
             && entry
                 .metadata()
                 .is_ok_and(|metadata| pool::looks_like_image(entry.path(), metadata.len()));

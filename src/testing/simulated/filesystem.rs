@@ -12,7 +12,7 @@ use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::content::Metadata;
 use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::fingerprint::Function;
-use crate::fs::{Image, Mapped, SourceFile};
+use crate::fs::{ImageInfo, Mapped, SourceFile};
 use crate::spill::SpillVec;
 
 /// The function that its checksums are made with, as those of a btrfs with defaults.
@@ -27,10 +27,10 @@ pub fn block_of(content: Content) -> [u8; BLOCK_LEN] {
 
 /// What is known of images: a list that only grows, so that what it lends stays where it is.
 #[derive(Debug, Default)]
-pub(super) struct Known(OnceLock<Box<(Image, Known)>>);
+pub(super) struct Known(OnceLock<Box<(ImageInfo, Known)>>);
 
 impl Known {
-    fn get(&self, place: ImageId, make: impl Fn(ImageId) -> Image) -> &Image {
+    fn get(&self, place: ImageId, make: impl Fn(ImageId) -> ImageInfo) -> &ImageInfo {
         let mut at = self;
         let mut number = 0;
         loop {
@@ -50,13 +50,13 @@ impl Simulated {
     }
 
     /// An image as a run knows it.
-    pub(super) fn known_image(&self, image: ImageId) -> &Image {
+    pub(super) fn known_image(&self, image: ImageId) -> &ImageInfo {
         self.known.get(image, |number| {
             let (checksummed, blocks) = self.with(|state| {
                 let file = state.images.get(number as usize);
                 file.map_or((true, 0), |file| (file.checksummed, file.blocks.len() as u64))
             });
-            Image {
+            ImageInfo {
                 path: format!("image-{number}.img").into(),
                 size: blocks * BLOCK_BYTES,
                 checksummed,
