@@ -10,7 +10,7 @@ pub(super) const VERSION: u32 = 1;
 
 /// What is remembered of an extent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Entry {
+pub(super) struct ExtentRecord {
     pub(super) address: u64,
     pub(super) generation: u64,
     /// Bytes it takes on disk.
@@ -23,7 +23,7 @@ pub(super) struct Entry {
     pub(super) chunks: Vec<Chunk>,
 }
 
-impl Entry {
+impl ExtentRecord {
     /// What there is to remember of an extent.
     pub(super) fn of(facts: &Facts, place: usize, keep_plain: bool, chunker: &mut Chunker) -> Self {
         let extent = &facts.extents[place];
@@ -78,7 +78,7 @@ impl Entry {
 }
 
 /// Encodes a record.
-pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
+pub(super) fn encode(entries: &[ExtentRecord]) -> Vec<u8> {
     let mut record = Vec::new();
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
     record.extend(count(entries.len()));
@@ -109,7 +109,7 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
 }
 
 /// Decodes a record; none if its hash is wrong or it makes no sense.
-pub(super) fn decode(record: &[u8]) -> Option<Vec<Entry>> {
+pub(super) fn decode(record: &[u8]) -> Option<Vec<ExtentRecord>> {
     let (payload, hash) = record.split_last_chunk::<8>()?;
     if xxhash_rust::xxh3::xxh3_64(payload) != u64::from_le_bytes(*hash) {
         return None;
@@ -145,7 +145,7 @@ pub(super) fn decode(record: &[u8]) -> Option<Vec<Entry>> {
                 })
             })
             .collect::<Option<Vec<_>>>()?;
-        entries.push(Entry {
+        entries.push(ExtentRecord {
             address,
             generation,
             disk_bytes,
@@ -189,10 +189,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn entry() -> impl Strategy<Value = Entry> {
+    fn entry() -> impl Strategy<Value = ExtentRecord> {
         let chunks = prop::collection::vec((any::<u16>(), any::<u64>()), 0..5);
         (any::<u32>(), any::<u64>(), 1u32..50, any::<bool>(), chunks).prop_map(
-            |(address, generation, blocks, computed, chunks)| Entry {
+            |(address, generation, blocks, computed, chunks)| ExtentRecord {
                 address: address.into(),
                 generation,
                 disk_bytes: u64::from(blocks) * 4096,

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::ChunkIndex;
-use super::record::{self, Entry};
-use super::stored::{self, AT_ONCE, Part, ZEROS};
+use super::record::{self, ExtentRecord};
+use super::stored::{self, AT_ONCE, StoredRange, ZEROS};
 use super::tables::{Problem, Tables};
 use crate::archive::reader::Committed;
 use crate::block::SlotSet;
@@ -59,7 +59,7 @@ impl<T: Tables> Recorded<T> {
     }
 
     /// Calls `visit` with every entry; records that are damaged have none.
-    pub(super) fn for_each(&self, mut visit: impl FnMut(&Entry)) -> Result<()> {
+    pub(super) fn for_each(&self, mut visit: impl FnMut(&ExtentRecord)) -> Result<()> {
         /// Records fetched at a time.
         const AT_ONCE: usize = 64;
         let mut last = None;
@@ -77,7 +77,7 @@ impl<T: Tables> Recorded<T> {
     }
 
     /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
-    pub(super) fn read(&self, segment: u64) -> Result<Vec<Entry>> {
+    pub(super) fn read(&self, segment: u64) -> Result<Vec<ExtentRecord>> {
         let records = self.tables.get(&self.tree, vec![segment.to_be_bytes().to_vec()]);
         let record = records.map_err(|problem| self.error(problem))?.pop().flatten();
         Ok(record.and_then(|record| record::decode(&record)).unwrap_or_default())
@@ -103,7 +103,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         while at < facts.extents.len() {
             let segment = facts.extents[at].address / SEGMENT_BYTES;
             let end = at + facts.extents[at..].partition_point(|extent| extent.address / SEGMENT_BYTES == segment);
-            let entries: HashMap<(u64, u64), Entry> = self
+            let entries: HashMap<(u64, u64), ExtentRecord> = self
                 .read(segment)?
                 .into_iter()
                 .map(|entry| ((entry.address, entry.generation), entry))
@@ -169,8 +169,8 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
             let mut entries = self.read(segment)?;
             // By their addresses, without overlap.
             let new = changed.iter();
-            let new: Vec<Entry> = new
-                .map(|place| Entry::of(facts, *place, self.keep_plain, &mut chunker))
+            let new: Vec<ExtentRecord> = new
+                .map(|place| ExtentRecord::of(facts, *place, self.keep_plain, &mut chunker))
                 .collect();
             entries.retain(|old| {
                 let after = new.partition_point(|new| new.end() <= old.address);
@@ -241,7 +241,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
             while let Some((slots, is_news)) = known.peek().filter(|(slots, _)| slots.slot < extent.slots().end) {
                 let start = slots.slot.max(extent.first_slot);
                 is_new |= is_news;
-                parts.push(Part {
+                parts.push(StoredRange {
                     block: start - extent.first_slot,
                     blocks: slots.end().min(extent.slots().end) - start,
                     store: match slots.content_at(start) {

@@ -18,7 +18,7 @@ pub(super) const ZEROS: StoreBlock = StoreBlock::MAX;
 
 /// A range of an extent and what it is in an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct StoredRange {
     pub(super) block: u32,
     pub(super) blocks: u32,
     pub(super) store: StoreBlock,
@@ -36,7 +36,7 @@ pub(super) fn key(extent: &Extent) -> [u8; 16] {
     key
 }
 
-pub(super) fn encode(digest: u128, committed: &Committed, parts: &[Part]) -> Vec<u8> {
+pub(super) fn encode(digest: u128, committed: &Committed, parts: &[StoredRange]) -> Vec<u8> {
     let mut out = digest.to_le_bytes().to_vec();
     out.extend(committed.commit.number.to_le_bytes());
     out.extend(committed.location.body_hash);
@@ -51,12 +51,12 @@ pub(super) fn encode(digest: u128, committed: &Committed, parts: &[Part]) -> Vec
 }
 
 /// What an entry says, if it is for an extent with this digest and for one of these commits.
-pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<Part>> {
+pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<StoredRange>> {
     let (content, hash) = entry.split_last_chunk::<8>()?;
     if xxhash_rust::xxh3::xxh3_64(content).to_le_bytes() != *hash {
         return None;
     }
-    let fields = || -> Decoded<Option<Vec<Part>>> {
+    let fields = || -> Decoded<Option<Vec<StoredRange>>> {
         let mut decoder = Decoder::new(content);
         if decoder.array()? != digest.to_le_bytes() {
             return Ok(None);
@@ -69,7 +69,7 @@ pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Optio
         };
         let mut parts = Vec::new();
         while decoder.left() > 0 {
-            let part = Part {
+            let part = StoredRange {
                 block: decoder.u32()?,
                 blocks: decoder.u32()?,
                 store: decoder.u32()?,
@@ -86,16 +86,16 @@ pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Optio
 }
 
 /// The parts of an extent in the order of their slots; none if they do not make sense.
-pub(super) fn slots_of(extent: &Extent, parts: &[Part]) -> Vec<KnownSlots> {
-    let inside = |part: &Part| {
+pub(super) fn slots_of(extent: &Extent, parts: &[StoredRange]) -> Vec<KnownSlots> {
+    let inside = |part: &StoredRange| {
         let end = part.block.checked_add(part.blocks);
         end.is_some_and(|end| end <= extent.blocks)
     };
-    let in_order = |pair: &[Part]| pair[0].block + pair[0].blocks <= pair[1].block;
+    let in_order = |pair: &[StoredRange]| pair[0].block + pair[0].blocks <= pair[1].block;
     if !parts.iter().all(inside) || !parts.windows(2).all(in_order) {
         return Vec::new();
     }
-    let known = |part: &Part| KnownSlots {
+    let known = |part: &StoredRange| KnownSlots {
         slot: extent.first_slot + part.block,
         blocks: part.blocks,
         content: match part.store {

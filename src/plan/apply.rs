@@ -1,6 +1,6 @@
 //! The *planned pool*: the pool as it would be once a layout was carried out.
 
-use super::layout::{Destination, Layout};
+use super::layout::{BlockDestination, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof, Proofs};
 use crate::fingerprint::Fingerprints;
@@ -192,13 +192,13 @@ impl PlannedExtents {
         let pieces = layout.resolve_all(facts, mapping.slots());
         let pieces = pieces.filter_map(|(piece, found)| {
             let (extent, slot) = match found {
-                Destination::Hole => return None,
-                Destination::Kept(slot) => {
+                BlockDestination::Hole => return None,
+                BlockDestination::Kept(slot) => {
                     let new = new_of(slot)?;
                     let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
                     (u32::try_from(extent).unwrap_or(u32::MAX), new)
                 }
-                Destination::Donor(donor, at) => {
+                BlockDestination::Donor(donor, at) => {
                     let extent = self.first_donor + donor;
                     (extent, first_slot(extent) + at)
                 }

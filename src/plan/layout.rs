@@ -52,7 +52,7 @@ impl DedupRun {
 
 /// Where blocks are after the plan was carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Destination {
+pub enum BlockDestination {
     /// Nowhere: the image has a hole there.
     Hole,
     /// In an extent of the pool, from this slot on.
@@ -333,7 +333,7 @@ impl Layout {
     }
 
     /// Where the beginning of a range of live slots ends up, and for how many blocks that holds.
-    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, Destination) {
+    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, BlockDestination) {
         let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);
         // This ends: each step leads to a slot that was a home when the run was decided, so only runs of later rounds can lead
         // on.
@@ -346,7 +346,7 @@ impl Layout {
             {
                 blocks = blocks.min(run.slot + run.blocks - slot);
                 match run.target {
-                    DedupTarget::Hole => return (blocks, Destination::Hole),
+                    DedupTarget::Hole => return (blocks, BlockDestination::Hole),
                     DedupTarget::Home(home) => slot = home + (slot - run.slot),
                 }
                 continue;
@@ -354,11 +354,11 @@ impl Layout {
             let extent = facts.extent_of(slot);
             let end = facts.extents[extent as usize].slots().end;
             if !self.is_gone(extent) {
-                return (blocks.min(end - slot), Destination::Kept(slot));
+                return (blocks.min(end - slot), BlockDestination::Kept(slot));
             }
             if facts.frees_blocks {
                 let end = self.runs.get(after).map_or(end, |next| next.slot.min(end));
-                return (blocks.min(end - slot), Destination::Kept(slot));
+                return (blocks.min(end - slot), BlockDestination::Kept(slot));
             }
             let place = self.leftovers.partition_point(|leftover| leftover.slot <= slot);
             let leftover = self.leftovers[place - 1];
@@ -366,7 +366,7 @@ impl Layout {
             blocks = blocks.min(leftover.slot + leftover.blocks - slot);
             return (
                 blocks,
-                Destination::Donor(leftover.donor, leftover.at + (slot - leftover.slot)),
+                BlockDestination::Donor(leftover.donor, leftover.at + (slot - leftover.slot)),
             );
         }
     }
@@ -376,7 +376,7 @@ impl Layout {
         &'a self,
         facts: &'a Facts,
         slots: Range<Slot>,
-    ) -> impl Iterator<Item = (Range<Slot>, Destination)> + 'a {
+    ) -> impl Iterator<Item = (Range<Slot>, BlockDestination)> + 'a {
         let mut at = slots.start;
         std::iter::from_fn(move || {
             (at < slots.end).then(|| {
@@ -511,14 +511,14 @@ mod tests {
                     at = piece.end;
                     for (n, slot) in (0..).zip(piece.clone()) {
                         let end = match found {
-                            Destination::Hole => '0',
-                            Destination::Kept(first) => {
+                            BlockDestination::Hole => '0',
+                            BlockDestination::Kept(first) => {
                                 let covered = layout.runs.iter().any(|run| (run.slot..run.slot + run.blocks).contains(&(first + n)));
                                 prop_assert!(!covered && (frees_blocks || !layout.is_gone(facts.extent_of(first + n))));
                                 prop_assert_eq!(facts.extent_of(first + n), facts.extent_of(first));
                                 content[(first + n) as usize]
                             }
-                            Destination::Donor(donor, from) => {
+                            BlockDestination::Donor(donor, from) => {
                                 let slots = layout.pieces_of(&layout.donors()[donor as usize]).iter().flat_map(Clone::clone);
                                 content[slots.collect::<Vec<_>>()[(from + n) as usize] as usize]
                             }

@@ -20,7 +20,7 @@ mod table;
 use std::collections::BTreeMap;
 
 pub use apply::{Origins, PlannedPool, apply};
-pub use layout::{COMPRESSED_BLOCKS_MAX, Destination, DonorExtent, Layout};
+pub use layout::{BlockDestination, COMPRESSED_BLOCKS_MAX, DonorExtent, Layout};
 pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
 pub use ops::{Batch, DonorFile, Op, ShareSource};
 

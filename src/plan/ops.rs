@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::greedy::matched_blocks;
-use super::layout::Destination;
+use super::layout::BlockDestination;
 use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Reason, ReclaimPlan};
 use crate::block::{Slot, bytes};
 use crate::facts::{Class, Facts, ImageId, Mapping};
@@ -76,7 +76,7 @@ pub(super) fn schedule(facts: &Facts, plan: &mut ReclaimPlan) {
     by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
     let mut by_batch = by_batch.into_iter().peekable();
     let last = plan.donor_files.last().map(|file| file.batch);
-    let mut space = Space::default();
+    let mut space = WorkSpace::default();
     for number in std::iter::once(None).chain((0..last.map_or(0, |last| last + 1)).map(Some)) {
         let first = plan.eliminations.len();
         while let Some((.., elimination)) = by_batch.next_if(|(batch, ..)| *batch == number) {
@@ -130,7 +130,7 @@ fn batch_of(facts: &Facts, plan: &ReclaimPlan, number: Option<u32>, first: usize
 
 /// Counts the bytes that donors take on the way, batch after batch.
 #[derive(Default)]
-struct Space {
+struct WorkSpace {
     /// What donors hold before what they replace is freed.
     held: u64,
     /// What the batch before frees.
@@ -143,7 +143,7 @@ struct Space {
     needed_bytes: u64,
 }
 
-impl Space {
+impl WorkSpace {
     /// Counts the next batch.
     fn pass(&mut self, plan: &ReclaimPlan, batch: &Batch) {
         let donors = plan.donor_files[batch.donor_files.clone()]
@@ -267,8 +267,8 @@ impl ReclaimPlan {
         let pieces = self.layout.resolve_all(facts, mapping.slots());
         pieces
             .flat_map(|(piece, found)| match found {
-                Destination::Hole => vec![op(piece.start, piece.end - piece.start, ShareSource::Hole)],
-                Destination::Donor(donor, at) => {
+                BlockDestination::Hole => vec![op(piece.start, piece.end - piece.start, ShareSource::Hole)],
+                BlockDestination::Donor(donor, at) => {
                     let (file, first) = self.donor_places[donor as usize];
                     vec![op(
                         piece.start,
@@ -276,8 +276,8 @@ impl ReclaimPlan {
                         ShareSource::Donor(file, first + at),
                     )]
                 }
-                Destination::Kept(home) if home == piece.start => Vec::new(),
-                Destination::Kept(home) => facts
+                BlockDestination::Kept(home) if home == piece.start => Vec::new(),
+                BlockDestination::Kept(home) => facts
                     .places_of(home..home + (piece.end - piece.start))
                     .map(|(slot, place)| {
                         op(
@@ -384,7 +384,7 @@ mod tests {
                             other => panic!("{op:?} counts on {other:?}"),
                         };
                         let (_, stays) = self.plan.layout.resolve(&self.pool.facts, slot..slot + 1);
-                        assert_eq!(stays, Destination::Kept(slot), "{op:?} counts on what goes");
+                        assert_eq!(stays, BlockDestination::Kept(slot), "{op:?} counts on what goes");
                         source
                     }
                 };

@@ -7,7 +7,7 @@ use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
 
 /// `struct iovec`.
 #[repr(C)]
-struct Piece {
+struct Iovec {
     address: u64,
     length: u64,
 }
@@ -41,7 +41,7 @@ const ZSTD: u32 = 2;
 /// # Errors
 /// Those of the call: `ENOTTY` before Linux 5.18, `EINVAL` for what does not keep to the limits, `ENOSPC`.
 pub fn write_frame(file: impl AsFd, offset: u64, frame: &[u8], content_bytes: u64) -> Result<()> {
-    let piece = Piece {
+    let piece = Iovec {
         address: frame.as_ptr().addr() as u64,
         length: frame.len() as u64,
     };

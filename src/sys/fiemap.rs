@@ -7,7 +7,7 @@ use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
 /// `struct fiemap` and `struct fiemap_extent` (uapi/linux/fiemap.h).
 #[repr(C)]
-struct Header {
+struct FiemapHeader {
     start: u64,
     length: u64,
     flags: u32,
@@ -18,7 +18,7 @@ struct Header {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Entry {
+struct FiemapExtent {
     logical: u64,
     physical: u64,
     length: u64,
@@ -30,12 +30,12 @@ struct Entry {
 const ENTRIES: u32 = 1024;
 
 #[repr(C)]
-struct Request {
-    header: Header,
-    entries: [Entry; ENTRIES as usize],
+struct FiemapRequest {
+    header: FiemapHeader,
+    entries: [FiemapExtent; ENTRIES as usize],
 }
 
-const FS_IOC_FIEMAP: Opcode = opcode::read_write::<Header>(b'f', 11);
+const FS_IOC_FIEMAP: Opcode = opcode::read_write::<FiemapHeader>(b'f', 11);
 /// `FIEMAP_FLAG_SYNC`: what is not on disk yet is put there first.
 const SYNC: u32 = 1;
 const LAST: u32 = 0x1;
@@ -49,7 +49,7 @@ const SHARED: u32 = 0x2000;
 
 /// A range of a file that lies in one piece on disk. All numbers are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mapping {
+pub struct FileMapping {
     /// Where it begins in the file.
     pub offset: u64,
     /// Where it begins on the device.
@@ -67,12 +67,12 @@ pub struct Mapping {
 /// # Errors
 /// Those of the system call; `EUCLEAN` if the answer makes no sense: a range that is not in blocks of its own, or one that was
 /// answered before.
-pub fn fiemap(fd: impl AsFd, mut visit: impl FnMut(Mapping)) -> Result<()> {
+pub fn fiemap(fd: impl AsFd, mut visit: impl FnMut(FileMapping)) -> Result<()> {
     // SAFETY: the structure is plain integers, for which all zeros are valid.
-    let mut request: Box<Request> = unsafe { Box::new(std::mem::zeroed()) };
+    let mut request: Box<FiemapRequest> = unsafe { Box::new(std::mem::zeroed()) };
     let mut start = 0;
     loop {
-        request.header = Header {
+        request.header = FiemapHeader {
             start,
             length: u64::MAX - start,
             flags: SYNC,
@@ -90,7 +90,7 @@ pub fn fiemap(fd: impl AsFd, mut visit: impl FnMut(Mapping)) -> Result<()> {
                 return Err(Errno::UCLEAN);
             }
             start = end;
-            visit(Mapping {
+            visit(FileMapping {
                 offset: entry.logical,
                 address: entry.physical,
                 length: entry.length,
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn layout_is_the_kernels() {
-        assert_eq!((size_of::<Header>(), size_of::<Entry>()), (32, 56));
+        assert_eq!((size_of::<FiemapHeader>(), size_of::<FiemapExtent>()), (32, 56));
         assert_eq!(FS_IOC_FIEMAP, 0xc020_660b);
     }
 }

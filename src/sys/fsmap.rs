@@ -8,7 +8,7 @@ use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 /// `struct fsmap` (uapi/linux/fsmap.h).
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Record {
+struct FsmapRecord {
     device: u32,
     flags: u32,
     physical: u64,
@@ -20,24 +20,24 @@ struct Record {
 
 /// `struct fsmap_head`.
 #[repr(C)]
-struct Header {
+struct FsmapHeader {
     flags_in: u32,
     flags_out: u32,
     count: u32,
     entries: u32,
     reserved: [u64; 6],
-    keys: [Record; 2],
+    keys: [FsmapRecord; 2],
 }
 
 const RECORDS: u32 = 1024;
 
 #[repr(C)]
-struct Request {
-    header: Header,
-    records: [Record; RECORDS as usize],
+struct FsmapRequest {
+    header: FsmapHeader,
+    records: [FsmapRecord; RECORDS as usize],
 }
 
-const FS_IOC_GETFSMAP: Opcode = opcode::read_write::<Header>(b'X', 59);
+const FS_IOC_GETFSMAP: Opcode = opcode::read_write::<FsmapHeader>(b'X', 59);
 const OF_SHARED: u32 = 0x8;
 const OF_SPECIAL_OWNER: u32 = 0x10;
 const OF_LAST: u32 = 0x20;
@@ -62,8 +62,8 @@ pub struct SharedBlocks {
 /// `CAP_SYS_ADMIN` it answers, but from the map of free space (kernel: `xfs_getfsmap`).
 pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Result<()> {
     // SAFETY: the structure is plain integers, for which all zeros are valid.
-    let mut request: Box<Request> = unsafe { Box::new(std::mem::zeroed()) };
-    request.header.keys[1] = Record {
+    let mut request: Box<FsmapRequest> = unsafe { Box::new(std::mem::zeroed()) };
+    request.header.keys[1] = FsmapRecord {
         device: u32::MAX,
         flags: u32::MAX,
         physical: u64::MAX,
@@ -99,7 +99,7 @@ pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Resu
             return if has_owners { Ok(()) } else { Err(Errno::PERM) };
         }
         // The kernel goes on behind a record that it is given back as the lower key.
-        let key = |record: &Record| (record.device, record.physical, record.owner, record.offset);
+        let key = |record: &FsmapRecord| (record.device, record.physical, record.owner, record.offset);
         if key(&last) < key(&request.header.keys[0]) {
             return Err(Errno::UCLEAN);
         }
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn layout_is_the_kernels() {
-        assert_eq!((size_of::<Header>(), size_of::<Record>()), (192, 64));
+        assert_eq!((size_of::<FsmapHeader>(), size_of::<FsmapRecord>()), (192, 64));
         assert_eq!(FS_IOC_GETFSMAP, 0xc0c0_583b);
     }
 }

@@ -29,12 +29,12 @@ const FREE_SHARE: u64 = 4;
 /// long. Copies of it are the same budget, which lasts as long as any list that was made from it. The default is none at all: then
 /// everything is in memory.
 #[derive(Debug, Clone, Default)]
-pub struct Budget(Option<Arc<Mutex<Space>>>);
+pub struct Budget(Option<Arc<Mutex<LargeBlocks>>>);
 
 impl Budget {
     /// So many bytes in memory, and files in `folder`.
     pub fn new(bytes: usize, folder: PathBuf) -> Self {
-        let space = Space {
+        let space = LargeBlocks {
             limit: bytes,
             folder,
             mappings: Vec::new(),
@@ -73,13 +73,13 @@ impl Budget {
     }
 
     /// Where a block of this layout is kept; none if that is where the ordinary allocator has it.
-    fn space_of(&self, layout: Layout) -> Option<&Mutex<Space>> {
+    fn space_of(&self, layout: Layout) -> Option<&Mutex<LargeBlocks>> {
         let is_small = layout.size() < LARGE_BYTES || layout.align() > ALIGNMENT_MAX;
         self.0.as_deref().filter(|_| !is_small)
     }
 }
 
-fn lock(space: &Mutex<Space>) -> MutexGuard<'_, Space> {
+fn lock(space: &Mutex<LargeBlocks>) -> MutexGuard<'_, LargeBlocks> {
     space.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -155,13 +155,13 @@ impl Budget {
 
 /// A large block.
 #[derive(Debug)]
-struct Mapping {
+struct LargeBlock {
     map: MmapRaw,
     /// Whose pages it is.
     file: Option<SpillFile>,
 }
 
-impl Mapping {
+impl LargeBlock {
     fn in_memory(bytes: usize) -> Result<Self> {
         let map = MmapOptions::new().len(bytes).map_anon()?.into();
         Ok(Self { map, file: None })
@@ -280,15 +280,15 @@ pub fn lost() -> ! {
 
 /// All large blocks of a budget.
 #[derive(Debug)]
-struct Space {
+struct LargeBlocks {
     /// Bytes in memory at most.
     limit: usize,
     /// Where files are made.
     folder: PathBuf,
-    mappings: Vec<Mapping>,
+    mappings: Vec<LargeBlock>,
 }
 
-impl Space {
+impl LargeBlocks {
     fn map(&mut self, bytes: usize) -> Result<NonNull<[u8]>> {
         let mapping = self.make(bytes, 0)?;
         let block = mapping.block()?;
@@ -322,13 +322,13 @@ impl Space {
     }
 
     /// A new mapping, in place of `instead` bytes that are in memory now.
-    fn make(&self, bytes: usize, instead: usize) -> Result<Mapping> {
+    fn make(&self, bytes: usize, instead: usize) -> Result<LargeBlock> {
         if !self.fits(bytes.saturating_sub(instead))
-            && let Ok(mapping) = Mapping::in_file(bytes, &self.folder, FREE_SHARE)
+            && let Ok(mapping) = LargeBlock::in_file(bytes, &self.folder, FREE_SHARE)
         {
             return Ok(mapping);
         }
-        Mapping::in_memory(bytes)
+        LargeBlock::in_memory(bytes)
     }
 
     /// Whether so many more bytes are within the limit.

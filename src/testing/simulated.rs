@@ -40,7 +40,7 @@ fn fill(block: &mut [u8], content: Content) {
 
 /// What a block of a file maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Mapped {
+struct MappedBlock {
     extent: usize,
     at: u32,
     preallocated: bool,
@@ -49,7 +49,7 @@ struct Mapped {
 #[derive(Debug, Clone)]
 struct File {
     checksummed: bool,
-    blocks: Vec<Option<Mapped>>,
+    blocks: Vec<Option<MappedBlock>>,
 }
 
 #[derive(Debug, Clone)]
@@ -143,7 +143,7 @@ impl Simulated {
     pub fn map(&self, image: ImageId, file_block: u32, extent: usize, at: u32, blocks: u32, preallocated: bool) {
         self.with(|state| {
             for n in 0..blocks {
-                let mapped = Mapped {
+                let mapped = MappedBlock {
                     extent,
                     at: at + n,
                     preallocated,
@@ -544,7 +544,7 @@ impl Filesystem for Simulated {
                 packed_bytes: frame.map(|frame| frame.len() as u64),
             });
             state.donors[donor].1.blocks.extend((0..blocks).map(|at| {
-                Some(Mapped {
+                Some(MappedBlock {
                     extent,
                     at,
                     preallocated: false,

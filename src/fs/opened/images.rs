@@ -131,7 +131,7 @@ impl OpenImage {
 
 /// What became of the images that were found.
 #[derive(Debug)]
-pub(super) struct Opened {
+pub(super) struct OpenedImages {
     /// Those that are open, by their numbers.
     pub(super) images: Vec<OpenImage>,
     /// Those that are left alone, and those that keep their extents.
@@ -148,7 +148,7 @@ pub(super) fn open(
     specifics: &Specifics<'_>,
     purpose: Purpose,
     sync: impl FnOnce() -> Result<()>,
-) -> Result<Opened> {
+) -> Result<OpenedImages> {
     // Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them.
     raise_file_limit();
     // While a lease is being taken, whoever opens the image waits for this thread.
@@ -219,7 +219,7 @@ pub(super) fn open(
         image.machine = *machines.entry(found.machines.first()).or_insert(next);
         image
     });
-    Ok(Opened {
+    Ok(OpenedImages {
         images: numbered.collect(),
         skipped,
         left_alone,

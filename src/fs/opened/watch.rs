@@ -30,7 +30,7 @@ const SLEEP: Timespec = Timespec {
 /// Watches images from a thread of its own, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
-    shared: Arc<Shared>,
+    shared: Arc<WatchState>,
     thread: Option<JoinHandle<()>>,
     /// The thread's number.
     number: Pid,
@@ -38,7 +38,7 @@ pub(super) struct Watch {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct WatchState {
     images: Mutex<Vec<Watched>>,
     opens: Option<OwnedFd>,
     /// What wakes the thread: whatever is written to the first is read from the second.
@@ -65,7 +65,7 @@ impl Watch {
         let wake = UnixStream::pair()?;
         wake.1.set_nonblocking(true)?;
         let signal = signal_hook::low_level::pipe::register(SIGIO, wake.0.try_clone()?)?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(WatchState {
             images: Mutex::default(),
             // Without it the leases keep off readers, too.
             opens: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok(),
@@ -131,7 +131,7 @@ impl Drop for Watch {
     }
 }
 
-impl Shared {
+impl WatchState {
     fn run(&self) {
         let urgency = Urgency::of_this_thread();
         while !self.ends.load(Ordering::Acquire) {

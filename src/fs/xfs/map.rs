@@ -21,7 +21,7 @@ const EXTENT_BLOCKS_MAX: u64 = 4096;
 
 /// A range of an image and where it lies, in blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Range {
+struct MappedRange {
     block: u64,
     file_block: u32,
     blocks: u32,
@@ -33,7 +33,7 @@ struct Range {
     reachable: bool,
 }
 
-impl Range {
+impl MappedRange {
     /// Cuts off what lies beyond the first blocks.
     fn split_off(&mut self, blocks: u32) -> Self {
         let rest = Self {
@@ -48,7 +48,7 @@ impl Range {
 }
 
 /// The ranges of one image.
-fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
+fn ranges_of(image: &OpenImage) -> Result<Vec<MappedRange>> {
     let io = |errno| Error::io("read the extent map of", &image.known.path)(errno);
     let mut found = Vec::new();
     fiemap(&*image.file, |mapping| found.push(mapping)).map_err(io)?;
@@ -67,7 +67,7 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
         }
         // What lies beyond the end of a file may lie anywhere, and nothing is to be found there.
         let file_block = blocks(mapping.offset.min(image.known.size.next_multiple_of(BLOCK_BYTES)))?;
-        let mut range = Range {
+        let mut range = MappedRange {
             file_block,
             block: mapping.address / BLOCK_BYTES,
             blocks: blocks(mapping.length)?,
@@ -98,7 +98,7 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<Range>> {
 
 /// What the blocks at some place have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct State {
+struct BlockState {
     groups: u32,
     pinned: Option<PinReason>,
     preallocated: bool,
@@ -142,7 +142,7 @@ struct Active {
 }
 
 impl Active {
-    fn enter(&mut self, range: &Range, members: Members) {
+    fn enter(&mut self, range: &MappedRange, members: Members) {
         *self.ages.entry(members.age).or_default() += 1;
         *self.groups.entry(members.groups).or_default() += 1;
         if let Some(pinned) = range.pinned {
@@ -153,7 +153,7 @@ impl Active {
         self.shared += members.count * u32::from(range.shared);
     }
 
-    fn leave(&mut self, range: &Range, members: Members) {
+    fn leave(&mut self, range: &MappedRange, members: Members) {
         decrement(&mut self.ages, members.age);
         decrement(&mut self.groups, members.groups);
         if let Some(pinned) = range.pinned {
@@ -165,14 +165,14 @@ impl Active {
     }
 
     /// None where no image refers to.
-    fn state(&self, reverse_map: bool) -> Option<State> {
+    fn state(&self, reverse_map: bool) -> Option<BlockState> {
         let held = if reverse_map {
             self.others > 0
         } else {
             // One reference here, and more than one in all. Of more than one here, nobody can tell.
             self.references == 1 && self.shared == 1
         };
-        (self.references > 0).then(|| State {
+        (self.references > 0).then(|| BlockState {
             groups: self.groups.keys().fold(0, |all, groups| all | groups),
             pinned: held
                 .then_some(PinReason::HeldByOthers)
@@ -204,7 +204,7 @@ fn by_age(images: &[OpenImage]) -> (Vec<u64>, Vec<usize>) {
 
 /// What happens at a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Event {
+enum Boundary {
     /// A range of an image begins.
     Begin(u32),
     /// It ends.
@@ -217,20 +217,20 @@ enum Event {
 
 /// Cuts what images refer to into ranges of blocks that are alike.
 fn cut(
-    ranges: &SharedList<Range>,
+    ranges: &SharedList<MappedRange>,
     others: &[SharedBlocks],
     images: &[OpenImage],
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
-    let mut events: SpillVec<(u64, Event)> =
+    let mut events: SpillVec<(u64, Boundary)> =
         SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
     for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
-        events.push((range.block, Event::Begin(number)));
-        events.push((range.block + u64::from(range.blocks), Event::End(number)));
+        events.push((range.block, Boundary::Begin(number)));
+        events.push((range.block + u64::from(range.blocks), Boundary::End(number)));
     }
     for other in others {
-        events.push((other.address / BLOCK_BYTES, Event::BeginOther));
-        events.push(((other.address + other.length) / BLOCK_BYTES, Event::EndOther));
+        events.push((other.address / BLOCK_BYTES, Boundary::BeginOther));
+        events.push(((other.address + other.length) / BLOCK_BYTES, Boundary::EndOther));
     }
     events.sort_unstable();
     let (by_age, ages) = by_age(images);
@@ -240,11 +240,11 @@ fn cut(
     };
     let mut active = Active::default();
     let mut extents = SpillVec::new_in(ranges.budget());
-    let (mut open, mut slot): (Option<(u64, State)>, u32) = (None, 0);
+    let (mut open, mut slot): (Option<(u64, BlockState)>, u32) = (None, 0);
     // Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block
     // until now, by the address where it begins to be that.
     let mut eldest: Vec<(u64, usize)> = Vec::new();
-    let mut close = |open: &mut Option<(u64, State)>, end: u64, eldest: &[(u64, usize)]| -> Result<()> {
+    let mut close = |open: &mut Option<(u64, BlockState)>, end: u64, eldest: &[(u64, usize)]| -> Result<()> {
         let Some((mut from, state)) = open.take() else {
             return Ok(());
         };
@@ -280,16 +280,16 @@ fn cut(
     let mut events = events.into_iter().peekable();
     while let Some((at, event)) = events.next() {
         match event {
-            Event::Begin(number) => {
+            Boundary::Begin(number) => {
                 let (range, members) = of(number);
                 active.enter(range, members);
             }
-            Event::End(number) => {
+            Boundary::End(number) => {
                 let (range, members) = of(number);
                 active.leave(range, members);
             }
-            Event::BeginOther => active.others += 1,
-            Event::EndOther => active.others -= 1,
+            Boundary::BeginOther => active.others += 1,
+            Boundary::EndOther => active.others -= 1,
         }
         if events.peek().is_some_and(|(next, _)| *next == at) {
             continue;
