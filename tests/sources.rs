@@ -17,7 +17,7 @@ use vmfold::exec::hashes::{Digest, digest};
 use vmfold::exec::restore::archive::ArchiveSource;
 use vmfold::exec::restore::folder::Root;
 use vmfold::exec::restore::pipe::{PipeOptions, PipeSource};
-use vmfold::exec::restore::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer};
+use vmfold::exec::restore::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use vmfold::exec::restore::{Restore, RestoreOptions, RestoreOutcome};
 use vmfold::monitor::Silent;
 use vmfold::plan::restore::{CommitName, Contents, wanted};
@@ -108,7 +108,7 @@ impl BlockSource for MemorySource {
         for (_, content) in &self.images {
             for piece in content.chunks(3 * BLOCK_LEN) {
                 let blocks = u32::try_from(piece.len().div_ceil(BLOCK_LEN)).unwrap();
-                let frame = Frame {
+                let frame = SourceFrame {
                     blocks: first..first + blocks,
                     content: Box::new(move || {
                         let mut whole = piece.to_vec();
@@ -152,7 +152,7 @@ impl BlockSink for Kept {
         let is_missing = |block| range::contains(&self.wanted, block) && !self.blocks.contains_key(&block);
         range::where_true(range.map(|block| (block, is_missing(block))))
     }
-    fn take(&mut self, frames: &[Frame<'_>]) -> Result<Vec<(usize, Error)>> {
+    fn take(&mut self, frames: &[SourceFrame<'_>]) -> Result<Vec<(usize, Error)>> {
         for frame in frames {
             let content = (frame.content)()?;
             assert_eq!(content.len(), frame.blocks.len() * BLOCK_LEN, "whole blocks");

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
-use crate::facts::{Compression, Facts, Mapping, PinReason, Place};
+use crate::facts::{Compression, Facts, ImageRange, Mapping, PinReason};
 use crate::fingerprint::Fingerprints;
 use crate::fs::{Filesystem, read_slots_into};
 use crate::index::ChunkIndex;
@@ -136,7 +136,7 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
         let places = runs.flat_map(|run| after_then.places_of(run));
         places.map(move |(slot, place)| (place, slot, number))
     });
-    let mut places: SpillVec<(Place, Slot, u32)> = SpillVec::from_iter_in(places, after.budget());
+    let mut places: SpillVec<(ImageRange, Slot, u32)> = SpillVec::from_iter_in(places, after.budget());
     places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
     let mut unknown = SpillVec::new_in(after.budget());
     for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
@@ -163,7 +163,7 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
 
 /// Calls `copy` with the slots that a range of an image maps: how many blocks into the range, and which. False if it does not map
 /// some all the way. `mappings` are those of the image, by the place in it.
-fn copy(mappings: &[Mapping], range: Place, mut copy: impl FnMut(u32, std::ops::Range<Slot>)) -> bool {
+fn copy(mappings: &[Mapping], range: ImageRange, mut copy: impl FnMut(u32, std::ops::Range<Slot>)) -> bool {
     let mut done = 0;
     let first = mappings.partition_point(|mapping| mapping.file_block + mapping.blocks <= range.file_block);
     for mapping in mappings[first..].iter().filter(|mapping| !mapping.preallocated) {

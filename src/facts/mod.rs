@@ -321,7 +321,7 @@ struct Cover {
 
 /// A place in an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct ImageRange {
     /// The image.
     pub image: ImageId,
     /// First block in it.
@@ -501,13 +501,13 @@ impl Facts {
     }
 
     /// Where a range of live slots can be read or shared from: the place of its beginning, and how far that place holds.
-    pub fn place_of(&self, slots: Range<Slot>) -> Option<Place> {
+    pub fn place_of(&self, slots: Range<Slot>) -> Option<ImageRange> {
         let after = self.cover.partition_point(|cover| cover.slot <= slots.start);
         let cover = self.cover.get(after.checked_sub(1)?)?;
         let end = self.end_of(*cover).min(slots.end);
         let (mapping, set) = self.mappings.list.get(cover.mapping as usize)?;
         let image = *self.mappings.sets.get(*set).first()?;
-        (slots.start < end).then(|| Place {
+        (slots.start < end).then(|| ImageRange {
             image,
             file_block: mapping.file_block + (slots.start - mapping.slot),
             blocks: end - slots.start,
@@ -515,7 +515,7 @@ impl Facts {
     }
 
     /// The places of a whole range of live slots, in order, each with its first slot.
-    pub fn places_of(&self, slots: Range<Slot>) -> impl Iterator<Item = (Slot, Place)> + '_ {
+    pub fn places_of(&self, slots: Range<Slot>) -> impl Iterator<Item = (Slot, ImageRange)> + '_ {
         let mut at = slots.start;
         std::iter::from_fn(move || {
             let place = self.place_of(at..slots.end)?;

@@ -1,6 +1,6 @@
 //! What a pool takes on disk, counted from the filesystem's own records.
 
-use super::{Filesystem, Mapped};
+use super::{Filesystem, PoolMap};
 use crate::error::Result;
 use crate::facts::{Extent, Facts};
 
@@ -21,7 +21,7 @@ fn has(facts: &Facts, extent: &Extent) -> bool {
 ///
 /// # Errors
 /// Those of reading metadata.
-pub fn freed_bytes(fs: &dyn Filesystem, before: &Facts, free_before: u64) -> Result<(i64, Mapped)> {
+pub fn freed_bytes(fs: &dyn Filesystem, before: &Facts, free_before: u64) -> Result<(i64, PoolMap)> {
     let mapped = fs.map(before.budget())?;
     let after = &mapped.facts;
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);

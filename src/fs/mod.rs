@@ -98,7 +98,7 @@ pub struct ImageInfo {
 
 /// What is known of where images lie on disk.
 #[derive(Debug)]
-pub struct Mapped {
+pub struct PoolMap {
     /// Extents and references.
     pub facts: Facts,
     /// Bytes that lie in metadata, beside their inodes.
@@ -159,7 +159,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    fn map(&self, budget: &Budget) -> Result<Mapped>;
+    fn map(&self, budget: &Budget) -> Result<PoolMap>;
 
     /// Whether it can be told of every block whether something outside the pool refers to it. That may be known only once
     /// [`Filesystem::map`] was called.

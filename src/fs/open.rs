@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::{Filesystem, Purpose, btrfs, xfs};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
-use crate::pool::{Found, Named, Skipped};
+use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::sys::fs_info::{FilesystemKind, FsInfo, fs_info};
 
 /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards.
@@ -16,8 +16,8 @@ use crate::sys::fs_info::{FilesystemKind, FsInfo, fs_info};
 /// # Errors
 /// Off btrfs and XFS with reflinks, on btrfs without root, or where images lie on two filesystems.
 pub fn open(
-    found: &[Found],
-    named: &[Named],
+    found: &[FoundImage],
+    named: &[NamedPath],
     purpose: Purpose,
     monitor: &dyn Monitor,
 ) -> Result<(Box<dyn Filesystem>, Vec<Skipped>)> {
@@ -79,8 +79,8 @@ pub fn existing(to: &Path) -> &Path {
 }
 
 /// Checks that all that was named lies on one filesystem that vmfold can work on.
-fn same_filesystem(named: &[Named]) -> Result<(FsInfo, &Named)> {
-    let mut first: Option<(&Named, FsInfo)> = None;
+fn same_filesystem(named: &[NamedPath]) -> Result<(FsInfo, &NamedPath)> {
+    let mut first: Option<(&NamedPath, FsInfo)> = None;
     for one in named {
         let path = &one.path;
         let info = match fs_info(&one.folder) {

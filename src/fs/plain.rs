@@ -9,13 +9,13 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::opened::{OpenImage, Opened, Specifics, reads_opened};
-use super::{Filesystem, HeldRange, ImageInfo, Mapped, Purpose, ShareOutcome, SourceFile, blocks, kernel};
+use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, blocks, kernel};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason};
 use crate::fingerprint::Function;
-use crate::pool::{Found, Named, Skipped};
+use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 
 /// Data is cut into extents at multiples of this in its image, 16 MiB, so that an index holds records of bounded length.
@@ -33,7 +33,7 @@ impl Plain {
     ///
     /// # Errors
     /// [`Error::Usage`] if nothing is named; [`Error::Busy`], and those of system calls that say nothing of one image.
-    pub fn open(found: &[Found], named: &[Named], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
+    pub fn open(found: &[FoundImage], named: &[NamedPath], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
         let first = named
             .first()
             .ok_or_else(|| Error::Usage("name at least one path".into()))?;
@@ -113,7 +113,7 @@ impl Filesystem for Plain {
     }
 
     /// Each image's data is its own: where it lies on disk is not known, and an address tells only one image and place from others.
-    fn map(&self, budget: &Budget) -> Result<Mapped> {
+    fn map(&self, budget: &Budget) -> Result<PoolMap> {
         let mut extents: SpillVec<Extent> = SpillVec::new_in(budget);
         let mut mappings = Collector::new_in(budget);
         let (mut slot, mut base) = (0u32, 0u64);
@@ -163,7 +163,7 @@ impl Filesystem for Plain {
         let mut facts = Facts::new(extents, mappings.finish(), self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
         facts.frees_blocks = true;
-        Ok(Mapped {
+        Ok(PoolMap {
             facts,
             inline_bytes: 0,
             inline: Vec::new(),

@@ -17,7 +17,7 @@ use crate::content::{Content, Run};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
-use crate::pool::{self, Found};
+use crate::pool::{self, FoundImage};
 use crate::report::{Change, Diffed, DiffedImage};
 use crate::store::FileStore;
 
@@ -159,7 +159,7 @@ fn with_pool(archive: &Archive, one: &Committed, scope: &Scope, monitor: &dyn Mo
     let manifest = manifest_of(archive, one)?;
     let found = pool::discover(&scope.paths, &scope.exclude)?;
     let root = common_folder(found.named.iter().map(|one| one.root.as_path()));
-    let on_disk: BTreeMap<PathBuf, &Found> = found
+    let on_disk: BTreeMap<PathBuf, &FoundImage> = found
         .images
         .iter()
         .flat_map(|image| image.names.iter().map(move |name| (name, image)))
@@ -188,7 +188,7 @@ fn with_file(
     archive: &Archive,
     committed: &Committed,
     image: &ImageRuns,
-    found: &Found,
+    found: &FoundImage,
     monitor: &dyn Monitor,
 ) -> Result<Ranges> {
     /// Blocks read at a time.

@@ -24,7 +24,7 @@ use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
-use crate::pool::{Found, Named, Revision, patterns, revision_of};
+use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
 use crate::report::Exported;
 use crate::spill::SpillVec;
 use crate::store::{FileStore, OutputPipe, Store};
@@ -97,7 +97,7 @@ pub fn export_to(
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
     let mut found = discover(&options.scope, monitor)?;
-    let mut origin = Origin {
+    let mut origin = ImageOrigins {
         root: common_folder(found.named.iter().map(|one| one.root.as_path())),
         named: found.named.clone(),
         names: BTreeMap::new(),
@@ -111,7 +111,7 @@ pub fn export_to(
     let names = found.images.iter();
     origin.names = names.map(|image| (image.path.clone(), image.names.clone())).collect();
     let scope = &options.scope;
-    let mut opened = Opened::new(open()?)?;
+    let mut opened = OpenArchive::new(open()?)?;
     let done = open_pool(found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
         let pool = OpenPool::of(&*fs, skipped, scope, monitor);
         write(pool, &origin, options, &mut opened, monitor)
@@ -133,11 +133,11 @@ pub fn export_on(
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
     let folders = images(pool.fs).filter_map(|image| image.path.parent());
-    let origin = Origin {
+    let origin = ImageOrigins {
         root: common_folder(folders),
-        ..Origin::default()
+        ..ImageOrigins::default()
     };
-    let mut opened = Opened::new(store)?;
+    let mut opened = OpenArchive::new(store)?;
     let done = write(pool, &origin, options, &mut opened, monitor);
     if done.is_err() {
         opened.undo(monitor);
@@ -147,9 +147,9 @@ pub fn export_on(
 
 fn write(
     pool: OpenPool<'_>,
-    origin: &Origin,
+    origin: &ImageOrigins,
     options: &ExportOptions,
-    opened: &mut Opened,
+    opened: &mut OpenArchive,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
     let fs = pool.fs;
@@ -169,17 +169,17 @@ fn write(
 
 /// Where images come from, for the names that an archive has them by.
 #[derive(Default)]
-struct Origin {
+struct ImageOrigins {
     /// The folder that names in the archive are relative to: the deepest that holds everything that was named.
     root: PathBuf,
     /// What was named.
-    named: Vec<Named>,
+    named: Vec<NamedPath>,
     /// All names of images, by their paths; one that is not here has its path only.
     names: BTreeMap<PathBuf, BTreeSet<PathBuf>>,
 }
 
 /// The images that the options choose.
-fn choose(images: Vec<Found>, options: &ExportOptions, root: &Path) -> Result<Vec<Found>> {
+fn choose(images: Vec<FoundImage>, options: &ExportOptions, root: &Path) -> Result<Vec<FoundImage>> {
     let only = patterns(&options.only)?;
     let relative = |path: &Path| path.strip_prefix(root).unwrap_or(path).to_owned();
     let mut chosen = images;
@@ -222,14 +222,14 @@ fn choose(images: Vec<Found>, options: &ExportOptions, root: &Path) -> Result<Ve
 }
 
 /// The archive that is written to.
-struct Opened {
+struct OpenArchive {
     store: Arc<dyn Store>,
     /// What is in it already; none if there is no commit.
     archive: Option<Archive>,
     base: Base,
 }
 
-impl Opened {
+impl OpenArchive {
     fn new(store: Arc<dyn Store>) -> Result<Self> {
         let path = store.path().to_owned();
         let failed = Error::io("write to", &path);
@@ -305,12 +305,12 @@ struct Exporter<'a> {
     options: &'a ExportOptions,
     fs: &'a dyn Filesystem,
     survey: &'a Survey,
-    origin: &'a Origin,
+    origin: &'a ImageOrigins,
     monitor: &'a dyn Monitor,
 }
 
 impl Exporter<'_> {
-    fn run(&self, opened: &mut Opened) -> Result<Exported> {
+    fn run(&self, opened: &mut OpenArchive) -> Result<Exported> {
         let (fs, facts) = (self.fs, &self.survey.facts);
         let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
@@ -419,7 +419,12 @@ impl Exporter<'_> {
     }
 
     /// Which blocks are new to the archive.
-    fn plan(&self, opened: &Opened, index: Option<&dyn ChunkIndex>, digests: &[Option<u128>]) -> Result<ExportPlan> {
+    fn plan(
+        &self,
+        opened: &OpenArchive,
+        index: Option<&dyn ChunkIndex>,
+        digests: &[Option<u128>],
+    ) -> Result<ExportPlan> {
         let (fs, facts) = (self.fs, &self.survey.facts);
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {
@@ -533,7 +538,7 @@ impl Exporter<'_> {
 
     /// Opens a folder that images lie in: through what was named, for whoever owns a folder below can put a link in its place.
     fn folder(&self, full: &Path) -> rustix::io::Result<beneath::Folder> {
-        let below = |one: &Named| Some(one.folder.folder(full.strip_prefix(&one.root).ok()?));
+        let below = |one: &NamedPath| Some(one.folder.folder(full.strip_prefix(&one.root).ok()?));
         match self.origin.named.iter().find_map(below) {
             Some(opened) => opened,
             // It lies between what several that were named have in common and one of them.

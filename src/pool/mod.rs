@@ -25,9 +25,9 @@ use crate::error::{Error, Result};
 use crate::sys::beneath::{Folder, reopen};
 use users::FileId;
 
-/// An image as it was found. It is not open, but what opens is what was found: see [`Found::open`].
+/// An image as it was found. It is not open, but what opens is what was found: see [`FoundImage::open`].
 #[derive(Debug, Clone)]
-pub struct Found {
+pub struct FoundImage {
     /// Its path: of several names of one inode, the first.
     pub path: PathBuf,
     /// All its names below the paths that were named.
@@ -47,7 +47,7 @@ pub struct Found {
     place: (Folder, PathBuf),
 }
 
-impl Found {
+impl FoundImage {
     /// Opens the image, if what lies there still is the file that was found.
     ///
     /// # Errors
@@ -75,7 +75,7 @@ impl Found {
 
 /// A path that was named, with what it stands for open.
 #[derive(Debug, Clone)]
-pub struct Named {
+pub struct NamedPath {
     /// As it was named, for messages.
     pub path: PathBuf,
     /// The same without links: the folder, or the folder that the file lies in.
@@ -86,7 +86,7 @@ pub struct Named {
     file: Option<(OsString, FileId)>,
 }
 
-impl Named {
+impl NamedPath {
     /// Opens what was named, following links.
     ///
     /// # Errors
@@ -246,9 +246,9 @@ impl std::fmt::Display for Skipped {
 #[derive(Debug, Clone, Default)]
 pub struct Pool {
     /// What was named.
-    pub named: Vec<Named>,
+    pub named: Vec<NamedPath>,
     /// Images, by path.
-    pub images: Vec<Found>,
+    pub images: Vec<FoundImage>,
     /// Images that are left alone for their name.
     pub skipped: Vec<Skipped>,
     /// Folders and files that could not be looked at.
@@ -309,7 +309,7 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
         pool: Pool::default(),
     };
     for path in paths {
-        let named = Named::open(path)?;
+        let named = NamedPath::open(path)?;
         match &named.file {
             Some((name, id)) => search.file(&named, name, *id)?,
             None => search.folder(&named),
@@ -326,7 +326,7 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
 /// Looking for images, and what was found so far.
 struct Search {
     exclude: GlobSet,
-    found: BTreeMap<FileId, Found>,
+    found: BTreeMap<FileId, FoundImage>,
     importing: BTreeSet<PathBuf>,
     /// Images that are newer states of others, each with the other and its number of links.
     dirty: Vec<(FileId, FileId, u64)>,
@@ -336,7 +336,7 @@ struct Search {
 
 impl Search {
     /// A file that was named.
-    fn file(&mut self, named: &Named, name: &OsStr, id: FileId) -> Result<()> {
+    fn file(&mut self, named: &NamedPath, name: &OsStr, id: FileId) -> Result<()> {
         let stat = named.folder.stat(name).map_err(Error::io("look at", &named.path))?;
         if (stat.st_dev, stat.st_ino) != id {
             return Err(Error::io("look at", &named.path)(Errno::STALE));
@@ -348,7 +348,7 @@ impl Search {
     }
 
     /// A folder that was named, and all below it. What moves meanwhile may be missed, or found twice; it is one image by its inode.
-    fn folder(&mut self, named: &Named) {
+    fn folder(&mut self, named: &NamedPath) {
         let mut devices = BTreeMap::new();
         // Only the names are kept, not the folders open: they may be nested deeper than there may be open files.
         let mut folders = vec![PathBuf::new()];
@@ -406,7 +406,7 @@ impl Search {
     }
 
     /// A file with an image's name, or one that was named, and the folder it lies in.
-    fn add(&mut self, named: &Named, folder: &Folder, below: &Path, stat: &Stat) {
+    fn add(&mut self, named: &NamedPath, folder: &Folder, below: &Path, stat: &Stat) {
         let path = named.root.join(below);
         if let Some(clean) = path.file_name().and_then(naming::clean_of)
             && let Ok(clean) = folder.stat(&clean)
@@ -418,7 +418,7 @@ impl Search {
         match kind_of(&path) {
             FileKind::Image => {
                 let id = (stat.st_dev, stat.st_ino);
-                let known = self.found.entry(id).or_insert_with(|| Found {
+                let known = self.found.entry(id).or_insert_with(|| FoundImage {
                     path: path.clone(),
                     names: BTreeSet::new(),
                     id,
@@ -484,7 +484,7 @@ fn size_of(stat: &Stat) -> u64 {
 ///
 /// # Errors
 /// [`Error::Usage`] for what is no pattern, or for more than 31.
-pub fn group(images: &mut [Found], groups: &[String]) -> Result<()> {
+pub fn group(images: &mut [FoundImage], groups: &[String]) -> Result<()> {
     /// As many as fit into the bits of [`crate::facts::Class::groups`], beside those without a group.
     const GROUPS_MAX: usize = 31;
     if groups.len() > GROUPS_MAX {

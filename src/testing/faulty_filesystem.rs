@@ -14,7 +14,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts, ImageId};
 use crate::fingerprint::Function;
-use crate::fs::{Filesystem, HeldRange, ImageInfo, Mapped, ShareOutcome, SourceFile};
+use crate::fs::{Filesystem, HeldRange, ImageInfo, PoolMap, ShareOutcome, SourceFile};
 use crate::spill::{Budget, SpillVec};
 
 /// Calls that can go wrong, by what they do. Those of one kind are counted from 0.
@@ -203,7 +203,7 @@ impl Filesystem for Faulty<'_> {
         self.inner.has_read_only_snapshots()
     }
 
-    fn map(&self, budget: &Budget) -> Result<Mapped> {
+    fn map(&self, budget: &Budget) -> Result<PoolMap> {
         Filesystem::map(self.inner, budget)
     }
 

@@ -445,7 +445,7 @@ impl Filesystem for Simulated {
         Ok(false)
     }
 
-    fn map(&self, _: &Budget) -> Result<fs::Mapped> {
+    fn map(&self, _: &Budget) -> Result<fs::PoolMap> {
         Ok(self.mapped())
     }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer};
+use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use crate::archive::commit::Location;
 use crate::archive::manifest::Announced;
 use crate::archive::pack::FrameInfo;
@@ -29,7 +29,7 @@ pub struct ArchiveSource<'a> {
     /// Taken when it is offered.
     contents: Arc<Contents>,
     is_offered: bool,
-    hashes: Hashes<'a>,
+    hashes: ArchiveHashes<'a>,
     /// Whether anyone looks for blocks by their fingerprints.
     announces: bool,
     monitor: &'a dyn Monitor,
@@ -77,7 +77,7 @@ impl<'a> ArchiveSource<'a> {
             is_latest: commit.is_none_or(|name| name == "latest"),
             contents: Arc::new(contents),
             is_offered: false,
-            hashes: Hashes(StoredHashes::new(Some(archive), committed.commit.store_end)),
+            hashes: ArchiveHashes(StoredHashes::new(Some(archive), committed.commit.store_end)),
             announces,
             monitor,
         })
@@ -110,7 +110,7 @@ impl<'a> ArchiveSource<'a> {
             let expected = blocks.clone().map(|block| self.hashes.get(block));
             let expected: Vec<Option<Hash>> = expected.collect::<Result<_>>()?;
             let archive = self.archive;
-            frames.push(Frame {
+            frames.push(SourceFrame {
                 blocks,
                 content: Box::new(move || content_of(archive, offset, &frame, &expected)),
             });
@@ -228,9 +228,9 @@ impl BlockSource for ArchiveSource<'_> {
     }
 }
 
-struct Hashes<'a>(StoredHashes<'a>);
+struct ArchiveHashes<'a>(StoredHashes<'a>);
 
-impl BlockHashes for Hashes<'_> {
+impl BlockHashes for ArchiveHashes<'_> {
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
         self.0.get(block)
     }

@@ -7,8 +7,8 @@ use rustix::fs::FileType;
 
 use super::folder::{Place, Root};
 use super::place::can_share;
+use super::replaced::ReplacedFiles;
 use super::staging::Noted;
-use super::standing::Standing;
 use crate::error::Result;
 use crate::plan::restore::{Destination, NameState, RestoredImage, RevisionToName, RevisionsThere};
 use crate::pool::{revision_of, signs_of};
@@ -157,5 +157,5 @@ pub(super) fn check_use(root: &Root, images: &[RestoredImage], destination: &Des
             places.push(place);
         }
     }
-    Standing::lease(places.iter()).map(drop)
+    ReplacedFiles::lease(places.iter()).map(drop)
 }

@@ -26,7 +26,7 @@ pub struct Root {
 
 /// Which file something is, and in which state: while all of it is the same, so is the content. Times are in seconds and nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct State {
+pub struct FileState {
     /// Device and inode.
     pub id: FileId,
     /// When the inode was made, which tells it from a later one of the same number; 0 where the filesystem does not say.
@@ -188,7 +188,7 @@ impl Root {
     }
 }
 
-impl State {
+impl FileState {
     /// That of an open file.
     ///
     /// # Errors
@@ -207,7 +207,7 @@ impl State {
     }
 }
 
-impl From<&Statx> for State {
+impl From<&Statx> for FileState {
     fn from(found: &Statx) -> Self {
         Self {
             id: (
@@ -244,10 +244,10 @@ impl Place {
     }
 
     /// Which regular file stands there, and in which state. None if there is none, or the kernel does not tell.
-    pub fn state(&self) -> Option<State> {
+    pub fn state(&self) -> Option<FileState> {
         let found = rustix::fs::statx(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW, STATE).ok()?;
         let is_file = rustix::fs::FileType::from_raw_mode(found.stx_mode.into()) == rustix::fs::FileType::RegularFile;
-        is_file.then(|| State::from(&found))
+        is_file.then(|| FileState::from(&found))
     }
 
     /// Opens what stands there, with flags beside those that keep it there and close it when another program is started.

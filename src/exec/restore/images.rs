@@ -12,11 +12,11 @@ use rustix::io::Errno;
 
 use super::RestoreOptions;
 use super::destination::{self, Interrupted};
-use super::folder::{Place, Root, State};
+use super::folder::{FileState, Place, Root};
 use super::names::{NewImage, Temporaries, UnnamedFile, give_names};
 use super::place::{PlacingCounts, fill, without_checksums};
+use super::replaced::ReplacedFiles;
 use super::staging::{Noted, Staging};
-use super::standing::Standing;
 use crate::content::{Metadata, StoreBlock};
 use crate::error::{Error, Result};
 use crate::fs::attributes;
@@ -64,9 +64,9 @@ struct Jobs<'a> {
 }
 
 /// An image that was made and has no name yet.
-struct Made<'a> {
+struct MadeImage<'a> {
     restored: &'a RestoredImage,
-    state: State,
+    state: FileState,
 }
 
 /// Makes all images without names, makes them durable, and gives them their names, all or none. Damaged ones get another name; ones of
@@ -94,7 +94,7 @@ pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses
     let mut jobs = jobs(site, losses)?;
     remove_leftovers(&jobs.images, &noted)?;
     jobs.images.retain(|job| {
-        let is_done = |found: State| noted.is_done(&identity, job.restored.image, &found);
+        let is_done = |found: FileState| noted.is_done(&identity, job.restored.image, &found);
         !job.places.iter().all(|place| place.state().is_some_and(is_done))
     });
     let names: usize = jobs.images.iter().map(|job| job.places.len()).sum();
@@ -112,16 +112,16 @@ pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses
         let places = image.places.iter();
         places.filter(|place| options.replace || interrupted.is_ours(made.restored.image, place))
     });
-    let standing = Standing::lease(may_be_replaced)?;
+    let to_replace = ReplacedFiles::lease(may_be_replaced)?;
     // Its machine may have been started since the restore began.
     destination::check_signs(root, &plan.images, options.as_revision)?;
-    give_names(&images, &standing, &temporaries, |at| {
+    give_names(&images, &to_replace, &temporaries, |at| {
         match images[at].places.first().and_then(Place::state) {
             Some(state) => staging.note_placed(made[at].restored.image, &state),
             None => Ok(()),
         }
     })?;
-    drop(standing);
+    drop(to_replace);
     set_folders(site, &jobs.made_folders)?;
     let mut places = images.iter().flat_map(|image| &image.places);
     places.try_for_each(Place::sync_folder)?;
@@ -171,7 +171,7 @@ fn make_all<'a>(
     temporaries: &Temporaries,
     may_be_open: u64,
     losses: &Losses,
-) -> Result<(Vec<NewImage>, Vec<Made<'a>>, PlacingCounts)> {
+) -> Result<(Vec<NewImage>, Vec<MadeImage<'a>>, PlacingCounts)> {
     let nodatacow = staged_without_checksums(site, staging)?;
     let make = |at: usize, job: &Job<'_>| {
         let first = job.places.first().ok_or(Errno::NOENT);
@@ -190,13 +190,13 @@ fn make_all<'a>(
         })?;
         Ok((new, state, counts))
     };
-    let made: Vec<Result<(UnnamedFile, State, PlacingCounts)>> =
+    let made: Vec<Result<(UnnamedFile, FileState, PlacingCounts)>> =
         jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
     let (mut counts, mut images, mut all) = (PlacingCounts::default(), Vec::new(), Vec::new());
     for (one, Job { restored, places }) in made.into_iter().zip(jobs) {
         let (new, state, more) = one?;
         counts += more;
-        all.push(Made { restored, state });
+        all.push(MadeImage { restored, state });
         images.push(NewImage { new, places });
     }
     Ok((images, all, counts))
@@ -246,7 +246,7 @@ fn remove_leftovers(jobs: &[Job<'_>], noted: &Noted) -> Result<()> {
 }
 
 /// Makes durable all filesystems that new images are on: others may be mounted below the folder.
-fn sync_filesystems(images: &[NewImage], made: &[Made<'_>]) -> Result<()> {
+fn sync_filesystems(images: &[NewImage], made: &[MadeImage<'_>]) -> Result<()> {
     let mut synced = BTreeSet::new();
     for (image, made) in images.iter().zip(made) {
         let Some(place) = image.places.first().filter(|_| synced.insert(made.state.id.0)) else {

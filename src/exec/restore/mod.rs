@@ -10,11 +10,11 @@ mod images;
 pub mod names;
 pub mod pipe;
 pub mod place;
+pub mod replaced;
 pub mod seed;
 mod sink;
 pub mod source;
 pub mod staging;
-pub mod standing;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -101,7 +101,7 @@ pub struct RestoreOutcome {
 pub type OpenSeed<'a> = dyn Fn(&[Range<StoreBlock>], &[Announced]) -> Result<Option<Box<dyn Seed>>> + 'a;
 
 /// A plan, and what carrying it out needs beside it.
-struct Planned {
+struct PreparedRestore {
     plan: RestorePlan,
     /// See [`Offer::known_end`].
     known_end: StoreBlock,
@@ -116,7 +116,7 @@ pub struct Restore<'a> {
     seed: Option<Box<dyn Seed>>,
     is_seed_opened: bool,
     root: Root,
-    planned: Option<Planned>,
+    planned: Option<PreparedRestore>,
     monitor: &'a dyn Monitor,
 }
 
@@ -159,7 +159,7 @@ impl<'a> Restore<'a> {
     /// # Errors
     /// Those of [`Restore::plan`], where that was not called yet.
     pub fn into_plan(mut self) -> Result<RestoreOutcome> {
-        let Planned { plan, .. } = self.take_plan()?;
+        let PreparedRestore { plan, .. } = self.take_plan()?;
         Ok(RestoreOutcome {
             plan,
             restored: None,
@@ -168,7 +168,7 @@ impl<'a> Restore<'a> {
         })
     }
 
-    fn take_plan(&mut self) -> Result<Planned> {
+    fn take_plan(&mut self) -> Result<PreparedRestore> {
         if self.planned.is_none() {
             self.plan()?;
         }
@@ -214,7 +214,7 @@ impl<'a> Restore<'a> {
         self.options.to.join(name)
     }
 
-    fn plan_offer(&mut self, offer: Offer, noted: Option<&Noted>) -> Result<Planned> {
+    fn plan_offer(&mut self, offer: Offer, noted: Option<&Noted>) -> Result<PreparedRestore> {
         let Offer {
             contents,
             announced,
@@ -253,7 +253,7 @@ impl<'a> Restore<'a> {
             }
             None => Vec::new(),
         };
-        Ok(Planned {
+        Ok(PreparedRestore {
             plan: RestorePlan::new(contents, selected, seeded, &destination),
             known_end,
         })
@@ -271,7 +271,7 @@ impl<'a> Restore<'a> {
         Ok(selected)
     }
 
-    fn run(&mut self, first: Planned, staging: &mut Staging) -> Result<RestoreOutcome> {
+    fn run(&mut self, first: PreparedRestore, staging: &mut Staging) -> Result<RestoreOutcome> {
         let noted = staging.noted().clone();
         let mut restored = Restored::default();
         let (mut planned, mut committed) = (first, None);
@@ -309,12 +309,12 @@ impl<'a> Restore<'a> {
     /// anything was, is the last that counts.
     fn fetch(
         &mut self,
-        planned: &Planned,
+        planned: &PreparedRestore,
         staging: &mut Staging,
         restored: &mut Restored,
         committed: &mut Option<Arc<Contents>>,
     ) -> Result<bool> {
-        let Planned { plan, known_end } = planned;
+        let PreparedRestore { plan, known_end } = planned;
         let end = plan.wanted.last().map_or(0, |range| range.end);
         staging.make_room(end)?;
         self.monitor.phase("Restoring blocks", plan.bytes.distinct_bytes);

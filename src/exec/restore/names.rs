@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::folder::{Place, State};
-use super::standing::Standing;
+use super::folder::{FileState, Place};
+use super::replaced::ReplacedFiles;
 use crate::error::{Error, Result};
 use crate::pool::users::FileId;
 
@@ -79,7 +79,7 @@ impl UnnamedFile {
         temporaries: &Temporaries,
         stays_open: bool,
         fill: impl FnOnce(&File) -> Result<()>,
-    ) -> Result<(Self, State)> {
+    ) -> Result<(Self, FileState)> {
         let unnamed = if stays_open {
             match place.create_unnamed() {
                 Ok(file) => Some(file),
@@ -95,14 +95,14 @@ impl UnnamedFile {
             let temporary = place.beside(temporaries.next());
             (temporary.create()?, Some(temporary))
         };
-        let id = State::of(&file, &place.path)?.id;
+        let id = FileState::of(&file, &place.path)?.id;
         let mut new = Self {
             file: None,
             temporary,
             id,
         };
         fill(&file)?;
-        let state = State::of(&file, &place.path)?;
+        let state = FileState::of(&file, &place.path)?;
         new.file = stays_open.then_some(file);
         Ok((new, state))
     }
@@ -114,7 +114,7 @@ impl UnnamedFile {
             (Some(file), _) => file.try_clone().map_err(Error::io("open", &place.path)),
             (None, Some(temporary)) => {
                 let file = temporary.open(OFlags::PATH | OFlags::NOFOLLOW).map_err(failed)?;
-                let id = State::of(&file, &temporary.path)?.id;
+                let id = FileState::of(&file, &temporary.path)?.id;
                 if id == self.id {
                     Ok(file)
                 } else {
@@ -171,7 +171,7 @@ struct GivenName<'a> {
     step: Step,
 }
 
-/// Gives new files their names: all of them, or none. What stands at a name is replaced only if it is among `standing`, and still that.
+/// Gives new files their names: all of them, or none. What stands at a name is replaced only if it is among `to_replace`, and still that.
 /// Calls `placed` with the number of each file that has all of its names.
 ///
 /// # Errors
@@ -179,7 +179,7 @@ struct GivenName<'a> {
 /// [`Error::HalfReplaced`] if that could not be had.
 pub fn give_names(
     images: &[NewImage],
-    standing: &Standing,
+    to_replace: &ReplacedFiles,
     temporaries: &Temporaries,
     mut placed: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
@@ -190,12 +190,12 @@ pub fn give_names(
             let file = image.new.open(first)?;
             for (n, place) in image.places.iter().enumerate() {
                 let own = image.new.temporary.as_ref().filter(|_| n == 0);
-                give(&file, (image.new.id, own), place, standing, temporaries, &mut given)?;
+                give(&file, (image.new.id, own), place, to_replace, temporaries, &mut given)?;
             }
             placed(at)?;
         }
         // Whoever came meanwhile waits, and is to get what the name meant when he asked.
-        standing.check_all()
+        to_replace.check_all()
     };
     match give_all() {
         Ok(()) => given.iter().try_for_each(|one| match (&one.temporary, one.old) {
@@ -204,7 +204,7 @@ pub fn give_names(
             }
             _ => Ok(()),
         }),
-        Err(error) => Err(take_back(images, &given, standing, error)),
+        Err(error) => Err(take_back(images, &given, to_replace, error)),
     }
 }
 
@@ -213,12 +213,12 @@ fn give<'a>(
     file: &File,
     (new, own): (FileId, Option<&Place>),
     place: &'a Place,
-    standing: &Standing,
+    to_replace: &ReplacedFiles,
     temporaries: &Temporaries,
     given: &mut Vec<GivenName<'a>>,
 ) -> Result<()> {
     let failed = |errno| Error::io("give its name to", &place.path)(errno);
-    let old = standing.at(place);
+    let old = to_replace.at(place);
     let mut one = GivenName {
         place,
         new,
@@ -249,7 +249,7 @@ fn give<'a>(
     (one.step, one.temporary) = (Step::Staged, Some(temporary.clone()));
     given.push(one);
     check_is(&temporary, new)?;
-    standing.check(place)?;
+    to_replace.check(place)?;
     let exchanged = temporary.exchange(place);
     given[at].step = match exchanged {
         Ok(()) => Step::Exchanged,
@@ -265,7 +265,7 @@ fn give<'a>(
         return Err(changed(place));
     }
     check_is(place, new)?;
-    standing.check(place)
+    to_replace.check(place)
 }
 
 /// Refuses to go on if another file stands at a place than should.
@@ -285,7 +285,7 @@ fn changed(place: &Place) -> Error {
 }
 
 /// Undoes what was done, last first. Returns the error, with what could not be undone.
-fn take_back(images: &[NewImage], given: &[GivenName<'_>], standing: &Standing, error: Error) -> Error {
+fn take_back(images: &[NewImage], given: &[GivenName<'_>], to_replace: &ReplacedFiles, error: Error) -> Error {
     let mut replaced = Vec::new();
     for one in given.iter().rev() {
         let is_undone = match (one.step, &one.temporary) {
@@ -312,7 +312,7 @@ fn take_back(images: &[NewImage], given: &[GivenName<'_>], standing: &Standing, 
         return error;
     }
     let all = images.iter().flat_map(|image| &image.places);
-    let kept = all.filter(|place| standing.at(place).is_some() && !replaced.contains(&place.path));
+    let kept = all.filter(|place| to_replace.at(place).is_some() && !replaced.contains(&place.path));
     Error::HalfReplaced {
         source: Box::new(error),
         kept: kept.map(|place| place.path.clone()).collect(),
@@ -385,9 +385,9 @@ mod tests {
                 scene.image(&["a", "b", "c"], stays_open),
                 scene.image(&["d", "e"], stays_open),
             ];
-            let standing = Standing::lease(images.iter().flat_map(|image| &image.places)).unwrap();
+            let to_replace = ReplacedFiles::lease(images.iter().flat_map(|image| &image.places)).unwrap();
             let mut placed = Vec::new();
-            give_names(&images, &standing, &scene.temporaries, |at| {
+            give_names(&images, &to_replace, &scene.temporaries, |at| {
                 placed.push(at);
                 Ok(())
             })
@@ -413,31 +413,31 @@ mod tests {
             let one = images();
             let leased = |images: &[NewImage; 2]| {
                 let places: Vec<Place> = images.iter().map(|image| image.places[0].clone()).collect();
-                Standing::lease(places.iter()).unwrap()
+                ReplacedFiles::lease(places.iter()).unwrap()
             };
             // A name that was not to be replaced.
-            let standing = leased(&one);
-            let failed = give_names(&one, &standing, &scene.temporaries, |_| Ok(()));
+            let to_replace = leased(&one);
+            let failed = give_names(&one, &to_replace, &scene.temporaries, |_| Ok(()));
             assert!(matches!(failed, Err(Error::Exists { .. })), "{failed:?}");
-            drop((one, standing));
+            drop((one, to_replace));
             assert_eq!(scene.all(), before);
             // Someone who opens what is replaced gets what the name meant when he asked.
             let one = images();
-            let standing = leased(&one);
+            let to_replace = leased(&one);
             let path = scene.folder.path().join("c");
             let mut opener = None;
-            let failed = give_names(&one, &standing, &scene.temporaries, |_| {
+            let failed = give_names(&one, &to_replace, &scene.temporaries, |_| {
                 let path = path.clone();
                 opener = Some(std::thread::spawn(move || std::fs::read_to_string(path).unwrap()));
                 let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-                while standing.check_all().is_ok() {
+                while to_replace.check_all().is_ok() {
                     assert!(std::time::Instant::now() < deadline);
                     std::thread::yield_now();
                 }
                 Ok(())
             });
             assert!(matches!(failed, Err(Error::InUse { .. })), "{failed:?}");
-            drop((one, standing));
+            drop((one, to_replace));
             assert_eq!(opener.unwrap().join().unwrap(), "old c");
             assert_eq!(scene.all(), before);
         }
@@ -447,8 +447,8 @@ mod tests {
     fn what_cannot_be_undone_is_said() {
         let scene = Scene::new(&["a", "b", "c"]);
         let images = ["a", "b", "c"].map(|name| scene.image(&[name], true));
-        let standing = Standing::lease(images.iter().flat_map(|image| &image.places)).unwrap();
-        let failed = give_names(&images, &standing, &scene.temporaries, |at| {
+        let to_replace = ReplacedFiles::lease(images.iter().flat_map(|image| &image.places)).unwrap();
+        let failed = give_names(&images, &to_replace, &scene.temporaries, |at| {
             if at == 1 {
                 // Someone moves another file to a name that was given already.
                 std::fs::write(scene.folder.path().join("other"), "other").unwrap();
@@ -458,7 +458,7 @@ mod tests {
             Ok(())
         });
         // Whoever reads what is leased waits until then.
-        drop(standing);
+        drop(to_replace);
         let Err(Error::HalfReplaced { source, replaced, kept }) = failed else {
             panic!("{failed:?}");
         };

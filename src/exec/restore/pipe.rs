@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Frame, Offer};
+use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use crate::archive::commit::{Commit, CommitLocation};
 use crate::archive::head::Head;
 use crate::archive::index;
@@ -52,8 +52,8 @@ pub struct PipeSource<'a> {
     /// The epoch of the last offer.
     offered: Option<u64>,
     /// Read, and not used yet.
-    pending: Option<Record>,
-    hashes: Hashes,
+    pending: Option<ReadRecord>,
+    hashes: PipeHashes,
     is_damaged: bool,
     /// Whether anything was damaged since the commit that was delivered last.
     is_damaged_since: bool,
@@ -61,13 +61,13 @@ pub struct PipeSource<'a> {
 }
 
 /// A whole record whose hash is right.
-struct Record {
+struct ReadRecord {
     header: Header,
     offset: u64,
     body: Vec<u8>,
 }
 
-impl Record {
+impl ReadRecord {
     fn malformed(&self, path: &Path, problem: &str) -> Error {
         Error::damaged(path, self.offset, self.header.body_bytes, problem)
     }
@@ -95,7 +95,7 @@ impl<'a> PipeSource<'a> {
             epoch: Epoch::default(),
             offered: None,
             pending: None,
-            hashes: Hashes {
+            hashes: PipeHashes {
                 log: HashLog::new(0, options.folder.clone()),
                 has_all: true,
             },
@@ -112,7 +112,7 @@ impl<'a> PipeSource<'a> {
     }
 
     /// The next record of the archive; none at its end.
-    fn next_record(&mut self) -> Result<Option<Record>> {
+    fn next_record(&mut self) -> Result<Option<ReadRecord>> {
         if let Some(record) = self.pending.take() {
             return Ok(Some(record));
         }
@@ -140,7 +140,7 @@ impl<'a> PipeSource<'a> {
                             ..Epoch::default()
                         };
                     }
-                    return Ok(Some(Record { header, offset, body }));
+                    return Ok(Some(ReadRecord { header, offset, body }));
                 }
                 Some(Event::Damage { range, problem, header }) => {
                     self.epoch.doubtful |= header.is_none_or(|header| header.kind == RecordKind::Plan);
@@ -185,7 +185,7 @@ impl<'a> PipeSource<'a> {
     }
 
     /// Uses a record that neither holds blocks nor is a COMMIT.
-    fn take(&mut self, record: &Record, sink: Option<&mut dyn BlockSink>) -> Result<()> {
+    fn take(&mut self, record: &ReadRecord, sink: Option<&mut dyn BlockSink>) -> Result<()> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
         match record.header.kind {
@@ -213,7 +213,7 @@ impl<'a> PipeSource<'a> {
         Ok(())
     }
 
-    fn offer_of(&self, record: &Record) -> Result<Option<Offer>> {
+    fn offer_of(&self, record: &ReadRecord) -> Result<Option<Offer>> {
         let malformed = |problem: &str| record.malformed(&self.path, problem);
         let manifest = self.epoch.builder.clone().finish().map_err(malformed)?;
         if manifest.images.is_empty() && self.epoch.doubtful {
@@ -231,7 +231,7 @@ impl<'a> PipeSource<'a> {
         }))
     }
 
-    fn take_pack(&mut self, record: &Record, sink: &mut dyn BlockSink) -> Result<()> {
+    fn take_pack(&mut self, record: &ReadRecord, sink: &mut dyn BlockSink) -> Result<()> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
         let frames = pack::decode_table(&record.body, record.body.len() as u64).map_err(malformed)?;
@@ -242,7 +242,7 @@ impl<'a> PipeSource<'a> {
                 let blocks = frame.first..frame.first + u32::from(frame.blocks);
                 let expected = self.hashes.known(blocks.start, u32::from(frame.blocks))?;
                 let malformed = &malformed;
-                batch.push(Frame {
+                batch.push(SourceFrame {
                     blocks,
                     content: Box::new(move || content_of(frame, &record.body, &expected).map_err(malformed)),
                 });
@@ -255,7 +255,7 @@ impl<'a> PipeSource<'a> {
     }
 
     /// What a COMMIT makes of the images that were offered.
-    fn take_commit(&mut self, record: &Record) -> Result<Option<Delivered>> {
+    fn take_commit(&mut self, record: &ReadRecord) -> Result<Option<Delivered>> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
         let commit = Commit::decode(&record.body).map_err(malformed)?;
@@ -409,13 +409,13 @@ impl BlockSource for PipeSource<'_> {
 }
 
 /// The hashes that came so far.
-struct Hashes {
+struct PipeHashes {
     log: HashLog,
     /// Whether they came in order, without gaps.
     has_all: bool,
 }
 
-impl Hashes {
+impl PipeHashes {
     fn add(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<()> {
         if self.log.end() == first {
             return self.log.extend(hashes);
@@ -433,7 +433,7 @@ impl Hashes {
     }
 }
 
-impl BlockHashes for Hashes {
+impl BlockHashes for PipeHashes {
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
         Ok(self.known(block, 1)?.first().copied())
     }

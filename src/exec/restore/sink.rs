@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::Restored;
 use super::seed::{PROVED_BLOCKS, Seed};
-use super::source::{BlockSink, Frame};
+use super::source::{BlockSink, SourceFrame};
 use super::staging::Staging;
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_LEN, bytes};
@@ -44,7 +44,7 @@ impl StagingSink<'_> {
     }
 
     /// Puts the parts of a frame that are missing where they belong.
-    fn place(&self, frame: &Frame<'_>) -> Result<Taken> {
+    fn place(&self, frame: &SourceFrame<'_>) -> Result<Taken> {
         let missing = self.missing(frame.blocks.clone());
         if missing.is_empty() {
             return Ok(Taken {
@@ -83,7 +83,7 @@ impl BlockSink for StagingSink<'_> {
             .collect()
     }
 
-    fn take(&mut self, frames: &[Frame<'_>]) -> Result<Vec<(usize, Error)>> {
+    fn take(&mut self, frames: &[SourceFrame<'_>]) -> Result<Vec<(usize, Error)>> {
         if self.monitor.interrupted() {
             return Err(Error::Interrupted);
         }

@@ -51,7 +51,7 @@ pub trait BlockHashes {
 }
 
 /// Blocks that a source has together, in whichever form.
-pub struct Frame<'a> {
+pub struct SourceFrame<'a> {
     /// Their store addresses.
     pub blocks: Range<StoreBlock>,
     /// Makes their content, whole blocks, and proves it as far as the source can. Several threads make those of several frames.
@@ -67,7 +67,7 @@ pub trait BlockSink {
     ///
     /// # Errors
     /// Those of writing; [`Error::Interrupted`].
-    fn take(&mut self, frames: &[Frame<'_>]) -> Result<Vec<(usize, Error)>>;
+    fn take(&mut self, frames: &[SourceFrame<'_>]) -> Result<Vec<(usize, Error)>>;
 
     /// Compares what is there of some blocks with hashes that came after them, and forgets those that differ. Returns whether all are as
     /// they should be.

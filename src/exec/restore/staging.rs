@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::folder::State;
+use super::folder::FileState;
 use crate::block::{SlotSet, bytes};
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
@@ -55,7 +55,7 @@ pub struct Noted {
     /// Ranges of the staging file that were written, ascending by their beginnings.
     claimed: Vec<Range<StoreBlock>>,
     /// Files that were made, by the number of the image.
-    images: BTreeMap<usize, Vec<Made>>,
+    images: BTreeMap<usize, Vec<StagingFile>>,
     /// The restore that the following lines are of.
     restore: String,
     /// Numbers of temporary names: the first, and how many.
@@ -66,10 +66,10 @@ pub struct Noted {
 
 /// A file that was made.
 #[derive(Debug, Clone)]
-struct Made {
+struct StagingFile {
     /// The restore it was made for: see [`Staging::note_restore`].
     restore: String,
-    state: State,
+    state: FileState,
     /// Whether it had all of its names then.
     is_placed: bool,
 }
@@ -115,7 +115,7 @@ impl Noted {
             [kind @ ("made" | "placed"), image, ref state @ ..] => {
                 let state = state_of(state, device)?;
                 let of_image = self.images.entry(image.parse().ok()?).or_default();
-                of_image.push(Made {
+                of_image.push(StagingFile {
                     restore: self.restore.clone(),
                     state,
                     is_placed: kind == "placed",
@@ -132,17 +132,17 @@ impl Noted {
     }
 
     /// Whether a file is what a restore made of an image, with all of its names, and has not changed in any way since.
-    pub fn is_done(&self, restore: &str, image: usize, found: &State) -> bool {
+    pub fn is_done(&self, restore: &str, image: usize, found: &FileState) -> bool {
         self.of(Some(restore), image)
             .any(|made| made.is_placed && made.state == *found)
     }
 
     /// Whether a file is what a restore, or any if none is given, made of an image, and has not been written to since.
-    pub fn is_ours(&self, restore: Option<&str>, image: usize, found: &State) -> bool {
+    pub fn is_ours(&self, restore: Option<&str>, image: usize, found: &FileState) -> bool {
         self.of(restore, image).any(|made| made.state.is_same_file(found))
     }
 
-    fn of(&self, restore: Option<&str>, image: usize) -> impl Iterator<Item = &Made> {
+    fn of(&self, restore: Option<&str>, image: usize) -> impl Iterator<Item = &StagingFile> {
         let made = self.images.get(&image).into_iter().flatten();
         made.filter(move |made| restore.is_none_or(|restore| made.restore == restore))
     }
@@ -166,13 +166,13 @@ impl Noted {
 
 /// A line of the journal: device (`-` for that of the journal, whose number may be another after the next mount), inode, when it was
 /// made, size, and the times of the last writing and change.
-fn line_of(kind: &str, image: usize, state: &State, device: u64) -> String {
+fn line_of(kind: &str, image: usize, state: &FileState, device: u64) -> String {
     let mut line = format!("{kind} {image} ");
     let _ = match state.id.0 {
         same if same == device => write!(line, "-"),
         other => write!(line, "{other}"),
     };
-    let State {
+    let FileState {
         id,
         born,
         size,
@@ -187,12 +187,12 @@ fn line_of(kind: &str, image: usize, state: &State, device: u64) -> String {
     line
 }
 
-fn state_of(fields: &[&str], device: u64) -> Option<State> {
+fn state_of(fields: &[&str], device: u64) -> Option<FileState> {
     let &[on, inode, born, born_ns, size, mtime, mtime_ns, ctime, ctime_ns] = fields else {
         return None;
     };
     let time = |seconds: &str, nanoseconds: &str| Some((seconds.parse().ok()?, nanoseconds.parse().ok()?));
-    Some(State {
+    Some(FileState {
         id: (if on == "-" { device } else { on.parse().ok()? }, inode.parse().ok()?),
         born: time(born, born_ns)?,
         size: size.parse().ok()?,
@@ -397,7 +397,7 @@ impl Staging {
     ///
     /// # Errors
     /// Those of the system calls.
-    pub fn note_made(&mut self, made: impl Iterator<Item = (usize, State)>) -> Result<()> {
+    pub fn note_made(&mut self, made: impl Iterator<Item = (usize, FileState)>) -> Result<()> {
         let device = self.device()?;
         let lines: String = made
             .map(|(image, state)| line_of("made", image, &state, device))
@@ -417,7 +417,7 @@ impl Staging {
     ///
     /// # Errors
     /// Those of the system calls.
-    pub fn note_placed(&mut self, image: usize, state: &State) -> Result<()> {
+    pub fn note_placed(&mut self, image: usize, state: &FileState) -> Result<()> {
         let line = line_of("placed", image, state, self.device()?);
         self.append(&line)
             .map_err(Error::writing("write to", &self.folder_path))

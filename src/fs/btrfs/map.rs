@@ -8,7 +8,7 @@ use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
-use crate::fs::{Filesystem, HeldRange, Mapped, blocks, kernel};
+use crate::fs::{Filesystem, HeldRange, PoolMap, blocks, kernel};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
@@ -331,7 +331,7 @@ impl Btrfs {
     ///
     /// # Errors
     /// Those of reading metadata, or if it makes no sense.
-    pub(super) fn read_map(&self, budget: &Budget) -> Result<Mapped> {
+    pub(super) fn read_map(&self, budget: &Budget) -> Result<PoolMap> {
         let disagree = |image: ImageId| Error::Metadata {
             path: self.path(image).to_owned(),
             problem: "items disagree about the length of an extent".into(),
@@ -350,7 +350,7 @@ impl Btrfs {
         let mappings = mappings(reading.spans.finish(), &extents);
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
-        Ok(Mapped {
+        Ok(PoolMap {
             beyond: beyond_ends(&facts, reading.beyond),
             facts,
             inline_bytes: reading.inline_bytes,

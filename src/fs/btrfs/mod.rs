@@ -17,14 +17,14 @@ use rustix::io::Errno;
 pub(super) use holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
-use super::{Filesystem, HeldRange, ImageInfo, Mapped, Purpose, ShareOutcome, SourceFile, kernel};
+use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::block::{BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts, ImageId};
 use crate::fingerprint::Function;
 use crate::monitor::Monitor;
-use crate::pool::{Found, Named, Skipped};
+use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::encoded_write::write_frame;
 use crate::sys::fs_info::{FsInfo, fs_info};
@@ -63,8 +63,8 @@ impl Btrfs {
     /// # Errors
     /// [`Error::NotRoot`], and those of [`Opened::open`].
     pub(super) fn open(
-        found: &[Found],
-        first: &Named,
+        found: &[FoundImage],
+        first: &NamedPath,
         info: FsInfo,
         purpose: Purpose,
         (checksum_type, checksum_bytes): (Option<u16>, u16),
@@ -145,7 +145,7 @@ impl Filesystem for Btrfs {
         self.have_read_only_snapshots()
     }
 
-    fn map(&self, budget: &Budget) -> Result<Mapped> {
+    fn map(&self, budget: &Budget) -> Result<PoolMap> {
         self.read_map(budget)
     }
 

@@ -17,7 +17,7 @@ use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::fs::{ImageInfo, Purpose};
 use crate::pool::users::{self, FileId};
-use crate::pool::{Found, Skip, Skipped};
+use crate::pool::{FoundImage, Skip, Skipped};
 use crate::shown::shown;
 use crate::sys::beneath::reopen;
 use crate::sys::inode_flags::inode_flags;
@@ -144,7 +144,7 @@ pub(super) struct OpenedImages {
 
 /// Opens images. Between taking leases and reading metadata, `sync` makes durable what is in flight, which the trees do not tell before.
 pub(super) fn open(
-    found: &[Found],
+    found: &[FoundImage],
     specifics: &Specifics<'_>,
     purpose: Purpose,
     sync: impl FnOnce() -> Result<()>,
@@ -199,7 +199,7 @@ pub(super) fn open(
         let locked = detail.take();
         *detail = Some(users.into_iter().chain(locked).collect::<Vec<_>>().join(", "));
     }
-    let busy_machine = |found: &Found| found.machines.iter().find_map(|machine| busy.get_key_value(machine));
+    let busy_machine = |found: &FoundImage| found.machines.iter().find_map(|machine| busy.get_key_value(machine));
     let (idle, images): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, found)| busy_machine(found).is_some());
     for (image, found) in idle {
         left_alone.insert(found.id, image.known.path.clone());
@@ -260,7 +260,7 @@ fn is_shortage(errno: Errno) -> bool {
 
 /// Opens one image. Whatever is wrong with it, the others can be worked on.
 fn open_one(
-    found: &Found,
+    found: &FoundImage,
     specifics: &Specifics<'_>,
     purpose: Purpose,
     watch: Option<&(Watch, Lease)>,

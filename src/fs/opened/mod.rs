@@ -25,7 +25,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::ImageId;
 use crate::pool::users::FileId;
-use crate::pool::{Found, Named, Skipped};
+use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::sys::beneath::Folder;
 use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
@@ -65,8 +65,8 @@ impl Opened {
     /// # Errors
     /// [`Error::Kernel`], [`Error::ReadOnly`], [`Error::Busy`], and those of system calls that say nothing of one image.
     pub(super) fn open(
-        found: &[Found],
-        first: &Named,
+        found: &[FoundImage],
+        first: &NamedPath,
         purpose: Purpose,
         specifics: &Specifics<'_>,
         settle: impl FnOnce(bool),
@@ -217,9 +217,13 @@ impl Opened {
 }
 
 /// The first folder of an image where a donor can be made, with its path: those in read-only snapshots are none.
-fn folder_for_donors(found: &[Found], images: &[OpenImage], specifics: &Specifics<'_>) -> Option<(Folder, PathBuf)> {
+fn folder_for_donors(
+    found: &[FoundImage],
+    images: &[OpenImage],
+    specifics: &Specifics<'_>,
+) -> Option<(Folder, PathBuf)> {
     use std::os::fd::AsFd;
-    let by_path: BTreeMap<&Path, &Found> = found.iter().map(|found| (found.path.as_path(), found)).collect();
+    let by_path: BTreeMap<&Path, &FoundImage> = found.iter().map(|found| (found.path.as_path(), found)).collect();
     let mut tried = BTreeSet::new();
     let mut folders = images.iter().filter_map(|image| {
         let path = image.known.path.parent()?;

@@ -11,7 +11,7 @@ use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
-use crate::fs::{Filesystem, Mapped, blocks};
+use crate::fs::{Filesystem, PoolMap, blocks};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
@@ -310,7 +310,7 @@ fn cut(
 }
 
 impl Xfs {
-    pub(super) fn read_map(&self, budget: &Budget) -> Result<Mapped> {
+    pub(super) fn read_map(&self, budget: &Budget) -> Result<PoolMap> {
         let mut ranges = Collector::new_in(budget);
         let mut beyond = Vec::new();
         for (number, image) in (0u32..).zip(&self.opened.images) {
@@ -361,7 +361,7 @@ impl Xfs {
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
         facts.frees_blocks = true;
-        Ok(Mapped {
+        Ok(PoolMap {
             facts,
             inline_bytes: 0,
             inline: Vec::new(),

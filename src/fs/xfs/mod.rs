@@ -12,13 +12,13 @@ use std::sync::OnceLock;
 pub(super) use holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
-use super::{Filesystem, HeldRange, ImageInfo, Mapped, Purpose, ShareOutcome, SourceFile, kernel};
+use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::block::SlotSet;
 use crate::content::Metadata;
 use crate::error::Result;
 use crate::facts::{Class, Facts, ImageId};
 use crate::fingerprint::Function;
-use crate::pool::{Found, Named, Skipped};
+use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};
 
@@ -39,8 +39,8 @@ impl Xfs {
     /// # Errors
     /// Those of [`Opened::open`].
     pub(super) fn open(
-        found: &[Found],
-        first: &Named,
+        found: &[FoundImage],
+        first: &NamedPath,
         info: FsInfo,
         purpose: Purpose,
         reverse_map: bool,
@@ -105,7 +105,7 @@ impl Filesystem for Xfs {
         Ok(false)
     }
 
-    fn map(&self, budget: &Budget) -> Result<Mapped> {
+    fn map(&self, budget: &Budget) -> Result<PoolMap> {
         self.read_map(budget)
     }
 

@@ -12,7 +12,7 @@ use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::content::Metadata;
 use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
 use crate::fingerprint::Function;
-use crate::fs::{ImageInfo, Mapped, SourceFile};
+use crate::fs::{ImageInfo, PoolMap, SourceFile};
 use crate::spill::SpillVec;
 
 /// The function that its checksums are made with, as those of a btrfs with defaults.
@@ -74,7 +74,7 @@ impl Simulated {
     }
 
     /// What a scan finds before it knows any fingerprint: what images refer to, and not what donors do.
-    pub(super) fn mapped(&self) -> Mapped {
+    pub(super) fn mapped(&self) -> PoolMap {
         let without_donors = Self {
             state: Mutex::new(self.with(|state| State {
                 donors: Vec::new(),
@@ -87,7 +87,7 @@ impl Simulated {
         let mut facts = without_donors.facts();
         facts.fingerprints = vec![0; facts.slots() as usize].into();
         facts.zero_fingerprint = FUNCTION.of_zeros();
-        Mapped {
+        PoolMap {
             facts,
             inline_bytes: 0,
             inline: Vec::new(),

@@ -17,7 +17,7 @@ use crate::sys::lease::{self, Lease};
 
 /// Files that are to be replaced, each leased for as long as this lives: whoever opens one waits until then.
 #[derive(Debug, Default)]
-pub struct Standing {
+pub struct ReplacedFiles {
     names: BTreeMap<PathBuf, Name>,
     leased: Vec<Leased>,
 }
@@ -38,14 +38,14 @@ struct Leased {
     path: PathBuf,
 }
 
-impl Standing {
+impl ReplacedFiles {
     /// Takes leases on all that stands at some places. A file of several names is leased once. No other descriptor of this process may
     /// be open on any of them.
     ///
     /// # Errors
     /// [`Error::InUse`] for the first that someone uses, or of which that cannot be found out; [`Error::FolderInTheWay`].
     pub fn lease<'a>(places: impl Iterator<Item = &'a Place>) -> Result<Self> {
-        let mut standing = Self::default();
+        let mut to_replace = Self::default();
         let mut known = BTreeMap::new();
         for place in places {
             let Some(stat) = place.stat()? else { continue };
@@ -60,10 +60,10 @@ impl Standing {
                 _ => return Err(in_use(&place.path, "it is no file")),
             };
             let id = (stat.st_dev, stat.st_ino);
-            let leased = standing.lease_one(place, is_link, id, &mut known)?;
-            standing.names.insert(place.path.clone(), Name { id, leased });
+            let leased = to_replace.lease_one(place, is_link, id, &mut known)?;
+            to_replace.names.insert(place.path.clone(), Name { id, leased });
         }
-        Ok(standing)
+        Ok(to_replace)
     }
 
     /// Leases what stands at a place, or what the link there leads to: whoever uses that would go on with what the name no longer means.
@@ -195,14 +195,14 @@ mod tests {
         let root = Root::lock(folder.path()).unwrap();
         let lease = |names: &[&str]| {
             let place = |name: &&str| root.place(Path::new(name), false, |_| {}).unwrap().unwrap();
-            Standing::lease(names.iter().map(place).collect::<Vec<_>>().iter())
+            ReplacedFiles::lease(names.iter().map(place).collect::<Vec<_>>().iter())
         };
         let all = ["one", "three", "dangling", "link", "absent"];
-        let standing = lease(&all).unwrap();
-        assert_eq!((standing.names.len(), standing.leased.len()), (4, 2));
-        assert!(standing.check_all().is_ok());
+        let to_replace = lease(&all).unwrap();
+        assert_eq!((to_replace.names.len(), to_replace.leased.len()), (4, 2));
+        assert!(to_replace.check_all().is_ok());
         assert!(matches!(lease(&all), Err(Error::InUse { .. })), "it is leased");
-        drop(standing);
+        drop(to_replace);
         for (open, names) in [("one", ["three"]), ("two", ["link"])] {
             let held = File::open(folder.path().join(open)).unwrap();
             let refused = lease(&names).unwrap_err();
@@ -213,15 +213,15 @@ mod tests {
         for bad in ["fifo", "to-fifo"] {
             assert!(matches!(lease(&[bad]), Err(Error::InUse { .. })), "{bad}");
         }
-        let standing = lease(&["two"]).unwrap();
+        let to_replace = lease(&["two"]).unwrap();
         let path = folder.path().join("two");
         let opener = std::thread::spawn(move || File::open(path).map(drop));
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-        while standing.check_all().is_ok() {
+        while to_replace.check_all().is_ok() {
             assert!(std::time::Instant::now() < deadline, "whoever opens it is noticed");
             std::thread::yield_now();
         }
-        drop(standing);
+        drop(to_replace);
         opener.join().unwrap().unwrap();
     }
 }
