@@ -16,8 +16,8 @@ use vmfold::block::{BLOCK_BYTES, SlotSet};
 use vmfold::chunk::{Chunk, Chunker};
 use vmfold::content::{Content, KnownSlots};
 use vmfold::facts::Facts;
-use vmfold::fingerprint::Function;
-use vmfold::index::{self, ChunkIndex, Memory};
+use vmfold::fingerprint::FingerprintFunction;
+use vmfold::index::{self, ChunkIndex, MemoryIndex};
 use vmfold::monitor::Silent;
 use vmfold::testing::simulated::one_image;
 
@@ -200,9 +200,17 @@ fn indexes_conform() {
         what_archives_hold_is_known_for_that_very_commit,
     ];
     for check in checks {
-        let memory = Memory::default();
-        check(&|| memory.open(Function::Crc32c));
+        let memory = MemoryIndex::default();
+        check(&|| memory.open(FingerprintFunction::Crc32c));
         let folder = tempfile::tempdir().unwrap();
-        check(&|| index::open(folder.path(), [1; 16], Some(Function::Crc32c), &Silent::default()).unwrap());
+        check(&|| {
+            index::open(
+                folder.path(),
+                [1; 16],
+                Some(FingerprintFunction::Crc32c),
+                &Silent::default(),
+            )
+            .unwrap()
+        });
     }
 }

@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use vmfold::archive::commit::{Commit, CommitLocation, Summary, encode_tail};
-use vmfold::archive::record::{HEADER_BYTES, Header, RecordKind, hash_of};
+use vmfold::archive::commit::{Commit, CommitLocation, ImageSummary, encode_tail};
+use vmfold::archive::record::{HEADER_BYTES, RecordHeader, RecordKind, hash_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
@@ -29,7 +29,7 @@ const GOLDEN: &[u8] = include_bytes!("../testdata/archive-v1.vmfold");
 fn records(bytes: &[u8]) -> Vec<(std::ops::Range<usize>, RecordKind)> {
     let (mut at, mut found) = (0, Vec::new());
     while at < bytes.len() {
-        let header = Header::decode(bytes[at..].first_chunk().unwrap()).unwrap();
+        let header = RecordHeader::decode(bytes[at..].first_chunk().unwrap()).unwrap();
         let end = at + HEADER_BYTES + usize::try_from(header.body_bytes).unwrap();
         found.push((at..end, header.kind));
         at = end;
@@ -272,8 +272,8 @@ fn records_of_another_archive_do_not_count() {
     // The same archive under another name: every record is whole, and none belongs.
     let mut other = GOLDEN.to_vec();
     for (range, _) in records(GOLDEN) {
-        let header = Header::decode(other[range.start..].first_chunk().unwrap()).unwrap();
-        let renamed = Header {
+        let header = RecordHeader::decode(other[range.start..].first_chunk().unwrap()).unwrap();
+        let renamed = RecordHeader {
             archive: [9; 16],
             ..header
         };
@@ -379,18 +379,18 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
 fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     use std::os::unix::ffi::OsStrExt;
     use vmfold::archive::manifest::{self, ArchivedImage, ManifestEntry, Payloads};
-    use vmfold::archive::writer::{Base, Writer};
+    use vmfold::archive::writer::{ArchiveWriter, Base};
     use vmfold::content::{Content as Holds, Metadata, Run};
     let store = std::sync::Arc::new(vmfold::store::MemoryStore::default());
     let base = Base {
         archive: [1; 16],
         ..Base::default()
     };
-    let mut writer = Writer::begin(store.clone(), base, 5).unwrap();
+    let mut writer = ArchiveWriter::begin(store.clone(), base, 5).unwrap();
     let mut payloads = Payloads::default();
     let mut summaries = Vec::new();
     for (number, name) in (0..).zip(names) {
-        summaries.push(Summary {
+        summaries.push(ImageSummary {
             path: PathBuf::from(std::ffi::OsStr::from_bytes(name)),
             size: 4096,
             data_blocks: 0,
@@ -443,8 +443,8 @@ fn named(name: &[u8], path: &Path) {
 }
 
 /// A record with another header, whose hash is right.
-fn with_header(record: &[u8], change: impl Fn(&mut Header)) -> Vec<u8> {
-    let mut header = Header::decode(record.first_chunk().unwrap()).unwrap();
+fn with_header(record: &[u8], change: impl Fn(&mut RecordHeader)) -> Vec<u8> {
+    let mut header = RecordHeader::decode(record.first_chunk().unwrap()).unwrap();
     change(&mut header);
     [&header.encode()[..], &record[HEADER_BYTES..]].concat()
 }
@@ -498,7 +498,7 @@ fn numbers_of_hostile_headers_are_not_believed() {
             true,
         );
         let unknown = |length| {
-            let mut header = Header::of(RecordKind::Other(77), [0; 16], u64::MAX, u64::MAX - 1, b"");
+            let mut header = RecordHeader::of(RecordKind::Other(77), [0; 16], u64::MAX, u64::MAX - 1, b"");
             header.body_bytes = length;
             header.encode().to_vec()
         };
@@ -536,19 +536,19 @@ fn commits_that_contradict_themselves_are_damage() {
         ("a record of the commit before", |commit| commit.records[2].offset = 0),
         ("records without a body", |commit| commit.records[2].length = 0),
     ];
-    let location_of = |header: &Header, length: u64| CommitLocation {
+    let location_of = |header: &RecordHeader, length: u64| CommitLocation {
         offset: range.start as u64,
         length,
         body_hash: header.body_hash,
     };
     let archive_with = |commit: &Commit, length: Option<u64>| {
         let body = commit.encode().unwrap();
-        let old = Header::decode(GOLDEN[range.start..].first_chunk().unwrap()).unwrap();
-        let header = Header::of(RecordKind::Commit, old.archive, old.epoch, old.sequence, &body);
+        let old = RecordHeader::decode(GOLDEN[range.start..].first_chunk().unwrap()).unwrap();
+        let header = RecordHeader::of(RecordKind::Commit, old.archive, old.epoch, old.sequence, &body);
         let whole = (HEADER_BYTES + body.len()) as u64;
         let tail_body = encode_tail(&location_of(&header, length.unwrap_or(whole)));
-        let old = Header::decode(GOLDEN[tail.start..].first_chunk().unwrap()).unwrap();
-        let tail = Header::of(RecordKind::Tail, old.archive, old.epoch, old.sequence, &tail_body);
+        let old = RecordHeader::decode(GOLDEN[tail.start..].first_chunk().unwrap()).unwrap();
+        let tail = RecordHeader::of(RecordKind::Tail, old.archive, old.epoch, old.sequence, &tail_body);
         [
             &GOLDEN[..range.start],
             &header.encode(),

@@ -23,7 +23,7 @@ use vmfold::fs::{Filesystem, Plain, Purpose, ShareOutcome, SourceFile, freed_byt
 use vmfold::monitor::Silent;
 use vmfold::pool;
 use vmfold::spill::Budget;
-use vmfold::testing::simulated::{Content, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
+use vmfold::testing::simulated::{BlockContent, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
 
 const BLOCKS: usize = 64;
 const BYTES: u64 = BLOCKS as u64 * BLOCK_BYTES;
@@ -36,7 +36,7 @@ const ZEROS: ImageId = 4;
 const REPEATS: ImageId = 5;
 
 /// What the images hold; none for holes.
-fn contents() -> Vec<Vec<Option<Content>>> {
+fn contents() -> Vec<Vec<Option<BlockContent>>> {
     let data = |from: u64| (0..BLOCKS as u64).map(move |n| Some(INCOMPRESSIBLE + from + n));
     let first: Vec<_> = data(0).chain([None; 16]).chain(data(100).take(16)).collect();
     let mut nearly: Vec<_> = data(0).collect();
@@ -52,8 +52,8 @@ fn contents() -> Vec<Vec<Option<Content>>> {
 }
 
 /// Ranges of an image that hold data: the first block, and what they hold.
-fn data_of(image: &[Option<Content>]) -> Vec<(usize, Vec<Content>)> {
-    let mut ranges: Vec<(usize, Vec<Content>)> = Vec::new();
+fn data_of(image: &[Option<BlockContent>]) -> Vec<(usize, Vec<BlockContent>)> {
+    let mut ranges: Vec<(usize, Vec<BlockContent>)> = Vec::new();
     for (at, content) in image.iter().enumerate() {
         let Some(content) = content else { continue };
         match ranges.last_mut() {
@@ -64,7 +64,7 @@ fn data_of(image: &[Option<Content>]) -> Vec<(usize, Vec<Content>)> {
     ranges
 }
 
-fn bytes_of(image: &[Option<Content>]) -> Vec<u8> {
+fn bytes_of(image: &[Option<BlockContent>]) -> Vec<u8> {
     image
         .iter()
         .flat_map(|content| block_of(content.unwrap_or(0)))

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::{Mounted, build_pool, can_mount, sh, state_of};
 use serde_json::Value;
 use vmfold::block::SlotSet;
-use vmfold::fingerprint::Function;
+use vmfold::fingerprint::FingerprintFunction;
 use vmfold::index;
 use vmfold::monitor::Silent;
 use vmfold::testing::simulated::one_image;
@@ -130,7 +130,7 @@ fn a_large_index_ends_when_its_disk_is_full() {
             let mut facts = one_image(extents, 1);
             let fingerprints = (0..facts.slots()).map(|slot| slot.wrapping_mul(0x9e37_79b9));
             facts.fingerprints = fingerprints.collect::<Vec<u32>>().into();
-            let index = index::open(&folder, [1; 16], Some(Function::Crc32c), &Silent::default());
+            let index = index::open(&folder, [1; 16], Some(FingerprintFunction::Crc32c), &Silent::default());
             let mut index = index.unwrap();
             index.keep_plain();
             let mut known = SlotSet::new(facts.slots() as usize);

@@ -23,15 +23,15 @@ use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::{Monitor, Silent};
 use vmfold::plan::{PlanOptions, ReclaimPlan};
-use vmfold::testing::faulty_filesystem::{CHANGED, Call, Fault, Faulty};
-use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
+use vmfold::testing::faulty_filesystem::{CHANGED, FaultyFilesystem, FilesystemCall, FilesystemFault};
+use vmfold::testing::simulated::{BlockContent, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 
 /// A step in the life of a pool.
 #[derive(Debug, Clone)]
 enum Step {
     /// A new image, written in extents of these lengths.
     Write {
-        content: Vec<Content>,
+        content: Vec<BlockContent>,
         extent_blocks: usize,
         nodatasum: bool,
     },
@@ -41,7 +41,7 @@ enum Step {
     Overwrite {
         image: prop::sample::Index,
         at: prop::sample::Index,
-        content: Vec<Content>,
+        content: Vec<BlockContent>,
     },
     /// A range is preallocated.
     Preallocate {
@@ -57,7 +57,7 @@ enum Step {
     },
 }
 
-fn content() -> impl Strategy<Value = Vec<Content>> {
+fn content() -> impl Strategy<Value = Vec<BlockContent>> {
     let stretch = prop_oneof![
         // From a common population, in order, so that runs recur.
         6 => (0u64..200, 1u64..40).prop_map(|(from, length)| (from..from + length).map(|n| 1 + n * 0x1_0001).collect::<Vec<_>>()),
@@ -157,7 +157,7 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
 }
 
 /// Adds images of one extent each.
-fn add_images(fs: &Simulated, contents: impl IntoIterator<Item = Vec<Content>>) {
+fn add_images(fs: &Simulated, contents: impl IntoIterator<Item = Vec<BlockContent>>) {
     for content in contents {
         let (image, blocks) = (fs.add_image(true, IMAGE_BLOCKS), u32::try_from(content.len()).unwrap());
         let extent = fs.allocate(PLAIN, content);
@@ -445,7 +445,7 @@ fn fault_at_any_time() -> impl Strategy<Value = Faults> {
 #[test]
 fn plan_is_the_same_every_time() {
     let fs = Simulated::default();
-    let content: Vec<Content> = (1..200).collect();
+    let content: Vec<BlockContent> = (1..200).collect();
     for shift in 0..4u32 {
         let image = fs.add_image(true, IMAGE_BLOCKS);
         let extent = fs.allocate(PLAIN, content.clone());
@@ -463,10 +463,10 @@ fn plan_is_the_same_every_time() {
 #[test]
 fn an_image_at_its_limit_of_references_frees_what_takes_few() {
     let fs = Simulated::default();
-    let known: Vec<Content> = (1..250).collect();
+    let known: Vec<BlockContent> = (1..250).collect();
     // Two blocks known and two not, again and again; then many that are known, and zeros.
     let short = (0..20).flat_map(|n| [1 + 4 * n, 2 + 4 * n, 10_000 + n, 20_000 + n]);
-    let content: Vec<Content> = short.chain(100..160).chain([0; 60]).collect();
+    let content: Vec<BlockContent> = short.chain(100..160).chain([0; 60]).collect();
     add_images(&fs, [known, content]);
     let freed_blocks = |references: u32| {
         let options = PlanOptions {
@@ -482,7 +482,7 @@ fn an_image_at_its_limit_of_references_frees_what_takes_few() {
 #[test]
 fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     let fs = Simulated::default();
-    let known: Vec<Content> = (1..200).collect();
+    let known: Vec<BlockContent> = (1..200).collect();
     let content = [1000, 1001, 7, 8, 1002, 1003, 17, 18, 19, 1004, 1005];
     add_images(&fs, [known, content.into_iter().chain(50..150).collect()]);
     // It stays whatever it is used for.
@@ -639,9 +639,9 @@ fn what_needs_an_open_image_is_not_begun(threads: usize) {
     let mut fs = Simulated::default();
     fs.faults.opened = Some((0, 0));
     // Everything that is common lies in the first image; of each other one, a part would go to a donor.
-    let common: Vec<Content> = (1..64).collect();
+    let common: Vec<BlockContent> = (1..64).collect();
     let others = (1u64..20).map(|n| common.iter().copied().chain(10_000 * n..10_000 * n + 16).collect());
-    let images: Vec<Vec<Content>> = std::iter::once(common.iter().copied().chain(5000..5100).collect())
+    let images: Vec<Vec<BlockContent>> = std::iter::once(common.iter().copied().chain(5000..5100).collect())
         .chain(others)
         .collect();
     add_images(&fs, images);
@@ -682,7 +682,7 @@ fn planning_ends_when_it_is_told_to() {
 fn small_pool(frees_blocks: bool, look_alike: bool) -> Simulated {
     let mut fs = Simulated::default();
     fs.frees_blocks = frees_blocks;
-    let template: Vec<Content> = (1..=40).collect();
+    let template: Vec<BlockContent> = (1..=40).collect();
     let mut clone = template.clone();
     (clone[9], clone[30]) = (1000, 1001);
     if look_alike {
@@ -727,7 +727,10 @@ const SMALL_STEPS: PlanOptions = PlanOptions {
 };
 
 /// Plans on a filesystem, and runs that while faults are met.
-fn run_with(fs: &Simulated, faulty: &Faulty<'_>) -> (ReclaimPlan, ReclaimOutcome, Result<(), vmfold::error::Error>) {
+fn run_with(
+    fs: &Simulated,
+    faulty: &FaultyFilesystem<'_>,
+) -> (ReclaimPlan, ReclaimOutcome, Result<(), vmfold::error::Error>) {
     let (facts, plan) = planned(fs, &SMALL_STEPS);
     let mut ran = ReclaimOutcome::default();
     let outcome = run(
@@ -757,13 +760,13 @@ struct Undisturbed {
     look_alike: bool,
     /// Bytes that the pool takes after it.
     allocated_bytes: u64,
-    calls: BTreeMap<Call, u64>,
+    calls: BTreeMap<FilesystemCall, u64>,
 }
 
 impl Undisturbed {
     fn new(frees_blocks: bool, look_alike: bool) -> Self {
         let fs = small_pool(frees_blocks, look_alike);
-        let faulty = Faulty::without_fault(&fs);
+        let faulty = FaultyFilesystem::without_fault(&fs);
         run_with(&fs, &faulty).2.unwrap();
         Self {
             frees_blocks,
@@ -782,7 +785,10 @@ impl Undisturbed {
 /// Runs on a small pool with some faults, and again without. Images hold what they held but for what someone else wrote; what was not
 /// freed as planned is told; and the next run frees what is left, so that the one after that has nothing to do. Returns whether something
 /// was told.
-fn faults_leave_nothing_but_work(undisturbed: &Undisturbed, faults: impl Fn(&Simulated) -> Faulty<'_>) -> bool {
+fn faults_leave_nothing_but_work(
+    undisturbed: &Undisturbed,
+    faults: impl Fn(&Simulated) -> FaultyFilesystem<'_>,
+) -> bool {
     let fs = undisturbed.pool();
     let (mut content, before) = (fs.contents(), fs.allocated_bytes());
     let faulty = faults(&fs);
@@ -825,30 +831,34 @@ fn faults_leave_nothing_but_work(undisturbed: &Undisturbed, faults: impl Fn(&Sim
 #[test]
 fn every_call_may_go_wrong_once_or_from_then_on() {
     let faults = [
-        (Call::MayTouch, Fault::Opened),
-        (Call::Read, Fault::Fails(Errno::IO)),
-        (Call::FreeBytes, Fault::Fails(Errno::IO)),
-        (Call::CreateDonor, Fault::Fails(Errno::NOSPC)),
-        (Call::AppendToDonor, Fault::Fails(Errno::NOSPC)),
-        (Call::AppendToDonor, Fault::Fails(Errno::DQUOT)),
-        (Call::SettleDonor, Fault::Fails(Errno::NOSPC)),
-        (Call::Share, Fault::Fails(Errno::NOSPC)),
-        (Call::Share, Fault::Fails(Errno::IO)),
-        (Call::Share, Fault::Fails(Errno::AGAIN)),
-        (Call::Share, Fault::Changed),
-        (Call::Commit, Fault::Fails(Errno::IO)),
-        (Call::IsAllocated, Fault::Fails(Errno::IO)),
-        (Call::RangesIn, Fault::Fails(Errno::IO)),
+        (FilesystemCall::MayTouch, FilesystemFault::Opened),
+        (FilesystemCall::Read, FilesystemFault::Fails(Errno::IO)),
+        (FilesystemCall::FreeBytes, FilesystemFault::Fails(Errno::IO)),
+        (FilesystemCall::CreateDonor, FilesystemFault::Fails(Errno::NOSPC)),
+        (FilesystemCall::AppendToDonor, FilesystemFault::Fails(Errno::NOSPC)),
+        (FilesystemCall::AppendToDonor, FilesystemFault::Fails(Errno::DQUOT)),
+        (FilesystemCall::SettleDonor, FilesystemFault::Fails(Errno::NOSPC)),
+        (FilesystemCall::Share, FilesystemFault::Fails(Errno::NOSPC)),
+        (FilesystemCall::Share, FilesystemFault::Fails(Errno::IO)),
+        (FilesystemCall::Share, FilesystemFault::Fails(Errno::AGAIN)),
+        (FilesystemCall::Share, FilesystemFault::Changed),
+        (FilesystemCall::Commit, FilesystemFault::Fails(Errno::IO)),
+        (FilesystemCall::IsAllocated, FilesystemFault::Fails(Errno::IO)),
+        (FilesystemCall::RangesIn, FilesystemFault::Fails(Errno::IO)),
     ];
-    let mut runs: BTreeMap<Call, u64> = BTreeMap::new();
+    let mut runs: BTreeMap<FilesystemCall, u64> = BTreeMap::new();
     for (frees_blocks, look_alike) in [(false, false), (false, true), (true, false), (true, true)] {
         let undisturbed = Undisturbed::new(frees_blocks, look_alike);
         for (call, fault) in faults {
             let calls = undisturbed.calls.get(&call).copied().unwrap_or_default();
             for (at, lasts) in (0..calls).flat_map(|at| [(at, false), (at, true)]) {
-                let told = faults_leave_nothing_but_work(&undisturbed, |fs| Faulty::new(fs, call, at, fault, lasts));
+                let told =
+                    faults_leave_nothing_but_work(&undisturbed, |fs| FaultyFilesystem::new(fs, call, at, fault, lasts));
                 // Of these, what does not matter in the end need not be told.
-                let is_forgiven = matches!(call, Call::MayTouch | Call::Read | Call::Share);
+                let is_forgiven = matches!(
+                    call,
+                    FilesystemCall::MayTouch | FilesystemCall::Read | FilesystemCall::Share
+                );
                 assert!(told || is_forgiven, "{call:?} {at}");
                 *runs.entry(call).or_default() += 1;
             }
@@ -864,7 +874,7 @@ fn every_sector_may_be_unreadable() {
         for (extent, this) in undisturbed.pool().facts().extents.iter().enumerate() {
             for block in 0..this.blocks {
                 faults_leave_nothing_but_work(&undisturbed, |fs| {
-                    let mut faulty = Faulty::without_fault(fs);
+                    let mut faulty = FaultyFilesystem::without_fault(fs);
                     faulty.unreadable.insert((extent, block));
                     faulty
                 });
@@ -880,7 +890,7 @@ fn a_disk_may_end_anywhere() {
         let taken = undisturbed.pool().allocated_bytes();
         for free_blocks in 0..12 {
             faults_leave_nothing_but_work(&undisturbed, |fs| {
-                let mut faulty = Faulty::without_fault(fs);
+                let mut faulty = FaultyFilesystem::without_fault(fs);
                 faulty.disk_bytes = Some(taken + free_blocks * 4096);
                 faulty
             });
@@ -894,7 +904,7 @@ fn what_fits_on_no_disk_is_refused_by_name() {
     add_images(&fs, [(1..=40).collect(), (1..=20).chain(100..120).collect()]);
     let before = fs.allocated_bytes();
     for (free_blocks, is_enough) in [(0, false), (19, false), (20, true)] {
-        let mut faulty = Faulty::without_fault(&fs);
+        let mut faulty = FaultyFilesystem::without_fault(&fs);
         faulty.disk_bytes = Some(before + free_blocks * 4096);
         let (plan, ran, outcome) = run_with(&fs, &faulty);
         let is_refused = matches!(outcome, Err(vmfold::error::Error::Reserve { .. }));

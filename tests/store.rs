@@ -22,7 +22,7 @@ use vmfold::ops::verify::verify_store;
 use vmfold::ops::{ArchivePlace, Scope};
 use vmfold::report::{Exported, Imported, Verified};
 use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, Store};
-use vmfold::testing::faulty_store::{Call, Fault, Faulty};
+use vmfold::testing::faulty_store::{FaultyStore, StoreCall, StoreFault};
 
 /// What every store that is read anywhere and appended to does. It is empty at first.
 fn conforms(store: &dyn Store) {
@@ -58,11 +58,11 @@ fn stores_conform() {
     let path = folder.path().join("a");
     conforms(&MemoryStore::default());
     conforms(&FileStore::append_to(&path).unwrap());
-    conforms(&Faulty::new(MemoryStore::default(), u64::MAX, Fault::Dies));
-    conforms(&Faulty::new(
+    conforms(&FaultyStore::new(MemoryStore::default(), u64::MAX, StoreFault::Dies));
+    conforms(&FaultyStore::new(
         MemoryStore::default(),
         3,
-        Fault::Delays(Duration::from_millis(1)),
+        StoreFault::Delays(Duration::from_millis(1)),
     ));
     // What is opened for reading is not written to, and holds what was written.
     let file = FileStore::open(&path).unwrap();
@@ -98,11 +98,11 @@ fn pipes_are_read_once_and_in_order() {
 }
 
 /// Every fault that is tried at every call.
-const FAULTS: [Fault; 4] = [
-    Fault::Fails(libc::EIO),
-    Fault::Fails(libc::ENOSPC),
-    Fault::Tears(libc::ENOSPC),
-    Fault::Dies,
+const FAULTS: [StoreFault; 4] = [
+    StoreFault::Fails(libc::EIO),
+    StoreFault::Fails(libc::ENOSPC),
+    StoreFault::Tears(libc::ENOSPC),
+    StoreFault::Dies,
 ];
 
 struct Scene {
@@ -199,7 +199,7 @@ fn export_with_faults(scene: &Scene, before: &[u8], commits: &[Content], now: &C
     for fault in FAULTS {
         for at in 0.. {
             let context = format!("{fault:?} at call {at}");
-            let store = Arc::new(Faulty::new(MemoryStore::of(before.to_vec()), at, fault));
+            let store = Arc::new(FaultyStore::new(MemoryStore::of(before.to_vec()), at, fault));
             let done = scene.export(Arc::clone(&store) as Arc<dyn Store>);
             let bytes = store.inner().to_vec();
             if store.calls().len() as u64 <= at {
@@ -212,8 +212,8 @@ fn export_with_faults(scene: &Scene, before: &[u8], commits: &[Content], now: &C
             }
             if let Err(error) = &done {
                 check_error(error, &context);
-                if !matches!(fault, Fault::Dies)
-                    && !matches!(store.calls()[usize::try_from(at).unwrap()], Call::Truncate(_))
+                if !matches!(fault, StoreFault::Dies)
+                    && !matches!(store.calls()[usize::try_from(at).unwrap()], StoreCall::Truncate(_))
                 {
                     assert_eq!(bytes, before, "{context}: what was written was taken back");
                 }
@@ -260,7 +260,7 @@ fn whatever_call_of_an_import_or_a_verification_fails_nothing_wrong_is_restored(
     let archive = Arc::new(MemoryStore::default());
     scene.export(Arc::clone(&archive) as Arc<dyn Store>).unwrap();
     let bytes = archive.to_vec();
-    let faulty = |at, fault| Arc::new(Faulty::new(MemoryStore::of(bytes.clone()), at, fault));
+    let faulty = |at, fault| Arc::new(FaultyStore::new(MemoryStore::of(bytes.clone()), at, fault));
     let folder = tempfile::tempdir_in(&scene.fs.mount).unwrap();
     let mut hit = [0; 3];
     for fault in FAULTS {
@@ -318,7 +318,7 @@ fn whatever_call_of_an_import_or_a_verification_fails_nothing_wrong_is_restored(
             match verified {
                 // After one call that failed, everything may have been read in another way.
                 Ok(verified) => assert!(
-                    fault != Fault::Dies || !is_intact(&verified),
+                    fault != StoreFault::Dies || !is_intact(&verified),
                     "{context}: what was not read is not intact"
                 ),
                 Err(error) => check_error(&error, &context),

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use vmfold::block::BLOCK_BYTES;
 use vmfold::error::Error;
 use vmfold::exec::compression::CompressionRequest;
-use vmfold::fingerprint::Function;
+use vmfold::fingerprint::FingerprintFunction;
 use vmfold::frame::Packer;
-use vmfold::index::Memory;
+use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
 use vmfold::ops::export::{ExportOptions, Revisions, export_on};
 use vmfold::ops::reclaim::{ReclaimOptions, reclaim_on};
@@ -24,13 +24,13 @@ use vmfold::plan;
 use vmfold::pool::Skip;
 use vmfold::report::{Exported, Reclaimed};
 use vmfold::store::{MemoryStore, Store};
-use vmfold::testing::faulty_store::{Fault, Faulty};
-use vmfold::testing::simulated::{Content, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
+use vmfold::testing::faulty_store::{FaultyStore, StoreFault};
+use vmfold::testing::simulated::{BlockContent, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
 
 /// A simulated filesystem with what a user has beside it.
 struct Scene {
     fs: Simulated,
-    index: Memory,
+    index: MemoryIndex,
     /// For lists that take more memory than there is.
     folder: tempfile::TempDir,
 }
@@ -40,10 +40,10 @@ impl Scene {
     fn new(frees_blocks: bool) -> Self {
         let mut fs = Simulated::default();
         fs.frees_blocks = frees_blocks;
-        let common: Vec<Content> = (1..200).map(|n| INCOMPRESSIBLE + n).collect();
+        let common: Vec<BlockContent> = (1..200).map(|n| INCOMPRESSIBLE + n).collect();
         for number in 0..4u64 {
             let own = (0..40).map(|n| INCOMPRESSIBLE + 10_000 * (number + 1) + n);
-            let content: Vec<Content> = common.iter().copied().chain(own).chain([0; 16]).collect();
+            let content: Vec<BlockContent> = common.iter().copied().chain(own).chain([0; 16]).collect();
             let image = fs.add_image(true, 300);
             for (first, part) in (0u32..).step_by(64).zip(content.chunks(64)) {
                 let extent = fs.allocate(PLAIN, part.to_vec());
@@ -53,13 +53,13 @@ impl Scene {
         fs.reflink(2);
         Self {
             fs,
-            index: Memory::default(),
+            index: MemoryIndex::default(),
             folder: tempfile::tempdir().unwrap(),
         }
     }
 
     fn pool(&self) -> OpenPool<'_> {
-        OpenPool::new(&self.fs, Some(self.index.open(Function::Crc32c)))
+        OpenPool::new(&self.fs, Some(self.index.open(FingerprintFunction::Crc32c)))
     }
 
     fn scope(&self) -> Scope {
@@ -105,7 +105,7 @@ impl Scene {
     /// Different blocks of all images that are not zeros.
     fn distinct_bytes(&self) -> u64 {
         let contents = self.fs.contents();
-        let distinct: BTreeSet<Content> = contents.into_iter().flatten().filter(|content| *content != 0).collect();
+        let distinct: BTreeSet<BlockContent> = contents.into_iter().flatten().filter(|content| *content != 0).collect();
         distinct.len() as u64 * BLOCK_BYTES
     }
 }
@@ -260,11 +260,15 @@ fn export_writes_each_block_once_and_knows_it_the_next_time() {
 fn an_export_that_fails_leaves_the_archive_as_it_was() {
     let scene = Scene::new(false);
     let whole = MemoryStore::default();
-    let calls = Arc::new(Faulty::new(whole, u64::MAX, Fault::Dies));
+    let calls = Arc::new(FaultyStore::new(whole, u64::MAX, StoreFault::Dies));
     scene.export(calls.clone()).unwrap();
     let count = calls.calls().len() as u64;
     for at in 0..count {
-        let store = Arc::new(Faulty::new(MemoryStore::default(), at, Fault::Fails(libc::ENOSPC)));
+        let store = Arc::new(FaultyStore::new(
+            MemoryStore::default(),
+            at,
+            StoreFault::Fails(libc::ENOSPC),
+        ));
         if scene.export(store.clone()).is_err() {
             assert!(store.inner().to_vec().is_empty(), "the call of number {at} failed");
         }

@@ -25,7 +25,7 @@ fn limit_of(stored: usize) -> usize {
 
 /// Where a record is, and what it must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Location {
+pub struct RecordLocation {
     /// What it holds.
     pub kind: RecordKind,
     /// Of a PLAN: which part.
@@ -57,7 +57,7 @@ pub struct CommitLocation {
 
 /// An image in a commit, in short.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Summary {
+pub struct ImageSummary {
     /// The name it is called by.
     pub path: PathBuf,
     /// Bytes.
@@ -71,7 +71,7 @@ pub struct Summary {
 }
 
 /// Images by the names they are called by; of several with one name, the first.
-pub fn by_path(images: &[Summary]) -> HashMap<&Path, &Summary> {
+pub fn by_path(images: &[ImageSummary]) -> HashMap<&Path, &ImageSummary> {
     images.iter().rev().map(|image| (image.path.as_path(), image)).collect()
 }
 
@@ -91,9 +91,9 @@ pub struct Commit {
     /// The store's length after it.
     pub store_end: StoreBlock,
     /// Its images.
-    pub images: Vec<Summary>,
+    pub images: Vec<ImageSummary>,
     /// Its records, but this one and the TAIL.
-    pub records: Vec<Location>,
+    pub records: Vec<RecordLocation>,
 }
 
 impl Commit {
@@ -198,7 +198,7 @@ impl Commit {
         let count = decoder.count(36)?;
         let mut images = Vec::with_capacity(count);
         for _ in 0..count {
-            images.push(Summary {
+            images.push(ImageSummary {
                 path: PathBuf::from(OsStr::from_bytes(decoder.string(TEXT_BYTES_MAX)?)),
                 size: decoder.varint()?,
                 data_blocks: decoder.varint()?,
@@ -210,7 +210,7 @@ impl Commit {
         let mut records = Vec::with_capacity(count);
         for _ in 0..count {
             let (kind, part) = (RecordKind::of(decoder.u8()?), decoder.u8()?);
-            let record = Location {
+            let record = RecordLocation {
                 kind,
                 part,
                 sequence: decoder.varint()?,
@@ -291,8 +291,8 @@ mod tests {
                 root: "/var/lib/qubes".into(),
                 previous: CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] },
                 store_end: 100,
-                images: paths.iter().map(|path| Summary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3, digest: [9; 32] }).collect(),
-                records: vec![Location { kind: RecordKind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
+                images: paths.iter().map(|path| ImageSummary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3, digest: [9; 32] }).collect(),
+                records: vec![RecordLocation { kind: RecordKind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
             };
             prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));
         }
@@ -311,7 +311,7 @@ mod tests {
     /// They shrink by more than what a reader takes for possible.
     #[test]
     fn a_commit_of_very_many_images_that_are_alike_can_be_read() {
-        let image = |n: u32| Summary {
+        let image = |n: u32| ImageSummary {
             path: format!("machine/private.img.{n}@2026-01-01T00:00:00Z").into(),
             size: 4096,
             data_blocks: 1,
@@ -333,7 +333,7 @@ mod tests {
 
     #[test]
     fn records_lie_behind_the_commit_before_and_in_no_other() {
-        let record = |offset, length| Location {
+        let record = |offset, length| RecordLocation {
             kind: RecordKind::Pack,
             part: 0,
             sequence: 4,
@@ -343,7 +343,7 @@ mod tests {
             blocks: 1,
             body_hash: [1; 32],
         };
-        let commit = |records: Vec<Location>| Commit {
+        let commit = |records: Vec<RecordLocation>| Commit {
             number: 2,
             time: (0, 0),
             label: String::new(),

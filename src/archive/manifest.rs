@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::block::BLOCK_BYTES;
 use crate::codec::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use crate::content::{Content, Metadata, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 
 /// Bytes of a payload at most, decoded.
 pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
@@ -99,18 +99,18 @@ pub enum ManifestEntry {
 
 /// Chunks of new blocks, and the fingerprints that they were found by.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Announced {
+pub struct AnnouncedBlocks {
     /// Store address of the first.
     pub first: StoreBlock,
     /// What the fingerprints are.
-    pub function: Function,
+    pub function: FingerprintFunction,
     /// Blocks of each chunk.
     pub chunks: Vec<u8>,
     /// Of each block.
     pub fingerprints: Vec<u32>,
 }
 
-impl Announced {
+impl AnnouncedBlocks {
     /// The address after the last.
     pub fn end(&self) -> StoreBlock {
         self.first + u32::try_from(self.fingerprints.len()).unwrap_or(0)
@@ -123,7 +123,7 @@ pub enum PlanPart {
     /// Folders and images.
     Images(Vec<ManifestEntry>),
     /// Blocks that follow.
-    Blocks(Announced),
+    Blocks(AnnouncedBlocks),
     /// Runs that replace others.
     Corrections(Vec<ManifestEntry>),
 }
@@ -402,11 +402,11 @@ fn metadata(decoder: &mut Decoder<'_>) -> Decoded<Metadata> {
 }
 
 /// Writes the payload that announces blocks.
-pub fn encode_announced(announced: &Announced) -> Vec<u8> {
+pub fn encode_announced(announced: &AnnouncedBlocks) -> Vec<u8> {
     let mut out = u64::from(announced.first).to_le_bytes().to_vec();
     let function = match announced.function {
-        Function::Crc32c => 0,
-        Function::Xxhash64 => 1,
+        FingerprintFunction::Crc32c => 0,
+        FingerprintFunction::Xxhash64 => 1,
     };
     out.extend([function, 0, 0, 0]);
     out.extend(u32::try_from(announced.chunks.len()).unwrap_or(u32::MAX).to_le_bytes());
@@ -417,12 +417,12 @@ pub fn encode_announced(announced: &Announced) -> Vec<u8> {
     out
 }
 
-fn decode_announced(payload: &[u8]) -> Decoded<Announced> {
+fn decode_announced(payload: &[u8]) -> Decoded<AnnouncedBlocks> {
     let mut decoder = Decoder::new(payload);
     let first = store_block(decoder.u64()?)?;
     let function = match decoder.u8()? {
-        0 => Function::Crc32c,
-        1 => Function::Xxhash64,
+        0 => FingerprintFunction::Crc32c,
+        1 => FingerprintFunction::Xxhash64,
         _ => return Err("its fingerprints are of a kind not known"),
     };
     decoder.zeros(3)?;
@@ -437,7 +437,7 @@ fn decode_announced(payload: &[u8]) -> Decoded<Announced> {
     }
     let fingerprints = decoder.take(blocks * 4)?.as_chunks().0;
     decoder.end()?;
-    Ok(Announced {
+    Ok(AnnouncedBlocks {
         first,
         function,
         chunks,
@@ -683,7 +683,7 @@ mod tests {
         #[test]
         fn blocks_come_back(chunks in prop::collection::vec(1u8..=16, 0..100), first in 0u32..1000) {
             let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
-            let announced = Announced { first, function: Function::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
+            let announced = AnnouncedBlocks { first, function: FingerprintFunction::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
             let body = encode(1, 1, false, &encode_announced(&announced)).unwrap();
             prop_assert_eq!(decode(&body), Ok(PlanRecord { commit: 1, last: false, part: PlanPart::Blocks(announced) }));
         }

@@ -5,18 +5,18 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, decode_tail};
+use super::commit::{COMMITS_MAX, Commit, CommitLocation, RecordLocation, decode_tail};
 use super::head::Head;
 use super::index;
-use super::manifest::{self, Announced, Manifest, ManifestBuilder, PlanPart};
+use super::manifest::{self, AnnouncedBlocks, Manifest, ManifestBuilder, PlanPart};
 use super::pack::{self, FrameInfo};
-use super::record::{BadHeader, HEADER_BYTES, Hash, Header, MAGIC, RecordKind, hash_of};
-use super::stream::{Event, Stream};
+use super::record::{BadHeader, HEADER_BYTES, Hash, MAGIC, RecordHeader, RecordKind, hash_of};
+use super::stream::{Stream, StreamEvent};
 use super::writer::Base;
 use crate::block::ByteRange;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
-use crate::store::{Reader, Store};
+use crate::store::{Store, StoreReader};
 
 const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
 
@@ -58,9 +58,9 @@ pub struct Archive {
     id: [u8; 16],
     commits: Vec<Committed>,
     /// PACKs, by store address.
-    packs: Vec<Location>,
+    packs: Vec<RecordLocation>,
     /// INDEXes, by store address.
-    indexes: Vec<Location>,
+    indexes: Vec<RecordLocation>,
     /// Behind the last commit's TAIL.
     end: (u64, u64),
     /// Whole records by the hash of their body, once the archive had to be searched.
@@ -70,7 +70,7 @@ pub struct Archive {
 /// What a search from the beginning found.
 #[derive(Debug, Default)]
 struct Searched {
-    records: Vec<(Header, u64)>,
+    records: Vec<(RecordHeader, u64)>,
     by_hash: HashMap<Hash, u64>,
     damage: Vec<Damage>,
 }
@@ -121,7 +121,7 @@ impl Archive {
             Err(error @ Error::Unsupported { .. }) => return Err(error),
             Err(_) => archive.open_by_searching()?,
         }
-        let mut located: Vec<Location> = archive
+        let mut located: Vec<RecordLocation> = archive
             .commits
             .iter()
             .flat_map(|committed| committed.commit.records.iter().copied())
@@ -295,7 +295,7 @@ impl Archive {
     /// # Errors
     /// Those of reading.
     pub fn salvage(&mut self) -> Result<()> {
-        let mut epochs: HashMap<u64, Vec<(Header, u64)>> = HashMap::new();
+        let mut epochs: HashMap<u64, Vec<(RecordHeader, u64)>> = HashMap::new();
         for (header, offset) in &self.searched()?.records {
             if header.archive == self.id {
                 epochs.entry(header.epoch).or_default().push((*header, *offset));
@@ -346,7 +346,7 @@ impl Archive {
 
     /// What the records of an epoch without COMMIT say. None if its corrections may be incomplete: a block could be taken
     /// for another.
-    fn salvage_epoch(&self, mut records: Vec<(Header, u64)>) -> Result<Option<Committed>> {
+    fn salvage_epoch(&self, mut records: Vec<(RecordHeader, u64)>) -> Result<Option<Committed>> {
         records.sort_by_key(|(header, _)| header.sequence);
         records.dedup_by_key(|(header, _)| header.sequence);
         let mut commit = Commit {
@@ -362,7 +362,7 @@ impl Archive {
         let (mut corrected, mut before) = (false, None);
         for (header, offset) in &records {
             let body = self.body_of(*offset, header)?;
-            let mut location = Location {
+            let mut location = RecordLocation {
                 kind: header.kind,
                 part: 0,
                 sequence: header.sequence,
@@ -427,18 +427,18 @@ impl Archive {
 
     fn search(&self) -> Result<Searched> {
         let mut searched = Searched::default();
-        let mut stream = Stream::new(Reader::new(&*self.store, 0), 0);
+        let mut stream = Stream::new(StoreReader::new(&*self.store, 0), 0);
         while let Some(event) = stream.next_event().map_err(Error::io("read", self.path()))? {
             match event {
-                Event::Record { header, offset, .. } => {
+                StreamEvent::Record { header, offset, .. } => {
                     searched.by_hash.entry(header.body_hash).or_insert(offset);
                     searched.records.push((header, offset));
                 }
-                Event::Damage { range, problem, .. } => searched.damage.push(Damage {
+                StreamEvent::Damage { range, problem, .. } => searched.damage.push(Damage {
                     range,
                     problem: problem.to_owned(),
                 }),
-                Event::Unsupported(problem) => return Err(self.unsupported(problem)),
+                StreamEvent::Unsupported(problem) => return Err(self.unsupported(problem)),
             }
         }
         Ok(searched)
@@ -500,23 +500,23 @@ impl Archive {
     /// # Errors
     /// Those of reading.
     pub fn ends_in_leftovers_only(&self) -> Result<bool> {
-        let mut stream = Stream::new(Reader::new(&*self.store, self.end.0), self.end.0);
+        let mut stream = Stream::new(StoreReader::new(&*self.store, self.end.0), self.end.0);
         let mut sequence = self.end.1;
         let mut broken = false;
         while let Some(event) = stream.next_event().map_err(Error::io("read", self.path()))? {
             let follows = match event {
-                Event::Record { header, .. } => {
+                StreamEvent::Record { header, .. } => {
                     let follows = header.archive == self.id && header.sequence == sequence;
                     sequence += 1;
                     follows && header.kind != RecordKind::Commit && header.kind != RecordKind::Tail
                 }
                 // A torn record is the last thing there.
-                Event::Damage { header, .. } => {
+                StreamEvent::Damage { header, .. } => {
                     let last = !broken;
                     broken = true;
                     last && header.is_none_or(|header| header.kind != RecordKind::Commit)
                 }
-                Event::Unsupported(_) => false,
+                StreamEvent::Unsupported(_) => false,
             };
             if !follows || (broken && stream.offset() < self.length) {
                 return Ok(false);
@@ -585,7 +585,7 @@ impl Archive {
     ///
     /// # Errors
     /// Those of reading.
-    pub fn announced(&self, committed: &Committed) -> Result<Vec<Announced>> {
+    pub fn announced(&self, committed: &Committed) -> Result<Vec<AnnouncedBlocks>> {
         let mut found = Vec::new();
         for location in plans(committed).filter(|location| location.part == manifest::PART_BLOCKS) {
             match self.plan(location) {
@@ -597,7 +597,7 @@ impl Archive {
         Ok(found)
     }
 
-    fn plan(&self, location: &Location) -> Result<PlanPart> {
+    fn plan(&self, location: &RecordLocation) -> Result<PlanPart> {
         let body = self.body(location)?;
         let plan = manifest::decode(&body).map_err(|problem| self.problem(location.offset, problem))?;
         if plan.part.number() != location.part {
@@ -607,7 +607,7 @@ impl Archive {
     }
 
     /// The PACKs that hold any of the store's addresses `first..end`, in order.
-    pub fn packs(&self, first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &Location> {
+    pub fn packs(&self, first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &RecordLocation> {
         overlapping(&self.packs, first, end)
     }
 
@@ -615,7 +615,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`Error::Damaged`] among others.
-    pub fn frames(&self, pack: &Location) -> Result<Vec<(u64, FrameInfo)>> {
+    pub fn frames(&self, pack: &RecordLocation) -> Result<Vec<(u64, FrameInfo)>> {
         let read = |offset: u64| -> Result<Vec<(u64, FrameInfo)>> {
             let header = self.header_at(offset)?;
             if header.body_hash != pack.body_hash {
@@ -682,7 +682,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`Error::Damaged`] among others.
-    pub fn body(&self, location: &Location) -> Result<Vec<u8>> {
+    pub fn body(&self, location: &RecordLocation) -> Result<Vec<u8>> {
         self.with_search(location, |offset| {
             let header = self.header_at(offset)?;
             if header.body_hash != location.body_hash || header.kind != location.kind {
@@ -693,7 +693,7 @@ impl Archive {
     }
 
     /// Reads a record where it should be or, if it is not there, where a search finds it.
-    fn with_search<T>(&self, location: &Location, read: impl Fn(u64) -> Result<T>) -> Result<T> {
+    fn with_search<T>(&self, location: &RecordLocation, read: impl Fn(u64) -> Result<T>) -> Result<T> {
         let error = match read(location.offset) {
             Err(error @ Error::Damaged { .. }) => error,
             other => return other,
@@ -711,16 +711,16 @@ impl Archive {
         }
     }
 
-    fn header_at(&self, offset: u64) -> Result<Header> {
+    fn header_at(&self, offset: u64) -> Result<RecordHeader> {
         let mut bytes = [0; HEADER_BYTES];
         self.read_at(offset, &mut bytes)?;
-        Header::decode(&bytes).map_err(|bad| match bad {
+        RecordHeader::decode(&bytes).map_err(|bad| match bad {
             BadHeader::Damaged(problem) => Error::damaged(self.path(), offset, HEADER_BYTES as u64, problem),
             BadHeader::Unsupported(problem) => self.unsupported(problem),
         })
     }
 
-    fn body_of(&self, offset: u64, header: &Header) -> Result<Vec<u8>> {
+    fn body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
         let start = offset + HEADER_BYTES as u64;
         if header.body_bytes > self.length.saturating_sub(start) {
             return Err(self.problem(offset, "it ends in the middle of a record"));
@@ -763,14 +763,14 @@ impl Archive {
 }
 
 /// Where a record stands.
-pub fn range_of(location: &Location) -> ByteRange {
+pub fn range_of(location: &RecordLocation) -> ByteRange {
     ByteRange {
         start: location.offset,
         length: location.length,
     }
 }
 
-fn plans(committed: &Committed) -> impl Iterator<Item = &Location> {
+fn plans(committed: &Committed) -> impl Iterator<Item = &RecordLocation> {
     committed
         .commit
         .records
@@ -778,7 +778,7 @@ fn plans(committed: &Committed) -> impl Iterator<Item = &Location> {
         .filter(|location| location.kind == RecordKind::Plan)
 }
 
-fn overlapping(sorted: &[Location], first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &Location> {
+fn overlapping(sorted: &[RecordLocation], first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &RecordLocation> {
     // A hostile archive may have records that overlap; then this starts too late, and blocks are missing.
     let from = sorted.partition_point(|location| location.first + location.blocks <= first);
     sorted[from..]

@@ -107,7 +107,7 @@ impl RecordKind {
 
 /// A record's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Header {
+pub struct RecordHeader {
     /// What the record holds.
     pub kind: RecordKind,
     /// The archive it belongs to.
@@ -131,7 +131,7 @@ pub enum BadHeader {
     Unsupported(&'static str),
 }
 
-impl Header {
+impl RecordHeader {
     /// The header of a record with this body.
     pub fn of(kind: RecordKind, archive: [u8; 16], epoch: u64, sequence: u64, body: &[u8]) -> Self {
         Self {
@@ -222,13 +222,13 @@ mod tests {
     #[test]
     fn headers_come_back_and_no_bit_may_flip() {
         for kind in RecordKind::ALL {
-            let header = Header::of(kind, [7; 16], 3, 4, b"body");
+            let header = RecordHeader::of(kind, [7; 16], 3, 4, b"body");
             let bytes = header.encode();
-            assert_eq!(Header::decode(&bytes), Ok(header));
+            assert_eq!(RecordHeader::decode(&bytes), Ok(header));
             for bit in 0..bytes.len() * 8 {
                 let mut bad = bytes;
                 bad[bit / 8] ^= 1 << (bit % 8);
-                assert!(matches!(Header::decode(&bad), Err(BadHeader::Damaged(_))));
+                assert!(matches!(RecordHeader::decode(&bad), Err(BadHeader::Damaged(_))));
             }
         }
     }
@@ -240,22 +240,34 @@ mod tests {
             bytes[HASHED_BYTES..].copy_from_slice(&hash[..8]);
             bytes
         };
-        let mut bytes = Header::of(RecordKind::Other(9), [0; 16], 0, 0, b"").encode();
-        assert!(Header::decode(&bytes).is_ok());
+        let mut bytes = RecordHeader::of(RecordKind::Other(9), [0; 16], 0, 0, b"").encode();
+        assert!(RecordHeader::decode(&bytes).is_ok());
         bytes[10] = 1;
-        assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
+        assert!(matches!(
+            RecordHeader::decode(&seal(bytes)),
+            Err(BadHeader::Unsupported(_))
+        ));
         bytes[10] = 2;
-        assert!(matches!(Header::decode(&seal(bytes)), Err(BadHeader::Unsupported(_))));
+        assert!(matches!(
+            RecordHeader::decode(&seal(bytes)),
+            Err(BadHeader::Unsupported(_))
+        ));
         for (kind, longer) in [
             (RecordKind::Tail, 97),
             (RecordKind::Other(9), (64 << 20) + 1),
             (RecordKind::Other(9), u64::MAX),
         ] {
-            let mut long = Header::of(kind, [0; 16], 0, 0, b"");
+            let mut long = RecordHeader::of(kind, [0; 16], 0, 0, b"");
             long.body_bytes = longer;
-            assert!(matches!(Header::decode(&long.encode()), Err(BadHeader::Damaged(_))));
+            assert!(matches!(
+                RecordHeader::decode(&long.encode()),
+                Err(BadHeader::Damaged(_))
+            ));
         }
-        let last = Header::of(RecordKind::Tail, [0; 16], 0, u64::MAX, b"");
-        assert!(matches!(Header::decode(&last.encode()), Err(BadHeader::Damaged(_))));
+        let last = RecordHeader::of(RecordKind::Tail, [0; 16], 0, u64::MAX, b"");
+        assert!(matches!(
+            RecordHeader::decode(&last.encode()),
+            Err(BadHeader::Damaged(_))
+        ));
     }
 }

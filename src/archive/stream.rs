@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use super::record::{BadHeader, HEADER_BYTES, Header, MAGIC, hash_of};
+use super::record::{BadHeader, HEADER_BYTES, MAGIC, RecordHeader, hash_of};
 use crate::block::ByteRange;
 
 /// Bytes asked for at a time while looking for a record.
@@ -17,11 +17,11 @@ const FAILED_RATIO: u64 = 16;
 
 /// What comes next.
 #[derive(Debug)]
-pub enum Event {
+pub enum StreamEvent {
     /// A whole record.
     Record {
         /// Its header.
-        header: Header,
+        header: RecordHeader,
         /// Where it begins.
         offset: u64,
         /// Its body, which matches its hash.
@@ -34,7 +34,7 @@ pub enum Event {
         /// What is wrong.
         problem: &'static str,
         /// The header of the record that was there, if that is whole.
-        header: Option<Header>,
+        header: Option<RecordHeader>,
     },
     /// A whole record that must not be skipped and is not understood.
     Unsupported(&'static str),
@@ -106,7 +106,7 @@ impl<R: Read> Stream<R> {
     ///
     /// # Errors
     /// Those of reading.
-    pub fn next_event(&mut self) -> io::Result<Option<Event>> {
+    pub fn next_event(&mut self) -> io::Result<Option<StreamEvent>> {
         self.fill(HEADER_BYTES)?;
         if self.available().is_empty() || self.gave_up {
             return Ok(None);
@@ -114,9 +114,9 @@ impl<R: Read> Stream<R> {
         let Some(bytes) = self.available().first_chunk::<HEADER_BYTES>() else {
             return self.skip("the archive ends in the middle of a record", None).map(Some);
         };
-        let header = match Header::decode(bytes) {
+        let header = match RecordHeader::decode(bytes) {
             Ok(header) => header,
-            Err(BadHeader::Unsupported(problem)) => return Ok(Some(Event::Unsupported(problem))),
+            Err(BadHeader::Unsupported(problem)) => return Ok(Some(StreamEvent::Unsupported(problem))),
             Err(BadHeader::Damaged(problem)) => return self.skip(problem, None).map(Some),
         };
         let offset = self.offset();
@@ -133,11 +133,11 @@ impl<R: Read> Stream<R> {
         let body = body.to_vec();
         self.has_records = true;
         self.done += length;
-        Ok(Some(Event::Record { header, offset, body }))
+        Ok(Some(StreamEvent::Record { header, offset, body }))
     }
 
     /// Goes on to what looks like the next record.
-    fn skip(&mut self, problem: &'static str, header: Option<Header>) -> io::Result<Event> {
+    fn skip(&mut self, problem: &'static str, header: Option<RecordHeader>) -> io::Result<StreamEvent> {
         let start = self.offset();
         // The length of a damaged record is known from its header: what follows it is the next record, unless bytes are missing.
         if let Some(header) = header {
@@ -172,8 +172,8 @@ impl<R: Read> Stream<R> {
         }
     }
 
-    fn damage(&self, start: u64, problem: &'static str, header: Option<Header>) -> Event {
-        Event::Damage {
+    fn damage(&self, start: u64, problem: &'static str, header: Option<RecordHeader>) -> StreamEvent {
+        StreamEvent::Damage {
             range: ByteRange {
                 start,
                 length: self.offset() - start,
@@ -185,7 +185,7 @@ impl<R: Read> Stream<R> {
 }
 
 /// Bytes of a record with its header, which says at most 64 MiB.
-fn record_bytes(header: &Header) -> usize {
+fn record_bytes(header: &RecordHeader) -> usize {
     HEADER_BYTES + usize::try_from(header.body_bytes.min(header.kind.body_bytes_max())).unwrap_or(0)
 }
 
@@ -203,7 +203,7 @@ mod tests {
         (0..count)
             .map(|n| {
                 let body = vec![n; usize::from(n) * 50];
-                let header = Header::of(RecordKind::Other(9), [1; 16], 2, n.into(), &body);
+                let header = RecordHeader::of(RecordKind::Other(9), [1; 16], 2, n.into(), &body);
                 [&header.encode()[..], &body].concat()
             })
             .collect()
@@ -216,9 +216,9 @@ mod tests {
             assert!(stream.offset() > last, "it goes on");
             last = stream.offset();
             match event {
-                Event::Record { header, .. } => whole.push(header.sequence),
-                Event::Damage { range, .. } => damaged += range.length,
-                Event::Unsupported(problem) => panic!("{problem}"),
+                StreamEvent::Record { header, .. } => whole.push(header.sequence),
+                StreamEvent::Damage { range, .. } => damaged += range.length,
+                StreamEvent::Unsupported(problem) => panic!("{problem}"),
             }
         }
         (whole, damaged)
@@ -238,7 +238,7 @@ mod tests {
             (RecordKind::Other(200), u64::MAX - 96),
             (RecordKind::Pack, u64::MAX),
         ] {
-            let mut header = Header::of(kind, [1; 16], 2, 7, b"");
+            let mut header = RecordHeader::of(kind, [1; 16], 2, 7, b"");
             header.body_bytes = length;
             let bytes = [&header.encode()[..], &records(2).concat()].concat();
             assert_eq!(read(&bytes), (vec![0, 1], HEADER_BYTES as u64), "{length}");
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn headers_that_overlap_do_not_take_for_ever() {
-        let mut header = Header::of(RecordKind::Pack, [1; 16], 2, 7, b"");
+        let mut header = RecordHeader::of(RecordKind::Pack, [1; 16], 2, 7, b"");
         header.body_bytes = RecordKind::Pack.body_bytes_max() - 1;
         let bytes = [&header.encode().repeat(10_000)[..], &vec![0; 33 << 20]].concat();
         let mut stream = Stream::new(&bytes[..], 0);

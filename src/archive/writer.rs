@@ -3,9 +3,9 @@
 use std::io;
 use std::sync::Arc;
 
-use super::commit::{COMMITS_MAX, Commit, CommitLocation, Location, encode_tail};
+use super::commit::{COMMITS_MAX, Commit, CommitLocation, RecordLocation, encode_tail};
 use super::head::Head;
-use super::record::{HEADER_BYTES, Header, RecordKind, SEQUENCES};
+use super::record::{HEADER_BYTES, RecordHeader, RecordKind, SEQUENCES};
 use crate::content::StoreBlock;
 use crate::store::Store;
 
@@ -31,16 +31,16 @@ pub struct Base {
 
 /// Writes one epoch.
 #[derive(Debug)]
-pub struct Writer {
+pub struct ArchiveWriter {
     store: Arc<dyn Store>,
     base: Base,
     epoch: u64,
     sequence: u64,
     offset: u64,
-    records: Vec<Location>,
+    records: Vec<RecordLocation>,
 }
 
-impl Writer {
+impl ArchiveWriter {
     /// Begins an epoch, with its HEAD.
     ///
     /// # Errors
@@ -82,7 +82,13 @@ impl Writer {
         Ok(())
     }
 
-    fn write(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<Location> {
+    fn write(
+        &mut self,
+        kind: RecordKind,
+        part: u8,
+        store: (StoreBlock, u32),
+        body: &[u8],
+    ) -> io::Result<RecordLocation> {
         if body.len() as u64 > kind.body_bytes_max() {
             return Err(io::Error::other(format!(
                 "a {} record would be longer than the format allows",
@@ -92,7 +98,7 @@ impl Writer {
         if self.sequence >= SEQUENCES {
             return Err(io::Error::other("the archive has used up the numbers of its records"));
         }
-        let header = Header::of(kind, self.base.archive, self.epoch, self.sequence, body);
+        let header = RecordHeader::of(kind, self.base.archive, self.epoch, self.sequence, body);
         if body.len() > AT_ONCE_BYTES_MAX {
             self.store.append(&header.encode())?;
             self.store.append(body)?;
@@ -100,7 +106,7 @@ impl Writer {
             // In one call, so that whoever is killed leaves no COMMIT without its body.
             self.store.append(&[&header.encode()[..], body].concat())?;
         }
-        let location = Location {
+        let location = RecordLocation {
             kind,
             part,
             sequence: self.sequence,

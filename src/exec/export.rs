@@ -7,16 +7,16 @@ use rayon::prelude::*;
 
 use super::hashes::{HashLog, StoredHashes};
 use crate::archive::index;
-use crate::archive::manifest::{self, Announced};
+use crate::archive::manifest::{self, AnnouncedBlocks};
 use crate::archive::pack::{self, Frame};
 use crate::archive::record::{Hash, RecordKind, hash_of};
-use crate::archive::writer::Writer;
+use crate::archive::writer::ArchiveWriter;
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::chunk::Chunker;
 use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, ImageId};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::fs::{Filesystem, SourceFile, drop_slots_behind, read_slots_ahead, read_slots_into};
 use crate::monitor::Monitor;
 use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
@@ -54,7 +54,7 @@ pub struct Stored {
 #[derive(Debug, Clone, Copy)]
 pub struct ExportSettings<'a> {
     /// What the fingerprints are.
-    pub function: Function,
+    pub function: FingerprintFunction,
     /// Compression level of zstd.
     pub level: i32,
     /// Images whose first block lies in metadata, so that no extent has it.
@@ -442,7 +442,7 @@ impl Assembler<'_> {
 
 /// Blocks that were not what the plan took them for: stored behind all that was planned.
 struct Corrected {
-    function: Function,
+    function: FingerprintFunction,
     first: StoreBlock,
     hashes: Vec<Hash>,
     fingerprints: Vec<u32>,
@@ -453,7 +453,7 @@ struct Corrected {
 }
 
 impl Corrected {
-    fn new(first: StoreBlock, function: Function) -> Self {
+    fn new(first: StoreBlock, function: FingerprintFunction) -> Self {
         Self {
             function,
             first,
@@ -531,7 +531,7 @@ impl Corrected {
 /// Where records go, and what an error of that is called.
 pub struct RecordWriter<'a> {
     /// Writes them.
-    pub writer: &'a mut Writer,
+    pub writer: &'a mut ArchiveWriter,
     /// Makes an error of one of writing.
     pub failed: &'a (dyn Fn(std::io::Error) -> Error + Sync),
 }
@@ -560,7 +560,7 @@ impl RecordWriter<'_> {
 /// # Errors
 /// Those of writing.
 pub fn announce(
-    function: Function,
+    function: FingerprintFunction,
     mut first: StoreBlock,
     chunks: &[u8],
     fingerprints: impl Fn(StoreBlock, u32) -> Vec<u32>,
@@ -577,7 +577,7 @@ pub fn announce(
         }
         let (these, after) = rest.split_at(count);
         rest = after;
-        let announced = Announced {
+        let announced = AnnouncedBlocks {
             first,
             function,
             chunks: these.to_vec(),

@@ -13,14 +13,14 @@ use crate::block::BLOCK_LEN;
 /// The function that turns a block into its fingerprint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Function {
+pub enum FingerprintFunction {
     /// CRC32C, btrfs's default.
     Crc32c,
     /// The low half of xxhash64 with seed 0.
     Xxhash64,
 }
 
-impl Function {
+impl FingerprintFunction {
     /// The fingerprint of one block.
     pub fn of(self, block: &[u8]) -> u32 {
         match self {
@@ -51,9 +51,9 @@ mod tests {
     #[test]
     fn known_values() {
         // CRC32C of "123456789" stands in RFC 3720's successor tables; of 4 KiB of zeros, in any btrfs checksum tree.
-        assert_eq!(Function::Crc32c.of(b"123456789"), 0xe306_9283);
-        assert_eq!(Function::Crc32c.of_zeros(), 0x98f9_4189);
+        assert_eq!(FingerprintFunction::Crc32c.of(b"123456789"), 0xe306_9283);
+        assert_eq!(FingerprintFunction::Crc32c.of_zeros(), 0x98f9_4189);
         // xxhash64 of nothing, from the reference implementation: ef46db3751d8e999.
-        assert_eq!(Function::Xxhash64.of(b""), 0x51d8_e999);
+        assert_eq!(FingerprintFunction::Xxhash64.of(b""), 0x51d8_e999);
     }
 }

@@ -24,7 +24,7 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts, ImageId};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::spill::{Budget, SpillVec};
 
 pub use accounting::{freed_bytes, physical_bytes};
@@ -138,7 +138,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     fn uuid(&self) -> [u8; 16];
 
     /// The function that fingerprints are made with.
-    fn function(&self) -> Function;
+    fn function(&self) -> FingerprintFunction;
 
     /// Whether it frees each block on its own, and not only extents as a whole.
     fn frees_blocks(&self) -> bool;

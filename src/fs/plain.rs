@@ -14,7 +14,7 @@ use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 
@@ -92,8 +92,8 @@ impl Filesystem for Plain {
         uuid_of(self.device)
     }
 
-    fn function(&self) -> Function {
-        Function::Crc32c
+    fn function(&self) -> FingerprintFunction {
+        FingerprintFunction::Crc32c
     }
 
     fn frees_blocks(&self) -> bool {

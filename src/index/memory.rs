@@ -7,18 +7,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::ChunkIndex;
 use super::recorded::{Recorded, tree_name};
-use super::tables::{Answer, Record, Tables};
-use crate::fingerprint::Function;
+use super::tables::{Answer, TableRow, Tables};
+use crate::fingerprint::FingerprintFunction;
 
 type Table = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// What indexes remember, as a folder holds it: it can be opened again.
 #[derive(Debug, Clone, Default)]
-pub struct Memory(Arc<Mutex<HashMap<Vec<u8>, Table>>>);
+pub struct MemoryIndex(Arc<Mutex<HashMap<Vec<u8>, Table>>>);
 
-impl Memory {
+impl MemoryIndex {
     /// Opens the index for fingerprints of a function.
-    pub fn open(&self, function: Function) -> Box<dyn ChunkIndex> {
+    pub fn open(&self, function: FingerprintFunction) -> Box<dyn ChunkIndex> {
         let tree = tree_name(function).into_bytes();
         Box::new(Recorded::new(Path::new("memory"), self.clone(), tree))
     }
@@ -28,7 +28,7 @@ impl Memory {
     }
 }
 
-impl Tables for Memory {
+impl Tables for MemoryIndex {
     fn get(&self, table: &[u8], keys: Vec<Vec<u8>>) -> Answer<Vec<Option<Vec<u8>>>> {
         let tables = self.tables();
         let table = tables.get(table);
@@ -38,7 +38,7 @@ impl Tables for Memory {
             .collect())
     }
 
-    fn after(&self, table: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<Record>> {
+    fn after(&self, table: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<TableRow>> {
         let tables = self.tables();
         let start = key.map_or(Unbounded, Excluded);
         let records = tables
@@ -51,7 +51,7 @@ impl Tables for Memory {
             .collect())
     }
 
-    fn put(&self, table: &[u8], records: Vec<Record>) -> Answer<()> {
+    fn put(&self, table: &[u8], records: Vec<TableRow>) -> Answer<()> {
         self.tables().entry(table.to_vec()).or_default().extend(records);
         Ok(())
     }

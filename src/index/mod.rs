@@ -27,7 +27,7 @@ use crate::error::Result;
 use crate::facts::Facts;
 use crate::spill::SpillVec;
 
-pub use self::memory::Memory;
+pub use self::memory::MemoryIndex;
 pub use self::sled::{all_in, exists, open};
 
 /// Where indexes are kept unless the user names a folder.

@@ -13,7 +13,7 @@ use crate::chunk::{self, Chunker};
 use crate::content::{Content, KnownSlots};
 use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::spill::SpillVec;
 
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
@@ -280,7 +280,7 @@ pub(super) fn error_of(folder: &Path, problem: Problem) -> Error {
 }
 
 /// The tree for fingerprints of a function and the chunking of this version.
-pub(super) fn tree_name(function: Function) -> String {
+pub(super) fn tree_name(function: FingerprintFunction) -> String {
     let parameters = chunk::PARAMETERS;
     format!(
         "{TREE_PREFIX}v{}-{}-{}-{}-{}-cuts-v{}",

@@ -28,7 +28,7 @@ impl std::fmt::Display for Problem {
 pub(super) type Answer<T> = Result<T, Problem>;
 
 /// A key and what is there.
-pub(super) type Record = (Vec<u8>, Vec<u8>);
+pub(super) type TableRow = (Vec<u8>, Vec<u8>);
 
 /// Tables, by name; one that is not there is empty. After an error they may not answer any more: see [`Tables::is_usable`].
 pub(super) trait Tables: std::fmt::Debug + Send + Sync {
@@ -36,10 +36,10 @@ pub(super) trait Tables: std::fmt::Debug + Send + Sync {
     fn get(&self, table: &[u8], keys: Vec<Vec<u8>>) -> Answer<Vec<Option<Vec<u8>>>>;
 
     /// Up to `count` records, in the order of their keys, behind a key or from the first on.
-    fn after(&self, table: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<Record>>;
+    fn after(&self, table: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<TableRow>>;
 
     /// Puts records in, all or none.
-    fn put(&self, table: &[u8], records: Vec<Record>) -> Answer<()>;
+    fn put(&self, table: &[u8], records: Vec<TableRow>) -> Answer<()>;
 
     /// Makes everything durable.
     fn flush(&self) -> Answer<()>;

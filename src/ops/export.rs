@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
-use crate::archive::commit::{Commit, CommitLocation, Summary};
+use crate::archive::commit::{Commit, CommitLocation, ImageSummary};
 use crate::archive::head::Head;
 use crate::archive::manifest::{
     self, ArchivedFolder, ArchivedImage, ManifestEntry, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads,
 };
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
-use crate::archive::writer::{Base, Writer};
+use crate::archive::writer::{ArchiveWriter, Base};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
@@ -325,7 +325,7 @@ impl Exporter<'_> {
         let first_new = plan.first_new;
         let (folders, images) = self.images()?;
         let epoch = u64::from_le_bytes(random()?);
-        let mut writer = Writer::begin(Arc::clone(&opened.store), opened.base, epoch).map_err(failed)?;
+        let mut writer = ArchiveWriter::begin(Arc::clone(&opened.store), opened.base, epoch).map_err(failed)?;
         let mut out = RecordWriter {
             writer: &mut writer,
             failed: &failed,
@@ -460,7 +460,7 @@ impl Exporter<'_> {
     }
 
     /// A commit of these images; its writer adds the rest.
-    fn commit(&self, images: Vec<Summary>, store_end: StoreBlock) -> Commit {
+    fn commit(&self, images: Vec<ImageSummary>, store_end: StoreBlock) -> Commit {
         Commit {
             number: 0,
             time: now(),
@@ -675,7 +675,7 @@ fn summaries(
     log: &HashLog,
     (old, archive): (&mut StoredHashes<'_>, &Path),
     monitor: &dyn Monitor,
-) -> Result<Vec<Summary>> {
+) -> Result<Vec<ImageSummary>> {
     /// Hashes read at a time: a run may be as long as the image.
     const PART: u32 = 1 << 16;
     let first_new = old.end();
@@ -712,7 +712,7 @@ fn summaries(
             }
             Ok(())
         })?;
-        summaries.push(Summary {
+        summaries.push(ImageSummary {
             path: image.path().to_owned(),
             size: image.size,
             data_blocks: data,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::archive::commit::{Location, by_path};
+use crate::archive::commit::{RecordLocation, by_path};
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
 use crate::archive::record::{RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
@@ -54,7 +54,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         .map(|one| one.commit.store_end)
         .max()
         .unwrap_or(0);
-    let packs: Vec<&Location> = archive.packs(0, store_end).collect();
+    let packs: Vec<&RecordLocation> = archive.packs(0, store_end).collect();
     let all_bytes = packs
         .iter()
         .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
@@ -146,7 +146,7 @@ fn places_of(damage: Vec<Damage>) -> Vec<DamagedPlace> {
 }
 
 /// The ranges of the store that PACKs say they hold, ascending.
-fn held(packs: &[&Location]) -> Vec<Range<StoreBlock>> {
+fn held(packs: &[&RecordLocation]) -> Vec<Range<StoreBlock>> {
     let mut held: Vec<_> = packs.iter().map(|pack| pack.first..pack.first + pack.blocks).collect();
     held.sort_unstable_by_key(|range| range.start);
     held
@@ -177,7 +177,7 @@ impl Checked {
 }
 
 /// Decodes every frame of a pack and compares every block with its hash.
-fn check_pack(archive: &Archive, pack: &Location) -> Result<Checked> {
+fn check_pack(archive: &Archive, pack: &RecordLocation) -> Result<Checked> {
     /// Blocks whose hashes are read together, at least those of a frame.
     const HASHES_AT_ONCE: u32 = 1 << 13;
     let mut checked = Checked::default();

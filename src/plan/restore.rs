@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::METADATA_BYTES_PER_REFERENCE;
 use super::seeds::SeedMatch;
-use crate::archive::commit::Summary;
+use crate::archive::commit::ImageSummary;
 use crate::archive::manifest::{ImageRuns, Manifest};
 use crate::archive::record::Hash;
 use crate::block::{ByteRange, bytes};
@@ -48,7 +48,7 @@ pub struct Contents {
     /// Folders, images, and what each range of an image holds.
     pub manifest: Manifest,
     /// What the COMMIT says of each image; empty as long as it is not known.
-    pub summaries: Vec<Summary>,
+    pub summaries: Vec<ImageSummary>,
     /// The commit, once it is known.
     pub commit: Option<CommitName>,
     /// Whether something that says what images hold is damaged.
@@ -563,7 +563,7 @@ mod tests {
     fn an_image_that_only_the_commit_knows_is_missing() {
         let mut contents = contents(&[(&["a.img"], 1)]);
         contents.summaries = ["a.img", "b.img"]
-            .map(|path| Summary {
+            .map(|path| ImageSummary {
                 path: path.into(),
                 size: 5,
                 data_blocks: 0,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::table::BlockTable;
-use crate::archive::manifest::Announced;
+use crate::archive::manifest::AnnouncedBlocks;
 use crate::block::Slot;
 use crate::chunk::weak_id;
 use crate::content::StoreBlock;
@@ -99,7 +99,10 @@ pub fn find_seeds(
 }
 
 /// The weak ids of the chunks that have wanted blocks.
-pub fn weak_ids<'a>(wanted: &[Range<StoreBlock>], announced: impl Iterator<Item = &'a Announced>) -> HashSet<u64> {
+pub fn weak_ids<'a>(
+    wanted: &[Range<StoreBlock>],
+    announced: impl Iterator<Item = &'a AnnouncedBlocks>,
+) -> HashSet<u64> {
     let mut ids = HashSet::new();
     for one in announced {
         let mut at = 0;

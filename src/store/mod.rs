@@ -71,19 +71,19 @@ pub trait Store: Debug + Send + Sync {
 
 /// A store from an offset on, in order.
 #[derive(Debug)]
-pub struct Reader<'a> {
+pub struct StoreReader<'a> {
     store: &'a dyn Store,
     offset: u64,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> StoreReader<'a> {
     /// Begins at an offset.
     pub fn new(store: &'a dyn Store, offset: u64) -> Self {
         Self { store, offset }
     }
 }
 
-impl io::Read for Reader<'_> {
+impl io::Read for StoreReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.store.read_at(self.offset, buffer)?;
         self.offset += read as u64;

@@ -8,18 +8,18 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-use super::simulated::{Content, PLAIN, Simulated};
+use super::simulated::{BlockContent, PLAIN, Simulated};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts, ImageId};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::fs::{Filesystem, HeldRange, ImageInfo, PoolMap, ShareOutcome, SourceFile};
 use crate::spill::{Budget, SpillVec};
 
 /// Calls that can go wrong, by what they do. Those of one kind are counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Call {
+pub enum FilesystemCall {
     /// [`Filesystem::may_touch`].
     MayTouch,
     /// [`Filesystem::read`].
@@ -44,40 +44,40 @@ pub enum Call {
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub enum FilesystemFault {
     /// The call fails with this error.
     Fails(Errno),
-    /// Someone else opened the image that [`Call::MayTouch`] asks about, and keeps it open.
+    /// Someone else opened the image that [`FilesystemCall::MayTouch`] asks about, and keeps it open.
     Opened,
-    /// Someone else wrote a block of the image just before [`Call::Share`]: the last one of the range.
+    /// Someone else wrote a block of the image just before [`FilesystemCall::Share`]: the last one of the range.
     Changed,
 }
 
 /// What a changed block holds, which no other does.
-pub const CHANGED: Content = 0xc4a_96ed;
+pub const CHANGED: BlockContent = 0xc4a_96ed;
 
 /// The simulated filesystem, as whoever meets its faults sees it.
 #[derive(Debug)]
-pub struct Faulty<'a> {
+pub struct FaultyFilesystem<'a> {
     inner: &'a Simulated,
-    call: Call,
+    call: FilesystemCall,
     /// The number of the call that goes wrong.
     at: u64,
-    fault: Fault,
+    fault: FilesystemFault,
     /// Whether all calls of the kind go wrong from there on.
     lasts: bool,
     /// Blocks of extents that cannot be read, by any file.
     pub unreadable: BTreeSet<(usize, u32)>,
     /// Bytes that the disk has, if it has an end.
     pub disk_bytes: Option<u64>,
-    calls: Mutex<BTreeMap<Call, u64>>,
+    calls: Mutex<BTreeMap<FilesystemCall, u64>>,
     opened: Mutex<BTreeSet<ImageId>>,
     changed: Mutex<BTreeSet<(ImageId, u32)>>,
 }
 
-impl<'a> Faulty<'a> {
+impl<'a> FaultyFilesystem<'a> {
     /// One whose call of that kind and number goes wrong, and all after it if that `lasts`.
-    pub fn new(inner: &'a Simulated, call: Call, at: u64, fault: Fault, lasts: bool) -> Self {
+    pub fn new(inner: &'a Simulated, call: FilesystemCall, at: u64, fault: FilesystemFault, lasts: bool) -> Self {
         Self {
             inner,
             call,
@@ -94,11 +94,17 @@ impl<'a> Faulty<'a> {
 
     /// One that only counts calls.
     pub fn without_fault(inner: &'a Simulated) -> Self {
-        Self::new(inner, Call::Read, u64::MAX, Fault::Fails(Errno::IO), false)
+        Self::new(
+            inner,
+            FilesystemCall::Read,
+            u64::MAX,
+            FilesystemFault::Fails(Errno::IO),
+            false,
+        )
     }
 
     /// How many calls of each kind there were.
-    pub fn calls(&self) -> BTreeMap<Call, u64> {
+    pub fn calls(&self) -> BTreeMap<FilesystemCall, u64> {
         lock(&self.calls).clone()
     }
 
@@ -108,7 +114,7 @@ impl<'a> Faulty<'a> {
     }
 
     /// Counts a call, and says what goes wrong with it.
-    fn meets(&self, call: Call) -> Option<Fault> {
+    fn meets(&self, call: FilesystemCall) -> Option<FilesystemFault> {
         let mut calls = lock(&self.calls);
         let next = calls.entry(call).or_default();
         let number = *next;
@@ -117,9 +123,9 @@ impl<'a> Faulty<'a> {
         is_hit.then_some(self.fault)
     }
 
-    fn fails(&self, call: Call) -> std::result::Result<(), Errno> {
+    fn fails(&self, call: FilesystemCall) -> std::result::Result<(), Errno> {
         match self.meets(call) {
-            Some(Fault::Fails(errno)) => Err(errno),
+            Some(FilesystemFault::Fails(errno)) => Err(errno),
             _ => Ok(()),
         }
     }
@@ -150,10 +156,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Filesystem for Faulty<'_> {
+impl Filesystem for FaultyFilesystem<'_> {
     fn may_touch(&self, image: ImageId) -> bool {
         let mut opened = lock(&self.opened);
-        if self.meets(Call::MayTouch) == Some(Fault::Opened) {
+        if self.meets(FilesystemCall::MayTouch) == Some(FilesystemFault::Opened) {
             opened.insert(image);
         }
         !opened.contains(&image) && self.inner.may_touch(image)
@@ -183,7 +189,7 @@ impl Filesystem for Faulty<'_> {
         self.inner.uuid()
     }
 
-    fn function(&self) -> Function {
+    fn function(&self) -> FingerprintFunction {
         self.inner.function()
     }
 
@@ -244,7 +250,7 @@ impl Filesystem for Faulty<'_> {
 
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let length = buffer.len() as u64;
-        let readable = self.fails(Call::Read).and_then(|()| {
+        let readable = self.fails(FilesystemCall::Read).and_then(|()| {
             if self.has_unreadable(file, offset, length) {
                 Err(Errno::IO)
             } else {
@@ -265,7 +271,7 @@ impl Filesystem for Faulty<'_> {
     }
 
     fn free_bytes(&self) -> Result<u64> {
-        self.fails(Call::FreeBytes)
+        self.fails(FilesystemCall::FreeBytes)
             .map_err(Error::io("look at what is free on", self.path(0)))?;
         let free = |disk_bytes: u64| disk_bytes.saturating_sub(self.inner.allocated_bytes());
         self.disk_bytes
@@ -273,7 +279,7 @@ impl Filesystem for Faulty<'_> {
     }
 
     fn create_donor(&self, class: Class) -> Result<usize> {
-        self.fails(Call::CreateDonor)
+        self.fails(FilesystemCall::CreateDonor)
             .map_err(Error::writing("make a donor in", self.path(0)))?;
         self.inner.create_donor(class)
     }
@@ -284,10 +290,12 @@ impl Filesystem for Faulty<'_> {
 
     fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
         let taken = frame.map_or(content.len(), |frame| frame.len().next_multiple_of(BLOCK_LEN)) as u64;
-        let fits = self.fails(Call::AppendToDonor).and_then(|()| match self.disk_bytes {
-            Some(disk_bytes) if self.inner.allocated_bytes() + taken > disk_bytes => Err(Errno::NOSPC),
-            _ => Ok(()),
-        });
+        let fits = self
+            .fails(FilesystemCall::AppendToDonor)
+            .and_then(|()| match self.disk_bytes {
+                Some(disk_bytes) if self.inner.allocated_bytes() + taken > disk_bytes => Err(Errno::NOSPC),
+                _ => Ok(()),
+            });
         fits.map_err(Error::writing("write a donor in", self.path(0)))?;
         self.inner.append_to_donor(donor, content, frame)
     }
@@ -297,15 +305,15 @@ impl Filesystem for Faulty<'_> {
     }
 
     fn settle_donor(&self, donor: usize) -> Result<()> {
-        self.fails(Call::SettleDonor)
+        self.fails(FilesystemCall::SettleDonor)
             .map_err(Error::writing("write a donor in", self.path(0)))?;
         self.inner.settle_donor(donor)
     }
 
     fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> ShareOutcome {
-        match self.meets(Call::Share) {
-            Some(Fault::Fails(errno)) => return ShareOutcome::Refused(errno),
-            Some(Fault::Changed) => {
+        match self.meets(FilesystemCall::Share) {
+            Some(FilesystemFault::Fails(errno)) => return ShareOutcome::Refused(errno),
+            Some(FilesystemFault::Changed) => {
                 let last = (offset + length) / BLOCK_BYTES - 1;
                 self.change(image, u32::try_from(last).unwrap_or(u32::MAX));
             }
@@ -323,18 +331,19 @@ impl Filesystem for Faulty<'_> {
     }
 
     fn commit(&self) -> Result<()> {
-        self.fails(Call::Commit).map_err(Error::io("commit", self.path(0)))?;
+        self.fails(FilesystemCall::Commit)
+            .map_err(Error::io("commit", self.path(0)))?;
         self.inner.commit()
     }
 
     fn is_allocated(&self, address: u64, generation: u64) -> Result<bool> {
-        self.fails(Call::IsAllocated)
+        self.fails(FilesystemCall::IsAllocated)
             .map_err(Error::io("read the metadata of", self.path(0)))?;
         self.inner.is_allocated(address, generation)
     }
 
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
-        self.fails(Call::RangesIn)
+        self.fails(FilesystemCall::RangesIn)
             .map_err(Error::io("read the metadata of", self.path(0)))?;
         self.inner.ranges_in(image, addresses)
     }
@@ -363,18 +372,18 @@ mod tests {
     fn just_that_call_goes_wrong_or_all_from_there_on() {
         let fs = pool();
         for (lasts, expected) in [(false, [true, false, true]), (true, [true, false, false])] {
-            let faulty = Faulty::new(&fs, Call::Read, 1, Fault::Fails(Errno::IO), lasts);
+            let faulty = FaultyFilesystem::new(&fs, FilesystemCall::Read, 1, FilesystemFault::Fails(Errno::IO), lasts);
             let mut block = [0; BLOCK_LEN];
             let read = |()| faulty.read(SourceFile::Image(0), 0, &mut block).is_ok();
             assert_eq!([(); 3].map(read), expected);
-            assert_eq!(faulty.calls(), BTreeMap::from([(Call::Read, 3)]));
+            assert_eq!(faulty.calls(), BTreeMap::from([(FilesystemCall::Read, 3)]));
         }
     }
 
     #[test]
     fn a_sector_is_unreadable_through_every_file_and_the_others_are_not() {
         let fs = pool();
-        let mut faulty = Faulty::without_fault(&fs);
+        let mut faulty = FaultyFilesystem::without_fault(&fs);
         faulty.unreadable.insert((0, 0));
         let read = |image, at| {
             let read = faulty.read(SourceFile::Image(image), bytes(at), &mut [0; BLOCK_LEN]);
@@ -391,7 +400,7 @@ mod tests {
     #[test]
     fn a_disk_is_full_at_its_end() {
         let fs = pool();
-        let mut faulty = Faulty::without_fault(&fs);
+        let mut faulty = FaultyFilesystem::without_fault(&fs);
         faulty.disk_bytes = Some(bytes(3));
         assert_eq!(faulty.free_bytes().unwrap(), bytes(1));
         let donor = faulty.create_donor(PLAIN).unwrap();
@@ -404,7 +413,7 @@ mod tests {
     #[test]
     fn an_image_that_someone_opened_stays_open() {
         let fs = pool();
-        let faulty = Faulty::new(&fs, Call::MayTouch, 1, Fault::Opened, false);
+        let faulty = FaultyFilesystem::new(&fs, FilesystemCall::MayTouch, 1, FilesystemFault::Opened, false);
         assert_eq!(
             [0, 1, 0, 1].map(|image| faulty.may_touch(image)),
             [true, false, true, false]
@@ -414,7 +423,7 @@ mod tests {
     #[test]
     fn what_someone_wrote_differs() {
         let fs = pool();
-        let faulty = Faulty::new(&fs, Call::Share, 0, Fault::Changed, false);
+        let faulty = FaultyFilesystem::new(&fs, FilesystemCall::Share, 0, FilesystemFault::Changed, false);
         let share = || faulty.share(SourceFile::Image(0), 0, 1, 0, bytes(1));
         assert_eq!([share(), share()], [ShareOutcome::Differs, ShareOutcome::Differs]);
         assert_eq!(faulty.changed(), BTreeSet::from([(1, 0)]));

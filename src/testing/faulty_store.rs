@@ -10,7 +10,7 @@ use crate::store::Store;
 
 /// A call that was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Call {
+pub enum StoreCall {
     /// [`Store::length`].
     Length,
     /// [`Store::read_at`]: from where, and how many bytes at most.
@@ -25,7 +25,7 @@ pub enum Call {
 
 /// What happens to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub enum StoreFault {
     /// It fails with this error number, and does nothing.
     Fails(i32),
     /// It fails with this error number after half of it was done: half of the bytes appended.
@@ -38,18 +38,18 @@ pub enum Fault {
 
 /// Another store, of whose calls one is hit by a fault.
 #[derive(Debug)]
-pub struct Faulty<S> {
+pub struct FaultyStore<S> {
     inner: S,
     /// The number of the call that is hit, from 0.
     at: u64,
-    fault: Fault,
+    fault: StoreFault,
     next: AtomicU64,
-    calls: Mutex<Vec<Call>>,
+    calls: Mutex<Vec<StoreCall>>,
 }
 
-impl<S: Store> Faulty<S> {
+impl<S: Store> FaultyStore<S> {
     /// Hits the call of that number, counted from 0. `u64::MAX` hits none, and only records.
-    pub fn new(inner: S, at: u64, fault: Fault) -> Self {
+    pub fn new(inner: S, at: u64, fault: StoreFault) -> Self {
         Self {
             inner,
             at,
@@ -60,7 +60,7 @@ impl<S: Store> Faulty<S> {
     }
 
     /// The calls so far.
-    pub fn calls(&self) -> Vec<Call> {
+    pub fn calls(&self) -> Vec<StoreCall> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -71,20 +71,20 @@ impl<S: Store> Faulty<S> {
 
     fn call<T>(
         &self,
-        call: Call,
+        call: StoreCall,
         whole: impl FnOnce() -> io::Result<T>,
         half: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<T> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).push(call);
         match self.fault {
-            Fault::Fails(error) if number == self.at => Err(io::Error::from_raw_os_error(error)),
-            Fault::Tears(error) if number == self.at => {
+            StoreFault::Fails(error) if number == self.at => Err(io::Error::from_raw_os_error(error)),
+            StoreFault::Tears(error) if number == self.at => {
                 half()?;
                 Err(io::Error::from_raw_os_error(error))
             }
-            Fault::Dies if number >= self.at => Err(io::Error::from_raw_os_error(libc::EIO)),
-            Fault::Delays(time) if number == self.at => {
+            StoreFault::Dies if number >= self.at => Err(io::Error::from_raw_os_error(libc::EIO)),
+            StoreFault::Delays(time) if number == self.at => {
                 std::thread::sleep(time);
                 whole()
             }
@@ -93,30 +93,30 @@ impl<S: Store> Faulty<S> {
     }
 }
 
-impl<S: Store> Store for Faulty<S> {
+impl<S: Store> Store for FaultyStore<S> {
     fn path(&self) -> &Path {
         self.inner.path()
     }
 
     fn length(&self) -> io::Result<Option<u64>> {
-        self.call(Call::Length, || self.inner.length(), || Ok(()))
+        self.call(StoreCall::Length, || self.inner.length(), || Ok(()))
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let call = Call::Read(offset, buffer.len());
+        let call = StoreCall::Read(offset, buffer.len());
         self.call(call, || self.inner.read_at(offset, buffer), || Ok(()))
     }
 
     fn append(&self, bytes: &[u8]) -> io::Result<()> {
         let half = || self.inner.append(&bytes[..bytes.len() / 2]);
-        self.call(Call::Append(bytes.len()), || self.inner.append(bytes), half)
+        self.call(StoreCall::Append(bytes.len()), || self.inner.append(bytes), half)
     }
 
     fn settle(&self) -> io::Result<()> {
-        self.call(Call::Settle, || self.inner.settle(), || Ok(()))
+        self.call(StoreCall::Settle, || self.inner.settle(), || Ok(()))
     }
 
     fn truncate(&self, length: u64) -> io::Result<()> {
-        self.call(Call::Truncate(length), || self.inner.truncate(length), || Ok(()))
+        self.call(StoreCall::Truncate(length), || self.inner.truncate(length), || Ok(()))
     }
 }

@@ -17,18 +17,18 @@ use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, ImageId, PinReason, Reference};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::fs::{self, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
 use crate::spill::{Budget, SpillVec};
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
 /// for zeros.
-pub type Content = u64;
+pub type BlockContent = u64;
 
 /// From here on, content is such that it cannot be compressed. Fingerprints tell 32 bits apart.
-pub const INCOMPRESSIBLE: Content = 1 << 31;
+pub const INCOMPRESSIBLE: BlockContent = 1 << 31;
 
-fn fill(block: &mut [u8], content: Content) {
+fn fill(block: &mut [u8], content: BlockContent) {
     let mut number = content;
     for bytes in block.chunks_mut(8) {
         bytes.copy_from_slice(&number.to_le_bytes()[..bytes.len()]);
@@ -54,7 +54,7 @@ struct File {
 
 #[derive(Debug, Clone)]
 struct Allocation {
-    content: Vec<Content>,
+    content: Vec<BlockContent>,
     class: Class,
     outside: bool,
     /// Bytes of its frame, if it is compressed.
@@ -111,7 +111,7 @@ pub struct Faults {
 
 impl Simulated {
     /// Adds an extent with this content and returns its number.
-    pub fn allocate(&self, class: Class, content: Vec<Content>) -> usize {
+    pub fn allocate(&self, class: Class, content: Vec<BlockContent>) -> usize {
         self.with(|state| {
             state.allocations.push(Allocation {
                 content,
@@ -177,7 +177,7 @@ impl Simulated {
     }
 
     /// What each image holds.
-    pub fn contents(&self) -> Vec<Vec<Content>> {
+    pub fn contents(&self) -> Vec<Vec<BlockContent>> {
         self.with(|state| {
             let read = |file: &File| (0..file.blocks.len()).map(|at| state.content(file, at)).collect();
             state.images.iter().map(read).collect()
@@ -301,7 +301,7 @@ impl Simulated {
         })
     }
 
-    fn fingerprint(&self, content: Content) -> u32 {
+    fn fingerprint(&self, content: BlockContent) -> u32 {
         let bits = if self.faults.fingerprint_bits == 0 {
             32
         } else {
@@ -325,7 +325,7 @@ impl State {
         (number as u64 + 1) << 30
     }
 
-    fn content(&self, file: &File, at: usize) -> Content {
+    fn content(&self, file: &File, at: usize) -> BlockContent {
         match file.blocks.get(at).copied().flatten() {
             Some(mapped) if !mapped.preallocated => self.allocations[mapped.extent].content[mapped.at as usize],
             _ => 0,
@@ -425,7 +425,7 @@ impl Filesystem for Simulated {
         [0x5a; 16]
     }
 
-    fn function(&self) -> Function {
+    fn function(&self) -> FingerprintFunction {
         filesystem::FUNCTION
     }
 
@@ -521,12 +521,12 @@ impl Filesystem for Simulated {
                     path: self.path.clone(),
                 });
             }
-            let content: Vec<Content> = content
+            let content: Vec<BlockContent> = content
                 .chunks(BLOCK_LEN)
                 .map(|block| {
                     let mut number = [0; 8];
                     number.copy_from_slice(&block[..8]);
-                    Content::from_le_bytes(number)
+                    BlockContent::from_le_bytes(number)
                 })
                 .collect();
             let (extent, blocks) = (

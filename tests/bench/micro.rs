@@ -13,7 +13,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
 use vmfold::facts::{Extent, Facts, Reference};
-use vmfold::fingerprint::Function;
+use vmfold::fingerprint::FingerprintFunction;
 use vmfold::plan::{PlanOptions, plan_proved};
 use vmfold::testing::simulated::PLAIN;
 
@@ -68,7 +68,7 @@ fn benchmarks(criterion: &mut Criterion) {
     let block: Vec<u8> = (0..4096u32)
         .map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()[3])
         .collect();
-    for function in [Function::Crc32c, Function::Xxhash64] {
+    for function in [FingerprintFunction::Crc32c, FingerprintFunction::Xxhash64] {
         let _ = group.bench_function(format!("fingerprint by {function:?}"), |bencher| {
             bencher.iter(|| function.of(black_box(&block)));
         });

@@ -5,8 +5,8 @@ use std::path::Path;
 use vmfold::archive::commit::{Commit, decode_tail};
 use vmfold::archive::head::Head;
 use vmfold::archive::reader::Archive;
-use vmfold::archive::record::{HEADER_BYTES, Header, hash_of};
-use vmfold::archive::stream::{Event, Stream};
+use vmfold::archive::record::{HEADER_BYTES, RecordHeader, hash_of};
+use vmfold::archive::stream::{Stream, StreamEvent};
 use vmfold::archive::{index, manifest, pack};
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
@@ -18,7 +18,7 @@ use vmfold::store::MemoryStore;
 /// Gives the bytes to every decoder.
 pub(crate) fn decoders(bytes: &[u8]) {
     if let Some(header) = bytes.first_chunk::<HEADER_BYTES>() {
-        let _ = Header::decode(header);
+        let _ = RecordHeader::decode(header);
     }
     let _ = Head::decode(bytes);
     if let Ok(plan) = manifest::decode(bytes) {
@@ -41,7 +41,7 @@ pub(crate) fn decoders(bytes: &[u8]) {
 pub(crate) fn stream(bytes: &[u8]) {
     let mut stream = Stream::new(bytes, 0);
     while let Ok(Some(event)) = stream.next_event() {
-        if matches!(event, Event::Unsupported(_)) {
+        if matches!(event, StreamEvent::Unsupported(_)) {
             return;
         }
     }

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
-use crate::archive::commit::Location;
-use crate::archive::manifest::Announced;
+use crate::archive::commit::RecordLocation;
+use crate::archive::manifest::AnnouncedBlocks;
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
@@ -84,8 +84,8 @@ impl<'a> ArchiveSource<'a> {
     }
 
     /// Fingerprints of blocks of this commit and those before. Each block is announced once: more than that is not of our making.
-    fn announced(&self) -> Result<Vec<Announced>> {
-        let mut announced: Vec<Announced> = Vec::new();
+    fn announced(&self) -> Result<Vec<AnnouncedBlocks>> {
+        let mut announced: Vec<AnnouncedBlocks> = Vec::new();
         if !self.announces {
             return Ok(announced);
         }
@@ -140,7 +140,7 @@ fn content_of(archive: &Archive, offset: u64, frame: &FrameInfo, expected: &[Opt
 }
 
 /// The PACKs that hold any of some ranges, each once.
-fn packs_of<'a>(archive: &'a Archive, ranges: &'a [Range<StoreBlock>]) -> impl Iterator<Item = &'a Location> {
+fn packs_of<'a>(archive: &'a Archive, ranges: &'a [Range<StoreBlock>]) -> impl Iterator<Item = &'a RecordLocation> {
     let mut last = None;
     let packs = ranges.iter().flat_map(|range| archive.packs(range.start, range.end));
     packs.filter(move |pack| last.replace(pack.sequence) != Some(pack.sequence))

@@ -31,7 +31,7 @@ use self::sink::StagingSink;
 use self::source::{BlockSource, Offer};
 use self::staging::{Noted, Staging};
 use crate::archive::commit::by_path;
-use crate::archive::manifest::Announced;
+use crate::archive::manifest::AnnouncedBlocks;
 use crate::block::bytes;
 use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
@@ -98,7 +98,7 @@ pub struct RestoreOutcome {
 }
 
 /// Opens what the disk may hold of some wanted blocks, given the fingerprints that are announced of them. None if there is nothing.
-pub type OpenSeed<'a> = dyn Fn(&[Range<StoreBlock>], &[Announced]) -> Result<Option<Box<dyn Seed>>> + 'a;
+pub type OpenSeed<'a> = dyn Fn(&[Range<StoreBlock>], &[AnnouncedBlocks]) -> Result<Option<Box<dyn Seed>>> + 'a;
 
 /// A plan, and what carrying it out needs beside it.
 struct PreparedRestore {

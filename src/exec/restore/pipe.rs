@@ -8,11 +8,11 @@ use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, Sourc
 use crate::archive::commit::{Commit, CommitLocation};
 use crate::archive::head::Head;
 use crate::archive::index;
-use crate::archive::manifest::{self, Announced, ManifestBuilder, PlanPart};
+use crate::archive::manifest::{self, AnnouncedBlocks, ManifestBuilder, PlanPart};
 use crate::archive::pack::{self, FrameInfo};
 use crate::archive::reader::{Committed, find_commit};
-use crate::archive::record::{Hash, Header, RecordKind, hash_of};
-use crate::archive::stream::{Event, Stream};
+use crate::archive::record::{Hash, RecordHeader, RecordKind, hash_of};
+use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
@@ -20,7 +20,7 @@ use crate::exec::hashes::{Digest, HashLog};
 use crate::monitor::Monitor;
 use crate::plan::restore::{CommitName, Contents};
 use crate::range;
-use crate::store::{Reader, Store};
+use crate::store::{Store, StoreReader};
 
 /// Blocks that seeds are looked for at most: 256 MiB of fingerprints, for 256 GiB of blocks.
 const ANNOUNCED_BLOCKS_MAX: usize = 1 << 26;
@@ -44,7 +44,7 @@ pub struct PipeOptions {
 
 /// An archive that comes through a pipe.
 pub struct PipeSource<'a> {
-    stream: Stream<Reader<'a>>,
+    stream: Stream<StoreReader<'a>>,
     path: PathBuf,
     options: PipeOptions,
     archive: Option<[u8; 16]>,
@@ -62,7 +62,7 @@ pub struct PipeSource<'a> {
 
 /// A whole record whose hash is right.
 struct ReadRecord {
-    header: Header,
+    header: RecordHeader,
     offset: u64,
     body: Vec<u8>,
 }
@@ -78,7 +78,7 @@ impl ReadRecord {
 struct Epoch {
     number: u64,
     builder: ManifestBuilder,
-    announced: Vec<Announced>,
+    announced: Vec<AnnouncedBlocks>,
     announced_blocks: usize,
     announced_end: StoreBlock,
     /// Whether a PLAN was damaged.
@@ -89,7 +89,7 @@ impl<'a> PipeSource<'a> {
     /// Of a store that is read from its beginning on.
     pub fn new(store: &'a dyn Store, options: PipeOptions, monitor: &'a dyn Monitor) -> Self {
         Self {
-            stream: Stream::new(Reader::new(store, 0), 0),
+            stream: Stream::new(StoreReader::new(store, 0), 0),
             path: store.path().to_owned(),
             archive: None,
             epoch: Epoch::default(),
@@ -129,7 +129,7 @@ impl<'a> PipeSource<'a> {
             }
             match event {
                 None => return Ok(None),
-                Some(Event::Record { header, offset, body }) => {
+                Some(StreamEvent::Record { header, offset, body }) => {
                     if *self.archive.get_or_insert(header.archive) != header.archive {
                         self.damaged(offset, 0, "a record of another archive")?;
                         continue;
@@ -142,11 +142,11 @@ impl<'a> PipeSource<'a> {
                     }
                     return Ok(Some(ReadRecord { header, offset, body }));
                 }
-                Some(Event::Damage { range, problem, header }) => {
+                Some(StreamEvent::Damage { range, problem, header }) => {
                     self.epoch.doubtful |= header.is_none_or(|header| header.kind == RecordKind::Plan);
                     self.damaged(range.start, range.length, problem)?;
                 }
-                Some(Event::Unsupported(problem)) => {
+                Some(StreamEvent::Unsupported(problem)) => {
                     return Err(Error::Unsupported {
                         path: self.path.clone(),
                         problem,
@@ -300,7 +300,7 @@ impl<'a> PipeSource<'a> {
 
 impl Epoch {
     /// Adds fingerprints, which are kept if anyone looks for them.
-    fn announce(&mut self, announced: Announced, keep: bool) {
+    fn announce(&mut self, announced: AnnouncedBlocks, keep: bool) {
         self.announced_end = self.announced_end.max(announced.end());
         self.announced_blocks += announced.fingerprints.len();
         if keep && self.announced_blocks <= ANNOUNCED_BLOCKS_MAX {

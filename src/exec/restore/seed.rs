@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::source::BlockHashes;
 use super::staging::Staging;
-use crate::archive::manifest::Announced;
+use crate::archive::manifest::AnnouncedBlocks;
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::StoreBlock;
@@ -24,7 +24,7 @@ pub const PROVED_BLOCKS: u32 = 1024;
 /// Blocks on the disk, numbered by slots, that a restore can share. What it finds by fingerprints is proved by whoever uses it.
 pub trait Seed: Sync {
     /// Looks for wanted blocks, a list, by the fingerprints that are announced of them. What is found does not overlap.
-    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<SeedMatch>;
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[AnnouncedBlocks]) -> Vec<SeedMatch>;
 
     /// The content of some slots.
     ///
@@ -70,7 +70,7 @@ impl PoolSeed {
 }
 
 impl Seed for PoolSeed {
-    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[Announced]) -> Vec<SeedMatch> {
+    fn find(&self, wanted: &[Range<StoreBlock>], announced: &[AnnouncedBlocks]) -> Vec<SeedMatch> {
         let end = wanted.last().map_or(0, |range| range.end) as usize;
         let facts = &self.facts;
         let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), SlotSet::new(end));

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::archive::manifest::Announced;
+use crate::archive::manifest::AnnouncedBlocks;
 use crate::archive::record::Hash;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ pub struct Offer {
     /// The images, as far as they are known before their blocks.
     pub contents: Arc<Contents>,
     /// Fingerprints of blocks, by which they can be found on the disk.
-    pub announced: Vec<Announced>,
+    pub announced: Vec<AnnouncedBlocks>,
     /// Blocks from this address on are none of those that the contents refer to so far, but may be needed all the same.
     pub known_end: StoreBlock,
 }

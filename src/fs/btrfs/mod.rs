@@ -22,7 +22,7 @@ use crate::block::{BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts, ImageId};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::monitor::Monitor;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
@@ -122,10 +122,10 @@ impl Filesystem for Btrfs {
         self.info.uuid
     }
 
-    fn function(&self) -> Function {
+    fn function(&self) -> FingerprintFunction {
         match self.checksum_type {
-            Some(1) => Function::Xxhash64,
-            _ => Function::Crc32c,
+            Some(1) => FingerprintFunction::Xxhash64,
+            _ => FingerprintFunction::Crc32c,
         }
     }
 

@@ -17,7 +17,7 @@ use crate::block::SlotSet;
 use crate::content::Metadata;
 use crate::error::Result;
 use crate::facts::{Class, Facts, ImageId};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};
@@ -73,8 +73,8 @@ impl Filesystem for Xfs {
         self.info.uuid
     }
 
-    fn function(&self) -> Function {
-        Function::Crc32c
+    fn function(&self) -> FingerprintFunction {
+        FingerprintFunction::Crc32c
     }
 
     fn frees_blocks(&self) -> bool {

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::index::tables::{Answer, Problem, Record, Tables};
+use crate::index::tables::{Answer, Problem, TableRow, Tables};
 
 /// Memory that sled may use for its pages.
 const CACHE_BYTES: u64 = 8 << 20;
@@ -160,7 +160,7 @@ impl Tables for Database {
         })
     }
 
-    fn after(&self, tree: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<Record>> {
+    fn after(&self, tree: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<TableRow>> {
         use std::ops::Bound::{Excluded, Unbounded};
         let tree = tree.to_vec();
         self.ask(move |state| {
@@ -177,7 +177,7 @@ impl Tables for Database {
         })
     }
 
-    fn put(&self, tree: &[u8], records: Vec<Record>) -> Answer<()> {
+    fn put(&self, tree: &[u8], records: Vec<TableRow>) -> Answer<()> {
         let tree = tree.to_vec();
         self.ask(move |state| {
             let bytes = records.iter().map(|(_, record)| record.len()).sum();

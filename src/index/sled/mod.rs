@@ -15,7 +15,7 @@ use super::tables::{Answer, Problem};
 use super::{ChunkIndex, Status};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::monitor::Monitor;
 use crate::own_folder::own_folder;
 use crate::shown::{hex, shown};
@@ -28,7 +28,7 @@ use crate::shown::{hex, shown};
 pub fn open(
     folder: &Path,
     uuid: [u8; 16],
-    function: Option<Function>,
+    function: Option<FingerprintFunction>,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn ChunkIndex>> {
     Ok(Box::new(open_recorded(folder, &uuid, function, monitor)?))
@@ -37,7 +37,7 @@ pub fn open(
 fn open_recorded(
     folder: &Path,
     uuid: &[u8; 16],
-    function: Option<Function>,
+    function: Option<FingerprintFunction>,
     monitor: &dyn Monitor,
 ) -> Result<Recorded<Database>> {
     let folder = folder_of(folder, uuid)?;
@@ -55,7 +55,7 @@ fn open_recorded(
 }
 
 /// Without a function, opens whatever tree is there.
-fn open_in(folder: &Path, function: Option<Function>) -> Answer<Recorded<Database>> {
+fn open_in(folder: &Path, function: Option<FingerprintFunction>) -> Answer<Recorded<Database>> {
     // Chunks cut in another way are of no use any more.
     let keep = function.map(|function| tree_name(function).into_bytes());
     let database = Database::open(folder, TREE_PREFIX, keep.clone())?;
@@ -184,7 +184,7 @@ mod tests {
         open_recorded(
             folder,
             &[1; 16],
-            Some(Function::Crc32c),
+            Some(FingerprintFunction::Crc32c),
             &crate::monitor::Silent::default(),
         )
         .unwrap()

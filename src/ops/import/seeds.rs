@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use super::ImportOptions;
-use crate::archive::manifest::Announced;
+use crate::archive::manifest::AnnouncedBlocks;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
 use crate::exec::restore::OpenSeed;
@@ -64,7 +64,7 @@ pub(super) fn are_possible(options: &ImportOptions) -> bool {
 fn known_images(
     options: &ImportOptions,
     wanted: &[Range<StoreBlock>],
-    announced: &[Announced],
+    announced: &[AnnouncedBlocks],
     monitor: &dyn Monitor,
 ) -> Option<Vec<PathBuf>> {
     /// More of them would bring little.

@@ -7,19 +7,19 @@ use std::sync::{Mutex, OnceLock};
 
 use rustix::io::Errno;
 
-use super::{BLOCK_LEN, Content, Simulated, State, block_at, fill};
+use super::{BLOCK_LEN, BlockContent, Simulated, State, block_at, fill};
 use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::content::Metadata;
 use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
-use crate::fingerprint::Function;
+use crate::fingerprint::FingerprintFunction;
 use crate::fs::{ImageInfo, PoolMap, SourceFile};
 use crate::spill::SpillVec;
 
 /// The function that its checksums are made with, as those of a btrfs with defaults.
-pub(super) const FUNCTION: Function = Function::Crc32c;
+pub(super) const FUNCTION: FingerprintFunction = FingerprintFunction::Crc32c;
 
 /// The bytes of a block that holds some content.
-pub fn block_of(content: Content) -> [u8; BLOCK_LEN] {
+pub fn block_of(content: BlockContent) -> [u8; BLOCK_LEN] {
     let mut block = [0; BLOCK_LEN];
     fill(&mut block, content);
     block
@@ -106,7 +106,7 @@ impl Simulated {
     }
 
     /// The content of an extent's blocks.
-    fn content_of(state: &State, extent: &Extent) -> Vec<Content> {
+    fn content_of(state: &State, extent: &Extent) -> Vec<BlockContent> {
         let number = usize::try_from((extent.address >> 30) - 1).unwrap_or(usize::MAX);
         let first = block_at(extent.address - State::address(number));
         state.allocations[number].content[first..first + extent.blocks as usize].to_vec()
