@@ -160,14 +160,14 @@ impl Trial {
                 })
                 .map(|(hash, sample)| (sample, hash))
                 .collect();
-            let became = self.compress(facts, &chosen, fs);
+            let sampled = self.compress(facts, &chosen, fs);
             monitor.advance(all(facts, some));
-            for ((sample, hash), became) in chosen.iter().zip(became) {
-                let Some(became) = became.filter(|became| became.content > 0) else {
+            for ((sample, hash), sampled) in chosen.iter().zip(sampled) {
+                let Some(sampled) = sampled.filter(|sampled| sampled.content > 0) else {
                     continue;
                 };
                 self.tried[sample.extent as usize] = *hash;
-                is_new |= self.learn(facts, layout, sample.extent, became);
+                is_new |= self.learn(facts, layout, sample.extent, sampled);
             }
         }
         // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
@@ -183,11 +183,11 @@ impl Trial {
     }
 
     /// Fills in how an extent is to lie on disk, of which a sample was compressed. Says whether a plan is due that knows it.
-    fn learn(&mut self, facts: &mut Facts, layout: &Layout, place: u32, became: SampledBytes) -> bool {
-        self.pool = self.pool.and(became);
+    fn learn(&mut self, facts: &mut Facts, layout: &Layout, place: u32, sampled: SampledBytes) -> bool {
+        self.pool = self.pool.and(sampled);
         let extent = &mut facts.extents[place as usize];
-        let blocks = u32::try_from(became.content / BLOCK_BYTES).unwrap_or(u32::MAX);
-        let rewrites = self.packer.is_worth(became.alone, extent.disk_share(blocks));
+        let blocks = u32::try_from(sampled.content / BLOCK_BYTES).unwrap_or(u32::MAX);
+        let rewrites = self.packer.is_worth(sampled.alone, extent.disk_share(blocks));
         let is_new = if layout.is_gone(place) {
             extent.compression_goal.is_none()
         } else {
@@ -195,7 +195,7 @@ impl Trial {
         };
         extent.compression_goal = Some(CompressionGoal {
             compression: Compression::Zstd,
-            share: became.share(),
+            share: sampled.share(),
             rewrites,
         });
         is_new

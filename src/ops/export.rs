@@ -438,8 +438,8 @@ impl Exporter<'_> {
             _ => SpillVec::default(),
         };
         let first_new = opened.base.store_end;
-        let room = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
-        let mut fingerprints = facts.fingerprints.alike(room as usize);
+        let end_max = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
+        let mut fingerprints = facts.fingerprints.alike(end_max as usize);
         if let Some(archive) = &opened.archive {
             for committed in archive.commits() {
                 let usable = archive.announced(committed)?.into_iter();

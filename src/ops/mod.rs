@@ -146,7 +146,7 @@ fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dy
     let fs = pool.fs;
     let mapped = fs.map(&pool.budget)?;
     let mut facts = mapped.facts;
-    make_room(&mut facts, scope)?;
+    divide_memory(&mut facts, scope)?;
     let mut index = (pool.index)()?;
     let (fingerprinted, unreadable) = fingerprint(fs, &mut facts, index.as_deref_mut(), monitor)?;
     let mut skipped = pool.skipped;
@@ -228,7 +228,7 @@ fn lists_bytes(memory_bytes: u64) -> usize {
 }
 
 /// Decides how many bytes of lists are in memory, where fingerprints are kept, and how large a block table may be.
-fn make_room(facts: &mut Facts, scope: &Scope) -> Result<()> {
+fn divide_memory(facts: &mut Facts, scope: &Scope) -> Result<()> {
     let memory_bytes = scope.memory_bytes(facts.slots());
     facts.budget().set_bytes(lists_bytes(memory_bytes));
     allocate(facts, memory_bytes, &scope.index)

@@ -6,7 +6,7 @@ use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof,
 use crate::fingerprint::Fingerprints;
 use crate::spill::SpillVec;
 
-/// A planned pool, where its slots and extents come from, and what was set aside of the pool as it is to make room for it.
+/// A planned pool, where its slots and extents come from, and what was packed of the pool as it is so that both fit into memory.
 #[derive(Debug)]
 pub struct PlannedPool {
     /// Its facts. Donors have addresses beyond those of all other extents.

@@ -288,10 +288,10 @@ mod tests {
         facts
     }
 
-    fn room(stored: &[u32], facts: &Facts) -> Fingerprints {
-        let mut room = Fingerprints::in_memory(stored.len() + facts.slots() as usize);
-        room.write(0, stored);
-        room
+    fn fingerprints(stored: &[u32], facts: &Facts) -> Fingerprints {
+        let mut fingerprints = Fingerprints::in_memory(stored.len() + facts.slots() as usize);
+        fingerprints.write(0, stored);
+        fingerprints
     }
 
     proptest! {
@@ -314,7 +314,7 @@ mod tests {
                     Some(KnownSlots { slot, blocks: 1, content: Content::Stored(as_blocks(at)) })
                 })
                 .collect();
-            let plan = plan_export(&facts, &known, first_new, room(&stored, &facts)).unwrap();
+            let plan = plan_export(&facts, &known, first_new, fingerprints(&stored, &facts)).unwrap();
             let (mut slot, mut next, mut new) = (0, first_new, std::collections::HashSet::new());
             for piece in &plan.pieces {
                 prop_assert_eq!(piece.slot, slot);
@@ -357,7 +357,7 @@ mod tests {
     fn long_runs_are_one_piece() {
         let one: Vec<u32> = (1..2000).collect();
         let facts = facts(&[one.clone(), one]);
-        let plan = plan_export(&facts, &[], 0, room(&[], &facts)).unwrap();
+        let plan = plan_export(&facts, &[], 0, fingerprints(&[], &facts)).unwrap();
         assert_eq!(
             plan.pieces.iter().map(|piece| piece.source).collect::<Vec<_>>(),
             [ExportSource::New(0), ExportSource::Same(0)]

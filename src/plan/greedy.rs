@@ -493,11 +493,11 @@ impl<'a> Pass<'a> {
             {
                 continue;
             }
-            let room = (segment.end - at).min(other.slots().end - home);
-            let blocks = (0..room)
+            let blocks_max = (segment.end - at).min(other.slots().end - home);
+            let blocks = (0..blocks_max)
                 .take_while(|n| self.homes.contains(home + n) && self.may_be_equal(at + n, home + n))
                 .count();
-            let mut blocks = u32::try_from(blocks).unwrap_or(room);
+            let mut blocks = u32::try_from(blocks).unwrap_or(blocks_max);
             let before = (at - gap).min(home - other.first_slot);
             let back =
                 (1..=before).take_while(|n| self.homes.contains(home - n) && self.may_be_equal(at - n, home - n));

@@ -199,8 +199,8 @@ impl Layout {
                         }
                 };
                 let extent = facts.extent_of(slot);
-                let room = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
-                let blocks = (1..room).find(|n| !follows(*n)).unwrap_or(room);
+                let blocks_max = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
+                let blocks = (1..blocks_max).find(|n| !follows(*n)).unwrap_or(blocks_max);
                 self.runs.push(DedupRun {
                     slot,
                     blocks,

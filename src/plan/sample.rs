@@ -36,15 +36,15 @@ pub fn samples(facts: &Facts, layout: &Layout, extents: impl Iterator<Item = u32
 
 /// Cuts ranges of slots into windows.
 fn cut(pieces: Vec<Range<Slot>>) -> Vec<Vec<Range<Slot>>> {
-    let (mut windows, mut room) = (Vec::new(), 0);
+    let (mut windows, mut blocks_left) = (Vec::new(), 0);
     for mut piece in pieces {
         while !piece.is_empty() {
-            if room == 0 {
+            if blocks_left == 0 {
                 windows.push(Vec::new());
-                room = COMPRESSED_BLOCKS_MAX;
+                blocks_left = COMPRESSED_BLOCKS_MAX;
             }
-            let end = piece.end.min(piece.start + room);
-            room -= end - piece.start;
+            let end = piece.end.min(piece.start + blocks_left);
+            blocks_left -= end - piece.start;
             if let Some(window) = windows.last_mut() {
                 window.push(piece.start..end);
             }

@@ -40,8 +40,8 @@ impl BlockTable {
     /// An empty table for so many slots, that holds so many of them at most.
     pub(super) fn new(slots: usize, slots_max: usize) -> Self {
         let sample_bits = sample_bits(slots, slots_max);
-        let room = slots >> sample_bits;
-        let groups = (room + room / 4).div_ceil(GROUP) + 1;
+        let capacity = slots >> sample_bits;
+        let groups = (capacity + capacity / 4).div_ceil(GROUP) + 1;
         Self {
             tags: vec![[EMPTY; GROUP]; groups],
             slots: vec![[0; GROUP]; groups],

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FileType;
 
+use super::fill::can_share;
 use super::folder::{Place, Root};
-use super::place::can_share;
 use super::replaced::ReplacedFiles;
 use super::staging::Noted;
 use crate::error::Result;

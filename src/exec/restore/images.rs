@@ -12,9 +12,9 @@ use rustix::io::Errno;
 
 use super::RestoreOptions;
 use super::destination::{self, Interrupted};
+use super::fill::{FillCounts, fill, without_checksums};
 use super::folder::{FileState, Place, Root};
 use super::names::{NewImage, Temporaries, UnnamedFile, give_names};
-use super::place::{PlacingCounts, fill, without_checksums};
 use super::replaced::ReplacedFiles;
 use super::staging::{Noted, Staging};
 use crate::content::{Metadata, StoreBlock};
@@ -74,7 +74,7 @@ struct MadeImage<'a> {
 ///
 /// # Errors
 /// Those of the checks, which are made once more, and of writing; [`Error::Interrupted`].
-pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses) -> Result<PlacingCounts> {
+pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses) -> Result<FillCounts> {
     let Site {
         plan,
         options,
@@ -171,12 +171,12 @@ fn make_all<'a>(
     temporaries: &Temporaries,
     may_be_open: u64,
     losses: &Losses,
-) -> Result<(Vec<NewImage>, Vec<MadeImage<'a>>, PlacingCounts)> {
+) -> Result<(Vec<NewImage>, Vec<MadeImage<'a>>, FillCounts)> {
     let nodatacow = staged_without_checksums(site, staging)?;
     let make = |at: usize, job: &Job<'_>| {
         let first = job.places.first().ok_or(Errno::NOENT);
         let first = first.map_err(Error::io("make a file in", site.root.path()))?;
-        let mut counts = PlacingCounts::default();
+        let mut counts = FillCounts::default();
         let stays_open = (at as u64) < may_be_open;
         let (new, state) = UnnamedFile::make(first, temporaries, stays_open, |file| {
             counts = fill_one(
@@ -190,9 +190,9 @@ fn make_all<'a>(
         })?;
         Ok((new, state, counts))
     };
-    let made: Vec<Result<(UnnamedFile, FileState, PlacingCounts)>> =
+    let made: Vec<Result<(UnnamedFile, FileState, FillCounts)>> =
         jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
-    let (mut counts, mut images, mut all) = (PlacingCounts::default(), Vec::new(), Vec::new());
+    let (mut counts, mut images, mut all) = (FillCounts::default(), Vec::new(), Vec::new());
     for (one, Job { restored, places }) in made.into_iter().zip(jobs) {
         let (new, state, more) = one?;
         counts += more;
@@ -209,7 +209,7 @@ fn fill_one(
     restored: &RestoredImage,
     (file, path): (&File, &Path),
     losses: &Losses,
-) -> Result<PlacingCounts> {
+) -> Result<FillCounts> {
     let image = site.plan.runs_of(restored);
     let metadata = &image.image.metadata;
     if let Some(problem) = attributes::prepare(file, metadata) {
@@ -294,13 +294,13 @@ fn apply(file: &File, path: &Path, metadata: &Metadata, site: Site<'_>) -> Resul
         numeric_owner: options.numeric_owner,
         preserve_special: options.preserve_special,
     };
-    let not = attributes::apply(file, path, metadata, policy)?;
-    if !not.problems.is_empty() {
-        let problems = some_of(&not.problems);
+    let not_restored = attributes::apply(file, path, metadata, policy)?;
+    if !not_restored.problems.is_empty() {
+        let problems = some_of(&not_restored.problems);
         monitor.note(&format!("`{}`: could not set {problems}", shown(path)));
     }
-    if !not.left_out.is_empty() {
-        let left_out = some_of(&not.left_out);
+    if !not_restored.left_out.is_empty() {
+        let left_out = some_of(&not_restored.left_out);
         monitor.note(&format!(
             "`{}`: left out {left_out}; --preserve-special restores it",
             shown(path)

@@ -5,11 +5,11 @@
 
 pub mod archive;
 mod destination;
+pub mod fill;
 pub mod folder;
 mod images;
 pub mod names;
 pub mod pipe;
-pub mod place;
 pub mod replaced;
 pub mod seed;
 mod sink;

@@ -1,10 +1,10 @@
 //! btrfs: extents that are freed as a whole, with their checksums, from its trees.
 
+mod background;
 mod checksums;
 mod holders;
-mod holding;
+mod images_holding;
 mod map;
-mod upheaval;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use rustix::fs::{IFlags, XattrFlags};
 use rustix::io::Errno;
 
-pub(super) use holding::images_holding;
+pub(super) use images_holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
 use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
@@ -81,7 +81,7 @@ impl Btrfs {
             is_checksummed: |file, inode| Ok(!has_no_checksums(file, inode)?),
             set_up: set_class,
         };
-        let settle = |is_writable| upheaval::settle(&first.folder, info.uuid, is_writable, monitor);
+        let settle = |is_writable| background::settle(&first.folder, info.uuid, is_writable, monitor);
         let (opened, skipped) = Opened::open(found, first, purpose, &specifics, settle)?;
         let fs = Self {
             info,

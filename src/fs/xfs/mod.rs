@@ -1,7 +1,7 @@
 //! XFS: blocks that are freed one by one, without checksums of data.
 
 mod holders;
-mod holding;
+mod images_holding;
 mod map;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +9,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::OnceLock;
 
-pub(super) use holding::images_holding;
+pub(super) use images_holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
 use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};

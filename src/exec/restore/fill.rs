@@ -1,4 +1,4 @@
-//! Makes images from the staging file, sharing its extents where the filesystem can.
+//! Fills images from the staging file, sharing its extents where the filesystem can.
 
 use std::fs::File;
 use std::ops::Range;
@@ -19,9 +19,9 @@ use crate::sys::inode_flags::{add_inode_flags, inode_flags};
 /// Bytes copied at a time where extents cannot be shared.
 const COPY_BYTES: u64 = 1 << 20;
 
-/// What making images took.
+/// What filling images took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PlacingCounts {
+pub struct FillCounts {
     /// Ranges that share extents.
     pub clones: u64,
     /// Bytes that share extents.
@@ -30,7 +30,7 @@ pub struct PlacingCounts {
     pub copied_bytes: u64,
 }
 
-impl std::ops::AddAssign for PlacingCounts {
+impl std::ops::AddAssign for FillCounts {
     fn add_assign(&mut self, more: Self) {
         self.clones += more.clones;
         self.cloned_bytes += more.cloned_bytes;
@@ -49,9 +49,9 @@ pub fn fill(
     lost: &[Range<StoreBlock>],
     shares: bool,
     monitor: &dyn Monitor,
-) -> Result<PlacingCounts> {
+) -> Result<FillCounts> {
     let failed = Error::writing("write to", path);
-    let mut counts = PlacingCounts::default();
+    let mut counts = FillCounts::default();
     let mut at = 0u64;
     let mut buffer = Vec::new();
     image.set_len(size).map_err(&failed)?;
