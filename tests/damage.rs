@@ -379,12 +379,12 @@ fn a_damaged_pipe_makes_no_wrong_byte() {
 fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     use std::os::unix::ffi::OsStrExt;
     use vmfold::archive::manifest::{self, ArchivedImage, ManifestEntry, Payloads};
-    use vmfold::archive::writer::{ArchiveWriter, Base};
+    use vmfold::archive::writer::{ArchiveWriter, EpochBase};
     use vmfold::content::{Content as Holds, Metadata, Run};
     let store = std::sync::Arc::new(vmfold::store::MemoryStore::default());
-    let base = Base {
+    let base = EpochBase {
         archive: [1; 16],
-        ..Base::default()
+        ..EpochBase::default()
     };
     let mut writer = ArchiveWriter::begin(store.clone(), base, 5).unwrap();
     let mut payloads = Payloads::default();

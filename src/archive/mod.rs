@@ -3,7 +3,7 @@
 //!
 //! `record`, `head`, `manifest`, `pack`, `index` and `commit` are the records; `writer` puts
 //! them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage; `reader` finds them
-//! in a file.
+//! in a store.
 
 pub mod commit;
 pub mod head;

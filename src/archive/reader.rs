@@ -12,7 +12,7 @@ use super::manifest::{self, AnnouncedBlocks, Manifest, ManifestBuilder, PlanPart
 use super::pack::{self, FrameInfo};
 use super::record::{BadHeader, HEADER_BYTES, Hash, MAGIC, RecordHeader, RecordKind, hash_of};
 use super::stream::{Stream, StreamEvent};
-use super::writer::Base;
+use super::writer::EpochBase;
 use crate::block::ByteRange;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
@@ -483,9 +483,9 @@ impl Archive {
     }
 
     /// Where a next epoch goes on.
-    pub fn base(&self) -> Base {
+    pub fn base(&self) -> EpochBase {
         let last = self.commits.last();
-        Base {
+        EpochBase {
             archive: self.id,
             commits: last.map_or(0, |last| last.commit.number),
             last: last.map_or_else(CommitLocation::default, |last| last.location),

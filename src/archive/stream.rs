@@ -1,4 +1,4 @@
-//! Reads records in the order they were written, from a file or a pipe, and gets over what is damaged.
+//! Reads records in the order they were written, from any store, and gets over what is damaged.
 
 use std::io::{self, Read};
 

@@ -14,7 +14,7 @@ const AT_ONCE_BYTES_MAX: usize = 16 << 20;
 
 /// What a new epoch continues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Base {
+pub struct EpochBase {
     /// The archive.
     pub archive: [u8; 16],
     /// Its commits so far.
@@ -33,7 +33,7 @@ pub struct Base {
 #[derive(Debug)]
 pub struct ArchiveWriter {
     store: Arc<dyn Store>,
-    base: Base,
+    base: EpochBase,
     epoch: u64,
     sequence: u64,
     offset: u64,
@@ -45,7 +45,7 @@ impl ArchiveWriter {
     ///
     /// # Errors
     /// Those of writing.
-    pub fn begin(store: Arc<dyn Store>, base: Base, epoch: u64) -> io::Result<Self> {
+    pub fn begin(store: Arc<dyn Store>, base: EpochBase, epoch: u64) -> io::Result<Self> {
         if base.commits >= COMMITS_MAX {
             return Err(io::Error::other("the archive has used up the numbers of its commits"));
         }
@@ -126,7 +126,7 @@ impl ArchiveWriter {
     ///
     /// # Errors
     /// Those of writing.
-    pub fn finish(mut self, mut commit: Commit) -> io::Result<(Base, Commit)> {
+    pub fn finish(mut self, mut commit: Commit) -> io::Result<(EpochBase, Commit)> {
         self.store.settle()?;
         commit.number = self.commit_number();
         commit.previous = self.base.last;
@@ -146,7 +146,7 @@ impl ArchiveWriter {
         };
         self.write(RecordKind::Tail, 0, (0, 0), &encode_tail(&last))?;
         self.store.settle()?;
-        let base = Base {
+        let base = EpochBase {
             archive: self.base.archive,
             commits: commit.number,
             last,

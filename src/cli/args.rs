@@ -266,7 +266,7 @@ pub(super) struct Reclaim {
     /// small. Leave it for machines that read at random a lot: to read 4 KiB, up to 128 KiB are decompressed. Levels
     /// cost time to compress, and none to read.
     #[arg(long, value_name = "HOW", value_parser = parse_compression)]
-    pub(super) compress: Option<Compression>,
+    pub(super) compress: Option<CompressionArg>,
     /// What must be gained to compress something, in hundredths of its size
     ///
     /// Higher values leave more data uncompressed, which reads faster.
@@ -505,17 +505,17 @@ pub(super) struct Import {
 
 /// What `--compress` can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Compression {
+pub(super) enum CompressionArg {
     None,
     Zstd(i32),
 }
 
-fn parse_compression(text: &str) -> std::result::Result<Compression, String> {
+fn parse_compression(text: &str) -> std::result::Result<CompressionArg, String> {
     match text.split_once(':') {
-        None if text == "none" => Ok(Compression::None),
-        None if text == "zstd" => Ok(Compression::Zstd(3)),
+        None if text == "none" => Ok(CompressionArg::None),
+        None if text == "zstd" => Ok(CompressionArg::Zstd(3)),
         Some(("zstd", level)) => match level.parse() {
-            Ok(level @ 1..=19) => Ok(Compression::Zstd(level)),
+            Ok(level @ 1..=19) => Ok(CompressionArg::Zstd(level)),
             _ => Err("levels of zstd are 1 to 19".into()),
         },
         _ => Err("it is `zstd`, `zstd:LEVEL` or `none`".into()),
@@ -585,9 +585,9 @@ mod tests {
     #[test]
     fn compression_has_a_level() {
         for (text, parsed) in [
-            ("zstd", Some(Compression::Zstd(3))),
-            ("zstd:15", Some(Compression::Zstd(15))),
-            ("none", Some(Compression::None)),
+            ("zstd", Some(CompressionArg::Zstd(3))),
+            ("zstd:15", Some(CompressionArg::Zstd(15))),
+            ("none", Some(CompressionArg::None)),
             ("zstd:0", None),
             ("zstd:20", None),
             ("zstd:", None),

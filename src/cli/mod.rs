@@ -294,8 +294,8 @@ impl args::Reclaim {
         let min_run_blocks =
             min_run_blocks.ok_or_else(|| Error::Usage("--min-run must be between 4K and 4G".into()))?;
         let compress = self.compress.map(|compression| match compression {
-            args::Compression::None => CompressionRequest::Undo,
-            args::Compression::Zstd(level) => CompressionRequest::Zstd {
+            args::CompressionArg::None => CompressionRequest::Undo,
+            args::CompressionArg::Zstd(level) => CompressionRequest::Zstd {
                 packer: Packer {
                     level,
                     min_gain: self.min_gain,

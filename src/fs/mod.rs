@@ -1,6 +1,6 @@
-//! What a filesystem can do for vmfold, behind one trait: [`Filesystem`]. [`open`] is the one place that looks at which it is.
+//! What a filesystem can do for vmfold, behind one trait: [`Filesystem`]. [`open()`] is the one place that looks at which it is.
 //!
-//! To add a filesystem, implement the trait in a folder here, have [`open`] open it, and run it through the conformance suite in
+//! To add a filesystem, implement the trait in a folder here, have [`open()`] open it, and run it through the conformance suite in
 //! `tests/filesystem.rs`. What filesystems whose images are open files have in common is in `opened`.
 
 mod accounting;

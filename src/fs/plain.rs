@@ -1,4 +1,4 @@
-//! Any filesystem without reflinks: its images can be read and mapped, and nothing is shared. [`super::open`] does not open it: verbs
+//! Any filesystem without reflinks: its images can be read and mapped, and nothing is shared. [`super::open()`] does not open it: verbs
 //! refuse filesystems that cannot share.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -14,7 +14,7 @@ use crate::archive::manifest::{
 };
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
-use crate::archive::writer::{ArchiveWriter, Base};
+use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
@@ -90,7 +90,7 @@ pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported
 /// Exports a pool to a store, which is opened once it is known that there is something to export. [`ExportOptions::archive`] is not looked at.
 ///
 /// # Errors
-/// As for [`export`].
+/// As for [`export()`].
 pub fn export_to(
     options: &ExportOptions,
     open: impl FnOnce() -> Result<Arc<dyn Store>>,
@@ -125,7 +125,7 @@ pub fn export_to(
 /// Exports a pool that is open to a store: all of its images, whatever the options choose.
 ///
 /// # Errors
-/// As for [`export`].
+/// As for [`export()`].
 pub fn export_on(
     pool: OpenPool<'_>,
     options: &ExportOptions,
@@ -226,7 +226,7 @@ struct OpenArchive {
     store: Arc<dyn Store>,
     /// What is in it already; none if there is no commit.
     archive: Option<Archive>,
-    base: Base,
+    base: EpochBase,
 }
 
 impl OpenArchive {
@@ -236,9 +236,9 @@ impl OpenArchive {
         let mut opened = Self {
             store: Arc::clone(&store),
             archive: None,
-            base: Base {
+            base: EpochBase {
                 archive: random()?,
-                ..Base::default()
+                ..EpochBase::default()
             },
         };
         let length = store.length().map_err(Error::io("look at", &path))?.unwrap_or(0);
@@ -395,7 +395,7 @@ impl Exporter<'_> {
         &self,
         path: PathBuf,
         committed: &Committed,
-        (before, after): (Base, Base),
+        (before, after): (EpochBase, EpochBase),
         plan: &ExportPlan,
         stored: &Stored,
     ) -> Exported {

@@ -112,7 +112,7 @@ impl PlanOptions {
 /// Why an extent is eliminated, by what most of it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Reason {
+pub enum EliminationReason {
     /// Its blocks are found elsewhere.
     Duplicate,
     /// Its blocks are zeros.
@@ -126,7 +126,7 @@ pub enum Reason {
 }
 
 /// Bytes on disk, by the reason for which they are freed.
-pub type BytesByReason = BTreeMap<Reason, u64>;
+pub type BytesByReason = BTreeMap<EliminationReason, u64>;
 
 /// An extent that is to be eliminated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,7 +134,7 @@ pub struct Elimination {
     /// Its place in [`Facts::extents`].
     pub extent: u32,
     /// What most of the freed bytes are.
-    pub reason: Reason,
+    pub reason: EliminationReason,
     /// Bytes on disk that are freed, net of what is rewritten.
     pub freed_bytes: u64,
     /// Bytes on disk that its blocks take more than before. This is not zero only where compression is undone.

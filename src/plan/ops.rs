@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::greedy::matched_blocks;
 use super::layout::BlockDestination;
-use super::{Elimination, METADATA_BYTES_PER_REFERENCE, Reason, ReclaimPlan};
+use super::{Elimination, EliminationReason, METADATA_BYTES_PER_REFERENCE, ReclaimPlan};
 use crate::block::{Slot, bytes};
 use crate::facts::{Class, Facts, ImageId, Mapping};
 use crate::spill::SpillVec;
@@ -166,7 +166,11 @@ impl WorkSpace {
 }
 
 /// What eliminating one extent frees, why, and the batch of the last donor that it needs, if any.
-fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: u32) -> (Elimination, Vec<(Reason, u64)>, Option<u32>) {
+fn eliminate(
+    facts: &Facts,
+    plan: &ReclaimPlan,
+    extent: u32,
+) -> (Elimination, Vec<(EliminationReason, u64)>, Option<u32>) {
     let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
     let runs = layout.runs_of(facts, extent);
     let pieces = layout.rest_of(facts, extent);
@@ -186,22 +190,22 @@ fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: u32) -> (Elimination, Ve
     let preallocated = facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
     let nothing = (
         if preallocated {
-            Reason::Preallocated
+            EliminationReason::Preallocated
         } else {
-            Reason::Unreachable
+            EliminationReason::Unreachable
         },
         nothing,
     );
     let mut freed = vec![
-        (Reason::Zeros, zeros),
-        (Reason::Duplicate, duplicates),
-        (Reason::Compressed, compressed),
+        (EliminationReason::Zeros, zeros),
+        (EliminationReason::Duplicate, duplicates),
+        (EliminationReason::Compressed, compressed),
         nothing,
     ];
     let reason = freed
         .iter()
         .max_by_key(|(_, bytes)| *bytes)
-        .map_or(Reason::Unreachable, |(reason, _)| *reason);
+        .map_or(EliminationReason::Unreachable, |(reason, _)| *reason);
     freed.retain(|(_, bytes)| *bytes > 0);
 
     let (mut batch, mut ops) = (None, 0);

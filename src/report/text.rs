@@ -7,17 +7,17 @@ use super::{
     Change, Diffed, Exported, Imported, Listed, LostImage, Planned, PoolBytes, Reclaimed, Reported, Scanned, Verified,
 };
 use crate::index::Status;
-use crate::plan::Reason;
+use crate::plan::EliminationReason;
 use crate::pool::{Skip, Skipped};
 use crate::shown::{shown, size};
 
-fn reason(reason: Reason) -> &'static str {
+fn reason(reason: EliminationReason) -> &'static str {
     match reason {
-        Reason::Duplicate => "duplicates",
-        Reason::Zeros => "zeros",
-        Reason::Unreachable => "unreachable",
-        Reason::Preallocated => "preallocated",
-        Reason::Compressed => "compression",
+        EliminationReason::Duplicate => "duplicates",
+        EliminationReason::Zeros => "zeros",
+        EliminationReason::Unreachable => "unreachable",
+        EliminationReason::Preallocated => "preallocated",
+        EliminationReason::Compressed => "compression",
     }
 }
 

@@ -8,7 +8,7 @@ use rustix::fs::FileType;
 use super::fill::can_share;
 use super::folder::{Place, Root};
 use super::replaced::ReplacedFiles;
-use super::staging::Noted;
+use super::staging::Journal;
 use crate::error::Result;
 use crate::plan::restore::{Destination, NameState, RestoredImage, RevisionToName, RevisionsThere};
 use crate::pool::{revision_of, signs_of};
@@ -17,14 +17,14 @@ use crate::sys::open_files::raise_file_limit;
 /// What an interrupted restore has left, and which restore goes on from there: see [`crate::plan::restore::RestorePlan::identity`].
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Interrupted<'a> {
-    pub(super) noted: Option<&'a Noted>,
+    pub(super) noted: Option<&'a Journal>,
     pub(super) identity: Option<&'a str>,
 }
 
 impl Interrupted<'_> {
     /// Whether what stands at a place is what the interrupted restore made of an image, and has not been written to since.
     pub(super) fn is_ours(&self, image: usize, place: &Place) -> bool {
-        let is_ours = |noted: &Noted| {
+        let is_ours = |noted: &Journal| {
             let found = place.state();
             found.is_some_and(|found| noted.is_ours(self.identity, image, &found))
         };
@@ -46,7 +46,7 @@ pub(super) fn look(root: &Root, images: &[RestoredImage], interrupted: Interrupt
         path: root.path().to_owned(),
         shares: can_share(root.file()),
         free_bytes: free.map_or(u64::MAX, |found| found.f_bavail.saturating_mul(found.f_frsize)),
-        staged_bytes: interrupted.noted.map_or(0, Noted::staged_bytes),
+        staged_bytes: interrupted.noted.map_or(0, Journal::staged_bytes),
         names,
         signs: signs(root, images),
     })
@@ -106,7 +106,7 @@ pub(super) fn revisions(
     root: &Root,
     order: &[RevisionToName],
     images: &[RestoredImage],
-    noted: Option<&Noted>,
+    noted: Option<&Journal>,
 ) -> Result<BTreeMap<PathBuf, RevisionsThere>> {
     let mut images_of: BTreeMap<&Path, Vec<usize>> = BTreeMap::new();
     for RevisionToName { of, at, .. } in order {
@@ -119,7 +119,7 @@ pub(super) fn revisions(
     there.collect()
 }
 
-fn revisions_of(root: &Root, of: &Path, images: &[usize], noted: Option<&Noted>) -> Result<RevisionsThere> {
+fn revisions_of(root: &Root, of: &Path, images: &[usize], noted: Option<&Journal>) -> Result<RevisionsThere> {
     let mut there = RevisionsThere::default();
     let Some(place) = root.place(of, false, |_| {})? else {
         return Ok(there);

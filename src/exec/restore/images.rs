@@ -16,7 +16,7 @@ use super::fill::{FillCounts, fill, without_checksums};
 use super::folder::{FileState, Place, Root};
 use super::names::{NewImage, Temporaries, UnnamedFile, give_names};
 use super::replaced::ReplacedFiles;
-use super::staging::{Noted, Staging};
+use super::staging::{Journal, Staging};
 use crate::content::{Metadata, StoreBlock};
 use crate::error::{Error, Result};
 use crate::fs::attributes;
@@ -30,7 +30,7 @@ const OTHER_OPEN_FILES: usize = 256;
 
 /// What is made, and where.
 #[derive(Clone, Copy)]
-pub(super) struct Site<'a> {
+pub(super) struct RestoreSite<'a> {
     pub(super) plan: &'a RestorePlan,
     pub(super) options: &'a RestoreOptions,
     pub(super) root: &'a Root,
@@ -49,14 +49,14 @@ pub(super) struct Losses {
 }
 
 /// An image that is to be made.
-struct Job<'a> {
+struct ImageJob<'a> {
     restored: &'a RestoredImage,
     places: Vec<Place>,
 }
 
 /// What is to be made, and the folders for it.
-struct Jobs<'a> {
-    images: Vec<Job<'a>>,
+struct ImageJobs<'a> {
+    images: Vec<ImageJob<'a>>,
     /// Folders that are open for it.
     open_folders: usize,
     /// Folders that did not exist, relative.
@@ -74,8 +74,8 @@ struct MadeImage<'a> {
 ///
 /// # Errors
 /// Those of the checks, which are made once more, and of writing; [`Error::Interrupted`].
-pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses) -> Result<FillCounts> {
-    let Site {
+pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: &Losses) -> Result<FillCounts> {
+    let RestoreSite {
         plan,
         options,
         root,
@@ -129,7 +129,7 @@ pub(super) fn make_images(site: Site<'_>, staging: &mut Staging, losses: &Losses
 }
 
 /// What is to be made, and where. Folders are made on the way.
-fn jobs<'a>(site: Site<'a>, losses: &Losses) -> Result<Jobs<'a>> {
+fn jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
     let mut folders: BTreeMap<PathBuf, Arc<OwnedFd>> = BTreeMap::new();
     let (mut jobs, mut made_folders) = (Vec::new(), BTreeSet::new());
     let images = site.plan.images.iter();
@@ -154,9 +154,9 @@ fn jobs<'a>(site: Site<'a>, losses: &Losses) -> Result<Jobs<'a>> {
             };
             places.push(site.root.place_in(folder, &name));
         }
-        jobs.push(Job { restored, places });
+        jobs.push(ImageJob { restored, places });
     }
-    Ok(Jobs {
+    Ok(ImageJobs {
         images: jobs,
         open_folders: folders.len(),
         made_folders,
@@ -165,15 +165,15 @@ fn jobs<'a>(site: Site<'a>, losses: &Losses) -> Result<Jobs<'a>> {
 
 /// Makes all images, on all cores. The first `may_be_open` of them stay open.
 fn make_all<'a>(
-    site: Site<'_>,
+    site: RestoreSite<'_>,
     staging: &Staging,
-    jobs: Vec<Job<'a>>,
+    jobs: Vec<ImageJob<'a>>,
     temporaries: &Temporaries,
     may_be_open: u64,
     losses: &Losses,
 ) -> Result<(Vec<NewImage>, Vec<MadeImage<'a>>, FillCounts)> {
     let nodatacow = staged_without_checksums(site, staging)?;
-    let make = |at: usize, job: &Job<'_>| {
+    let make = |at: usize, job: &ImageJob<'_>| {
         let first = job.places.first().ok_or(Errno::NOENT);
         let first = first.map_err(Error::io("make a file in", site.root.path()))?;
         let mut counts = FillCounts::default();
@@ -193,7 +193,7 @@ fn make_all<'a>(
     let made: Vec<Result<(UnnamedFile, FileState, FillCounts)>> =
         jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
     let (mut counts, mut images, mut all) = (FillCounts::default(), Vec::new(), Vec::new());
-    for (one, Job { restored, places }) in made.into_iter().zip(jobs) {
+    for (one, ImageJob { restored, places }) in made.into_iter().zip(jobs) {
         let (new, state, more) = one?;
         counts += more;
         all.push(MadeImage { restored, state });
@@ -204,7 +204,7 @@ fn make_all<'a>(
 
 /// Gives a new file its content, and what it has beside that.
 fn fill_one(
-    site: Site<'_>,
+    site: RestoreSite<'_>,
     (staging, nodatacow): (&Staging, Option<&File>),
     restored: &RestoredImage,
     (file, path): (&File, &Path),
@@ -230,7 +230,7 @@ fn fill_one(
 }
 
 /// Removes what interrupted restores of this commit have left under temporary names.
-fn remove_leftovers(jobs: &[Job<'_>], noted: &Noted) -> Result<()> {
+fn remove_leftovers(jobs: &[ImageJob<'_>], noted: &Journal) -> Result<()> {
     let mut seen = BTreeSet::new();
     for place in jobs.iter().flat_map(|job| &job.places) {
         if !seen.insert(place.path.parent()) {
@@ -258,7 +258,7 @@ fn sync_filesystems(images: &[NewImage], made: &[MadeImage<'_>]) -> Result<()> {
 }
 
 /// What images without copy on write refer to, staged once more for them to share.
-fn staged_without_checksums(site: Site<'_>, staging: &Staging) -> Result<Option<File>> {
+fn staged_without_checksums(site: RestoreSite<'_>, staging: &Staging) -> Result<Option<File>> {
     let blocks = site.plan.nodatacow_blocks();
     let staged: Vec<_> = blocks.into_iter().flat_map(|range| staging.present(range)).collect();
     if staged.is_empty() || !site.plan.bytes.shares {
@@ -268,7 +268,7 @@ fn staged_without_checksums(site: Site<'_>, staging: &Staging) -> Result<Option<
 }
 
 /// Sets modes, owners and times of folders that were made, the innermost first.
-fn set_folders(site: Site<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
+fn set_folders(site: RestoreSite<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
     let folders = site.plan.contents.manifest.folders.iter();
     let mut folders: Vec<_> = folders.filter(|folder| made.contains(&folder.path)).collect();
     folders.sort_by_key(|folder| std::cmp::Reverse(folder.path.components().count()));
@@ -288,8 +288,8 @@ fn set_folders(site: Site<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
 }
 
 /// Sets what an image or folder has beside its content, and notes what could not be set.
-fn apply(file: &File, path: &Path, metadata: &Metadata, site: Site<'_>) -> Result<()> {
-    let Site { options, monitor, .. } = site;
+fn apply(file: &File, path: &Path, metadata: &Metadata, site: RestoreSite<'_>) -> Result<()> {
+    let RestoreSite { options, monitor, .. } = site;
     let policy = attributes::AttributePolicy {
         numeric_owner: options.numeric_owner,
         preserve_special: options.preserve_special,

@@ -25,11 +25,11 @@ use serde::Serialize;
 
 use self::destination::Interrupted;
 use self::folder::Root;
-use self::images::{Losses, Site, make_images};
+use self::images::{Losses, RestoreSite, make_images};
 use self::seed::{PROVED_BLOCKS, Seed};
 use self::sink::StagingSink;
 use self::source::{BlockSource, Offer};
-use self::staging::{Noted, Staging};
+use self::staging::{Journal, Staging};
 use crate::archive::commit::by_path;
 use crate::archive::manifest::AnnouncedBlocks;
 use crate::block::bytes;
@@ -149,7 +149,7 @@ impl<'a> Restore<'a> {
         let Some(offer) = self.source.offer()? else {
             return Err(self.source.nothing_committed());
         };
-        let noted = Noted::read(self.root.file(), &self.work_folder());
+        let noted = Journal::read(self.root.file(), &self.work_folder());
         self.planned = Some(self.plan_offer(offer, noted.as_ref())?);
         Ok(())
     }
@@ -183,7 +183,7 @@ impl<'a> Restore<'a> {
     pub fn execute(mut self) -> Result<RestoreOutcome> {
         let planned = self.take_plan()?;
         let folder = self.work_folder();
-        if !self.options.resume && Noted::read(self.root.file(), &folder).is_some() {
+        if !self.options.resume && Journal::read(self.root.file(), &folder).is_some() {
             return Err(Error::Usage(format!(
                 "an import was interrupted here: --resume goes on with it, and deleting `{}` begins anew",
                 shown(&folder)
@@ -214,7 +214,7 @@ impl<'a> Restore<'a> {
         self.options.to.join(name)
     }
 
-    fn plan_offer(&mut self, offer: Offer, noted: Option<&Noted>) -> Result<PreparedRestore> {
+    fn plan_offer(&mut self, offer: Offer, noted: Option<&Journal>) -> Result<PreparedRestore> {
         let Offer {
             contents,
             announced,
@@ -260,7 +260,7 @@ impl<'a> Restore<'a> {
     }
 
     /// The images that were asked for, with their names.
-    fn select(&self, contents: &Contents, noted: Option<&Noted>) -> Result<Selected> {
+    fn select(&self, contents: &Contents, noted: Option<&Journal>) -> Result<Selected> {
         let mut selected = select(contents, &self.options.only)?;
         if self.options.as_revision {
             let order = revisions_to_name(contents, &selected.images)?;
@@ -296,7 +296,7 @@ impl<'a> Restore<'a> {
     }
 
     /// A plan for what a pipe committed in the end, of which everything that came is staged.
-    fn plan_committed(&self, contents: Arc<Contents>, noted: &Noted, restored: &Restored) -> Result<RestorePlan> {
+    fn plan_committed(&self, contents: Arc<Contents>, noted: &Journal, restored: &Restored) -> Result<RestorePlan> {
         let selected = self.select(&contents, Some(noted))?;
         let destination = destination::look(&self.root, &selected.images, Interrupted::default())?;
         let mut plan = RestorePlan::new(contents, selected, Vec::new(), &destination);
@@ -391,7 +391,7 @@ impl<'a> Restore<'a> {
                 later_damage,
             });
         }
-        let site = Site {
+        let site = RestoreSite {
             plan: &plan,
             options: self.options,
             root: &self.root,

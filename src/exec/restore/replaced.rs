@@ -18,13 +18,13 @@ use crate::sys::lease::{self, Lease};
 /// Files that are to be replaced, each leased for as long as this lives: whoever opens one waits until then.
 #[derive(Debug, Default)]
 pub struct ReplacedFiles {
-    names: BTreeMap<PathBuf, Name>,
-    leased: Vec<Leased>,
+    names: BTreeMap<PathBuf, FoundFile>,
+    leased: Vec<LeasedFile>,
 }
 
 /// What a name stood for when it was looked at.
 #[derive(Debug)]
-struct Name {
+struct FoundFile {
     /// The file, or the symbolic link.
     id: FileId,
     /// Which of the leased files it is or leads to; none for a link that leads nowhere.
@@ -32,7 +32,7 @@ struct Name {
 }
 
 #[derive(Debug)]
-struct Leased {
+struct LeasedFile {
     file: File,
     id: FileId,
     path: PathBuf,
@@ -61,7 +61,7 @@ impl ReplacedFiles {
             };
             let id = (stat.st_dev, stat.st_ino);
             let leased = to_replace.lease_one(place, is_link, id, &mut known)?;
-            to_replace.names.insert(place.path.clone(), Name { id, leased });
+            to_replace.names.insert(place.path.clone(), FoundFile { id, leased });
         }
         Ok(to_replace)
     }
@@ -105,7 +105,7 @@ impl ReplacedFiles {
             Err(errno) => return Err(unknown(&place.path, "it cannot be leased", errno)),
         }
         known.insert(id, self.leased.len());
-        self.leased.push(Leased {
+        self.leased.push(LeasedFile {
             file,
             id,
             path: place.path.clone(),
@@ -132,11 +132,11 @@ impl ReplacedFiles {
     /// # Errors
     /// [`Error::InUse`].
     pub fn check_all(&self) -> Result<()> {
-        self.leased.iter().try_for_each(Leased::check)
+        self.leased.iter().try_for_each(LeasedFile::check)
     }
 }
 
-impl Leased {
+impl LeasedFile {
     fn check(&self) -> Result<()> {
         if lease::is_held(&self.file, Lease::All) {
             return Ok(());

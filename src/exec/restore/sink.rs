@@ -30,7 +30,7 @@ pub(super) struct StagingSink<'a> {
 }
 
 /// What came of one frame.
-struct Taken {
+struct FrameOutcome {
     written: Vec<Range<StoreBlock>>,
     shared: Vec<Range<StoreBlock>>,
 }
@@ -44,10 +44,10 @@ impl StagingSink<'_> {
     }
 
     /// Puts the parts of a frame that are missing where they belong.
-    fn place(&self, frame: &SourceFrame<'_>) -> Result<Taken> {
+    fn place(&self, frame: &SourceFrame<'_>) -> Result<FrameOutcome> {
         let missing = self.missing(frame.blocks.clone());
         if missing.is_empty() {
-            return Ok(Taken {
+            return Ok(FrameOutcome {
                 written: missing,
                 shared: Vec::new(),
             });
@@ -70,7 +70,7 @@ impl StagingSink<'_> {
         for range in missing {
             self.monitor.advance(bytes(range.end - range.start));
         }
-        Ok(Taken { written, shared })
+        Ok(FrameOutcome { written, shared })
     }
 }
 
@@ -90,10 +90,10 @@ impl BlockSink for StagingSink<'_> {
         let end = frames.iter().map(|frame| frame.blocks.end).max().unwrap_or(0);
         self.staging.make_room(end)?;
         let this = &*self;
-        let placed: Vec<Result<Taken>> = frames.par_iter().map(|frame| this.place(frame)).collect();
+        let placed: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| this.place(frame)).collect();
         let mut failed = Vec::new();
         for (at, placed) in placed.into_iter().enumerate() {
-            let Taken { written, shared } = match placed {
+            let FrameOutcome { written, shared } = match placed {
                 Ok(taken) => taken,
                 Err(error @ Error::Damaged { .. }) => {
                     failed.push((at, error));

@@ -46,12 +46,12 @@ pub struct Staging {
     pending_bytes: u64,
     /// Where writing to disk is to begin next.
     dirty: Option<Range<u64>>,
-    noted: Noted,
+    noted: Journal,
 }
 
 /// What a journal says.
 #[derive(Debug, Clone, Default)]
-pub struct Noted {
+pub struct Journal {
     /// Ranges of the staging file that were written, ascending by their beginnings.
     claimed: Vec<Range<StoreBlock>>,
     /// Files that were made, by the number of the image.
@@ -74,7 +74,7 @@ struct StagingFile {
     is_placed: bool,
 }
 
-impl Noted {
+impl Journal {
     /// Reads the journal of an interrupted restore to the folder `root`; `path` is the work folder there. None if there is none, or it
     /// cannot be read.
     pub fn read(root: &File, path: &Path) -> Option<Self> {
@@ -244,7 +244,7 @@ impl Staging {
         }
         let file = open(BLOCKS)?;
         let journal_path = path.join(JOURNAL);
-        let (noted, end) = Noted::parse(&mut journal).map_err(Error::io("read", &journal_path))?;
+        let (noted, end) = Journal::parse(&mut journal).map_err(Error::io("read", &journal_path))?;
         // A torn line is not to become one with the next.
         journal.set_len(end).map_err(Error::io("write to", &journal_path))?;
         Ok(Self {
@@ -263,7 +263,7 @@ impl Staging {
     }
 
     /// What the journal said when it was opened.
-    pub fn noted(&self) -> &Noted {
+    pub fn noted(&self) -> &Journal {
         &self.noted
     }
 
@@ -462,7 +462,7 @@ mod tests {
     fn what_is_settled_is_known_after_an_interruption() {
         let folder = tempfile::tempdir().unwrap();
         let (root, path) = (File::open(folder.path()).unwrap(), folder.path().join("work"));
-        assert!(Noted::read(&root, &path).is_none());
+        assert!(Journal::read(&root, &path).is_none());
         let mut staging = Staging::open(&root, &path).unwrap();
         assert!(staging.noted().claimed.is_empty());
         staging.make_room(100).unwrap();
@@ -475,13 +475,13 @@ mod tests {
         drop(staging);
         let torn = std::fs::read(path.join("journal")).unwrap();
         std::fs::write(path.join("journal"), [&torn[..], b"\xff 1\n99 1"].concat()).unwrap();
-        assert_eq!(Noted::read(&root, &path).unwrap().claimed, [3..5, 50..51]);
+        assert_eq!(Journal::read(&root, &path).unwrap().claimed, [3..5, 50..51]);
         let mut staging = Staging::open(&root, &path).unwrap();
         assert!(matches!(Staging::open(&root, &path), Err(Error::Restoring { .. })));
         staging.make_room(100).unwrap();
         staging.added(7..8).unwrap();
         staging.settle().unwrap();
-        assert_eq!(Noted::read(&root, &path).unwrap().claimed, [3..5, 7..8, 50..51]);
+        assert_eq!(Journal::read(&root, &path).unwrap().claimed, [3..5, 7..8, 50..51]);
         staging.remove().unwrap();
         assert!(!path.exists());
     }
@@ -498,7 +498,7 @@ mod tests {
         staging.note_temporaries(u64::MAX - 1, 3).unwrap();
         staging.note_restore("c0ffee").unwrap();
         staging.note_made([(5, made)].into_iter()).unwrap();
-        let noted = || Noted::read(root.file(), &path).unwrap();
+        let noted = || Journal::read(root.file(), &path).unwrap();
         assert!(
             noted().is_ours(Some("c0ffee"), 5, &made)
                 && !noted().is_done("c0ffee", 5, &made)
@@ -530,7 +530,7 @@ mod tests {
         assert!(!noted().is_ours(Some("c0ffee"), 5, &place.state().unwrap()));
         // What others could write to is not believed.
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-        assert!(Noted::read(root.file(), &path).is_none());
+        assert!(Journal::read(root.file(), &path).is_none());
         assert!(matches!(Staging::open(root.file(), &path), Err(Error::NotOurs { .. })));
     }
 }

@@ -158,7 +158,7 @@ struct Span {
 }
 
 /// An extent as images refer to it, and how often they do.
-struct Seen {
+struct SeenExtent {
     extent: Extent,
     references: u64,
     /// The first image that does.
@@ -169,7 +169,7 @@ struct Seen {
 ///
 /// # Errors
 /// The image that disagrees with another one about an extent.
-fn merge(seen: &mut SpillVec<Seen>) -> std::result::Result<(), ImageId> {
+fn merge(seen: &mut SpillVec<SeenExtent>) -> std::result::Result<(), ImageId> {
     seen.sort_unstable_by_key(|seen| (seen.extent.address, seen.image));
     let mut agree = Ok(());
     seen.dedup_by(|next, kept| {
@@ -207,7 +207,7 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
 
 /// What the items of images say, before all extents are known.
 struct Reading {
-    seen: SpillVec<Seen>,
+    seen: SpillVec<SeenExtent>,
     /// Extents seen at which those seen twice are merged.
     merge_at: usize,
     spans: Collector<Span>,
@@ -243,7 +243,7 @@ impl Reading {
                 return Ok(());
             }
         };
-        self.seen.push(Seen {
+        self.seen.push(SeenExtent {
             extent: Extent {
                 address: extent.address,
                 disk_bytes: extent.disk_bytes,
@@ -299,7 +299,7 @@ fn pinned(image: &OpenImage, end: u64) -> Option<PinReason> {
 }
 
 /// Numbers the slots of extents.
-fn with_slots(seen: SpillVec<Seen>) -> Result<SpillVec<Extent>> {
+fn with_slots(seen: SpillVec<SeenExtent>) -> Result<SpillVec<Extent>> {
     let mut slot = 0u32;
     let mut extents: SpillVec<Extent> = SpillVec::with_capacity_in(seen.len(), seen.budget());
     for mut extent in seen.into_iter().map(|seen| seen.extent) {
@@ -359,7 +359,7 @@ impl Btrfs {
     }
 
     /// Fills in generations, and pins what is referred to from elsewhere.
-    fn count_references(&self, seen: &mut [Seen], budget: &Budget) -> Result<()> {
+    fn count_references(&self, seen: &mut [SeenExtent], budget: &Budget) -> Result<()> {
         let (Some(first), Some(last)) = (seen.first(), seen.last()) else {
             return Ok(());
         };
