@@ -223,7 +223,7 @@ fn exit(interrupted: bool, some_skipped: bool) -> Exit {
 
 #[derive(Serialize)]
 struct Statuses {
-    indexes: Vec<index::Status>,
+    indexes: Vec<index::IndexStatus>,
 }
 
 impl std::fmt::Display for Statuses {

@@ -55,7 +55,8 @@ impl SampledBytes {
     }
 }
 
-/// Makes a plan that compresses, or undoes that, as it is asked for, of extents that are candidates; `go_on` and `prove` as in [`plan_proved`].
+/// Makes a plan that compresses extents that are candidates, or undoes that, as it is asked for; `go_on` and `prove` as in
+/// [`plan_proved`].
 ///
 /// # Errors
 /// Whatever `go_on` or `prove` fails with.

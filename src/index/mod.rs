@@ -91,7 +91,7 @@ pub trait ChunkIndex: Debug + Send + Sync {
 
 /// What an index knows.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Status {
+pub struct IndexStatus {
     /// Its folder.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub folder: PathBuf,

@@ -87,7 +87,8 @@ pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported
     }
 }
 
-/// Exports a pool to a store, which is opened once it is known that there is something to export. [`ExportOptions::archive`] is not looked at.
+/// Exports a pool to a store, which is opened once it is known that there is something to export. [`ExportOptions::archive`] is not
+/// looked at.
 ///
 /// # Errors
 /// As for [`export()`].

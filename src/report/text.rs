@@ -6,7 +6,7 @@ use std::fmt::{Display, Formatter, Result};
 use super::{
     Change, Diffed, Exported, Imported, Listed, LostImage, Planned, PoolBytes, Reclaimed, Reported, Scanned, Verified,
 };
-use crate::index::Status;
+use crate::index::IndexStatus;
 use crate::plan::EliminationReason;
 use crate::pool::{Skip, Skipped};
 use crate::shown::{shown, size};
@@ -434,7 +434,7 @@ impl Display for Reported {
     }
 }
 
-impl Display for Status {
+impl Display for IndexStatus {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         writeln!(f, "{}", shown(&self.folder))?;
         writeln!(

@@ -71,7 +71,7 @@ impl Allocation {
 }
 
 #[derive(Debug, Clone, Default)]
-struct State {
+struct DiskState {
     allocations: Vec<Allocation>,
     images: Vec<File>,
     donors: Vec<(Class, File)>,
@@ -83,7 +83,7 @@ struct State {
 /// The filesystem.
 #[derive(Debug, Default)]
 pub struct Simulated {
-    state: Mutex<State>,
+    state: Mutex<DiskState>,
     /// Faults to inject.
     pub faults: Faults,
     /// Whether it frees each block on its own, as XFS does, and not only extents as a whole.
@@ -196,7 +196,7 @@ impl Simulated {
     }
 
     /// The ranges of an allocation that are not free: all or nothing, or what something refers to.
-    fn ranges_in_use(&self, state: &State, number: usize) -> Vec<Range<u32>> {
+    fn ranges_in_use(&self, state: &DiskState, number: usize) -> Vec<Range<u32>> {
         let length = u32::try_from(state.allocations[number].content.len()).unwrap_or(u32::MAX);
         let mut mapped = vec![state.allocations[number].outside; length as usize];
         for block in state.files().flat_map(|file| file.blocks.iter().flatten()) {
@@ -248,7 +248,7 @@ impl Simulated {
                         (u32::try_from(extents.len()).unwrap_or(u32::MAX), slot),
                     );
                     extents.push(Extent {
-                        address: State::address(number) + bytes(range.start),
+                        address: DiskState::address(number) + bytes(range.start),
                         disk_bytes: if self.frees_blocks {
                             bytes(blocks)
                         } else {
@@ -268,7 +268,7 @@ impl Simulated {
             }
             let mut references = Vec::new();
             for (image, file) in (0u32..).zip(&state.images) {
-                for range in State::ranges(file) {
+                for range in DiskState::ranges(file) {
                     let HeldRange {
                         file_block,
                         extent_block,
@@ -310,17 +310,17 @@ impl Simulated {
         u32::try_from(content & ((1 << bits) - 1)).unwrap_or(u32::MAX)
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+    fn with<T>(&self, work: impl FnOnce(&mut DiskState) -> T) -> T {
         let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         work(&mut state)
     }
 
-    fn is_dead(&self, state: &State) -> bool {
+    fn is_dead(&self, state: &DiskState) -> bool {
         self.faults.killed_at.is_some_and(|at| state.calls >= at)
     }
 }
 
-impl State {
+impl DiskState {
     fn address(number: usize) -> u64 {
         (number as u64 + 1) << 30
     }
@@ -593,7 +593,7 @@ impl Filesystem for Simulated {
             }
             let at = |n: usize| (block_at(source_offset) + n, block_at(offset) + n);
             let blocks = block_at(length);
-            let read = |state: &State, n| state.file(source).map_or(0, |file| state.content(file, n));
+            let read = |state: &DiskState, n| state.file(source).map_or(0, |file| state.content(file, n));
             let image = image as usize;
             if (0..blocks).any(|n| read(state, at(n).0) != state.content(&state.images[image], at(n).1)) {
                 return ShareOutcome::Differs;
@@ -625,13 +625,13 @@ impl Filesystem for Simulated {
 
     fn is_allocated(&self, address: u64, _: u64) -> Result<bool> {
         Ok(!self.frees_blocks
-            && self.with(|state| state.used().iter().any(|number| State::address(*number) == address)))
+            && self.with(|state| state.used().iter().any(|number| DiskState::address(*number) == address)))
     }
 
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
         Ok(self.with(|state| {
-            let ranges = State::ranges(&state.images[image as usize]).into_iter();
-            let ranges = ranges.map(|(extent, range)| (State::address(extent), range));
+            let ranges = DiskState::ranges(&state.images[image as usize]).into_iter();
+            let ranges = ranges.map(|(extent, range)| (DiskState::address(extent), range));
             ranges.filter(|(address, _)| addresses.contains(address)).collect()
         }))
     }

@@ -17,13 +17,13 @@ const SIDE_BY_SIDE: usize = 64;
 
 /// A donor that was written.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Donor {
+pub(super) struct WrittenDonor {
     pub(super) number: usize,
     /// Blocks that it does not hold, since they could not be read.
     missing: Vec<Range<u32>>,
 }
 
-impl Donor {
+impl WrittenDonor {
     /// Whether a range of blocks is there.
     pub(super) fn has(&self, range: &Range<u32>) -> bool {
         !self
@@ -59,10 +59,10 @@ struct Packed {
 
 impl DonorWriter<'_> {
     /// Writes one donor file. If the user asks to stop, it stays incomplete, and nothing will be shared with it.
-    pub(super) fn write(self, file: &DonorFile, written: &mut WrittenDonors) -> Result<Donor> {
-        let mut donor = Donor {
+    pub(super) fn write(self, file: &DonorFile, written: &mut WrittenDonors) -> Result<WrittenDonor> {
+        let mut donor = WrittenDonor {
             number: self.fs.create_donor(file.class)?,
-            ..Donor::default()
+            ..WrittenDonor::default()
         };
         let filled = self.fill(file, &mut donor, written);
         if let Err(error) = filled.and_then(|()| self.fs.settle_donor(donor.number)) {
@@ -72,7 +72,7 @@ impl DonorWriter<'_> {
         Ok(donor)
     }
 
-    fn fill(self, file: &DonorFile, donor: &mut Donor, written: &mut WrittenDonors) -> Result<()> {
+    fn fill(self, file: &DonorFile, donor: &mut WrittenDonor, written: &mut WrittenDonors) -> Result<()> {
         let extent = |place: &u32| &self.plan.layout.donors()[*place as usize];
         let side_by_side = if packs(self.fs, file.class) { SIDE_BY_SIDE } else { 1 };
         let groups: Vec<&[u32]> = file.extents.chunks(side_by_side).collect();
@@ -103,7 +103,7 @@ impl DonorWriter<'_> {
         self,
         (extent, read): (&DonorExtent, Result<Packed>),
         at: &mut u32,
-        donor: &mut Donor,
+        donor: &mut WrittenDonor,
         written: &mut WrittenDonors,
     ) -> Result<()> {
         let read = match read {

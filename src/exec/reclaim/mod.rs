@@ -11,7 +11,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-use donors::{Donor, DonorWriter, WrittenDonors};
+use donors::{DonorWriter, WrittenDonor, WrittenDonors};
 use parallel::Caller;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
@@ -282,7 +282,7 @@ struct ShareCall {
 
 impl ReclaimRun<'_> {
     /// Shares what a batch is about; `donor_files` are the donors that were made for the plan's donor files.
-    fn batch(&mut self, batch: &Batch, donor_files: &[Option<Donor>]) -> Result<()> {
+    fn batch(&mut self, batch: &Batch, donor_files: &[Option<WrittenDonor>]) -> Result<()> {
         if self.stop() {
             return Ok(());
         }
@@ -328,7 +328,7 @@ impl ReclaimRun<'_> {
 }
 
 /// The range to share for an op; none if its donor does not hold it.
-fn call(fs: &dyn Filesystem, donor_files: &[Option<Donor>], op: &Op) -> Option<ShareCall> {
+fn call(fs: &dyn Filesystem, donor_files: &[Option<WrittenDonor>], op: &Op) -> Option<ShareCall> {
     let (source, source_block) = match op.source {
         ShareSource::Image(image, block) => (SourceFile::Image(image), block),
         ShareSource::Donor(file, block) => {

@@ -27,12 +27,12 @@ pub(in crate::fs) struct Scratch {
     set_up: SetUp,
     /// Bytes of the longest image, in whole blocks.
     longest: u64,
-    donors: Mutex<Vec<Donor>>,
+    donors: Mutex<Vec<ScratchDonor>>,
     holes: Mutex<[Option<Arc<File>>; 2]>,
 }
 
 #[derive(Debug)]
-struct Donor {
+struct ScratchDonor {
     file: Arc<File>,
     length: u64,
     compression: Compression,
@@ -106,7 +106,7 @@ impl Scratch {
     pub(in crate::fs) fn create_donor(&self, class: Class) -> Result<usize> {
         let file = self.new_file(class)?;
         let mut donors = lock(&self.donors);
-        donors.push(Donor {
+        donors.push(ScratchDonor {
             file: Arc::new(file),
             length: 0,
             compression: class.compression,

@@ -44,7 +44,7 @@ impl From<sled::Error> for Problem {
     }
 }
 
-type Work = Box<dyn FnOnce(&mut State) + Send>;
+type Work = Box<dyn FnOnce(&mut DatabaseState) + Send>;
 
 /// An open database.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl Database {
             return Err(Problem::GivenUp);
         }
         let (requests, work) = channel::<Work>();
-        let state = State {
+        let state = DatabaseState {
             folder: folder.to_owned(),
             db: None,
             touched_bytes: 0,
@@ -111,14 +111,14 @@ impl Database {
         self.ask(|state| Ok(state.db()?.size_on_disk()?))
     }
 
-    fn ask<T: Send + 'static>(&self, work: impl FnOnce(&mut State) -> Answer<T> + Send + 'static) -> Answer<T> {
+    fn ask<T: Send + 'static>(&self, work: impl FnOnce(&mut DatabaseState) -> Answer<T> + Send + 'static) -> Answer<T> {
         self.ask_within(DEADLINE, work)
     }
 
     fn ask_within<T: Send + 'static>(
         &self,
         deadline: Duration,
-        work: impl FnOnce(&mut State) -> Answer<T> + Send + 'static,
+        work: impl FnOnce(&mut DatabaseState) -> Answer<T> + Send + 'static,
     ) -> Answer<T> {
         let (answer, answered) = sync_channel(1);
         let mut connection = lock(&self.connection);
@@ -205,7 +205,7 @@ impl Tables for Database {
 impl Drop for Database {
     fn drop(&mut self) {
         // Everything is on disk, so that closing takes no time, or else it is forgotten.
-        if self.ask(State::close).is_ok()
+        if self.ask(DatabaseState::close).is_ok()
             && let Some(Connection { requests, thread }) = lock(&self.connection).take()
         {
             drop(requests);
@@ -215,7 +215,7 @@ impl Drop for Database {
 }
 
 /// What the thread has.
-struct State {
+struct DatabaseState {
     folder: PathBuf,
     /// None before it is open and after it was closed or forgotten.
     db: Option<sled::Db>,
@@ -223,7 +223,7 @@ struct State {
     touched_bytes: usize,
 }
 
-impl State {
+impl DatabaseState {
     fn run(mut self, work: &Receiver<Work>) {
         for one in work {
             one(&mut self);

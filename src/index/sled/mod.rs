@@ -12,7 +12,7 @@ use database::Database;
 
 use super::recorded::{Recorded, TREE_PREFIX, error_of, tree_name};
 use super::tables::{Answer, Problem};
-use super::{ChunkIndex, Status};
+use super::{ChunkIndex, IndexStatus};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::fingerprint::FingerprintFunction;
@@ -75,12 +75,12 @@ pub fn exists(folder: &Path, uuid: [u8; 16]) -> bool {
 }
 
 /// What it knows.
-fn status_of(index: &Recorded<Database>) -> Result<Status> {
+fn status_of(index: &Recorded<Database>) -> Result<IndexStatus> {
     /// One id in so many is remembered to count different ones.
     const SAMPLE: u64 = 64;
     let disk_bytes = index.tables().disk_bytes().map_err(|problem| index.error(problem))?;
     let (folder, name) = index.name();
-    let mut status = Status {
+    let mut status = IndexStatus {
         folder: folder.to_owned(),
         name: String::from_utf8_lossy(name).into_owned(),
         extents: 0,
@@ -109,7 +109,7 @@ fn status_of(index: &Recorded<Database>) -> Result<Status> {
 ///
 /// # Errors
 /// If the folder cannot be read.
-pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<Status>> {
+pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<IndexStatus>> {
     let mut found = Vec::new();
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,

@@ -7,7 +7,7 @@ use std::sync::{Mutex, OnceLock};
 
 use rustix::io::Errno;
 
-use super::{BLOCK_LEN, BlockContent, Simulated, State, block_at, fill};
+use super::{BLOCK_LEN, BlockContent, DiskState, Simulated, block_at, fill};
 use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::content::Metadata;
 use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
@@ -76,7 +76,7 @@ impl Simulated {
     /// What a scan finds before it knows any fingerprint: what images refer to, and not what donors do.
     pub(super) fn mapped(&self) -> PoolMap {
         let without_donors = Self {
-            state: Mutex::new(self.with(|state| State {
+            state: Mutex::new(self.with(|state| DiskState {
                 donors: Vec::new(),
                 ..state.clone()
             })),
@@ -106,9 +106,9 @@ impl Simulated {
     }
 
     /// The content of an extent's blocks.
-    fn content_of(state: &State, extent: &Extent) -> Vec<BlockContent> {
+    fn content_of(state: &DiskState, extent: &Extent) -> Vec<BlockContent> {
         let number = usize::try_from((extent.address >> 30) - 1).unwrap_or(usize::MAX);
-        let first = block_at(extent.address - State::address(number));
+        let first = block_at(extent.address - DiskState::address(number));
         state.allocations[number].content[first..first + extent.blocks as usize].to_vec()
     }
 
@@ -130,7 +130,7 @@ impl Simulated {
 
     /// A digest of the content of each extent that is checksummed; none where blocks are freed one by one.
     pub(super) fn digests(&self, facts: &Facts) -> SpillVec<Option<u128>> {
-        let digest = |state: &State, extent: &Extent| {
+        let digest = |state: &DiskState, extent: &Extent| {
             let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
             for content in Self::content_of(state, extent) {
                 hash.update(&content.to_le_bytes());
