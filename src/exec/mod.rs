@@ -19,13 +19,14 @@ use donors::{Donor, Writer, Written};
 use parallel::Caller;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
-use crate::error::{Error, Exhausted, Result};
+use crate::error::{Error, Exhausted, Result, describe};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, Outcome, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::{Batch, DonorFile, Op, Plan, Source};
 use crate::pool::Skip;
+use crate::shown::shown;
 use crate::spill::SpillVec;
 
 /// Bytes that one call compares at most: btrfs splits longer ones (kernel: `BTRFS_MAX_DEDUPE_LEN`), and both files are locked.
@@ -378,6 +379,7 @@ fn opened(fs: &dyn Filesystem, call: &Call) -> impl Iterator<Item = ImageId> {
 
 /// Counts a call that is not made.
 fn abandon(fs: &dyn Filesystem, call: &Call, ran: &mut Ran) {
+    log_skipped(fs, call, &"someone opened an image that it needs");
     ran.counts.abandoned_bytes += call.length;
     ran.opened_meanwhile.extend(opened(fs, call));
 }
@@ -393,6 +395,7 @@ fn share(fs: &dyn Filesystem, call: Call, ran: &mut Ran) -> Result<()> {
         .get(&call.image)
         .is_some_and(|reason| *reason != Skip::Refused)
     {
+        log_skipped(fs, &call, &"the filesystem refuses to touch the image");
         ran.counts.abandoned_bytes += call.length;
         return Ok(());
     }
@@ -407,7 +410,7 @@ fn share(fs: &dyn Filesystem, call: Call, ran: &mut Ran) -> Result<()> {
     match outcome {
         Outcome::Shared => ran.counts.shared_bytes += call.length,
         Outcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
-        Outcome::Differs => ran.counts.differing_bytes += call.length,
+        Outcome::Differs => differs(fs, &call, ran),
         Outcome::Refused(errno) if is_full(outcome) => {
             return Err(Error::writing("share blocks of", fs.path(call.image))(errno));
         }
@@ -416,8 +419,21 @@ fn share(fs: &dyn Filesystem, call: Call, ran: &mut Ran) -> Result<()> {
     Ok(())
 }
 
+/// Logs that a range is not shared, and why.
+fn log_skipped(fs: &dyn Filesystem, call: &Call, why: &dyn std::fmt::Display) {
+    let (start, length) = (call.offset, call.length);
+    tracing::debug!(image = %shown(fs.path(call.image)), start, length, "not shared: {why}");
+}
+
+/// Counts a range whose bytes are not those of its source.
+fn differs(fs: &dyn Filesystem, call: &Call, ran: &mut Ran) {
+    log_skipped(fs, call, &"the bytes differ");
+    ran.counts.differing_bytes += call.length;
+}
+
 /// Remembers what was refused, and why as far as can be told.
 fn refused(fs: &dyn Filesystem, call: Call, errno: Errno, ran: &mut Ran) {
+    log_skipped(fs, &call, &errno);
     *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
     // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
     let whole = match errno {
@@ -468,7 +484,7 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: Call, ran: &mut Ran) {
         match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
             Outcome::Shared => ran.counts.shared_bytes += call.length,
             // It changed since it was read a moment ago. Whatever holds the extent gets its second turn.
-            Outcome::Differs => ran.counts.differing_bytes += call.length,
+            Outcome::Differs => differs(fs, &call, ran),
             Outcome::Refused(errno) => refused(fs, call, errno, ran),
         }
     };
@@ -483,6 +499,15 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: Call, ran: &mut Ran) {
             .and_then(|()| fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours));
         if let Err(error) = read {
             // Of what cannot be read nothing is known to be equal.
+            log_skipped(
+                fs,
+                &Call {
+                    offset: call.offset + done,
+                    length,
+                    ..call
+                },
+                &describe(&error),
+            );
             ran.unreadable.push(error);
             flush(&mut equal, ran);
             ran.counts.differing_bytes += length;
@@ -504,7 +529,8 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: Call, ran: &mut Ran) {
                 grown.length += BLOCK_BYTES;
             } else {
                 flush(&mut equal, ran);
-                ran.counts.differing_bytes += BLOCK_BYTES;
+                let (offset, length) = (call.offset + at, BLOCK_BYTES);
+                differs(fs, &Call { offset, length, ..call }, ran);
             }
         }
         done += length;
