@@ -585,59 +585,77 @@ fn help(arguments: &[&str]) -> String {
 
 #[test]
 fn help_and_usage() {
-    insta::assert_snapshot!(help(&["--help"]), @r#"
-        Gives virtual machine images their disk back: what images and revisions have in common becomes
-        shared extents
+    insta::assert_snapshot!(help(&["--help"]), @"
+    Gives virtual machine images their disk back: what images and revisions have in common becomes
+    shared extents
 
-        vmfold works on the images of machines that are shut down, on btrfs and on XFS with reflinks. It
-        shares what images have in common, frees the rest, and keeps images in archives. Images keep every
-        byte, their times, inodes, links, mode and owner. An image that someone has open is left alone and
-        named. On btrfs it takes root.
+    vmfold works on the images of machines that are shut down, on btrfs and on XFS with reflinks. It
+    shares what images have in common, frees the rest, and keeps images in archives. Images keep every
+    byte, their times, inodes, links, mode and owner. An image that someone has open is left alone and
+    named. On btrfs it takes root.
 
-        Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some images were left alone or the time was
-        over; 4 the archive is damaged; 5 diff found differences; 130 interrupted. What each means for each
-        command stands in `formats/scripting.md`.
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some images were left alone or the time was
+    over; 4 the archive is damaged; 5 diff found differences; 130 interrupted. What each means for each
+    command stands in `formats/scripting.md`.
 
-        Sizes are bytes, or have a unit: 16K and 16KiB are 16384 bytes, 16KB are 16000. Patterns are globs
-        as in a shell: `*` stands for any text, also across slashes, and `?` for one character. A pattern
-        without a slash holds at any depth. Quote patterns, or the shell expands them.
+    Sizes are bytes, or have a unit: 16K and 16KiB are 16384 bytes, 16KB are 16000. Patterns are globs
+    as in a shell: `*` stands for any text, also across slashes, and `?` for one character. A pattern
+    without a slash holds at any depth. Quote patterns, or the shell expands them.
 
-        Usage: vmfold [OPTIONS] <COMMAND>
+    Usage: vmfold [OPTIONS] <COMMAND>
 
-        Commands:
-          reclaim  Share what images have in common, and free the rest
-          report   Show what each image holds, and what deleting it would free
-          export   Write images and revisions to an archive, each distinct block once
-          import   Restore images from an archive, sharing what they have in common
-          list     Show the commits and images of an archive
-          verify   Check every hash and reference of an archive
-          diff     Show what differs between two commits, or between one and images on disk
-          scan     Fill the index only
-          status   Show what the index knows
-          help     Print this message or the help of the given subcommand(s)
+    Commands:
+      reclaim  Share what images have in common, and free the rest
+      report   Show what each image holds, and what deleting it would free
+      export   Write images and revisions to an archive, each distinct block once
+      import   Restore images from an archive, sharing what they have in common
+      list     Show the commits and images of an archive
+      verify   Check every hash and reference of an archive
+      diff     Show what differs between two commits, or between one and images on disk
+      scan     Fill the index only
+      status   Show what the index knows
+      help     Print this message or the help of the given subcommand(s)
 
-        Options:
-              --json
-                  Print one JSON document instead of text
+    Options:
+          --json
+              Print one JSON document instead of text
 
-                  The document goes to standard output when the command has ended, and has the form of
-                  `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
-                  goes to standard output. `--qubes` prints one document for each filesystem.
+              The document goes to standard output when the command has ended, and has the form of
+              `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
+              goes to standard output. `--qubes` prints one document for each filesystem.
 
-              --nice
-                  Give way to all other work on the processor and the disk
+          --nice
+              Give way to all other work on the processor and the disk
 
-                  vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
-                  long as somebody waits for an image it holds.
+              vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
+              long as somebody waits for an image it holds.
 
-          -h, --help
-                  Print help (see a summary with '-h')
+      -v, --verbose...
+              Say on standard error what is decided about each image, and with -vv about each range
 
-          -V, --version
-                  Print version
-        --- stderr
-        --- exit 0
-    "#);
+              Once: which images are worked on, which are left alone and why, what is planned, what
+              names restored images get. Twice: also each range that is not shared or cannot be read,
+              with the reason, and each extent that goes.
+
+          --log-file <FILE>
+              Append a log of all decisions to a file
+
+              The file gets what -vv says, with times, and the notes. It is made if it does not exist,
+              for its user alone. A file that belongs to another user, and a link, are refused.
+
+          --log-json
+              Write the lines of -v and --log-file as JSON
+
+              Each line is one object, with the level, the message, and what it is about.
+
+      -h, --help
+              Print help (see a summary with '-h')
+
+      -V, --version
+              Print version
+    --- stderr
+    --- exit 0
+    ");
     insta::assert_snapshot!(outcome(&vmfold(&["reclaim"]), Path::new("/none")), @r#"
         --- stderr
         error: the following required arguments were not provided:
@@ -657,272 +675,294 @@ fn help_and_usage() {
 
 #[test]
 fn short_help_of_reclaim() {
-    insta::assert_snapshot!(help(&["reclaim", "-h"]), @r#"
-        Share what images have in common, and free the rest
+    insta::assert_snapshot!(help(&["reclaim", "-h"]), @"
+    Share what images have in common, and free the rest
 
-        Usage: vmfold reclaim [OPTIONS] [PATH]...
+    Usage: vmfold reclaim [OPTIONS] [PATH]...
 
-        Arguments:
-          [PATH]...  Image files, and folders to search for images, all on one filesystem; or a whole
-                     filesystem, by device or UUID
+    Arguments:
+      [PATH]...  Image files, and folders to search for images, all on one filesystem; or a whole
+                 filesystem, by device or UUID
 
-        Options:
-              --files-from <FILE>   Read more paths from a file, one a line or ended by NUL; `-` for
-                                    standard input
-              --json                Print one JSON document instead of text
-              --nice                Give way to all other work on the processor and the disk
-              --qubes               All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
-              --qubes-root <DIR>    Where dom0's root filesystem is mounted, in a rescue system [default: /]
-              --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
-              --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
-              --memory <SIZE>       Memory for tables of blocks, and as much again for lists; 32 MiB, and 48
-                                    MiB more for each TiB of extents, if not said
-          -n, --dry-run             Only say what would be done
-              --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
-                                    more fragments [default: 8KiB]
-              --compress <HOW>      Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if
-                                    not said), sharing it all the same; `none` undoes it
-              --min-gain <PERCENT>  What must be gained to compress something, in hundredths of its size
-                                    [default: 10]
-              --recompress          Compress what is compressed already once more where that gains as much
-                                    again
-              --keep-zeros          Leave blocks of zeros as data instead of making them holes
-              --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
-              --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]
-              --group <GLOB>        Keep images that match this pattern among themselves; may be given more
-                                    than once
-              --max-references <N>  References that one extent may get [default: 16384]
-              --max-extents <N>     References to extents that an image may get for each GiB of its data
-                                    [default: 32768]
-              --reserve <SIZE>      Disk space that stays free whatever happens [default: 128MiB]
-              --max-seconds <N>     Stop in order after so many seconds; the next run goes on from there
-          -h, --help                Print help (see more with '--help')
-          -V, --version             Print version
-        --- stderr
-        --- exit 0
-    "#);
+    Options:
+          --files-from <FILE>   Read more paths from a file, one a line or ended by NUL; `-` for
+                                standard input
+          --json                Print one JSON document instead of text
+          --nice                Give way to all other work on the processor and the disk
+          --qubes               All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+          --qubes-root <DIR>    Where dom0's root filesystem is mounted, in a rescue system [default: /]
+      -v, --verbose...          Say on standard error what is decided about each image, and with -vv
+                                about each range
+          --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
+          --log-file <FILE>     Append a log of all decisions to a file
+          --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
+          --log-json            Write the lines of -v and --log-file as JSON
+          --memory <SIZE>       Memory for tables of blocks, and as much again for lists; 32 MiB, and 48
+                                MiB more for each TiB of extents, if not said
+      -n, --dry-run             Only say what would be done
+          --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
+                                more fragments [default: 8KiB]
+          --compress <HOW>      Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if
+                                not said), sharing it all the same; `none` undoes it
+          --min-gain <PERCENT>  What must be gained to compress something, in hundredths of its size
+                                [default: 10]
+          --recompress          Compress what is compressed already once more where that gains as much
+                                again
+          --keep-zeros          Leave blocks of zeros as data instead of making them holes
+          --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
+          --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]
+          --group <GLOB>        Keep images that match this pattern among themselves; may be given more
+                                than once
+          --max-references <N>  References that one extent may get [default: 16384]
+          --max-extents <N>     References to extents that an image may get for each GiB of its data
+                                [default: 32768]
+          --reserve <SIZE>      Disk space that stays free whatever happens [default: 128MiB]
+          --max-seconds <N>     Stop in order after so many seconds; the next run goes on from there
+      -h, --help                Print help (see more with '--help')
+      -V, --version             Print version
+    --- stderr
+    --- exit 0
+    ");
 }
 
 #[test]
 #[expect(clippy::too_many_lines, reason = "the help is the reference")]
 fn help_of_reclaim() {
-    insta::assert_snapshot!(help(&["reclaim", "--help"]), @r#"
-        Share what images have in common, and free the rest
+    insta::assert_snapshot!(help(&["reclaim", "--help"]), @"
+    Share what images have in common, and free the rest
 
-        It frees blocks that are equal anywhere in any image, zeros, space that was allocated and never
-        written, and parts of extents that nothing can reach. The kernel compares the bytes of both sides,
-        under lock, before it shares them; nothing else touches an image. No image and no revision is
-        deleted. vmfold counts extents before and after, and reports the difference as freed.
+    It frees blocks that are equal anywhere in any image, zeros, space that was allocated and never
+    written, and parts of extents that nothing can reach. The kernel compares the bytes of both sides,
+    under lock, before it shares them; nothing else touches an image. No image and no revision is
+    deleted. vmfold counts extents before and after, and reports the difference as freed.
 
-        Shut the machines down first, and name what is to share: images, folders, or a whole filesystem.
-        Extents that snapshots or files outside these paths use too stay; vmfold says how much that is, and
-        who holds them. It can be killed at any moment: images stay as they are, and the next run goes on
-        from there.
+    Shut the machines down first, and name what is to share: images, folders, or a whole filesystem.
+    Extents that snapshots or files outside these paths use too stay; vmfold says how much that is, and
+    who holds them. It can be killed at any moment: images stay as they are, and the next run goes on
+    from there.
 
-        Usage: vmfold reclaim [OPTIONS] [PATH]...
+    Usage: vmfold reclaim [OPTIONS] [PATH]...
 
-        Arguments:
-          [PATH]...
-                  Image files, and folders to search for images, all on one filesystem; or a whole
-                  filesystem, by device or UUID
+    Arguments:
+      [PATH]...
+              Image files, and folders to search for images, all on one filesystem; or a whole
+              filesystem, by device or UUID
 
-                  A folder is searched at all depths, without following symbolic links. Images on other
-                  filesystems that are mounted below it are left alone. In a folder, those files count whose
-                  names say that they are images (.img, .raw, .qcow2, .qcow, .vmdk, .vdi, .vhd, .vhdx, .hdd,
-                  .iso) or revisions of one, and files of 16 MiB and more without an extension. A file that
-                  is named itself always counts. A whole filesystem with all its subvolumes is named by its
-                  mount point, its device, or its UUID. Images share blocks only with others that are named
-                  in the same run.
+              A folder is searched at all depths, without following symbolic links. Images on other
+              filesystems that are mounted below it are left alone. In a folder, those files count whose
+              names say that they are images (.img, .raw, .qcow2, .qcow, .vmdk, .vdi, .vhd, .vhdx, .hdd,
+              .iso) or revisions of one, and files of 16 MiB and more without an extension. A file that
+              is named itself always counts. A whole filesystem with all its subvolumes is named by its
+              mount point, its device, or its UUID. Images share blocks only with others that are named
+              in the same run.
 
-        Options:
-              --files-from <FILE>
-                  Read more paths from a file, one a line or ended by NUL; `-` for standard input
+    Options:
+          --files-from <FILE>
+              Read more paths from a file, one a line or ended by NUL; `-` for standard input
 
-                  If there is a NUL in the file, each path ends with one; otherwise each line is a path.
-                  Empty ones are skipped. A list may have 16 MiB.
+              If there is a NUL in the file, each path ends with one; otherwise each line is a path.
+              Empty ones are skipped. A list may have 16 MiB.
 
-              --json
-                  Print one JSON document instead of text
+          --json
+              Print one JSON document instead of text
 
-                  The document goes to standard output when the command has ended, and has the form of
-                  `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
-                  goes to standard output. `--qubes` prints one document for each filesystem.
+              The document goes to standard output when the command has ended, and has the form of
+              `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
+              goes to standard output. `--qubes` prints one document for each filesystem.
 
-              --nice
-                  Give way to all other work on the processor and the disk
+          --nice
+              Give way to all other work on the processor and the disk
 
-                  vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
-                  long as somebody waits for an image it holds.
+              vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
+              long as somebody waits for an image it holds.
 
-              --qubes
-                  All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+          --qubes
+              All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
 
-                  It takes the folders `appvms`, `vm-templates` and `vm-kernels` of each pool whose driver
-                  is file-reflink. `reclaim` and `report` work on pools on different filesystems one after
-                  the other; other commands refuse them.
+              It takes the folders `appvms`, `vm-templates` and `vm-kernels` of each pool whose driver
+              is file-reflink. `reclaim` and `report` work on pools on different filesystems one after
+              the other; other commands refuse them.
 
-              --qubes-root <DIR>
-                  Where dom0's root filesystem is mounted, in a rescue system
+          --qubes-root <DIR>
+              Where dom0's root filesystem is mounted, in a rescue system
 
-                  qubes.xml and the folders of the pools are looked for below this folder.
+              qubes.xml and the folders of the pools are looked for below this folder.
 
-                  [default: /]
+              [default: /]
 
-              --exclude <GLOB>
-                  Leave out what matches this pattern; may be given more than once
+      -v, --verbose...
+              Say on standard error what is decided about each image, and with -vv about each range
 
-                  It holds for what is found in folders, by the path below the folder that was named or by
-                  the full path. A folder that matches is not searched. A pattern without a slash holds at
-                  any depth.
+              Once: which images are worked on, which are left alone and why, what is planned, what
+              names restored images get. Twice: also each range that is not shared or cannot be read,
+              with the reason, and each extent that goes.
 
-              --index <DIR>
-                  Folder for the index, which is only a cache
+          --exclude <GLOB>
+              Leave out what matches this pattern; may be given more than once
 
-                  It remembers what was read. Delete it at any time: the next run then reads more. What of a
-                  large pool does not fit into memory lies in unnamed files here while vmfold runs. Nobody
-                  else may be able to write to the folder. Where it cannot be used, the run goes on without
-                  an index and says so.
+              It holds for what is found in folders, by the path below the folder that was named or by
+              the full path. A folder that matches is not searched. A pattern without a slash holds at
+              any depth.
 
-                  [default: /var/cache/vmfold]
+          --log-file <FILE>
+              Append a log of all decisions to a file
 
-              --memory <SIZE>
-                  Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each
-                  TiB of extents, if not said
+              The file gets what -vv says, with times, and the notes. It is made if it does not exist,
+              for its user alone. A file that belongs to another user, and a link, are refused.
 
-                  In all, vmfold takes at most twice this, 48 MiB more, and 32 MiB more for each TiB of
-                  extents, whatever is in the pool.
+          --index <DIR>
+              Folder for the index, which is only a cache
 
-                  A pool with more blocks keeps their fingerprints in a file beside the index. One with more
-                  still looks up a sample of its blocks, from which matches grow in both directions; vmfold
-                  says so, and names the sample. The rest of long lists lies in unnamed files beside the
-                  index, which take a quarter of what is free there at most. The kernel keeps pages of these
-                  files in memory while nobody else needs it.
+              It remembers what was read. Delete it at any time: the next run then reads more. What of a
+              large pool does not fit into memory lies in unnamed files here while vmfold runs. Nobody
+              else may be able to write to the folder. Where it cannot be used, the run goes on without
+              an index and says so.
 
-          -n, --dry-run
-                  Only say what would be done
+              [default: /var/cache/vmfold]
 
-                  It makes the whole plan and changes no image. Where the filesystem has checksums, that
-                  takes seconds. It works on a filesystem that is mounted read-only, too. It also fills the
-                  index.
+          --log-json
+              Write the lines of -v and --log-file as JSON
 
-              --min-run <SIZE>
-                  Shortest run of equal data worth sharing: less frees more, and makes more fragments
+              Each line is one object, with the level, the message, and what it is about.
 
-                  The size holds where two revisions have the place. Half of it is enough where no revision
-                  shares the place, and half as much again is needed where three or more do. 4K shares
-                  whatever frees more than it takes of metadata, and makes most fragments. 64K or more makes
-                  the fewest: reading, `cp --reflink` and `btrfs send` then cost the least, and somewhat
-                  less is freed. It is 4K at least and 4G at most.
+          --memory <SIZE>
+              Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each
+              TiB of extents, if not said
 
-                  [default: 8KiB]
+              In all, vmfold takes at most twice this, 48 MiB more, and 32 MiB more for each TiB of
+              extents, whatever is in the pool.
 
-              --compress <HOW>
-                  Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing
-                  it all the same; `none` undoes it
+              A pool with more blocks keeps their fingerprints in a file beside the index. One with more
+              still looks up a sample of its blocks, from which matches grow in both directions; vmfold
+              says so, and names the sample. The rest of long lists lies in unnamed files beside the
+              index, which take a quarter of what is free there at most. The kernel keeps pages of these
+              files in memory while nobody else needs it.
 
-                  Each distinct extent is rewritten once, as zstd frames of up to 128 KiB that are made on
-                  all cores. The kernel then moves every reference there, after it has compared the bytes.
-                  `btrfs filesystem defragment -czstd` would copy the data of each image and each revision
-                  for itself, and so undo all sharing on the way.
+      -n, --dry-run
+              Only say what would be done
 
-                  What does not shrink by --min-gain stays where it is: in each extent one part in eight is
-                  tried before anything is rewritten, then each frame on its own. What is compressed already
-                  stays too, unless --recompress is given. What guests write later is not compressed, unless
-                  the filesystem is mounted so; the next run does it. `none` undoes all compression, if
-                  there is room for that.
+              It makes the whole plan and changes no image. Where the filesystem has checksums, that
+              takes seconds. It works on a filesystem that is mounted read-only, too. It also fills the
+              index.
 
-                  `btrfs property set IMAGE compression none` keeps an image as it is, and with it what it
-                  shares. `chattr +m` does not: btrfs sets the same mark by itself on any file of which one
-                  part did not shrink. Images without checksums (nodatacow) cannot be compressed, and
-                  neither can any on XFS. Linux before 5.18 takes no frames: there btrfs compresses itself,
-                  at its own level.
+          --min-run <SIZE>
+              Shortest run of equal data worth sharing: less frees more, and makes more fragments
 
-                  Use it for what is kept rather than run: revisions, templates, machines that are seldom
-                  up, a disk that is too small. Leave it for machines that read at random a lot: to read 4
-                  KiB, up to 128 KiB are decompressed. Levels cost time to compress, and none to read.
+              The size holds where two revisions have the place. Half of it is enough where no revision
+              shares the place, and half as much again is needed where three or more do. 4K shares
+              whatever frees more than it takes of metadata, and makes most fragments. 64K or more makes
+              the fewest: reading, `cp --reflink` and `btrfs send` then cost the least, and somewhat
+              less is freed. It is 4K at least and 4G at most.
 
-              --min-gain <PERCENT>
-                  What must be gained to compress something, in hundredths of its size
+              [default: 8KiB]
 
-                  Higher values leave more data uncompressed, which reads faster.
+          --compress <HOW>
+              Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing
+              it all the same; `none` undoes it
 
-                  [default: 10]
+              Each distinct extent is rewritten once, as zstd frames of up to 128 KiB that are made on
+              all cores. The kernel then moves every reference there, after it has compared the bytes.
+              `btrfs filesystem defragment -czstd` would copy the data of each image and each revision
+              for itself, and so undo all sharing on the way.
 
-              --recompress
-                  Compress what is compressed already once more where that gains as much again
+              What does not shrink by --min-gain stays where it is: in each extent one part in eight is
+              tried before anything is rewritten, then each frame on its own. What is compressed already
+              stays too, unless --recompress is given. What guests write later is not compressed, unless
+              the filesystem is mounted so; the next run does it. `none` undoes all compression, if
+              there is room for that.
 
-                  btrfs does not keep the level that something was compressed with. So it is tried, and goes
-                  by what is gained: --min-gain, once more.
+              `btrfs property set IMAGE compression none` keeps an image as it is, and with it what it
+              shares. `chattr +m` does not: btrfs sets the same mark by itself on any file of which one
+              part did not shrink. Images without checksums (nodatacow) cannot be compressed, and
+              neither can any on XFS. Linux before 5.18 takes no frames: there btrfs compresses itself,
+              at its own level.
 
-              --keep-zeros
-                  Leave blocks of zeros as data instead of making them holes
+              Use it for what is kept rather than run: revisions, templates, machines that are seldom
+              up, a disk that is too small. Leave it for machines that read at random a lot: to read 4
+              KiB, up to 128 KiB are decompressed. Levels cost time to compress, and none to read.
 
-                  A hole takes no space until the guest writes there again. With this option zeros stay as
-                  data.
+          --min-gain <PERCENT>
+              What must be gained to compress something, in hundredths of its size
 
-              --keep-prealloc
-                  Leave preallocated ranges allocated instead of making them holes
+              Higher values leave more data uncompressed, which reads faster.
 
-                  A preallocated range is space that was reserved, as by `fallocate`, and never written.
+              [default: 10]
 
-              --work-space <SIZE>
-                  Extra disk space that may be used on the way
+          --recompress
+              Compress what is compressed already once more where that gains as much again
 
-                  Donors take it: files without names that blocks are copied to before what they replace is
-                  freed. It rarely takes more than 256 MiB. With --compress, what less than that leaves may
-                  take more than one run.
+              btrfs does not keep the level that something was compressed with. So it is tried, and goes
+              by what is gained: --min-gain, once more.
 
-                  [default: 1GiB]
+          --keep-zeros
+              Leave blocks of zeros as data instead of making them holes
 
-              --group <GLOB>
-                  Keep images that match this pattern among themselves; may be given more than once
+              A hole takes no space until the guest writes there again. With this option zeros stay as
+              data.
 
-                  They share blocks with no others. Images that match no pattern share with each other. The
-                  first pattern that matches an image, or a folder it lies in, counts; there may be 31
-                  patterns. Extents that groups share already stay shared.
+          --keep-prealloc
+              Leave preallocated ranges allocated instead of making them holes
 
-                  Sharing reveals something: a guest can in principle tell by the time a write takes that
-                  one of its blocks was shared, and so that another guest has the same block. Groups keep
-                  trust domains apart.
+              A preallocated range is space that was reserved, as by `fallocate`, and never written.
 
-              --max-references <N>
-                  References that one extent may get
+          --work-space <SIZE>
+              Extra disk space that may be used on the way
 
-                  `btrfs send` clones only extents that have 1024 references at most, counted over all
-                  snapshots. Where each image lies in two snapshots, say 400 if you send them. With a lower
-                  limit less is freed, and what is left may take more than one run.
+              Donors take it: files without names that blocks are copied to before what they replace is
+              freed. It rarely takes more than 256 MiB. With --compress, what less than that leaves may
+              take more than one run.
 
-                  [default: 16384]
+              [default: 1GiB]
 
-              --max-extents <N>
-                  References to extents that an image may get for each GiB of its data
+          --group <GLOB>
+              Keep images that match this pattern among themselves; may be given more than once
 
-                  The default is one for each 32 KiB on average. The limit keeps reading in order and `cp
-                  --reflink` fast. Metadata is limited besides: no extent goes that would free less than its
-                  new references take. Compressed extents are 128 KiB at most, so that there are 8192 to the
-                  GiB at least, whatever this says. With --compress, what this limit leaves may take more
-                  than one run.
+              They share blocks with no others. Images that match no pattern share with each other. The
+              first pattern that matches an image, or a folder it lies in, counts; there may be 31
+              patterns. Extents that groups share already stay shared.
 
-                  [default: 32768]
+              Sharing reveals something: a guest can in principle tell by the time a write takes that
+              one of its blocks was shared, and so that another guest has the same block. Groups keep
+              trust domains apart.
 
-              --reserve <SIZE>
-                  Disk space that stays free whatever happens
+          --max-references <N>
+              References that one extent may get
 
-                  No donor is written that would leave less. What would take more waits for the next run.
+              `btrfs send` clones only extents that have 1024 references at most, counted over all
+              snapshots. Where each image lies in two snapshots, say 400 if you send them. With a lower
+              limit less is freed, and what is left may take more than one run.
 
-                  [default: 128MiB]
+              [default: 16384]
 
-              --max-seconds <N>
-                  Stop in order after so many seconds; the next run goes on from there
+          --max-extents <N>
+              References to extents that an image may get for each GiB of its data
 
-                  The call that is going on ends first. The exit code is then 3.
+              The default is one for each 32 KiB on average. The limit keeps reading in order and `cp
+              --reflink` fast. Metadata is limited besides: no extent goes that would free less than its
+              new references take. Compressed extents are 128 KiB at most, so that there are 8192 to the
+              GiB at least, whatever this says. With --compress, what this limit leaves may take more
+              than one run.
 
-          -h, --help
-                  Print help (see a summary with '-h')
+              [default: 32768]
 
-          -V, --version
-                  Print version
-        --- stderr
-        --- exit 0
-    "#);
+          --reserve <SIZE>
+              Disk space that stays free whatever happens
+
+              No donor is written that would leave less. What would take more waits for the next run.
+
+              [default: 128MiB]
+
+          --max-seconds <N>
+              Stop in order after so many seconds; the next run goes on from there
+
+              The call that is going on ends first. The exit code is then 3.
+
+      -h, --help
+              Print help (see a summary with '-h')
+
+      -V, --version
+              Print version
+    --- stderr
+    --- exit 0
+    ");
 }

@@ -44,6 +44,23 @@ pub(super) struct Args {
     /// for an image it holds.
     #[arg(long, global = true)]
     pub(super) nice: bool,
+    /// Say on standard error what is decided about each image, and with -vv about each range
+    ///
+    /// Once: which images are worked on, which are left alone and why, what is planned, what names restored images get.
+    /// Twice: also each range that is not shared or cannot be read, with the reason, and each extent that goes.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(super) verbose: u8,
+    /// Append a log of all decisions to a file
+    ///
+    /// The file gets what -vv says, with times, and the notes. It is made if it does not exist, for its user alone. A
+    /// file that belongs to another user, and a link, are refused.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) log_file: Option<PathBuf>,
+    /// Write the lines of -v and --log-file as JSON
+    ///
+    /// Each line is one object, with the level, the message, and what it is about.
+    #[arg(long, global = true)]
+    pub(super) log_json: bool,
     #[command(subcommand)]
     pub(super) command: Command,
 }

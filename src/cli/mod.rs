@@ -1,11 +1,13 @@
 //! The command line: arguments, progress, printing, exit codes. Data goes to stdout, all else to stderr.
 
 mod args;
+mod log;
 mod progress;
 
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use rustix::io::Errno;
@@ -73,8 +75,10 @@ pub fn main() -> ExitCode {
     crate::sys::signals::ignore_sigio();
     // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let terminal = Terminal::new();
-    let outcome = check_stdout().and_then(|()| run(&args, &terminal));
+    let terminal = Arc::new(Terminal::new());
+    let outcome = check_stdout()
+        .and_then(|()| log::begin(&args, &terminal))
+        .and_then(|()| run(&args, &terminal));
     terminal.finish();
     match outcome {
         Ok(exit) => exit.into(),

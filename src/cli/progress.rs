@@ -10,6 +10,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::monitor::Monitor;
 
+/// What the log calls notes: stderr has them in any case.
+pub(super) const NOTES: &str = "note";
+
 /// Shows phases on stderr if that is a terminal. The first Ctrl-C asks to stop; the second ends the process at once, which is
 /// safe as well.
 pub(super) struct Terminal {
@@ -31,6 +34,19 @@ impl Terminal {
             bar: Mutex::new(None),
             interrupted,
             shows: std::io::stderr().is_terminal(),
+        }
+    }
+
+    /// Prints whole lines on stderr, beside the progress.
+    pub(super) fn print(&self, lines: &str) {
+        let bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
+        let print = || {
+            // There is nowhere else to say that it could not be said.
+            let _ = std::io::stderr().write_all(lines.as_bytes());
+        };
+        match &*bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
         }
     }
 
@@ -71,15 +87,8 @@ impl Monitor for Terminal {
     }
 
     fn note(&self, message: &str) {
-        let bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
-        let print = || {
-            // There is nowhere else to say that it could not be said.
-            let _ = writeln!(std::io::stderr(), "note: {message}");
-        };
-        match &*bar {
-            Some(bar) => bar.suspend(print),
-            None => print(),
-        }
+        tracing::info!(target: NOTES, "{message}");
+        self.print(&format!("note: {message}\n"));
     }
 
     fn interrupted(&self) -> bool {

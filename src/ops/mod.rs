@@ -152,6 +152,7 @@ fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dy
     let mut skipped = pool.skipped;
     skipped.extend(images_with(fs, &facts, &unreadable));
     skipped.sort();
+    log_images(fs, &skipped, fingerprinted);
     if !skip_unreadable && let Some(one) = unreadable.into_iter().next() {
         return Err(one.error);
     }
@@ -162,6 +163,28 @@ fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dy
         skipped,
         fingerprinted,
     })
+}
+
+/// Logs what is decided about each image.
+fn log_images(fs: &dyn Filesystem, skipped: &[Skipped], fingerprinted: Fingerprinted) {
+    for image in fs::images(fs) {
+        tracing::info!(image = %shown(&image.path), bytes = image.size, checksummed = image.checksummed, "worked on");
+    }
+    log_skipped(skipped);
+    tracing::info!(
+        from_checksums_bytes = fingerprinted.from_checksums,
+        from_index_bytes = fingerprinted.from_index,
+        read_bytes = fingerprinted.read,
+        "fingerprinted"
+    );
+}
+
+/// Logs which images are left alone, and why.
+fn log_skipped(skipped: &[Skipped]) {
+    for one in skipped {
+        let detail = one.detail.as_deref().unwrap_or_default();
+        tracing::info!(image = %shown(&one.path), reason = one.reason.reason(), detail, "left alone");
+    }
 }
 
 /// Opens the index of a filesystem. One that fails is done without, but not one that another run uses.

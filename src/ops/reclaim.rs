@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{OpenPool, Scope, Survey, data_of, discover, open_pool, survey, unreadable};
+use super::{OpenPool, Scope, Survey, data_of, discover, log_skipped, open_pool, survey, unreadable};
 use crate::block::{Slot, bytes};
 use crate::error::{Error, Result};
 use crate::exec::compression::{CompressionRequest, plan_compressing};
@@ -131,6 +131,7 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
         );
     }
     result.planned = Planned::of(&plan, proved);
+    log_plan(&facts, &plan);
     result.held_by = if plan.pinned.is_empty() {
         BTreeMap::new()
     } else {
@@ -149,7 +150,9 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
     let counted = freed_bytes(fs, &facts, free_before);
-    result.skipped.extend(left_meanwhile(fs, &ran));
+    let left = left_meanwhile(fs, &ran);
+    log_skipped(&left);
+    result.skipped.extend(left);
     result.failed = outcome.err();
     match counted {
         Ok((freed_bytes, mut mapped)) => {
@@ -299,6 +302,34 @@ fn make_plan(
     // What its file takes is free again before anybody counts what is.
     facts.planned_fingerprints = None;
     Ok((plan, proved))
+}
+
+/// Logs what is planned, extent by extent.
+fn log_plan(facts: &Facts, plan: &ReclaimPlan) {
+    tracing::info!(
+        extents = plan.eliminations.len(),
+        freed_bytes = plan.freed_bytes(),
+        rewritten_bytes = plan.rewritten_bytes(),
+        "planned"
+    );
+    for (reason, bytes) in &plan.pinned {
+        tracing::info!(bytes, "stays: {reason:?}");
+    }
+    if !tracing::enabled!(tracing::Level::DEBUG) {
+        return;
+    }
+    for one in &plan.eliminations {
+        let extent = &facts.extents[one.extent as usize];
+        tracing::debug!(
+            address = extent.address,
+            bytes = bytes(extent.blocks),
+            references = facts.reference_count(one.extent),
+            freed_bytes = one.freed_bytes,
+            rewritten_bytes = one.rewritten_bytes,
+            "extent goes: {:?}",
+            one.reason
+        );
+    }
 }
 
 /// Images that had to be left alone in the middle of the run.

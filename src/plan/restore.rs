@@ -234,6 +234,16 @@ pub enum NameState {
 }
 
 impl NameState {
+    /// What stands there, in words.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Free => "nothing",
+            Self::Ours => "what the interrupted restore made",
+            Self::Taken => "a file",
+            Self::Folder => "a folder",
+        }
+    }
+
     /// Whether an image may get the name; `replace` is the user's wish to replace what is there.
     pub fn may_be_given(self, replace: bool) -> bool {
         match self {

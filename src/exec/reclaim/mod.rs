@@ -15,13 +15,14 @@ use donors::{DonorWriter, WrittenDonor, WrittenDonors};
 use parallel::Caller;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
-use crate::error::{Error, Exhausted, Result};
+use crate::error::{Error, Exhausted, Result, describe};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, ShareOutcome, SourceFile};
 use crate::monitor::Monitor;
 use crate::plan::{Batch, DonorFile, Op, ReclaimPlan, ShareSource};
 use crate::pool::Skip;
+use crate::shown::shown;
 use crate::spill::SpillVec;
 
 /// Bytes that one call compares at most: btrfs splits longer ones (kernel: `BTRFS_MAX_DEDUPE_LEN`), and both files are locked.
@@ -374,6 +375,7 @@ fn opened(fs: &dyn Filesystem, call: &ShareCall) -> impl Iterator<Item = ImageId
 
 /// Counts a call that is not made.
 fn abandon(fs: &dyn Filesystem, call: &ShareCall, ran: &mut ReclaimOutcome) {
+    log_skipped(fs, call, &"someone opened an image that it needs");
     ran.counts.abandoned_bytes += call.length;
     ran.opened_meanwhile.extend(opened(fs, call));
 }
@@ -389,6 +391,7 @@ fn share(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOutcome) -> Resu
         .get(&call.image)
         .is_some_and(|reason| *reason != Skip::Refused)
     {
+        log_skipped(fs, &call, &"the filesystem refuses to touch the image");
         ran.counts.abandoned_bytes += call.length;
         return Ok(());
     }
@@ -403,7 +406,7 @@ fn share(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOutcome) -> Resu
     match outcome {
         ShareOutcome::Shared => ran.counts.shared_bytes += call.length,
         ShareOutcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
-        ShareOutcome::Differs => ran.counts.differing_bytes += call.length,
+        ShareOutcome::Differs => differs(fs, &call, ran),
         ShareOutcome::Refused(errno) if is_full(outcome) => {
             return Err(Error::writing("share blocks of", fs.path(call.image))(errno));
         }
@@ -412,8 +415,21 @@ fn share(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOutcome) -> Resu
     Ok(())
 }
 
+/// Logs that a range is not shared, and why.
+fn log_skipped(fs: &dyn Filesystem, call: &ShareCall, why: &dyn std::fmt::Display) {
+    let (start, length) = (call.offset, call.length);
+    tracing::debug!(image = %shown(fs.path(call.image)), start, length, "not shared: {why}");
+}
+
+/// Counts a range whose bytes are not those of its source.
+fn differs(fs: &dyn Filesystem, call: &ShareCall, ran: &mut ReclaimOutcome) {
+    log_skipped(fs, call, &"the bytes differ");
+    ran.counts.differing_bytes += call.length;
+}
+
 /// Remembers what was refused, and why as far as can be told.
 fn refused(fs: &dyn Filesystem, call: ShareCall, errno: Errno, ran: &mut ReclaimOutcome) {
+    log_skipped(fs, &call, &errno);
     *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
     // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
     let whole = match errno {
@@ -464,7 +480,7 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOut
         match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
             ShareOutcome::Shared => ran.counts.shared_bytes += call.length,
             // It changed since it was read a moment ago. Whatever holds the extent is relocated.
-            ShareOutcome::Differs => ran.counts.differing_bytes += call.length,
+            ShareOutcome::Differs => differs(fs, &call, ran),
             ShareOutcome::Refused(errno) => refused(fs, call, errno, ran),
         }
     };
@@ -479,6 +495,8 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOut
             .and_then(|()| fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours));
         if let Err(error) = read {
             // Of what cannot be read nothing is known to be equal.
+            let offset = call.offset + done;
+            log_skipped(fs, &ShareCall { offset, length, ..call }, &describe(&error));
             ran.unreadable.push(error);
             flush(&mut equal, ran);
             ran.counts.differing_bytes += length;
@@ -500,7 +518,8 @@ fn share_equal_blocks(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOut
                 grown.length += BLOCK_BYTES;
             } else {
                 flush(&mut equal, ran);
-                ran.counts.differing_bytes += BLOCK_BYTES;
+                let (offset, length) = (call.offset + at, BLOCK_BYTES);
+                differs(fs, &ShareCall { offset, length, ..call }, ran);
             }
         }
         done += length;

@@ -38,7 +38,8 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::digest;
 use crate::monitor::Monitor;
 use crate::plan::restore::{
-    Contents, LostImage, RestorePlan, Selected, lost_ranges, name_as_revisions, revisions_to_name, select, wanted_by,
+    Contents, Destination, LostImage, RestorePlan, Selected, lost_ranges, name_as_revisions, revisions_to_name, select,
+    wanted_by,
 };
 use crate::range;
 use crate::shown::{hex, shown};
@@ -253,10 +254,9 @@ impl<'a> Restore<'a> {
             }
             None => Vec::new(),
         };
-        Ok(PreparedRestore {
-            plan: RestorePlan::new(contents, selected, seeded, &destination),
-            known_end,
-        })
+        let plan = RestorePlan::new(contents, selected, seeded, &destination);
+        log_plan(&plan, &destination);
+        Ok(PreparedRestore { plan, known_end })
     }
 
     /// The images that were asked for, with their names.
@@ -383,6 +383,12 @@ impl<'a> Restore<'a> {
         };
         let mut lost = lost_images(&plan, &mut losses);
         let later_damage = self.source.has_later_damage();
+        for one in &lost {
+            tracing::info!(image = %shown(&one.path), "lost in part or as a whole");
+            for range in &one.ranges {
+                tracing::debug!(image = %shown(&one.path), start = range.start, length = range.length, "lost");
+            }
+        }
         if !lost.is_empty() && !self.options.partial {
             return Ok(RestoreOutcome {
                 plan,
@@ -441,6 +447,35 @@ impl<'a> Restore<'a> {
             }
         }
         Ok(mixed_up)
+    }
+}
+
+/// Logs what is planned, image by image.
+fn log_plan(plan: &RestorePlan, destination: &Destination) {
+    for image in &plan.images {
+        for name in &image.names {
+            let in_its_place = destination.names.get(name).map_or("nothing", |state| state.text());
+            tracing::info!(
+                image = %shown(&image.path),
+                name = %shown(name),
+                bytes = image.size,
+                in_its_place,
+                "to be restored"
+            );
+        }
+    }
+    for path in &plan.missing {
+        tracing::info!(image = %shown(path), "lost: the manifest does not have it");
+    }
+    let (new_bytes, seeded_bytes) = (plan.bytes.new_bytes, plan.bytes.seeded_bytes);
+    tracing::info!(
+        new_bytes,
+        seeded_bytes,
+        needed_bytes = plan.bytes.needed_bytes,
+        "planned"
+    );
+    for one in &plan.seeded {
+        tracing::debug!(first = one.first, blocks = one.blocks, "on this disk already");
     }
 }
 
