@@ -2,6 +2,7 @@
 //! searched from the beginning.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -14,6 +15,7 @@ use super::record::{BadHeader, HEADER_BYTES, Hash, MAGIC, RecordHeader, RecordKi
 use super::stream::{Stream, StreamEvent};
 use super::writer::EpochBase;
 use crate::block::ByteRange;
+use crate::codec::Decoded;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::store::{Store, StoreReader};
@@ -201,18 +203,7 @@ impl Archive {
         self.commits.clear();
         let searched = self.searched()?;
         let Some((first, _)) = searched.records.first() else {
-            let mut start = [0; MAGIC.len()];
-            if self.read_at(0, &mut start).is_ok() && start == MAGIC {
-                return Err(Error::damaged(
-                    self.path(),
-                    0,
-                    self.length,
-                    "none of its records is intact",
-                ));
-            }
-            return Err(Error::NotAnArchive {
-                path: self.path().to_owned(),
-            });
+            return Err(self.nothing_intact());
         };
         let id = first.archive;
         let (mut commits, mut refused) = (Vec::new(), Vec::new());
@@ -229,26 +220,10 @@ impl Archive {
                         length: HEADER_BYTES as u64 + header.body_bytes,
                         body_hash: header.body_hash,
                     };
-                    let decoded = Commit::decode(&self.body_of(*offset, header)?).and_then(|commit| {
-                        let span = commit.span()?;
-                        if self.can_hold(commit.store_end) {
-                            Ok((commit, span))
-                        } else {
-                            Err(TOO_MANY_BLOCKS)
-                        }
-                    });
-                    match decoded {
-                        Ok((commit, span)) => {
+                    match self.decode_commit(&self.body_of(*offset, header)?, location) {
+                        Ok(found) => {
                             end = (location.offset + location.length, header.sequence + 1);
-                            let salvaged = false;
-                            commits.push((
-                                Committed {
-                                    commit,
-                                    location,
-                                    salvaged,
-                                },
-                                span,
-                            ));
+                            commits.push(found);
                         }
                         Err(problem) => refused.push((location, problem)),
                     }
@@ -277,17 +252,42 @@ impl Archive {
         self.commits = commits.into_iter().map(|(committed, _)| committed).collect();
         self.end = end;
         if let Some(searched) = self.searched.get_mut() {
-            searched
-                .damage
-                .extend(refused.into_iter().map(|(location, problem)| Damage {
-                    range: ByteRange {
-                        start: location.offset,
-                        length: location.length,
-                    },
-                    problem: problem.to_owned(),
-                }));
+            let refused = refused.into_iter().map(|(location, problem)| Damage {
+                range: ByteRange {
+                    start: location.offset,
+                    length: location.length,
+                },
+                problem: problem.to_owned(),
+            });
+            searched.damage.extend(refused);
         }
         Ok(())
+    }
+
+    /// What to say of a store in which no record is intact.
+    fn nothing_intact(&self) -> Error {
+        let mut start = [0; MAGIC.len()];
+        if self.read_at(0, &mut start).is_ok() && start == MAGIC {
+            return Error::damaged(self.path(), 0, self.length, "none of its records is intact");
+        }
+        Error::NotAnArchive {
+            path: self.path().to_owned(),
+        }
+    }
+
+    /// A COMMIT that makes sense, with the bytes of the archive that its records span.
+    fn decode_commit(&self, body: &[u8], location: CommitLocation) -> Decoded<(Committed, Range<u64>)> {
+        let commit = Commit::decode(body)?;
+        let span = commit.span()?;
+        if !self.can_hold(commit.store_end) {
+            return Err(TOO_MANY_BLOCKS);
+        }
+        let committed = Committed {
+            commit,
+            location,
+            salvaged: false,
+        };
+        Ok((committed, span))
     }
 
     /// Adds what can be told of exports whose COMMIT is lost: of those that end with all of their corrections.
@@ -362,16 +362,7 @@ impl Archive {
         let (mut corrected, mut before) = (false, None);
         for (header, offset) in &records {
             let body = self.body_of(*offset, header)?;
-            let mut location = RecordLocation {
-                kind: header.kind,
-                part: 0,
-                sequence: header.sequence,
-                offset: *offset,
-                length: HEADER_BYTES as u64 + header.body_bytes,
-                first: 0,
-                blocks: 0,
-                body_hash: header.body_hash,
-            };
+            let mut location = location_of(header, *offset);
             match header.kind {
                 RecordKind::Plan => {
                     let Ok(plan) = manifest::decode(&body) else { continue };
@@ -759,6 +750,20 @@ impl Archive {
             path: self.path().to_owned(),
             problem,
         }
+    }
+}
+
+/// Where a record is, and nothing of what it holds.
+fn location_of(header: &RecordHeader, offset: u64) -> RecordLocation {
+    RecordLocation {
+        kind: header.kind,
+        part: 0,
+        sequence: header.sequence,
+        offset,
+        length: HEADER_BYTES as u64 + header.body_bytes,
+        first: 0,
+        blocks: 0,
+        body_hash: header.body_hash,
     }
 }
 

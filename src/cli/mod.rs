@@ -126,82 +126,89 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             std::io::Error::from(errno)
         ));
     }
+    let json = args.json;
     match &args.command {
-        Command::Reclaim(command) => each(command.options()?, |options| {
-            let mut found = reclaim(&options, terminal)?;
-            terminal.finish();
-            print("reclaim", &found, args.json)?;
-            if let Some(error) = found.failed.take() {
-                return Err(error);
-            }
-            let held = found
-                .done
-                .as_ref()
-                .is_some_and(|done| done.counts.extents_still_held > 0);
-            let some_left = !found.skipped.is_empty() || held || found.out_of_time;
-            Ok(exit(found.interrupted, some_left))
-        }),
+        Command::Reclaim(command) => run_reclaim(command, json, terminal),
         Command::Report(command) => each(command.scopes()?, |scope| {
             let found = report(&scope, terminal)?;
             terminal.finish();
-            print("report", &found, args.json)?;
+            print("report", &found, json)?;
             Ok(exit(terminal.interrupted(), !found.skipped.is_empty()))
         }),
-        Command::Export(command) => {
-            let options = command.options()?;
-            let found = export(&options, terminal)?;
-            terminal.finish();
-            let text = Text {
-                json: args.json,
-                to_stderr: options.archive == ArchivePlace::Pipe,
-            };
-            print_to(text, "export", &found)?;
-            Ok(exit(false, !found.skipped.is_empty()))
-        }
+        Command::Export(command) => run_export(command, json, terminal),
         Command::Import(command) => {
             let found = import(&command.options(), terminal)?;
             terminal.finish();
-            print("import", &found, args.json)?;
-            let intact = found.lost.is_empty() && !found.later_damage;
-            Ok(if intact { Exit::Done } else { Exit::Damaged })
+            print("import", &found, json)?;
+            Ok(intact(found.lost.is_empty() && !found.later_damage))
         }
         Command::List(command) => {
-            print("list", &list(&command.archive, command.commit.as_deref())?, args.json)?;
+            print("list", &list(&command.archive, command.commit.as_deref())?, json)?;
             Ok(Exit::Done)
         }
         Command::Verify(command) => {
             let found = verify(&command.archive, terminal)?;
             terminal.finish();
-            print("verify", &found, args.json)?;
-            let intact = found.damage.is_empty() && found.lost.is_empty();
-            Ok(if intact { Exit::Done } else { Exit::Damaged })
+            print("verify", &found, json)?;
+            Ok(intact(found.damage.is_empty() && found.lost.is_empty()))
         }
         Command::Diff(command) => {
             let (first, with) = command.sides();
             let found = diff(&command.archive, first.as_deref(), &with, terminal)?;
             terminal.finish();
-            print("diff", &found, args.json)?;
+            print("diff", &found, json)?;
             let same = found.images.iter().all(|image| image.change == Change::Same);
             Ok(if same { Exit::Done } else { Exit::Differs })
         }
         Command::Scan(command) => {
             let found = scan(&command.scope()?, terminal)?;
             terminal.finish();
-            print("scan", &found, args.json)?;
+            print("scan", &found, json)?;
             Ok(exit(found.interrupted, !found.skipped.is_empty()))
         }
-        Command::Status(command) => {
-            let found = index::all_in(&command.index, terminal)?;
-            if found.is_empty() && !args.json {
-                terminal.note(&format!(
-                    "There is no index in `{}` yet: run vmfold scan or reclaim",
-                    shown(&command.index)
-                ));
-            }
-            print("status", &Statuses { indexes: found }, args.json)?;
-            Ok(Exit::Done)
-        }
+        Command::Status(command) => run_status(command, json, terminal),
     }
+}
+
+fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Result<Exit> {
+    each(command.options()?, |options| {
+        let mut found = reclaim(&options, terminal)?;
+        terminal.finish();
+        print("reclaim", &found, json)?;
+        if let Some(error) = found.failed.take() {
+            return Err(error);
+        }
+        let done = found.done.as_ref();
+        let held = done.is_some_and(|done| done.counts.extents_still_held > 0);
+        let some_left = !found.skipped.is_empty() || held || found.out_of_time;
+        Ok(exit(found.interrupted, some_left))
+    })
+}
+
+fn run_export(command: &args::Export, json: bool, terminal: &Terminal) -> Result<Exit> {
+    let options = command.options()?;
+    let found = export(&options, terminal)?;
+    terminal.finish();
+    let to_stderr = options.archive == ArchivePlace::Pipe;
+    print_to(Text { json, to_stderr }, "export", &found)?;
+    Ok(exit(false, !found.skipped.is_empty()))
+}
+
+fn run_status(command: &args::Status, json: bool, terminal: &Terminal) -> Result<Exit> {
+    let found = index::all_in(&command.index, terminal)?;
+    if found.is_empty() && !json {
+        terminal.note(&format!(
+            "There is no index in `{}` yet: run vmfold scan or reclaim",
+            shown(&command.index)
+        ));
+    }
+    print("status", &Statuses { indexes: found }, json)?;
+    Ok(Exit::Done)
+}
+
+/// How a command ended that looked at an archive, or restored from it.
+fn intact(intact: bool) -> Exit {
+    if intact { Exit::Done } else { Exit::Damaged }
 }
 
 /// Works on one filesystem after the other. The first that fails or is interrupted is the last.

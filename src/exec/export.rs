@@ -121,16 +121,7 @@ pub fn store_blocks(
     let tasks = tasks(facts, plan);
     let total: u64 = tasks.iter().map(|task| bytes(task.blocks)).sum();
     monitor.phase("Reading images", total);
-    let mut assembler = Assembler {
-        plan,
-        log,
-        corrected: Corrected::new(plan.end, settings.function),
-        corrections: Vec::new(),
-        frame: Vec::new(),
-        ready: Vec::new(),
-        chunks: plan.chunks.iter(),
-        chunk_left: 0,
-    };
+    let mut assembler = Assembler::new(plan, log, settings.function);
     // Threads that wait for the disk do not keep the cores busy.
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(rayon::current_num_threads() + WAITING_THREADS)
@@ -184,21 +175,7 @@ pub fn store_blocks(
     }
     packer.finish(&assembler.log, out)?;
     let inline = assembler.take_inline(fs, settings, &mut old)?;
-    assembler.corrected.write(settings.level, true, out)?;
-    let Assembler {
-        mut log,
-        corrected,
-        corrections,
-        ..
-    } = assembler;
-    log.extend(&corrected.hashes)?;
-    corrected.announce(out)?;
-    Ok(Stored {
-        corrections,
-        inline,
-        hashes: log,
-        read_bytes: total,
-    })
+    assembler.finish(inline, total, settings.level, out)
 }
 
 fn is_zero(block: &[u8]) -> bool {
@@ -317,7 +294,45 @@ struct Assembler<'a> {
     chunk_left: u8,
 }
 
-impl Assembler<'_> {
+impl<'a> Assembler<'a> {
+    fn new(plan: &'a ExportPlan, log: HashLog, function: FingerprintFunction) -> Self {
+        Self {
+            plan,
+            log,
+            corrected: Corrected::new(plan.end, function),
+            corrections: Vec::new(),
+            frame: Vec::new(),
+            ready: Vec::new(),
+            chunks: plan.chunks.iter(),
+            chunk_left: 0,
+        }
+    }
+
+    /// Writes what is left of corrections, and says what was stored.
+    fn finish(
+        mut self,
+        inline: Vec<(ImageId, Option<StoreBlock>)>,
+        read_bytes: u64,
+        level: i32,
+        out: &mut RecordWriter<'_>,
+    ) -> Result<Stored> {
+        self.corrected.write(level, true, out)?;
+        let Self {
+            mut log,
+            corrected,
+            corrections,
+            ..
+        } = self;
+        log.extend(&corrected.hashes)?;
+        corrected.announce(out)?;
+        Ok(Stored {
+            corrections,
+            inline,
+            hashes: log,
+            read_bytes,
+        })
+    }
+
     fn take(&mut self, task: &ReadTask, read: &ReadBlocks, old: &mut StoredHashes<'_>) -> Result<()> {
         for piece in &self.plan.pieces[task.pieces.clone()] {
             let (from, to) = part_of(task, piece);

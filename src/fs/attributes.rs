@@ -172,13 +172,7 @@ fn set_mode(
     (by_user, by_group): (bool, bool),
     not: &mut NotRestored,
 ) -> Result<()> {
-    let list = |wanted: &[u8]| {
-        metadata
-            .xattrs
-            .iter()
-            .find(|(name, _)| name == wanted)
-            .map(|(_, value)| value)
-    };
+    let access_list = list_of(metadata, acl::ACCESS);
     let set =
         |mode: u32| rustix::fs::fchmod(file, Mode::from_raw_mode(mode)).map_err(Error::io("set the mode of", path));
     let special = metadata.mode & SPECIAL_MODE;
@@ -204,22 +198,18 @@ fn set_mode(
         if group(others) != mode {
             not.problems.push("what its group may do: it has another group".into());
         }
-        if list(acl::ACCESS).is_some() {
+        if access_list.is_some() {
             not.problems
                 .push(format!("{}: it has another group", named(acl::ACCESS)));
         }
         return Ok(());
     }
-    match list(acl::ACCESS) {
+    match access_list {
         None => set(mode)?,
         Some(value) => {
-            let permissions = acl::group_permissions(value);
-            set(group(permissions.unwrap_or(others)))?;
+            set(group(acl::group_permissions(value).unwrap_or(others)))?;
             let before = not.problems.len();
-            match permissions {
-                Some(_) => set_xattr(file, acl::ACCESS, value, not),
-                None => not.problems.push(format!("{}: it is malformed", named(acl::ACCESS))),
-            }
+            set_list(file, acl::ACCESS, value, not);
             if not.problems.len() == before && mode & SPECIAL_MODE != 0 {
                 // A list changes the mode's bits, and may take special ones away.
                 let stat = rustix::fs::fstat(file).map_err(Error::io("look at", path))?;
@@ -227,13 +217,24 @@ fn set_mode(
             }
         }
     }
-    if let Some(value) = list(acl::DEFAULT) {
-        match acl::group_permissions(value) {
-            Some(_) => set_xattr(file, acl::DEFAULT, value, not),
-            None => not.problems.push(format!("{}: it is malformed", named(acl::DEFAULT))),
-        }
+    if let Some(value) = list_of(metadata, acl::DEFAULT) {
+        set_list(file, acl::DEFAULT, value, not);
     }
     Ok(())
+}
+
+/// The access control list of this name, if there is one.
+fn list_of<'a>(metadata: &'a Metadata, wanted: &[u8]) -> Option<&'a [u8]> {
+    let mut lists = metadata.xattrs.iter().filter(|(name, _)| name == wanted);
+    lists.next().map(|(_, value)| value.as_slice())
+}
+
+/// Sets an access control list that makes sense.
+fn set_list(file: &File, name: &[u8], value: &[u8], not: &mut NotRestored) {
+    match acl::group_permissions(value) {
+        Some(_) => set_xattr(file, name, value, not),
+        None => not.problems.push(format!("{}: it is malformed", named(name))),
+    }
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
 use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
+use crate::facts::ImageId;
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
@@ -302,6 +303,20 @@ fn random<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// The runs of an image, with its first block where that lies in metadata.
+fn with_inline(mut runs: Vec<Run>, place: usize, stored: &Stored) -> Vec<Run> {
+    let image = as_image(place);
+    if let Some((_, block)) = stored.inline.iter().find(|(inline, _)| *inline == image) {
+        replace_first(&mut runs, *block);
+    }
+    runs
+}
+
+/// The number of the image at a place in the list of all.
+fn as_image(place: usize) -> ImageId {
+    u32::try_from(place).unwrap_or(u32::MAX)
+}
+
 struct Exporter<'a> {
     options: &'a ExportOptions,
     fs: &'a dyn Filesystem,
@@ -315,9 +330,7 @@ impl Exporter<'_> {
         let (fs, facts) = (self.fs, &self.survey.facts);
         let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
-        // What only passes by is not met again.
-        let can_be_appended_to = opened.store.length().is_ok_and(|length| length.is_some());
-        let index = self.survey.index.as_deref().filter(|_| can_be_appended_to);
+        let index = self.index_for(&*opened.store);
         let digests = match index {
             Some(_) => fs.checksum_digests(facts)?,
             None => SpillVec::default(),
@@ -332,8 +345,7 @@ impl Exporter<'_> {
             failed: &failed,
         };
         let runs_of = |place: usize, pieces: &[ExportPiece]| {
-            let number = u32::try_from(place).unwrap_or(u32::MAX);
-            export::runs_of(facts, pieces, number, images[place].blocks())
+            export::runs_of(facts, pieces, as_image(place), images[place].blocks())
         };
         put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
         announce(
@@ -360,13 +372,7 @@ impl Exporter<'_> {
         self.monitor.phase("Committing", 0);
         let summaries = summaries(
             &images,
-            |place| {
-                let mut runs = runs_of(place, &pieces);
-                if let Some((_, block)) = stored.inline.iter().find(|(image, _)| *image as usize == place) {
-                    replace_first(&mut runs, *block);
-                }
-                runs
-            },
+            |place| with_inline(runs_of(place, &pieces), place, &stored),
             &stored.hashes,
             (&mut old(archive), &path),
             self.monitor,
@@ -382,14 +388,32 @@ impl Exporter<'_> {
         };
         // From here on the archive has the commit, whatever comes.
         opened.base = base;
-        if let Some(index) = index.filter(|index| index.is_usable()) {
-            let mut known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
-            let remembered = index.remember_stored(&base.archive, &committed, facts, &digests, &mut known);
-            if let Err(error) = remembered {
-                self.monitor.note(&crate::error::describe(&error));
-            }
-        }
+        self.remember(index, (&base.archive, &committed), &digests, &pieces);
         Ok(self.exported(path, &committed, (before, base), &plan, &stored))
+    }
+
+    /// The index, if there is one and the archive can be appended to later: what only passes by is not met again.
+    fn index_for(&self, store: &dyn Store) -> Option<&dyn ChunkIndex> {
+        let can_be_appended_to = store.length().is_ok_and(|length| length.is_some());
+        self.survey.index.as_deref().filter(|_| can_be_appended_to)
+    }
+
+    /// Enters into the index what the archive holds of the pool. It is only a cache: where that fails, the next export reads more.
+    fn remember(
+        &self,
+        index: Option<&dyn ChunkIndex>,
+        (archive, committed): (&[u8; 16], &Committed),
+        digests: &[Option<u128>],
+        pieces: &[ExportPiece],
+    ) {
+        let Some(index) = index.filter(|index| index.is_usable()) else {
+            return;
+        };
+        let mut known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
+        let facts = &self.survey.facts;
+        if let Err(error) = index.remember_stored(archive, committed, facts, digests, &mut known) {
+            self.monitor.note(&crate::error::describe(&error));
+        }
     }
 
     fn exported(

@@ -1,6 +1,6 @@
 //! `reclaim`: shares what images have in common, and counts what that freed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{OpenPool, Scope, Survey, data_of, discover, log_skipped, open_pool, survey, unreadable};
@@ -12,6 +12,7 @@ use crate::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use crate::facts::{Facts, ImageId};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, ImageInfo, Purpose, freed_bytes, images, prove_slots};
+use crate::index::ChunkIndex;
 use crate::monitor::{Deadline, Monitor};
 use crate::plan::{self, ReclaimPlan, plan_proved};
 use crate::pool::{self, Skip, Skipped, machine_of};
@@ -88,22 +89,17 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
         skipped,
         fingerprinted,
         inline,
-        mut index,
+        index,
     } = survey(pool, &options.scope, true, monitor)?;
     let free_before = fs.free_bytes()?;
-    let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
-    // Kernels' modules are attached to many machines, and are none.
-    let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
-    let used = skipped.iter().filter(in_use).filter(is_machine);
-    let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
     let without = images(fs).filter(|image| !image.checksummed).count() as u64;
     let count = u64::from(fs.image_count());
     let mut result = Reclaimed {
         images: count,
         pool: PoolBytes::of(fs, &facts),
         fingerprinted,
+        machines_in_use: machines_in_use(&skipped),
         skipped,
-        machines_in_use: machines.len() as u64,
         inline_images: inline.len() as u64,
         unchecksummed_images: if without < count { without } else { 0 },
         dry_run: options.dry_run,
@@ -121,35 +117,66 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
         }
         made => made?,
     };
-    if options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS
-        && !plan.eliminations.is_empty()
-        && fs.has_read_only_snapshots()?
-    {
+    recommend_longer_runs(fs, options, &plan, monitor)?;
+    result.planned = Planned::of(&plan, proved);
+    log_plan(&facts, &plan);
+    if !plan.pinned.is_empty() {
+        result.held_by = fs.names_of_holders(&facts)?;
+    }
+    if options.dry_run {
+        return Ok(result);
+    }
+    carry_out((fs, index), &facts, &plan, free_before, options, &mut result, monitor)?;
+    Ok(result)
+}
+
+/// How many machines are running, or were when their host stopped.
+fn machines_in_use(skipped: &[Skipped]) -> u64 {
+    let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
+    // Kernels' modules are attached to many machines, and are none.
+    let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
+    let used = skipped.iter().filter(in_use).filter(is_machine);
+    let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
+    machines.len() as u64
+}
+
+/// Says what keeps images quick to send and to copy, where that seems to matter.
+fn recommend_longer_runs(
+    fs: &dyn Filesystem,
+    options: &ReclaimOptions,
+    plan: &ReclaimPlan,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    let makes_fragments = options.plan.min_run_blocks < FEW_FRAGMENTS_BLOCKS && !plan.eliminations.is_empty();
+    if makes_fragments && fs.has_read_only_snapshots()? {
         monitor.note(
             "There are read-only snapshots of these images. If you send or copy them often, --min-run 64K keeps that several \
              times faster, and frees somewhat less",
         );
     }
-    result.planned = Planned::of(&plan, proved);
-    log_plan(&facts, &plan);
-    result.held_by = if plan.pinned.is_empty() {
-        BTreeMap::new()
-    } else {
-        fs.names_of_holders(&facts)?
-    };
-    if options.dry_run {
-        return Ok(result);
-    }
+    Ok(())
+}
+
+/// Carries a plan out, and counts what was freed.
+fn carry_out(
+    (fs, mut index): (&dyn Filesystem, Option<Box<dyn ChunkIndex>>),
+    facts: &Facts,
+    plan: &ReclaimPlan,
+    free_before: u64,
+    options: &ReclaimOptions,
+    result: &mut Reclaimed,
+    monitor: &dyn Monitor,
+) -> Result<()> {
     let mut ran = ReclaimOutcome::default();
     let outcome = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        run(&facts, &plan, settings(options), fs, monitor, &mut ran)
+        run(facts, plan, settings(options), fs, monitor, &mut ran)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
     result.interrupted = ran.interrupted;
-    let counted = freed_bytes(fs, &facts, free_before);
+    let counted = freed_bytes(fs, facts, free_before);
     let left = left_meanwhile(fs, &ran);
     log_skipped(&left);
     result.skipped.extend(left);
@@ -160,7 +187,7 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
             let remembered = index
                 .as_deref_mut()
                 .filter(|index| index.is_usable())
-                .map(|index| remember(fs, &facts, &mut mapped.facts, index));
+                .map(|index| remember(fs, facts, &mut mapped.facts, index));
             if let Some(Err(error)) = remembered {
                 monitor.note(&crate::error::describe(&error));
             }
@@ -170,9 +197,9 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
                 counts: ran.counts,
             });
         }
-        Err(error) => result.failed = result.failed.or(Some(error)),
+        Err(error) => result.failed = result.failed.take().or(Some(error)),
     }
-    Ok(result)
+    Ok(())
 }
 
 fn settings(options: &ReclaimOptions) -> ReclaimSettings {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::archive::commit::{RecordLocation, by_path};
+use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
 use crate::archive::record::{RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
@@ -54,32 +55,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         .map(|one| one.commit.store_end)
         .max()
         .unwrap_or(0);
-    let packs: Vec<&RecordLocation> = archive.packs(0, store_end).collect();
-    let all_bytes = packs
-        .iter()
-        .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
-    monitor.phase("Verifying blocks", all_bytes);
-    let checked: Vec<Result<Checked>> = packs
-        .par_iter()
-        .map(|pack| {
-            if monitor.interrupted() {
-                return Err(Error::Interrupted);
-            }
-            let checked = check_pack(&archive, pack);
-            monitor.advance(bytes(pack.blocks));
-            checked
-        })
-        .collect();
-    let (mut lost, mut blocks) = (Vec::new(), 0u64);
-    for checked in checked {
-        let mut checked = checked?;
-        blocks += u64::from(checked.blocks);
-        lost.append(&mut checked.lost);
-        damage.append(&mut checked.damage);
-    }
-    lost.extend(range::without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
-    lost.sort_unstable_by_key(|range| range.start);
-    let lost_blocks = range::joined(lost.iter().cloned());
+    let (lost_blocks, blocks) = check_packs(&archive, store_end, &mut damage, monitor)?;
     let mut result = Verified {
         archive: path.to_owned(),
         archive_bytes: archive.length(),
@@ -101,22 +77,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
             });
         }
         number = u64::from(committed.commit.number);
-        // PACKs were read above, and what of a PLAN is needed is read below.
-        for location in committed
-            .commit
-            .records
-            .iter()
-            .filter(|location| location.kind != RecordKind::Pack)
-        {
-            match archive.body(location) {
-                Ok(_) => {}
-                Err(Error::Damaged { range, problem, .. }) => damage.push(Damage {
-                    range: range.unwrap_or(range_of(location)),
-                    problem,
-                }),
-                Err(error) => return Err(error),
-            }
-        }
+        check_records(&archive, committed, &mut damage)?;
         check_commit(&archive, committed, &lost_blocks, (&mut damage, &mut result), monitor)?;
     }
     if archive.commits().is_empty() {
@@ -130,6 +91,54 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
     }
     result.damage = places_of(damage);
     Ok(result)
+}
+
+/// Checks all PACKs. Returns the blocks of the store that are lost, a list, and how many are well.
+fn check_packs(
+    archive: &Archive,
+    store_end: StoreBlock,
+    damage: &mut Vec<Damage>,
+    monitor: &dyn Monitor,
+) -> Result<(Vec<Range<StoreBlock>>, u64)> {
+    let packs: Vec<&RecordLocation> = archive.packs(0, store_end).collect();
+    let all_bytes = packs
+        .iter()
+        .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
+    monitor.phase("Verifying blocks", all_bytes);
+    let check = |pack: &&RecordLocation| {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        let checked = check_pack(archive, pack);
+        monitor.advance(bytes(pack.blocks));
+        checked
+    };
+    let checked: Vec<Result<Checked>> = packs.par_iter().map(check).collect();
+    let (mut lost, mut blocks) = (Vec::new(), 0u64);
+    for checked in checked {
+        let mut checked = checked?;
+        blocks += u64::from(checked.blocks);
+        lost.append(&mut checked.lost);
+        damage.append(&mut checked.damage);
+    }
+    lost.extend(range::without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
+    Ok((range::joined(lost), blocks))
+}
+
+/// Reads the records of a commit, but for PACKs, which were read, and for what of a PLAN is needed, which is.
+fn check_records(archive: &Archive, committed: &Committed, damage: &mut Vec<Damage>) -> Result<()> {
+    let records = committed.commit.records.iter();
+    for location in records.filter(|location| location.kind != RecordKind::Pack) {
+        match archive.body(location) {
+            Ok(_) => {}
+            Err(Error::Damaged { range, problem, .. }) => damage.push(Damage {
+                range: range.unwrap_or(range_of(location)),
+                problem,
+            }),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Damaged places in order, each once.
@@ -264,24 +273,12 @@ fn check_commit(
         })?;
         let summary = summaries.get(path);
         let differs = summary.is_some_and(|summary| summary.digest != found || summary.size != image.image.size);
-        if (has_all && differs) || (!has_all && doubtful) {
-            result
-                .lost
-                .push(whole(commit.number, path.to_owned(), image.image.size));
-            continue;
-        }
-        let ranges = lost_ranges(&image.runs, image.image.size, lost);
-        if !ranges.is_empty() {
-            let lost = LostImage {
-                path: path.to_owned(),
-                restored_as: None,
-                ranges,
-            };
-            result.lost.push(LostIn {
-                commit: commit.number,
-                lost,
-            });
-        }
+        let is_mixed_up = (has_all && differs) || (!has_all && doubtful);
+        let lost = lost_of(image, is_mixed_up, lost);
+        result.lost.extend(lost.map(|lost| LostIn {
+            commit: commit.number,
+            lost,
+        }));
     }
     for summary in &commit.images {
         if !listed.contains(summary.path.as_path()) {
@@ -297,6 +294,21 @@ fn check_commit(
             .is_none_or(|range| range.end <= commit.store_end)
     );
     Ok(())
+}
+
+/// What of an image is lost, if anything is: all of it where its records do not go together.
+fn lost_of(image: &ImageRuns, is_mixed_up: bool, lost: &[Range<StoreBlock>]) -> Option<LostImage> {
+    let (path, size) = (image.image.path().to_owned(), image.image.size);
+    if is_mixed_up {
+        return Some(LostImage::whole(path, size));
+    }
+    let ranges = lost_ranges(&image.runs, size, lost);
+    let lost = LostImage {
+        path,
+        restored_as: None,
+        ranges,
+    };
+    (!lost.ranges.is_empty()).then_some(lost)
 }
 
 fn whole(commit: u32, path: PathBuf, size: u64) -> LostIn {

@@ -233,6 +233,12 @@ impl Skipped {
             detail: None,
         }
     }
+
+    /// The same with more to say, if there is.
+    #[must_use]
+    pub fn because(self, detail: Option<String>) -> Self {
+        Self { detail, ..self }
+    }
 }
 
 impl std::fmt::Display for Skipped {

@@ -159,21 +159,11 @@ pub fn run(
         scope.spawn(move || {
             let mut donor_files = vec![None; plan.donor_files.len()];
             for (number, batch) in plan.batches.iter().enumerate() {
-                let mut made = WrittenDonors::default();
-                let mut failed = None;
-                for file in batch.donor_files.clone() {
-                    let donor_file = &plan.donor_files[file];
-                    let space = DonorSpace {
-                        reserve_bytes: settings.reserve_bytes,
-                        before: || shared.wait_for(number),
-                    };
-                    let kept = space.keep(plan, donor_file, fs);
-                    match kept.and_then(|()| writer.write(donor_file, &mut made)) {
-                        Ok(donor) => donor_files[file] = Some(donor),
-                        // What does not need this donor can go all the same, and may make the space that the next one takes.
-                        Err(error) => failed = failed.or(Some(error)),
-                    }
-                }
+                let space = DonorSpace {
+                    reserve_bytes: settings.reserve_bytes,
+                    before: || shared.wait_for(number),
+                };
+                let (made, failed) = write_batch(writer, batch, &space, &mut donor_files);
                 if written.send((batch, made, failed, donor_files.clone())).is_err() {
                     return;
                 }
@@ -192,6 +182,26 @@ pub fn run(
         }
         failed.map_or(Ok(()), Err)
     })
+}
+
+/// Writes the donors of a batch. One that cannot be written keeps no other from being written: what does not need it can go all the same, and
+/// may make the space that the next one takes. Of the errors, the first is returned.
+fn write_batch(
+    writer: DonorWriter<'_>,
+    batch: &Batch,
+    space: &DonorSpace<impl Fn()>,
+    donor_files: &mut [Option<WrittenDonor>],
+) -> (WrittenDonors, Option<Error>) {
+    let (mut made, mut failed) = (WrittenDonors::default(), None);
+    for file in batch.donor_files.clone() {
+        let donor_file = &writer.plan.donor_files[file];
+        let kept = space.keep(writer.plan, donor_file, writer.fs);
+        match kept.and_then(|()| writer.write(donor_file, &mut made)) {
+            Ok(donor) => donor_files[file] = Some(donor),
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    (made, failed)
 }
 
 /// How many batches were shared: what they freed is free only then.

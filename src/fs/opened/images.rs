@@ -183,28 +183,19 @@ pub(super) fn open(
     }
     drop(hurry);
     sync()?;
-    let mut images_left = Vec::with_capacity(images.len());
-    for (mut image, found) in images {
-        match read_flags(&mut image, specifics) {
-            Ok(()) => images_left.push((image, found)),
-            Err(errno) => {
-                left_alone.insert(found.id, found.path.clone());
-                skipped.push(unreadable(&found.path, "look at", errno)?);
-            }
-        }
-    }
-    let images = images_left;
-    for (file, users) in users::users_of(&used.keys().copied().collect()) {
-        let detail = &mut skipped[used[&file]].detail;
-        let locked = detail.take();
-        *detail = Some(users.into_iter().chain(locked).collect::<Vec<_>>().join(", "));
-    }
-    let busy_machine = |found: &FoundImage| found.machines.iter().find_map(|machine| busy.get_key_value(machine));
-    let (idle, images): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, found)| busy_machine(found).is_some());
+    let images = with_flags(images, specifics, &mut left_alone, &mut skipped)?;
+    name_users(&used, &mut skipped);
+    let by_machine = |found: &FoundImage| {
+        let mut machines = found.machines.iter();
+        let busy = machines.find_map(|machine| busy.get_key_value(machine))?;
+        Some(who_keeps(busy.0, busy.1))
+    };
+    let (idle, images): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, found)| by_machine(found).is_some());
     for (image, found) in idle {
         left_alone.insert(found.id, image.known.path.clone());
+        let detail = by_machine(found);
         skipped.push(Skipped {
-            detail: busy_machine(found).map(|(machine, used)| who_keeps(machine, used)),
+            detail,
             ..Skipped::new(&image.known.path, Skip::MachineInUse)
         });
     }
@@ -213,18 +204,32 @@ pub(super) fn open(
         .filter_map(|(image, _)| Some(Skipped::new(&image.known.path, image.fixed?)));
     skipped.extend(fixed);
     skipped.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(OpenedImages {
+        images: number_machines(images),
+        skipped,
+        left_alone,
+        watch: watch.map(|(watch, _)| watch),
+    })
+}
+
+/// Says of images that are in use who uses them. `used` has their places in the list.
+fn name_users(used: &BTreeMap<FileId, usize>, skipped: &mut [Skipped]) {
+    for (file, users) in users::users_of(&used.keys().copied().collect()) {
+        let detail = &mut skipped[used[&file]].detail;
+        let locked = detail.take();
+        *detail = Some(users.into_iter().chain(locked).collect::<Vec<_>>().join(", "));
+    }
+}
+
+/// Numbers machines by the first images of theirs.
+fn number_machines(images: Vec<(OpenImage, &FoundImage)>) -> Vec<OpenImage> {
     let mut machines = BTreeMap::new();
     let numbered = images.into_iter().map(|(mut image, found)| {
         let next = u32::try_from(machines.len()).unwrap_or(u32::MAX);
         image.machine = *machines.entry(found.machines.first()).or_insert(next);
         image
     });
-    Ok(OpenedImages {
-        images: numbered.collect(),
-        skipped,
-        left_alone,
-        watch: watch.map(|(watch, _)| watch),
-    })
+    numbered.collect()
 }
 
 /// Which machine keeps an image from being worked on, and by which of its images.
@@ -247,10 +252,27 @@ fn unreadable(path: &Path, operation: &'static str, errno: Errno) -> Result<Skip
     })
 }
 
-/// Reads what the trees tell of an image's inode.
-fn read_flags(image: &mut OpenImage, specifics: &Specifics<'_>) -> rustix::io::Result<()> {
-    image.known.checksummed = (specifics.is_checksummed)(&image.file, image.inode)?;
-    Ok(())
+/// The images of which the trees tell what their inodes are.
+fn with_flags<'a>(
+    images: Vec<(OpenImage, &'a FoundImage)>,
+    specifics: &Specifics<'_>,
+    left_alone: &mut BTreeMap<FileId, PathBuf>,
+    skipped: &mut Vec<Skipped>,
+) -> Result<Vec<(OpenImage, &'a FoundImage)>> {
+    let mut known = Vec::with_capacity(images.len());
+    for (mut image, found) in images {
+        match (specifics.is_checksummed)(&image.file, image.inode) {
+            Ok(checksummed) => {
+                image.known.checksummed = checksummed;
+                known.push((image, found));
+            }
+            Err(errno) => {
+                left_alone.insert(found.id, found.path.clone());
+                skipped.push(unreadable(&found.path, "look at", errno)?);
+            }
+        }
+    }
+    Ok(known)
 }
 
 /// Whether an error of a system call says that this process has no more of something, rather than anything of one image.
@@ -266,24 +288,13 @@ fn open_one(
     watch: Option<&(Watch, Lease)>,
 ) -> Result<std::result::Result<OpenImage, Skipped>> {
     let path = &found.path;
-    let leave_for = |reason, detail| {
-        Ok(Err(Skipped {
-            detail,
-            ..Skipped::new(path, reason)
-        }))
-    };
-    let leave = |reason| leave_for(reason, None);
+    let leave = |reason| Ok(Err(Skipped::new(path, reason)));
+    let leave_for = |reason, detail: Option<String>| leave(reason).map(|left| left.map_err(|one| one.because(detail)));
     if let Some((reason, file)) = found.sign.as_ref().filter(|_| purpose.shares()) {
         return leave_for(*reason, Some(shown(file).to_string()));
     }
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-    let opened = match found.open(flags | OFlags::NOATIME) {
-        // Only its owner may read a file without a trace.
-        Err(Errno::PERM) => found.open(flags),
-        opened => opened,
-    };
     let failed = |operation: &'static str, errno: Errno| unreadable(path, operation, errno).map(Err);
-    let file = match opened {
+    let file = match open_without_trace(found) {
         Ok(file) => Arc::new(file),
         // Someone else holds a lease and must give it up first: a second run, or a file server.
         Err(Errno::AGAIN) => return leave(Skip::InUse),
@@ -295,21 +306,12 @@ fn open_one(
     if !(specifics.is_here)(file.as_fd()) {
         return leave(Skip::OtherFilesystem);
     }
-    let flags = match inode_flags(&file) {
-        Ok(flags) => flags,
-        // Where there are no such flags, none is set.
-        Err(Errno::NOTTY | Errno::OPNOTSUPP) => IFlags::empty(),
+    let fixed = match why_fixed(&file) {
+        Ok(fixed) => fixed,
         Err(errno) => return failed("look at", errno),
     };
-    let fixed = if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
-        Some(Skip::Immutable)
-    } else {
-        flags.contains(VERITY).then_some(Skip::Verity)
-    };
     // Before the lease: while that keeps off readers, it would keep off ourselves.
-    let direct = (purpose == Purpose::Read)
-        .then(|| reopen(&file, OFlags::RDONLY | OFlags::DIRECT | OFlags::NOATIME).ok())
-        .flatten();
+    let direct = open_directly(&file, purpose);
     let revoked = match watch.map(|(watch, lease)| watch.add(&file, *lease)) {
         None => Arc::default(),
         Some(Ok(revoked)) => revoked,
@@ -347,6 +349,36 @@ fn open_one(
         stamp: Stamp::of(&metadata),
         revoked,
     }))
+}
+
+/// Opens an image to be read, so that its time of access stays where that is allowed.
+fn open_without_trace(found: &FoundImage) -> rustix::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    match found.open(flags | OFlags::NOATIME) {
+        // Only its owner may read a file without a trace.
+        Err(Errno::PERM) => found.open(flags),
+        opened => opened,
+    }
+}
+
+/// Opens an image that is read as a whole once more, past the page cache, if the filesystem can do that.
+fn open_directly(file: &File, purpose: Purpose) -> Option<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::NOATIME;
+    (purpose == Purpose::Read).then(|| reopen(file, flags).ok()).flatten()
+}
+
+/// Why the extents of a file cannot change, if they cannot.
+fn why_fixed(file: &File) -> rustix::io::Result<Option<Skip>> {
+    let flags = match inode_flags(file) {
+        Ok(flags) => flags,
+        // Where there are no such flags, none is set.
+        Err(Errno::NOTTY | Errno::OPNOTSUPP) => IFlags::empty(),
+        Err(errno) => return Err(errno),
+    };
+    if flags.intersects(IFlags::IMMUTABLE | IFlags::APPEND) {
+        return Ok(Some(Skip::Immutable));
+    }
+    Ok(flags.contains(VERITY).then_some(Skip::Verity))
 }
 
 /// Whether someone said on purpose that a file is not to be compressed: by the property. The inode's mark (`chattr +m`) does not tell

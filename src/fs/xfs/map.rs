@@ -222,62 +222,20 @@ fn cut(
     images: &[OpenImage],
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
-    let mut events: SpillVec<(u64, Boundary)> =
-        SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
-    for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
-        events.push((range.block, Boundary::Begin(number)));
-        events.push((range.block + u64::from(range.blocks), Boundary::End(number)));
-    }
-    for other in others {
-        events.push((other.address / BLOCK_BYTES, Boundary::BeginOther));
-        events.push(((other.address + other.length) / BLOCK_BYTES, Boundary::EndOther));
-    }
-    events.sort_unstable();
     let (by_age, ages) = by_age(images);
     let of = |number: u32| {
         let (range, numbers) = ranges.get(number as usize);
         (range, Members::of(numbers, images, &ages))
     };
     let mut active = Active::default();
-    let mut extents = SpillVec::new_in(ranges.budget());
-    let (mut open, mut slot): (Option<(u64, BlockState)>, u32) = (None, 0);
-    // Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block
-    // until now, by the address where it begins to be that.
-    let mut eldest: Vec<(u64, usize)> = Vec::new();
-    let mut close = |open: &mut Option<(u64, BlockState)>, end: u64, eldest: &[(u64, usize)]| -> Result<()> {
-        let Some((mut from, state)) = open.take() else {
-            return Ok(());
-        };
-        while from < end {
-            let length = (end - from).min(EXTENT_BLOCKS_MAX - from % EXTENT_BLOCKS_MAX);
-            let blocks = u32::try_from(length).map_err(|_| Error::TooLarge)?;
-            let first = eldest.partition_point(|(begin, _)| *begin <= from).saturating_sub(1);
-            let over = eldest[first..].iter().take_while(|(begin, _)| *begin < from + length);
-            let over: BTreeSet<usize> = over.map(|(_, age)| *age).collect();
-            let mut generation = xxhash_rust::xxh3::Xxh3Default::new();
-            for age in over {
-                generation.update(&by_age[age].to_le_bytes());
-            }
-            extents.push(Extent {
-                address: from * BLOCK_BYTES,
-                disk_bytes: length * BLOCK_BYTES,
-                generation: generation.digest(),
-                first_slot: slot,
-                blocks,
-                class: Class {
-                    checksummed: true,
-                    compression: Compression::None,
-                    groups: state.groups,
-                },
-                pinned: state.pinned,
-                compression_goal: None,
-            });
-            slot = slot.checked_add(blocks).ok_or(Error::TooLarge)?;
-            from += length;
-        }
-        Ok(())
+    let mut cutter = Cutter {
+        by_age: &by_age,
+        extents: SpillVec::new_in(ranges.budget()),
+        open: None,
+        slot: 0,
+        eldest: Vec::new(),
     };
-    let mut events = events.into_iter().peekable();
+    let mut events = boundaries(ranges, others).into_iter().peekable();
     while let Some((at, event)) = events.next() {
         match event {
             Boundary::Begin(number) => {
@@ -294,19 +252,97 @@ fn cut(
         if events.peek().is_some_and(|(next, _)| *next == at) {
             continue;
         }
-        let state = active.state(reverse_map);
-        if open.map(|(_, state)| state) != state {
-            close(&mut open, at, &eldest)?;
-            eldest.clear();
-            open = state.map(|state| (at, state));
-        }
-        if let Some(age) = active.ages.keys().next()
-            && eldest.last().is_none_or(|(_, last)| last != age)
-        {
-            eldest.push((at, *age));
-        }
+        cutter.go_on(at, active.state(reverse_map), active.ages.keys().next().copied())?;
     }
-    Ok(extents)
+    Ok(cutter.extents)
+}
+
+/// Where ranges begin and end, in the order of their blocks.
+fn boundaries(ranges: &SharedList<MappedRange>, others: &[SharedBlocks]) -> SpillVec<(u64, Boundary)> {
+    let mut events = SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
+    for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
+        events.push((range.block, Boundary::Begin(number)));
+        events.push((range.block + u64::from(range.blocks), Boundary::End(number)));
+    }
+    for other in others {
+        events.push((other.address / BLOCK_BYTES, Boundary::BeginOther));
+        events.push(((other.address + other.length) / BLOCK_BYTES, Boundary::EndOther));
+    }
+    events.sort_unstable();
+    events
+}
+
+/// Makes extents of blocks that are alike.
+struct Cutter<'a> {
+    /// The stamps of images, by age.
+    by_age: &'a [u64],
+    extents: SpillVec<Extent>,
+    /// Where the blocks begin that are alike until now, and what they are.
+    open: Option<(u64, BlockState)>,
+    /// The first slot of the next extent.
+    slot: u32,
+    /// Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block until now,
+    /// by the address where it begins to be that.
+    eldest: Vec<(u64, usize)>,
+}
+
+impl Cutter<'_> {
+    /// From a block on, blocks are in this state, and this is the image that was not touched for longest.
+    fn go_on(&mut self, at: u64, state: Option<BlockState>, eldest: Option<usize>) -> Result<()> {
+        if self.open.map(|(_, state)| state) != state {
+            self.close(at)?;
+            self.eldest.clear();
+            self.open = state.map(|state| (at, state));
+        }
+        if let Some(age) = eldest
+            && self.eldest.last().is_none_or(|(_, last)| *last != age)
+        {
+            self.eldest.push((at, age));
+        }
+        Ok(())
+    }
+
+    /// Makes extents of what is alike until a block.
+    fn close(&mut self, end: u64) -> Result<()> {
+        let Some((mut from, state)) = self.open.take() else {
+            return Ok(());
+        };
+        while from < end {
+            let length = (end - from).min(EXTENT_BLOCKS_MAX - from % EXTENT_BLOCKS_MAX);
+            let blocks = u32::try_from(length).map_err(|_| Error::TooLarge)?;
+            let generation = self.generation(from, from + length);
+            self.extents.push(Extent {
+                address: from * BLOCK_BYTES,
+                disk_bytes: length * BLOCK_BYTES,
+                generation,
+                first_slot: self.slot,
+                blocks,
+                class: Class {
+                    checksummed: true,
+                    compression: Compression::None,
+                    groups: state.groups,
+                },
+                pinned: state.pinned,
+                compression_goal: None,
+            });
+            self.slot = self.slot.checked_add(blocks).ok_or(Error::TooLarge)?;
+            from += length;
+        }
+        Ok(())
+    }
+
+    /// What tells the blocks from `from` to `end` from later ones at their place.
+    fn generation(&self, from: u64, end: u64) -> u64 {
+        let eldest = &self.eldest;
+        let first = eldest.partition_point(|(begin, _)| *begin <= from).saturating_sub(1);
+        let over = eldest[first..].iter().take_while(|(begin, _)| *begin < end);
+        let over: BTreeSet<usize> = over.map(|(_, age)| *age).collect();
+        let mut generation = xxhash_rust::xxh3::Xxh3Default::new();
+        for age in over {
+            generation.update(&self.by_age[age].to_le_bytes());
+        }
+        generation.digest()
+    }
 }
 
 impl Xfs {
