@@ -23,6 +23,7 @@ use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
+use crate::numbers::CommitNumber;
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
 use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
 use crate::report::Exported;
@@ -463,7 +464,7 @@ impl Exporter<'_> {
     /// A commit of these images; its writer adds the rest.
     fn commit(&self, images: Vec<ImageSummary>, store_end: StoreBlock) -> Commit {
         Commit {
-            number: 0,
+            number: CommitNumber::default(),
             time: now(),
             label: self.options.label.clone(),
             root: self.origin.root.clone(),

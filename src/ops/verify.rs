@@ -16,6 +16,7 @@ use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
+use crate::numbers::CommitNumber;
 use crate::plan::restore::{lost_ranges, wanted};
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
@@ -94,13 +95,13 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        if committed.salvaged || u64::from(committed.commit.number) != number + 1 {
+        if committed.salvaged || u64::from(committed.commit.number.0) != number + 1 {
             damage.push(Damage {
                 range: ByteRange::default(),
                 problem: format!("the COMMIT of commit {} is lost", number + 1),
             });
         }
-        number = u64::from(committed.commit.number);
+        number = u64::from(committed.commit.number.0);
         // PACKs were read above, and what of a PLAN is needed is read below.
         for location in committed
             .commit
@@ -299,7 +300,7 @@ fn check_commit(
     Ok(())
 }
 
-fn whole(commit: u32, path: PathBuf, size: u64) -> LostIn {
+fn whole(commit: CommitNumber, path: PathBuf, size: u64) -> LostIn {
     LostIn {
         commit,
         lost: LostImage::whole(path, size),
