@@ -55,3 +55,46 @@ impl CommitNumber {
         Self(self.0.saturating_sub(1))
     }
 }
+
+/// What numbers do that are places in lists.
+macro_rules! place {
+    ($name:ident) => {
+        impl $name {
+            /// The number of what stands at a place of the list. There are never so many that the largest number would stand for two.
+            #[inline]
+            #[must_use]
+            pub fn at(place: usize) -> Self {
+                Self(u32::try_from(place).unwrap_or(u32::MAX))
+            }
+
+            /// Its place in the list.
+            #[inline]
+            #[must_use]
+            pub const fn index(self) -> usize {
+                self.0 as usize
+            }
+
+            /// The numbers of the first `count` there are.
+            pub fn first(count: u32) -> impl ExactSizeIterator<Item = Self> + Clone {
+                (0..count).map(Self)
+            }
+
+            /// Items of the list, each with its number.
+            pub fn numbered<I: IntoIterator>(items: I) -> impl Iterator<Item = (Self, I::Item)> {
+                (0..).map(Self).zip(items)
+            }
+        }
+    };
+}
+
+number! {
+    /// An image, by its place in the list of images that a run works on.
+    ImageId
+}
+place!(ImageId);
+
+number! {
+    /// An extent, by its place in [`crate::facts::Facts::extents`].
+    ExtentId
+}
+place!(ExtentId);

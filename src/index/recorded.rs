@@ -14,6 +14,7 @@ use crate::content::{Content, KnownSlots};
 use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
 use crate::fingerprint::FingerprintFunction;
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
@@ -142,9 +143,9 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         Ok(())
     }
 
-    fn forget(&mut self, extents: &mut dyn Iterator<Item = u32>) {
+    fn forget(&mut self, extents: &mut dyn Iterator<Item = ExtentId>) {
         for extent in extents {
-            if let Some(current) = self.current.get_mut(extent as usize) {
+            if let Some(current) = self.current.get_mut(extent.index()) {
                 *current = true;
             }
         }

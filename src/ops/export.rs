@@ -23,7 +23,7 @@ use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, ImageId};
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
 use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
 use crate::report::Exported;
@@ -333,8 +333,7 @@ impl Exporter<'_> {
             failed: &failed,
         };
         let runs_of = |place: usize, pieces: &[ExportPiece]| {
-            let number = u32::try_from(place).unwrap_or(u32::MAX);
-            export::runs_of(facts, pieces, number, images[place].blocks())
+            export::runs_of(facts, pieces, ImageId::at(place), images[place].blocks())
         };
         put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
         announce(
@@ -363,7 +362,7 @@ impl Exporter<'_> {
             &images,
             |place| {
                 let mut runs = runs_of(place, &pieces);
-                if let Some((_, block)) = stored.inline.iter().find(|(image, _)| *image as usize == place) {
+                if let Some((_, block)) = stored.inline.iter().find(|(image, _)| image.index() == place) {
                     replace_first(&mut runs, *block);
                 }
                 runs
@@ -477,7 +476,7 @@ impl Exporter<'_> {
 
     fn check_unchanged(&self) -> Result<()> {
         let fs = self.fs;
-        let changed: Vec<PathBuf> = (0..fs.image_count())
+        let changed: Vec<PathBuf> = ImageId::first(fs.image_count())
             .filter(|image| !fs.may_touch(*image) || !fs.is_unchanged(*image))
             .map(|image| fs.path(image).to_owned())
             .collect();
@@ -491,7 +490,7 @@ impl Exporter<'_> {
     fn images(&self) -> Result<(Vec<ArchivedFolder>, Vec<ArchivedImage>)> {
         let relative = |path: &Path| path.strip_prefix(&self.origin.root).unwrap_or(path).to_owned();
         let (mut folders, mut found) = (BTreeSet::new(), Vec::new());
-        for (number, image) in (0u32..).zip(images(self.fs)) {
+        for (number, image) in ImageId::numbered(images(self.fs)) {
             let names = self.origin.names.get(&image.path).cloned();
             let names = names.unwrap_or_else(|| BTreeSet::from([image.path.clone()]));
             for name in &names {
@@ -523,7 +522,7 @@ impl Exporter<'_> {
                 )));
             }
             found.push(ArchivedImage {
-                number,
+                number: number.0,
                 names: names.iter().map(|name| relative(name)).collect(),
                 size: image.size,
                 metadata,
@@ -557,12 +556,12 @@ impl Exporter<'_> {
         if !stored.corrections.is_empty() {
             let slots: BTreeMap<u32, &ExportPiece> =
                 stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
-            let images = 0..self.fs.image_count();
+            let images = ImageId::first(self.fs.image_count());
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
                 for (slot, piece) in slots.range(mapping.slots()) {
                     payloads.push(&ManifestEntry::Runs {
-                        image,
+                        image: image.0,
                         first_block: mapping.file_block + (slot - mapping.slot),
                         runs: vec![Run {
                             blocks: 1,
@@ -575,7 +574,7 @@ impl Exporter<'_> {
         for (image, block) in &stored.inline {
             let content = block.map_or(Content::Zeros, Content::Stored);
             payloads.push(&ManifestEntry::Runs {
-                image: *image,
+                image: image.0,
                 first_block: 0,
                 runs: vec![Run { blocks: 1, content }],
             });
