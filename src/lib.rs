@@ -28,6 +28,7 @@
 //! shown       names and sizes as people read them
 //! range       arithmetic of ranges
 //! block       blocks and slots
+//! numbers     types of numbers: commits, images, extents
 //! sys         every `unsafe` line
 //! ```
 //! # Rules of the house
@@ -51,6 +52,7 @@ pub mod frame;
 pub mod fs;
 pub mod index;
 pub mod monitor;
+pub mod numbers;
 pub mod ops;
 pub mod own_folder;
 pub mod plan;

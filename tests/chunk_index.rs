@@ -19,6 +19,7 @@ use vmfold::facts::Facts;
 use vmfold::fingerprint::FingerprintFunction;
 use vmfold::index::{self, ChunkIndex, MemoryIndex};
 use vmfold::monitor::Silent;
+use vmfold::numbers::{CommitNumber, ExtentId};
 use vmfold::testing::simulated::one_image;
 
 type Open<'a> = &'a dyn Fn() -> Box<dyn ChunkIndex>;
@@ -55,7 +56,7 @@ fn enter(open: Open<'_>, facts: &Facts, forgotten: &[u32]) {
     index.keep_plain();
     let mut found = SlotSet::new(facts.slots() as usize);
     index.look_up(&mut unknown(facts), &mut found).unwrap();
-    index.forget(&mut forgotten.iter().copied());
+    index.forget(&mut forgotten.iter().copied().map(ExtentId));
     index.update(facts).unwrap();
     assert!(index.is_usable());
 }
@@ -137,7 +138,7 @@ fn chunks_are_found_by_their_ids(open: Open<'_>) {
 fn commit(number: u32, hash: u8) -> Committed {
     Committed {
         commit: Commit {
-            number,
+            number: CommitNumber(number),
             time: (0, 0),
             label: String::new(),
             root: PathBuf::new(),

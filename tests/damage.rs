@@ -18,6 +18,7 @@ use vmfold::archive::record::{HEADER_BYTES, RecordHeader, RecordKind, hash_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
+use vmfold::numbers::CommitNumber;
 use vmfold::ops::ArchivePlace;
 use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify;
@@ -110,7 +111,11 @@ fn check(case: &str, bytes: &[u8], intact: &[Content]) -> Outcome {
     match restore(&archive, &to, None, false) {
         Ok(done) if done.lost.is_empty() => {
             let expected = if done.later_damage { &intact[0] } else { &intact[1] };
-            let expected = if done.commit == 1 { &intact[0] } else { expected };
+            let expected = if done.commit == CommitNumber(1) {
+                &intact[0]
+            } else {
+                expected
+            };
             assert!(content_of(&to) == *expected, "{case}: restored as if it were whole");
         }
         Ok(done) => {
@@ -139,7 +144,7 @@ fn check(case: &str, bytes: &[u8], intact: &[Content]) -> Outcome {
     let Ok(done) = restore(&archive, &to, None, true) else {
         return outcome;
     };
-    let expected = &intact[done.commit as usize - 1];
+    let expected = &intact[done.commit.0 as usize - 1];
     for (name, content) in content_of(&to) {
         let text = name.to_str().unwrap();
         let Some(whole) = text.strip_suffix(".vmfold-partial") else {
@@ -420,12 +425,12 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     ] {
         let count = payloads.len();
         for (n, payload) in (1..).zip(payloads) {
-            let body = manifest::encode(1, part, n == count, &payload).unwrap();
+            let body = manifest::encode(CommitNumber(1), part, n == count, &payload).unwrap();
             writer.put(RecordKind::Plan, part, (0, 0), &body).unwrap();
         }
     }
     let commit = Commit {
-        number: 0,
+        number: CommitNumber(0),
         time: (0, 0),
         label: String::new(),
         root: PathBuf::new(),
@@ -521,8 +526,8 @@ fn commits_that_contradict_themselves_are_damage() {
     let (tail, _) = records.last().unwrap();
     let commit = Commit::decode(&GOLDEN[range.start + HEADER_BYTES..range.end]).unwrap();
     let changes: [(&str, Change); 7] = [
-        ("the last number", |commit| commit.number = u32::MAX),
-        ("no number", |commit| commit.number = 0),
+        ("the last number", |commit| commit.number = CommitNumber(u32::MAX)),
+        ("no number", |commit| commit.number = CommitNumber(0)),
         ("a commit before it of any length", |commit| {
             commit.previous.length = u64::MAX;
         }),

@@ -17,10 +17,11 @@ use std::path::Path;
 use common::{Mounted, can_mount};
 use rustix::io::Errno;
 use vmfold::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet};
-use vmfold::facts::{Class, Compression, Facts, ImageId};
+use vmfold::facts::{Class, Compression, Facts};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, Plain, Purpose, ShareOutcome, SourceFile, freed_bytes, images, open, physical_bytes};
 use vmfold::monitor::Silent;
+use vmfold::numbers::{ExtentId, ImageId};
 use vmfold::pool;
 use vmfold::spill::Budget;
 use vmfold::testing::simulated::{BlockContent, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
@@ -28,12 +29,12 @@ use vmfold::testing::simulated::{BlockContent, INCOMPRESSIBLE, PLAIN, Simulated,
 const BLOCKS: usize = 64;
 const BYTES: u64 = BLOCKS as u64 * BLOCK_BYTES;
 /// Images by their numbers.
-const FIRST: ImageId = 0;
-const SAME: ImageId = 1;
-const OTHER: ImageId = 2;
-const NEARLY: ImageId = 3;
-const ZEROS: ImageId = 4;
-const REPEATS: ImageId = 5;
+const FIRST: ImageId = ImageId(0);
+const SAME: ImageId = ImageId(1);
+const OTHER: ImageId = ImageId(2);
+const NEARLY: ImageId = ImageId(3);
+const ZEROS: ImageId = ImageId(4);
+const REPEATS: ImageId = ImageId(5);
 
 /// What the images hold; none for holes.
 fn contents() -> Vec<Vec<Option<BlockContent>>> {
@@ -105,7 +106,7 @@ fn read(fs: &dyn Filesystem, image: ImageId) -> Vec<u8> {
 }
 
 fn all_is_as_it_was(fs: &dyn Filesystem) {
-    for (number, image) in (0u32..).zip(contents()) {
+    for (number, image) in ImageId::numbered(contents()) {
         assert!(read(fs, number) == bytes_of(&image), "image {number}");
         assert!(fs.may_touch(number));
         assert!(fs.is_unchanged(number));
@@ -122,7 +123,7 @@ fn images_are_known(fs: &dyn Filesystem) {
     assert_eq!(fs.image_count() as usize, contents.len());
     let paths: BTreeSet<&Path> = images(fs).map(|image| image.path.as_path()).collect();
     assert_eq!(paths.len(), contents.len());
-    for (number, (image, content)) in (0u32..).zip(images(fs).zip(&contents)) {
+    for (number, (image, content)) in ImageId::numbered(images(fs).zip(&contents)) {
         assert_eq!(image.size, content.len() as u64 * BLOCK_BYTES);
         assert_eq!(image.path, fs.path(number));
         assert!(image.checksummed && !image.stays_uncompressed);
@@ -162,7 +163,7 @@ fn mapped_blocks(facts: &Facts, image: ImageId) -> BTreeSet<u32> {
 fn the_map_covers_the_data(fs: &dyn Filesystem) {
     let mut facts = map(fs);
     let mut data_blocks = 0;
-    for (number, image) in (0u32..).zip(contents()) {
+    for (number, image) in ImageId::numbered(contents()) {
         let data = (0u32..).zip(&image).filter(|(_, content)| content.is_some());
         let data: BTreeSet<u32> = data.map(|(block, _)| block).collect();
         data_blocks += data.len() as u64;
@@ -235,7 +236,12 @@ fn what_is_equal_is_shared(fs: &dyn Filesystem) {
     assert_eq!(freed, BYTES + 16 * BLOCK_BYTES);
     let facts = map(fs);
     for place in 0..facts.extents.len() as u32 {
-        let images = |of: ImageId| facts.references_to(place).filter(|one| one.image == of).count();
+        let images = |of: ImageId| {
+            facts
+                .references_to(ExtentId(place))
+                .filter(|one| one.image == of)
+                .count()
+        };
         assert_eq!(images(FIRST), images(SAME));
     }
     // Once more, nothing is left to free.
@@ -256,7 +262,7 @@ fn zeros_become_a_hole(fs: &dyn Filesystem) {
 
 fn donors_vanish_but_for_what_is_shared(fs: &dyn Filesystem) {
     let before = physical_bytes(&map(fs));
-    let content = bytes_of(&contents()[OTHER as usize]);
+    let content = bytes_of(&contents()[OTHER.index()]);
     let donors: Vec<usize> = (0..3).map(|_| fs.create_donor(PLAIN).unwrap()).collect();
     for donor in &donors[..2] {
         for part in content.chunks(content.len() / 2) {
@@ -271,7 +277,7 @@ fn donors_vanish_but_for_what_is_shared(fs: &dyn Filesystem) {
     assert!(copy == content);
     let extents = |facts: &Facts| -> BTreeSet<u64> {
         let mappings = facts.mappings_of(OTHER);
-        let places = mappings.iter().map(|mapping| mapping.extent as usize);
+        let places = mappings.iter().map(|mapping| mapping.extent.index());
         places.map(|place| facts.extents[place].address).collect()
     };
     let held = extents(&map(fs));
@@ -290,7 +296,7 @@ fn frames_are_taken_as_they_are(fs: &dyn Filesystem) {
     if !fs.compresses() || !fs.takes_frames() {
         return;
     }
-    let content = bytes_of(&contents()[REPEATS as usize]);
+    let content = bytes_of(&contents()[REPEATS.index()]);
     let packer = Packer::default();
     let frame = packer
         .pack(&mut packer.compressor().unwrap(), &content)

@@ -18,10 +18,11 @@ use rustix::io::Errno;
 use vmfold::block::Slot;
 use vmfold::exec::compression::{CompressionRequest, plan_compressing};
 use vmfold::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
-use vmfold::facts::{Class, Compression, Facts, ImageId, proof_of};
+use vmfold::facts::{Class, Compression, Facts, proof_of};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::{Monitor, Silent};
+use vmfold::numbers::ImageId;
 use vmfold::plan::{PlanOptions, ReclaimPlan};
 use vmfold::testing::faulty_filesystem::{CHANGED, FaultyFilesystem, FilesystemCall, FilesystemFault};
 use vmfold::testing::simulated::{BlockContent, Faults, INCOMPRESSIBLE, PLAIN, Simulated};
@@ -117,7 +118,7 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
             _ if classes.is_empty() => {}
             Step::Revision { of } => {
                 let of = of.index(classes.len());
-                fs.reflink(u32::try_from(of).unwrap());
+                fs.reflink(ImageId(u32::try_from(of).unwrap()));
                 classes.push(classes[of]);
             }
             Step::Overwrite { image, at, content } => {
@@ -125,7 +126,7 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
                 let content = &content[..content.len().min(IMAGE_BLOCKS - at)];
                 let extent = fs.allocate(classes[image], content.to_vec());
                 fs.map(
-                    u32::try_from(image).unwrap(),
+                    ImageId(u32::try_from(image).unwrap()),
                     u32::try_from(at).unwrap(),
                     extent,
                     0,
@@ -138,7 +139,7 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
                 let blocks = (*blocks).min(u32::try_from(IMAGE_BLOCKS - at).unwrap());
                 let extent = fs.allocate(classes[image], vec![0; blocks as usize]);
                 fs.map(
-                    u32::try_from(image).unwrap(),
+                    ImageId(u32::try_from(image).unwrap()),
                     u32::try_from(at).unwrap(),
                     extent,
                     0,
@@ -149,7 +150,11 @@ fn build(steps: &[Step], faults: Faults, frees_blocks: bool) -> Simulated {
             Step::Punch { image, at, blocks } => {
                 let (image, at) = (image.index(classes.len()), at.index(IMAGE_BLOCKS));
                 let blocks = (*blocks).min(u32::try_from(IMAGE_BLOCKS - at).unwrap());
-                fs.punch(u32::try_from(image).unwrap(), u32::try_from(at).unwrap(), blocks);
+                fs.punch(
+                    ImageId(u32::try_from(image).unwrap()),
+                    u32::try_from(at).unwrap(),
+                    blocks,
+                );
             }
         }
     }
@@ -393,7 +398,7 @@ proptest! {
         space in prop::option::of(0u64..2_000_000),
         threads in threads(),
     ) {
-        let mut fs = build(&steps, Faults { killed_at, refuse_every, opened, space_bytes: space, ..Faults::default() }, frees_blocks);
+        let mut fs = build(&steps, Faults { killed_at, refuse_every, opened: opened.map(|(after, image)| (after, ImageId(image))), space_bytes: space, ..Faults::default() }, frees_blocks);
         let content = fs.contents();
         let _ = reclaim(&fs, &options, threads);
         prop_assert_eq!(&fs.contents(), &content);
@@ -432,7 +437,7 @@ fn fault_at_any_time() -> impl Strategy<Value = Faults> {
             ..Faults::default()
         }),
         (0u32..4).prop_map(|image| Faults {
-            opened: Some((0, image)),
+            opened: Some((0, ImageId(image))),
             ..Faults::default()
         }),
         Just(Faults {
@@ -497,7 +502,7 @@ fn a_run_that_takes_more_metadata_than_it_frees_stays() {
     };
     let mut freed = vec![[1, 2].map(freed_blocks)];
     for _ in 1..30 {
-        fs.reflink(1);
+        fs.reflink(ImageId(1));
         freed.push([1, 2].map(freed_blocks));
     }
     let [least, default] = [0, 1].map(|n| freed.iter().map(|each| each[n]).collect::<Vec<_>>());
@@ -606,7 +611,7 @@ fn whoever_opens_an_image_meanwhile_has_it_left_alone_whichever_call_is_made() {
     for threads in THREADS {
         for at in 1..48 {
             let fs = pairs(Faults {
-                opened: Some((at, 1)),
+                opened: Some((at, ImageId(1))),
                 ..Faults::default()
             });
             let content = fs.contents();
@@ -622,8 +627,8 @@ fn whoever_opens_an_image_meanwhile_has_it_left_alone_whichever_call_is_made() {
             );
             // Nothing but that pair is affected.
             assert!(counts.abandoned_bytes <= 8 * 8 * 4096);
-            assert_eq!(ran.opened_meanwhile.contains(&1), counts.abandoned_bytes > 0);
-            assert!(ran.opened_meanwhile.iter().all(|image| *image == 1));
+            assert_eq!(ran.opened_meanwhile.contains(&ImageId(1)), counts.abandoned_bytes > 0);
+            assert!(ran.opened_meanwhile.iter().all(|image| *image == ImageId(1)));
         }
     }
 }
@@ -637,7 +642,7 @@ fn what_needs_an_image_that_someone_opened_is_not_begun() {
 
 fn what_needs_an_open_image_is_not_begun(threads: usize) {
     let mut fs = Simulated::default();
-    fs.faults.opened = Some((0, 0));
+    fs.faults.opened = Some((0, ImageId(0)));
     // Everything that is common lies in the first image; of each other one, a part would go to a donor.
     let common: Vec<BlockContent> = (1..64).collect();
     let others = (1u64..20).map(|n| common.iter().copied().chain(10_000 * n..10_000 * n + 16).collect());
@@ -650,7 +655,7 @@ fn what_needs_an_open_image_is_not_begun(threads: usize) {
     assert!(plan.freed_bytes() > 19 * 40 * 4096);
     assert_eq!(fs.allocated_bytes(), before, "what is begun and not ended takes more");
     assert_eq!((ran.counts.calls, ran.counts.second_round_extents), (0, 0));
-    assert!(ran.opened_meanwhile.contains(&0) && ran.counts.abandoned_bytes > 0);
+    assert!(ran.opened_meanwhile.contains(&ImageId(0)) && ran.counts.abandoned_bytes > 0);
     fs.faults = Faults::default();
     fs.close_everyone_else();
     let (plan, _) = reclaim(&fs, &PlanOptions::default(), threads);
@@ -795,7 +800,7 @@ fn faults_leave_nothing_but_work(
     let (plan, ran, outcome) = run_with(&fs, &faulty);
     let changed = faulty.changed();
     for (image, block) in &changed {
-        content[*image as usize][*block as usize] = CHANGED;
+        content[image.index()][*block as usize] = CHANGED;
     }
     assert_eq!(fs.contents(), content, "{faulty:?}");
     assert_eq!(fs.allocated_bytes(), scanned_bytes(&fs), "{faulty:?}");

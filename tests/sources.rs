@@ -20,6 +20,7 @@ use vmfold::exec::restore::pipe::{PipeOptions, PipeSource};
 use vmfold::exec::restore::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use vmfold::exec::restore::{Restore, RestoreOptions, RestoreOutcome};
 use vmfold::monitor::Silent;
+use vmfold::numbers::CommitNumber;
 use vmfold::plan::restore::{CommitName, Contents, wanted};
 use vmfold::range;
 use vmfold::store::MemoryStore;
@@ -59,7 +60,7 @@ impl MemorySource {
         let contents = Contents {
             manifest,
             commit: Some(CommitName {
-                number: 1,
+                number: CommitNumber(1),
                 id: "memory".into(),
                 hash: [1; 32],
             }),
@@ -92,8 +93,8 @@ impl BlockSource for MemorySource {
     fn id(&self) -> [u8; 16] {
         [7; 16]
     }
-    fn work_number(&self) -> u32 {
-        1
+    fn work_number(&self) -> CommitNumber {
+        CommitNumber(1)
     }
     fn offer(&mut self) -> Result<Option<Offer>> {
         let offer = Offer {

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Proof, Reference, SharedList};
 use vmfold::fingerprint::Fingerprints;
+use vmfold::numbers::{ExtentId, ImageId};
 use vmfold::plan::{PlanOptions, ReclaimPlan, plan_proved};
 use vmfold::spill::{Budget, SpillMap, SpillVec};
 use vmfold::testing::simulated::PLAIN;
@@ -234,11 +235,11 @@ fn plan(budget: &Budget) -> (ReclaimPlan, usize) {
         compression_goal: None,
     });
     let references = (0..EXTENTS).map(|extent| Reference {
-        image: extent % 3,
+        image: ImageId(extent % 3),
         file_block: extent * BLOCKS,
         slot: extent * BLOCKS,
         blocks: BLOCKS,
-        extent,
+        extent: ExtentId(extent),
         preallocated: false,
     });
     let mut facts = Facts::new(

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 25] = [
+const ORDER: [&str; 26] = [
     "sys",
+    "numbers",
     "block",
     "range",
     "shown",
@@ -109,7 +110,7 @@ fn words(code: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn plans_are_pure() {
     /// What plans are made of.
-    const USED: [&str; 11] = [
+    const USED: [&str; 12] = [
         "archive",
         "block",
         "chunk",
@@ -117,6 +118,7 @@ fn plans_are_pure() {
         "error",
         "facts",
         "fingerprint",
+        "numbers",
         "pool",
         "range",
         "shown",

@@ -14,6 +14,7 @@ use vmfold::fingerprint::FingerprintFunction;
 use vmfold::frame::Packer;
 use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
+use vmfold::numbers::ImageId;
 use vmfold::ops::export::{ExportOptions, Revisions, export_on};
 use vmfold::ops::reclaim::{ReclaimOptions, reclaim_on};
 use vmfold::ops::report::report_on;
@@ -50,7 +51,7 @@ impl Scene {
                 fs.map(image, first, extent, 0, u32::try_from(part.len()).unwrap(), false);
             }
         }
-        fs.reflink(2);
+        fs.reflink(ImageId(2));
         Self {
             fs,
             index: MemoryIndex::default(),
@@ -147,7 +148,7 @@ fn reclaim_names_what_it_had_to_leave_alone() {
     for extent in [0, 4] {
         scene.fs.hold_from_outside(extent);
     }
-    scene.fs.faults.opened = Some((0, 1));
+    scene.fs.faults.opened = Some((0, ImageId(1)));
     let contents = scene.fs.contents();
     let done = scene.reclaim(false);
     assert_eq!(scene.fs.contents(), contents);

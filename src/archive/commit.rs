@@ -10,13 +10,12 @@ use super::manifest::store_block;
 use super::record::{HEADER_BYTES, Hash, RecordKind};
 use crate::codec::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use crate::content::StoreBlock;
+use crate::numbers::CommitNumber;
 
 const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 /// How much smaller a payload can be stored at most, beside 64 KiB: it is hashes for the most part.
 const PAYLOAD_RATIO_MAX: usize = 16;
 const TEXT_BYTES_MAX: usize = 4096;
-/// The number of the last commit that an archive can have.
-pub const COMMITS_MAX: u32 = u32::MAX - 1;
 
 /// Bytes of a payload at most that is stored in so many.
 fn limit_of(stored: usize) -> usize {
@@ -78,8 +77,8 @@ pub fn by_path(images: &[ImageSummary]) -> HashMap<&Path, &ImageSummary> {
 /// What a COMMIT says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Commit {
-    /// From 1.
-    pub number: u32,
+    /// Its number in the archive.
+    pub number: CommitNumber,
     /// When it was made: seconds and nanoseconds since 1970.
     pub time: (i64, u32),
     /// What the user called it.
@@ -104,7 +103,7 @@ impl Commit {
     pub fn encode(&self) -> std::io::Result<Vec<u8>> {
         let mut plain = Vec::new();
         let out = &mut plain;
-        put_varint(out, self.number.into());
+        put_varint(out, self.number.0.into());
         put_zigzag(out, self.time.0);
         put_varint(out, self.time.1.into());
         put_string(out, self.label.as_bytes());
@@ -183,10 +182,8 @@ impl Commit {
         let stored = decoder.take(decoder.left())?;
         let plain = unpack_payload(encoding, stored, plain_length, limit_of(stored.len()))?;
         let mut decoder = Decoder::new(&plain);
-        let (number, time) = (decoder.varint32()?, (decoder.zigzag()?, decoder.varint32()?));
-        if !(1..=COMMITS_MAX).contains(&number) {
-            return Err("a commit has a number that is not allowed");
-        }
+        let number = commit_number(decoder.varint32()?)?;
+        let time = (decoder.zigzag()?, decoder.varint32()?);
         let label = decoder.text(TEXT_BYTES_MAX)?;
         let root = PathBuf::from(OsStr::from_bytes(decoder.string(TEXT_BYTES_MAX)?));
         let previous = CommitLocation {
@@ -244,6 +241,12 @@ impl Commit {
     }
 }
 
+fn commit_number(number: u32) -> Decoded<CommitNumber> {
+    Some(CommitNumber(number))
+        .filter(|number| number.is_allowed())
+        .ok_or("a commit has a number that is not allowed")
+}
+
 /// Writes the body of a TAIL.
 pub fn encode_tail(commit: &CommitLocation) -> Vec<u8> {
     let mut out = Vec::new();
@@ -285,7 +288,7 @@ mod tests {
         #[test]
         fn commits_come_back(label in ".{0,40}", numbers: (u32, i64, u64), paths in prop::collection::vec("[a-z/]{1,20}", 0..5)) {
             let commit = Commit {
-                number: numbers.0.clamp(1, COMMITS_MAX),
+                number: CommitNumber(numbers.0).clamp(CommitNumber::FIRST, CommitNumber::LAST),
                 time: (numbers.1, 5),
                 label,
                 root: "/var/lib/qubes".into(),
@@ -319,7 +322,7 @@ mod tests {
             digest: [7; 32],
         };
         let commit = Commit {
-            number: 1,
+            number: CommitNumber::FIRST,
             time: (0, 0),
             label: String::new(),
             root: PathBuf::new(),
@@ -344,7 +347,7 @@ mod tests {
             body_hash: [1; 32],
         };
         let commit = |records: Vec<RecordLocation>| Commit {
-            number: 2,
+            number: CommitNumber(2),
             time: (0, 0),
             label: String::new(),
             root: PathBuf::new(),

@@ -9,6 +9,7 @@ use crate::block::BLOCK_BYTES;
 use crate::codec::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
 use crate::content::{Content, Metadata, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
 use crate::fingerprint::FingerprintFunction;
+use crate::numbers::CommitNumber;
 
 /// Bytes of a payload at most, decoded.
 pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
@@ -143,9 +144,9 @@ impl PlanPart {
 ///
 /// # Errors
 /// Those of zstd.
-pub fn encode(commit: u32, part: u8, last: bool, payload: &[u8]) -> std::io::Result<Vec<u8>> {
+pub fn encode(commit: CommitNumber, part: u8, last: bool, payload: &[u8]) -> std::io::Result<Vec<u8>> {
     let (encoding, stored) = pack_payload(payload)?;
-    let mut out = commit.to_le_bytes().to_vec();
+    let mut out = commit.0.to_le_bytes().to_vec();
     out.extend([part, encoding, last.into(), 0]);
     out.extend(u32::try_from(payload.len()).unwrap_or(u32::MAX).to_le_bytes());
     out.extend(stored);
@@ -156,7 +157,7 @@ pub fn encode(commit: u32, part: u8, last: bool, payload: &[u8]) -> std::io::Res
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlanRecord {
     /// The number of the commit it is for.
-    pub commit: u32,
+    pub commit: CommitNumber,
     /// Whether it is the last of its part.
     pub last: bool,
     /// What it holds.
@@ -169,7 +170,7 @@ pub struct PlanRecord {
 /// Where it is not as the format says.
 pub fn decode(body: &[u8]) -> Decoded<PlanRecord> {
     let mut decoder = Decoder::new(body);
-    let commit = decoder.u32()?;
+    let commit = CommitNumber(decoder.u32()?);
     let (part, encoding) = (decoder.u8()?, decoder.u8()?);
     let last = match decoder.u8()? {
         last @ 0..=1 => last == 1,
@@ -668,8 +669,8 @@ mod tests {
             }
             let mut found = Vec::new();
             for payload in payloads.finish() {
-                let PlanRecord { commit, last, part } = decode(&encode(2, 0, true, &payload).unwrap()).unwrap();
-                prop_assert_eq!((commit, last), (2, true));
+                let PlanRecord { commit, last, part } = decode(&encode(CommitNumber(2), 0, true, &payload).unwrap()).unwrap();
+                prop_assert_eq!((commit, last), (CommitNumber(2), true));
                 let PlanPart::Images(entries) = part else { panic!() };
                 found.extend(entries);
             }
@@ -684,13 +685,13 @@ mod tests {
         fn blocks_come_back(chunks in prop::collection::vec(1u8..=16, 0..100), first in 0u32..1000) {
             let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
             let announced = AnnouncedBlocks { first, function: FingerprintFunction::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
-            let body = encode(1, 1, false, &encode_announced(&announced)).unwrap();
-            prop_assert_eq!(decode(&body), Ok(PlanRecord { commit: 1, last: false, part: PlanPart::Blocks(announced) }));
+            let body = encode(CommitNumber(1), 1, false, &encode_announced(&announced)).unwrap();
+            prop_assert_eq!(decode(&body), Ok(PlanRecord { commit: CommitNumber(1), last: false, part: PlanPart::Blocks(announced) }));
         }
 
         #[test]
         fn nothing_is_too_strange(payload: Vec<u8>, part in 0u8..4, raw: Vec<u8>) {
-            let _ = decode(&encode(1, part, false, &payload).unwrap());
+            let _ = decode(&encode(CommitNumber(1), part, false, &payload).unwrap());
             let _ = decode(&raw);
         }
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use super::commit::{COMMITS_MAX, Commit, CommitLocation, RecordLocation, decode_tail};
+use super::commit::{Commit, CommitLocation, RecordLocation, decode_tail};
 use super::head::Head;
 use super::index;
 use super::manifest::{self, AnnouncedBlocks, Manifest, ManifestBuilder, PlanPart};
@@ -18,6 +18,7 @@ use crate::block::ByteRange;
 use crate::codec::Decoded;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
+use crate::numbers::CommitNumber;
 use crate::store::{Store, StoreReader};
 
 const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
@@ -192,7 +193,7 @@ impl Archive {
             next = previous;
         }
         self.commits.reverse();
-        if (1u32..).zip(&self.commits).any(|(n, one)| one.commit.number != n) || self.commits.is_empty() {
+        if (1u32..).zip(&self.commits).any(|(n, one)| one.commit.number.0 != n) || self.commits.is_empty() {
             return Err(self.problem(0, "its commits are not all there"));
         }
         Ok(())
@@ -306,7 +307,7 @@ impl Archive {
             .iter()
             .filter_map(|committed| self.epoch_of(&committed.location))
             .collect();
-        let mut numbers: HashSet<u32> = self.commits.iter().map(|committed| committed.commit.number).collect();
+        let mut numbers: HashSet<CommitNumber> = self.commits.iter().map(|committed| committed.commit.number).collect();
         let mut found = Vec::new();
         for (epoch, records) in epochs {
             if !known.contains(&epoch)
@@ -350,7 +351,7 @@ impl Archive {
         records.sort_by_key(|(header, _)| header.sequence);
         records.dedup_by_key(|(header, _)| header.sequence);
         let mut commit = Commit {
-            number: 0,
+            number: CommitNumber::default(),
             time: (0, 0),
             label: String::new(),
             root: PathBuf::new(),
@@ -400,7 +401,7 @@ impl Archive {
             commit.store_end = commit.store_end.max(location.first + location.blocks);
             commit.records.push(location);
         }
-        let is_numbered = (1..=COMMITS_MAX).contains(&commit.number);
+        let is_numbered = commit.number.is_allowed();
         Ok((corrected && is_numbered).then(|| Committed {
             commit,
             location: CommitLocation::default(),
@@ -478,7 +479,7 @@ impl Archive {
         let last = self.commits.last();
         EpochBase {
             archive: self.id,
-            commits: last.map_or(0, |last| last.commit.number),
+            last_number: last.map_or_else(CommitNumber::default, |last| last.commit.number),
             last: last.map_or_else(CommitLocation::default, |last| last.location),
             sequence: self.end.1,
             length: self.end.0,
@@ -797,7 +798,7 @@ pub fn find_commit<'a>(commits: &'a [Committed], name: &str) -> Option<&'a Commi
     /// Fewer digits could be meant as a number.
     const DIGITS_MIN: usize = 4;
     let by = |test: &dyn Fn(&Committed) -> bool| commits.iter().rev().find(|committed| test(committed));
-    by(&|committed| name.parse() == Ok(committed.commit.number))
+    by(&|committed| name.parse() == Ok(committed.commit.number.0))
         .or_else(|| by(&|committed| committed.commit.label == name))
         .or_else(|| by(&|committed| name.len() >= DIGITS_MIN && committed.id().starts_with(name)))
 }

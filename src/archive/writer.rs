@@ -3,10 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
-use super::commit::{COMMITS_MAX, Commit, CommitLocation, RecordLocation, encode_tail};
+use super::commit::{Commit, CommitLocation, RecordLocation, encode_tail};
 use super::head::Head;
 use super::record::{HEADER_BYTES, RecordHeader, RecordKind, SEQUENCES};
 use crate::content::StoreBlock;
+use crate::numbers::CommitNumber;
 use crate::store::Store;
 
 /// Bytes of a body that is written together with its header.
@@ -17,9 +18,9 @@ const AT_ONCE_BYTES_MAX: usize = 16 << 20;
 pub struct EpochBase {
     /// The archive.
     pub archive: [u8; 16],
-    /// Its commits so far.
-    pub commits: u32,
-    /// The last of them.
+    /// The number of its last commit.
+    pub last_number: CommitNumber,
+    /// Where that is.
     pub last: CommitLocation,
     /// The next record's number.
     pub sequence: u64,
@@ -46,7 +47,7 @@ impl ArchiveWriter {
     /// # Errors
     /// Those of writing.
     pub fn begin(store: Arc<dyn Store>, base: EpochBase, epoch: u64) -> io::Result<Self> {
-        if base.commits >= COMMITS_MAX {
+        if base.last_number >= CommitNumber::LAST {
             return Err(io::Error::other("the archive has used up the numbers of its commits"));
         }
         let mut writer = Self {
@@ -62,9 +63,9 @@ impl ArchiveWriter {
     }
 
     /// The number of the commit that this epoch makes.
-    pub fn commit_number(&self) -> u32 {
+    pub fn commit_number(&self) -> CommitNumber {
         // A reader refuses a commit with the last number.
-        self.base.commits.saturating_add(1)
+        self.base.last_number.next()
     }
 
     /// Bytes written in this epoch.
@@ -148,7 +149,7 @@ impl ArchiveWriter {
         self.store.settle()?;
         let base = EpochBase {
             archive: self.base.archive,
-            commits: commit.number,
+            last_number: commit.number,
             last,
             sequence: self.sequence,
             length: self.offset,

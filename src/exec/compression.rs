@@ -10,6 +10,7 @@ use crate::facts::{Compression, CompressionGoal, Facts, Proof};
 use crate::frame::{Packer, on_disk};
 use crate::fs::{Filesystem, read_slots};
 use crate::monitor::Monitor;
+use crate::numbers::ExtentId;
 use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, PlanOptions, ReclaimPlan, plan_proved};
 use crate::spill::{Budget, SpillVec};
@@ -66,7 +67,7 @@ pub fn plan_compressing<E>(
     options: &PlanOptions,
     go_on: &dyn Fn() -> Result<(), E>,
     mut prove: impl FnMut(&Facts, &[Slot]) -> Result<SpillVec<(Slot, Proof)>, E>,
-    is_candidate: impl Fn(&Facts, u32) -> bool,
+    is_candidate: impl Fn(&Facts, ExtentId) -> bool,
     (fs, monitor): (&dyn Filesystem, &dyn Monitor),
 ) -> Result<ReclaimPlan, E> {
     /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
@@ -129,22 +130,22 @@ impl Trial {
         &mut self,
         facts: &mut Facts,
         layout: &Layout,
-        is_candidate: impl Fn(&Facts, u32) -> bool,
+        is_candidate: impl Fn(&Facts, ExtentId) -> bool,
         fs: &dyn Filesystem,
         monitor: &dyn Monitor,
     ) -> bool {
         /// Extents whose samples are compressed before the next are chosen.
         const AT_ONCE: usize = 4096;
         self.tried.resize(facts.extents.len(), 0);
-        let wanted = |facts: &Facts, place: u32| {
-            let extent = &facts.extents[place as usize];
+        let wanted = |facts: &Facts, place: ExtentId| {
+            let extent = &facts.extents[place.index()];
             let may = self.recompress || extent.class.compression == Compression::None;
             extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
         };
-        let places = (0u32..).zip(&facts.extents).map(|(place, _)| place);
+        let places = ExtentId::numbered(&facts.extents).map(|(place, _)| place);
         let candidates = SpillVec::from_iter_in(places.filter(|place| wanted(facts, *place)), facts.budget());
-        let all = |facts: &Facts, places: &[u32]| -> u64 {
-            let blocks = places.iter().map(|place| facts.extents[*place as usize].blocks);
+        let all = |facts: &Facts, places: &[ExtentId]| -> u64 {
+            let blocks = places.iter().map(|place| facts.extents[place.index()].blocks);
             blocks.map(bytes).sum()
         };
         monitor.phase("Trying compression", all(facts, &candidates));
@@ -156,7 +157,7 @@ impl Trial {
             let chosen: Vec<(Sample, u64)> = samples(facts, layout, some.iter().copied())
                 .map(|sample| (hash_of(&sample), sample))
                 .filter(|(hash, sample)| {
-                    let tried = self.tried[sample.extent as usize];
+                    let tried = self.tried[sample.extent.index()];
                     tried == 0 || (tried != *hash && !layout.is_gone(sample.extent))
                 })
                 .map(|(hash, sample)| (sample, hash))
@@ -167,13 +168,13 @@ impl Trial {
                 let Some(sampled) = sampled.filter(|sampled| sampled.content > 0) else {
                     continue;
                 };
-                self.tried[sample.extent as usize] = *hash;
+                self.tried[sample.extent.index()] = *hash;
                 is_new |= self.learn(facts, layout, sample.extent, sampled);
             }
         }
         // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
         for place in candidates.into_iter().filter(|_| self.pool.content > 0) {
-            let goal = &mut facts.extents[place as usize].compression_goal;
+            let goal = &mut facts.extents[place.index()].compression_goal;
             goal.get_or_insert(CompressionGoal {
                 compression: Compression::Zstd,
                 share: self.pool.share(),
@@ -184,9 +185,9 @@ impl Trial {
     }
 
     /// Fills in how an extent is to lie on disk, of which a sample was compressed. Says whether a plan is due that knows it.
-    fn learn(&mut self, facts: &mut Facts, layout: &Layout, place: u32, sampled: SampledBytes) -> bool {
+    fn learn(&mut self, facts: &mut Facts, layout: &Layout, place: ExtentId, sampled: SampledBytes) -> bool {
         self.pool = self.pool.and(sampled);
-        let extent = &mut facts.extents[place as usize];
+        let extent = &mut facts.extents[place.index()];
         let blocks = u32::try_from(sampled.content / BLOCK_BYTES).unwrap_or(u32::MAX);
         let rewrites = self.packer.is_worth(sampled.alone, extent.disk_share(blocks));
         let is_new = if layout.is_gone(place) {

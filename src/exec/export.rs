@@ -15,10 +15,11 @@ use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::chunk::Chunker;
 use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::error::{Error, Result};
-use crate::facts::{Facts, ImageId};
+use crate::facts::Facts;
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{Filesystem, SourceFile, drop_slots_behind, read_slots_ahead, read_slots_into};
 use crate::monitor::Monitor;
+use crate::numbers::ImageId;
 use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
 use crate::spill::SpillVec;
 
@@ -199,7 +200,7 @@ fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<ReadTask> {
         let mut at = piece.slot;
         while at < piece.end() {
             if at >= extent_end {
-                extent_end = facts.extents[facts.extent_of(at) as usize].slots().end;
+                extent_end = facts.extents[facts.extent_of(at).index()].slots().end;
             }
             let end = piece.end().min(extent_end);
             if let Some(last) = tasks.last_mut()

@@ -13,6 +13,7 @@ use crate::fingerprint::Fingerprints;
 use crate::fs::{Filesystem, read_slots_into};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
+use crate::numbers::{ExtentId, ImageId};
 use crate::plan;
 use crate::spill::SpillVec;
 
@@ -98,9 +99,11 @@ pub fn fingerprint(
     if let Some(index) = index.filter(|index| index.is_usable() && !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
         // An image that was written to since its map was read may have been read elsewhere than in these extents.
-        let changed: Vec<bool> = (0..fs.image_count()).map(|image| !fs.is_unchanged(image)).collect();
+        let changed: Vec<bool> = ImageId::first(fs.image_count())
+            .map(|image| !fs.is_unchanged(image))
+            .collect();
         let touched = unknown.iter().flat_map(|run| facts.places_of(run.clone()));
-        let touched = touched.filter(|(_, place)| changed[place.image as usize]);
+        let touched = touched.filter(|(_, place)| changed[place.image.index()]);
         index.forget(&mut touched.map(|(slot, _)| facts.extent_of(slot)));
         index.forget(
             &mut unreadable
@@ -127,16 +130,18 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
     let mut known = SlotSet::new(after.slots() as usize);
     after.fingerprints = before.fingerprints.alike(after.slots() as usize);
     index.look_up(after, &mut known)?;
-    let unchanged: Vec<bool> = (0..fs.image_count()).map(|image| fs.is_unchanged(image)).collect();
+    let unchanged: Vec<bool> = ImageId::first(fs.image_count())
+        .map(|image| fs.is_unchanged(image))
+        .collect();
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
     let after_then = &*after;
-    let extents = (0u32..).zip(&after.extents);
+    let extents = ExtentId::numbered(&after.extents);
     let places = extents.flat_map(|(number, extent)| {
         let runs = after_then.live_runs(extent.slots());
         let places = runs.flat_map(|run| after_then.places_of(run));
         places.map(move |(slot, place)| (place, slot, number))
     });
-    let mut places: SpillVec<(ImageRange, Slot, u32)> = SpillVec::from_iter_in(places, after.budget());
+    let mut places: SpillVec<(ImageRange, Slot, ExtentId)> = SpillVec::from_iter_in(places, after.budget());
     places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
     let mut unknown = SpillVec::new_in(after.budget());
     for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
@@ -144,9 +149,9 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
         let mappings = before.mappings_of(image);
         for (place, slot, extent) in of_image {
             let mut is_known = true;
-            let found = unchanged[image as usize]
+            let found = unchanged[image.index()]
                 && copy(&mappings, *place, |done, old| {
-                    let extent = &before.extents[before.extent_of(old.start) as usize];
+                    let extent = &before.extents[before.extent_of(old.start).index()];
                     is_known &= extent.pinned != Some(PinReason::Unreadable);
                     fingerprints.write(slot + done, &before.fingerprints.range(old));
                 })
@@ -249,7 +254,7 @@ fn by_reading(
     }
     facts.fingerprints = sums;
     for one in &unreadable {
-        let extent = facts.extent_of(one.slots.start) as usize;
+        let extent = facts.extent_of(one.slots.start).index();
         let pinned = &mut facts.extents[extent].pinned;
         *pinned = pinned.or(Some(PinReason::Unreadable));
     }

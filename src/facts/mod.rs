@@ -11,10 +11,8 @@ pub use shared::SharedList;
 
 use crate::block::{BLOCK_BYTES, Slot};
 use crate::fingerprint::Fingerprints;
+use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillMap, SpillVec};
-
-/// An image, by its place in the list of images a run works on.
-pub type ImageId = u32;
 
 /// How an extent's bytes lie on disk, which decides what a donor that takes them over must be like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -154,8 +152,8 @@ pub struct Reference {
     pub slot: Slot,
     /// Length in blocks.
     pub blocks: u32,
-    /// Place of the extent in [`Facts::extents`].
-    pub extent: u32,
+    /// The extent.
+    pub extent: ExtentId,
     /// Whether the range is preallocated: it reads as zeros, whatever the extent holds there.
     pub preallocated: bool,
 }
@@ -170,8 +168,8 @@ impl Reference {
 /// A range that images map, each at the same place in it, to the same part of an extent: so many references in one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mapping {
-    /// Place of the extent in [`Facts::extents`].
-    pub extent: u32,
+    /// The extent.
+    pub extent: ExtentId,
     /// The slot that its first block maps.
     pub slot: Slot,
     /// First block in the images.
@@ -363,7 +361,7 @@ impl Facts {
         let mut cover: SpillVec<Cover> = SpillVec::with_capacity_in(self.extents.len(), self.budget());
         let mut at = 0;
         let number = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
-        for (extent, this) in (0u32..).zip(&self.extents) {
+        for (extent, this) in ExtentId::numbered(&self.extents) {
             first_mapping.push(number(at));
             let mut covered = this.first_slot;
             while let Some((mapping, _)) = self.mappings.list.get(at).filter(|(one, _)| one.extent == extent) {
@@ -395,13 +393,13 @@ impl Facts {
     }
 
     /// What images map of one extent, each with the images that do, ascending.
-    pub fn mappings_to(&self, extent: u32) -> impl DoubleEndedIterator<Item = (&Mapping, &[ImageId])> {
+    pub fn mappings_to(&self, extent: ExtentId) -> impl DoubleEndedIterator<Item = (&Mapping, &[ImageId])> {
         self.mappings_in(self.range_of(extent))
     }
 
-    fn range_of(&self, extent: u32) -> Range<usize> {
+    fn range_of(&self, extent: ExtentId) -> Range<usize> {
         let at = |extent: usize| self.first_mapping.get(extent).copied().unwrap_or_default() as usize;
-        at(extent as usize)..at(extent as usize + 1)
+        at(extent.index())..at(extent.index() + 1)
     }
 
     fn mappings_in(&self, range: Range<usize>) -> impl DoubleEndedIterator<Item = (&Mapping, &[ImageId])> {
@@ -412,13 +410,13 @@ impl Facts {
     }
 
     /// The references to one extent.
-    pub fn references_to(&self, extent: u32) -> impl Iterator<Item = Reference> {
+    pub fn references_to(&self, extent: ExtentId) -> impl Iterator<Item = Reference> {
         self.mappings_to(extent)
             .flat_map(|(mapping, images)| images.iter().map(|image| mapping.reference(*image)))
     }
 
     /// How many references there are to one extent.
-    pub fn reference_count(&self, extent: u32) -> u32 {
+    pub fn reference_count(&self, extent: ExtentId) -> u32 {
         count(self.mappings_to(extent))
     }
 
@@ -471,9 +469,9 @@ impl Facts {
     }
 
     /// The extent that `slot` belongs to.
-    pub fn extent_of(&self, slot: Slot) -> u32 {
+    pub fn extent_of(&self, slot: Slot) -> ExtentId {
         let after = self.extents.partition_point(|extent| extent.first_slot <= slot);
-        u32::try_from(after.saturating_sub(1)).unwrap_or(u32::MAX)
+        ExtentId::at(after.saturating_sub(1))
     }
 
     fn end_of(&self, cover: Cover) -> Slot {
@@ -528,7 +526,7 @@ impl Facts {
     /// The machine through whose image a slot is read.
     pub fn machine_of(&self, slot: Slot) -> Option<u32> {
         let image = self.place_of(slot..slot + 1)?.image;
-        Some(self.machines.get(image as usize).copied().unwrap_or(image))
+        Some(self.machines.get(image.index()).copied().unwrap_or(image.0))
     }
 }
 
@@ -574,7 +572,7 @@ mod tests {
     use crate::block::bytes;
     use crate::testing::simulated::PLAIN;
 
-    fn key(reference: &Reference) -> (u32, ImageId, u32, Slot, u32, bool) {
+    fn key(reference: &Reference) -> (ExtentId, ImageId, u32, Slot, u32, bool) {
         let Reference {
             image,
             file_block,
@@ -600,14 +598,14 @@ mod tests {
                 images.push(images[copy.index(images.len())].clone());
             }
             let mut pieces = Vec::new();
-            for (image, of) in (0u32..).zip(&images) {
+            for (image, of) in ImageId::numbered(&images) {
                 let mut file_block = 0;
                 for piece in of {
                     let Some((extent, at, preallocated, blocks)) = *piece else {
                         file_block += 1;
                         continue;
                     };
-                    pieces.push(Reference { image, file_block, slot: extent * BLOCKS + at, blocks, extent, preallocated });
+                    pieces.push(Reference { image, file_block, slot: extent * BLOCKS + at, blocks, extent: ExtentId(extent), preallocated });
                     file_block += blocks;
                 }
             }
@@ -637,9 +635,9 @@ mod tests {
             prop_assert_eq!(found.iter().map(key).collect::<BTreeSet<_>>(), expected);
             let mut mappings = BTreeMap::new();
             for extent in 0..2 {
-                let of_extent: Vec<Reference> = facts.references_to(extent).collect();
-                prop_assert_eq!(of_extent.len(), facts.reference_count(extent) as usize);
-                for (mapping, images) in facts.mappings_to(extent) {
+                let of_extent: Vec<Reference> = facts.references_to(ExtentId(extent)).collect();
+                prop_assert_eq!(of_extent.len(), facts.reference_count(ExtentId(extent)) as usize);
+                for (mapping, images) in facts.mappings_to(ExtentId(extent)) {
                     prop_assert!(mappings.insert(*mapping, images).is_none());
                     prop_assert!(images.is_sorted() && !images.is_empty());
                 }
@@ -651,9 +649,9 @@ mod tests {
                 }
             }
             for image in 0..u32::try_from(images.len()).unwrap() {
-                let of_image: Vec<Reference> = facts.mappings_of(image).into_iter().map(|mapping| mapping.reference(image)).collect();
+                let of_image: Vec<Reference> = facts.mappings_of(ImageId(image)).into_iter().map(|mapping| mapping.reference(ImageId(image))).collect();
                 prop_assert!(of_image.is_sorted_by_key(|one| one.file_block));
-                let expected = found.iter().filter(|one| one.image == image);
+                let expected = found.iter().filter(|one| one.image == ImageId(image));
                 prop_assert_eq!(of_image.iter().map(key).collect::<BTreeSet<_>>(), expected.map(key).collect::<BTreeSet<_>>());
             }
         }

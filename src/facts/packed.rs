@@ -6,6 +6,7 @@ use super::shared::ImageSets;
 use super::{Class, CompressionGoal, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::block::bytes;
 use crate::codec::{Decoder, put_varint, put_zigzag};
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 
 /// The properties that many extents have in common.
@@ -117,10 +118,10 @@ impl PackedMappings {
         let (mut packed, mut record) = (SpillVec::new_in(mappings.budget()), Vec::new());
         let (mut last, mut last_set) = (Mapping::default(), 0);
         for (mapping, set) in &mappings.list {
-            let extent = &extents[mapping.extent as usize];
+            let extent = &extents[mapping.extent.index()];
             record.clear();
             put_varint(&mut record, u64::from(mapping.preallocated));
-            put_varint(&mut record, u64::from(mapping.extent - last.extent));
+            put_varint(&mut record, u64::from(mapping.extent.0 - last.extent.0));
             put_zigzag(&mut record, difference(*set, last_set));
             put_zigzag(&mut record, difference(mapping.file_block, last.file_block));
             put_varint(&mut record, u64::from(mapping.slot - extent.first_slot));
@@ -159,9 +160,9 @@ impl PackedMappings {
         let (mut last, mut last_set) = (Mapping::default(), 0);
         (0..self.count).map(move |_| {
             let preallocated = packed.number() == 1;
-            let extent = last.extent + packed.number();
+            let extent = ExtentId(last.extent.0 + packed.number());
             last_set = packed.after(last_set);
-            let of = &extents[extent as usize];
+            let of = &extents[extent.index()];
             last = Mapping {
                 extent,
                 preallocated,
@@ -201,6 +202,7 @@ impl Unpacker<'_> {
 mod tests {
     use super::*;
     use crate::facts::{Compression, Reference};
+    use crate::numbers::ImageId;
     use proptest::prelude::*;
 
     fn extent() -> impl Strategy<Value = (Extent, u64)> {
@@ -256,11 +258,11 @@ mod tests {
                 let of = &extents[place];
                 let skipped = image % of.blocks;
                 Reference {
-                    image,
+                    image: ImageId(image),
                     file_block: file_block / 2,
                     slot: of.first_slot + skipped,
                     blocks: of.blocks - skipped,
-                    extent: u32::try_from(place).unwrap(),
+                    extent: ExtentId::at(place),
                     preallocated,
                 }
             });

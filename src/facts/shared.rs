@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::ImageId;
+use crate::numbers::ImageId;
 use crate::spill::{Budget, SpillVec};
 
 /// Sets of images, by number.
@@ -229,15 +229,15 @@ mod tests {
                 if collector.list.len() >= waiting {
                     collector.unite();
                 }
-                collector.push(*item, *image);
+                collector.push(*item, ImageId(*image));
             }
             let shared = collector.finish();
-            let mut expected: std::collections::BTreeMap<u8, std::collections::BTreeSet<u32>> = std::collections::BTreeMap::new();
+            let mut expected: std::collections::BTreeMap<u8, std::collections::BTreeSet<ImageId>> = std::collections::BTreeMap::new();
             for (item, image) in all {
-                expected.entry(item).or_default().insert(image);
+                expected.entry(item).or_default().insert(ImageId(image));
             }
-            let found: Vec<(u8, Vec<u32>)> = shared.iter().map(|(item, images)| (*item, images.to_vec())).collect();
-            let expected: Vec<(u8, Vec<u32>)> = expected.into_iter().map(|(item, images)| (item, images.into_iter().collect())).collect();
+            let found: Vec<(u8, Vec<ImageId>)> = shared.iter().map(|(item, images)| (*item, images.to_vec())).collect();
+            let expected: Vec<(u8, Vec<ImageId>)> = expected.into_iter().map(|(item, images)| (item, images.into_iter().collect())).collect();
             prop_assert_eq!(found, expected);
             prop_assert!(shared.sets.len() <= shared.list.len());
         }

@@ -23,8 +23,9 @@ use rustix::io::Errno;
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Facts, ImageId};
+use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
+use crate::numbers::ImageId;
 use crate::spill::{Budget, SpillVec};
 
 pub use accounting::{freed_bytes, physical_bytes};
@@ -280,7 +281,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
 
 /// The images that are open, in the order of their numbers.
 pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &ImageInfo> {
-    (0..fs.image_count()).map(|image| fs.image(image))
+    ImageId::first(fs.image_count()).map(|image| fs.image(image))
 }
 
 /// Reads slots, one range after the other.

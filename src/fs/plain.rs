@@ -13,8 +13,9 @@ use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, So
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason};
 use crate::fingerprint::FingerprintFunction;
+use crate::numbers::{ExtentId, ImageId};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 
@@ -117,7 +118,7 @@ impl Filesystem for Plain {
         let mut extents: SpillVec<Extent> = SpillVec::new_in(budget);
         let mut mappings = Collector::new_in(budget);
         let (mut slot, mut base) = (0u32, 0u64);
-        for (number, image) in (0u32..).zip(&self.opened.images) {
+        for (number, image) in ImageId::numbered(&self.opened.images) {
             let mut ranges = Vec::new();
             data_of(image, |mut from, length| {
                 let end = from + length;
@@ -137,7 +138,7 @@ impl Filesystem for Plain {
                         file_block,
                         slot,
                         blocks: length,
-                        extent: u32::try_from(extents.len()).map_err(|_| Error::TooLarge)?,
+                        extent: ExtentId(u32::try_from(extents.len()).map_err(|_| Error::TooLarge)?),
                         preallocated: false,
                     },
                     number,

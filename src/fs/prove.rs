@@ -3,8 +3,9 @@
 use super::{Filesystem, SourceFile};
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::error::{Error, Result};
-use crate::facts::{Facts, ImageId, Proof, proof_of};
+use crate::facts::{Facts, Proof, proof_of};
 use crate::monitor::Monitor;
+use crate::numbers::ImageId;
 use crate::spill::SpillVec;
 
 /// Blocks to be read that lie near each other in an image, in the order of their slots.

@@ -25,6 +25,7 @@ use crate::block::SlotSet;
 use crate::content::KnownSlots;
 use crate::error::Result;
 use crate::facts::Facts;
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 
 pub use self::memory::MemoryIndex;
@@ -48,7 +49,7 @@ pub trait ChunkIndex: Debug + Send + Sync {
     fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()>;
 
     /// Leaves extents, by their places, out of the next [`ChunkIndex::update`]: what was read may not be what they held.
-    fn forget(&mut self, extents: &mut dyn Iterator<Item = u32>);
+    fn forget(&mut self, extents: &mut dyn Iterator<Item = ExtentId>);
 
     /// Enters what is not remembered yet. Entries of earlier extents at the same place go; others stay, since they may belong to
     /// images that this run does not look at.

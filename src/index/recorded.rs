@@ -14,6 +14,7 @@ use crate::content::{Content, KnownSlots};
 use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
 use crate::fingerprint::FingerprintFunction;
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
@@ -117,14 +118,13 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
                     continue;
                 }
                 let first = extent.first_slot;
-                for (run, fingerprints) in entry.fingerprints() {
-                    for (block, fingerprint) in run.zip(fingerprints) {
-                        if !known.contains(first + block) {
-                            facts
-                                .fingerprints
-                                .write(first + block, std::slice::from_ref(fingerprint));
-                            known.insert(first + block);
-                        }
+                let remembered = entry.fingerprints();
+                let remembered = remembered.flat_map(|(run, fingerprints)| run.zip(fingerprints));
+                for (block, fingerprint) in remembered {
+                    if !known.contains(first + block) {
+                        let one = std::slice::from_ref(fingerprint);
+                        facts.fingerprints.write(first + block, one);
+                        known.insert(first + block);
                     }
                 }
                 let slots = extent.slots();
@@ -142,9 +142,9 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         Ok(())
     }
 
-    fn forget(&mut self, extents: &mut dyn Iterator<Item = u32>) {
+    fn forget(&mut self, extents: &mut dyn Iterator<Item = ExtentId>) {
         for extent in extents {
-            if let Some(current) = self.current.get_mut(extent as usize) {
+            if let Some(current) = self.current.get_mut(extent.index()) {
                 *current = true;
             }
         }

@@ -7,6 +7,7 @@ use crate::archive::reader::Committed;
 use crate::codec::{Decoded, Decoder};
 use crate::content::{Content, KnownSlots, StoreBlock};
 use crate::facts::Extent;
+use crate::numbers::CommitNumber;
 use crate::shown::hex;
 
 /// What the names of these trees begin with.
@@ -38,7 +39,7 @@ pub(super) fn key(extent: &Extent) -> [u8; 16] {
 
 pub(super) fn encode(digest: u128, committed: &Committed, parts: &[StoredRange]) -> Vec<u8> {
     let mut out = digest.to_le_bytes().to_vec();
-    out.extend(committed.commit.number.to_le_bytes());
+    out.extend(committed.commit.number.0.to_le_bytes());
     out.extend(committed.location.body_hash);
     for part in parts {
         for number in [part.block, part.blocks, part.store] {
@@ -61,7 +62,7 @@ pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Optio
         if decoder.array()? != digest.to_le_bytes() {
             return Ok(None);
         }
-        let (number, commit_hash) = (decoder.u32()?, decoder.array::<32>()?);
+        let (number, commit_hash) = (CommitNumber(decoder.u32()?), decoder.array::<32>()?);
         let mut commits = commits.iter();
         let Some(commit) = commits.find(|one| one.commit.number == number && one.location.body_hash == commit_hash)
         else {

@@ -20,10 +20,10 @@ use crate::content::{Content, Run, StoreBlock, push_run};
 use crate::error::{Error, Result};
 use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
-use crate::facts::ImageId;
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
+use crate::numbers::{CommitNumber, ImageId};
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
 use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
 use crate::report::Exported;
@@ -305,16 +305,11 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 
 /// The runs of an image, with its first block where that lies in metadata.
 fn with_inline(mut runs: Vec<Run>, place: usize, stored: &Stored) -> Vec<Run> {
-    let image = as_image(place);
+    let image = ImageId::at(place);
     if let Some((_, block)) = stored.inline.iter().find(|(inline, _)| *inline == image) {
         replace_first(&mut runs, *block);
     }
     runs
-}
-
-/// The number of the image at a place in the list of all.
-fn as_image(place: usize) -> ImageId {
-    u32::try_from(place).unwrap_or(u32::MAX)
 }
 
 struct Exporter<'a> {
@@ -345,7 +340,7 @@ impl Exporter<'_> {
             failed: &failed,
         };
         let runs_of = |place: usize, pieces: &[ExportPiece]| {
-            export::runs_of(facts, pieces, as_image(place), images[place].blocks())
+            export::runs_of(facts, pieces, ImageId::at(place), images[place].blocks())
         };
         put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
         announce(
@@ -487,7 +482,7 @@ impl Exporter<'_> {
     /// A commit of these images; its writer adds the rest.
     fn commit(&self, images: Vec<ImageSummary>, store_end: StoreBlock) -> Commit {
         Commit {
-            number: 0,
+            number: CommitNumber::default(),
             time: now(),
             label: self.options.label.clone(),
             root: self.origin.root.clone(),
@@ -500,7 +495,7 @@ impl Exporter<'_> {
 
     fn check_unchanged(&self) -> Result<()> {
         let fs = self.fs;
-        let changed: Vec<PathBuf> = (0..fs.image_count())
+        let changed: Vec<PathBuf> = ImageId::first(fs.image_count())
             .filter(|image| !fs.may_touch(*image) || !fs.is_unchanged(*image))
             .map(|image| fs.path(image).to_owned())
             .collect();
@@ -514,7 +509,7 @@ impl Exporter<'_> {
     fn images(&self) -> Result<(Vec<ArchivedFolder>, Vec<ArchivedImage>)> {
         let relative = |path: &Path| path.strip_prefix(&self.origin.root).unwrap_or(path).to_owned();
         let (mut folders, mut found) = (BTreeSet::new(), Vec::new());
-        for (number, image) in (0u32..).zip(images(self.fs)) {
+        for (number, image) in ImageId::numbered(images(self.fs)) {
             let names = self.origin.names.get(&image.path).cloned();
             let names = names.unwrap_or_else(|| BTreeSet::from([image.path.clone()]));
             for name in &names {
@@ -546,7 +541,7 @@ impl Exporter<'_> {
                 )));
             }
             found.push(ArchivedImage {
-                number,
+                number: number.0,
                 names: names.iter().map(|name| relative(name)).collect(),
                 size: image.size,
                 metadata,
@@ -580,12 +575,12 @@ impl Exporter<'_> {
         if !stored.corrections.is_empty() {
             let slots: BTreeMap<u32, &ExportPiece> =
                 stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
-            let images = 0..self.fs.image_count();
+            let images = ImageId::first(self.fs.image_count());
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
                 for (slot, piece) in slots.range(mapping.slots()) {
                     payloads.push(&ManifestEntry::Runs {
-                        image,
+                        image: image.0,
                         first_block: mapping.file_block + (slot - mapping.slot),
                         runs: vec![Run {
                             blocks: 1,
@@ -598,7 +593,7 @@ impl Exporter<'_> {
         for (image, block) in &stored.inline {
             let content = block.map_or(Content::Zeros, Content::Stored);
             payloads.push(&ManifestEntry::Runs {
-                image: *image,
+                image: image.0,
                 first_block: 0,
                 runs: vec![Run { blocks: 1, content }],
             });

@@ -30,7 +30,7 @@ fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
     let commit = &committed.commit;
     let commits = archive.commits();
     let before = commits
-        .binary_search_by_key(&commit.number.saturating_sub(1), |one| one.commit.number)
+        .binary_search_by_key(&commit.number.previous(), |one| one.commit.number)
         .map_or(0, |at| commits[at].commit.store_end);
     let images = commit.images.iter().map(|image| ListedImage {
         path: image.path.clone(),

@@ -9,11 +9,12 @@ use crate::error::{Error, Result};
 use crate::exec::compression::{CompressionRequest, plan_compressing};
 use crate::exec::fingerprints::remember;
 use crate::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
-use crate::facts::{Facts, ImageId};
+use crate::facts::Facts;
 use crate::frame::Packer;
 use crate::fs::{Filesystem, ImageInfo, Purpose, freed_bytes, images, prove_slots};
 use crate::index::ChunkIndex;
 use crate::monitor::{Deadline, Monitor};
+use crate::numbers::{ExtentId, ImageId};
 use crate::plan::{self, ReclaimPlan, plan_proved};
 use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
@@ -279,7 +280,7 @@ fn make_plan(
         prove_slots(fs, facts, slots, monitor)
     };
     let go_on = || go_on(monitor);
-    let is_candidate = |facts: &Facts, extent: u32| {
+    let is_candidate = |facts: &Facts, extent: ExtentId| {
         let mut references = facts.references_to(extent);
         references.all(|reference| !fs.image(reference.image).stays_uncompressed)
     };
@@ -346,7 +347,7 @@ fn log_plan(facts: &Facts, plan: &ReclaimPlan) {
         return;
     }
     for one in &plan.eliminations {
-        let extent = &facts.extents[one.extent as usize];
+        let extent = &facts.extents[one.extent.index()];
         tracing::debug!(
             address = extent.address,
             bytes = bytes(extent.blocks),
@@ -368,7 +369,7 @@ fn left_meanwhile(fs: &dyn Filesystem, ran: &ReclaimOutcome) -> Vec<Skipped> {
         .map(|image| one(*image, Skip::OpenedMeanwhile));
     let refused = ran.refused.iter().map(|(image, reason)| one(*image, *reason));
     let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
-    let changed = (0..fs.image_count()).filter(|image| fs.may_touch(*image) && !fs.is_unchanged(*image));
+    let changed = ImageId::first(fs.image_count()).filter(|image| fs.may_touch(*image) && !fs.is_unchanged(*image));
     let changed = changed.map(|image| one(image, Skip::Changed));
     opened.chain(refused).chain(unreadable).chain(changed).collect()
 }

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{OpenPool, Scope, discover, open_pool};
 use crate::block::{Slot, bytes};
 use crate::error::Result;
-use crate::facts::{Compression, Facts, ImageId, PinReason};
+use crate::facts::{Compression, Facts, PinReason};
 use crate::fs::{Purpose, images};
 use crate::monitor::Monitor;
+use crate::numbers::{ExtentId, ImageId};
 use crate::report::{ImageBytes, PoolBytes, Reported};
 
 /// Reports on a pool.
@@ -36,11 +37,11 @@ pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
         })
         .collect();
     let mut unreachable = 0;
-    for (place, extent) in (0u32..).zip(&mapped.facts.extents) {
+    for (place, extent) in ExtentId::numbered(&mapped.facts.extents) {
         let dead = dead_bytes(&mapped.facts, place);
         unreachable += dead;
         for (image, blocks) in by_image(&mapped.facts, place) {
-            let of = &mut found[image as usize];
+            let of = &mut found[image.index()];
             of.data_bytes += bytes(blocks);
             of.unreachable_bytes += dead;
             if extent.class.compression != Compression::None {
@@ -50,14 +51,14 @@ pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
         }
         let held = held(&mapped.facts, place, fs.frees_blocks());
         for (image, blocks) in held.exclusive {
-            found[image as usize].exclusive_bytes += extent.disk_share(blocks);
+            found[image.index()].exclusive_bytes += extent.disk_share(blocks);
         }
         for (image, blocks) in held.shared {
-            found[image as usize].shared_bytes += extent.disk_share(blocks);
+            found[image.index()].shared_bytes += extent.disk_share(blocks);
         }
     }
     for (image, bytes) in &mapped.beyond {
-        found[*image as usize].exclusive_bytes += bytes;
+        found[image.index()].exclusive_bytes += bytes;
     }
     Ok(Reported {
         pool: PoolBytes::of(fs, &mapped.facts),
@@ -77,8 +78,8 @@ struct Held {
 }
 
 /// Who holds an extent: as a whole, or block by block where blocks are freed so.
-fn held(facts: &Facts, extent: u32, by_blocks: bool) -> Held {
-    let this = &facts.extents[extent as usize];
+fn held(facts: &Facts, extent: ExtentId, by_blocks: bool) -> Held {
+    let this = &facts.extents[extent.index()];
     let is_held_by_others = this.pinned == Some(PinReason::HeldByOthers);
     let mut held = Held::default();
     let mut hold = |images: &BTreeSet<ImageId>, blocks: u32| {
@@ -127,7 +128,7 @@ fn held(facts: &Facts, extent: u32, by_blocks: bool) -> Held {
 }
 
 /// The images that refer to an extent, with the blocks they map.
-fn by_image(facts: &Facts, extent: u32) -> BTreeMap<ImageId, u32> {
+fn by_image(facts: &Facts, extent: ExtentId) -> BTreeMap<ImageId, u32> {
     let mut blocks = BTreeMap::new();
     for reference in facts.references_to(extent) {
         *blocks.entry(reference.image).or_default() += reference.blocks;
@@ -136,8 +137,8 @@ fn by_image(facts: &Facts, extent: u32) -> BTreeMap<ImageId, u32> {
 }
 
 /// Bytes on disk of an extent that nothing reaches. Of one that others hold, nobody here can tell.
-fn dead_bytes(facts: &Facts, extent: u32) -> u64 {
-    let this = &facts.extents[extent as usize];
+fn dead_bytes(facts: &Facts, extent: ExtentId) -> u64 {
+    let this = &facts.extents[extent.index()];
     if this.pinned == Some(PinReason::HeldByOthers) {
         return 0;
     }

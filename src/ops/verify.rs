@@ -17,6 +17,7 @@ use crate::content::{Content, StoreBlock};
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
+use crate::numbers::CommitNumber;
 use crate::plan::restore::{lost_ranges, wanted};
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
@@ -70,13 +71,13 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        if committed.salvaged || u64::from(committed.commit.number) != number + 1 {
+        if committed.salvaged || u64::from(committed.commit.number.0) != number + 1 {
             damage.push(Damage {
                 range: ByteRange::default(),
                 problem: format!("the COMMIT of commit {} is lost", number + 1),
             });
         }
-        number = u64::from(committed.commit.number);
+        number = u64::from(committed.commit.number.0);
         check_records(&archive, committed, &mut damage)?;
         check_commit(&archive, committed, &lost_blocks, (&mut damage, &mut result), monitor)?;
     }
@@ -311,7 +312,7 @@ fn lost_of(image: &ImageRuns, is_mixed_up: bool, lost: &[Range<StoreBlock>]) -> 
     (!lost.ranges.is_empty()).then_some(lost)
 }
 
-fn whole(commit: u32, path: PathBuf, size: u64) -> LostIn {
+fn whole(commit: CommitNumber, path: PathBuf, size: u64) -> LostIn {
     LostIn {
         commit,
         lost: LostImage::whole(path, size),

@@ -4,6 +4,7 @@ use super::layout::{BlockDestination, Layout};
 use crate::block::{Slot, bytes};
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof, Proofs};
 use crate::fingerprint::Fingerprints;
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 
 /// A planned pool, where its slots and extents come from, and what was packed of the pool as it is so that both fit into memory.
@@ -24,12 +25,12 @@ pub struct PlannedPool {
 pub struct Origins {
     slots: SlotOrigins,
     /// For each extent of the planned pool, its place in the pool as it is, or [`Origins::NEW`].
-    kept: SpillVec<u32>,
+    kept: SpillVec<ExtentId>,
 }
 
 impl Origins {
     /// Stands for no extent of the pool as it is.
-    const NEW: u32 = u32::MAX;
+    const NEW: ExtentId = ExtentId(u32::MAX);
 
     /// The slot of the pool as it is that a slot stands for: for a donor, the slot that its block is copied from.
     pub fn slot(&self, slot: Slot) -> Slot {
@@ -38,8 +39,8 @@ impl Origins {
 
     /// The extent of the pool as it is that an extent stands for. None for donors, and for the parts that stay of an extent of
     /// which another part goes.
-    pub fn extent(&self, extent: u32) -> Option<u32> {
-        Some(self.kept[extent as usize]).filter(|extent| *extent != Self::NEW)
+    pub fn extent(&self, extent: ExtentId) -> Option<ExtentId> {
+        Some(self.kept[extent.index()]).filter(|extent| *extent != Self::NEW)
     }
 }
 
@@ -101,11 +102,11 @@ impl SlotOrigins {
 struct PlannedExtents {
     extents: SpillVec<Extent>,
     origin: SlotOrigins,
-    kept: SpillVec<u32>,
-    /// For each extent of the pool as it is, its place in the planned pool; `u32::MAX` if it goes.
-    new_place: SpillVec<u32>,
+    kept: SpillVec<ExtentId>,
+    /// For each extent of the pool as it is, its place in the planned pool; [`Origins::NEW`] if it goes.
+    new_place: SpillVec<ExtentId>,
     /// The place of the first donor; the others follow it.
-    first_donor: u32,
+    first_donor: ExtentId,
 }
 
 impl PlannedExtents {
@@ -118,12 +119,12 @@ impl PlannedExtents {
             origin: SlotOrigins {
                 runs: SpillVec::new_in(budget),
             },
-            first_donor: 0,
+            first_donor: ExtentId::default(),
         };
         let mut slot = 0;
-        for (old, extent) in (0u32..).zip(&facts.extents) {
+        for (old, extent) in ExtentId::numbered(&facts.extents) {
             if layout.is_gone(old) {
-                all.new_place.push(u32::MAX);
+                all.new_place.push(Origins::NEW);
                 for piece in layout.stays_of(facts, old) {
                     let blocks = piece.end - piece.start;
                     let stays = Extent {
@@ -138,7 +139,7 @@ impl PlannedExtents {
                 }
                 continue;
             }
-            let place = all.len();
+            let place = all.next();
             all.new_place.push(place);
             let moved = Extent {
                 first_slot: slot,
@@ -147,7 +148,7 @@ impl PlannedExtents {
             all.push(moved, old, &[extent.slots()]);
             slot += extent.blocks;
         }
-        all.first_donor = all.len();
+        all.first_donor = all.next();
         let mut address = facts.extents.last().map_or(0, |last| last.address + last.disk_bytes);
         for donor in layout.donors() {
             let disk_bytes = donor.disk_bytes;
@@ -177,9 +178,9 @@ impl PlannedExtents {
         new_of: &impl Fn(Slot) -> Option<Slot>,
         mapping: Mapping,
     ) -> Vec<Mapping> {
-        let first_slot = |extent: u32| self.extents[extent as usize].first_slot;
-        if let Some(extent) = Some(self.new_place[mapping.extent as usize]).filter(|extent| *extent != u32::MAX) {
-            let offset = mapping.slot - facts.extents[mapping.extent as usize].first_slot;
+        let first_slot = |extent: ExtentId| self.extents[extent.index()].first_slot;
+        if let Some(extent) = Some(self.new_place[mapping.extent.index()]).filter(|extent| *extent != Origins::NEW) {
+            let offset = mapping.slot - facts.extents[mapping.extent.index()].first_slot;
             return vec![Mapping {
                 extent,
                 slot: first_slot(extent) + offset,
@@ -196,10 +197,10 @@ impl PlannedExtents {
                 BlockDestination::Kept(slot) => {
                     let new = new_of(slot)?;
                     let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
-                    (u32::try_from(extent).unwrap_or(u32::MAX), new)
+                    (ExtentId::at(extent), new)
                 }
                 BlockDestination::Donor(donor, at) => {
-                    let extent = self.first_donor + donor;
+                    let extent = ExtentId(self.first_donor.0 + donor);
                     (extent, first_slot(extent) + at)
                 }
             };
@@ -214,11 +215,12 @@ impl PlannedExtents {
         pieces.collect()
     }
 
-    fn len(&self) -> u32 {
-        u32::try_from(self.extents.len()).unwrap_or(u32::MAX)
+    /// The place of the next extent.
+    fn next(&self) -> ExtentId {
+        ExtentId::at(self.extents.len())
     }
 
-    fn push(&mut self, extent: Extent, kept: u32, pieces: &[std::ops::Range<Slot>]) {
+    fn push(&mut self, extent: Extent, kept: ExtentId, pieces: &[std::ops::Range<Slot>]) {
         self.extents.push(extent);
         self.kept.push(kept);
         for piece in pieces {
@@ -355,12 +357,12 @@ mod tests {
             pool.facts.frees_blocks = frees_blocks;
             let plan = pool.plan(&options);
             let addresses: Vec<u64> = pool.facts.extents.iter().map(|extent| extent.address).collect();
-            let stay: Vec<u32> = (0..).take(addresses.len()).filter(|extent| !plan.layout.is_gone(*extent)).collect();
+            let stay: Vec<ExtentId> = ExtentId::numbered(&addresses).map(|(extent, _)| extent).filter(|extent| !plan.layout.is_gone(*extent)).collect();
             let applied = apply(&mut pool.facts, &plan.layout);
             let mut known = Vec::new();
             for (place, extent) in (0..).zip(&applied.facts.extents) {
-                if let Some(was) = applied.origins().extent(place) {
-                    prop_assert_eq!(addresses[was as usize], extent.address);
+                if let Some(was) = applied.origins().extent(ExtentId(place)) {
+                    prop_assert_eq!(addresses[was.index()], extent.address);
                     known.push(was);
                 }
             }

@@ -6,8 +6,9 @@ use super::table::BlockTable;
 use crate::block::Slot;
 use crate::chunk::Chunker;
 use crate::content::{Content, KnownSlots, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
-use crate::facts::{Facts, ImageId};
+use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
+use crate::numbers::ImageId;
 use crate::spill::SpillVec;
 
 /// What a range of slots is in the archive.
@@ -338,7 +339,7 @@ mod tests {
             }
             prop_assert_eq!((slot, next), (facts.slots(), plan.end));
             prop_assert_eq!(plan.chunks.iter().map(|n| u32::from(*n)).sum::<u32>(), plan.end - first_new);
-            let runs = runs_of(&facts, &plan.pieces, 0, facts.slots() * 2);
+            let runs = runs_of(&facts, &plan.pieces, ImageId(0), facts.slots() * 2);
             let each: Vec<Content> = runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect();
             prop_assert_eq!(each.len(), facts.slots() as usize * 2);
             for reference in facts.references() {

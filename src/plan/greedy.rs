@@ -9,14 +9,15 @@ use super::layout::{DedupRun, DedupTarget};
 use super::table::BlockTable;
 use super::{METADATA_BYTES_PER_REFERENCE, PlanOptions, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
 use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
-use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
+use crate::facts::{Compression, Extent, Facts, PinReason};
+use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillVec};
 
 /// What a pass decided.
 #[derive(Debug)]
 pub(super) struct Decisions {
     /// Extents that are to be eliminated, in the order in which that was decided.
-    pub(super) gone: SpillVec<u32>,
+    pub(super) gone: SpillVec<ExtentId>,
     /// Where their blocks are found. A live block that no run covers is left over.
     pub(super) runs: SpillVec<DedupRun>,
     pub(super) unproved: SpillVec<Slot>,
@@ -56,7 +57,7 @@ pub(super) fn decide<E>(
     facts: &Facts,
     options: &PlanOptions,
     ask: bool,
-    rewritten_anyway: impl Fn(u32) -> bool,
+    rewritten_anyway: impl Fn(ExtentId) -> bool,
     go_on: &dyn Fn() -> Result<(), E>,
 ) -> Result<Decisions, E> {
     // The order is made before the tables, since making it takes memory of its own.
@@ -73,13 +74,13 @@ pub(super) fn decide<E>(
 /// image in the order of their blocks. An extent that is looked at early is likely to stay. So one of several images that are
 /// alike stays as it is, and the others refer to it in long runs; an order that mixes them would cut all of them into pieces.
 /// Addresses do not count, since they differ between a plan and the pool that it leads to.
-fn order(facts: &Facts, options: &PlanOptions) -> SpillVec<u32> {
+fn order(facts: &Facts, options: &PlanOptions) -> SpillVec<ExtentId> {
     /// An extent of which more than this share is unreachable, in 1/16, makes a bad home: it is likely to go.
     const UNREACHABLE_SIXTEENTHS: u32 = 1;
     /// So does an extent of fewer blocks than this: runs end where extents do.
     const SMALL_BLOCKS: u32 = 16;
     const USE_MAX: u64 = (1 << 29) - 1;
-    let rank = |(place, extent): (u32, &Extent)| {
+    let rank = |(place, extent): (ExtentId, &Extent)| {
         let live: usize = facts.live_runs(extent.slots()).map(|run| run.len()).sum();
         let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
         let is_wasteful = u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS);
@@ -96,18 +97,18 @@ fn order(facts: &Facts, options: &PlanOptions) -> SpillVec<u32> {
             | (USE_MAX - halves);
         let first = facts.references_to(place).next();
         // The rank is packed into one number, which takes less memory than its parts.
-        let image = class << 32 | u64::from(first.map_or(u32::MAX, |reference| reference.image));
+        let image = class << 32 | u64::from(first.map_or(u32::MAX, |reference| reference.image.0));
         (image, first.map_or(0, |reference| reference.file_block), place)
     };
-    let ranked = (0u32..).zip(&facts.extents).map(rank);
+    let ranked = ExtentId::numbered(&facts.extents).map(rank);
     let mut order: SpillVec<_> = SpillVec::from_iter_in(ranked, facts.budget());
     order.sort_unstable();
     SpillVec::from_iter_in(order.into_iter().map(|(_, _, place)| place), facts.budget())
 }
 
 /// Why an extent must stay, if it must.
-fn is_pinned(facts: &Facts, options: &PlanOptions, extent: u32) -> Option<PinReason> {
-    facts.extents[extent as usize].pinned.or_else(|| {
+fn is_pinned(facts: &Facts, options: &PlanOptions, extent: ExtentId) -> Option<PinReason> {
+    facts.extents[extent.index()].pinned.or_else(|| {
         let preallocated =
             options.keep_preallocated && facts.mappings_to(extent).any(|(mapping, _)| mapping.preallocated);
         preallocated.then_some(PinReason::Preallocated)
@@ -143,7 +144,7 @@ struct ReferenceLimits {
     /// For each extent, its references as decided so far.
     extents: SpillVec<u32>,
     /// For other extents, the references that they would get from the current one.
-    added: BTreeMap<u32, u32>,
+    added: BTreeMap<ExtentId, u32>,
     /// For each image, its references as decided so far, and how many it may have.
     images: Vec<(u64, u64)>,
 }
@@ -152,9 +153,9 @@ impl ReferenceLimits {
     fn new(facts: &Facts, options: &PlanOptions) -> Self {
         const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
         let last = facts.mappings().iter().filter_map(|(_, images)| images.last()).max();
-        let mut images = vec![(0u64, 0u64); last.map_or(0, |last| *last as usize + 1)];
+        let mut images = vec![(0u64, 0u64); last.map_or(0, |last| last.index() + 1)];
         for reference in facts.references() {
-            let (references, blocks) = &mut images[reference.image as usize];
+            let (references, blocks) = &mut images[reference.image.index()];
             *references += 1;
             *blocks += u64::from(reference.blocks);
         }
@@ -164,23 +165,23 @@ impl ReferenceLimits {
                 .div_ceil(GIB_BLOCKS)
                 .max(*references);
         }
-        let extents = 0..u32::try_from(facts.extents.len()).unwrap_or(u32::MAX);
+        let extents = ExtentId::numbered(&facts.extents).map(|(extent, _)| facts.reference_count(extent));
         Self {
-            extents: SpillVec::from_iter_in(extents.map(|extent| facts.reference_count(extent)), facts.budget()),
+            extents: SpillVec::from_iter_in(extents, facts.budget()),
             added: BTreeMap::new(),
             images,
         }
     }
 
     /// References that an extent would have if the current extent went, without those of the run under consideration.
-    fn of_extent(&self, extent: u32) -> u32 {
-        self.extents[extent as usize] + self.added.get(&extent).copied().unwrap_or(0)
+    fn of_extent(&self, extent: ExtentId) -> u32 {
+        self.extents[extent.index()] + self.added.get(&extent).copied().unwrap_or(0)
     }
 
     /// Whether each image may get so many more references.
     fn allow(&self, images: &BTreeMap<ImageId, i64>) -> bool {
         images.iter().all(|(image, more)| {
-            let (references, limit) = self.images[*image as usize];
+            let (references, limit) = self.images[image.index()];
             references.saturating_add_signed(*more) <= limit
         })
     }
@@ -188,10 +189,10 @@ impl ReferenceLimits {
     /// Counts the references that the current extent adds for good, since it goes.
     fn accept(&mut self, images: &BTreeMap<ImageId, i64>) {
         for (extent, more) in &self.added {
-            self.extents[*extent as usize] += more;
+            self.extents[extent.index()] += more;
         }
         for (image, more) in images {
-            let references = &mut self.images[*image as usize].0;
+            let references = &mut self.images[image.index()].0;
             *references = references.saturating_add_signed(*more);
         }
     }
@@ -227,8 +228,8 @@ impl<'a> Pass<'a> {
     }
 
     /// Makes an extent the current one.
-    fn begin(&mut self, extent: u32) -> &'a Extent {
-        let this = &self.facts.extents[extent as usize];
+    fn begin(&mut self, extent: ExtentId) -> &'a Extent {
+        let this = &self.facts.extents[extent.index()];
         self.current = CurrentExtent {
             first_slot: this.first_slot,
             references: self.facts.reference_count(extent),
@@ -238,7 +239,7 @@ impl<'a> Pass<'a> {
         this
     }
 
-    fn look_at(&mut self, extent: u32, rewritten_anyway: bool) {
+    fn look_at(&mut self, extent: ExtentId, rewritten_anyway: bool) {
         let facts = self.facts;
         let pinned = is_pinned(facts, self.options, extent);
         let this = self.begin(extent);
@@ -309,8 +310,8 @@ impl<'a> Pass<'a> {
     }
 
     /// Whether eliminating `extent` as `found` frees at least what it costs.
-    fn pays(&self, extent: u32, new_references: u64, found: &ExtentMatch, rewritten_anyway: bool) -> bool {
-        let this = &self.facts.extents[extent as usize];
+    fn pays(&self, extent: ExtentId, new_references: u64, found: &ExtentMatch, rewritten_anyway: bool) -> bool {
+        let this = &self.facts.extents[extent.index()];
         let left_over = this.donor_bytes(found.left_over);
         let others = this.blocks - found.left_over;
         let frees = if rewritten_anyway {
@@ -341,7 +342,7 @@ impl<'a> Pass<'a> {
     }
 
     /// How many more references each image would have if an extent with these runs went; holes take no reference.
-    fn new_references(&self, extent: u32, runs: &[DedupRun]) -> BTreeMap<ImageId, i64> {
+    fn new_references(&self, extent: ExtentId, runs: &[DedupRun]) -> BTreeMap<ImageId, i64> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
         let holes = runs.iter().filter(|run| matches!(run.target, DedupTarget::Hole));
@@ -482,7 +483,7 @@ impl<'a> Pass<'a> {
                 continue;
             }
             let number = facts.extent_of(home);
-            let other = &facts.extents[number as usize];
+            let other = &facts.extents[number.index()];
             if !other.class.shares_with(extent.class) {
                 continue;
             }
@@ -693,7 +694,7 @@ mod tests {
             let facts = &pool.facts;
             let decisions = decided(facts, &options, true);
             prop_assert!(decisions.unproved.is_empty());
-            let gone: BTreeSet<u32> = decisions.gone.iter().copied().collect();
+            let gone: BTreeSet<ExtentId> = decisions.gone.iter().copied().collect();
             prop_assert_eq!(gone.len(), decisions.gone.len());
             prop_assert!(gone.iter().all(|extent| is_pinned(facts, &options, *extent).is_none()));
             let moved = slots_of(&decisions.runs);
@@ -712,7 +713,7 @@ mod tests {
                             prop_assert!(!covered.contains(&(home + n)));
                             prop_assert_eq!(facts.live_runs(home + n..home + n + 1).count(), 1);
                             let other = facts.extent_of(home + n);
-                            prop_assert!(facts.extents[other as usize].class.shares_with(facts.extents[extent as usize].class));
+                            prop_assert!(facts.extents[other.index()].class.shares_with(facts.extents[extent.index()].class));
                         }
                     }
                 }
@@ -744,8 +745,8 @@ mod tests {
                 let mut pool = Pool::of(text);
                 pool.prove_all();
                 // What nobody refers to has no place in any order but its own.
-                let referred = |extent: &u32| pool.facts.reference_count(*extent) > 0;
-                let name = |extent: u32| if is_mirrored { u32::from(last) - extent } else { extent }.to_string();
+                let referred = |extent: &ExtentId| pool.facts.reference_count(*extent) > 0;
+                let name = |extent: ExtentId| if is_mirrored { u32::from(last) - extent.0 } else { extent.0 }.to_string();
                 let decisions = decided(&pool.facts, &options, true);
                 let gone = decisions.gone.iter().copied().filter(referred).map(name).collect();
                 Named { gone, pinned: decisions.pinned }
@@ -782,7 +783,7 @@ mod tests {
             pool.prove_all();
             let mut pass = Pass::new(&pool.facts, &options, true);
             for place in 0..u32::try_from(pool.facts.extents.len()).unwrap() {
-                let extent = pass.begin(place);
+                let extent = pass.begin(ExtentId(place));
                 let live: BTreeSet<Slot> = pool.facts.live_runs(extent.slots()).flatten().collect();
                 let mut found = pass.match_extent(extent);
                 for least in [None, Some(least)] {
@@ -837,13 +838,13 @@ mod tests {
                     }
                 }
                 let mut expected: BTreeMap<ImageId, i64> = BTreeMap::new();
-                for reference in pool.facts.references_to(place).filter(|one| !one.preallocated) {
+                for reference in pool.facts.references_to(ExtentId(place)).filter(|one| !one.preallocated) {
                     let first = (reference.slot - extent.first_slot) as usize;
                     let inside = each[first..first + reference.blocks as usize].iter().enumerate();
                     let pieces = inside.filter(|(n, (kind, begins))| *kind != 0 && (*n == 0 || *begins)).count();
                     *expected.entry(reference.image).or_default() += i64::try_from(pieces).unwrap() - 1;
                 }
-                prop_assert_eq!(pass.new_references(place, &runs), expected);
+                prop_assert_eq!(pass.new_references(ExtentId(place), &runs), expected);
             }
         }
     }
@@ -854,7 +855,7 @@ mod tests {
             let pool = Pool::of(text);
             let order = order(&pool.facts, &PlanOptions::default()).into_iter();
             order
-                .map(|extent| char::from(b'A' + u8::try_from(extent).unwrap()))
+                .map(|extent| char::from(b'A' + u8::try_from(extent.0).unwrap()))
                 .collect()
         };
         let long = |extra: &str| format!("{}{extra}", "abcdefghijklmnopqrst");
@@ -899,8 +900,11 @@ mod tests {
         let limited = limits(per_gib(3));
         assert_eq!(limited.images, [(1, 3), (4, 4)]);
         let allowed = |image: ImageId, more: i64| limited.allow(&BTreeMap::from([(image, more)]));
-        assert_eq!([allowed(0, 2), allowed(0, 3)], [true, false]);
-        assert_eq!([allowed(1, 0), allowed(1, 1), allowed(1, -1)], [true, false, true]);
+        assert_eq!([allowed(ImageId(0), 2), allowed(ImageId(0), 3)], [true, false]);
+        assert_eq!(
+            [allowed(ImageId(1), 0), allowed(ImageId(1), 1), allowed(ImageId(1), -1)],
+            [true, false, true]
+        );
         // Part of a reference is one.
         assert_eq!(limits(per_gib(3) + 1).images[0], (1, 4));
         assert_eq!(limits(u32::MAX).images[0].1, u64::from(u32::MAX / (1 << 15)) + 1);
@@ -910,11 +914,11 @@ mod tests {
     fn what_an_extent_would_add_counts_until_the_next_and_for_good_if_it_goes() {
         let pool = Pool::of("A abcd\nB abcd\none A B");
         let mut limits = ReferenceLimits::new(&pool.facts, &PlanOptions::default());
-        limits.added.insert(0, 3);
-        assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
-        limits.accept(&BTreeMap::from([(0, -1)]));
+        limits.added.insert(ExtentId(0), 3);
+        assert_eq!([limits.of_extent(ExtentId(0)), limits.of_extent(ExtentId(1))], [4, 1]);
+        limits.accept(&BTreeMap::from([(ImageId(0), -1)]));
         limits.added.clear();
-        assert_eq!([limits.of_extent(0), limits.of_extent(1)], [4, 1]);
+        assert_eq!([limits.of_extent(ExtentId(0)), limits.of_extent(ExtentId(1))], [4, 1]);
         assert_eq!(limits.images[0].0, 1);
     }
 
@@ -926,7 +930,7 @@ mod tests {
             let pool = revisions(images, &format!("A {content}\nB a"));
             let options = PlanOptions::default();
             let mut pass = Pass::new(&pool.facts, &options, true);
-            let segment = pass.begin(0).slots();
+            let segment = pass.begin(ExtentId(0)).slots();
             let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, gap, repeated);
             (1..=35).find(counts).unwrap_or(u32::MAX)
         }
@@ -958,7 +962,7 @@ mod tests {
             ..PlanOptions::default()
         };
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let segment = pass.begin(0).slots();
+        let segment = pass.begin(ExtentId(0)).slots();
         assert!(pass.is_long_enough(&home(0, 2, 2), &segment, 0, true));
         assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, 0, false));
     }
@@ -968,7 +972,7 @@ mod tests {
         let pool = Pool::of("A abcdefghijklmnop\nB ab\none A\ntwo A\nthree A[4..16]\nfour B");
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let segment = pass.begin(0).slots();
+        let segment = pass.begin(ExtentId(0)).slots();
         let counts = |slot| pass.is_long_enough(&home(slot, 2, 16), &segment, 0, false);
         // Two map the place, three the extent.
         assert_eq!([counts(1), counts(3), counts(8)], [true, false, false]);
@@ -998,18 +1002,21 @@ mod tests {
         let pool = Pool::of("A xaaay\nB aaaz\nC bca\nD cac\none A B C D");
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        let mut is_repeated = |extent: u32, run: DedupRun| {
+        let mut is_repeated = |extent: ExtentId, run: DedupRun| {
             let segment = pass.begin(extent).slots();
             pass.is_repeated(&run, &segment)
         };
-        assert!(is_repeated(0, home(1, 3, 5)), "it is one");
-        assert!(is_repeated(0, home(2, 1, 5)), "it is amid one");
-        assert!(!is_repeated(0, home(0, 2, 5)), "it has two contents");
-        assert!(!is_repeated(0, home(4, 1, 8)), "it is one block");
+        assert!(is_repeated(ExtentId(0), home(1, 3, 5)), "it is one");
+        assert!(is_repeated(ExtentId(0), home(2, 1, 5)), "it is amid one");
+        assert!(!is_repeated(ExtentId(0), home(0, 2, 5)), "it has two contents");
+        assert!(!is_repeated(ExtentId(0), home(4, 1, 8)), "it is one block");
         // One block at the end of its extent is like what goes on at its home.
-        assert!(is_repeated(1, home(5, 3, 1)));
-        assert!(is_repeated(2, home(11, 1, 1)));
-        assert!(!is_repeated(2, home(11, 1, 13)), "its home has other neighbours");
+        assert!(is_repeated(ExtentId(1), home(5, 3, 1)));
+        assert!(is_repeated(ExtentId(2), home(11, 1, 1)));
+        assert!(
+            !is_repeated(ExtentId(2), home(11, 1, 13)),
+            "its home has other neighbours"
+        );
     }
 
     #[test]
@@ -1017,8 +1024,8 @@ mod tests {
         let pool = Pool::of("A abcdefgh\nB abcdefgh\none A\ntwo B");
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        pass.look_at(0, false);
-        let extent = pass.begin(1);
+        pass.look_at(ExtentId(0), false);
+        let extent = pass.begin(ExtentId(1));
         assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK);
         let segment = extent.slots();
         let longest = |pass: &Pass<'_>| pass.longest(extent, 8, &segment, 8);
@@ -1035,10 +1042,10 @@ mod tests {
         pool.facts.table_slots_max = usize::MAX;
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        pass.begin(0);
+        pass.begin(ExtentId(0));
         pass.homes.insert_range(0..8);
         pass.enter(3);
-        let extent = pass.begin(1);
+        let extent = pass.begin(ExtentId(1));
         pass.homes.insert_range(8..12);
         assert_eq!(pass.longest(extent, 12, &extent.slots(), 8), Some(home(9, 7, 0)));
         // What is no home any more is not gone back over.
@@ -1051,8 +1058,8 @@ mod tests {
         let pool = Pool::of("A abxyzuvw\nB abab\none A\ntwo B\nthree B[0..2]\nfour B[0..2]");
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
-        pass.look_at(0, false);
-        let extent = pass.begin(1);
+        pass.look_at(ExtentId(0), false);
+        let extent = pass.begin(ExtentId(1));
         let found = pass.match_extent(extent);
         assert_eq!((&found.runs[..], found.left_over), ([home(10, 2, 8)].as_slice(), 2));
     }
@@ -1067,21 +1074,21 @@ mod tests {
             left_over,
             unproved: Vec::new(),
         };
-        let pays = |left_over, references| pass.pays(1, references, &found(left_over), false);
+        let pays = |left_over, references| pass.pays(ExtentId(1), references, &found(left_over), false);
         // Half of it freed: a 32nd of the rest for rewriting it, and the rest for metadata.
         let frees = 4 * 4096 - 4 * 4096 / 32;
         let references = frees / METADATA_BYTES_PER_REFERENCE;
         assert_eq!([pays(4, references), pays(4, references + 1)], [true, false]);
         assert_eq!([pays(8, 0), pays(0, 0)], [false, true]);
         // What is planned only is written anyway.
-        assert!(pass.pays(1, references + 2, &found(4), true));
+        assert!(pass.pays(ExtentId(1), references + 2, &found(4), true));
         // No more is left over than half of the work space.
         let options = PlanOptions {
             work_space_bytes: 7 * 4096,
             ..options
         };
         let pass = Pass::new(&pool.facts, &options, true);
-        let pays = |left_over| pass.pays(1, 0, &found(left_over), false);
+        let pays = |left_over| pass.pays(ExtentId(1), 0, &found(left_over), false);
         assert_eq!([pays(3), pays(4)], [true, false]);
     }
 

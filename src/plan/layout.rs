@@ -7,6 +7,7 @@ use super::PlanOptions;
 use super::apply::Origins;
 use crate::block::{Slot, SlotSet};
 use crate::facts::{Class, Compression, Facts};
+use crate::numbers::ExtentId;
 use crate::spill::{Budget, SpillVec};
 
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
@@ -88,7 +89,7 @@ struct Leftover {
 /// An extent that goes.
 #[derive(Debug, Clone, Copy)]
 struct EliminatedExtent {
-    extent: u32,
+    extent: ExtentId,
     /// Blocks of it that were left over when its elimination was decided. Batches are cut by this number: a block that a later
     /// round finds must not move other extents to another batch, away from their neighbours in the images.
     left_over: u32,
@@ -123,13 +124,13 @@ impl Layout {
     }
 
     /// The extents that go, in the order in which that was decided.
-    pub fn gone(&self) -> impl ExactSizeIterator<Item = u32> {
+    pub fn gone(&self) -> impl ExactSizeIterator<Item = ExtentId> {
         self.order.iter().map(|gone| gone.extent)
     }
 
     /// Whether an extent goes.
-    pub fn is_gone(&self, extent: u32) -> bool {
-        self.gone.contains(extent)
+    pub fn is_gone(&self, extent: ExtentId) -> bool {
+        self.gone.contains(extent.0)
     }
 
     /// The donors to write.
@@ -144,7 +145,7 @@ impl Layout {
 
     /// The slots of an extent that goes which stay where they are: those that no run covers, if the filesystem frees single
     /// blocks, and otherwise none.
-    pub(super) fn stays_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
+    pub(super) fn stays_of(&self, facts: &Facts, extent: ExtentId) -> Vec<Range<Slot>> {
         if facts.frees_blocks {
             self.rest_of(facts, extent)
         } else {
@@ -153,16 +154,16 @@ impl Layout {
     }
 
     /// The live slots of an extent that no run covers.
-    pub(super) fn rest_of(&self, facts: &Facts, extent: u32) -> Vec<Range<Slot>> {
+    pub(super) fn rest_of(&self, facts: &Facts, extent: ExtentId) -> Vec<Range<Slot>> {
         left_over(
             facts,
-            facts.extents[extent as usize].slots(),
+            facts.extents[extent.index()].slots(),
             self.runs_of(facts, extent),
         )
     }
 
-    pub(super) fn runs_of(&self, facts: &Facts, extent: u32) -> &[DedupRun] {
-        let slots = facts.extents[extent as usize].slots();
+    pub(super) fn runs_of(&self, facts: &Facts, extent: ExtentId) -> &[DedupRun] {
+        let slots = facts.extents[extent.index()].slots();
         let from = self.runs.partition_point(|run| run.slot < slots.start);
         let count = self.runs[from..].partition_point(|run| run.slot < slots.end);
         &self.runs[from..from + count]
@@ -175,12 +176,12 @@ impl Layout {
 
     /// Adds decisions of a pass. `origins` tells where the slots of the planned pool come from that the pass looked at; it is
     /// none if the pass looked at the pool as it is.
-    pub(super) fn compose(&mut self, facts: &Facts, gone: &[u32], runs: &[DedupRun], origins: Option<&Origins>) {
+    pub(super) fn compose(&mut self, facts: &Facts, gone: &[ExtentId], runs: &[DedupRun], origins: Option<&Origins>) {
         let origin = |slot| origins.map_or(slot, |origins| origins.slot(slot));
         let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
         self.gone.grow(facts.extents.len());
         for extent in gone.iter().filter_map(|extent| kept(*extent)) {
-            self.gone.insert(extent);
+            self.gone.insert(extent.0);
         }
         for run in runs {
             let mut done = 0;
@@ -199,7 +200,7 @@ impl Layout {
                         }
                 };
                 let extent = facts.extent_of(slot);
-                let blocks_max = (run.blocks - done).min(facts.extents[extent as usize].slots().end - slot);
+                let blocks_max = (run.blocks - done).min(facts.extents[extent.index()].slots().end - slot);
                 let blocks = (1..blocks_max).find(|n| !follows(*n)).unwrap_or(blocks_max);
                 self.runs.push(DedupRun {
                     slot,
@@ -220,12 +221,12 @@ impl Layout {
     /// Moves extents to the front, in the order of the images, that are rewritten although nothing of them is found elsewhere:
     /// they need no other extent, and others may need them. Without such extents the order stays.
     fn order_for_donors(&mut self, facts: &Facts) {
-        let extent = |place: u32| &facts.extents[place as usize];
+        let extent = |place: ExtentId| &facts.extents[place.index()];
         if !self.gone().any(|place| extent(place).is_always_rewritten()) {
             return;
         }
         let order = std::mem::take(&mut self.order);
-        let key = |place: u32| {
+        let key = |place: ExtentId| {
             let references = facts.references_to(place);
             let first = references
                 .map(|reference| (reference.image, reference.file_block))
@@ -253,7 +254,7 @@ impl Layout {
         let order = std::mem::take(&mut self.order);
         for EliminatedExtent { extent, left_over } in order.iter().copied() {
             let rest = self.rest_of(facts, extent);
-            let share = facts.extents[extent as usize].donor_bytes(left_over);
+            let share = facts.extents[extent.index()].donor_bytes(left_over);
             if batch_bytes > 0 && batch_bytes + share > batch_bytes_max {
                 self.place_batch(facts, options, batch, std::mem::take(&mut pieces));
                 (batch, batch_bytes) = (batch + 1, 0);
@@ -282,7 +283,13 @@ impl Layout {
     }
 
     /// Lays out the donors of one batch, in the order in which images are read.
-    fn place_batch(&mut self, facts: &Facts, options: &PlanOptions, batch: u32, mut pieces: Vec<(u32, Range<Slot>)>) {
+    fn place_batch(
+        &mut self,
+        facts: &Facts,
+        options: &PlanOptions,
+        batch: u32,
+        mut pieces: Vec<(ExtentId, Range<Slot>)>,
+    ) {
         pieces.sort_by_cached_key(|(_, piece)| {
             let place = facts.place_of(piece.clone());
             place.map(|place| (place.image, place.file_block))
@@ -290,7 +297,7 @@ impl Layout {
         // For each class, the donor extent that is being filled, and the references that it will have.
         let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
         for (extent, piece) in pieces {
-            let this = &facts.extents[extent as usize];
+            let this = &facts.extents[extent.index()];
             let class = this.donor_class();
             let references = facts.references_over(piece.clone());
             if open
@@ -352,7 +359,7 @@ impl Layout {
                 continue;
             }
             let extent = facts.extent_of(slot);
-            let end = facts.extents[extent as usize].slots().end;
+            let end = facts.extents[extent.index()].slots().end;
             if !self.is_gone(extent) {
                 return (blocks.min(end - slot), BlockDestination::Kept(slot));
             }
@@ -546,7 +553,7 @@ mod tests {
                 let references: u32 = pieces.iter().map(|piece| facts.references_over(piece.clone())).sum();
                 prop_assert!(references <= options.references_max || pieces.len() == 1);
                 for piece in pieces {
-                    let from = &facts.extents[facts.extent_of(piece.start) as usize];
+                    let from = &facts.extents[facts.extent_of(piece.start).index()];
                     prop_assert_eq!(from.donor_class(), donor.class);
                     prop_assert!(piece.end <= from.slots().end);
                 }
@@ -569,7 +576,7 @@ mod tests {
                 let donors: Vec<&DonorExtent> = layout.donors().iter().filter(|donor| donor.batch == batch).collect();
                 let taken: u64 = donors.iter().map(|donor| donor.disk_bytes).sum();
                 let pieces = donors.iter().flat_map(|donor| layout.pieces_of(donor));
-                let extents: BTreeSet<u32> = pieces.map(|piece| pool.facts.extent_of(piece.start)).collect();
+                let extents: BTreeSet<ExtentId> = pieces.map(|piece| pool.facts.extent_of(piece.start)).collect();
                 prop_assert!(taken <= most || extents.len() == 1);
             }
         }
@@ -597,7 +604,7 @@ mod tests {
         let extents = "A abcdefgh\nB ijklmnop\nC abcdmnop";
         let mut pool = Pool::of(&format!("{extents}\n{images}\nthree C"));
         let mut layout = Layout::default();
-        layout.compose(&pool.facts, &[0, 1], &[], None);
+        layout.compose(&pool.facts, &[ExtentId(0), ExtentId(1)], &[], None);
         layout.place_leftovers(&pool.facts, &PlanOptions::default());
         let applied = super::super::apply(&mut pool.facts, &layout);
         let origins = applied.undo(&mut pool.facts);
@@ -615,15 +622,20 @@ mod tests {
     #[test]
     fn decisions_on_a_planned_pool_become_decisions_on_the_one_there_is() {
         let (pool, mut layout, origins) = planned("one A\ntwo B");
-        layout.compose(&pool.facts, &[0], &[home(0, 4, 8), home(4, 4, 20)], Some(&origins));
+        layout.compose(
+            &pool.facts,
+            &[ExtentId(0)],
+            &[home(0, 4, 8), home(4, 4, 20)],
+            Some(&origins),
+        );
         assert_eq!(&layout.runs[..], [home(16, 4, 0), home(20, 4, 12)]);
-        assert_eq!(layout.gone().collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(layout.gone().collect::<Vec<_>>(), [0, 1, 2].map(ExtentId));
     }
 
     #[test]
     fn a_run_is_cut_where_its_home_was_put_together() {
         let (pool, mut layout, origins) = planned("one B\ntwo A");
-        layout.compose(&pool.facts, &[0], &[home(0, 8, 12)], Some(&origins));
+        layout.compose(&pool.facts, &[ExtentId(0)], &[home(0, 8, 12)], Some(&origins));
         assert_eq!(&layout.runs[..], [home(16, 4, 12), home(20, 4, 0)]);
     }
 
@@ -631,11 +643,11 @@ mod tests {
     fn a_run_is_cut_where_its_extents_were_put_together() {
         // Of the donor that goes in turn, both parts; their slots follow each other in one pool as in the other.
         let (pool, mut layout, origins) = planned("one A\ntwo B");
-        layout.compose(&pool.facts, &[1], &[home(12, 8, 0)], Some(&origins));
+        layout.compose(&pool.facts, &[ExtentId(1)], &[home(12, 8, 0)], Some(&origins));
         assert_eq!(&layout.runs[..], [home(4, 4, 16), home(8, 4, 20)]);
         // The same if they are apart.
         let (pool, mut layout, origins) = planned("one B\ntwo A");
-        layout.compose(&pool.facts, &[1], &[home(12, 8, 0)], Some(&origins));
+        layout.compose(&pool.facts, &[ExtentId(1)], &[home(12, 8, 0)], Some(&origins));
         assert_eq!(&layout.runs[..], [home(0, 4, 20), home(12, 4, 16)]);
     }
 
@@ -657,7 +669,7 @@ mod tests {
             });
         }
         let plan = pool.plan(&PlanOptions::default());
-        assert_eq!(plan.layout.gone().collect::<Vec<_>>(), [2, 1, 0]);
+        assert_eq!(plan.layout.gone().collect::<Vec<_>>(), [2, 1, 0].map(ExtentId));
         let donors: Vec<_> = (0..plan.donor_files.len())
             .map(|file| pool.donor(&plan, file))
             .collect();

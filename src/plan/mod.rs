@@ -27,6 +27,7 @@ pub use ops::{Batch, DonorFile, Op, ShareSource};
 use self::table::BlockTable;
 use crate::block::{Slot, bytes};
 use crate::facts::{Facts, PinReason, Proof};
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 
 /// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
@@ -131,8 +132,8 @@ pub type BytesByReason = BTreeMap<EliminationReason, u64>;
 /// An extent that is to be eliminated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Elimination {
-    /// Its place in [`Facts::extents`].
-    pub extent: u32,
+    /// Which.
+    pub extent: ExtentId,
     /// What most of the freed bytes are.
     pub reason: EliminationReason,
     /// Bytes on disk that are freed, net of what is rewritten.
@@ -260,7 +261,7 @@ pub fn plan_proved<E>(
 
 /// What one pass over the whole pool decided.
 struct Round {
-    gone: SpillVec<u32>,
+    gone: SpillVec<ExtentId>,
     runs: SpillVec<layout::DedupRun>,
     /// Slots that must be read before these decisions count, in order.
     unproved: SpillVec<Slot>,

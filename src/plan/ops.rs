@@ -8,7 +8,8 @@ use super::greedy::matched_blocks;
 use super::layout::BlockDestination;
 use super::{Elimination, EliminationReason, METADATA_BYTES_PER_REFERENCE, ReclaimPlan};
 use crate::block::{Slot, bytes};
-use crate::facts::{Class, Facts, ImageId, Mapping};
+use crate::facts::{Class, Facts, Mapping};
+use crate::numbers::{ExtentId, ImageId};
 use crate::spill::SpillVec;
 
 /// A file that holds the donor extents of one batch and class, one after the other.
@@ -55,8 +56,8 @@ pub struct Op {
     pub blocks: u32,
     /// What it is to share with.
     pub source: ShareSource,
-    /// The extent that the range refers to before the op, as a place in [`Facts::extents`].
-    pub extent: u32,
+    /// The extent that the range refers to before the op.
+    pub extent: ExtentId,
 }
 
 /// Puts the extents that go into batches, in an order in which the donors of an extent are written when its turn comes, and
@@ -169,9 +170,9 @@ impl WorkSpace {
 fn eliminate(
     facts: &Facts,
     plan: &ReclaimPlan,
-    extent: u32,
+    extent: ExtentId,
 ) -> (Elimination, Vec<(EliminationReason, u64)>, Option<u32>) {
-    let (layout, this) = (&plan.layout, &facts.extents[extent as usize]);
+    let (layout, this) = (&plan.layout, &facts.extents[extent.index()]);
     let runs = layout.runs_of(facts, extent);
     let pieces = layout.rest_of(facts, extent);
     let left_over_blocks: u32 = pieces.iter().map(|piece| piece.end - piece.start).sum();
@@ -242,7 +243,7 @@ impl ReclaimPlan {
     }
 
     /// The ops that eliminate one extent, reference by reference.
-    pub fn ops<'a>(&'a self, facts: &'a Facts, extent: u32) -> impl Iterator<Item = Op> + 'a {
+    pub fn ops<'a>(&'a self, facts: &'a Facts, extent: ExtentId) -> impl Iterator<Item = Op> + 'a {
         let ops = facts.mappings_to(extent).flat_map(move |(mapping, images)| {
             let ops: Arc<[Op]> = self.ops_of(facts, mapping).into();
             images.iter().flat_map(move |image| {
@@ -259,7 +260,7 @@ impl ReclaimPlan {
     /// The ops for one of the images that map some of an extent.
     fn ops_of(&self, facts: &Facts, mapping: &Mapping) -> Vec<Op> {
         let op = |slot: Slot, blocks, source| Op {
-            image: 0,
+            image: ImageId(0),
             file_block: mapping.file_block + (slot - mapping.slot),
             blocks,
             source,
@@ -313,8 +314,8 @@ fn follows(op: &Op, next: &Op) -> bool {
         && next.file_block == op.file_block + op.blocks
         && match (op.source, next.source) {
             (ShareSource::Hole, ShareSource::Hole) => true,
-            (ShareSource::Image(a, at), ShareSource::Image(b, to))
-            | (ShareSource::Donor(a, at), ShareSource::Donor(b, to)) => a == b && to == at + op.blocks,
+            (ShareSource::Image(a, at), ShareSource::Image(b, to)) => a == b && to == at + op.blocks,
+            (ShareSource::Donor(a, at), ShareSource::Donor(b, to)) => a == b && to == at + op.blocks,
             _ => false,
         }
 }
@@ -331,7 +332,7 @@ mod tests {
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Mapped {
         Slot(Slot),
-        Preallocated(u32),
+        Preallocated(ExtentId),
         Donor(u32, u32),
         Nothing,
     }
@@ -359,7 +360,7 @@ mod tests {
     }
 
     impl Paper<'_> {
-        fn extent_of(&self, block: Mapped) -> Option<u32> {
+        fn extent_of(&self, block: Mapped) -> Option<ExtentId> {
             match block {
                 Mapped::Slot(slot) => Some(self.pool.facts.extent_of(slot)),
                 Mapped::Preallocated(extent) => Some(extent),
@@ -382,7 +383,7 @@ mod tests {
                     ShareSource::Hole => Mapped::Nothing,
                     ShareSource::Donor(file, at) => Mapped::Donor(file, at + n),
                     ShareSource::Image(image, at) => {
-                        let source = self.images[image as usize][(at + n) as usize];
+                        let source = self.images[image.index()][(at + n) as usize];
                         let slot = match source {
                             Mapped::Slot(slot) => slot,
                             other => panic!("{op:?} counts on {other:?}"),
@@ -392,10 +393,10 @@ mod tests {
                         source
                     }
                 };
-                let target = self.images[op.image as usize][(op.file_block + n) as usize];
+                let target = self.images[op.image.index()][(op.file_block + n) as usize];
                 assert_eq!(self.extent_of(target), Some(op.extent), "{op:?} is about {target:?}");
                 assert_eq!(self.content(source), self.content(target), "{op:?}");
-                self.images[op.image as usize][(op.file_block + n) as usize] = source;
+                self.images[op.image.index()][(op.file_block + n) as usize] = source;
             }
         }
 
@@ -405,7 +406,7 @@ mod tests {
         }
 
         /// The extents that images refer to.
-        fn held(&self) -> BTreeSet<u32> {
+        fn held(&self) -> BTreeSet<ExtentId> {
             let blocks = self.images.iter().flatten();
             blocks.filter_map(|block| self.extent_of(*block)).collect()
         }
@@ -421,7 +422,7 @@ mod tests {
             pool.prove_all();
             let plan = pool.plan(&options);
             let blocks = pool.image_blocks();
-            let images = (0..pool.images()).map(|image| mapped(&pool.facts, image, blocks)).collect();
+            let images = (0..pool.images()).map(|image| mapped(&pool.facts, ImageId(image), blocks)).collect();
             let mut paper = Paper { pool: &pool, plan: &plan, images, donors: Vec::new() };
             // Bytes that donors took, and that were freed, after each batch.
             let (mut taken, mut freed) = (vec![0u64], vec![0u64]);
@@ -438,7 +439,7 @@ mod tests {
                         prop_assert!(!paper.held().contains(&one.extent));
                     }
                     compared += pool.facts.references_to(one.extent).map(|one| bytes(one.blocks)).sum::<u64>();
-                    given += if frees_blocks { one.freed_bytes } else { pool.facts.extents[one.extent as usize].disk_bytes };
+                    given += if frees_blocks { one.freed_bytes } else { pool.facts.extents[one.extent.index()].disk_bytes };
                 }
                 prop_assert_eq!(batch.compared_bytes, compared);
                 let donors = batch.donor_files.clone().flat_map(|file| &plan.donor_files[file].extents);
@@ -464,7 +465,7 @@ mod tests {
                 let (elimination, freed, _) = eliminate(&pool.facts, &plan, one.extent);
                 prop_assert_eq!(&elimination, one);
                 prop_assert_eq!(freed.iter().map(|(_, bytes)| bytes).sum::<u64>(), one.freed_bytes);
-                let disk_bytes = pool.facts.extents[one.extent as usize].disk_bytes;
+                let disk_bytes = pool.facts.extents[one.extent.index()].disk_bytes;
                 prop_assert_eq!(one.freed_bytes + one.rewritten_bytes, disk_bytes + one.grown_bytes);
                 let most = freed.iter().map(|(_, bytes)| *bytes).max();
                 prop_assert!(freed.is_empty() || freed.contains(&(one.reason, most.unwrap())));
@@ -501,10 +502,10 @@ mod tests {
                 at = file_block + blocks;
                 let source = match kind {
                     0 => ShareSource::Hole,
-                    1 => ShareSource::Image(from % 2, file_block + from / 2),
+                    1 => ShareSource::Image(ImageId(from % 2), file_block + from / 2),
                     _ => ShareSource::Donor(from % 2, file_block + from / 2),
                 };
-                Op { image: image / 2, file_block, blocks, source, extent: 0 }
+                Op { image: ImageId(image / 2), file_block, blocks, source, extent: ExtentId(0) }
             }).collect();
             let each = |ops: &[Op]| -> Vec<(ImageId, u32, ShareSource)> {
                 let each = |op: &Op| {

@@ -18,6 +18,7 @@ use crate::archive::record::Hash;
 use crate::block::{ByteRange, bytes};
 use crate::content::{Content, Run, StoreBlock};
 use crate::error::{Error, Result};
+use crate::numbers::CommitNumber;
 use crate::pool::{Revision, patterns, revision_of};
 use crate::range;
 use crate::shown::shown;
@@ -35,7 +36,7 @@ const HASH_DIGITS: usize = 16;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommitName {
     /// Its number.
-    pub number: u32,
+    pub number: CommitNumber,
     /// The first digits of its hash.
     pub id: String,
     /// The hash of its record; zeros where that is lost.
@@ -711,7 +712,7 @@ mod tests {
         assert_eq!(identity_of(&contents, false), None);
         let mut named = |hash: u8, as_revision| {
             contents.commit = Some(CommitName {
-                number: 1,
+                number: CommitNumber(1),
                 id: String::new(),
                 hash: [hash; 32],
             });

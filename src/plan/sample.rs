@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::layout::{COMPRESSED_BLOCKS_MAX, Layout};
 use crate::block::Slot;
 use crate::facts::Facts;
+use crate::numbers::ExtentId;
 
 /// One in so many windows of an extent is compressed, and two at least.
 const ONE_IN: usize = 8;
@@ -13,14 +14,18 @@ const ONE_IN: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// The extent.
-    pub extent: u32,
+    pub extent: ExtentId,
     /// Windows of at most [`COMPRESSED_BLOCKS_MAX`] blocks, as btrfs compresses them; each with its slots in order.
     pub windows: Vec<Vec<Range<Slot>>>,
 }
 
 /// Samples of what a layout leaves of extents, cut as donors that begin with them would be: what was written as a frame of its own, and
 /// was not worth compressing, is tried as that very frame again.
-pub fn samples(facts: &Facts, layout: &Layout, extents: impl Iterator<Item = u32>) -> impl Iterator<Item = Sample> {
+pub fn samples(
+    facts: &Facts,
+    layout: &Layout,
+    extents: impl Iterator<Item = ExtentId>,
+) -> impl Iterator<Item = Sample> {
     extents.filter_map(move |extent| {
         let mut windows = cut(layout.rest_of(facts, extent));
         let tried = windows.len().div_ceil(ONE_IN).max(2);

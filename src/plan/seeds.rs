@@ -50,7 +50,7 @@ pub fn find_seeds(
     }
     // A match ends with its live run: no image reaches the blocks behind it.
     let live_end = |slot: Slot| {
-        let extent = &facts.extents[facts.extent_of(slot) as usize];
+        let extent = &facts.extents[facts.extent_of(slot).index()];
         facts
             .live_runs(slot..extent.slots().end)
             .next()

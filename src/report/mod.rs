@@ -15,6 +15,7 @@ use crate::exec::restore::RestoreOutcome;
 pub use crate::exec::restore::Restored;
 use crate::facts::{Compression, Extent, Facts, PinReason};
 use crate::fs::{Filesystem, images, physical_bytes};
+use crate::numbers::CommitNumber;
 use crate::plan::restore::RestorePlan;
 pub use crate::plan::restore::{LostImage, RestoreBytes};
 use crate::plan::{BytesByReason, ReclaimPlan};
@@ -217,7 +218,7 @@ pub struct Exported {
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
     /// The commit's number.
-    pub commit: u32,
+    pub commit: CommitNumber,
     /// The commit's name.
     pub id: String,
     /// Images in it.
@@ -249,7 +250,7 @@ pub struct Imported {
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
     /// The commit's number.
-    pub commit: u32,
+    pub commit: CommitNumber,
     /// The commit's name.
     pub id: String,
     /// The folder restored to.
@@ -276,7 +277,7 @@ impl Imported {
         let commit = outcome.plan.contents.commit.as_ref();
         Self {
             archive,
-            commit: commit.map_or(0, |commit| commit.number),
+            commit: commit.map_or_else(CommitNumber::default, |commit| commit.number),
             id: commit.map(|commit| commit.id.clone()).unwrap_or_default(),
             to,
             dry_run: false,
@@ -317,7 +318,7 @@ pub struct ListedImage {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ListedCommit {
     /// Its number.
-    pub number: u32,
+    pub number: CommitNumber,
     /// Its name.
     pub id: String,
     /// When it was made, in UTC.
@@ -365,7 +366,7 @@ pub struct DamagedPlace {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LostIn {
     /// The commit's number.
-    pub commit: u32,
+    pub commit: CommitNumber,
     /// The image, and what of it is lost.
     #[serde(flatten)]
     pub lost: LostImage,

@@ -12,9 +12,10 @@ use super::simulated::{BlockContent, PLAIN, Simulated};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Facts, ImageId};
+use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{Filesystem, HeldRange, ImageInfo, PoolMap, ShareOutcome, SourceFile};
+use crate::numbers::ImageId;
 use crate::spill::{Budget, SpillVec};
 
 /// Calls that can go wrong, by what they do. Those of one kind are counted from 0.
@@ -257,7 +258,7 @@ impl Filesystem for FaultyFilesystem<'_> {
                 Ok(())
             }
         });
-        let failed = Error::unreadable(self.path(0), offset, length);
+        let failed = Error::unreadable(self.path(ImageId(0)), offset, length);
         readable.map_err(|errno| failed(errno.into()))?;
         self.inner.read(file, offset, buffer)
     }
@@ -272,7 +273,7 @@ impl Filesystem for FaultyFilesystem<'_> {
 
     fn free_bytes(&self) -> Result<u64> {
         self.fails(FilesystemCall::FreeBytes)
-            .map_err(Error::io("look at what is free on", self.path(0)))?;
+            .map_err(Error::io("look at what is free on", self.path(ImageId(0))))?;
         let free = |disk_bytes: u64| disk_bytes.saturating_sub(self.inner.allocated_bytes());
         self.disk_bytes
             .map_or_else(|| self.inner.free_bytes(), |disk_bytes| Ok(free(disk_bytes)))
@@ -280,7 +281,7 @@ impl Filesystem for FaultyFilesystem<'_> {
 
     fn create_donor(&self, class: Class) -> Result<usize> {
         self.fails(FilesystemCall::CreateDonor)
-            .map_err(Error::writing("make a donor in", self.path(0)))?;
+            .map_err(Error::writing("make a donor in", self.path(ImageId(0))))?;
         self.inner.create_donor(class)
     }
 
@@ -296,7 +297,7 @@ impl Filesystem for FaultyFilesystem<'_> {
                 Some(disk_bytes) if self.inner.allocated_bytes() + taken > disk_bytes => Err(Errno::NOSPC),
                 _ => Ok(()),
             });
-        fits.map_err(Error::writing("write a donor in", self.path(0)))?;
+        fits.map_err(Error::writing("write a donor in", self.path(ImageId(0))))?;
         self.inner.append_to_donor(donor, content, frame)
     }
 
@@ -306,7 +307,7 @@ impl Filesystem for FaultyFilesystem<'_> {
 
     fn settle_donor(&self, donor: usize) -> Result<()> {
         self.fails(FilesystemCall::SettleDonor)
-            .map_err(Error::writing("write a donor in", self.path(0)))?;
+            .map_err(Error::writing("write a donor in", self.path(ImageId(0))))?;
         self.inner.settle_donor(donor)
     }
 
@@ -332,19 +333,19 @@ impl Filesystem for FaultyFilesystem<'_> {
 
     fn commit(&self) -> Result<()> {
         self.fails(FilesystemCall::Commit)
-            .map_err(Error::io("commit", self.path(0)))?;
+            .map_err(Error::io("commit", self.path(ImageId(0))))?;
         self.inner.commit()
     }
 
     fn is_allocated(&self, address: u64, generation: u64) -> Result<bool> {
         self.fails(FilesystemCall::IsAllocated)
-            .map_err(Error::io("read the metadata of", self.path(0)))?;
+            .map_err(Error::io("read the metadata of", self.path(ImageId(0))))?;
         self.inner.is_allocated(address, generation)
     }
 
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
         self.fails(FilesystemCall::RangesIn)
-            .map_err(Error::io("read the metadata of", self.path(0)))?;
+            .map_err(Error::io("read the metadata of", self.path(ImageId(0))))?;
         self.inner.ranges_in(image, addresses)
     }
 
@@ -374,7 +375,7 @@ mod tests {
         for (lasts, expected) in [(false, [true, false, true]), (true, [true, false, false])] {
             let faulty = FaultyFilesystem::new(&fs, FilesystemCall::Read, 1, FilesystemFault::Fails(Errno::IO), lasts);
             let mut block = [0; BLOCK_LEN];
-            let read = |()| faulty.read(SourceFile::Image(0), 0, &mut block).is_ok();
+            let read = |()| faulty.read(SourceFile::Image(ImageId(0)), 0, &mut block).is_ok();
             assert_eq!([(); 3].map(read), expected);
             assert_eq!(faulty.calls(), BTreeMap::from([(FilesystemCall::Read, 3)]));
         }
@@ -389,8 +390,19 @@ mod tests {
             let read = faulty.read(SourceFile::Image(image), bytes(at), &mut [0; BLOCK_LEN]);
             read.map_err(|error| matches!(error, Error::Unreadable { .. }))
         };
-        assert_eq!([read(0, 0), read(1, 0), read(0, 1)], [Err(true), Err(true), Ok(())]);
-        let share = |block| faulty.share(SourceFile::Image(0), bytes(block), 0, bytes(block), bytes(1));
+        assert_eq!(
+            [read(ImageId(0), 0), read(ImageId(1), 0), read(ImageId(0), 1)],
+            [Err(true), Err(true), Ok(())]
+        );
+        let share = |block| {
+            faulty.share(
+                SourceFile::Image(ImageId(0)),
+                bytes(block),
+                ImageId(0),
+                bytes(block),
+                bytes(1),
+            )
+        };
         assert_eq!(
             [share(0), share(1)],
             [ShareOutcome::Refused(Errno::IO), ShareOutcome::Shared]
@@ -415,7 +427,7 @@ mod tests {
         let fs = pool();
         let faulty = FaultyFilesystem::new(&fs, FilesystemCall::MayTouch, 1, FilesystemFault::Opened, false);
         assert_eq!(
-            [0, 1, 0, 1].map(|image| faulty.may_touch(image)),
+            [0, 1, 0, 1].map(|image| faulty.may_touch(ImageId(image))),
             [true, false, true, false]
         );
     }
@@ -424,9 +436,9 @@ mod tests {
     fn what_someone_wrote_differs() {
         let fs = pool();
         let faulty = FaultyFilesystem::new(&fs, FilesystemCall::Share, 0, FilesystemFault::Changed, false);
-        let share = || faulty.share(SourceFile::Image(0), 0, 1, 0, bytes(1));
+        let share = || faulty.share(SourceFile::Image(ImageId(0)), 0, ImageId(1), 0, bytes(1));
         assert_eq!([share(), share()], [ShareOutcome::Differs, ShareOutcome::Differs]);
-        assert_eq!(faulty.changed(), BTreeSet::from([(1, 0)]));
+        assert_eq!(faulty.changed(), BTreeSet::from([(ImageId(1), 0)]));
         assert_eq!(fs.contents(), [[7, 8], [CHANGED, 0]]);
     }
 }

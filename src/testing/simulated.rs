@@ -16,9 +16,10 @@ pub use filesystem::block_of;
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Extent, Facts, ImageId, PinReason, Reference};
+use crate::facts::{Class, Compression, Extent, Facts, PinReason, Reference};
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{self, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
+use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillVec};
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
@@ -135,7 +136,7 @@ impl Simulated {
                 checksummed,
                 blocks: vec![None; blocks],
             });
-            ImageId::try_from(state.images.len() - 1).unwrap_or(ImageId::MAX)
+            ImageId::at(state.images.len() - 1)
         })
     }
 
@@ -148,7 +149,7 @@ impl Simulated {
                     at: at + n,
                     preallocated,
                 };
-                state.images[image as usize].blocks[(file_block + n) as usize] = Some(mapped);
+                state.images[image.index()].blocks[(file_block + n) as usize] = Some(mapped);
             }
         });
     }
@@ -156,14 +157,14 @@ impl Simulated {
     /// Adds an image that shares all its data with another.
     pub fn reflink(&self, image: ImageId) -> ImageId {
         self.with(|state| {
-            state.images.push(state.images[image as usize].clone());
-            ImageId::try_from(state.images.len() - 1).unwrap_or(ImageId::MAX)
+            state.images.push(state.images[image.index()].clone());
+            ImageId::at(state.images.len() - 1)
         })
     }
 
     /// Removes a range of an image's data.
     pub fn punch(&self, image: ImageId, file_block: u32, blocks: u32) {
-        self.with(|state| state.images[image as usize].blocks[file_block as usize..][..blocks as usize].fill(None));
+        self.with(|state| state.images[image.index()].blocks[file_block as usize..][..blocks as usize].fill(None));
     }
 
     /// How many extents were ever allocated.
@@ -267,7 +268,7 @@ impl Simulated {
                 }
             }
             let mut references = Vec::new();
-            for (image, file) in (0u32..).zip(&state.images) {
+            for (image, file) in ImageId::numbered(&state.images) {
                 for range in DiskState::ranges(file) {
                     let HeldRange {
                         file_block,
@@ -284,7 +285,7 @@ impl Simulated {
                         file_block,
                         slot: first_slot + (extent_block - first),
                         blocks,
-                        extent,
+                        extent: ExtentId(extent),
                         preallocated,
                     });
                 }
@@ -378,7 +379,7 @@ impl DiskState {
 
     fn file(&self, file: SourceFile) -> Option<&File> {
         match file {
-            SourceFile::Image(image) => self.images.get(image as usize),
+            SourceFile::Image(image) => self.images.get(image.index()),
             SourceFile::Donor(donor) => self.donors.get(donor).map(|(_, file)| file),
             SourceFile::Hole { .. } => None,
         }
@@ -588,13 +589,13 @@ impl Filesystem for Simulated {
             let aligned = [source_offset, offset, length]
                 .iter()
                 .all(|number| number.is_multiple_of(BLOCK_BYTES));
-            if !aligned || checksummed != state.images[image as usize].checksummed {
+            if !aligned || checksummed != state.images[image.index()].checksummed {
                 return ShareOutcome::Refused(Errno::INVAL);
             }
             let at = |n: usize| (block_at(source_offset) + n, block_at(offset) + n);
             let blocks = block_at(length);
             let read = |state: &DiskState, n| state.file(source).map_or(0, |file| state.content(file, n));
-            let image = image as usize;
+            let image = image.index();
             if (0..blocks).any(|n| read(state, at(n).0) != state.content(&state.images[image], at(n).1)) {
                 return ShareOutcome::Differs;
             }
@@ -630,7 +631,7 @@ impl Filesystem for Simulated {
 
     fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
         Ok(self.with(|state| {
-            let ranges = DiskState::ranges(&state.images[image as usize]).into_iter();
+            let ranges = DiskState::ranges(&state.images[image.index()]).into_iter();
             let ranges = ranges.map(|(extent, range)| (DiskState::address(extent), range));
             ranges.filter(|(address, _)| addresses.contains(address)).collect()
         }))
@@ -661,11 +662,11 @@ pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Fa
             compression_goal: None,
         });
         references.push(Reference {
-            image: 0,
+            image: ImageId(0),
             file_block: slot * apart,
             slot,
             blocks,
-            extent: number,
+            extent: ExtentId(number),
             preallocated: false,
         });
         slot += blocks;

@@ -14,6 +14,7 @@ use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fingerprint::FingerprintFunction;
+use vmfold::numbers::{ExtentId, ImageId};
 use vmfold::plan::{PlanOptions, plan_proved};
 use vmfold::testing::simulated::PLAIN;
 
@@ -35,11 +36,11 @@ fn pool(extents: u32, revisions: u32) -> Facts {
     });
     let references = (0..extents).flat_map(|number| {
         (0..revisions).map(move |image| Reference {
-            image,
+            image: ImageId(image),
             file_block: number * MIB_BLOCKS,
             slot: number * MIB_BLOCKS,
             blocks: MIB_BLOCKS,
-            extent: number,
+            extent: ExtentId(number),
             preallocated: false,
         })
     });

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use vmfold::block::bytes;
 use vmfold::exec::fingerprints::allocate;
 use vmfold::facts::{Extent, Facts, Reference, SharedList};
+use vmfold::numbers::{ExtentId, ImageId};
 use vmfold::plan::{PlanOptions, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::{Budget, SpillVec};
 use vmfold::testing::simulated::PLAIN;
@@ -83,11 +84,11 @@ fn main() {
                 0
             };
             Reference {
-                image,
+                image: ImageId(image),
                 file_block: number * blocks + gone,
                 slot: number * blocks + gone,
                 blocks: blocks - gone,
-                extent: number,
+                extent: ExtentId(number),
                 preallocated: false,
             }
         })

@@ -10,6 +10,7 @@ use crate::facts::{Class, Compression, Facts};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, SourceFile, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
+use crate::numbers::ImageId;
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, ReclaimPlan};
 
 /// Extents that are compressed side by side.
@@ -161,7 +162,7 @@ impl DonorWriter<'_> {
 
     fn pack(self, compressor: &mut std::io::Result<zstd::bulk::Compressor<'_>>, content: Vec<u8>) -> Result<Packed> {
         let failed = |error: &std::io::Error| {
-            Error::io("compress blocks of", self.fs.path(0))(std::io::Error::other(error.to_string()))
+            Error::io("compress blocks of", self.fs.path(ImageId(0)))(std::io::Error::other(error.to_string()))
         };
         let compressor = compressor.as_mut().map_err(|error| failed(error))?;
         let frame = self.packer.pack(compressor, &content).map_err(|error| failed(&error))?;

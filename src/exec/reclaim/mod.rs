@@ -16,10 +16,11 @@ use parallel::Caller;
 
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::error::{Error, Exhausted, Result, describe};
-use crate::facts::{Facts, ImageId};
+use crate::facts::Facts;
 use crate::frame::Packer;
 use crate::fs::{Filesystem, ShareOutcome, SourceFile};
 use crate::monitor::Monitor;
+use crate::numbers::{ExtentId, ImageId};
 use crate::plan::{Batch, DonorFile, Op, ReclaimPlan, ShareSource};
 use crate::pool::Skip;
 use crate::shown::shown;
@@ -265,7 +266,7 @@ impl<W: Fn()> DonorSpace<W> {
             return Ok(());
         }
         Err(Error::Reserve {
-            path: fs.path(0).to_owned(),
+            path: fs.path(ImageId(0)).to_owned(),
             reserve_bytes: self.reserve_bytes,
         })
     }
@@ -300,9 +301,9 @@ impl ReclaimRun<'_> {
         let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
         // What needs a donor that is not there, or an image that someone opened, stays as it is: moving the rest of it would free
         // nothing.
-        let has_all = |extent: &u32| plan.ops(facts, *extent).all(|op| call(fs, donor_files, &op).is_some());
+        let has_all = |extent: &ExtentId| plan.ops(facts, *extent).all(|op| call(fs, donor_files, &op).is_some());
         let calls = |extent| plan.ops(facts, extent).filter_map(|op| call(fs, donor_files, &op));
-        let is_free = |extent: &u32| {
+        let is_free = |extent: &ExtentId| {
             let is_free = calls(*extent).all(|call| opened(fs, &call).next().is_none());
             if !is_free {
                 calls(*extent).for_each(|call| abandon(fs, &call, self.ran));
@@ -312,7 +313,8 @@ impl ReclaimRun<'_> {
         let extents = plan.eliminations[batch.eliminations.clone()]
             .iter()
             .map(|one| one.extent);
-        let extents: SpillVec<u32> = SpillVec::from_iter_in(extents.filter(has_all).filter(is_free), facts.budget());
+        let extents: SpillVec<ExtentId> =
+            SpillVec::from_iter_in(extents.filter(has_all).filter(is_free), facts.budget());
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
         let calls = ops.filter_map(|op| call(fs, donor_files, &op));
         let caller = Caller {

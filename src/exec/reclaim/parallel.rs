@@ -6,9 +6,9 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::{ReclaimOutcome, ShareCall, share};
 use crate::error::{Error, Result};
-use crate::facts::ImageId;
 use crate::fs::{Filesystem, SourceFile};
 use crate::monitor::Monitor;
+use crate::numbers::ImageId;
 use crate::pool::Skip;
 
 /// What calls are made with.
@@ -290,24 +290,57 @@ mod tests {
     fn no_more_threads_than_have_something_to_do() {
         let threads = |all: &[(ImageId, ImageId, u64)]| Schedule::new(&calls(all), &BTreeMap::new()).threads();
         assert_eq!(
-            threads(&[(0, 1, 1), (0, 2, 1), (0, 3, 1)]),
+            threads(&[
+                (ImageId(0), ImageId(1), 1),
+                (ImageId(0), ImageId(2), 1),
+                (ImageId(0), ImageId(3), 1)
+            ]),
             1,
             "they have a source in common"
         );
         assert_eq!(
-            threads(&[(1, 0, 1), (2, 0, 1), (0, 3, 1)]),
+            threads(&[
+                (ImageId(1), ImageId(0), 1),
+                (ImageId(2), ImageId(0), 1),
+                (ImageId(0), ImageId(3), 1)
+            ]),
             1,
             "they have an image in common"
         );
-        assert_eq!(threads(&[(0, 0, 3), (0, 1, 1)]), 1, "an image may be its own source");
-        assert_eq!(threads(&[(0, 1, 1), (2, 3, 1), (4, 5, 1)]), 3);
-        assert_eq!(threads(&[(0, 1, 4), (0, 2, 4), (3, 2, 1)]), 2);
+        assert_eq!(
+            threads(&[(ImageId(0), ImageId(0), 3), (ImageId(0), ImageId(1), 1)]),
+            1,
+            "an image may be its own source"
+        );
+        assert_eq!(
+            threads(&[
+                (ImageId(0), ImageId(1), 1),
+                (ImageId(2), ImageId(3), 1),
+                (ImageId(4), ImageId(5), 1)
+            ]),
+            3
+        );
+        assert_eq!(
+            threads(&[
+                (ImageId(0), ImageId(1), 4),
+                (ImageId(0), ImageId(2), 4),
+                (ImageId(3), ImageId(2), 1)
+            ]),
+            2
+        );
         assert_eq!(threads(&[]), 0);
     }
 
     #[test]
     fn the_file_with_most_to_do_never_waits() {
-        let window = calls(&[(5, 6, 1), (5, 6, 1), (0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 1, 1)]);
+        let window = calls(&[
+            (ImageId(5), ImageId(6), 1),
+            (ImageId(5), ImageId(6), 1),
+            (ImageId(0), ImageId(1), 1),
+            (ImageId(0), ImageId(2), 1),
+            (ImageId(0), ImageId(3), 1),
+            (ImageId(0), ImageId(1), 1),
+        ]);
         let mut schedule = Schedule::new(&window, &BTreeMap::new());
         let first = schedule.begin().unwrap();
         let beside = schedule.begin().unwrap();
@@ -320,7 +353,7 @@ mod tests {
     proptest! {
         #[test]
         fn calls_under_way_have_no_file_in_common_and_each_image_has_its_order(
-            all in prop::collection::vec((0u32..8, 0u32..8, 1u64..100), 0..60),
+            all in prop::collection::vec(((0u32..8).prop_map(ImageId), (0u32..8).prop_map(ImageId), 1u64..100), 0..60),
             ends in prop::collection::vec(any::<prop::sample::Index>(), 60),
             threads in 1usize..6,
         ) {
@@ -345,7 +378,7 @@ mod tests {
             }
             prop_assert!(schedule.inodes.iter().all(|inode| inode.left_bytes == 0 && !inode.is_locked));
             for image in 0..8 {
-                let mut places = begun.iter().filter(|place| window[**place].image == image);
+                let mut places = begun.iter().filter(|place| window[**place].image == ImageId(image));
                 prop_assert!(places.by_ref().is_sorted());
             }
             begun.sort_unstable();
@@ -370,7 +403,7 @@ mod tests {
             part.failed = Some((failed, error(&format!("failed {failed}"))));
             part
         };
-        let parts = || [part(7, [1, 4], 6), part(8, [0, 3], 5)];
+        let parts = || [part(ImageId(7), [1, 4], 6), part(ImageId(8), [0, 3], 5)];
         let [mut one, mut other] = parts();
         let all = |parts: Vec<ImageOutcome>| {
             let mut ran = ReclaimOutcome::default();
@@ -382,7 +415,7 @@ mod tests {
         let (text, failed, ran) = all(parts().into());
         assert_eq!(ran.counts.calls, 14);
         assert_eq!(ran.counts.refused_bytes["no"], 2 * 4096);
-        assert_eq!(ran.opened_meanwhile, BTreeSet::from([7, 8]));
+        assert_eq!(ran.opened_meanwhile, BTreeSet::from([7, 8].map(ImageId)));
         assert_eq!(ran.refused.len(), 2);
         let names: Vec<String> = ran.unreadable.iter().map(ToString::to_string).collect();
         let expected = ["before", "0", "1", "3", "4"].map(|name| error(name).to_string());

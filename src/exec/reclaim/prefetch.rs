@@ -161,12 +161,13 @@ fn joined(ranges: impl Iterator<Item = FileRange>) -> impl Iterator<Item = FileR
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numbers::ImageId;
 
     fn call(source: usize, source_offset: u64, offset: u64, length: u64) -> ShareCall {
         ShareCall {
             source: SourceFile::Donor(source),
             source_offset,
-            image: 7,
+            image: ImageId(7),
             offset,
             length,
         }
@@ -207,7 +208,10 @@ mod tests {
             calls: calls.into(),
             memory_is_short,
         };
-        let images = [(SourceFile::Image(7), 0, 2 * MIB), (SourceFile::Image(7), 4 * MIB, MIB)];
+        let images = [
+            (SourceFile::Image(ImageId(7)), 0, 2 * MIB),
+            (SourceFile::Image(ImageId(7)), 4 * MIB, MIB),
+        ];
         let mut behind = Behind::default();
         assert_eq!(behind.done(&window(&calls, true)), images, "sources stay for a while");
         assert_eq!(behind.done(&window(&calls, false)), []);

@@ -7,17 +7,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ReclaimRun, ShareCall, share, split};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::error::Result;
-use crate::facts::ImageId;
 use crate::fs::{HeldRange, SourceFile};
+use crate::numbers::{ExtentId, ImageId};
 
 /// Blocks of one extent that are copied at most: what is left over by chance is little, and what is much has another cause.
 const RELOCATED_BLOCKS_MAX: usize = 16 << 10;
 
 /// Relocates what still holds the extents of a batch, after everything planned was shared.
-pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[u32]) -> Result<()> {
+pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[ExtentId]) -> Result<()> {
     let mut held = Vec::new();
     for extent in extents {
-        let this = &run.facts.extents[*extent as usize];
+        let this = &run.facts.extents[extent.index()];
         if run.fs.is_allocated(this.address, this.generation)? {
             held.push(*extent);
         }
@@ -28,7 +28,7 @@ pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[u32]) -> Result
     run.ran.counts.second_round_extents += held.len() as u64;
     // One look at each image for all extents: its map may be long.
     let facts = run.facts;
-    let address = |extent: &u32| facts.extents[*extent as usize].address;
+    let address = |extent: &ExtentId| facts.extents[extent.index()].address;
     let addresses: BTreeSet<u64> = held.iter().map(address).collect();
     let references = held.iter().flat_map(|extent| facts.references_to(*extent));
     let images: BTreeSet<ImageId> = references.map(|reference| reference.image).collect();
@@ -49,15 +49,15 @@ pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[u32]) -> Result
     }
     run.fs.commit()?;
     for extent in held {
-        let this = &facts.extents[extent as usize];
+        let this = &facts.extents[extent.index()];
         run.ran.counts.extents_still_held += u64::from(run.fs.is_allocated(this.address, this.generation)?);
     }
     Ok(())
 }
 
 /// Relocates what images still refer to of one extent.
-fn relocate_extent(run: &mut ReclaimRun<'_>, extent: u32, rest: Vec<(ImageId, HeldRange)>) -> Result<()> {
-    let this = &run.facts.extents[extent as usize];
+fn relocate_extent(run: &mut ReclaimRun<'_>, extent: ExtentId, rest: Vec<(ImageId, HeldRange)>) -> Result<()> {
+    let this = &run.facts.extents[extent.index()];
     if rest.iter().any(|(image, _)| !run.fs.may_touch(*image)) {
         return Ok(());
     }

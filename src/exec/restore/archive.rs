@@ -15,6 +15,7 @@ use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
 use crate::exec::hashes::{Digest, StoredHashes};
 use crate::monitor::Monitor;
+use crate::numbers::CommitNumber;
 use crate::plan::restore::{CommitName, Contents};
 
 /// Blocks of the frames that are handed over together, at least.
@@ -155,7 +156,7 @@ impl BlockSource for ArchiveSource<'_> {
         self.archive.id()
     }
 
-    fn work_number(&self) -> u32 {
+    fn work_number(&self) -> CommitNumber {
         self.committed.commit.number
     }
 

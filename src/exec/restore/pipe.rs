@@ -18,6 +18,7 @@ use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
 use crate::exec::hashes::{Digest, HashLog};
 use crate::monitor::Monitor;
+use crate::numbers::CommitNumber;
 use crate::plan::restore::{CommitName, Contents};
 use crate::range;
 use crate::store::{Store, StoreReader};
@@ -329,8 +330,8 @@ impl BlockSource for PipeSource<'_> {
     }
 
     /// Which commits there are is not known before they come: there is one work folder for all of them.
-    fn work_number(&self) -> u32 {
-        1
+    fn work_number(&self) -> CommitNumber {
+        CommitNumber::FIRST
     }
 
     fn offer(&mut self) -> Result<Option<Offer>> {

@@ -13,6 +13,7 @@ use crate::archive::record::Hash;
 use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::hashes::Digest;
+use crate::numbers::CommitNumber;
 use crate::plan::restore::Contents;
 
 /// Images whose blocks a source can hand over.
@@ -86,7 +87,7 @@ pub trait BlockSource {
     fn id(&self) -> [u8; 16];
 
     /// The number of the commit by which the work folder is called: an interrupted restore of the same commit goes on there.
-    fn work_number(&self) -> u32;
+    fn work_number(&self) -> CommitNumber;
 
     /// The next images whose blocks it can hand over; none if there are no more.
     ///

@@ -6,9 +6,10 @@ use std::collections::{BTreeSet, HashSet};
 use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason, SharedList};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, HeldRange, PoolMap, blocks, kernel};
+use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
@@ -198,7 +199,7 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
             .binary_search_by_key(address, |extent| extent.address)
             .ok()?;
         let extent = &facts.extents[place];
-        let is_mapped = facts.mappings_to(u32::try_from(place).ok()?).next().is_some();
+        let is_mapped = facts.mappings_to(ExtentId::at(place)).next().is_some();
         let is_held = extent.pinned == Some(PinReason::HeldByOthers);
         (!is_mapped && !is_held).then_some((*image, extent.disk_bytes))
     });
@@ -317,7 +318,7 @@ fn mappings(spans: SharedList<Span>, extents: &[Extent]) -> SharedList<Mapping> 
         // Both are in the order of addresses.
         place += extents[place..].partition_point(|extent| extent.address < address);
         Some(Mapping {
-            extent: u32::try_from(place).unwrap_or(u32::MAX),
+            extent: ExtentId::at(place),
             slot: extents[place].first_slot + range.extent_block,
             file_block: range.file_block,
             blocks: range.blocks,
@@ -337,7 +338,7 @@ impl Btrfs {
             problem: "items disagree about the length of an extent".into(),
         };
         let mut reading = Reading::new_in(budget);
-        for (number, image) in (0u32..).zip(&self.opened.images) {
+        for (number, image) in ImageId::numbered(&self.opened.images) {
             file_extents(image, |item| reading.take(number, image, item))?;
             if reading.seen.len() >= reading.merge_at {
                 merge(&mut reading.seen).map_err(disagree)?;

@@ -21,9 +21,10 @@ use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, So
 use crate::block::{BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::{Class, Compression, Facts, ImageId};
+use crate::facts::{Class, Compression, Facts};
 use crate::fingerprint::FingerprintFunction;
 use crate::monitor::Monitor;
+use crate::numbers::ImageId;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::encoded_write::write_frame;

@@ -23,7 +23,7 @@ use super::{ImageInfo, Purpose, ShareOutcome, SourceFile, attributes};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
-use crate::facts::ImageId;
+use crate::numbers::ImageId;
 use crate::pool::users::FileId;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::sys::beneath::Folder;
@@ -111,7 +111,7 @@ impl Opened {
 
     /// An image, by its number.
     pub(super) fn image(&self, image: ImageId) -> &OpenImage {
-        &self.images[image as usize]
+        &self.images[image.index()]
     }
 
     /// What verbs know of an image.

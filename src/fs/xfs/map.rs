@@ -9,9 +9,10 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use super::Xfs;
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
-use crate::facts::{Class, Collector, Compression, Extent, Facts, ImageId, Mapping, PinReason, SharedList};
+use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
 use crate::fs::{Filesystem, PoolMap, blocks};
+use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
@@ -116,13 +117,13 @@ struct Members {
 
 impl Members {
     fn of(numbers: &[ImageId], images: &[OpenImage], ages: &[usize]) -> Self {
-        let ages = numbers.iter().map(|image| ages[*image as usize]);
+        let ages = numbers.iter().map(|image| ages[image.index()]);
         Self {
             count: u32::try_from(numbers.len()).unwrap_or(u32::MAX),
             age: ages.min().unwrap_or(usize::MAX),
             groups: numbers
                 .iter()
-                .fold(0, |groups, image| groups | 1 << images[*image as usize].group),
+                .fold(0, |groups, image| groups | 1 << images[image.index()].group),
         }
     }
 }
@@ -349,7 +350,7 @@ impl Xfs {
     pub(super) fn read_map(&self, budget: &Budget) -> Result<PoolMap> {
         let mut ranges = Collector::new_in(budget);
         let mut beyond = Vec::new();
-        for (number, image) in (0u32..).zip(&self.opened.images) {
+        for (number, image) in ImageId::numbered(&self.opened.images) {
             for range in ranges_of(image)? {
                 if !range.reachable && !range.shared {
                     beyond.push((number, bytes(range.blocks)));
@@ -388,7 +389,7 @@ impl Xfs {
                         file_block: range.file_block + small(from - range.block),
                         slot: extent.first_slot + small(from - block_of(extent)),
                         blocks: small(to - from),
-                        extent: u32::try_from(place).unwrap_or(u32::MAX),
+                        extent: ExtentId::at(place),
                         preallocated: range.preallocated,
                     }
                 }

@@ -16,8 +16,9 @@ use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, So
 use crate::block::SlotSet;
 use crate::content::Metadata;
 use crate::error::Result;
-use crate::facts::{Class, Facts, ImageId};
+use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
+use crate::numbers::ImageId;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};

@@ -18,6 +18,7 @@ use proptest::prelude::*;
 
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::facts::{Class, Compression, Extent, Facts, Mapping, PinReason, Proof, Reference, proof_of};
+use crate::numbers::{ExtentId, ImageId};
 use crate::plan::{Op, PlanOptions, ReclaimPlan, ShareSource, plan_proved};
 use crate::spill::SpillVec;
 
@@ -129,11 +130,11 @@ impl Pool {
                 let blocks = piece.at.end - piece.at.start;
                 if let Some(extent) = piece.extent {
                     references.push(Reference {
-                        image: u32::try_from(images.len()).unwrap(),
+                        image: ImageId::at(images.len()),
                         file_block,
                         slot: extents[extent].first_slot + piece.at.start,
                         blocks,
-                        extent: u32::try_from(extent).unwrap(),
+                        extent: ExtentId::at(extent),
                         preallocated: piece.preallocated,
                     });
                 }
@@ -170,7 +171,7 @@ impl Pool {
     /// What an image maps: the slot of each block, unless it is a hole or preallocated.
     pub(in crate::plan) fn mapped(facts: &Facts, image: u32, blocks: usize) -> Vec<Option<Slot>> {
         let mut mapped = vec![None; blocks];
-        for mapping in facts.mappings_of(image).iter().filter(|one| !one.preallocated) {
+        for mapping in facts.mappings_of(ImageId(image)).iter().filter(|one| !one.preallocated) {
             let Mapping { slot, file_block, .. } = *mapping;
             for n in 0..mapping.blocks {
                 mapped[(file_block + n) as usize] = Some(slot + n);
@@ -208,8 +209,8 @@ impl Pool {
         self.print(&plan)
     }
 
-    fn name(extent: u32) -> char {
-        char::from(b'A' + u8::try_from(extent).unwrap())
+    fn name(extent: ExtentId) -> char {
+        char::from(b'A' + u8::try_from(extent.0).unwrap())
     }
 
     /// A plan as a person reads it: what is freed and why, and, batch by batch, donors and the ops of each extent that goes.
@@ -278,7 +279,7 @@ impl Pool {
 
     fn op(&self, op: &Op) -> String {
         let range = |from: u32| format!("{from}..{}", from + op.blocks);
-        let image = |image: u32| &self.images[image as usize];
+        let image = |image: ImageId| &self.images[image.index()];
         let source = match op.source {
             ShareSource::Image(of, from) => format!("{} {}", image(of), range(from)),
             ShareSource::Donor(file, from) => format!("donor {file} {}", range(from)),

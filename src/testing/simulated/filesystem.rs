@@ -10,9 +10,10 @@ use rustix::io::Errno;
 use super::{BLOCK_LEN, BlockContent, DiskState, Simulated, block_at, fill};
 use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::content::Metadata;
-use crate::facts::{Compression, Extent, Facts, ImageId, PinReason};
+use crate::facts::{Compression, Extent, Facts, PinReason};
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{ImageInfo, PoolMap, SourceFile};
+use crate::numbers::ImageId;
 use crate::spill::SpillVec;
 
 /// The function that its checksums are made with, as those of a btrfs with defaults.
@@ -34,8 +35,8 @@ impl Known {
         let mut at = self;
         let mut number = 0;
         loop {
-            let (image, next) = &**at.0.get_or_init(|| Box::new((make(number), Self::default())));
-            if number == place {
+            let (image, next) = &**at.0.get_or_init(|| Box::new((make(ImageId(number)), Self::default())));
+            if number == place.0 {
                 return image;
             }
             (at, number) = (next, number + 1);
@@ -53,7 +54,7 @@ impl Simulated {
     pub(super) fn known_image(&self, image: ImageId) -> &ImageInfo {
         self.known.get(image, |number| {
             let (checksummed, blocks) = self.with(|state| {
-                let file = state.images.get(number as usize);
+                let file = state.images.get(number.index());
                 file.map_or((true, 0), |file| (file.checksummed, file.blocks.len() as u64))
             });
             ImageInfo {
