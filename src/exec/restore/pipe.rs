@@ -209,7 +209,8 @@ impl<'a> PipeSource<'a> {
                     return Err(malformed("a block is not the one that the INDEX says"));
                 }
             }
-            RecordKind::Pack | RecordKind::Commit | RecordKind::Tail | RecordKind::Other(_) => {}
+            // PACKs and COMMITs are used by whoever asks for offers and blocks; all others say nothing of images.
+            _ => {}
         }
         Ok(())
     }
