@@ -12,11 +12,11 @@ use crate::archive::commit::{RecordLocation, by_path};
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
 use crate::archive::record::{RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
-use crate::content::{Content, StoreBlock};
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{lost_ranges, wanted};
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
@@ -54,8 +54,8 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         .iter()
         .map(|one| one.commit.store_end)
         .max()
-        .unwrap_or(0);
-    let packs: Vec<&RecordLocation> = archive.packs(0, store_end).collect();
+        .unwrap_or(StoreBlock(0));
+    let packs: Vec<&RecordLocation> = archive.packs(StoreBlock(0), store_end).collect();
     let all_bytes = packs
         .iter()
         .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
@@ -78,7 +78,10 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         lost.append(&mut checked.lost);
         damage.append(&mut checked.damage);
     }
-    lost.extend(range::without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
+    lost.extend(range::without(
+        std::slice::from_ref(&(StoreBlock(0)..store_end)),
+        &held(&packs),
+    ));
     lost.sort_unstable_by_key(|range| range.start);
     let lost_blocks = range::joined(lost.iter().cloned());
     let mut result = Verified {
@@ -210,7 +213,7 @@ fn check_pack(archive: &Archive, pack: &RecordLocation) -> Result<Checked> {
             hashes = archive.hashes(known.start, known.end)?;
         }
         let expected = &hashes[(blocks.start - known.start) as usize..];
-        for ((block, content), expected) in blocks.zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
+        for ((block, content), expected) in range::each(blocks).zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
             if expected.is_some_and(|expected| expected != hash_of(content)) {
                 let problem = format!("block {block} of the store is not the one that the INDEX says");
                 checked.damage.push(Damage { range: place, problem });
