@@ -1,5 +1,10 @@
 //! Blocks and slots: the arithmetic everything else is written in. No I/O.
 
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::numbers::Number;
+
 /// Bytes of a block, the unit of sharing: what guests allocate and btrfs maps.
 pub const BLOCK_BYTES: u64 = 4096;
 
@@ -31,64 +36,72 @@ impl std::fmt::Display for ByteRange {
     }
 }
 
-/// A set of slots, or of other small numbers, one bit each.
+/// A set of numbers that are small enough for one bit each.
 #[derive(Debug, Clone, Default)]
-pub struct SlotSet {
+pub struct NumberSet<N> {
     words: Vec<u64>,
+    numbers: PhantomData<N>,
 }
 
-impl SlotSet {
-    /// An empty set with room for `slots` slots.
-    pub fn new(slots: usize) -> Self {
+/// A set of slots.
+pub type SlotSet = NumberSet<Slot>;
+
+impl<N: Number> NumberSet<N> {
+    /// An empty set with room for so many numbers.
+    pub fn new(numbers: usize) -> Self {
         Self {
-            words: vec![0; slots.div_ceil(64)],
+            words: vec![0; numbers.div_ceil(64)],
+            numbers: PhantomData,
         }
     }
 
-    /// Makes room for `slots` slots, if there is less.
-    pub fn grow(&mut self, slots: usize) {
-        let words = slots.div_ceil(64);
+    /// Makes room for so many numbers, if there is less.
+    pub fn grow(&mut self, numbers: usize) {
+        let words = numbers.div_ceil(64);
         if words > self.words.len() {
             self.words.resize(words, 0);
         }
     }
 
-    /// Whether `slot` is in the set.
-    pub fn contains(&self, slot: Slot) -> bool {
+    /// Whether a number is in the set.
+    pub fn contains(&self, number: N) -> bool {
+        let number = number.bare();
         self.words
-            .get(slot as usize / 64)
-            .is_some_and(|word| word >> (slot % 64) & 1 == 1)
+            .get(number as usize / 64)
+            .is_some_and(|word| word >> (number % 64) & 1 == 1)
     }
 
-    /// Puts `slot` in.
-    pub fn insert(&mut self, slot: Slot) {
-        self.words[slot as usize / 64] |= 1 << (slot % 64);
+    /// Puts a number in.
+    pub fn insert(&mut self, number: N) {
+        let number = number.bare();
+        self.words[number as usize / 64] |= 1 << (number % 64);
     }
 
-    /// Takes `slot` out.
-    pub fn remove(&mut self, slot: Slot) {
-        self.words[slot as usize / 64] &= !(1 << (slot % 64));
+    /// Takes a number out.
+    pub fn remove(&mut self, number: N) {
+        let number = number.bare();
+        self.words[number as usize / 64] &= !(1 << (number % 64));
     }
 
-    /// Puts a range of slots in.
-    pub fn insert_range(&mut self, slots: std::ops::Range<Slot>) {
-        for slot in slots {
-            self.insert(slot);
+    /// Puts a range of numbers in.
+    pub fn insert_range(&mut self, numbers: Range<N>) {
+        for number in numbers.start.bare()..numbers.end.bare() {
+            self.insert(N::of(number));
         }
     }
 
-    /// The maximal runs of slots of `within` that are in the set, in order.
-    pub fn runs(&self, within: std::ops::Range<Slot>) -> impl Iterator<Item = std::ops::Range<Slot>> + '_ {
-        let mut at = within.start;
+    /// The maximal runs of numbers of `within` that are in the set, in order.
+    pub fn runs(&self, within: Range<N>) -> impl Iterator<Item = Range<N>> + '_ {
+        let (mut at, end) = (within.start.bare(), within.end.bare());
         std::iter::from_fn(move || {
-            while at < within.end && !self.contains(at) {
+            while at < end && !self.contains(N::of(at)) {
                 at += 1;
             }
             let start = at;
-            while at < within.end && self.contains(at) {
+            while at < end && self.contains(N::of(at)) {
                 at += 1;
             }
-            (start < at).then_some(start..at)
+            (start < at).then(|| N::of(start)..N::of(at))
         })
     }
 }

@@ -1,12 +1,7 @@
 //! What images hold, as archives keep it: what each range of one is, and what belongs to a file beside its content.
 
 use crate::block::Slot;
-
-/// A block's number in the store of an archive.
-pub type StoreBlock = u32;
-
-/// Blocks of a store at most: 16 TiB.
-pub const STORE_BLOCKS_MAX: StoreBlock = u32::MAX - 1;
+use crate::numbers::StoreBlock;
 
 /// What a range of an image holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -28,7 +28,7 @@
 //! shown       names and sizes as people read them
 //! range       arithmetic of ranges
 //! block       blocks and slots
-//! numbers     types of numbers: commits, images, extents
+//! numbers     types of numbers: commits, images, extents, blocks of a store
 //! sys         every `unsafe` line
 //! ```
 //! # Rules of the house

@@ -1,6 +1,27 @@
 //! The numbers that everything is told apart by, each a type of its own: none is taken for another, and none for a count of blocks. Each
 //! has 32 bits, as files and archives keep it. No I/O.
 
+/// Any of these numbers, for sets and ranges of them.
+pub trait Number: Copy + Ord {
+    /// The number that a bare one stands for.
+    fn of(number: u32) -> Self;
+
+    /// The bare number.
+    fn bare(self) -> u32;
+}
+
+impl Number for u32 {
+    #[inline]
+    fn of(number: u32) -> Self {
+        number
+    }
+
+    #[inline]
+    fn bare(self) -> u32 {
+        self
+    }
+}
+
 /// A number with a meaning of its own, which is printed and serialised as the bare number.
 macro_rules! number {
     ($(#[$docs:meta])* $name:ident) => {
@@ -12,6 +33,18 @@ macro_rules! number {
             /// The bare number.
             pub u32,
         );
+
+        impl Number for $name {
+            #[inline]
+            fn of(number: u32) -> Self {
+                Self(number)
+            }
+
+            #[inline]
+            fn bare(self) -> u32 {
+                self.0
+            }
+        }
 
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -98,3 +131,81 @@ number! {
     ExtentId
 }
 place!(ExtentId);
+
+/// What numbers do that blocks have one after the other: a number and blocks make a number, and two numbers are blocks apart.
+macro_rules! block_number {
+    ($name:ident) => {
+        impl std::ops::Add<u32> for $name {
+            type Output = Self;
+
+            #[inline]
+            fn add(self, blocks: u32) -> Self {
+                Self(self.0 + blocks)
+            }
+        }
+
+        impl std::ops::AddAssign<u32> for $name {
+            #[inline]
+            fn add_assign(&mut self, blocks: u32) {
+                self.0 += blocks;
+            }
+        }
+
+        impl std::ops::Sub for $name {
+            type Output = u32;
+
+            #[inline]
+            fn sub(self, from: Self) -> u32 {
+                self.0 - from.0
+            }
+        }
+
+        impl $name {
+            /// The range from one bare number to another.
+            #[inline]
+            #[must_use]
+            pub const fn range(numbers: std::ops::Range<u32>) -> std::ops::Range<Self> {
+                Self(numbers.start)..Self(numbers.end)
+            }
+
+            /// The number so many blocks on; none if there is no such number.
+            #[inline]
+            #[must_use]
+            pub fn checked_add(self, blocks: u32) -> Option<Self> {
+                self.0.checked_add(blocks).map(Self)
+            }
+
+            /// The number so many blocks on, or the largest there is.
+            #[inline]
+            #[must_use]
+            pub fn saturating_add(self, blocks: u32) -> Self {
+                Self(self.0.saturating_add(blocks))
+            }
+
+            /// How many blocks it is beyond another number; 0 if it is not.
+            #[inline]
+            #[must_use]
+            pub fn saturating_sub(self, from: Self) -> u32 {
+                self.0.saturating_sub(from.0)
+            }
+
+            /// Its place in a list that has one item for each block.
+            #[inline]
+            #[must_use]
+            pub const fn index(self) -> usize {
+                self.0 as usize
+            }
+        }
+    };
+}
+
+number! {
+    /// A block's number in the store of an archive: its store address, in blocks.
+    StoreBlock
+}
+block_number!(StoreBlock);
+
+impl StoreBlock {
+    /// Where a store ends at most: at 16 TiB.
+    pub const END_MAX: Self = Self(u32::MAX - 1);
+}

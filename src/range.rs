@@ -3,8 +3,10 @@
 
 use std::ops::Range;
 
+use crate::numbers::Number;
+
 /// Appends a range to a list that ends before it; one that touches the last becomes part of it.
-pub fn push(list: &mut Vec<Range<u32>>, range: Range<u32>) {
+pub fn push<N: Number>(list: &mut Vec<Range<N>>, range: Range<N>) {
     match list.last_mut() {
         Some(last) if last.end == range.start => last.end = range.end,
         _ if range.is_empty() => {}
@@ -13,10 +15,10 @@ pub fn push(list: &mut Vec<Range<u32>>, range: Range<u32>) {
 }
 
 /// The list of the numbers that some ranges, in any order, hold between them. Ranges that touch become one.
-pub fn joined(ranges: impl IntoIterator<Item = Range<u32>>) -> Vec<Range<u32>> {
-    let mut ranges: Vec<Range<u32>> = ranges.into_iter().filter(|range| !range.is_empty()).collect();
+pub fn joined<N: Number>(ranges: impl IntoIterator<Item = Range<N>>) -> Vec<Range<N>> {
+    let mut ranges: Vec<Range<N>> = ranges.into_iter().filter(|range| !range.is_empty()).collect();
     ranges.sort_unstable_by_key(|range| range.start);
-    let mut list: Vec<Range<u32>> = Vec::new();
+    let mut list: Vec<Range<N>> = Vec::new();
     for range in ranges {
         match list.last_mut() {
             Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
@@ -27,29 +29,46 @@ pub fn joined(ranges: impl IntoIterator<Item = Range<u32>>) -> Vec<Range<u32>> {
 }
 
 /// The list of the numbers for which something is true.
-pub fn where_true(numbers: impl IntoIterator<Item = (u32, bool)>) -> Vec<Range<u32>> {
+pub fn where_true<N: Number>(numbers: impl IntoIterator<Item = (N, bool)>) -> Vec<Range<N>> {
     let mut list = Vec::new();
     for (number, is_true) in numbers {
         if is_true {
-            push(&mut list, number..number + 1);
+            push(&mut list, number..N::of(number.bare() + 1));
         }
     }
     list
 }
 
 /// How many numbers a list holds.
-pub fn count(list: &[Range<u32>]) -> u64 {
-    list.iter().map(|range| u64::from(range.end - range.start)).sum()
+pub fn count<N: Number>(list: &[Range<N>]) -> u64 {
+    list.iter()
+        .map(|range| u64::from(range.end.bare() - range.start.bare()))
+        .sum()
+}
+
+/// How many numbers a range holds.
+pub fn length<N: Number>(range: &Range<N>) -> u32 {
+    range.end.bare().saturating_sub(range.start.bare())
+}
+
+/// The numbers of a range, one after the other.
+pub fn each<N: Number>(range: Range<N>) -> impl ExactSizeIterator<Item = N> + DoubleEndedIterator + Clone {
+    (range.start.bare()..range.end.bare()).map(N::of)
+}
+
+/// The numbers from one on.
+pub fn from<N: Number>(first: N) -> impl Iterator<Item = N> + Clone {
+    (first.bare()..).map(N::of)
 }
 
 /// Whether a list holds a number.
-pub fn contains(list: &[Range<u32>], number: u32) -> bool {
+pub fn contains<N: Number>(list: &[Range<N>], number: N) -> bool {
     let at = list.partition_point(|range| range.end <= number);
     list.get(at).is_some_and(|range| range.start <= number)
 }
 
 /// The parts of a list that lie within a range.
-pub fn overlap(list: &[Range<u32>], within: Range<u32>) -> Vec<Range<u32>> {
+pub fn overlap<N: Number>(list: &[Range<N>], within: Range<N>) -> Vec<Range<N>> {
     let from = list.partition_point(|range| range.end <= within.start);
     list[from..]
         .iter()
@@ -59,7 +78,7 @@ pub fn overlap(list: &[Range<u32>], within: Range<u32>) -> Vec<Range<u32>> {
 }
 
 /// What is left of a list without another.
-pub fn without(list: &[Range<u32>], other: &[Range<u32>]) -> Vec<Range<u32>> {
+pub fn without<N: Number>(list: &[Range<N>], other: &[Range<N>]) -> Vec<Range<N>> {
     let mut left = Vec::new();
     let mut others = other.iter().peekable();
     for range in list {
@@ -81,11 +100,11 @@ pub fn without(list: &[Range<u32>], other: &[Range<u32>]) -> Vec<Range<u32>> {
 }
 
 /// A range in parts of so many numbers at most.
-pub fn parts(range: Range<u32>, most: u32) -> impl Iterator<Item = Range<u32>> {
-    let end = range.end;
-    range
+pub fn parts<N: Number>(range: Range<N>, most: u32) -> impl Iterator<Item = Range<N>> {
+    let end = range.end.bare();
+    (range.start.bare()..end)
         .step_by(most as usize)
-        .map(move |start| start..end.min(start.saturating_add(most)))
+        .map(move |start| N::of(start)..N::of(end.min(start.saturating_add(most))))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use vmfold::facts::Facts;
 use vmfold::fingerprint::FingerprintFunction;
 use vmfold::index::{self, ChunkIndex, MemoryIndex};
 use vmfold::monitor::Silent;
-use vmfold::numbers::{CommitNumber, ExtentId};
+use vmfold::numbers::{CommitNumber, ExtentId, StoreBlock};
 use vmfold::testing::simulated::one_image;
 
 type Open<'a> = &'a dyn Fn() -> Box<dyn ChunkIndex>;
@@ -143,7 +143,7 @@ fn commit(number: u32, hash: u8) -> Committed {
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation::default(),
-            store_end: 100,
+            store_end: StoreBlock(100),
             images: Vec::new(),
             records: Vec::new(),
         },
@@ -166,9 +166,9 @@ fn what_archives_hold_is_known_for_that_very_commit(open: Open<'_>) {
         content,
     };
     let entered = [
-        stored(Content::Stored(50), 0),
+        stored(Content::Stored(StoreBlock(50)), 0),
         stored(Content::Zeros, 8),
-        stored(Content::Stored(60), 16),
+        stored(Content::Stored(StoreBlock(60)), 16),
     ];
     let remember = |is_news: bool| {
         let mut known = entered.iter().map(|known| (*known, is_news));

@@ -18,7 +18,7 @@ use vmfold::archive::record::{HEADER_BYTES, RecordHeader, RecordKind, hash_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::numbers::CommitNumber;
+use vmfold::numbers::{CommitNumber, StoreBlock};
 use vmfold::ops::ArchivePlace;
 use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify;
@@ -426,7 +426,7 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
         let count = payloads.len();
         for (n, payload) in (1..).zip(payloads) {
             let body = manifest::encode(CommitNumber(1), part, n == count, &payload).unwrap();
-            writer.put(RecordKind::Plan, part, (0, 0), &body).unwrap();
+            writer.put(RecordKind::Plan, part, (StoreBlock(0), 0), &body).unwrap();
         }
     }
     let commit = Commit {
@@ -435,7 +435,7 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
         label: String::new(),
         root: PathBuf::new(),
         previous: CommitLocation::default(),
-        store_end: 0,
+        store_end: StoreBlock(0),
         images: summaries,
         records: Vec::new(),
     };

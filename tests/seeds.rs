@@ -15,7 +15,6 @@ use common::{Mounted, can_mount};
 use vmfold::archive::manifest::AnnouncedBlocks;
 use vmfold::archive::reader::Archive;
 use vmfold::block::{BLOCK_LEN, bytes};
-use vmfold::content::StoreBlock;
 use vmfold::error::Result;
 use vmfold::exec::fingerprints::{allocate, fingerprint};
 use vmfold::exec::restore::archive::ArchiveSource;
@@ -26,10 +25,12 @@ use vmfold::fingerprint::FingerprintFunction;
 use vmfold::fs::Filesystem;
 use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
+use vmfold::numbers::StoreBlock;
 use vmfold::ops::export::{ExportOptions, Revisions, export_on};
 use vmfold::ops::{ArchivePlace, OpenPool, Scope};
 use vmfold::plan;
 use vmfold::plan::seeds::SeedMatch;
+use vmfold::range;
 use vmfold::spill::Budget;
 use vmfold::store::MemoryStore;
 use vmfold::testing::simulated::{BlockContent, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
@@ -102,8 +103,8 @@ impl Seed for MemorySeed {
         let known = announced
             .iter()
             .filter(|one| one.function == FingerprintFunction::Crc32c);
-        let known = known.flat_map(|one| (one.first..).zip(&one.fingerprints));
-        let known = known.filter(|(block, _)| vmfold::range::contains(wanted, *block));
+        let known = known.flat_map(|one| range::from(one.first).zip(&one.fingerprints));
+        let known = known.filter(|(block, _)| range::contains(wanted, *block));
         let found = known.filter_map(|(first, fingerprint)| {
             let slot = *slots.get(fingerprint)?;
             Some(SeedMatch { first, blocks: 1, slot })
@@ -123,20 +124,20 @@ impl Seed for MemorySeed {
 
 /// What every seed does: see [`Seed`]. `stored` is what the store holds, block by block; the seed has all of it.
 fn conforms(seed: &dyn Seed, announced: &[AnnouncedBlocks], stored: &BTreeMap<StoreBlock, Vec<u8>>, context: &str) {
-    let all = vmfold::range::where_true(stored.keys().map(|block| (*block, true)));
+    let all = range::where_true(stored.keys().map(|block| (*block, true)));
     let found = seed.find(&all, announced);
     let mut seen = Vec::new();
     let file = tempfile::tempfile().unwrap();
     for one in &found {
         let content = seed.content(one.slot, one.blocks).unwrap();
         assert_eq!(content.len(), one.blocks as usize * BLOCK_LEN, "{context}");
-        for (block, content) in one.range().zip(content.chunks(BLOCK_LEN)) {
+        for (block, content) in range::each(one.range()).zip(content.chunks(BLOCK_LEN)) {
             assert_eq!(content, stored[&block], "{context}: block {block}");
             seen.push(block);
         }
-        assert!(seed.share(one.slot, one.blocks, &file, bytes(one.first)), "{context}");
+        assert!(seed.share(one.slot, one.blocks, &file, bytes(one.first.0)), "{context}");
         let mut shared = vec![0; content.len()];
-        file.read_exact_at(&mut shared, bytes(one.first)).unwrap();
+        file.read_exact_at(&mut shared, bytes(one.first.0)).unwrap();
         assert_eq!(shared, content, "{context}");
     }
     seen.sort_unstable();
@@ -146,13 +147,13 @@ fn conforms(seed: &dyn Seed, announced: &[AnnouncedBlocks], stored: &BTreeMap<St
         "{context}: each block is found once"
     );
     // Nothing is found that is not wanted, or not announced.
-    let some = seed.find(&[3..5, 7..8], announced);
+    let some = seed.find(&[3..5, 7..8].map(StoreBlock::range), announced);
     let blocks: u32 = some.iter().map(|one| one.blocks).sum();
     assert!(
         blocks == 3
             && some
                 .iter()
-                .all(|one| one.range().all(|block| [3, 4, 7].contains(&block)))
+                .all(|one| range::each(one.range()).all(|block| [3, 4, 7].contains(&block.0)))
     );
     assert_eq!(seed.find(&all, &[]), []);
     assert_eq!(seed.find(&[], announced), []);
@@ -165,10 +166,10 @@ fn seeds_conform() {
     let commit = archive.commit(None).unwrap();
     let announced = archive.announced(commit).unwrap();
     let mut stored = BTreeMap::new();
-    for pack in archive.packs(0, commit.commit.store_end) {
+    for pack in archive.packs(StoreBlock(0), commit.commit.store_end) {
         for (offset, frame) in archive.frames(pack).unwrap() {
             let content = archive.frame(offset, &frame).unwrap();
-            stored.extend((frame.first..).zip(content.chunks(BLOCK_LEN).map(<[u8]>::to_vec)));
+            stored.extend(range::from(frame.first).zip(content.chunks(BLOCK_LEN).map(<[u8]>::to_vec)));
         }
     }
     assert_eq!(stored.len(), 120);

@@ -11,7 +11,7 @@ use vmfold::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{Hash, hash_of};
 use vmfold::block::{BLOCK_LEN, bytes};
-use vmfold::content::{Content, Metadata, Run, StoreBlock};
+use vmfold::content::{Content, Metadata, Run};
 use vmfold::error::{Error, Result};
 use vmfold::exec::hashes::{Digest, digest};
 use vmfold::exec::restore::archive::ArchiveSource;
@@ -20,7 +20,7 @@ use vmfold::exec::restore::pipe::{PipeOptions, PipeSource};
 use vmfold::exec::restore::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use vmfold::exec::restore::{Restore, RestoreOptions, RestoreOutcome};
 use vmfold::monitor::Silent;
-use vmfold::numbers::CommitNumber;
+use vmfold::numbers::{CommitNumber, StoreBlock};
 use vmfold::plan::restore::{CommitName, Contents, wanted};
 use vmfold::range;
 use vmfold::store::MemoryStore;
@@ -51,7 +51,7 @@ impl MemorySource {
             };
             let run = Run {
                 blocks: image.blocks(),
-                content: Content::Stored(next),
+                content: Content::Stored(StoreBlock(next)),
             };
             next += image.blocks();
             let runs = if run.blocks > 0 { vec![run] } else { Vec::new() };
@@ -100,7 +100,7 @@ impl BlockSource for MemorySource {
         let offer = Offer {
             contents: Arc::clone(&self.contents),
             announced: Vec::new(),
-            known_end: StoreBlock::MAX,
+            known_end: StoreBlock(u32::MAX),
         };
         Ok((!std::mem::replace(&mut self.is_offered, true)).then_some(offer))
     }
@@ -110,7 +110,7 @@ impl BlockSource for MemorySource {
             for piece in content.chunks(3 * BLOCK_LEN) {
                 let blocks = u32::try_from(piece.len().div_ceil(BLOCK_LEN)).unwrap();
                 let frame = SourceFrame {
-                    blocks: first..first + blocks,
+                    blocks: StoreBlock::range(first..first + blocks),
                     content: Box::new(move || {
                         let mut whole = piece.to_vec();
                         whole.resize(blocks as usize * BLOCK_LEN, 0);
@@ -151,13 +151,17 @@ struct Kept {
 impl BlockSink for Kept {
     fn missing(&self, range: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
         let is_missing = |block| range::contains(&self.wanted, block) && !self.blocks.contains_key(&block);
-        range::where_true(range.map(|block| (block, is_missing(block))))
+        range::where_true(range::each(range).map(|block| (block, is_missing(block))))
     }
     fn take(&mut self, frames: &[SourceFrame<'_>]) -> Result<Vec<(usize, Error)>> {
         for frame in frames {
             let content = (frame.content)()?;
-            assert_eq!(content.len(), frame.blocks.len() * BLOCK_LEN, "whole blocks");
-            for (block, content) in frame.blocks.clone().zip(content.chunks(BLOCK_LEN)) {
+            assert_eq!(
+                content.len(),
+                range::length(&frame.blocks) as usize * BLOCK_LEN,
+                "whole blocks"
+            );
+            for (block, content) in range::each(frame.blocks.clone()).zip(content.chunks(BLOCK_LEN)) {
                 let before = self.blocks.insert(block, content.to_vec());
                 assert!(
                     before.is_none_or(|before| before == content),
@@ -168,7 +172,7 @@ impl BlockSink for Kept {
         Ok(Vec::new())
     }
     fn prove(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<bool> {
-        for (block, hash) in (first..).zip(hashes) {
+        for (block, hash) in range::from(first).zip(hashes) {
             if let Some(content) = self.blocks.get(&block) {
                 assert_eq!(hash_of(content), *hash);
                 self.proved += 1;
@@ -289,11 +293,15 @@ fn a_source_hands_over_what_is_asked_for() {
     for source in sources {
         source.offer().unwrap().unwrap();
         let mut kept = Kept {
-            wanted: vec![1..3, 5..6],
+            wanted: [1..3, 5..6].map(StoreBlock::range).to_vec(),
             ..Kept::default()
         };
-        source.deliver(&[1..3, 5..6], &mut kept).unwrap();
-        assert!([1, 2, 5].iter().all(|block| kept.blocks.contains_key(block)));
+        source.deliver(&[1..3, 5..6].map(StoreBlock::range), &mut kept).unwrap();
+        assert!(
+            [1, 2, 5]
+                .iter()
+                .all(|block| kept.blocks.contains_key(&StoreBlock(*block)))
+        );
     }
 }
 

@@ -9,8 +9,7 @@ use std::path::{Path, PathBuf};
 use super::manifest::store_block;
 use super::record::{HEADER_BYTES, Hash, RecordKind};
 use crate::codec::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
-use crate::content::StoreBlock;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 
 const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 /// How much smaller a payload can be stored at most, beside 64 KiB: it is hashes for the most part.
@@ -111,7 +110,7 @@ impl Commit {
         put_varint(out, self.previous.offset);
         put_varint(out, self.previous.length);
         out.extend(self.previous.body_hash);
-        put_varint(out, self.store_end.into());
+        put_varint(out, self.store_end.0.into());
         put_varint(out, self.images.len() as u64);
         for image in &self.images {
             put_string(out, image.path.as_os_str().as_bytes());
@@ -127,7 +126,7 @@ impl Commit {
                 record.sequence,
                 record.offset,
                 record.length,
-                record.first.into(),
+                record.first.0.into(),
                 record.blocks.into(),
             ] {
                 put_varint(out, number);
@@ -293,9 +292,9 @@ mod tests {
                 label,
                 root: "/var/lib/qubes".into(),
                 previous: CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] },
-                store_end: 100,
+                store_end: StoreBlock(100),
                 images: paths.iter().map(|path| ImageSummary { path: path.into(), size: numbers.2, data_blocks: 4, new_blocks: 3, digest: [9; 32] }).collect(),
-                records: vec![RecordLocation { kind: RecordKind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: 90, blocks: 10, body_hash: [1; 32] }],
+                records: vec![RecordLocation { kind: RecordKind::Pack, part: 0, sequence: 4, offset: 3, length: 100, first: StoreBlock(90), blocks: 10, body_hash: [1; 32] }],
             };
             prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));
         }
@@ -327,7 +326,7 @@ mod tests {
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation::default(),
-            store_end: 10,
+            store_end: StoreBlock(10),
             images: (0..20_000).map(image).collect(),
             records: Vec::new(),
         };
@@ -342,7 +341,7 @@ mod tests {
             sequence: 4,
             offset,
             length,
-            first: 0,
+            first: StoreBlock(0),
             blocks: 1,
             body_hash: [1; 32],
         };
@@ -356,7 +355,7 @@ mod tests {
                 length: 100,
                 body_hash: [0; 32],
             },
-            store_end: 10,
+            store_end: StoreBlock(10),
             images: Vec::new(),
             records,
         };

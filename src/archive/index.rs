@@ -3,7 +3,7 @@
 use super::manifest::store_block;
 use super::record::Hash;
 use crate::codec::{Decoded, Decoder};
-use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
+use crate::numbers::StoreBlock;
 
 /// Blocks that one record covers at most.
 pub const BLOCKS_MAX: usize = 1 << 18;
@@ -14,7 +14,7 @@ pub const HASH_BYTES: u64 = 32;
 
 /// Writes the body of an INDEX.
 pub fn encode(first: StoreBlock, hashes: &[Hash]) -> Vec<u8> {
-    let mut out = u64::from(first).to_le_bytes().to_vec();
+    let mut out = u64::from(first.0).to_le_bytes().to_vec();
     out.extend(u32::try_from(hashes.len()).unwrap_or(u32::MAX).to_le_bytes());
     out.extend([0; 4]);
     out.extend(hashes.as_flattened());
@@ -30,7 +30,7 @@ pub fn decode(body: &[u8]) -> Decoded<(StoreBlock, &[Hash])> {
     let first = store_block(decoder.u64()?)?;
     let count = decoder.u32()? as usize;
     decoder.zeros(4)?;
-    if count > BLOCKS_MAX || first as usize + count > STORE_BLOCKS_MAX as usize {
+    if count > BLOCKS_MAX || first.index() + count > StoreBlock::END_MAX.index() {
         return Err("it covers more blocks than allowed");
     }
     let hashes = decoder.take(count * size_of::<Hash>())?.as_chunks().0;
@@ -46,8 +46,8 @@ mod tests {
     proptest! {
         #[test]
         fn hashes_come_back(hashes: Vec<Hash>, first in 0u32..1 << 20, strange: Vec<u8>) {
-            let body = encode(first, &hashes);
-            prop_assert_eq!(decode(&body), Ok((first, &hashes[..])));
+            let body = encode(StoreBlock(first), &hashes);
+            prop_assert_eq!(decode(&body), Ok((StoreBlock(first), &hashes[..])));
             let _ = decode(&strange);
         }
     }

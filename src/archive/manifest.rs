@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::block::BLOCK_BYTES;
 use crate::codec::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
-use crate::content::{Content, Metadata, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
+use crate::content::{Content, Metadata, Run, push_run};
 use crate::fingerprint::FingerprintFunction;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 
 /// Bytes of a payload at most, decoded.
 pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
@@ -263,8 +263,8 @@ fn put_runs(out: &mut Vec<u8>, runs: &[Run]) {
         };
         put_varint(out, u64::from(run.blocks) << 2 | kind);
         if let Content::Stored(first) = run.content {
-            put_zigzag(out, i64::from(first) - predicted);
-            predicted = i64::from(first) + i64::from(run.blocks);
+            put_zigzag(out, i64::from(first.0) - predicted);
+            predicted = i64::from(first.0) + i64::from(run.blocks);
         }
     }
 }
@@ -338,10 +338,10 @@ fn runs(decoder: &mut Decoder<'_>) -> Decoded<ManifestEntry> {
             _ => {
                 let first = predicted.checked_add(decoder.zigzag()?).unwrap_or(-1);
                 predicted = first.saturating_add(i64::from(blocks));
-                if first < 0 || predicted > i64::from(STORE_BLOCKS_MAX) {
+                if first < 0 || predicted > i64::from(StoreBlock::END_MAX.0) {
                     return Err("a run refers to blocks that no store can hold");
                 }
-                Content::Stored(u32::try_from(first).unwrap_or(u32::MAX))
+                Content::Stored(StoreBlock(u32::try_from(first).unwrap_or(u32::MAX)))
             }
         };
         runs.push(Run { blocks, content });
@@ -404,7 +404,7 @@ fn metadata(decoder: &mut Decoder<'_>) -> Decoded<Metadata> {
 
 /// Writes the payload that announces blocks.
 pub fn encode_announced(announced: &AnnouncedBlocks) -> Vec<u8> {
-    let mut out = u64::from(announced.first).to_le_bytes().to_vec();
+    let mut out = u64::from(announced.first.0).to_le_bytes().to_vec();
     let function = match announced.function {
         FingerprintFunction::Crc32c => 0,
         FingerprintFunction::Xxhash64 => 1,
@@ -433,7 +433,7 @@ fn decode_announced(payload: &[u8]) -> Decoded<AnnouncedBlocks> {
         return Err("a chunk is empty or longer than allowed");
     }
     let blocks: usize = chunks.iter().map(|blocks| usize::from(*blocks)).sum();
-    if blocks > ANNOUNCED_BLOCKS_MAX || u64::from(first) + blocks as u64 > u64::from(STORE_BLOCKS_MAX) {
+    if blocks > ANNOUNCED_BLOCKS_MAX || u64::from(first.0) + blocks as u64 > u64::from(StoreBlock::END_MAX.0) {
         return Err("it announces more blocks than allowed");
     }
     let fingerprints = decoder.take(blocks * 4)?.as_chunks().0;
@@ -450,7 +450,8 @@ fn decode_announced(payload: &[u8]) -> Decoded<AnnouncedBlocks> {
 pub(super) fn store_block(number: u64) -> Decoded<StoreBlock> {
     u32::try_from(number)
         .ok()
-        .filter(|block| *block <= STORE_BLOCKS_MAX)
+        .map(StoreBlock)
+        .filter(|block| *block <= StoreBlock::END_MAX)
         .ok_or("a store address is larger than allowed")
 }
 
@@ -628,7 +629,7 @@ mod tests {
             Just(Content::Hole),
             Just(Content::Zeros),
             Just(Content::Unwritten),
-            (0u32..1 << 30).prop_map(Content::Stored)
+            (0u32..1 << 30).prop_map(|first| Content::Stored(StoreBlock(first)))
         ]
     }
 
@@ -684,7 +685,7 @@ mod tests {
         #[test]
         fn blocks_come_back(chunks in prop::collection::vec(1u8..=16, 0..100), first in 0u32..1000) {
             let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
-            let announced = AnnouncedBlocks { first, function: FingerprintFunction::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
+            let announced = AnnouncedBlocks { first: StoreBlock(first), function: FingerprintFunction::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
             let body = encode(CommitNumber(1), 1, false, &encode_announced(&announced)).unwrap();
             prop_assert_eq!(decode(&body), Ok(PlanRecord { commit: CommitNumber(1), last: false, part: PlanPart::Blocks(announced) }));
         }
@@ -712,9 +713,9 @@ mod tests {
             for (at, blocks) in places {
                 if at >= end && ((at + blocks) as usize) <= expected.len() {
                     end = at + blocks;
-                    corrections.push((at, Run { blocks, content: Content::Stored(at * 7) }));
+                    corrections.push((at, Run { blocks, content: Content::Stored(StoreBlock(at * 7)) }));
                     for n in 0..blocks {
-                        expected[(at + n) as usize] = Content::Stored(at * 7 + n);
+                        expected[(at + n) as usize] = Content::Stored(StoreBlock(at * 7 + n));
                     }
                 }
             }
@@ -804,7 +805,7 @@ mod tests {
         let runs: Vec<Run> = (0..100_000)
             .map(|n| Run {
                 blocks: 1,
-                content: Content::Stored(n * 40_000),
+                content: Content::Stored(StoreBlock(n * 40_000)),
             })
             .collect();
         let mut payloads = Payloads::default();

@@ -4,7 +4,7 @@ use super::manifest::store_block;
 use super::record::{Hash, hash_of};
 use crate::block::BLOCK_LEN;
 use crate::codec::{Decoded, Decoder};
-use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
+use crate::numbers::StoreBlock;
 
 /// Frames in a pack at most.
 const FRAMES_MAX: u32 = 8192;
@@ -106,7 +106,7 @@ pub fn encode(first: StoreBlock, frames: &[Frame]) -> Vec<u8> {
     let data: usize = frames.iter().map(Frame::stored_bytes).sum();
     let mut out = vec![0; HASH_BYTES];
     out.reserve(FIXED_BYTES + frames.len() * LINE_BYTES + data);
-    out.extend(u64::from(first).to_le_bytes());
+    out.extend(u64::from(first.0).to_le_bytes());
     out.extend(u32::try_from(frames.len()).unwrap_or(u32::MAX).to_le_bytes());
     out.extend([0; 4]);
     for frame in frames {
@@ -174,7 +174,7 @@ pub fn decode_table(body: &[u8], body_bytes: u64) -> Decoded<Vec<FrameInfo>> {
         offset += u64::from(stored_bytes);
         first = first
             .checked_add(blocks.into())
-            .filter(|end| *end <= STORE_BLOCKS_MAX)
+            .filter(|end| *end <= StoreBlock::END_MAX)
             .ok_or("it holds blocks beyond the largest store")?;
     }
     if offset == body_bytes {
@@ -204,7 +204,7 @@ mod tests {
             frames.iter().map(|frame| frame.encoding).collect::<Vec<_>>(),
             [ZSTD, RAW, ZSTD]
         );
-        (encode(10, &frames), plain)
+        (encode(StoreBlock(10), &frames), plain)
     }
 
     trait TakeVec {
@@ -228,7 +228,10 @@ mod tests {
             .map(|frame| frame.decode(frame.slice(&body).unwrap()).unwrap())
             .collect();
         assert_eq!(found, plain);
-        assert_eq!(frames.iter().map(|frame| frame.first).collect::<Vec<_>>(), [10, 13, 15]);
+        assert_eq!(
+            frames.iter().map(|frame| frame.first).collect::<Vec<_>>(),
+            [10, 13, 15].map(StoreBlock)
+        );
     }
 
     proptest! {

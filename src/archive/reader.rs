@@ -16,9 +16,9 @@ use super::stream::{Stream, StreamEvent};
 use super::writer::EpochBase;
 use crate::block::ByteRange;
 use crate::codec::Decoded;
-use crate::content::StoreBlock;
 use crate::error::{Error, Result};
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
+use crate::range;
 use crate::store::{Store, StoreReader};
 
 const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
@@ -338,7 +338,7 @@ impl Archive {
     /// Whether so many blocks can be in an archive of this length: each frame takes a line of its PACK's table.
     fn can_hold(&self, blocks: StoreBlock) -> bool {
         const LINE_BYTES: u64 = 40;
-        self.length / LINE_BYTES >= u64::from(blocks) / u64::from(pack::FRAME_BLOCKS_MAX)
+        self.length / LINE_BYTES >= u64::from(blocks.0) / u64::from(pack::FRAME_BLOCKS_MAX)
     }
 
     fn epoch_of(&self, commit: &CommitLocation) -> Option<u64> {
@@ -356,7 +356,7 @@ impl Archive {
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation::default(),
-            store_end: 0,
+            store_end: StoreBlock(0),
             images: Vec::new(),
             records: Vec::new(),
         };
@@ -385,7 +385,7 @@ impl Archive {
                     let Ok(frames) = pack::decode_table(&body, header.body_bytes) else {
                         continue;
                     };
-                    location.first = frames.first().map_or(0, |frame| frame.first);
+                    location.first = frames.first().map_or(StoreBlock(0), |frame| frame.first);
                     location.blocks = frames.iter().map(|frame| u32::from(frame.blocks)).sum();
                 }
                 RecordKind::Index => {
@@ -483,7 +483,7 @@ impl Archive {
             last: last.map_or_else(CommitLocation::default, |last| last.location),
             sequence: self.end.1,
             length: self.end.0,
-            store_end: last.map_or(0, |last| last.commit.store_end),
+            store_end: last.map_or(StoreBlock(0), |last| last.commit.store_end),
         }
     }
 
@@ -660,7 +660,7 @@ impl Archive {
             let Ok((its_first, found)) = index::decode(&body) else {
                 continue;
             };
-            for (block, hash) in (its_first..)
+            for (block, hash) in range::from(its_first)
                 .zip(found)
                 .filter(|(block, _)| (first..end).contains(block))
             {
@@ -762,7 +762,7 @@ fn location_of(header: &RecordHeader, offset: u64) -> RecordLocation {
         sequence: header.sequence,
         offset,
         length: HEADER_BYTES as u64 + header.body_bytes,
-        first: 0,
+        first: StoreBlock(0),
         blocks: 0,
         body_hash: header.body_hash,
     }

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use super::commit::{Commit, CommitLocation, RecordLocation, encode_tail};
 use super::head::Head;
 use super::record::{HEADER_BYTES, RecordHeader, RecordKind, SEQUENCES};
-use crate::content::StoreBlock;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::store::Store;
 
 /// Bytes of a body that is written together with its header.
@@ -58,7 +57,7 @@ impl ArchiveWriter {
             offset: base.length,
             records: Vec::new(),
         };
-        writer.put(RecordKind::Head, 0, (0, 0), &Head::current().encode())?;
+        writer.put(RecordKind::Head, 0, (StoreBlock(0), 0), &Head::current().encode())?;
         Ok(writer)
     }
 
@@ -139,13 +138,13 @@ impl ArchiveWriter {
                 "the commit has more images, longer names or a longer label than the format allows",
             ));
         }
-        let location = self.write(RecordKind::Commit, 0, (0, 0), &body)?;
+        let location = self.write(RecordKind::Commit, 0, (StoreBlock(0), 0), &body)?;
         let last = CommitLocation {
             offset: location.offset,
             length: location.length,
             body_hash: location.body_hash,
         };
-        self.write(RecordKind::Tail, 0, (0, 0), &encode_tail(&last))?;
+        self.write(RecordKind::Tail, 0, (StoreBlock(0), 0), &encode_tail(&last))?;
         self.store.settle()?;
         let base = EpochBase {
             archive: self.base.archive,

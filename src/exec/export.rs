@@ -13,14 +13,14 @@ use crate::archive::record::{Hash, RecordKind, hash_of};
 use crate::archive::writer::ArchiveWriter;
 use crate::block::{BLOCK_LEN, Slot, bytes};
 use crate::chunk::Chunker;
-use crate::content::{STORE_BLOCKS_MAX, StoreBlock};
 use crate::error::{Error, Result};
 use crate::facts::Facts;
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{Filesystem, SourceFile, drop_slots_behind, read_slots_ahead, read_slots_into};
 use crate::monitor::Monitor;
-use crate::numbers::ImageId;
+use crate::numbers::{ImageId, StoreBlock};
 use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
+use crate::range;
 use crate::spill::SpillVec;
 
 /// Bytes of images read at a time, while those before are compressed, and those before that are written.
@@ -374,7 +374,7 @@ impl<'a> Assembler<'a> {
     fn hashes_of(&self, first: StoreBlock, blocks: u32, old: &mut StoredHashes<'_>) -> Result<Vec<Option<Hash>>> {
         let before = old.end().saturating_sub(first).min(blocks);
         let mut hashes = Vec::with_capacity(blocks as usize);
-        for block in first..first + before {
+        for block in range::each(first..first + before) {
             hashes.push(old.get(block)?);
         }
         if blocks > before {
@@ -418,9 +418,13 @@ impl<'a> Assembler<'a> {
             inline.push((*image, None));
             blocks.push(block);
         }
-        let known = if wanted.is_empty() { 0 } else { self.plan.first_new };
-        for block in 0..known {
-            for at in wanted.get(&self.plan.fingerprints.get(block)).into_iter().flatten() {
+        let known = if wanted.is_empty() {
+            StoreBlock(0)
+        } else {
+            self.plan.first_new
+        };
+        for block in range::each(StoreBlock(0)..known) {
+            for at in wanted.get(&self.plan.fingerprints.get(block.0)).into_iter().flatten() {
                 if old.get(block)? == Some(hash_of(&blocks[*at])) {
                     inline[*at].1 = Some(block);
                 }
@@ -488,7 +492,7 @@ impl Corrected {
         let address = u32::try_from(self.hashes.len())
             .ok()
             .and_then(|count| self.first.checked_add(count))
-            .filter(|address| *address < STORE_BLOCKS_MAX)
+            .filter(|address| *address < StoreBlock::END_MAX)
             .ok_or(Error::TooLarge)?;
         self.content.extend_from_slice(block);
         self.hashes.push(hash);

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use crate::archive::reader::Archive;
 use crate::archive::record::Hash;
-use crate::content::{Content, Run, StoreBlock};
+use crate::content::{Content, Run};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::sys::spill::SpillFile;
 
 /// Hashes kept in memory; older ones go to an unnamed file. 32 MiB, for 4 GiB of distinct blocks.
@@ -97,7 +98,7 @@ pub struct StoredHashes<'a> {
 
 impl<'a> StoredHashes<'a> {
     /// Blocks in a page: 2 MiB of hashes.
-    const PAGE: StoreBlock = 1 << 16;
+    const PAGE: u32 = 1 << 16;
     /// Pages kept.
     const PAGES: usize = 8;
 
@@ -128,7 +129,7 @@ impl<'a> StoredHashes<'a> {
         let Some(archive) = self.archive.filter(|_| block < self.end) else {
             return Ok(&[]);
         };
-        let first = block - block % Self::PAGE;
+        let first = StoreBlock(block.0 - block.0 % Self::PAGE);
         if let Some(at) = self.pages.iter().position(|(page, _)| *page == first) {
             self.pages[at..].rotate_left(1);
         } else {
@@ -274,13 +275,13 @@ mod tests {
     fn a_log_that_outgrows_memory_is_the_same() {
         let hash = |n: u32| *blake3::hash(&n.to_le_bytes()).as_bytes();
         let folder = tempfile::tempdir().unwrap();
-        let mut log = HashLog::new(10, folder.path().to_owned());
+        let mut log = HashLog::new(StoreBlock(10), folder.path().to_owned());
         let all: Vec<Hash> = (0..u32::try_from(IN_MEMORY).unwrap() * 2 + 500).map(hash).collect();
         for part in all.chunks(1000) {
             log.extend(part).unwrap();
         }
         assert!(log.file.is_some());
-        assert_eq!(log.end() as usize, 10 + all.len());
+        assert_eq!(log.end().index(), 10 + all.len());
         let in_file = u32::try_from(log.in_file).unwrap();
         for (first, blocks) in [
             (0, 3),
@@ -290,7 +291,7 @@ mod tests {
             (in_file + 3, 0),
         ] {
             let expected = &all[first as usize..(first + blocks) as usize];
-            assert_eq!(log.read(10 + first, blocks).unwrap(), expected);
+            assert_eq!(log.read(StoreBlock(10 + first), blocks).unwrap(), expected);
         }
     }
 

@@ -5,9 +5,9 @@
 
 use crate::archive::reader::Committed;
 use crate::codec::{Decoded, Decoder};
-use crate::content::{Content, KnownSlots, StoreBlock};
+use crate::content::{Content, KnownSlots};
 use crate::facts::Extent;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::shown::hex;
 
 /// What the names of these trees begin with.
@@ -15,7 +15,7 @@ const TREE_PREFIX: &str = "archive-v1-";
 /// Entries read or written at a time.
 pub(super) const AT_ONCE: usize = 1024;
 /// Stands for zeros where a store address stands else.
-pub(super) const ZEROS: StoreBlock = StoreBlock::MAX;
+pub(super) const ZEROS: StoreBlock = StoreBlock(u32::MAX);
 
 /// A range of an extent and what it is in an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(super) fn encode(digest: u128, committed: &Committed, parts: &[StoredRange])
     out.extend(committed.commit.number.0.to_le_bytes());
     out.extend(committed.location.body_hash);
     for part in parts {
-        for number in [part.block, part.blocks, part.store] {
+        for number in [part.block, part.blocks, part.store.0] {
             out.extend(number.to_le_bytes());
         }
     }
@@ -73,7 +73,7 @@ pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Optio
             let part = StoredRange {
                 block: decoder.u32()?,
                 blocks: decoder.u32()?,
-                store: decoder.u32()?,
+                store: StoreBlock(decoder.u32()?),
             };
             let end = part.store.checked_add(part.blocks);
             if part.store != ZEROS && end.is_none_or(|end| end > commit.commit.store_end) {

@@ -17,6 +17,7 @@ use crate::content::{Content, Run};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::pool::{self, FoundImage};
 use crate::report::{Change, Diffed, DiffedImage};
 use crate::store::FileStore;
@@ -85,7 +86,7 @@ fn commits(archive: &Archive, one: &Committed, other: &Committed, monitor: &dyn 
         .iter()
         .map(|committed| committed.commit.store_end)
         .max()
-        .unwrap_or(0);
+        .unwrap_or(StoreBlock(0));
     let mut hashes = StoredHashes::new(Some(archive), end);
     let paths: BTreeSet<&PathBuf> = one.keys().chain(other.keys()).collect();
     let mut images = Vec::new();

@@ -15,17 +15,18 @@ use crate::archive::manifest::{
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
 use crate::archive::writer::{ArchiveWriter, EpochBase};
-use crate::block::{BLOCK_BYTES, SlotSet, bytes};
-use crate::content::{Content, Run, StoreBlock, push_run};
+use crate::block::{BLOCK_BYTES, NumberSet, bytes};
+use crate::content::{Content, Run, push_run};
 use crate::error::{Error, Result};
 use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
-use crate::numbers::{CommitNumber, ImageId};
+use crate::numbers::{CommitNumber, ImageId, StoreBlock};
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
 use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
+use crate::range;
 use crate::report::Exported;
 use crate::spill::SpillVec;
 use crate::store::{FileStore, OutputPipe, Store};
@@ -347,7 +348,7 @@ impl Exporter<'_> {
             fs.function(),
             plan.first_new,
             &plan.chunks,
-            |first, blocks| plan.fingerprints.range(first..first + blocks),
+            |first, blocks| plan.fingerprints.range(first.0..(first + blocks).0),
             &mut out,
         )?;
         let old = |archive| StoredHashes::new(archive, first_new);
@@ -459,12 +460,12 @@ impl Exporter<'_> {
         };
         let first_new = opened.base.store_end;
         let end_max = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
-        let mut fingerprints = facts.fingerprints.alike(end_max as usize);
+        let mut fingerprints = facts.fingerprints.alike(end_max.index());
         if let Some(archive) = &opened.archive {
             for committed in archive.commits() {
                 let usable = archive.announced(committed)?.into_iter();
                 for announced in usable.filter(|one| one.function == fs.function() && one.end() <= first_new) {
-                    fingerprints.write(announced.first, &announced.fingerprints);
+                    fingerprints.write(announced.first.0, &announced.fingerprints);
                 }
             }
         }
@@ -638,7 +639,7 @@ fn put_payloads(part: u8, payloads: Payloads, out: &mut RecordWriter<'_>) -> Res
     }
     let count = payloads.len();
     for (n, payload) in (1..).zip(payloads) {
-        out.put_plan(part, n == count, (0, 0), &payload)?;
+        out.put_plan(part, n == count, (StoreBlock(0), 0), &payload)?;
     }
     debug_assert_ne!(part, PART_BLOCKS);
     Ok(())
@@ -699,7 +700,7 @@ fn summaries(
     /// Hashes read at a time: a run may be as long as the image.
     const PART: u32 = 1 << 16;
     let first_new = old.end();
-    let mut counted = SlotSet::new((log.end() - first_new) as usize);
+    let mut counted = NumberSet::new((log.end() - first_new) as usize);
     let mut summaries = Vec::new();
     for (place, image) in images.iter().enumerate() {
         let (mut data, mut new) = (0u64, 0u64);
@@ -707,7 +708,7 @@ fn summaries(
         for run in &runs {
             if let Content::Stored(first) = run.content {
                 data += u64::from(run.blocks);
-                for block in first.max(first_new)..first + run.blocks {
+                for block in range::each(first.max(first_new)..first + run.blocks) {
                     if !counted.contains(block - first_new) {
                         counted.insert(block - first_new);
                         new += 1;

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::archive::reader::{Archive, Committed};
 use crate::block::BLOCK_BYTES;
 use crate::error::Result;
+use crate::numbers::StoreBlock;
 use crate::report::{Listed, ListedCommit, ListedImage};
 use crate::store::FileStore;
 
@@ -31,7 +32,7 @@ fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
     let commits = archive.commits();
     let before = commits
         .binary_search_by_key(&commit.number.previous(), |one| one.commit.number)
-        .map_or(0, |at| commits[at].commit.store_end);
+        .map_or(StoreBlock(0), |at| commits[at].commit.store_end);
     let images = commit.images.iter().map(|image| ListedImage {
         path: image.path.clone(),
         size: image.size,

@@ -13,11 +13,11 @@ use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed, Damage, range_of};
 use crate::archive::record::{RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
-use crate::content::{Content, StoreBlock};
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{lost_ranges, wanted};
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
@@ -55,7 +55,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         .iter()
         .map(|one| one.commit.store_end)
         .max()
-        .unwrap_or(0);
+        .unwrap_or(StoreBlock(0));
     let (lost_blocks, blocks) = check_packs(&archive, store_end, &mut damage, monitor)?;
     let mut result = Verified {
         archive: path.to_owned(),
@@ -101,7 +101,7 @@ fn check_packs(
     damage: &mut Vec<Damage>,
     monitor: &dyn Monitor,
 ) -> Result<(Vec<Range<StoreBlock>>, u64)> {
-    let packs: Vec<&RecordLocation> = archive.packs(0, store_end).collect();
+    let packs: Vec<&RecordLocation> = archive.packs(StoreBlock(0), store_end).collect();
     let all_bytes = packs
         .iter()
         .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
@@ -122,7 +122,10 @@ fn check_packs(
         lost.append(&mut checked.lost);
         damage.append(&mut checked.damage);
     }
-    lost.extend(range::without(std::slice::from_ref(&(0..store_end)), &held(&packs)));
+    lost.extend(range::without(
+        std::slice::from_ref(&(StoreBlock(0)..store_end)),
+        &held(&packs),
+    ));
     Ok((range::joined(lost), blocks))
 }
 
@@ -219,7 +222,7 @@ fn check_pack(archive: &Archive, pack: &RecordLocation) -> Result<Checked> {
             hashes = archive.hashes(known.start, known.end)?;
         }
         let expected = &hashes[(blocks.start - known.start) as usize..];
-        for ((block, content), expected) in blocks.zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
+        for ((block, content), expected) in range::each(blocks).zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
             if expected.is_some_and(|expected| expected != hash_of(content)) {
                 let problem = format!("block {block} of the store is not the one that the INDEX says");
                 checked.damage.push(Damage { range: place, problem });

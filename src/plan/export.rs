@@ -5,10 +5,11 @@
 use super::table::BlockTable;
 use crate::block::Slot;
 use crate::chunk::Chunker;
-use crate::content::{Content, KnownSlots, Run, STORE_BLOCKS_MAX, StoreBlock, push_run};
+use crate::content::{Content, KnownSlots, Run, push_run};
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
-use crate::numbers::ImageId;
+use crate::numbers::{ImageId, StoreBlock};
+use crate::range;
 use crate::spill::SpillVec;
 
 /// What a range of slots is in the archive.
@@ -108,7 +109,7 @@ pub fn plan_export(
         },
         chunker: Chunker::default(),
     };
-    for block in 0..first_new {
+    for block in 0..first_new.0 {
         let fingerprint = planner.plan.fingerprints.get(block);
         planner
             .table
@@ -179,12 +180,12 @@ impl Planner<'_> {
             };
             let Some((length, source)) = found else {
                 let block = self.plan.end;
-                if block >= STORE_BLOCKS_MAX {
+                if block >= StoreBlock::END_MAX {
                     return None;
                 }
-                self.plan.fingerprints.write(block, &fingerprints[at..=at]);
-                let fingerprint = self.plan.fingerprints.get(block);
-                self.table.enter(block, fingerprint, &self.plan.fingerprints, |_| ());
+                self.plan.fingerprints.write(block.0, &fingerprints[at..=at]);
+                let fingerprint = self.plan.fingerprints.get(block.0);
+                self.table.enter(block.0, fingerprint, &self.plan.fingerprints, |_| ());
                 self.push(start + as_blocks(at), 1, ExportSource::New(block));
                 self.plan.end += 1;
                 new_from.get_or_insert(at);
@@ -217,11 +218,12 @@ impl Planner<'_> {
         const LOOK: usize = 256;
         let stored = &self.plan.fingerprints;
         let length = |first: StoreBlock, limit: usize| {
-            let pairs = (first..self.plan.end).zip(&wanted[..limit.min(wanted.len())]);
-            pairs.take_while(|(block, one)| stored.get(*block) == **one).count()
+            let pairs = range::each(first..self.plan.end).zip(&wanted[..limit.min(wanted.len())]);
+            pairs.take_while(|(block, one)| stored.get(block.0) == **one).count()
         };
         let mut best: Option<(StoreBlock, usize)> = None;
-        for candidate in follows.into_iter().chain(self.table.candidates(wanted[0], stored)) {
+        let candidates = self.table.candidates(wanted[0], stored).map(StoreBlock);
+        for candidate in follows.into_iter().chain(candidates) {
             let found = length(candidate, LOOK);
             if found > best.map_or(0, |(_, best)| best) {
                 best = Some((candidate, found));
@@ -312,10 +314,10 @@ mod tests {
                 .map(|slot| (slot, facts.fingerprints.get(slot)))
                 .filter_map(|(slot, fingerprint)| {
                     let at = stored.iter().position(|one| *one == fingerprint)?;
-                    Some(KnownSlots { slot, blocks: 1, content: Content::Stored(as_blocks(at)) })
+                    Some(KnownSlots { slot, blocks: 1, content: Content::Stored(StoreBlock(as_blocks(at))) })
                 })
                 .collect();
-            let plan = plan_export(&facts, &known, first_new, fingerprints(&stored, &facts)).unwrap();
+            let plan = plan_export(&facts, &known, StoreBlock(first_new), fingerprints(&stored, &facts)).unwrap();
             let (mut slot, mut next, mut new) = (0, first_new, std::collections::HashSet::new());
             for piece in &plan.pieces {
                 prop_assert_eq!(piece.slot, slot);
@@ -323,13 +325,13 @@ mod tests {
                     let fingerprint = facts.fingerprints.get(slot + n);
                     match piece.source {
                         ExportSource::Zeros | ExportSource::KnownZeros => prop_assert_eq!(fingerprint, 0),
-                        ExportSource::Same(first) => prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint),
+                        ExportSource::Same(first) => prop_assert_eq!(plan.fingerprints.get((first + n).0), fingerprint),
                         ExportSource::Known(first) => {
                             prop_assert!(extent.slots().contains(&(slot + n)));
-                            prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint);
+                            prop_assert_eq!(plan.fingerprints.get((first + n).0), fingerprint);
                         }
                         ExportSource::New(first) => {
-                            prop_assert_eq!(first + n, next);
+                            prop_assert_eq!(first + n, StoreBlock(next));
                             next += 1;
                             prop_assert!(new.insert(fingerprint) && !stored.contains(&fingerprint));
                         }
@@ -337,8 +339,8 @@ mod tests {
                 }
                 slot = piece.end();
             }
-            prop_assert_eq!((slot, next), (facts.slots(), plan.end));
-            prop_assert_eq!(plan.chunks.iter().map(|n| u32::from(*n)).sum::<u32>(), plan.end - first_new);
+            prop_assert_eq!((slot, StoreBlock(next)), (facts.slots(), plan.end));
+            prop_assert_eq!(plan.chunks.iter().map(|n| u32::from(*n)).sum::<u32>(), plan.end - StoreBlock(first_new));
             let runs = runs_of(&facts, &plan.pieces, ImageId(0), facts.slots() * 2);
             let each: Vec<Content> = runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect();
             prop_assert_eq!(each.len(), facts.slots() as usize * 2);
@@ -346,7 +348,7 @@ mod tests {
                 for n in 0..reference.blocks {
                     let fingerprint = facts.fingerprints.get(reference.slot + n);
                     match each[(reference.file_block + n) as usize] {
-                        Content::Stored(at) => prop_assert_eq!(plan.fingerprints.get(at), fingerprint),
+                        Content::Stored(at) => prop_assert_eq!(plan.fingerprints.get(at.0), fingerprint),
                         other => prop_assert_eq!((other, fingerprint), (Content::Zeros, 0)),
                     }
                 }
@@ -358,10 +360,10 @@ mod tests {
     fn long_runs_are_one_piece() {
         let one: Vec<u32> = (1..2000).collect();
         let facts = facts(&[one.clone(), one]);
-        let plan = plan_export(&facts, &[], 0, fingerprints(&[], &facts)).unwrap();
+        let plan = plan_export(&facts, &[], StoreBlock(0), fingerprints(&[], &facts)).unwrap();
         assert_eq!(
             plan.pieces.iter().map(|piece| piece.source).collect::<Vec<_>>(),
-            [ExportSource::New(0), ExportSource::Same(0)]
+            [ExportSource::New(StoreBlock(0)), ExportSource::Same(StoreBlock(0))]
         );
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::PlanOptions;
 use super::apply::Origins;
-use crate::block::{Slot, SlotSet};
+use crate::block::{NumberSet, Slot};
 use crate::facts::{Class, Compression, Facts};
 use crate::numbers::ExtentId;
 use crate::spill::{Budget, SpillVec};
@@ -101,7 +101,7 @@ pub struct Layout {
     /// Extents that go, in the order in which that was decided.
     order: SpillVec<EliminatedExtent>,
     /// The same extents as a set.
-    gone: SlotSet,
+    gone: NumberSet<ExtentId>,
     /// Their blocks that are found elsewhere, by slot. Runs do not overlap, and each lies within one extent.
     runs: SpillVec<DedupRun>,
     leftovers: SpillVec<Leftover>,
@@ -115,7 +115,7 @@ impl Layout {
     pub(super) fn new_in(budget: &Budget) -> Self {
         Self {
             order: SpillVec::new_in(budget),
-            gone: SlotSet::default(),
+            gone: NumberSet::default(),
             runs: SpillVec::new_in(budget),
             leftovers: SpillVec::new_in(budget),
             pieces: SpillVec::new_in(budget),
@@ -130,7 +130,7 @@ impl Layout {
 
     /// Whether an extent goes.
     pub fn is_gone(&self, extent: ExtentId) -> bool {
-        self.gone.contains(extent.0)
+        self.gone.contains(extent)
     }
 
     /// The donors to write.
@@ -181,7 +181,7 @@ impl Layout {
         let kept = |extent| origins.map_or(Some(extent), |origins| origins.extent(extent));
         self.gone.grow(facts.extents.len());
         for extent in gone.iter().filter_map(|extent| kept(*extent)) {
-            self.gone.insert(extent.0);
+            self.gone.insert(extent);
         }
         for run in runs {
             let mut done = 0;

@@ -16,9 +16,9 @@ use crate::archive::commit::ImageSummary;
 use crate::archive::manifest::{ImageRuns, Manifest};
 use crate::archive::record::Hash;
 use crate::block::{ByteRange, bytes};
-use crate::content::{Content, Run, StoreBlock};
+use crate::content::{Content, Run};
 use crate::error::{Error, Result};
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::pool::{Revision, patterns, revision_of};
 use crate::range;
 use crate::shown::shown;
@@ -527,7 +527,7 @@ mod tests {
             };
             let stored = Run {
                 blocks: *blocks,
-                content: Content::Stored(next),
+                content: Content::Stored(StoreBlock(next)),
             };
             next += blocks;
             manifest.images.push(ImageRuns {
@@ -658,7 +658,7 @@ mod tests {
         let contents = Arc::new(contents(&[(&["a.img"], 100), (&["b.img"], 50)]));
         let seeded = || {
             vec![SeedMatch {
-                first: 10,
+                first: StoreBlock(10),
                 blocks: 20,
                 slot: 7,
             }]
@@ -673,7 +673,7 @@ mod tests {
             ..Destination::default()
         };
         let found = plan(&destination);
-        assert_eq!(found.wanted, vec![0..150]);
+        assert_eq!(found.wanted, [StoreBlock::range(0..150)]);
         let metadata = 2 * METADATA_BYTES_PER_REFERENCE + 2 * bytes(1);
         assert_eq!(
             found.bytes,

@@ -9,9 +9,9 @@ use super::table::BlockTable;
 use crate::archive::manifest::AnnouncedBlocks;
 use crate::block::Slot;
 use crate::chunk::weak_id;
-use crate::content::StoreBlock;
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
+use crate::numbers::StoreBlock;
 
 /// A range of the store that seeds seem to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -63,12 +63,13 @@ pub fn find_seeds(
         while at < range.end {
             let length = |slot: Slot| {
                 let limit = (live_end(slot) - slot).min(range.end - at);
-                let pairs = (0..limit)
-                    .take_while(|n| known(at + n) && fingerprints.get(at + n) == facts.fingerprints.get(slot + n));
+                let pairs = (0..limit).take_while(|n| {
+                    known(at + *n) && fingerprints.get((at + *n).0) == facts.fingerprints.get(slot + n)
+                });
                 u32::try_from(pairs.count()).unwrap_or(u32::MAX)
             };
             let candidates: Vec<Slot> = if known(at) {
-                table.candidates(fingerprints.get(at), &facts.fingerprints).collect()
+                table.candidates(fingerprints.get(at.0), &facts.fingerprints).collect()
             } else {
                 Vec::new()
             };

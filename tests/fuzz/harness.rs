@@ -10,6 +10,7 @@ use vmfold::archive::stream::{Stream, StreamEvent};
 use vmfold::archive::{index, manifest, pack};
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
+use vmfold::numbers::StoreBlock;
 use vmfold::ops::ArchivePlace;
 use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify;
@@ -89,7 +90,7 @@ pub(crate) fn archive(bytes: &[u8], folder: &Path) {
         for committed in archive.commits() {
             let _ = archive.manifest(committed);
             let _ = archive.announced(committed);
-            for pack in archive.packs(0, committed.commit.store_end.min(1 << 20)) {
+            for pack in archive.packs(StoreBlock(0), committed.commit.store_end.min(StoreBlock(1 << 20))) {
                 for (offset, frame) in archive.frames(pack).unwrap_or_default() {
                     let _ = archive.frame(offset, &frame);
                 }

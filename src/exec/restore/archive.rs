@@ -11,12 +11,12 @@ use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::BLOCK_LEN;
-use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
 use crate::exec::hashes::{Digest, StoredHashes};
 use crate::monitor::Monitor;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{CommitName, Contents};
+use crate::range;
 
 /// Blocks of the frames that are handed over together, at least.
 const BATCH_BLOCKS: u32 = 4096;
@@ -90,7 +90,7 @@ impl<'a> ArchiveSource<'a> {
         if !self.announces {
             return Ok(announced);
         }
-        let mut left = u64::from(self.committed.commit.store_end);
+        let mut left = u64::from(self.committed.commit.store_end.0);
         for one in self.archive.commits().iter().map(|one| self.archive.announced(one)) {
             for one in one? {
                 let blocks = one.fingerprints.len() as u64;
@@ -108,7 +108,7 @@ impl<'a> ArchiveSource<'a> {
         let mut frames = Vec::with_capacity(batch.len());
         for (offset, frame) in batch.drain(..) {
             let blocks = frame.first..frame.first + u32::from(frame.blocks);
-            let expected = blocks.clone().map(|block| self.hashes.get(block));
+            let expected = range::each(blocks.clone()).map(|block| self.hashes.get(block));
             let expected: Vec<Option<Hash>> = expected.collect::<Result<_>>()?;
             let archive = self.archive;
             frames.push(SourceFrame {
@@ -167,7 +167,7 @@ impl BlockSource for ArchiveSource<'_> {
         Ok(Some(Offer {
             contents: Arc::clone(&self.contents),
             announced: self.announced()?,
-            known_end: StoreBlock::MAX,
+            known_end: StoreBlock(u32::MAX),
         }))
     }
 

@@ -9,9 +9,10 @@ use rustix::fs::{IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::block::bytes;
-use crate::content::{Content, Run, StoreBlock};
+use crate::content::{Content, Run};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::range;
 use crate::sys::clone::clone_range;
 use crate::sys::inode_flags::{add_inode_flags, inode_flags};
@@ -64,7 +65,7 @@ pub fn fill(
             let all = first..first + run.blocks;
             for part in range::without(std::slice::from_ref(&all), &range::overlap(lost, all.clone())) {
                 let (from, to, length) = (
-                    bytes(part.start),
+                    bytes(part.start.0),
                     at + bytes(part.start - first),
                     bytes(part.end - part.start),
                 );
@@ -130,7 +131,7 @@ pub fn without_checksums(
     copy.set_len(length).map_err(&failed)?;
     let mut buffer = Vec::new();
     for range in ranges {
-        let (mut at, end) = (bytes(range.start), bytes(range.end));
+        let (mut at, end) = (bytes(range.start.0), bytes(range.end.0));
         while at < end {
             if monitor.interrupted() {
                 return Err(Error::Interrupted);

@@ -33,10 +33,11 @@ use self::staging::{Journal, Staging};
 use crate::archive::commit::by_path;
 use crate::archive::manifest::AnnouncedBlocks;
 use crate::block::bytes;
-use crate::content::{Content, StoreBlock};
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::digest;
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::plan::restore::{
     Contents, Destination, LostImage, RestorePlan, Selected, lost_ranges, name_as_revisions, revisions_to_name, select,
     wanted_by,
@@ -315,7 +316,7 @@ impl<'a> Restore<'a> {
         committed: &mut Option<Arc<Contents>>,
     ) -> Result<bool> {
         let PreparedRestore { plan, known_end } = planned;
-        let end = plan.wanted.last().map_or(0, |range| range.end);
+        let end = plan.wanted.last().map_or(StoreBlock(0), |range| range.end);
         staging.make_room(end)?;
         self.monitor.phase("Restoring blocks", plan.bytes.distinct_bytes);
         let knows_hashes = self.source.knows_hashes();
@@ -475,7 +476,7 @@ fn log_plan(plan: &RestorePlan, destination: &Destination) {
         "planned"
     );
     for one in &plan.seeded {
-        tracing::debug!(first = one.first, blocks = one.blocks, "on this disk already");
+        tracing::debug!(first = one.first.0, blocks = one.blocks, "on this disk already");
     }
 }
 

@@ -14,11 +14,10 @@ use crate::archive::reader::{Committed, find_commit};
 use crate::archive::record::{Hash, RecordHeader, RecordKind, hash_of};
 use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::{BLOCK_LEN, ByteRange};
-use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
 use crate::exec::hashes::{Digest, HashLog};
 use crate::monitor::Monitor;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{CommitName, Contents};
 use crate::range;
 use crate::store::{Store, StoreReader};
@@ -97,7 +96,7 @@ impl<'a> PipeSource<'a> {
             offered: None,
             pending: None,
             hashes: PipeHashes {
-                log: HashLog::new(0, options.folder.clone()),
+                log: HashLog::new(StoreBlock(0), options.folder.clone()),
                 has_all: true,
             },
             is_damaged: false,

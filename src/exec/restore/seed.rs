@@ -9,12 +9,12 @@ use super::source::BlockHashes;
 use super::staging::Staging;
 use crate::archive::manifest::AnnouncedBlocks;
 use crate::archive::record::{Hash, hash_of};
-use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
-use crate::content::StoreBlock;
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, NumberSet, bytes};
 use crate::error::{Error, Result};
 use crate::facts::Facts;
 use crate::fs::{Filesystem, drop_slots_behind, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::plan::seeds::{SeedMatch, find_seeds};
 use crate::range;
 
@@ -71,13 +71,13 @@ impl PoolSeed {
 
 impl Seed for PoolSeed {
     fn find(&self, wanted: &[Range<StoreBlock>], announced: &[AnnouncedBlocks]) -> Vec<SeedMatch> {
-        let end = wanted.last().map_or(0, |range| range.end) as usize;
+        let end = wanted.last().map_or(0, |range| range.end.index());
         let facts = &self.facts;
-        let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), SlotSet::new(end));
+        let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), NumberSet::new(end));
         let announced = announced.iter();
-        for one in announced.filter(|one| one.function == self.fs.function() && (one.first as usize) < end) {
-            let length = end.saturating_sub(one.first as usize).min(one.fingerprints.len());
-            fingerprints.write(one.first, &one.fingerprints[..length]);
+        for one in announced.filter(|one| one.function == self.fs.function() && one.first.index() < end) {
+            let length = end.saturating_sub(one.first.index()).min(one.fingerprints.len());
+            fingerprints.write(one.first.0, &one.fingerprints[..length]);
             known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
         }
         let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
@@ -110,7 +110,7 @@ pub(super) fn proved(
 ) -> Result<Vec<Range<StoreBlock>>> {
     let found: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
     let mut proved = Vec::new();
-    for (block, found) in range.zip(found) {
+    for (block, found) in range::each(range).zip(found) {
         if hashes.get(block)? == Some(found) {
             range::push(&mut proved, block..block + 1);
         }
@@ -171,11 +171,11 @@ pub(super) fn clone_into(
     }
     let mut kept = 0;
     for part in range::parts(seeded.range(), PROVED_BLOCKS) {
-        if part.clone().all(|block| staging.has(block)) {
+        if range::each(part.clone()).all(|block| staging.has(block)) {
             continue;
         }
         let slot = seeded.slot + (part.start - seeded.first);
-        if !seed.share(slot, part.end - part.start, staging.file(), bytes(part.start)) {
+        if !seed.share(slot, part.end - part.start, staging.file(), bytes(part.start.0)) {
             continue;
         }
         for range in staged_proved(staging, part, hashes)? {

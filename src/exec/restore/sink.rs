@@ -10,9 +10,9 @@ use super::source::{BlockSink, SourceFrame};
 use super::staging::Staging;
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_LEN, bytes};
-use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::plan::seeds::SeedMatch;
 use crate::range;
 
@@ -87,7 +87,11 @@ impl BlockSink for StagingSink<'_> {
         if self.monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        let end = frames.iter().map(|frame| frame.blocks.end).max().unwrap_or(0);
+        let end = frames
+            .iter()
+            .map(|frame| frame.blocks.end)
+            .max()
+            .unwrap_or(StoreBlock(0));
         self.staging.make_room(end)?;
         let this = &*self;
         let placed: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| this.place(frame)).collect();
@@ -120,7 +124,7 @@ impl BlockSink for StagingSink<'_> {
                 let expected = &hashes[(present.start - first) as usize..];
                 let blocks = content.par_chunks_exact(BLOCK_LEN).zip(expected);
                 let differs: Vec<bool> = blocks.map(|(block, hash)| hash_of(block) != *hash).collect();
-                differing.extend(range::where_true(present.zip(differs)));
+                differing.extend(range::where_true(range::each(present).zip(differs)));
             }
         }
         for range in &differing {
@@ -152,7 +156,7 @@ fn share_equal(
         };
         for same in equal_blocks(part.start, &found, of(&part)) {
             let slot = slot + (same.start - part.start);
-            if !seed.share(slot, same.end - same.start, staging.file(), bytes(same.start)) {
+            if !seed.share(slot, same.end - same.start, staging.file(), bytes(same.start.0)) {
                 continue;
             }
             let mut now = vec![0; (same.end - same.start) as usize * BLOCK_LEN];
@@ -166,5 +170,5 @@ fn share_equal(
 /// The maximal ranges of blocks, the first of which is `first`, in which two contents are equal.
 fn equal_blocks(first: StoreBlock, one: &[u8], other: &[u8]) -> Vec<Range<StoreBlock>> {
     let pairs = one.chunks_exact(BLOCK_LEN).zip(other.chunks_exact(BLOCK_LEN));
-    range::where_true((first..).zip(pairs.map(|(one, other)| one == other)))
+    range::where_true(range::from(first).zip(pairs.map(|(one, other)| one == other)))
 }

@@ -10,10 +10,9 @@ use std::sync::Arc;
 
 use crate::archive::manifest::AnnouncedBlocks;
 use crate::archive::record::Hash;
-use crate::content::StoreBlock;
 use crate::error::{Error, Result};
 use crate::exec::hashes::Digest;
-use crate::numbers::CommitNumber;
+use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::Contents;
 
 /// Images whose blocks a source can hand over.

@@ -14,9 +14,9 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::folder::FileState;
-use crate::block::{SlotSet, bytes};
-use crate::content::StoreBlock;
+use crate::block::{NumberSet, bytes};
 use crate::error::{Error, Result};
+use crate::numbers::StoreBlock;
 use crate::range;
 use crate::sys::readahead::write_out;
 
@@ -40,7 +40,7 @@ pub struct Staging {
     path: PathBuf,
     file: File,
     journal: File,
-    present: SlotSet,
+    present: NumberSet<StoreBlock>,
     /// Ranges not in the journal yet.
     pending: Vec<Range<StoreBlock>>,
     pending_bytes: u64,
@@ -122,7 +122,7 @@ impl Journal {
                 });
             }
             [first, blocks] => {
-                let first: StoreBlock = first.parse().ok()?;
+                let first = StoreBlock(first.parse().ok()?);
                 let end = first.checked_add(blocks.parse().ok()?)?;
                 self.claimed.push(first..end);
             }
@@ -254,7 +254,7 @@ impl Staging {
             path: path.join(BLOCKS),
             file,
             journal,
-            present: SlotSet::default(),
+            present: NumberSet::default(),
             pending: Vec::new(),
             pending_bytes: 0,
             dirty: None,
@@ -277,11 +277,11 @@ impl Staging {
     /// # Errors
     /// Those of the system call.
     pub fn make_room(&mut self, end: StoreBlock) -> Result<()> {
-        self.present.grow(end as usize);
+        self.present.grow(end.index());
         let length = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
-        if length < bytes(end) {
+        if length < bytes(end.0) {
             self.file
-                .set_len(bytes(end))
+                .set_len(bytes(end.0))
                 .map_err(Error::io("make room in", &self.path))?;
         }
         Ok(())
@@ -320,7 +320,7 @@ impl Staging {
 
     /// Says that blocks are not there after all.
     pub fn forget(&mut self, range: Range<StoreBlock>) {
-        for block in range {
+        for block in range::each(range) {
             self.present.remove(block);
         }
     }
@@ -331,9 +331,12 @@ impl Staging {
     /// Those of reading.
     pub fn read(&self, first: StoreBlock, buffer: &mut [u8]) -> Result<()> {
         let length = buffer.len() as u64;
-        self.file
-            .read_exact_at(buffer, bytes(first))
-            .map_err(Error::io_at("read", &self.path, bytes(first), length))
+        self.file.read_exact_at(buffer, bytes(first.0)).map_err(Error::io_at(
+            "read",
+            &self.path,
+            bytes(first.0),
+            length,
+        ))
     }
 
     /// Writes blocks. May be called by several threads; [`Staging::added`] is called for them afterwards.
@@ -341,7 +344,7 @@ impl Staging {
     /// # Errors
     /// [`Error::NoSpace`] among others.
     pub fn write(&self, first: StoreBlock, content: &[u8]) -> Result<()> {
-        let written = self.file.write_all_at(content, bytes(first));
+        let written = self.file.write_all_at(content, bytes(first.0));
         written.map_err(Error::writing("write to", &self.folder_path))
     }
 
@@ -350,7 +353,7 @@ impl Staging {
     /// # Errors
     /// Those of making them durable.
     pub fn added(&mut self, range: Range<StoreBlock>) -> Result<()> {
-        let span = bytes(range.start)..bytes(range.end);
+        let span = bytes(range.start.0)..bytes(range.end.0);
         match &mut self.dirty {
             Some(dirty) if dirty.end == span.start => dirty.end = span.end,
             _ => self.dirty = Some(span.clone()),
@@ -465,23 +468,29 @@ mod tests {
         assert!(Journal::read(&root, &path).is_none());
         let mut staging = Staging::open(&root, &path).unwrap();
         assert!(staging.noted().claimed.is_empty());
-        staging.make_room(100).unwrap();
+        staging.make_room(StoreBlock(100)).unwrap();
         for first in [3, 4, 50] {
-            staging.write(first, &[7; 4096]).unwrap();
-            staging.added(first..first + 1).unwrap();
+            staging.write(StoreBlock(first), &[7; 4096]).unwrap();
+            staging.added(StoreBlock::range(first..first + 1)).unwrap();
         }
         staging.settle().unwrap();
-        staging.added(60..61).unwrap();
+        staging.added(StoreBlock::range(60..61)).unwrap();
         drop(staging);
         let torn = std::fs::read(path.join("journal")).unwrap();
         std::fs::write(path.join("journal"), [&torn[..], b"\xff 1\n99 1"].concat()).unwrap();
-        assert_eq!(Journal::read(&root, &path).unwrap().claimed, [3..5, 50..51]);
+        assert_eq!(
+            Journal::read(&root, &path).unwrap().claimed,
+            [3..5, 50..51].map(StoreBlock::range)
+        );
         let mut staging = Staging::open(&root, &path).unwrap();
         assert!(matches!(Staging::open(&root, &path), Err(Error::Restoring { .. })));
-        staging.make_room(100).unwrap();
-        staging.added(7..8).unwrap();
+        staging.make_room(StoreBlock(100)).unwrap();
+        staging.added(StoreBlock::range(7..8)).unwrap();
         staging.settle().unwrap();
-        assert_eq!(Journal::read(&root, &path).unwrap().claimed, [3..5, 7..8, 50..51]);
+        assert_eq!(
+            Journal::read(&root, &path).unwrap().claimed,
+            [3..5, 7..8, 50..51].map(StoreBlock::range)
+        );
         staging.remove().unwrap();
         assert!(!path.exists());
     }

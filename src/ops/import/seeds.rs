@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use super::ImportOptions;
 use crate::archive::manifest::AnnouncedBlocks;
-use crate::content::StoreBlock;
 use crate::error::{Error, Result, describe};
 use crate::exec::restore::OpenSeed;
 use crate::exec::restore::seed::{PoolSeed, Seed};
 use crate::fs::{Purpose, images_holding, may_find_holders, uuid_at};
 use crate::index;
 use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
 use crate::ops::{Scope, prepare};
 use crate::plan::seeds::weak_ids;
 
