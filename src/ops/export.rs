@@ -16,7 +16,7 @@ use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
 use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, NumberSet, bytes};
-use crate::content::{Content, Run, push_run};
+use crate::content::{Content, FileTime, Run, push_run};
 use crate::error::{Error, Result};
 use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
@@ -725,7 +725,10 @@ fn summaries(
     Ok(summaries)
 }
 
-fn now() -> (i64, u32) {
+fn now() -> FileTime {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    (i64::try_from(since.as_secs()).unwrap_or(i64::MAX), since.subsec_nanos())
+    FileTime {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanoseconds: since.subsec_nanos(),
+    }
 }
