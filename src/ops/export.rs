@@ -18,7 +18,7 @@ use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, NumberSet, bytes};
 use crate::content::{Content, FileTime, Run, push_run};
 use crate::error::{Error, Result};
-use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
+use crate::exec::export::{ExportSettings, InlineBlock, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
@@ -363,8 +363,8 @@ impl Exporter<'_> {
             &images,
             |place| {
                 let mut runs = runs_of(place, &pieces);
-                if let Some((_, block)) = stored.inline.iter().find(|(image, _)| image.index() == place) {
-                    replace_first(&mut runs, *block);
+                if let Some(inline) = stored.inline.iter().find(|one| one.image.index() == place) {
+                    replace_first(&mut runs, inline.block);
                 }
                 runs
             },
@@ -572,7 +572,7 @@ impl Exporter<'_> {
                 }
             }
         }
-        for (image, block) in &stored.inline {
+        for InlineBlock { image, block } in &stored.inline {
             let content = block.map_or(Content::Zeros, Content::Stored);
             payloads.push(&ManifestEntry::Runs {
                 image: image.0,
