@@ -90,6 +90,15 @@ impl KnownSlots {
 /// The name that stands among extended attributes for `FS_NOCOW_FL` (linux/fs.h), which is none. No file can have an attribute of this name.
 pub const NODATACOW: &[u8] = b"vmfold.nodatacow";
 
+/// A time, as files have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileTime {
+    /// Seconds since 1970; below 0 before.
+    pub seconds: i64,
+    /// Nanoseconds after the second, fewer than a second of them.
+    pub nanoseconds: u32,
+}
+
 /// What is kept of a file or folder beside its content.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metadata {
@@ -103,8 +112,8 @@ pub struct Metadata {
     pub user: String,
     /// Group's name; empty if not known.
     pub group: String,
-    /// Time of last change of content: seconds and nanoseconds since 1970.
-    pub mtime: (i64, u32),
+    /// Time of last change of content.
+    pub mtime: FileTime,
     /// Extended attributes.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }

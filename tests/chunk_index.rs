@@ -14,7 +14,7 @@ use vmfold::archive::commit::{Commit, CommitLocation};
 use vmfold::archive::reader::Committed;
 use vmfold::block::{BLOCK_BYTES, SlotSet};
 use vmfold::chunk::{Chunk, Chunker};
-use vmfold::content::{Content, KnownSlots};
+use vmfold::content::{Content, FileTime, KnownSlots};
 use vmfold::facts::Facts;
 use vmfold::fingerprint::FingerprintFunction;
 use vmfold::index::{self, ChunkIndex, MemoryIndex};
@@ -139,7 +139,7 @@ fn commit(number: u32, hash: u8) -> Committed {
     Committed {
         commit: Commit {
             number: CommitNumber(number),
-            time: (0, 0),
+            time: FileTime::default(),
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation::default(),

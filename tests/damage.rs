@@ -15,6 +15,7 @@ use std::process::{Command, Stdio};
 
 use vmfold::archive::commit::{Commit, CommitLocation, ImageSummary, encode_tail};
 use vmfold::archive::record::{HEADER_BYTES, RecordHeader, RecordKind, hash_of};
+use vmfold::content::FileTime;
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
@@ -431,7 +432,7 @@ fn archive_of<'a>(names: impl Iterator<Item = &'a [u8]>, path: &Path) {
     }
     let commit = Commit {
         number: CommitNumber(0),
-        time: (0, 0),
+        time: FileTime::default(),
         label: String::new(),
         root: PathBuf::new(),
         previous: CommitLocation::default(),

@@ -167,9 +167,9 @@ fn seeds_conform() {
     let announced = archive.announced(commit).unwrap();
     let mut stored = BTreeMap::new();
     for pack in archive.packs(StoreBlock(0), commit.commit.store_end) {
-        for (offset, frame) in archive.frames(pack).unwrap() {
-            let content = archive.frame(offset, &frame).unwrap();
-            stored.extend(range::from(frame.first).zip(content.chunks(BLOCK_LEN).map(<[u8]>::to_vec)));
+        for located in archive.frames(pack).unwrap() {
+            let content = archive.frame(&located).unwrap();
+            stored.extend(range::from(located.frame.first).zip(content.chunks(BLOCK_LEN).map(<[u8]>::to_vec)));
         }
     }
     assert_eq!(stored.len(), 120);

@@ -6,9 +6,10 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::manifest::store_block;
+use super::manifest::{file_time, store_block};
 use super::record::{HEADER_BYTES, Hash, RecordKind};
 use crate::codec::{Decoded, Decoder, RAW, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
+use crate::content::FileTime;
 use crate::numbers::{CommitNumber, StoreBlock};
 
 const PAYLOAD_BYTES_MAX: usize = 16 << 20;
@@ -78,8 +79,8 @@ pub fn by_path(images: &[ImageSummary]) -> HashMap<&Path, &ImageSummary> {
 pub struct Commit {
     /// Its number in the archive.
     pub number: CommitNumber,
-    /// When it was made: seconds and nanoseconds since 1970.
-    pub time: (i64, u32),
+    /// When it was made.
+    pub time: FileTime,
     /// What the user called it.
     pub label: String,
     /// The folder that paths are relative to.
@@ -103,8 +104,8 @@ impl Commit {
         let mut plain = Vec::new();
         let out = &mut plain;
         put_varint(out, self.number.0.into());
-        put_zigzag(out, self.time.0);
-        put_varint(out, self.time.1.into());
+        put_zigzag(out, self.time.seconds);
+        put_varint(out, self.time.nanoseconds.into());
         put_string(out, self.label.as_bytes());
         put_string(out, self.root.as_os_str().as_bytes());
         put_varint(out, self.previous.offset);
@@ -182,7 +183,7 @@ impl Commit {
         let plain = unpack_payload(encoding, stored, plain_length, limit_of(stored.len()))?;
         let mut decoder = Decoder::new(&plain);
         let number = commit_number(decoder.varint32()?)?;
-        let time = (decoder.zigzag()?, decoder.varint32()?);
+        let time = file_time(&mut decoder)?;
         let label = decoder.text(TEXT_BYTES_MAX)?;
         let root = PathBuf::from(OsStr::from_bytes(decoder.string(TEXT_BYTES_MAX)?));
         let previous = CommitLocation {
@@ -288,7 +289,7 @@ mod tests {
         fn commits_come_back(label in ".{0,40}", numbers: (u32, i64, u64), paths in prop::collection::vec("[a-z/]{1,20}", 0..5)) {
             let commit = Commit {
                 number: CommitNumber(numbers.0).clamp(CommitNumber::FIRST, CommitNumber::LAST),
-                time: (numbers.1, 5),
+                time: FileTime { seconds: numbers.1, nanoseconds: 5 },
                 label,
                 root: "/var/lib/qubes".into(),
                 previous: CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] },
@@ -322,7 +323,7 @@ mod tests {
         };
         let commit = Commit {
             number: CommitNumber::FIRST,
-            time: (0, 0),
+            time: FileTime::default(),
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation::default(),
@@ -347,7 +348,7 @@ mod tests {
         };
         let commit = |records: Vec<RecordLocation>| Commit {
             number: CommitNumber(2),
-            time: (0, 0),
+            time: FileTime::default(),
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::block::BLOCK_BYTES;
 use crate::codec::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
-use crate::content::{Content, Metadata, Run, push_run};
+use crate::content::{Content, FileTime, Metadata, Run, push_run};
 use crate::fingerprint::FingerprintFunction;
 use crate::numbers::{CommitNumber, StoreBlock};
 
@@ -275,8 +275,8 @@ fn put_metadata(out: &mut Vec<u8>, metadata: &Metadata) {
     }
     put_string(out, metadata.user.as_bytes());
     put_string(out, metadata.group.as_bytes());
-    put_zigzag(out, metadata.mtime.0);
-    put_varint(out, metadata.mtime.1.into());
+    put_zigzag(out, metadata.mtime.seconds);
+    put_varint(out, metadata.mtime.nanoseconds.into());
     put_varint(out, metadata.xattrs.len() as u64);
     for (name, value) in &metadata.xattrs {
         put_string(out, name);
@@ -375,8 +375,8 @@ fn metadata(decoder: &mut Decoder<'_>) -> Decoded<Metadata> {
     }
     let (uid, gid) = (decoder.varint32()?, decoder.varint32()?);
     let (user, group) = (decoder.text(OWNER_BYTES_MAX)?, decoder.text(OWNER_BYTES_MAX)?);
-    let mtime = (decoder.zigzag()?, decoder.varint32()?);
-    if mtime.1 >= 1_000_000_000 {
+    let mtime = file_time(decoder)?;
+    if mtime.nanoseconds >= 1_000_000_000 {
         return Err("a time has more than a second of nanoseconds");
     }
     let count = decoder.count(2)?;
@@ -443,6 +443,13 @@ fn decode_announced(payload: &[u8]) -> Decoded<AnnouncedBlocks> {
         function,
         chunks,
         fingerprints: fingerprints.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect(),
+    })
+}
+
+pub(super) fn file_time(decoder: &mut Decoder<'_>) -> Decoded<FileTime> {
+    Ok(FileTime {
+        seconds: decoder.zigzag()?,
+        nanoseconds: decoder.varint32()?,
     })
 }
 
@@ -651,7 +658,7 @@ mod tests {
                 gid,
                 user,
                 group: String::new(),
-                mtime: (seconds, nanoseconds),
+                mtime: FileTime { seconds, nanoseconds },
                 xattrs: vec![(b"user.x".to_vec(), value)],
             })
     }

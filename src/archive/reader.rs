@@ -16,6 +16,7 @@ use super::stream::{Stream, StreamEvent};
 use super::writer::EpochBase;
 use crate::block::ByteRange;
 use crate::codec::Decoded;
+use crate::content::FileTime;
 use crate::error::{Error, Result};
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::range;
@@ -50,6 +51,15 @@ pub struct Damage {
     pub range: ByteRange,
     /// What.
     pub problem: String,
+}
+
+/// A frame, and where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocatedFrame {
+    /// Where its bytes begin, in bytes from the archive's beginning.
+    pub offset: u64,
+    /// What its PACK says of it.
+    pub frame: FrameInfo,
 }
 
 /// An archive.
@@ -352,7 +362,7 @@ impl Archive {
         records.dedup_by_key(|(header, _)| header.sequence);
         let mut commit = Commit {
             number: CommitNumber::default(),
-            time: (0, 0),
+            time: FileTime::default(),
             label: String::new(),
             root: PathBuf::new(),
             previous: CommitLocation::default(),
@@ -607,8 +617,8 @@ impl Archive {
     ///
     /// # Errors
     /// [`Error::Damaged`] among others.
-    pub fn frames(&self, pack: &RecordLocation) -> Result<Vec<(u64, FrameInfo)>> {
-        let read = |offset: u64| -> Result<Vec<(u64, FrameInfo)>> {
+    pub fn frames(&self, pack: &RecordLocation) -> Result<Vec<LocatedFrame>> {
+        let read = |offset: u64| -> Result<Vec<LocatedFrame>> {
             let header = self.header_at(offset)?;
             if header.body_hash != pack.body_hash {
                 return Err(self.problem(offset, "another record stands in its place"));
@@ -628,21 +638,26 @@ impl Archive {
             if first != Some(pack.first) || blocks != pack.blocks {
                 return Err(self.problem(offset, "a PACK holds other blocks than its COMMIT says"));
             }
-            Ok(frames.into_iter().map(|frame| (body + frame.offset, frame)).collect())
+            let located = frames.into_iter().map(|frame| LocatedFrame {
+                offset: body + frame.offset,
+                frame,
+            });
+            Ok(located.collect())
         };
         self.with_search(pack, read)
     }
 
-    /// The content of a frame, whose bytes begin at `offset`.
+    /// The content of a frame.
     ///
     /// # Errors
     /// [`Error::Damaged`] among others.
-    pub fn frame(&self, offset: u64, frame: &FrameInfo) -> Result<Vec<u8>> {
+    pub fn frame(&self, located: &LocatedFrame) -> Result<Vec<u8>> {
+        let LocatedFrame { offset, frame } = located;
         let mut stored = vec![0; frame.stored_bytes as usize];
-        self.read_at(offset, &mut stored)?;
+        self.read_at(*offset, &mut stored)?;
         frame
             .decode(&stored)
-            .map_err(|problem| Error::damaged(self.path(), offset, frame.stored_bytes.into(), problem))
+            .map_err(|problem| Error::damaged(self.path(), *offset, frame.stored_bytes.into(), problem))
     }
 
     /// The hashes of the blocks from `first` to `end`, as far as INDEXes have them intact.

@@ -44,11 +44,20 @@ pub struct Stored {
     /// Ranges that turned out to be other blocks than planned, and what they are. By slot.
     pub corrections: Vec<ExportPiece>,
     /// First blocks of images that lie in metadata.
-    pub inline: Vec<(ImageId, Option<StoreBlock>)>,
+    pub inline: Vec<InlineBlock>,
     /// Hashes of all new blocks, corrected ones included.
     pub hashes: HashLog,
     /// Bytes of images read.
     pub read_bytes: u64,
+}
+
+/// The first block of an image that lies in metadata, where no extent has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InlineBlock {
+    /// The image.
+    pub image: ImageId,
+    /// Where the store has the block; none if it is zeros.
+    pub block: Option<StoreBlock>,
 }
 
 /// What of an export is the same for all of its blocks, and what lies in no extent.
@@ -312,7 +321,7 @@ impl<'a> Assembler<'a> {
     /// Writes what is left of corrections, and says what was stored.
     fn finish(
         mut self,
-        inline: Vec<(ImageId, Option<StoreBlock>)>,
+        inline: Vec<InlineBlock>,
         read_bytes: u64,
         level: i32,
         out: &mut RecordWriter<'_>,
@@ -402,7 +411,7 @@ impl<'a> Assembler<'a> {
         fs: &dyn Filesystem,
         settings: ExportSettings<'_>,
         old: &mut StoredHashes<'_>,
-    ) -> Result<Vec<(ImageId, Option<StoreBlock>)>> {
+    ) -> Result<Vec<InlineBlock>> {
         let mut inline = Vec::new();
         let mut wanted: HashMap<u32, Vec<usize>> = HashMap::new();
         let mut blocks = Vec::new();
@@ -415,7 +424,10 @@ impl<'a> Assembler<'a> {
                     .or_default()
                     .push(inline.len());
             }
-            inline.push((*image, None));
+            inline.push(InlineBlock {
+                image: *image,
+                block: None,
+            });
             blocks.push(block);
         }
         let known = if wanted.is_empty() {
@@ -426,13 +438,13 @@ impl<'a> Assembler<'a> {
         for block in range::each(StoreBlock(0)..known) {
             for at in wanted.get(&self.plan.fingerprints.get(block.0)).into_iter().flatten() {
                 if old.get(block)? == Some(hash_of(&blocks[*at])) {
-                    inline[*at].1 = Some(block);
+                    inline[*at].block = Some(block);
                 }
             }
         }
-        for ((_, stored), block) in inline.iter_mut().zip(&blocks) {
-            if stored.is_none() && !is_zero(block) {
-                *stored = Some(self.corrected.add(block, hash_of(block))?);
+        for (stored, block) in inline.iter_mut().zip(&blocks) {
+            if stored.block.is_none() && !is_zero(block) {
+                stored.block = Some(self.corrected.add(block, hash_of(block))?);
             }
         }
         Ok(inline)

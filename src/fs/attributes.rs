@@ -10,7 +10,7 @@ use rustix::fs::{Gid, IFlags, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::acl;
-use crate::content::{Metadata, NODATACOW};
+use crate::content::{FileTime, Metadata, NODATACOW};
 use crate::error::{Error, Result};
 use crate::shown::shown;
 use crate::sys::inode_flags::{add_inode_flags, inode_flags};
@@ -53,7 +53,10 @@ pub fn read(file: impl AsFd, path: &Path) -> Result<Metadata> {
         gid: stat.st_gid,
         user: name(nix::unistd::User::from_uid(stat.st_uid.into()).map(|user| user.map(|user| user.name))),
         group: name(nix::unistd::Group::from_gid(stat.st_gid.into()).map(|group| group.map(|group| group.name))),
-        mtime: (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+        mtime: FileTime {
+            seconds: stat.st_mtime,
+            nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+        },
         xattrs: xattrs(&file, path)?,
     })
 }
@@ -129,8 +132,8 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, policy: AttributePol
     }
     set_mode(file, path, metadata, policy, owned, &mut not)?;
     let time = Timespec {
-        tv_sec: metadata.mtime.0,
-        tv_nsec: metadata.mtime.1.into(),
+        tv_sec: metadata.mtime.seconds,
+        tv_nsec: metadata.mtime.nanoseconds.into(),
     };
     let times = Timestamps {
         last_access: time,

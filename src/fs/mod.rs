@@ -106,8 +106,17 @@ pub struct PoolMap {
     pub inline_bytes: u64,
     /// The images that have such bytes, in their first block.
     pub inline: Vec<ImageId>,
-    /// Images that have space of their own beyond their ends, with the bytes on disk.
-    pub beyond: Vec<(ImageId, u64)>,
+    /// What images have to themselves beyond their ends.
+    pub beyond: Vec<BeyondEnd>,
+}
+
+/// Space that an image has to itself beyond its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BeyondEnd {
+    /// The image.
+    pub image: ImageId,
+    /// Bytes on disk.
+    pub disk_bytes: u64,
 }
 
 /// The images of a pool, open, on one filesystem, and all that vmfold does there.

@@ -16,9 +16,9 @@ use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, MAGIC};
 use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, NumberSet, bytes};
-use crate::content::{Content, Run, push_run};
+use crate::content::{Content, FileTime, Run, push_run};
 use crate::error::{Error, Result};
-use crate::exec::export::{ExportSettings, RecordWriter, Stored, announce, store_blocks};
+use crate::exec::export::{ExportSettings, InlineBlock, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
@@ -307,8 +307,8 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 /// The runs of an image, with its first block where that lies in metadata.
 fn with_inline(mut runs: Vec<Run>, place: usize, stored: &Stored) -> Vec<Run> {
     let image = ImageId::at(place);
-    if let Some((_, block)) = stored.inline.iter().find(|(inline, _)| *inline == image) {
-        replace_first(&mut runs, *block);
+    if let Some(inline) = stored.inline.iter().find(|one| one.image == image) {
+        replace_first(&mut runs, inline.block);
     }
     runs
 }
@@ -591,7 +591,7 @@ impl Exporter<'_> {
                 }
             }
         }
-        for (image, block) in &stored.inline {
+        for InlineBlock { image, block } in &stored.inline {
             let content = block.map_or(Content::Zeros, Content::Stored);
             payloads.push(&ManifestEntry::Runs {
                 image: image.0,
@@ -744,7 +744,10 @@ fn summaries(
     Ok(summaries)
 }
 
-fn now() -> (i64, u32) {
+fn now() -> FileTime {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    (i64::try_from(since.as_secs()).unwrap_or(i64::MAX), since.subsec_nanos())
+    FileTime {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanoseconds: since.subsec_nanos(),
+    }
 }

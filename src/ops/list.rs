@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::archive::reader::{Archive, Committed};
 use crate::block::BLOCK_BYTES;
+use crate::content::FileTime;
 use crate::error::Result;
 use crate::numbers::StoreBlock;
 use crate::report::{Listed, ListedCommit, ListedImage};
@@ -61,7 +62,8 @@ fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
 }
 
 /// A time in UTC, to the second.
-fn time((seconds, _): (i64, u32)) -> String {
+fn time(time: FileTime) -> String {
+    let seconds = time.seconds;
     jiff::Timestamp::from_second(seconds).map_or_else(
         |_| format!("{seconds} seconds since 1970"),
         |time| time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),

@@ -57,8 +57,8 @@ pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
             found[image.index()].shared_bytes += extent.disk_share(blocks);
         }
     }
-    for (image, bytes) in &mapped.beyond {
-        found[image.index()].exclusive_bytes += bytes;
+    for beyond in &mapped.beyond {
+        found[beyond.image.index()].exclusive_bytes += beyond.disk_bytes;
     }
     Ok(Reported {
         pool: PoolBytes::of(fs, &mapped.facts),

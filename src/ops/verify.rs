@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::archive::commit::{RecordLocation, by_path};
 use crate::archive::manifest::ImageRuns;
-use crate::archive::reader::{Archive, Committed, Damage, range_of};
+use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, range_of};
 use crate::archive::record::{RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::content::Content;
@@ -203,13 +203,14 @@ fn check_pack(archive: &Archive, pack: &RecordLocation) -> Result<Checked> {
         }
     };
     let (mut known, mut hashes) = (all.start..all.start, Vec::new());
-    for (offset, frame) in frames {
+    for located in frames {
+        let LocatedFrame { offset, frame } = located;
         let blocks = frame.first..frame.first + u32::from(frame.blocks);
         let place = ByteRange {
             start: offset,
             length: frame.stored_bytes.into(),
         };
-        let content = match archive.frame(offset, &frame) {
+        let content = match archive.frame(&located) {
             Ok(content) => content,
             Err(error) => {
                 checked.note(error, place, blocks)?;

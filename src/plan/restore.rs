@@ -167,7 +167,7 @@ pub fn revisions_to_name(contents: &Contents, images: &[RestoredImage]) -> Resul
         let image = &contents.manifest.images[restored.image].image;
         let (of, number, time) = match revision_of(image.path()) {
             Some(Revision { image, number, time }) => (image, number, time),
-            None => (image.path().to_owned(), None, time_of(image.metadata.mtime.0)),
+            None => (image.path().to_owned(), None, time_of(image.metadata.mtime.seconds)),
         };
         if of.extension().is_none_or(|extension| extension != "img") {
             return Err(Error::Usage(format!(

@@ -91,8 +91,8 @@ pub(crate) fn archive(bytes: &[u8], folder: &Path) {
             let _ = archive.manifest(committed);
             let _ = archive.announced(committed);
             for pack in archive.packs(StoreBlock(0), committed.commit.store_end.min(StoreBlock(1 << 20))) {
-                for (offset, frame) in archive.frames(pack).unwrap_or_default() {
-                    let _ = archive.frame(offset, &frame);
+                for located in archive.frames(pack).unwrap_or_default() {
+                    let _ = archive.frame(&located);
                 }
             }
         }

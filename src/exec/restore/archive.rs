@@ -7,8 +7,7 @@ use std::sync::Arc;
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use crate::archive::commit::RecordLocation;
 use crate::archive::manifest::AnnouncedBlocks;
-use crate::archive::pack::FrameInfo;
-use crate::archive::reader::{Archive, Committed, Damage};
+use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::BLOCK_LEN;
 use crate::error::{Error, Result, describe};
@@ -104,16 +103,17 @@ impl<'a> ArchiveSource<'a> {
     }
 
     /// Hands a batch of frames over. What of it is damaged is said, and left out.
-    fn hand_over(&mut self, batch: &mut Vec<(u64, FrameInfo)>, sink: &mut dyn BlockSink) -> Result<()> {
+    fn hand_over(&mut self, batch: &mut Vec<LocatedFrame>, sink: &mut dyn BlockSink) -> Result<()> {
         let mut frames = Vec::with_capacity(batch.len());
-        for (offset, frame) in batch.drain(..) {
+        for located in batch.drain(..) {
+            let frame = located.frame;
             let blocks = frame.first..frame.first + u32::from(frame.blocks);
             let expected = range::each(blocks.clone()).map(|block| self.hashes.get(block));
             let expected: Vec<Option<Hash>> = expected.collect::<Result<_>>()?;
             let archive = self.archive;
             frames.push(SourceFrame {
                 blocks,
-                content: Box::new(move || content_of(archive, offset, &frame, &expected)),
+                content: Box::new(move || content_of(archive, &located, &expected)),
             });
         }
         for (_, error) in sink.take(&frames)? {
@@ -124,15 +124,15 @@ impl<'a> ArchiveSource<'a> {
 }
 
 /// The content of a frame, of which each block is the one that the INDEX says, as far as that is known.
-fn content_of(archive: &Archive, offset: u64, frame: &FrameInfo, expected: &[Option<Hash>]) -> Result<Vec<u8>> {
-    let content = archive.frame(offset, frame)?;
+fn content_of(archive: &Archive, located: &LocatedFrame, expected: &[Option<Hash>]) -> Result<Vec<u8>> {
+    let content = archive.frame(located)?;
     for (block, expected) in content.chunks_exact(BLOCK_LEN).zip(expected) {
         if expected.is_some_and(|expected| expected != hash_of(block)) {
             let problem = "a block is not the one that the INDEX says";
             return Err(Error::damaged(
                 archive.path(),
-                offset,
-                frame.stored_bytes.into(),
+                located.offset,
+                located.frame.stored_bytes.into(),
                 problem,
             ));
         }
@@ -183,7 +183,8 @@ impl BlockSource for ArchiveSource<'_> {
                 }
                 Err(error) => return Err(error),
             };
-            for (offset, frame) in frames {
+            for located in frames {
+                let frame = located.frame;
                 if sink
                     .missing(frame.first..frame.first + u32::from(frame.blocks))
                     .is_empty()
@@ -191,7 +192,7 @@ impl BlockSource for ArchiveSource<'_> {
                     continue;
                 }
                 blocks += u32::from(frame.blocks);
-                batch.push((offset, frame));
+                batch.push(located);
                 if blocks >= BATCH_BLOCKS {
                     self.hand_over(&mut batch, sink)?;
                     blocks = 0;

@@ -8,9 +8,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Stat, Statx, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Stat, Statx, StatxFlags, StatxTimestamp};
 use rustix::io::Errno;
 
+use crate::content::FileTime;
 use crate::error::{Error, Result};
 use crate::fs::existing;
 use crate::pool::users::FileId;
@@ -30,13 +31,13 @@ pub struct FileState {
     /// Device and inode.
     pub id: FileId,
     /// When the inode was made, which tells it from a later one of the same number; 0 where the filesystem does not say.
-    pub born: (i64, u32),
+    pub born: FileTime,
     /// Bytes.
     pub size: u64,
     /// When it was last written.
-    pub mtime: (i64, u32),
+    pub mtime: FileTime,
     /// When anything of it last changed, its names included.
-    pub ctime: (i64, u32),
+    pub ctime: FileTime,
 }
 
 /// A name in a folder below the root.
@@ -207,6 +208,13 @@ impl FileState {
     }
 }
 
+fn time_of(time: StatxTimestamp) -> FileTime {
+    FileTime {
+        seconds: time.tv_sec,
+        nanoseconds: time.tv_nsec,
+    }
+}
+
 impl From<&Statx> for FileState {
     fn from(found: &Statx) -> Self {
         Self {
@@ -214,10 +222,10 @@ impl From<&Statx> for FileState {
                 rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
                 found.stx_ino,
             ),
-            born: (found.stx_btime.tv_sec, found.stx_btime.tv_nsec),
+            born: time_of(found.stx_btime),
             size: found.stx_size,
-            mtime: (found.stx_mtime.tv_sec, found.stx_mtime.tv_nsec),
-            ctime: (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec),
+            mtime: time_of(found.stx_mtime),
+            ctime: time_of(found.stx_ctime),
         }
     }
 }

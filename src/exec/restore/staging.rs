@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::folder::FileState;
 use crate::block::{NumberSet, bytes};
+use crate::content::FileTime;
 use crate::error::{Error, Result};
 use crate::numbers::StoreBlock;
 use crate::range;
@@ -179,11 +180,8 @@ fn line_of(kind: &str, image: usize, state: &FileState, device: u64) -> String {
         mtime,
         ctime,
     } = state;
-    let _ = writeln!(
-        line,
-        " {} {} {} {size} {} {} {} {}",
-        id.1, born.0, born.1, mtime.0, mtime.1, ctime.0, ctime.1
-    );
+    let [born, mtime, ctime] = [born, mtime, ctime].map(|time| format!("{} {}", time.seconds, time.nanoseconds));
+    let _ = writeln!(line, " {} {born} {size} {mtime} {ctime}", id.1);
     line
 }
 
@@ -191,7 +189,12 @@ fn state_of(fields: &[&str], device: u64) -> Option<FileState> {
     let &[on, inode, born, born_ns, size, mtime, mtime_ns, ctime, ctime_ns] = fields else {
         return None;
     };
-    let time = |seconds: &str, nanoseconds: &str| Some((seconds.parse().ok()?, nanoseconds.parse().ok()?));
+    let time = |seconds: &str, nanoseconds: &str| {
+        Some(FileTime {
+            seconds: seconds.parse().ok()?,
+            nanoseconds: nanoseconds.parse().ok()?,
+        })
+    };
     Some(FileState {
         id: (if on == "-" { device } else { on.parse().ok()? }, inode.parse().ok()?),
         born: time(born, born_ns)?,

@@ -8,7 +8,7 @@ use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
-use crate::fs::{Filesystem, HeldRange, PoolMap, blocks, kernel};
+use crate::fs::{BeyondEnd, Filesystem, HeldRange, PoolMap, blocks, kernel};
 use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
@@ -189,7 +189,7 @@ fn merge(seen: &mut SpillVec<SeenExtent>) -> std::result::Result<(), ImageId> {
 }
 
 /// Bytes of extents that lie beyond the end of one image as a whole, given where each image has something there.
-fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, u64)> {
+fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<BeyondEnd> {
     beyond.sort_unstable();
     beyond.dedup();
     let alone = beyond.chunk_by(|one, other| one.0 == other.0).filter_map(|of_extent| {
@@ -201,7 +201,10 @@ fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<(ImageId, 
         let extent = &facts.extents[place];
         let is_mapped = facts.mappings_to(ExtentId::at(place)).next().is_some();
         let is_held = extent.pinned == Some(PinReason::HeldByOthers);
-        (!is_mapped && !is_held).then_some((*image, extent.disk_bytes))
+        (!is_mapped && !is_held).then_some(BeyondEnd {
+            image: *image,
+            disk_bytes: extent.disk_bytes,
+        })
     });
     alone.collect()
 }

@@ -11,7 +11,7 @@ use crate::block::{BLOCK_BYTES, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
-use crate::fs::{Filesystem, PoolMap, blocks};
+use crate::fs::{BeyondEnd, Filesystem, PoolMap, blocks};
 use crate::numbers::{ExtentId, ImageId};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
@@ -353,7 +353,10 @@ impl Xfs {
         for (number, image) in ImageId::numbered(&self.opened.images) {
             for range in ranges_of(image)? {
                 if !range.reachable && !range.shared {
-                    beyond.push((number, bytes(range.blocks)));
+                    beyond.push(BeyondEnd {
+                        image: number,
+                        disk_bytes: bytes(range.blocks),
+                    });
                 }
                 ranges.push(range, number);
             }
