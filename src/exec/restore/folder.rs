@@ -68,7 +68,8 @@ impl Root {
         Ok(Self {
             file: File::open(existing).map_err(Error::io("open", existing))?,
             path: path.to_owned(),
-            is_there: path.exists(),
+            // Looked up once: a folder that someone makes meanwhile is not the one that was opened.
+            is_there: existing == path,
         })
     }
 
