@@ -1,20 +1,15 @@
-//! Blocks and slots: the arithmetic everything else is written in. No I/O.
+//! Blocks and sets of them: the arithmetic everything else is written in. No I/O.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::numbers::Number;
+use crate::numbers::{Number, Slot};
 
 /// Bytes of a block, the unit of sharing: what guests allocate and btrfs maps.
 pub const BLOCK_BYTES: u64 = 4096;
 
 /// [`BLOCK_BYTES`] as a length in memory.
 pub const BLOCK_LEN: usize = 4096;
-
-/// A block of an extent, numbered across all extents of a pool: extent after extent, in the order of their addresses.
-///
-/// 32 bits number 16 TiB of distinct extents; a pool with more is refused ([`crate::error::Error::TooLarge`]).
-pub type Slot = u32;
 
 /// Bytes of `blocks` blocks.
 pub const fn bytes(blocks: u32) -> u64 {
@@ -113,11 +108,12 @@ mod tests {
     #[test]
     fn runs_are_maximal_and_clipped() {
         let mut set = SlotSet::new(200);
-        set.insert_range(3..70);
-        set.insert_range(71..72);
-        set.insert_range(90..130);
-        set.remove(100);
-        assert_eq!(set.runs(5..110).collect::<Vec<_>>(), [5..70, 71..72, 90..100, 101..110]);
-        assert_eq!(set.runs(72..90).count(), 0);
+        set.insert_range(Slot::range(3..70));
+        set.insert_range(Slot::range(71..72));
+        set.insert_range(Slot::range(90..130));
+        set.remove(Slot(100));
+        let runs = set.runs(Slot::range(5..110)).collect::<Vec<_>>();
+        assert_eq!(runs, [5..70, 71..72, 90..100, 101..110].map(Slot::range));
+        assert_eq!(set.runs(Slot::range(72..90)).count(), 0);
     }
 }

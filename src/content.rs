@@ -1,7 +1,6 @@
 //! What images hold, as archives keep it: what each range of one is, and what belongs to a file beside its content.
 
-use crate::block::Slot;
-use crate::numbers::StoreBlock;
+use crate::numbers::{Slot, StoreBlock};
 
 /// What a range of an image holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

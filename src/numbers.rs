@@ -144,6 +144,15 @@ macro_rules! block_number {
             }
         }
 
+        impl std::ops::Sub<u32> for $name {
+            type Output = Self;
+
+            #[inline]
+            fn sub(self, blocks: u32) -> Self {
+                Self(self.0 - blocks)
+            }
+        }
+
         impl std::ops::AddAssign<u32> for $name {
             #[inline]
             fn add_assign(&mut self, blocks: u32) {
@@ -189,6 +198,20 @@ macro_rules! block_number {
                 self.0.saturating_sub(from.0)
             }
 
+            /// How many blocks it is beyond another number; none if it is before that.
+            #[inline]
+            #[must_use]
+            pub fn checked_sub(self, from: Self) -> Option<u32> {
+                self.0.checked_sub(from.0)
+            }
+
+            /// The number of the block before it; none before the first.
+            #[inline]
+            #[must_use]
+            pub fn previous(self) -> Option<Self> {
+                self.0.checked_sub(1).map(Self)
+            }
+
             /// Its place in a list that has one item for each block.
             #[inline]
             #[must_use]
@@ -204,6 +227,14 @@ number! {
     StoreBlock
 }
 block_number!(StoreBlock);
+
+number! {
+    /// A block of an extent, numbered across all extents of a pool: extent after extent, in the order of their addresses.
+    ///
+    /// 32 bits number 16 TiB of distinct extents; a pool with more is refused ([`crate::error::Error::TooLarge`]).
+    Slot
+}
+block_number!(Slot);
 
 impl StoreBlock {
     /// Where a store ends at most: at 16 TiB.

@@ -19,12 +19,12 @@ use std::time::Duration;
 
 use common::{Mounted, Random, build_pool, can_mount, population, reflink, sh, state_of, write_image};
 use serde_json::Value;
-use vmfold::block::Slot;
 use vmfold::exec::fingerprints::{allocate, fingerprint};
 use vmfold::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use vmfold::facts::Facts;
 use vmfold::fs::{Filesystem, Purpose, open, prove_slots};
 use vmfold::monitor::Silent;
+use vmfold::numbers::Slot;
 use vmfold::plan;
 use vmfold::spill::Budget;
 

@@ -19,7 +19,8 @@ use vmfold::facts::Facts;
 use vmfold::fingerprint::FingerprintFunction;
 use vmfold::index::{self, ChunkIndex, MemoryIndex};
 use vmfold::monitor::Silent;
-use vmfold::numbers::{CommitNumber, ExtentId, StoreBlock};
+use vmfold::numbers::{CommitNumber, ExtentId, Slot, StoreBlock};
+use vmfold::range;
 use vmfold::testing::simulated::one_image;
 
 type Open<'a> = &'a dyn Fn() -> Box<dyn ChunkIndex>;
@@ -62,10 +63,12 @@ fn enter(open: Open<'_>, facts: &Facts, forgotten: &[u32]) {
 }
 
 /// Which slots of a pool an index knows; it must know them as they are.
-fn known(open: Open<'_>, facts: &Facts) -> Vec<u32> {
+fn known(open: Open<'_>, facts: &Facts) -> Vec<Slot> {
     let (mut looked_up, mut found) = (unknown(facts), SlotSet::new(facts.slots() as usize));
     open().look_up(&mut looked_up, &mut found).unwrap();
-    let slots: Vec<u32> = (0..facts.slots()).filter(|slot| found.contains(*slot)).collect();
+    let slots: Vec<Slot> = range::each(facts.all_slots())
+        .filter(|slot| found.contains(*slot))
+        .collect();
     for slot in &slots {
         let (is, should) = (looked_up.fingerprints.get(*slot), facts.fingerprints.get(*slot));
         assert_eq!(is, should, "slot {slot}");
@@ -79,19 +82,19 @@ fn fingerprints_come_back(open: Open<'_>) {
     let facts = pool(&places, 7, 1);
     assert!(known(open, &facts).is_empty());
     enter(open, &facts, &[1]);
-    let all: Vec<u32> = (0..facts.slots()).collect();
-    let but_the_forgotten: Vec<u32> = all.iter().copied().filter(|slot| !(8..16).contains(slot)).collect();
+    let all: Vec<Slot> = range::each(facts.all_slots()).collect();
+    let but_the_forgotten: Vec<Slot> = all.iter().copied().filter(|slot| !(8..16).contains(&slot.0)).collect();
     assert_eq!(known(open, &facts), but_the_forgotten);
     enter(open, &facts, &[]);
     assert_eq!(known(open, &facts), all);
     // What is known already stays as it is.
     let mut partly = pool(&places, 7, 500);
     let mut found = SlotSet::new(partly.slots() as usize);
-    found.insert(3);
-    let before = partly.fingerprints.get(3);
+    found.insert(Slot(3));
+    let before = partly.fingerprints.get(Slot(3));
     open().look_up(&mut partly, &mut found).unwrap();
-    assert_eq!(partly.fingerprints.get(3), before);
-    assert_eq!(partly.fingerprints.get(4), facts.fingerprints.get(4));
+    assert_eq!(partly.fingerprints.get(Slot(3)), before);
+    assert_eq!(partly.fingerprints.get(Slot(4)), facts.fingerprints.get(Slot(4)));
 }
 
 fn another_extent_is_not_taken_for_one(open: Open<'_>) {
@@ -105,7 +108,7 @@ fn another_extent_is_not_taken_for_one(open: Open<'_>) {
     assert!(known(open, &pool(&[1..8], 7, 1)).is_empty(), "at another place");
     // What lies where extents were takes their place; the others stay.
     enter(open, &pool(&[4..12, 24..32], 9, 700), &[]);
-    assert_eq!(known(open, &facts), (16..32).collect::<Vec<u32>>());
+    assert_eq!(known(open, &facts), (16..32).map(Slot).collect::<Vec<_>>());
     assert_eq!(known(open, &pool(&[4..12, 24..32], 9, 700)).len(), 16);
     let mut unchecked = pool(&[16..24], 7, 17);
     unchecked.extents[0].class.checksummed = false;
@@ -126,7 +129,9 @@ fn chunks_are_found_by_their_ids(open: Open<'_>) {
     drop(index);
     assert!(known(open, &one).is_empty());
     let mut ids = Vec::new();
-    Chunker::default().cut(&one.fingerprints.range(0..64), |chunk: Chunk| ids.push(chunk.weak_id));
+    Chunker::default().cut(&one.fingerprints.range(Slot::range(0..64)), |chunk: Chunk| {
+        ids.push(chunk.weak_id);
+    });
     assert!(ids.len() > 2);
     let index = open();
     assert_eq!(index.extents_with(&|id| ids.contains(&id)).unwrap(), [0]);
@@ -161,7 +166,7 @@ fn what_archives_hold_is_known_for_that_very_commit(open: Open<'_>) {
     let facts = pool(&[0..8, 8..16, 40..48], 7, 1);
     let digests = [Some(1), Some(2), None];
     let stored = |content, slot| KnownSlots {
-        slot,
+        slot: Slot(slot),
         blocks: 8,
         content,
     };

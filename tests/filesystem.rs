@@ -23,6 +23,7 @@ use vmfold::fs::{Filesystem, Plain, Purpose, ShareOutcome, SourceFile, freed_byt
 use vmfold::monitor::Silent;
 use vmfold::numbers::{ExtentId, ImageId};
 use vmfold::pool;
+use vmfold::range;
 use vmfold::spill::Budget;
 use vmfold::testing::simulated::{BlockContent, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
 
@@ -179,7 +180,7 @@ fn the_map_covers_the_data(fs: &dyn Filesystem) {
         let mut known = SlotSet::new(facts.slots() as usize);
         facts.fingerprints = vec![0; facts.slots() as usize].into();
         fs.fingerprints_from_checksums(&mut facts, &mut known).unwrap();
-        for slot in 0..facts.slots() {
+        for slot in range::each(facts.all_slots()) {
             let place = facts.place_of(slot..slot + 1).unwrap();
             let mut block = vec![0; BLOCK_LEN];
             let offset = u64::from(place.file_block) * BLOCK_BYTES;

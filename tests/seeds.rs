@@ -25,7 +25,7 @@ use vmfold::fingerprint::FingerprintFunction;
 use vmfold::fs::Filesystem;
 use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
-use vmfold::numbers::StoreBlock;
+use vmfold::numbers::{Slot, StoreBlock};
 use vmfold::ops::export::{ExportOptions, Revisions, export_on};
 use vmfold::ops::{ArchivePlace, OpenPool, Scope};
 use vmfold::plan;
@@ -96,8 +96,8 @@ impl MemorySeed {
 
 impl Seed for MemorySeed {
     fn find(&self, wanted: &[Range<StoreBlock>], announced: &[AnnouncedBlocks]) -> Vec<SeedMatch> {
-        let slots = (0u32..).zip(&self.0);
-        let slots: HashMap<u32, u32> = slots
+        let slots = range::from(Slot(0)).zip(&self.0);
+        let slots: HashMap<u32, Slot> = slots
             .map(|(slot, block)| (FingerprintFunction::Crc32c.of(block), slot))
             .collect();
         let known = announced
@@ -112,11 +112,11 @@ impl Seed for MemorySeed {
         found.collect()
     }
 
-    fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>> {
-        Ok(self.0[slot as usize..(slot + blocks) as usize].concat())
+    fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>> {
+        Ok(self.0[slot.index()..(slot + blocks).index()].concat())
     }
 
-    fn share(&self, slot: u32, blocks: u32, file: &File, offset: u64) -> bool {
+    fn share(&self, slot: Slot, blocks: u32, file: &File, offset: u64) -> bool {
         let content = self.content(slot, blocks).unwrap();
         file.write_all_at(&content, offset).is_ok()
     }

@@ -15,14 +15,13 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use rustix::io::Errno;
-use vmfold::block::Slot;
 use vmfold::exec::compression::{CompressionRequest, plan_compressing};
 use vmfold::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use vmfold::facts::{Class, Compression, Facts, proof_of};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, SourceFile};
 use vmfold::monitor::{Monitor, Silent};
-use vmfold::numbers::ImageId;
+use vmfold::numbers::{ImageId, Slot};
 use vmfold::plan::{PlanOptions, ReclaimPlan};
 use vmfold::testing::faulty_filesystem::{CHANGED, FaultyFilesystem, FilesystemCall, FilesystemFault};
 use vmfold::testing::simulated::{BlockContent, Faults, INCOMPRESSIBLE, PLAIN, Simulated};

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use vmfold::block::bytes;
 use vmfold::facts::{Extent, Facts, Proof, Reference, SharedList};
 use vmfold::fingerprint::Fingerprints;
-use vmfold::numbers::{ExtentId, ImageId};
+use vmfold::numbers::{ExtentId, ImageId, Slot};
 use vmfold::plan::{PlanOptions, ReclaimPlan, plan_proved};
 use vmfold::spill::{Budget, SpillMap, SpillVec};
 use vmfold::testing::simulated::PLAIN;
@@ -181,7 +181,7 @@ fn lose(what: &str) {
         }
         let sum: u64 = match what {
             LIST => list.iter().map(|byte| u64::from(*byte)).sum(),
-            _ => fingerprints.get(1 << 20).into(),
+            _ => fingerprints.get(Slot(1 << 20)).into(),
         };
         panic!("they are still there: {sum}");
     });
@@ -228,7 +228,7 @@ fn plan(budget: &Budget) -> (ReclaimPlan, usize) {
         address: u64::from(extent) * bytes(BLOCKS),
         disk_bytes: bytes(BLOCKS),
         generation: 1,
-        first_slot: extent * BLOCKS,
+        first_slot: Slot(extent * BLOCKS),
         blocks: BLOCKS,
         class: PLAIN,
         pinned: None,
@@ -237,7 +237,7 @@ fn plan(budget: &Budget) -> (ReclaimPlan, usize) {
     let references = (0..EXTENTS).map(|extent| Reference {
         image: ImageId(extent % 3),
         file_block: extent * BLOCKS,
-        slot: extent * BLOCKS,
+        slot: Slot(extent * BLOCKS),
         blocks: BLOCKS,
         extent: ExtentId(extent),
         preallocated: false,
@@ -250,9 +250,9 @@ fn plan(budget: &Budget) -> (ReclaimPlan, usize) {
     let fingerprint = |slot| (number_of(slot) + 1).wrapping_mul(0x9e37_79b9);
     facts.fingerprints = (0..EXTENTS * BLOCKS).map(fingerprint).collect::<Vec<_>>().into();
     let mut in_files = 0;
-    let prove = |_: &Facts, slots: &[u32]| {
+    let prove = |_: &Facts, slots: &[Slot]| {
         in_files = budget.bytes_in_files();
-        let proof = |slot: &u32| (*slot, Proof::from(u64::from(number_of(*slot)).to_le_bytes()));
+        let proof = |slot: &Slot| (*slot, Proof::from(u64::from(number_of(slot.0)).to_le_bytes()));
         Ok::<_, Infallible>(slots.iter().map(proof).collect())
     };
     let Ok(plan) = plan_proved(&mut facts, &PlanOptions::default(), &|| Ok(()), prove);

@@ -5,12 +5,12 @@ use std::io;
 use rayon::prelude::*;
 use zstd::bulk::Compressor;
 
-use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, bytes};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, bytes};
 use crate::facts::{Compression, CompressionGoal, Facts, Proof};
 use crate::frame::{Packer, on_disk};
 use crate::fs::{Filesystem, read_slots};
 use crate::monitor::Monitor;
-use crate::numbers::ExtentId;
+use crate::numbers::{ExtentId, Slot};
 use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, PlanOptions, ReclaimPlan, plan_proved};
 use crate::spill::{Budget, SpillVec};
@@ -221,8 +221,8 @@ impl Trial {
 fn hash_of(sample: &Sample) -> u64 {
     let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
     for piece in sample.windows.iter().flatten() {
-        hash.update(&piece.start.to_le_bytes());
-        hash.update(&piece.end.to_le_bytes());
+        hash.update(&piece.start.0.to_le_bytes());
+        hash.update(&piece.end.0.to_le_bytes());
     }
     hash.digest().max(1)
 }

@@ -11,14 +11,14 @@ use crate::archive::manifest::{self, AnnouncedBlocks};
 use crate::archive::pack::{self, Frame};
 use crate::archive::record::{Hash, RecordKind, hash_of};
 use crate::archive::writer::ArchiveWriter;
-use crate::block::{BLOCK_LEN, Slot, bytes};
+use crate::block::{BLOCK_LEN, bytes};
 use crate::chunk::Chunker;
 use crate::error::{Error, Result};
 use crate::facts::Facts;
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{Filesystem, SourceFile, drop_slots_behind, read_slots_ahead, read_slots_into};
 use crate::monitor::Monitor;
-use crate::numbers::{ImageId, StoreBlock};
+use crate::numbers::{ImageId, Slot, StoreBlock};
 use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
 use crate::range;
 use crate::spill::SpillVec;
@@ -199,7 +199,7 @@ fn is_zero(block: &[u8]) -> bool {
 /// The ranges to be read, in the order they lie on disk.
 fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<ReadTask> {
     let mut tasks: SpillVec<ReadTask> = SpillVec::new_in(facts.budget());
-    let mut extent_end = 0;
+    let mut extent_end = Slot(0);
     for (number, piece) in plan
         .pieces
         .iter()
@@ -436,7 +436,7 @@ impl<'a> Assembler<'a> {
             self.plan.first_new
         };
         for block in range::each(StoreBlock(0)..known) {
-            for at in wanted.get(&self.plan.fingerprints.get(block.0)).into_iter().flatten() {
+            for at in wanted.get(&self.plan.fingerprints.get(block)).into_iter().flatten() {
                 if old.get(block)? == Some(hash_of(&blocks[*at])) {
                     inline[*at].block = Some(block);
                 }

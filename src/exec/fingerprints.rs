@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
-use crate::block::{BLOCK_LEN, Slot, SlotSet, bytes};
+use crate::block::{BLOCK_LEN, SlotSet, bytes};
 use crate::error::{Error, Result, describe};
-use crate::facts::{Compression, Facts, ImageRange, Mapping, PinReason};
+use crate::facts::{Compression, Extent, Facts, ImageRange, Mapping, PinReason};
 use crate::fingerprint::Fingerprints;
 use crate::fs::{Filesystem, read_slots_into};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::plan;
+use crate::range;
 use crate::spill::SpillVec;
 
 /// Where fingerprints came from, in bytes of images.
@@ -88,7 +89,8 @@ pub fn fingerprint(
         monitor.note(&describe(&error));
     }
     found.from_index = bytes(count(facts, &known) - before);
-    let unknown = (0..facts.extents.len()).flat_map(|extent| unknown_runs(facts, &known, extent));
+    let extents = facts.extents.iter();
+    let unknown = extents.flat_map(|extent| unknown_runs(facts, &known, extent));
     let unknown: SpillVec<std::ops::Range<Slot>> = SpillVec::from_iter_in(unknown, facts.budget());
     let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
     let mut unreadable = Vec::new();
@@ -123,7 +125,7 @@ pub fn fingerprint(
 /// # Errors
 /// Those of the index.
 pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &mut dyn ChunkIndex) -> Result<()> {
-    let is_compressed = |extent: &crate::facts::Extent| extent.class.compression != Compression::None;
+    let is_compressed = |extent: &Extent| extent.class.compression != Compression::None;
     if fs.has_usable_checksums() && !after.extents.iter().any(is_compressed) {
         return Ok(());
     }
@@ -153,7 +155,7 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
                 && copy(&mappings, *place, |done, old| {
                     let extent = &before.extents[before.extent_of(old.start).index()];
                     is_known &= extent.pinned != Some(PinReason::Unreadable);
-                    fingerprints.write(slot + done, &before.fingerprints.range(old));
+                    fingerprints.write(*slot + done, &before.fingerprints.range(old));
                 })
                 && is_known;
             if !found {
@@ -189,15 +191,15 @@ fn count(facts: &Facts, known: &SlotSet) -> u32 {
         .extents
         .iter()
         .flat_map(|extent| facts.live_runs(extent.slots()))
-        .map(|run| u32::try_from(run.filter(|slot| known.contains(*slot)).count()).unwrap_or(u32::MAX))
+        .map(|run| u32::try_from(range::each(run).filter(|slot| known.contains(*slot)).count()).unwrap_or(u32::MAX))
         .sum()
 }
 
 /// Live slots of an extent that have no fingerprint yet, in pieces that one read takes.
-fn unknown_runs(facts: &Facts, known: &SlotSet, extent: usize) -> Vec<std::ops::Range<Slot>> {
+fn unknown_runs(facts: &Facts, known: &SlotSet, extent: &Extent) -> Vec<std::ops::Range<Slot>> {
     let mut runs: Vec<std::ops::Range<Slot>> = Vec::new();
-    for live in facts.live_runs(facts.extents[extent].slots()) {
-        for slot in live.filter(|slot| !known.contains(*slot)) {
+    for live in facts.live_runs(extent.slots()) {
+        for slot in range::each(live).filter(|slot| !known.contains(*slot)) {
             match runs.last_mut() {
                 Some(last) if last.end == slot && last.end - last.start < READ_BLOCKS => last.end += 1,
                 _ => runs.push(slot..slot + 1),
@@ -237,9 +239,8 @@ fn by_reading(
                 Ok(found) => sums.write(run.start, &found),
                 Err(error @ Error::Unreadable { .. }) => {
                     // Something that nothing else is likely to be. Whoever counts on it has the kernel compare, which fails.
-                    let unlike = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.to_le_bytes()).to_le_bytes();
-                    let unlike: Vec<u32> = run
-                        .clone()
+                    let unlike = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.0.to_le_bytes()).to_le_bytes();
+                    let unlike: Vec<u32> = range::each(run.clone())
                         .map(|slot| unlike(slot).first_chunk().map_or(0, |word| u32::from_le_bytes(*word)))
                         .collect();
                     sums.write(run.start, &unlike);

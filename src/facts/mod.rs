@@ -9,9 +9,9 @@ pub(crate) use packed::{PackedExtents, PackedMappings};
 pub(crate) use shared::Collector;
 pub use shared::SharedList;
 
-use crate::block::{BLOCK_BYTES, Slot};
+use crate::block::BLOCK_BYTES;
 use crate::fingerprint::Fingerprints;
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillMap, SpillVec};
 
 /// How an extent's bytes lie on disk, which decides what a donor that takes them over must be like.
@@ -284,10 +284,10 @@ pub struct Facts {
     /// For each extent, and one past the last, where its mappings begin.
     first_mapping: SpillVec<u32>,
     /// Fingerprint of each slot's block; meaningless for slots that no reference reaches.
-    pub fingerprints: Fingerprints,
+    pub fingerprints: Fingerprints<Slot>,
     /// A file for the fingerprints of this pool as a plan would leave it, where there is no memory for them; it has as many slots. Whoever
     /// makes a file for [`Facts::fingerprints`] makes this one too: planning makes no files.
-    pub planned_fingerprints: Option<Fingerprints>,
+    pub planned_fingerprints: Option<Fingerprints<Slot>>,
     /// Fingerprint of a block of zeros.
     pub zero_fingerprint: u32,
     /// Strong hashes of the few blocks that were read because their fingerprint alone does not prove equality.
@@ -388,8 +388,13 @@ impl Facts {
     }
 
     /// How many slots the pool has.
-    pub fn slots(&self) -> Slot {
-        self.extents.last().map_or(0, |last| last.slots().end)
+    pub fn slots(&self) -> u32 {
+        self.extents.last().map_or(0, |last| last.slots().end.0)
+    }
+
+    /// The slots of the pool.
+    pub fn all_slots(&self) -> Range<Slot> {
+        Slot::range(0..self.slots())
     }
 
     /// What images map of one extent, each with the images that do, ascending.
@@ -605,7 +610,7 @@ mod tests {
                         file_block += 1;
                         continue;
                     };
-                    pieces.push(Reference { image, file_block, slot: extent * BLOCKS + at, blocks, extent: ExtentId(extent), preallocated });
+                    pieces.push(Reference { image, file_block, slot: Slot(extent * BLOCKS + at), blocks, extent: ExtentId(extent), preallocated });
                     file_block += blocks;
                 }
             }
@@ -613,7 +618,7 @@ mod tests {
                 address: u64::from(number) << 20,
                 disk_bytes: bytes(BLOCKS),
                 generation: 1,
-                first_slot: number * BLOCKS,
+                first_slot: Slot(number * BLOCKS),
                 blocks: BLOCKS,
                 class: PLAIN,
                 pinned: None,
@@ -641,7 +646,7 @@ mod tests {
                     prop_assert!(mappings.insert(*mapping, images).is_none());
                     prop_assert!(images.is_sorted() && !images.is_empty());
                 }
-                for slot in extent * BLOCKS..(extent + 1) * BLOCKS {
+                for slot in (extent * BLOCKS..(extent + 1) * BLOCKS).map(Slot) {
                     let over = of_extent.iter().filter(|one| !one.preallocated && one.slots().contains(&slot)).count();
                     prop_assert_eq!(facts.references_over(slot..slot + 1) as usize, over);
                     prop_assert!(facts.has_references_over(slot..slot + 1, over));

@@ -6,7 +6,7 @@ use super::shared::ImageSets;
 use super::{Class, CompressionGoal, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::block::bytes;
 use crate::codec::{Decoder, put_varint, put_zigzag};
-use crate::numbers::ExtentId;
+use crate::numbers::{ExtentId, Slot};
 use crate::spill::SpillVec;
 
 /// The properties that many extents have in common.
@@ -58,7 +58,7 @@ impl PackedExtents {
     fn of(extents: &SpillVec<Extent>) -> Self {
         let (mut packed, mut record, mut kinds) = (SpillVec::new_in(extents.budget()), Vec::new(), Vec::new());
         let mut numbers: HashMap<ExtentKind, usize> = HashMap::new();
-        let (mut address, mut generation, mut slot) = (0, 0, 0);
+        let (mut address, mut generation, mut slot) = (0, 0, Slot(0));
         for extent in extents {
             let kind = (extent.class, extent.pinned, extent.compression_goal);
             let number = *numbers.entry(kind).or_insert_with(|| {
@@ -72,7 +72,7 @@ impl PackedExtents {
             let usual = bytes(extent.blocks);
             put_zigzag(&mut record, extent.disk_bytes.wrapping_sub(usual).cast_signed());
             put_zigzag(&mut record, extent.generation.wrapping_sub(generation).cast_signed());
-            put_zigzag(&mut record, difference(extent.first_slot, slot));
+            put_zigzag(&mut record, difference(extent.first_slot.0, slot.0));
             packed.extend_from_slice(&record);
             address = extent.address.wrapping_add(extent.disk_bytes);
             generation = extent.generation;
@@ -88,7 +88,7 @@ impl PackedExtents {
 
     fn unpack(&self) -> SpillVec<Extent> {
         let mut packed = Unpacker(Decoder::new(&self.packed));
-        let (mut address, mut generation, mut slot) = (0u64, 0u64, 0);
+        let (mut address, mut generation, mut slot) = (0u64, 0u64, Slot(0));
         let next = |_| {
             let (class, pinned, compression_goal) = self.kinds[packed.number() as usize];
             let blocks = packed.number();
@@ -99,7 +99,7 @@ impl PackedExtents {
                 address,
                 disk_bytes,
                 generation,
-                first_slot: packed.after(slot),
+                first_slot: Slot(packed.after(slot.0)),
                 blocks,
                 class,
                 pinned,
@@ -224,7 +224,7 @@ mod tests {
                     address: 0,
                     disk_bytes,
                     generation,
-                    first_slot: skipped,
+                    first_slot: Slot(skipped),
                     blocks,
                     class: Class {
                         checksummed,
@@ -245,10 +245,10 @@ mod tests {
             made in prop::collection::vec(extent(), 1..20),
             references in prop::collection::vec((any::<u32>(), any::<u32>(), any::<prop::sample::Index>(), any::<bool>()), 0..40),
         ) {
-            let (mut extents, mut address, mut slot) = (SpillVec::default(), 0u64, 0);
+            let (mut extents, mut address, mut slot) = (SpillVec::default(), 0u64, Slot(0));
             for (mut extent, gap) in made {
                 extent.address = address + gap;
-                extent.first_slot += slot;
+                extent.first_slot = slot + extent.first_slot.0;
                 address = extent.address + extent.disk_bytes;
                 slot = extent.slots().end;
                 extents.push(extent);

@@ -1,10 +1,11 @@
 //! Fingerprints of many blocks: in memory while they are few, else in an unnamed file of which a few pages are in memory.
 
 use std::io::Result;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::block::Slot;
+use crate::numbers::Number;
 use crate::sys::spill::{Budget, SpillFile, lost};
 
 /// Fingerprints in a page.
@@ -12,11 +13,12 @@ const PAGE: usize = 1024;
 /// Pages in memory: 4 MiB.
 const FRAMES: usize = 1024;
 
-/// A fingerprint for each slot; zero until one is written.
+/// A fingerprint for each block, by its number: its slot in a pool, or its store address. Zero until one is written.
 #[derive(Debug)]
-pub struct Fingerprints {
-    slots: usize,
+pub struct Fingerprints<N> {
+    blocks: usize,
     kept: Kept,
+    numbers: PhantomData<N>,
 }
 
 #[derive(Debug)]
@@ -37,25 +39,26 @@ struct Pages {
     data: Vec<u32>,
 }
 
-impl Default for Fingerprints {
+impl<N> Default for Fingerprints<N> {
     fn default() -> Self {
         Self::from(Vec::new())
     }
 }
 
-impl From<Vec<u32>> for Fingerprints {
+impl<N> From<Vec<u32>> for Fingerprints<N> {
     fn from(fingerprints: Vec<u32>) -> Self {
         Self {
-            slots: fingerprints.len(),
+            blocks: fingerprints.len(),
             kept: Kept::Memory(fingerprints),
+            numbers: PhantomData,
         }
     }
 }
 
-impl Fingerprints {
+impl<N: Number> Fingerprints<N> {
     /// Fingerprints that take four bytes of memory each.
-    pub fn in_memory(slots: usize) -> Self {
-        vec![0; slots].into()
+    pub fn in_memory(blocks: usize) -> Self {
+        vec![0; blocks].into()
     }
 
     /// Fingerprints that take four bytes of disk each, in an unnamed file where a budget has its files, and 4 MiB of memory in all. Where
@@ -63,65 +66,66 @@ impl Fingerprints {
     ///
     /// # Errors
     /// If there can be no such file, or it has too little room: `ENOSPC`, `EDQUOT`.
-    pub fn in_file(slots: usize, budget: &Budget) -> Result<Self> {
-        let file = budget.file(slots.next_multiple_of(PAGE) as u64 * 4)?;
+    pub fn in_file(blocks: usize, budget: &Budget) -> Result<Self> {
+        let file = budget.file(blocks.next_multiple_of(PAGE) as u64 * 4)?;
         let pages = Pages {
             tags: vec![0; FRAMES],
             data: vec![0; FRAMES * PAGE],
         };
         Ok(Self {
-            slots,
+            blocks,
             kept: Kept::File {
                 file,
                 budget: budget.clone(),
                 pages: Mutex::new(pages),
             },
+            numbers: PhantomData,
         })
     }
 
-    /// As many fingerprints as `slots`, kept as these are. If a file cannot be made, they are kept in memory.
+    /// Fingerprints of so many blocks, kept as these are. If a file cannot be made, they are kept in memory.
     #[must_use]
-    pub fn alike(&self, slots: usize) -> Self {
+    pub fn alike<M: Number>(&self, blocks: usize) -> Fingerprints<M> {
         match &self.kept {
-            Kept::Memory(_) => Self::in_memory(slots),
-            Kept::File { budget, .. } => Self::in_file(slots, budget).unwrap_or_else(|_| Self::in_memory(slots)),
+            Kept::Memory(_) => Fingerprints::in_memory(blocks),
+            Kept::File { budget, .. } => {
+                Fingerprints::in_file(blocks, budget).unwrap_or_else(|_| Fingerprints::in_memory(blocks))
+            }
         }
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.slots
+        self.blocks
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.slots == 0
+        self.blocks == 0
     }
 
     /// One fingerprint.
-    pub fn get(&self, slot: Slot) -> u32 {
-        let slot = slot as usize;
+    #[inline]
+    pub fn get(&self, block: N) -> u32 {
+        let at = block.bare() as usize;
         match &self.kept {
-            Kept::Memory(all) => all[slot],
-            Kept::File { file, pages, .. } => {
-                let mut pages = lock(pages);
-                let frame = pages.load(file, slot / PAGE);
-                pages.data[frame * PAGE + slot % PAGE]
-            }
+            Kept::Memory(all) => all[at],
+            Kept::File { file, pages, .. } => lock(pages).get(file, at),
         }
     }
 
     /// A range of them.
-    pub fn range(&self, slots: Range<Slot>) -> Vec<u32> {
+    pub fn range(&self, blocks: Range<N>) -> Vec<u32> {
+        let (start, end) = (blocks.start.bare(), blocks.end.bare());
         match &self.kept {
-            Kept::Memory(all) => all[slots.start as usize..slots.end as usize].to_vec(),
-            Kept::File { .. } => slots.map(|slot| self.get(slot)).collect(),
+            Kept::Memory(all) => all[start as usize..end as usize].to_vec(),
+            Kept::File { .. } => (start..end).map(|block| self.get(N::of(block))).collect(),
         }
     }
 
-    /// Writes fingerprints from `slot` on.
-    pub fn write(&mut self, slot: Slot, fingerprints: &[u32]) {
-        let first = slot as usize;
+    /// Writes fingerprints from a block on.
+    pub fn write(&mut self, first: N, fingerprints: &[u32]) {
+        let first = first.bare() as usize;
         match &mut self.kept {
             Kept::Memory(all) => all[first..first + fingerprints.len()].copy_from_slice(fingerprints),
             Kept::File { file, pages, .. } => {
@@ -158,6 +162,13 @@ impl Pages {
         }
         frame
     }
+
+    /// The fingerprint at a place of the file.
+    #[inline(never)]
+    fn get(&mut self, file: &SpillFile, at: usize) -> u32 {
+        let frame = self.load(file, at / PAGE);
+        self.data[frame * PAGE + at % PAGE]
+    }
 }
 
 fn lock(pages: &Mutex<Pages>) -> MutexGuard<'_, Pages> {
@@ -177,7 +188,7 @@ mod tests {
         ) {
             const SLOTS: usize = 20_003_000;
             let folder = tempfile::tempdir().unwrap();
-            let mut file = Fingerprints::in_file(SLOTS, &Budget::new(0, folder.path().to_owned())).unwrap();
+            let mut file = Fingerprints::<u32>::in_file(SLOTS, &Budget::new(0, folder.path().to_owned())).unwrap();
             let mut memory = Fingerprints::in_memory(SLOTS);
             for (slot, fingerprints) in &writes {
                 prop_assert_eq!(file.get(*slot), memory.get(*slot));

@@ -20,12 +20,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::block::{BLOCK_BYTES, BLOCK_LEN, Slot, SlotSet, bytes};
+use crate::block::{BLOCK_BYTES, BLOCK_LEN, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
-use crate::numbers::ImageId;
+use crate::numbers::{ImageId, Slot};
+use crate::range;
 use crate::spill::{Budget, SpillVec};
 
 pub use accounting::{freed_bytes, physical_bytes};
@@ -298,8 +299,8 @@ pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &ImageInfo> 
 /// # Errors
 /// Those of reading.
 pub fn read_slots(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
-    let blocks: usize = slots.iter().map(ExactSizeIterator::len).sum();
-    let mut content = vec![0; blocks * BLOCK_LEN];
+    let blocks: u32 = slots.iter().map(range::length).sum();
+    let mut content = vec![0; blocks as usize * BLOCK_LEN];
     read_slots_into(facts, fs, slots, &mut content)?;
     Ok(content)
 }

@@ -15,7 +15,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason};
 use crate::fingerprint::FingerprintFunction;
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 
@@ -117,7 +117,7 @@ impl Filesystem for Plain {
     fn map(&self, budget: &Budget) -> Result<PoolMap> {
         let mut extents: SpillVec<Extent> = SpillVec::new_in(budget);
         let mut mappings = Collector::new_in(budget);
-        let (mut slot, mut base) = (0u32, 0u64);
+        let (mut slot, mut base) = (Slot::default(), 0u64);
         for (number, image) in ImageId::numbered(&self.opened.images) {
             let mut ranges = Vec::new();
             data_of(image, |mut from, length| {

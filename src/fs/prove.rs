@@ -1,11 +1,11 @@
 //! Reads blocks and says what they hold, where a fingerprint alone does not tell enough.
 
 use super::{Filesystem, SourceFile};
-use crate::block::{BLOCK_LEN, Slot, bytes};
+use crate::block::{BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::facts::{Facts, Proof, proof_of};
 use crate::monitor::Monitor;
-use crate::numbers::ImageId;
+use crate::numbers::{ImageId, Slot};
 use crate::spill::SpillVec;
 
 /// Blocks to be read that lie near each other in an image, in the order of their slots.
@@ -86,7 +86,7 @@ fn stretches<'a>(fs: &dyn Filesystem, facts: &Facts, slots: &'a [Slot]) -> Resul
     const BLOCKS_MAX: u32 = 256;
     let mut stretches: Vec<Stretch<'a>> = Vec::new();
     for (at, slot) in slots.iter().enumerate() {
-        let place = facts.place_of(*slot..slot + 1).ok_or_else(|| Error::Metadata {
+        let place = facts.place_of(*slot..*slot + 1).ok_or_else(|| Error::Metadata {
             path: fs.folder().to_owned(),
             problem: format!("no image reaches block {slot}"),
         })?;
@@ -117,18 +117,18 @@ fn prove_stretch(fs: &dyn Filesystem, stretch: &Stretch<'_>, buffer: &mut Vec<u8
     let first = stretch.slots[0];
     if fs.read(stretch.file(), stretch.offset(), buffer).is_ok() {
         proofs.extend(stretch.slots.iter().map(|slot| {
-            let at = (slot - first) as usize * BLOCK_LEN;
+            let at = (*slot - first) as usize * BLOCK_LEN;
             (*slot, proof_of(&buffer[at..at + BLOCK_LEN]))
         }));
         return;
     }
     for slot in stretch.slots {
         let block = &mut buffer[..BLOCK_LEN];
-        let read = fs.read(stretch.file(), stretch.offset() + bytes(slot - first), block);
+        let read = fs.read(stretch.file(), stretch.offset() + bytes(*slot - first), block);
         // A block that cannot be read is proved equal to none.
         proofs.push((
             *slot,
-            read.map_or_else(|_| proof_of(&slot.to_le_bytes()), |()| proof_of(block)),
+            read.map_or_else(|_| proof_of(&slot.0.to_le_bytes()), |()| proof_of(block)),
         ));
     }
 }

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Extent, Facts};
 use crate::fingerprint::FingerprintFunction;
 use crate::numbers::ExtentId;
+use crate::range;
 use crate::spill::SpillVec;
 
 /// Address space that one record covers: one record for each extent would cost more than what it holds.
@@ -130,7 +131,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
                 let slots = extent.slots();
                 self.current[place] = facts
                     .live_runs(slots)
-                    .all(|mut run| run.all(|slot| known.contains(slot)))
+                    .all(|run| range::each(run).all(|slot| known.contains(slot)))
                     && entry.covers(
                         facts
                             .live_runs(extent.slots())

@@ -23,7 +23,7 @@ use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::Monitor;
-use crate::numbers::{CommitNumber, ImageId, StoreBlock};
+use crate::numbers::{CommitNumber, ImageId, Slot, StoreBlock};
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
 use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
 use crate::range;
@@ -348,7 +348,7 @@ impl Exporter<'_> {
             fs.function(),
             plan.first_new,
             &plan.chunks,
-            |first, blocks| plan.fingerprints.range(first.0..(first + blocks).0),
+            |first, blocks| plan.fingerprints.range(first..first + blocks),
             &mut out,
         )?;
         let old = |archive| StoredHashes::new(archive, first_new);
@@ -465,7 +465,7 @@ impl Exporter<'_> {
             for committed in archive.commits() {
                 let usable = archive.announced(committed)?.into_iter();
                 for announced in usable.filter(|one| one.function == fs.function() && one.end() <= first_new) {
-                    fingerprints.write(announced.first.0, &announced.fingerprints);
+                    fingerprints.write(announced.first, &announced.fingerprints);
                 }
             }
         }
@@ -574,7 +574,7 @@ impl Exporter<'_> {
         let facts = &self.survey.facts;
         let mut payloads = Payloads::default();
         if !stored.corrections.is_empty() {
-            let slots: BTreeMap<u32, &ExportPiece> =
+            let slots: BTreeMap<Slot, &ExportPiece> =
                 stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
             let images = ImageId::first(self.fs.image_count());
             let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
@@ -582,7 +582,7 @@ impl Exporter<'_> {
                 for (slot, piece) in slots.range(mapping.slots()) {
                     payloads.push(&ManifestEntry::Runs {
                         image: image.0,
-                        first_block: mapping.file_block + (slot - mapping.slot),
+                        first_block: mapping.file_block + (*slot - mapping.slot),
                         runs: vec![Run {
                             blocks: 1,
                             content: piece.content_at(*slot),
@@ -651,7 +651,7 @@ fn corrected(plan: &ExportPlan, corrections: &[ExportPiece]) -> SpillVec<ExportP
     let mut pieces = SpillVec::with_capacity_in(plan.pieces.len(), plan.pieces.budget());
     for piece in &plan.pieces {
         let mut at = piece.slot;
-        let part = |from: u32, to: u32| ExportPiece {
+        let part = |from: Slot, to: Slot| ExportPiece {
             slot: from,
             blocks: to - from,
             source: match (piece.source, piece.content_at(from)) {

@@ -12,7 +12,7 @@ pub mod verify;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::block::{ByteRange, Slot, bytes};
+use crate::block::{ByteRange, bytes};
 use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, allocate, fingerprint};
 use crate::facts::Facts;
@@ -46,7 +46,7 @@ impl Scope {
     }
 
     /// Memory for the block table of a pool of so many slots, in bytes.
-    fn memory_bytes(&self, slots: Slot) -> u64 {
+    fn memory_bytes(&self, slots: u32) -> u64 {
         self.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots))
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{OpenPool, Scope, Survey, data_of, discover, log_skipped, open_pool, survey, unreadable};
-use crate::block::{Slot, bytes};
+use crate::block::bytes;
 use crate::error::{Error, Result};
 use crate::exec::compression::{CompressionRequest, plan_compressing};
 use crate::exec::fingerprints::remember;
@@ -14,7 +14,7 @@ use crate::frame::Packer;
 use crate::fs::{Filesystem, ImageInfo, Purpose, freed_bytes, images, prove_slots};
 use crate::index::ChunkIndex;
 use crate::monitor::{Deadline, Monitor};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::plan::{self, ReclaimPlan, plan_proved};
 use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{OpenPool, Scope, discover, open_pool};
-use crate::block::{Slot, bytes};
+use crate::block::bytes;
 use crate::error::Result;
 use crate::facts::{Compression, Facts, PinReason};
 use crate::fs::{Purpose, images};
 use crate::monitor::Monitor;
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::report::{ImageBytes, PoolBytes, Reported};
 
 /// Reports on a pool.
@@ -108,7 +108,7 @@ fn held(facts: &Facts, extent: ExtentId, by_blocks: bool) -> Held {
         events.entry(slots.start).or_default().0.extend(images);
         events.entry(slots.end).or_default().1.extend(images);
     }
-    let (mut references, mut from): (BTreeMap<ImageId, u32>, Slot) = (BTreeMap::new(), 0);
+    let (mut references, mut from): (BTreeMap<ImageId, u32>, Slot) = (BTreeMap::new(), Slot(0));
     for (at, (begin, end)) in events {
         hold(&references.keys().copied().collect(), at - from);
         for image in begin {

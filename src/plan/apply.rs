@@ -1,10 +1,10 @@
 //! The *planned pool*: the pool as it would be once a layout was carried out.
 
 use super::layout::{BlockDestination, Layout};
-use crate::block::{Slot, bytes};
+use crate::block::bytes;
 use crate::facts::{Extent, Facts, Mapping, PackedExtents, PackedMappings, Proof, Proofs};
 use crate::fingerprint::Fingerprints;
-use crate::numbers::ExtentId;
+use crate::numbers::{ExtentId, Slot};
 use crate::spill::SpillVec;
 
 /// A planned pool, where its slots and extents come from, and what was packed of the pool as it is so that both fit into memory.
@@ -63,36 +63,48 @@ impl PlannedPool {
 /// Where slots come from, range by range.
 #[derive(Debug)]
 struct SlotOrigins {
-    /// For each range its first slot, the slot which that stands for, and its blocks; in the order of the first.
-    runs: SpillVec<(Slot, Slot, u32)>,
+    /// In the order of the planned pool's slots, which they cover.
+    runs: SpillVec<SlotOrigin>,
+}
+
+/// A range of slots of the planned pool, and the slots of the pool as it is that it stands for.
+#[derive(Debug, Clone, Copy)]
+struct SlotOrigin {
+    /// First slot in the planned pool.
+    new: Slot,
+    /// First slot in the pool as it is.
+    old: Slot,
+    blocks: u32,
 }
 
 impl SlotOrigins {
     fn push(&mut self, old: std::ops::Range<Slot>) {
-        if let Some((_, first, blocks)) = self.runs.last_mut()
-            && *first + *blocks == old.start
+        let blocks = old.end - old.start;
+        if let Some(last) = self.runs.last_mut()
+            && last.old + last.blocks == old.start
         {
-            *blocks += old.end - old.start;
+            last.blocks += blocks;
             return;
         }
-        let new = self.runs.last().map_or(0, |(new, _, blocks)| new + blocks);
-        self.runs.push((new, old.start, old.end - old.start));
+        let new = self.runs.last().map_or(Slot(0), |last| last.new + last.blocks);
+        let old = old.start;
+        self.runs.push(SlotOrigin { new, old, blocks });
     }
 
     /// The slot that `slot` stands for.
     fn of(&self, slot: Slot) -> Slot {
-        let after = self.runs.partition_point(|(new, ..)| *new <= slot);
-        let (new, old, _) = self.runs[after - 1];
+        let after = self.runs.partition_point(|run| run.new <= slot);
+        let SlotOrigin { new, old, .. } = self.runs[after - 1];
         old + (slot - new)
     }
 
     /// A function that finds the new slot for an old one; none if there is none. Making it takes time, calling it takes little.
     fn inverse(&self) -> impl Fn(Slot) -> Option<Slot> + use<> {
         let mut by_old = self.runs.clone();
-        by_old.sort_unstable_by_key(|(_, old, _)| *old);
+        by_old.sort_unstable_by_key(|run| run.old);
         move |slot| {
-            let after = by_old.partition_point(|(_, old, _)| *old <= slot);
-            let (new, old, blocks) = by_old[after.checked_sub(1)?];
+            let after = by_old.partition_point(|run| run.old <= slot);
+            let SlotOrigin { new, old, blocks } = by_old[after.checked_sub(1)?];
             (slot < old + blocks).then(|| new + (slot - old))
         }
     }
@@ -121,7 +133,7 @@ impl PlannedExtents {
             },
             first_donor: ExtentId::default(),
         };
-        let mut slot = 0;
+        let mut slot = Slot(0);
         for (old, extent) in ExtentId::numbered(&facts.extents) {
             if layout.is_gone(old) {
                 all.new_place.push(Origins::NEW);
@@ -255,10 +267,10 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
     after.fingerprints = file.unwrap_or_else(|| Fingerprints::in_memory(after.slots() as usize));
     after.table_slots_max = facts.table_slots_max;
     after.machines.clone_from(&facts.machines);
-    for (new, old, blocks) in &origin.runs {
+    for SlotOrigin { new, old, blocks } in origin.runs.iter().copied() {
         after
             .fingerprints
-            .write(*new, &facts.fingerprints.range(*old..old + blocks));
+            .write(new, &facts.fingerprints.range(old..old + blocks));
     }
     let none = Proofs::new_in(facts.budget().clone());
     let proofs = std::mem::replace(&mut facts.proofs, none);
@@ -278,6 +290,7 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
 mod tests {
     use super::*;
     use crate::plan::tests::notation::{Pool, options, pools};
+    use crate::range;
     use proptest::prelude::*;
 
     /// Disjoint ranges of slots in any order.
@@ -288,7 +301,7 @@ mod tests {
             let mut next = |(gap, blocks)| {
                 let start = end + gap;
                 end = start + blocks;
-                start..end
+                Slot::range(start..end)
             };
             lengths.into_iter().map(&mut next).collect::<Vec<_>>()
         });
@@ -310,12 +323,12 @@ mod tests {
             for range in &ranges {
                 origin.push(range.clone());
             }
-            let slots: Vec<Slot> = ranges.into_iter().flatten().collect();
+            let slots: Vec<Slot> = ranges.into_iter().flat_map(range::each).collect();
             let new_of = origin.inverse();
-            for (new, old) in (0..).zip(&slots) {
+            for (new, old) in range::from(Slot(0)).zip(&slots) {
                 prop_assert_eq!((origin.of(new), new_of(*old)), (*old, Some(new)));
             }
-            for old in (0..80).filter(|old| !slots.contains(old)) {
+            for old in (0..80).map(Slot).filter(|old| !slots.contains(old)) {
                 prop_assert_eq!(new_of(old), None);
             }
         }
@@ -330,19 +343,19 @@ mod tests {
             let (texts, blocks, before) = (pool.texts(), pool.image_blocks(), disk_bytes(&pool.facts));
             let applied = apply(&mut pool.facts, &plan.layout);
             prop_assert_eq!(before - disk_bytes(&applied.facts), plan.freed_bytes());
-            let mut slot = 0;
+            let mut slot = Slot(0);
             for extent in &applied.facts.extents {
                 prop_assert_eq!(extent.first_slot, slot);
                 slot = extent.slots().end;
             }
             prop_assert!(applied.facts.extents.is_sorted_by(|one, other| one.address < other.address));
-            let content = |slot: Slot| pool.content[applied.origins().slot(slot) as usize];
+            let content = |slot: Slot| pool.content[applied.origins().slot(slot).index()];
             for (image, text) in (0..).zip(texts) {
                 let mapped = Pool::mapped(&applied.facts, image, blocks).into_iter();
                 let text_after: String = mapped.map(|slot| slot.map_or('0', content)).collect();
                 prop_assert_eq!(text_after, text);
             }
-            for slot in 0..applied.facts.slots() {
+            for slot in range::each(applied.facts.all_slots()) {
                 let origin = applied.origins().slot(slot);
                 let fingerprint = if content(slot) == '0' { 0 } else { u32::from(content(slot).to_ascii_lowercase()) };
                 prop_assert_eq!(applied.facts.fingerprints.get(slot), fingerprint);
@@ -409,6 +422,10 @@ mod tests {
         let file = pool.facts.planned_fingerprints.unwrap();
         // What was looked at last lies in it.
         assert_eq!(file.len(), slots);
-        assert!(file.range(0..4).iter().any(|fingerprint| *fingerprint != 0));
+        assert!(
+            file.range(Slot::range(0..4))
+                .iter()
+                .any(|fingerprint| *fingerprint != 0)
+        );
     }
 }

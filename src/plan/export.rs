@@ -3,12 +3,11 @@
 //! Fingerprints propose; whoever carries the plan out hashes every block that it reads, and stores what was taken for another.
 
 use super::table::BlockTable;
-use crate::block::Slot;
 use crate::chunk::Chunker;
 use crate::content::{Content, KnownSlots, Run, push_run};
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
-use crate::numbers::{ImageId, StoreBlock};
+use crate::numbers::{ImageId, Slot, StoreBlock};
 use crate::range;
 use crate::spill::SpillVec;
 
@@ -85,7 +84,7 @@ pub struct ExportPlan {
     /// Store address after the last new block.
     pub end: StoreBlock,
     /// Fingerprints by store address.
-    pub fingerprints: Fingerprints,
+    pub fingerprints: Fingerprints<StoreBlock>,
 }
 
 /// Plans an export. `known` are pieces of extents that the archive has, in order; `stored` holds the fingerprints of the
@@ -95,7 +94,7 @@ pub fn plan_export(
     facts: &Facts,
     known: &[KnownSlots],
     first_new: StoreBlock,
-    stored: Fingerprints,
+    stored: Fingerprints<StoreBlock>,
 ) -> Option<ExportPlan> {
     let mut planner = Planner {
         facts,
@@ -109,7 +108,7 @@ pub fn plan_export(
         },
         chunker: Chunker::default(),
     };
-    for block in 0..first_new.0 {
+    for block in range::each(StoreBlock(0)..first_new) {
         let fingerprint = planner.plan.fingerprints.get(block);
         planner
             .table
@@ -129,7 +128,7 @@ pub fn plan_export(
 
 struct Planner<'a> {
     facts: &'a Facts,
-    table: BlockTable,
+    table: BlockTable<StoreBlock>,
     plan: ExportPlan,
     chunker: Chunker,
 }
@@ -183,9 +182,9 @@ impl Planner<'_> {
                 if block >= StoreBlock::END_MAX {
                     return None;
                 }
-                self.plan.fingerprints.write(block.0, &fingerprints[at..=at]);
-                let fingerprint = self.plan.fingerprints.get(block.0);
-                self.table.enter(block.0, fingerprint, &self.plan.fingerprints, |_| ());
+                self.plan.fingerprints.write(block, &fingerprints[at..=at]);
+                let fingerprint = self.plan.fingerprints.get(block);
+                self.table.enter(block, fingerprint, &self.plan.fingerprints, |_| ());
                 self.push(start + as_blocks(at), 1, ExportSource::New(block));
                 self.plan.end += 1;
                 new_from.get_or_insert(at);
@@ -219,10 +218,10 @@ impl Planner<'_> {
         let stored = &self.plan.fingerprints;
         let length = |first: StoreBlock, limit: usize| {
             let pairs = range::each(first..self.plan.end).zip(&wanted[..limit.min(wanted.len())]);
-            pairs.take_while(|(block, one)| stored.get(block.0) == **one).count()
+            pairs.take_while(|(block, one)| stored.get(*block) == **one).count()
         };
         let mut best: Option<(StoreBlock, usize)> = None;
-        let candidates = self.table.candidates(wanted[0], stored).map(StoreBlock);
+        let candidates = self.table.candidates(wanted[0], stored);
         for candidate in follows.into_iter().chain(candidates) {
             let found = length(candidate, LOOK);
             if found > best.map_or(0, |(_, best)| best) {
@@ -291,9 +290,9 @@ mod tests {
         facts
     }
 
-    fn fingerprints(stored: &[u32], facts: &Facts) -> Fingerprints {
+    fn fingerprints(stored: &[u32], facts: &Facts) -> Fingerprints<StoreBlock> {
         let mut fingerprints = Fingerprints::in_memory(stored.len() + facts.slots() as usize);
-        fingerprints.write(0, stored);
+        fingerprints.write(StoreBlock(0), stored);
         fingerprints
     }
 
@@ -309,8 +308,7 @@ mod tests {
             let stored: Vec<u32> = { let mut seen = std::collections::HashSet::new(); stored.into_iter().filter(|one| seen.insert(*one)).collect() };
             let first_new = as_blocks(stored.len());
             let extent = &facts.extents[known.index(facts.extents.len())];
-            let known: Vec<KnownSlots> = extent
-                .slots()
+            let known: Vec<KnownSlots> = range::each(extent.slots())
                 .map(|slot| (slot, facts.fingerprints.get(slot)))
                 .filter_map(|(slot, fingerprint)| {
                     let at = stored.iter().position(|one| *one == fingerprint)?;
@@ -318,17 +316,17 @@ mod tests {
                 })
                 .collect();
             let plan = plan_export(&facts, &known, StoreBlock(first_new), fingerprints(&stored, &facts)).unwrap();
-            let (mut slot, mut next, mut new) = (0, first_new, std::collections::HashSet::new());
+            let (mut slot, mut next, mut new) = (Slot(0), first_new, std::collections::HashSet::new());
             for piece in &plan.pieces {
                 prop_assert_eq!(piece.slot, slot);
                 for n in 0..piece.blocks {
                     let fingerprint = facts.fingerprints.get(slot + n);
                     match piece.source {
                         ExportSource::Zeros | ExportSource::KnownZeros => prop_assert_eq!(fingerprint, 0),
-                        ExportSource::Same(first) => prop_assert_eq!(plan.fingerprints.get((first + n).0), fingerprint),
+                        ExportSource::Same(first) => prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint),
                         ExportSource::Known(first) => {
                             prop_assert!(extent.slots().contains(&(slot + n)));
-                            prop_assert_eq!(plan.fingerprints.get((first + n).0), fingerprint);
+                            prop_assert_eq!(plan.fingerprints.get(first + n), fingerprint);
                         }
                         ExportSource::New(first) => {
                             prop_assert_eq!(first + n, StoreBlock(next));
@@ -339,7 +337,7 @@ mod tests {
                 }
                 slot = piece.end();
             }
-            prop_assert_eq!((slot, StoreBlock(next)), (facts.slots(), plan.end));
+            prop_assert_eq!((slot, StoreBlock(next)), (facts.all_slots().end, plan.end));
             prop_assert_eq!(plan.chunks.iter().map(|n| u32::from(*n)).sum::<u32>(), plan.end - StoreBlock(first_new));
             let runs = runs_of(&facts, &plan.pieces, ImageId(0), facts.slots() * 2);
             let each: Vec<Content> = runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect();
@@ -348,7 +346,7 @@ mod tests {
                 for n in 0..reference.blocks {
                     let fingerprint = facts.fingerprints.get(reference.slot + n);
                     match each[(reference.file_block + n) as usize] {
-                        Content::Stored(at) => prop_assert_eq!(plan.fingerprints.get(at.0), fingerprint),
+                        Content::Stored(at) => prop_assert_eq!(plan.fingerprints.get(at), fingerprint),
                         other => prop_assert_eq!((other, fingerprint), (Content::Zeros, 0)),
                     }
                 }

@@ -8,9 +8,10 @@ use std::ops::Range;
 use super::layout::{DedupRun, DedupTarget};
 use super::table::BlockTable;
 use super::{METADATA_BYTES_PER_REFERENCE, PlanOptions, UNPROVED_BLOCKS, UNPROVED_BLOCKS_ALIKE};
-use crate::block::{BLOCK_BYTES, Slot, SlotSet, bytes};
+use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::facts::{Compression, Extent, Facts, PinReason};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
+use crate::range;
 use crate::spill::{Budget, SpillVec};
 
 /// What a pass decided.
@@ -81,8 +82,8 @@ fn order(facts: &Facts, options: &PlanOptions) -> SpillVec<ExtentId> {
     const SMALL_BLOCKS: u32 = 16;
     const USE_MAX: u64 = (1 << 29) - 1;
     let rank = |(place, extent): (ExtentId, &Extent)| {
-        let live: usize = facts.live_runs(extent.slots()).map(|run| run.len()).sum();
-        let unreachable = extent.blocks - u32::try_from(live).unwrap_or(extent.blocks);
+        let live: u32 = facts.live_runs(extent.slots()).map(|run| range::length(&run)).sum();
+        let unreachable = extent.blocks - live;
         let is_wasteful = u64::from(unreachable) * 16 > u64::from(extent.blocks * UNREACHABLE_SIXTEENTHS);
         let mappings = facts.mappings_to(place);
         let used: u64 = mappings
@@ -90,7 +91,7 @@ fn order(facts: &Facts, options: &PlanOptions) -> SpillVec<ExtentId> {
             .sum();
         // The average is rounded to halves: revisions differ by a few blocks, which must not separate extents that lie side by
         // side.
-        let halves = (used * 2 / (live as u64).max(1)).min(USE_MAX);
+        let halves = (used * 2 / u64::from(live).max(1)).min(USE_MAX);
         let class = u64::from(is_pinned(facts, options, place).is_none()) << 31
             | u64::from(is_wasteful) << 30
             | u64::from(extent.blocks < SMALL_BLOCKS) << 29
@@ -120,7 +121,7 @@ struct Pass<'a> {
     options: &'a PlanOptions,
     /// Whether runs that must be proved count, and are listed, before they are.
     ask: bool,
-    table: BlockTable,
+    table: BlockTable<Slot>,
     /// Homes: live slots of extents that stay, and slots that are left over from extents that go.
     homes: SlotSet,
     limits: ReferenceLimits,
@@ -271,7 +272,7 @@ impl<'a> Pass<'a> {
         }
         // Blocks that are left over are in the table already.
         for run in &found.runs {
-            (run.slot..run.slot + run.blocks).for_each(|slot| self.enter(slot));
+            range::each(run.slots()).for_each(|slot| self.enter(slot));
         }
         if pinned.is_none()
             && this.is_always_rewritten()
@@ -346,7 +347,7 @@ impl<'a> Pass<'a> {
         let mut edges: Vec<Slot> = runs.iter().flat_map(|run| [run.slot, run.slot + run.blocks]).collect();
         edges.dedup();
         let holes = runs.iter().filter(|run| matches!(run.target, DedupTarget::Hole));
-        let holes: Vec<Range<Slot>> = holes.map(|run| run.slot..run.slot + run.blocks).collect();
+        let holes: Vec<Range<Slot>> = holes.map(DedupRun::slots).collect();
         let mappings = self.facts.mappings_to(extent);
         let mut more = BTreeMap::new();
         for (mapping, images) in mappings.filter(|(mapping, _)| !mapping.preallocated) {
@@ -382,7 +383,7 @@ impl<'a> Pass<'a> {
                     .zeros(at, &segment, gap)
                     .or_else(|| self.longest(extent, at, &segment, gap));
                 if let Some(run) = run {
-                    (run.slot..at).for_each(|slot| self.homes.remove(slot));
+                    range::each(run.slot..at).for_each(|slot| self.homes.remove(slot));
                     found.left_over -= at - run.slot;
                     self.close_gap(extent, gap..run.slot, Some(&run), &mut found);
                     self.accept(run, &mut found);
@@ -403,7 +404,7 @@ impl<'a> Pass<'a> {
     fn accept(&mut self, run: DedupRun, found: &mut ExtentMatch) {
         if let DedupTarget::Home(home) = run.target {
             let added = self.limits.added.entry(self.facts.extent_of(home)).or_default();
-            *added += self.facts.references_over(run.slot..run.slot + run.blocks);
+            *added += self.facts.references_over(run.slots());
         }
         self.question(&run, &mut found.unproved);
         found.runs.push(run);
@@ -419,7 +420,7 @@ impl<'a> Pass<'a> {
         let (stay, short) = std::mem::take(&mut found.runs).into_iter().partition(is_long);
         found.runs = stay;
         for run in short {
-            let slots = run.slot..run.slot + run.blocks;
+            let slots = run.slots();
             if let DedupTarget::Home(home) = run.target
                 && let Some(added) = self.limits.added.get_mut(&self.facts.extent_of(home))
             {
@@ -427,7 +428,7 @@ impl<'a> Pass<'a> {
             }
             found.left_over += run.blocks;
             self.homes.insert_range(slots.clone());
-            slots.for_each(|slot| self.enter(slot));
+            range::each(slots).for_each(|slot| self.enter(slot));
         }
     }
 
@@ -439,7 +440,7 @@ impl<'a> Pass<'a> {
         if blocks == 0 || blocks > GAP_BLOCKS_MAX || next.is_some_and(is_used) {
             return;
         }
-        gap.clone().for_each(|slot| self.homes.remove(slot));
+        range::each(gap.clone()).for_each(|slot| self.homes.remove(slot));
         let run = self
             .zeros(gap.start, &gap, gap.start)
             .or_else(|| self.longest(extent, gap.start, &gap, gap.start));
@@ -456,7 +457,7 @@ impl<'a> Pass<'a> {
         if self.options.keep_zeros || !self.is_zero(at) {
             return None;
         }
-        let end = (at..segment.end)
+        let end = range::each(at..segment.end)
             .find(|slot| !self.is_zero(*slot))
             .unwrap_or(segment.end);
         let run = DedupRun {
@@ -496,12 +497,12 @@ impl<'a> Pass<'a> {
             }
             let blocks_max = (segment.end - at).min(other.slots().end - home);
             let blocks = (0..blocks_max)
-                .take_while(|n| self.homes.contains(home + n) && self.may_be_equal(at + n, home + n))
+                .take_while(|n| self.homes.contains(home + *n) && self.may_be_equal(at + *n, home + *n))
                 .count();
             let mut blocks = u32::try_from(blocks).unwrap_or(blocks_max);
             let before = (at - gap).min(home - other.first_slot);
             let back =
-                (1..=before).take_while(|n| self.homes.contains(home - n) && self.may_be_equal(at - n, home - n));
+                (1..=before).take_while(|n| self.homes.contains(home - *n) && self.may_be_equal(at - *n, home - *n));
             let mut back = u32::try_from(back.count()).unwrap_or(0);
             let steps = self.current.steps_left.get();
             self.current
@@ -530,32 +531,33 @@ impl<'a> Pass<'a> {
     /// Whether a run is part of a repetition of one block. A run that ends with its segment is judged by what lies beside its
     /// home: otherwise donors would end at other places within a repetition from one plan to the next.
     fn is_repeated(&self, run: &DedupRun, segment: &Range<Slot>) -> bool {
-        let around = run.slot.saturating_sub(1).max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
+        let around =
+            run.slot.previous().unwrap_or_default().max(segment.start)..(run.slot + run.blocks + 1).min(segment.end);
         let fingerprint = |slot| self.fingerprint(slot);
         let first = fingerprint(run.slot);
-        let is_first = |slot: &Slot| *slot < self.facts.slots() && fingerprint(*slot) == first;
+        let is_first = |slot: &Slot| slot.0 < self.facts.slots() && fingerprint(*slot) == first;
         let goes_on = || match run.target {
             DedupTarget::Home(home) if run.slot == segment.start || run.slot + run.blocks == segment.end => {
                 // Either side counts: the run may be the beginning or the end of a repetition.
-                home.checked_sub(1).iter().chain(&Some(home + run.blocks)).any(is_first)
+                home.previous().iter().chain(&Some(home + run.blocks)).any(is_first)
             }
             _ => false,
         };
-        (run.slot..run.slot + run.blocks).all(|slot| is_first(&slot))
-            && (around.filter(is_first).take(2).count() > 1 || goes_on())
+        range::each(run.slots()).all(|slot| is_first(&slot))
+            && (range::each(around).filter(is_first).take(2).count() > 1 || goes_on())
     }
 
     /// Whether a run is worth the references that it adds: two, or one where it follows another, a hole one less, and that for each
     /// reference to the place. All there is adds none. At an end of its extent it would add less, too, but where donors end changes
     /// with all that goes before: what such an end makes worth while, the next round would find at another, and so on.
     fn is_long_enough(&self, run: &DedupRun, segment: &Range<Slot>, gap: Slot, repeated: bool) -> bool {
-        if run.blocks as usize == segment.len() {
+        if run.blocks == range::length(segment) {
             return true;
         }
         if repeated && run.blocks < self.options.min_run_blocks.max(REPEATED_RUN_BLOCKS) {
             return false;
         }
-        let slots = run.slot..run.slot + run.blocks;
+        let slots = run.slots();
         let follows_a_run = slots.start == gap && gap > segment.start;
         let ends: u64 = if follows_a_run { 1 } else { 2 };
         let new = match run.target {
@@ -598,7 +600,7 @@ impl<'a> Pass<'a> {
             DedupTarget::Home(_) if run.blocks <= UNPROVED_BLOCKS_ALIKE && self.has_blocks_alike(run) => 0..run.blocks,
             DedupTarget::Home(_) => {
                 // Which block it is follows from the run, so that the next round asks for the same one.
-                let n = run.slot.wrapping_mul(0x9e37_79b9) % run.blocks;
+                let n = run.slot.0.wrapping_mul(0x9e37_79b9) % run.blocks;
                 n..n + 1
             }
         }
@@ -606,9 +608,7 @@ impl<'a> Pass<'a> {
 
     /// Whether two blocks of a short run have the same fingerprint.
     fn has_blocks_alike(&self, run: &DedupRun) -> bool {
-        let mut fingerprints: Vec<u32> = (run.slot..run.slot + run.blocks)
-            .map(|slot| self.fingerprint(slot))
-            .collect();
+        let mut fingerprints: Vec<u32> = range::each(run.slots()).map(|slot| self.fingerprint(slot)).collect();
         fingerprints.sort_unstable();
         fingerprints.windows(2).any(|pair| pair[0] == pair[1])
     }
@@ -652,20 +652,20 @@ mod tests {
     }
 
     fn slots_of(runs: &[DedupRun]) -> Vec<Slot> {
-        runs.iter().flat_map(|run| run.slot..run.slot + run.blocks).collect()
+        runs.iter().flat_map(|run| range::each(run.slots())).collect()
     }
 
-    fn home(slot: Slot, blocks: u32, home: Slot) -> DedupRun {
+    fn home(slot: u32, blocks: u32, home: u32) -> DedupRun {
         DedupRun {
-            slot,
+            slot: Slot(slot),
             blocks,
-            target: DedupTarget::Home(home),
+            target: DedupTarget::Home(Slot(home)),
         }
     }
 
-    fn hole(slot: Slot, blocks: u32) -> DedupRun {
+    fn hole(slot: u32, blocks: u32) -> DedupRun {
         DedupRun {
-            slot,
+            slot: Slot(slot),
             blocks,
             target: DedupTarget::Hole,
         }
@@ -705,11 +705,11 @@ mod tests {
                 prop_assert!(gone.contains(&extent) && run.blocks > 0);
                 for n in 0..run.blocks {
                     prop_assert_eq!(facts.live_runs(run.slot + n..run.slot + n + 1).count(), 1);
-                    let content = pool.content[(run.slot + n) as usize];
+                    let content = pool.content[(run.slot + n).index()];
                     match run.target {
                         DedupTarget::Hole => prop_assert!(content == '0' && !options.keep_zeros),
                         DedupTarget::Home(home) => {
-                            prop_assert_eq!(content, pool.content[(home + n) as usize]);
+                            prop_assert_eq!(content, pool.content[(home + n).index()]);
                             prop_assert!(!covered.contains(&(home + n)));
                             prop_assert_eq!(facts.live_runs(home + n..home + n + 1).count(), 1);
                             let other = facts.extent_of(home + n);
@@ -784,7 +784,7 @@ mod tests {
             let mut pass = Pass::new(&pool.facts, &options, true);
             for place in 0..u32::try_from(pool.facts.extents.len()).unwrap() {
                 let extent = pass.begin(ExtentId(place));
-                let live: BTreeSet<Slot> = pool.facts.live_runs(extent.slots()).flatten().collect();
+                let live: BTreeSet<Slot> = pool.facts.live_runs(extent.slots()).flat_map(range::each).collect();
                 let mut found = pass.match_extent(extent);
                 for least in [None, Some(least)] {
                     if let Some(least) = least {
@@ -794,13 +794,13 @@ mod tests {
                     }
                     prop_assert_eq!((found.matched() + found.left_over) as usize, live.len());
                     let covered: BTreeSet<Slot> = slots_of(&found.runs).into_iter().collect();
-                    let homes: BTreeSet<Slot> = pass.homes.runs(extent.slots()).flatten().collect();
+                    let homes: BTreeSet<Slot> = pass.homes.runs(extent.slots()).flat_map(range::each).collect();
                     prop_assert_eq!(&homes, &live.difference(&covered).copied().collect());
                     // Of each extent that runs are found in, the references that these would add.
                     let mut added = BTreeMap::new();
                     for run in &found.runs {
                         if let DedupTarget::Home(home) = run.target {
-                            *added.entry(pool.facts.extent_of(home)).or_default() += pool.facts.references_over(run.slot..run.slot + run.blocks);
+                            *added.entry(pool.facts.extent_of(home)).or_default() += pool.facts.references_over(run.slots());
                         }
                     }
                     pass.limits.added.retain(|_, more| *more > 0);
@@ -829,10 +829,10 @@ mod tests {
                 each.push((2, begins));
                 each.resize(extent.blocks as usize, (2, false));
                 let mut runs: Vec<DedupRun> = Vec::new();
-                for (slot, (kind, begins)) in extent.slots().zip(&each) {
+                for (slot, (kind, begins)) in range::each(extent.slots()).zip(&each) {
                     match (kind, begins) {
-                        (0, true) => runs.push(hole(slot, 1)),
-                        (1, true) => runs.push(home(slot, 1, 0)),
+                        (0, true) => runs.push(hole(slot.0, 1)),
+                        (1, true) => runs.push(home(slot.0, 1, 0)),
                         (0 | 1, false) => runs.last_mut().unwrap().blocks += 1,
                         _ => {}
                     }
@@ -925,13 +925,13 @@ mod tests {
     #[test]
     fn a_run_is_as_long_as_the_references_that_it_adds_are_worth() {
         /// The shortest run from `from` on that counts.
-        fn shortest(images: usize, run: impl Fn(u32) -> DedupRun, gap: Slot, repeated: bool) -> u32 {
+        fn shortest(images: usize, run: impl Fn(u32) -> DedupRun, gap: u32, repeated: bool) -> u32 {
             let content: String = ('1'..='9').chain('a'..='z').chain('1'..='9').collect();
             let pool = revisions(images, &format!("A {content}\nB a"));
             let options = PlanOptions::default();
             let mut pass = Pass::new(&pool.facts, &options, true);
             let segment = pass.begin(ExtentId(0)).slots();
-            let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, gap, repeated);
+            let counts = |blocks: &u32| pass.is_long_enough(&run(*blocks), &segment, Slot(gap), repeated);
             (1..=35).find(counts).unwrap_or(u32::MAX)
         }
         // Amid other data, half of the least for one reference, all for two, half as much again for three and more.
@@ -963,8 +963,8 @@ mod tests {
         };
         let mut pass = Pass::new(&pool.facts, &options, true);
         let segment = pass.begin(ExtentId(0)).slots();
-        assert!(pass.is_long_enough(&home(0, 2, 2), &segment, 0, true));
-        assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, 0, false));
+        assert!(pass.is_long_enough(&home(0, 2, 2), &segment, Slot(0), true));
+        assert!(!pass.is_long_enough(&home(0, 1, 2), &segment, Slot(0), false));
     }
 
     #[test]
@@ -973,7 +973,7 @@ mod tests {
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         let segment = pass.begin(ExtentId(0)).slots();
-        let counts = |slot| pass.is_long_enough(&home(slot, 2, 16), &segment, 0, false);
+        let counts = |slot| pass.is_long_enough(&home(slot, 2, 16), &segment, Slot(0), false);
         // Two map the place, three the extent.
         assert_eq!([counts(1), counts(3), counts(8)], [true, false, false]);
     }
@@ -1028,7 +1028,7 @@ mod tests {
         let extent = pass.begin(ExtentId(1));
         assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK);
         let segment = extent.slots();
-        let longest = |pass: &Pass<'_>| pass.longest(extent, 8, &segment, 8);
+        let longest = |pass: &Pass<'_>| pass.longest(extent, Slot(8), &segment, Slot(8));
         assert_eq!(longest(&pass), Some(home(8, 8, 0)));
         assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
         pass.current.steps_left.set(0);
@@ -1043,13 +1043,19 @@ mod tests {
         let options = PlanOptions::default();
         let mut pass = Pass::new(&pool.facts, &options, true);
         pass.begin(ExtentId(0));
-        pass.homes.insert_range(0..8);
-        pass.enter(3);
+        pass.homes.insert_range(Slot::range(0..8));
+        pass.enter(Slot(3));
         let extent = pass.begin(ExtentId(1));
-        pass.homes.insert_range(8..12);
-        assert_eq!(pass.longest(extent, 12, &extent.slots(), 8), Some(home(9, 7, 0)));
+        pass.homes.insert_range(Slot::range(8..12));
+        assert_eq!(
+            pass.longest(extent, Slot(12), &extent.slots(), Slot(8)),
+            Some(home(9, 7, 0))
+        );
         // What is no home any more is not gone back over.
-        assert_eq!(pass.longest(extent, 12, &extent.slots(), 11), Some(home(11, 5, 2)));
+        assert_eq!(
+            pass.longest(extent, Slot(12), &extent.slots(), Slot(11)),
+            Some(home(11, 5, 2))
+        );
     }
 
     #[test]

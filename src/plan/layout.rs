@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::PlanOptions;
 use super::apply::Origins;
-use crate::block::{NumberSet, Slot};
+use crate::block::NumberSet;
 use crate::facts::{Class, Compression, Facts};
-use crate::numbers::ExtentId;
+use crate::numbers::{ExtentId, Slot};
 use crate::spill::{Budget, SpillVec};
 
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
@@ -31,6 +31,11 @@ pub(super) struct DedupRun {
 }
 
 impl DedupRun {
+    /// The slots of its blocks.
+    pub(super) fn slots(&self) -> Range<Slot> {
+        self.slot..self.slot + self.blocks
+    }
+
     /// Whether two of its blocks that should be equal are known to differ. Only pairs with a slot in `known`, which is in order,
     /// are looked at. `origin` tells which slot of `facts` a slot stands for.
     pub(super) fn is_refuted(&self, facts: &Facts, known: &[Slot], origin: impl Fn(Slot) -> Slot) -> bool {
@@ -39,7 +44,7 @@ impl DedupRun {
             let inside = known[first..]
                 .iter()
                 .take_while(move |slot| **slot < from + self.blocks);
-            inside.map(move |slot| slot - from)
+            inside.map(move |slot| *slot - from)
         };
         let mut ours = among(self.slot);
         match self.target {
@@ -436,6 +441,7 @@ mod tests {
     use crate::facts::CompressionGoal;
     use crate::plan::METADATA_BYTES_PER_REFERENCE;
     use crate::plan::tests::notation::{Pool, options, pools};
+    use crate::range;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
@@ -443,7 +449,12 @@ mod tests {
     fn runs_in(slots: &Range<Slot>, cuts: &[(prop::sample::Index, bool)]) -> Vec<DedupRun> {
         let mut at: Vec<(Slot, bool)> = cuts
             .iter()
-            .map(|(cut, is_run)| (slots.start + u32::try_from(cut.index(slots.len())).unwrap(), *is_run))
+            .map(|(cut, is_run)| {
+                (
+                    slots.start + u32::try_from(cut.index(range::length(slots) as usize)).unwrap(),
+                    *is_run,
+                )
+            })
             .collect();
         at.sort_unstable();
         at.dedup_by_key(|(slot, _)| *slot);
@@ -451,14 +462,14 @@ mod tests {
         let runs = at.iter().zip(ends).filter(|((_, is_run), _)| *is_run);
         runs.map(|((slot, _), end)| DedupRun {
             slot: *slot,
-            blocks: end - slot,
+            blocks: end - *slot,
             target: DedupTarget::Hole,
         })
         .collect()
     }
 
     fn live(facts: &Facts, slots: Range<Slot>) -> BTreeSet<Slot> {
-        facts.live_runs(slots).flatten().collect()
+        facts.live_runs(slots).flat_map(range::each).collect()
     }
 
     proptest! {
@@ -471,10 +482,10 @@ mod tests {
             let facts = Pool::of(&text).facts;
             for extent in &facts.extents {
                 let runs = runs_in(&extent.slots(), &cuts);
-                let covered: BTreeSet<Slot> = runs.iter().flat_map(|run| run.slot..run.slot + run.blocks).collect();
+                let covered: BTreeSet<Slot> = runs.iter().flat_map(|run| range::each(run.slots())).collect();
                 let pieces = left_over(&facts, extent.slots(), &runs);
                 prop_assert!(pieces.iter().all(|piece| !piece.is_empty()));
-                let found: Vec<Slot> = pieces.into_iter().flatten().collect();
+                let found: Vec<Slot> = pieces.into_iter().flat_map(range::each).collect();
                 let expected = live(&facts, extent.slots());
                 prop_assert_eq!(found, expected.difference(&covered).copied().collect::<Vec<_>>());
             }
@@ -489,12 +500,13 @@ mod tests {
         ) {
             let mut facts = Facts::default();
             let proof = |content: u8| if content == 0 { crate::facts::proof_of(&[0; 4096]) } else { [content; 8] };
-            facts.add_proofs((0..).zip(&blocks).map(|(slot, (content, _))| (slot, proof(*content))));
-            let known: Vec<Slot> = (0..).zip(&blocks).filter(|(_, (_, known))| *known).map(|(slot, _)| slot).collect();
+            facts.add_proofs(range::from(Slot(0)).zip(&blocks).map(|(slot, (content, _))| (slot, proof(*content))));
+            let known: Vec<Slot> = range::from(Slot(0)).zip(&blocks).filter(|(_, (_, known))| *known).map(|(slot, _)| slot).collect();
             let [slot, home] = [at[0], at[1]].map(|at| at.index(blocks.len()));
+            let slot_at = |at: usize| Slot(u32::try_from(at).unwrap());
             let length = 1 + at[2].index(blocks.len() - slot.max(home));
-            let target = if is_hole { DedupTarget::Hole } else { DedupTarget::Home(u32::try_from(home).unwrap()) };
-            let run = DedupRun { slot: u32::try_from(slot).unwrap(), blocks: u32::try_from(length).unwrap(), target };
+            let target = if is_hole { DedupTarget::Hole } else { DedupTarget::Home(slot_at(home)) };
+            let run = DedupRun { slot: slot_at(slot), blocks: u32::try_from(length).unwrap(), target };
             let differs = |n: usize| {
                 let (ours, theirs) = (blocks[slot + n], if is_hole { (0, false) } else { blocks[home + n] });
                 ours.0 != theirs.0 && (ours.1 || theirs.1)
@@ -510,27 +522,27 @@ mod tests {
             pool.prove_all();
             let plan = pool.plan(&options);
             let (facts, layout, content) = (&pool.facts, &plan.layout, &pool.content);
-            for live in facts.live_runs(0..facts.slots()) {
+            for live in facts.live_runs(facts.all_slots()) {
                 let mut at = live.start;
                 for (piece, found) in layout.resolve_all(facts, live.clone()) {
                     prop_assert_eq!(piece.start, at);
                     prop_assert!(!piece.is_empty());
                     at = piece.end;
-                    for (n, slot) in (0..).zip(piece.clone()) {
+                    for (n, slot) in (0..).zip(range::each(piece.clone())) {
                         let end = match found {
                             BlockDestination::Hole => '0',
                             BlockDestination::Kept(first) => {
-                                let covered = layout.runs.iter().any(|run| (run.slot..run.slot + run.blocks).contains(&(first + n)));
+                                let covered = layout.runs.iter().any(|run| run.slots().contains(&(first + n)));
                                 prop_assert!(!covered && (frees_blocks || !layout.is_gone(facts.extent_of(first + n))));
                                 prop_assert_eq!(facts.extent_of(first + n), facts.extent_of(first));
-                                content[(first + n) as usize]
+                                content[(first + n).index()]
                             }
                             BlockDestination::Donor(donor, from) => {
-                                let slots = layout.pieces_of(&layout.donors()[donor as usize]).iter().flat_map(Clone::clone);
-                                content[slots.collect::<Vec<_>>()[(from + n) as usize] as usize]
+                                let slots = layout.pieces_of(&layout.donors()[donor as usize]).iter().cloned().flat_map(range::each);
+                                content[slots.collect::<Vec<_>>()[(from + n) as usize].index()]
                             }
                         };
-                        prop_assert_eq!(end, content[slot as usize]);
+                        prop_assert_eq!(end, content[slot.index()]);
                     }
                 }
                 prop_assert_eq!(at, live.end);
@@ -546,8 +558,8 @@ mod tests {
             let mut held: Vec<Slot> = Vec::new();
             for donor in layout.donors() {
                 let pieces = layout.pieces_of(donor);
-                let blocks: usize = pieces.iter().map(ExactSizeIterator::len).sum();
-                prop_assert_eq!(blocks, donor.blocks as usize);
+                let blocks: u32 = pieces.iter().map(range::length).sum();
+                prop_assert_eq!(blocks, donor.blocks);
                 prop_assert!((1..=extent_blocks_max(donor.class)).contains(&donor.blocks));
                 prop_assert_eq!(donor.disk_bytes, bytes(donor.blocks));
                 let references: u32 = pieces.iter().map(|piece| facts.references_over(piece.clone())).sum();
@@ -557,10 +569,10 @@ mod tests {
                     prop_assert_eq!(from.donor_class(), donor.class);
                     prop_assert!(piece.end <= from.slots().end);
                 }
-                held.extend(pieces.iter().flat_map(Clone::clone));
+                held.extend(pieces.iter().cloned().flat_map(range::each));
             }
             held.sort_unstable();
-            let left_over: BTreeSet<Slot> = layout.gone().flat_map(|extent| layout.rest_of(facts, extent)).flatten().collect();
+            let left_over: BTreeSet<Slot> = layout.gone().flat_map(|extent| layout.rest_of(facts, extent)).flat_map(range::each).collect();
             prop_assert_eq!(held, left_over.into_iter().collect::<Vec<_>>());
         }
 
@@ -611,11 +623,11 @@ mod tests {
         (pool, layout, origins)
     }
 
-    fn home(slot: Slot, blocks: u32, home: Slot) -> DedupRun {
+    fn home(slot: u32, blocks: u32, home: u32) -> DedupRun {
         DedupRun {
-            slot,
+            slot: Slot(slot),
             blocks,
-            target: DedupTarget::Home(home),
+            target: DedupTarget::Home(Slot(home)),
         }
     }
 

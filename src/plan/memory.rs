@@ -1,13 +1,12 @@
 //! How much memory planning may take for each block of a pool.
 
-use super::table::BlockTable;
-use crate::block::Slot;
+use super::table::BYTES_PER_BLOCK;
 
 /// Bytes for each slot: its fingerprint, twice, since planning looks at the pool as it would be as well.
 const FINGERPRINT_BYTES: u64 = 8;
 
 /// Memory for tables of blocks, in bytes, unless the user says otherwise: 32 MiB, and 48 MiB more for each TiB of extents.
-pub fn memory_bytes(slots: Slot) -> u64 {
+pub fn memory_bytes(slots: u32) -> u64 {
     const SLOTS_PER_MIB: u64 = (1 << 28) / 48;
     (32 + u64::from(slots) / SLOTS_PER_MIB) << 20
 }
@@ -20,13 +19,13 @@ pub fn lists_bytes(memory_bytes: u64) -> u64 {
 
 /// Whether the fingerprints of so many slots fit into `memory_bytes`, beside a block table of all of them. If they do not, they belong
 /// into a file, and [`table_slots_max`] of the slots can be looked up.
-pub fn fingerprints_fit(slots: Slot, memory_bytes: u64) -> bool {
-    u64::from(slots) * (FINGERPRINT_BYTES + BlockTable::SLOT_BYTES) <= memory_bytes
+pub fn fingerprints_fit(slots: u32, memory_bytes: u64) -> bool {
+    u64::from(slots) * (FINGERPRINT_BYTES + BYTES_PER_BLOCK) <= memory_bytes
 }
 
 /// The slots that a block table of `memory_bytes` can hold.
 pub fn table_slots_max(memory_bytes: u64) -> usize {
-    usize::try_from(memory_bytes / BlockTable::SLOT_BYTES).unwrap_or(usize::MAX)
+    usize::try_from(memory_bytes / BYTES_PER_BLOCK).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -35,7 +34,7 @@ mod tests {
 
     #[test]
     fn memory_grows_with_the_pool() {
-        const TIB_SLOTS: Slot = 1 << 28;
+        const TIB_SLOTS: u32 = 1 << 28;
         assert_eq!(memory_bytes(0), 32 << 20);
         assert_eq!(memory_bytes(TIB_SLOTS) >> 20, 32 + 48);
         assert_eq!(memory_bytes(8 * TIB_SLOTS) >> 20, 32 + 8 * 48);
@@ -44,7 +43,7 @@ mod tests {
     #[test]
     fn what_fits_can_be_looked_up_as_a_whole() {
         for slots in [1, 1000, 1 << 28] {
-            let least = u64::from(slots) * (FINGERPRINT_BYTES + BlockTable::SLOT_BYTES);
+            let least = u64::from(slots) * (FINGERPRINT_BYTES + BYTES_PER_BLOCK);
             assert!(fingerprints_fit(slots, least) && !fingerprints_fit(slots, least - 1));
             assert!(table_slots_max(least) >= slots as usize);
         }

@@ -24,10 +24,9 @@ pub use layout::{BlockDestination, COMPRESSED_BLOCKS_MAX, DonorExtent, Layout};
 pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
 pub use ops::{Batch, DonorFile, Op, ShareSource};
 
-use self::table::BlockTable;
-use crate::block::{Slot, bytes};
+use crate::block::bytes;
 use crate::facts::{Facts, PinReason, Proof};
-use crate::numbers::ExtentId;
+use crate::numbers::{ExtentId, Slot};
 use crate::spill::SpillVec;
 
 /// Bytes of metadata that one more reference costs: a file extent item with its key (78) and its inline back reference
@@ -249,7 +248,7 @@ pub fn plan_proved<E>(
     }
     layout.place_leftovers(facts, options);
     let mut plan = ReclaimPlan {
-        sampled: BlockTable::sampled(facts.slots() as usize, facts.table_slots_max),
+        sampled: table::sampled(facts.slots() as usize, facts.table_slots_max),
         layout,
         pinned,
         eliminations: SpillVec::new_in(facts.budget()),

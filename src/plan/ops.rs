@@ -7,9 +7,9 @@ use std::sync::Arc;
 use super::greedy::matched_blocks;
 use super::layout::BlockDestination;
 use super::{Elimination, EliminationReason, METADATA_BYTES_PER_REFERENCE, ReclaimPlan};
-use crate::block::{Slot, bytes};
+use crate::block::bytes;
 use crate::facts::{Class, Facts, Mapping};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::SpillVec;
 
 /// A file that holds the donor extents of one batch and class, one after the other.
@@ -370,7 +370,7 @@ mod tests {
 
         fn content(&self, block: Mapped) -> char {
             match block {
-                Mapped::Slot(slot) => self.pool.content[slot as usize],
+                Mapped::Slot(slot) => self.pool.content[slot.index()],
                 Mapped::Donor(file, at) => self.donors[file as usize][at as usize],
                 _ => '0',
             }

@@ -515,6 +515,7 @@ mod tests {
     use super::*;
     use crate::archive::manifest::ArchivedImage;
     use crate::content::Metadata;
+    use crate::numbers::Slot;
 
     /// A commit of images with these names; each holds a hole, and `blocks` blocks of the store from the end of the one before.
     fn contents(images: &[(&[&str], u32)]) -> Contents {
@@ -660,7 +661,7 @@ mod tests {
             vec![SeedMatch {
                 first: StoreBlock(10),
                 blocks: 20,
-                slot: 7,
+                slot: Slot(7),
             }]
         };
         let plan = |destination: &Destination| {

@@ -3,9 +3,8 @@
 use std::ops::Range;
 
 use super::layout::{COMPRESSED_BLOCKS_MAX, Layout};
-use crate::block::Slot;
 use crate::facts::Facts;
-use crate::numbers::ExtentId;
+use crate::numbers::{ExtentId, Slot};
 
 /// One in so many windows of an extent is compressed, and two at least.
 const ONE_IN: usize = 8;
@@ -62,14 +61,18 @@ fn cut(pieces: Vec<Range<Slot>>) -> Vec<Vec<Range<Slot>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::range;
 
     #[test]
     fn windows_are_full_but_the_last() {
-        let lengths = |windows: Vec<Vec<Range<Slot>>>| -> Vec<Vec<usize>> {
-            let lengths = |window: &Vec<Range<Slot>>| window.iter().map(ExactSizeIterator::len).collect();
+        let lengths = |windows: Vec<Vec<Range<Slot>>>| -> Vec<Vec<u32>> {
+            let lengths = |window: &Vec<Range<Slot>>| window.iter().map(range::length).collect();
             windows.iter().map(lengths).collect()
         };
-        assert_eq!(lengths(cut(vec![0..10, 20..60])), [vec![10, 22], vec![18]]);
+        assert_eq!(
+            lengths(cut([0..10, 20..60].map(Slot::range).to_vec())),
+            [vec![10, 22], vec![18]]
+        );
         assert!(cut(vec![]).is_empty());
     }
 }

@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::table::BlockTable;
 use crate::archive::manifest::AnnouncedBlocks;
-use crate::block::Slot;
 use crate::chunk::weak_id;
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;
-use crate::numbers::StoreBlock;
+use crate::numbers::{Slot, StoreBlock};
+use crate::range;
 
 /// A range of the store that seeds seem to hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -37,13 +37,13 @@ impl SeedMatch {
 pub fn find_seeds(
     facts: &Facts,
     wanted: &[Range<StoreBlock>],
-    fingerprints: &Fingerprints,
+    fingerprints: &Fingerprints<StoreBlock>,
     known: impl Fn(StoreBlock) -> bool,
 ) -> Vec<SeedMatch> {
     let mut table = BlockTable::new(facts.slots() as usize, facts.table_slots_max);
     for extent in &facts.extents {
         for run in facts.live_runs(extent.slots()) {
-            for (slot, fingerprint) in run.clone().zip(facts.fingerprints.range(run)) {
+            for (slot, fingerprint) in range::each(run.clone()).zip(facts.fingerprints.range(run)) {
                 table.enter(slot, fingerprint, &facts.fingerprints, |slot| facts.machine_of(slot));
             }
         }
@@ -63,19 +63,18 @@ pub fn find_seeds(
         while at < range.end {
             let length = |slot: Slot| {
                 let limit = (live_end(slot) - slot).min(range.end - at);
-                let pairs = (0..limit).take_while(|n| {
-                    known(at + *n) && fingerprints.get((at + *n).0) == facts.fingerprints.get(slot + n)
-                });
+                let pairs = (0..limit)
+                    .take_while(|n| known(at + *n) && fingerprints.get(at + *n) == facts.fingerprints.get(slot + *n));
                 u32::try_from(pairs.count()).unwrap_or(u32::MAX)
             };
             let candidates: Vec<Slot> = if known(at) {
-                table.candidates(fingerprints.get(at.0), &facts.fingerprints).collect()
+                table.candidates(fingerprints.get(at), &facts.fingerprints).collect()
             } else {
                 Vec::new()
             };
             let follow = follows
                 .take()
-                .filter(|slot| *slot < facts.slots() && facts.place_of(*slot..slot + 1).is_some());
+                .filter(|slot: &Slot| slot.0 < facts.slots() && facts.place_of(*slot..*slot + 1).is_some());
             let best = follow
                 .into_iter()
                 .chain(candidates)

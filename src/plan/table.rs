@@ -1,57 +1,61 @@
-//! The block table: from a fingerprint to the slots that hold such a block.
+//! The block table: from a fingerprint to the blocks that have it.
 
-use crate::block::Slot;
+use std::marker::PhantomData;
+
 use crate::fingerprint::Fingerprints;
+use crate::numbers::Number;
 
-/// Slots by fingerprint, in an open-addressed hash table of groups; all tags of a group are compared at once. It takes
-/// [`BlockTable::SLOT_BYTES`] of memory for each slot.
+/// Blocks by fingerprint, each by its number: its slot in a pool, or its store address. They lie in an open-addressed hash table of
+/// groups; all tags of a group are compared at once. It takes [`BYTES_PER_BLOCK`] of memory for each block.
 ///
-/// Where a pool has more slots than the table may hold, only a sample of the fingerprints is entered and looked up. A fingerprint
+/// Where there are more blocks than the table may hold, only a sample of the fingerprints is entered and looked up. A fingerprint
 /// itself decides whether it belongs to the sample, so that of two equal runs the same blocks do; matches grow from those in both
 /// directions, block by block.
 #[derive(Debug)]
-pub(super) struct BlockTable {
+pub(super) struct BlockTable<N> {
     /// Eight bits of each fingerprint's hash, or [`EMPTY`]; a group is filled from its first place on. Most blocks are like no
     /// other, and the tags say so without a look at the fingerprints, which may be on disk.
     tags: Vec<[u8; GROUP]>,
-    /// The slots, at the places of their tags. No slot is ever removed: the caller checks what a candidate is worth.
-    slots: Vec<[Slot; GROUP]>,
+    /// The numbers of the blocks, at the places of their tags. None is ever removed: the caller checks what a candidate is worth. They are
+    /// bare, since a list of bare zeros takes memory only where it is written to.
+    blocks: Vec<[u32; GROUP]>,
     /// A fingerprint belongs to the sample if so many upper bits of its hash are zero.
     sample_bits: u32,
+    numbers: PhantomData<N>,
 }
 
 /// Places in a group.
 const GROUP: usize = 16;
 const EMPTY: u8 = 0;
+/// Bytes of memory for each block that a table has room for: a number and a tag, and a quarter of the places free.
+pub(super) const BYTES_PER_BLOCK: u64 = 7;
+/// Blocks entered for one fingerprint. One that more blocks share says too little: guests keep blocks whose checksums are
+/// alike though they differ, and long stretches of one pattern.
+const BLOCKS_PER_FINGERPRINT: usize = 16;
+/// Beyond those, each machine may enter as many: a guest that fills its disk with other guests' checksums keeps out nobody.
+const BLOCKS_PER_MACHINE: usize = 2;
+/// Greatest number of candidates for one fingerprint.
+const CANDIDATES_MAX: usize = 64;
+/// Groups that one search looks at, at most. Guests can choose fingerprints that fill one region of the table.
+const STEPS_MAX: usize = 1024 / GROUP;
 
-impl BlockTable {
-    /// Bytes of memory for each slot that the table has room for: a slot and a tag, and a quarter of the places free.
-    pub(super) const SLOT_BYTES: u64 = 7;
-    /// Slots entered for one fingerprint. One that more blocks share says too little: guests keep blocks whose checksums are
-    /// alike though they differ, and long stretches of one pattern.
-    const SLOTS_PER_FINGERPRINT: usize = 16;
-    /// Beyond those, each machine may enter as many: a guest that fills its disk with other guests' checksums keeps out nobody.
-    const SLOTS_PER_MACHINE: usize = 2;
-    /// Greatest number of candidates for one fingerprint.
-    const CANDIDATES_MAX: usize = 64;
-    /// Groups that one search looks at, at most. Guests can choose fingerprints that fill one region of the table.
-    const STEPS_MAX: usize = 1024 / GROUP;
+/// Of so many blocks, with room for so many in a table, one fingerprint in how many can be looked up.
+pub(super) fn sampled(blocks: usize, blocks_max: usize) -> u32 {
+    1 << sample_bits(blocks, blocks_max)
+}
 
-    /// An empty table for so many slots, that holds so many of them at most.
-    pub(super) fn new(slots: usize, slots_max: usize) -> Self {
-        let sample_bits = sample_bits(slots, slots_max);
-        let capacity = slots >> sample_bits;
+impl<N: Number> BlockTable<N> {
+    /// An empty table for so many blocks, that holds so many of them at most.
+    pub(super) fn new(blocks: usize, blocks_max: usize) -> Self {
+        let sample_bits = sample_bits(blocks, blocks_max);
+        let capacity = blocks >> sample_bits;
         let groups = (capacity + capacity / 4).div_ceil(GROUP) + 1;
         Self {
             tags: vec![[EMPTY; GROUP]; groups],
-            slots: vec![[0; GROUP]; groups],
+            blocks: vec![[0; GROUP]; groups],
             sample_bits,
+            numbers: PhantomData,
         }
-    }
-
-    /// Of so many slots, with room for so many, one fingerprint in how many can be looked up.
-    pub(super) fn sampled(slots: usize, slots_max: usize) -> u32 {
-        1 << sample_bits(slots, slots_max)
     }
 
     /// Whether blocks with this fingerprint are entered and looked up.
@@ -72,20 +76,20 @@ impl BlockTable {
         group.checked_sub(self.tags.len()).unwrap_or(group)
     }
 
-    /// How many steps from `home` it is to a group that has a free place; at most [`BlockTable::STEPS_MAX`] less one.
+    /// How many steps from `home` it is to a group that has a free place; at most [`STEPS_MAX`] less one.
     fn last_step(&self, home: usize) -> usize {
-        let last = Self::STEPS_MAX.min(self.tags.len()) - 1;
+        let last = STEPS_MAX.min(self.tags.len()) - 1;
         (0..last)
             .find(|step| self.tags[self.group(home, *step)][GROUP - 1] == EMPTY)
             .unwrap_or(last)
     }
 
-    /// The slots entered for a fingerprint, latest first.
+    /// The blocks entered for a fingerprint, latest first.
     pub(super) fn candidates<'a>(
         &'a self,
         fingerprint: u32,
-        fingerprints: &'a Fingerprints,
-    ) -> impl Iterator<Item = Slot> + 'a {
+        fingerprints: &'a Fingerprints<N>,
+    ) -> impl Iterator<Item = N> + 'a {
         let home = self.home(fingerprint);
         let steps = if self.has(fingerprint) {
             self.last_step(home) + 1
@@ -96,35 +100,35 @@ impl BlockTable {
         (0..steps)
             .rev()
             .map(move |step| self.group(home, step))
-            .flat_map(move |group| places(&self.tags[group], tag).map(move |place| self.slots[group][place]))
-            .filter(move |slot| fingerprints.get(*slot) == fingerprint)
-            .take(Self::CANDIDATES_MAX)
+            .flat_map(move |group| places(&self.tags[group], tag).map(move |place| N::of(self.blocks[group][place])))
+            .filter(move |block| fingerprints.get(*block) == fingerprint)
+            .take(CANDIDATES_MAX)
     }
 
-    /// Enters a slot under its fingerprint, unless that has enough of them.
+    /// Enters a block under its fingerprint, unless that has enough of them.
     pub(super) fn enter<M: PartialEq>(
         &mut self,
-        slot: Slot,
+        block: N,
         fingerprint: u32,
-        fingerprints: &Fingerprints,
-        machine_of: impl Fn(Slot) -> M,
+        fingerprints: &Fingerprints<N>,
+        machine_of: impl Fn(N) -> M,
     ) {
         if !self.has(fingerprint) {
             return;
         }
         let mut alike = 0;
         for candidate in self.candidates(fingerprint, fingerprints) {
-            if candidate == slot {
+            if candidate == block {
                 return;
             }
             alike += 1;
         }
-        if alike >= Self::SLOTS_PER_FINGERPRINT {
-            let machine = machine_of(slot);
+        if alike >= BLOCKS_PER_FINGERPRINT {
+            let machine = machine_of(block);
             let of_it = self
                 .candidates(fingerprint, fingerprints)
                 .filter(|other| machine_of(*other) == machine);
-            if alike >= Self::CANDIDATES_MAX || of_it.take(Self::SLOTS_PER_MACHINE).count() == Self::SLOTS_PER_MACHINE {
+            if alike >= CANDIDATES_MAX || of_it.take(BLOCKS_PER_MACHINE).count() == BLOCKS_PER_MACHINE {
                 return;
             }
         }
@@ -132,7 +136,7 @@ impl BlockTable {
         let group = self.group(home, self.last_step(home));
         if let Some(free) = self.tags[group].iter().position(|tag| *tag == EMPTY) {
             self.tags[group][free] = tag(fingerprint);
-            self.slots[group][free] = slot;
+            self.blocks[group][free] = block.bare();
         }
     }
 }
@@ -152,11 +156,11 @@ fn places(tags: &[u8; GROUP], tag: u8) -> impl Iterator<Item = usize> + use<> {
     })
 }
 
-/// How many bits of a fingerprint's hash must be zero for `slots_max` of `slots` to be in the sample.
-fn sample_bits(slots: usize, slots_max: usize) -> u32 {
+/// How many bits of a fingerprint's hash must be zero for `blocks_max` of `blocks` to be in the sample.
+fn sample_bits(blocks: usize, blocks_max: usize) -> u32 {
     const SAMPLE_BITS_MAX: u32 = 20;
     (0..SAMPLE_BITS_MAX)
-        .find(|bits| slots >> bits <= slots_max.max(16))
+        .find(|bits| blocks >> bits <= blocks_max.max(16))
         .unwrap_or(SAMPLE_BITS_MAX)
 }
 
@@ -176,14 +180,16 @@ fn hash(fingerprint: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numbers::Slot;
+    use crate::range;
     use proptest::prelude::*;
     use std::collections::HashMap;
 
     /// A table of all these fingerprints, the slot of each its place.
-    fn table_of(fingerprints: &[u32], slots_max: usize) -> (BlockTable, Fingerprints) {
+    fn table_of(fingerprints: &[u32], slots_max: usize) -> (BlockTable<Slot>, Fingerprints<Slot>) {
         let mut table = BlockTable::new(fingerprints.len(), slots_max);
-        let all: Fingerprints = fingerprints.to_vec().into();
-        for (slot, fingerprint) in (0..).zip(fingerprints) {
+        let all: Fingerprints<Slot> = fingerprints.to_vec().into();
+        for (slot, fingerprint) in range::from(Slot(0)).zip(fingerprints) {
             table.enter(slot, *fingerprint, &all, |_| ());
         }
         (table, all)
@@ -195,9 +201,9 @@ mod tests {
         fn candidates_are_what_was_entered_latest_first(fingerprints in prop::collection::vec(0u32..40, 0..400)) {
             let (table, all) = table_of(&fingerprints, usize::MAX);
             let mut expected: HashMap<u32, Vec<Slot>> = HashMap::new();
-            for (slot, fingerprint) in (0..).zip(&fingerprints) {
+            for (slot, fingerprint) in range::from(Slot(0)).zip(&fingerprints) {
                 let slots = expected.entry(*fingerprint).or_default();
-                if slots.len() < BlockTable::SLOTS_PER_FINGERPRINT {
+                if slots.len() < BLOCKS_PER_FINGERPRINT {
                     slots.insert(0, slot);
                 }
             }
@@ -214,7 +220,7 @@ mod tests {
             let before = format!("{table:?}");
             let entered: Vec<Slot> = (0..9).flat_map(|one| table.candidates(one, &all).collect::<Vec<_>>()).collect();
             for slot in entered {
-                table.enter(slot, fingerprints[slot as usize], &all, |slot| slot);
+                table.enter(slot, fingerprints[slot.index()], &all, |slot| slot);
             }
             prop_assert_eq!(format!("{table:?}"), before);
         }
@@ -241,10 +247,10 @@ mod tests {
         const MACHINES: u32 = 100;
         let all = Fingerprints::from(vec![7; 1000]);
         let mut table = BlockTable::new(1000, usize::MAX);
-        let machine = |slot: Slot| slot % MACHINES;
+        let machine = |slot: Slot| slot.0 % MACHINES;
         // The slots of one machine.
-        let of = |machine: u32| (0..10).map(move |n| n * MACHINES + machine);
-        let count = |table: &BlockTable| table.candidates(7, &all).count();
+        let of = |machine: u32| (0..10).map(move |n| Slot(n * MACHINES + machine));
+        let count = |table: &BlockTable<Slot>| table.candidates(7, &all).count();
         let mut counts = Vec::new();
         for one in [0, 0, 1, 2] {
             // The first fills what all may enter, with more of its own than a machine has after that.
@@ -258,15 +264,15 @@ mod tests {
             }
             counts.push(count(&table));
         }
-        let common = BlockTable::SLOTS_PER_FINGERPRINT;
+        let common = BLOCKS_PER_FINGERPRINT;
         assert_eq!(counts, [common, common, common + 2, common + 4]);
         (4..MACHINES)
             .flat_map(of)
             .for_each(|slot| table.enter(slot, 7, &all, machine));
-        assert_eq!(count(&table), BlockTable::CANDIDATES_MAX);
+        assert_eq!(count(&table), CANDIDATES_MAX);
         // Nor is more entered than is ever looked at.
         let entered = table.tags.as_flattened().iter().filter(|tag| **tag != EMPTY);
-        assert_eq!(entered.count(), BlockTable::CANDIDATES_MAX);
+        assert_eq!(entered.count(), CANDIDATES_MAX);
     }
 
     #[test]
@@ -274,25 +280,25 @@ mod tests {
         let fingerprints: Vec<u32> = (0..100_000).map(|n: u32| n.wrapping_mul(0x9e37_79b9)).collect();
         let slots_max = 7000;
         let (table, all) = table_of(&fingerprints, slots_max);
-        let sampled = BlockTable::sampled(fingerprints.len(), slots_max);
-        assert_eq!(sampled, 16);
+        let one_in = sampled(fingerprints.len(), slots_max);
+        assert_eq!(one_in, 16);
         let found = |one: &&u32| table.candidates(**one, &all).next().is_some();
         let count = fingerprints.iter().filter(found).count();
         assert!(fingerprints.iter().all(|one| found(&one) == table.has(*one)));
-        let expected = fingerprints.len() / sampled as usize;
+        let expected = fingerprints.len() / one_in as usize;
         assert!(
             (expected * 9 / 10..expected * 11 / 10).contains(&count),
             "{count} were found"
         );
-        assert_eq!(BlockTable::sampled(fingerprints.len(), fingerprints.len()), 1);
+        assert_eq!(sampled(fingerprints.len(), fingerprints.len()), 1);
     }
 
     #[test]
     fn a_table_takes_the_memory_it_says() {
         for slots in [0, 1, 1000, 100_000] {
-            let table = BlockTable::new(slots, usize::MAX);
+            let table = BlockTable::<Slot>::new(slots, usize::MAX);
             let taken = table.tags.len() * GROUP * (size_of::<u8>() + size_of::<Slot>());
-            let said = slots as u64 * BlockTable::SLOT_BYTES;
+            let said = slots as u64 * BYTES_PER_BLOCK;
             assert!(taken as u64 <= said + 200, "{taken} bytes for {slots} slots");
         }
     }
@@ -303,10 +309,11 @@ mod tests {
         let all = Fingerprints::from(fingerprints.clone());
         let mut table = BlockTable::new(100, usize::MAX);
         let mut found = Vec::new();
-        for slot in fingerprints {
-            table.enter(slot, slot, &all, |_| ());
-            found.retain(|one| table.candidates(*one, &all).eq([*one]));
-            found.extend(table.candidates(slot, &all));
+        for fingerprint in fingerprints {
+            let slot = Slot(fingerprint);
+            table.enter(slot, fingerprint, &all, |_| ());
+            found.retain(|one: &Slot| table.candidates(one.0, &all).eq([*one]));
+            found.extend(table.candidates(fingerprint, &all));
         }
         // Where all places are taken, nothing was lost on the way.
         assert_eq!(found.len(), table.tags.len() * GROUP);

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, PinReason, Reference};
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{self, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
@@ -240,7 +240,7 @@ impl Simulated {
     pub fn facts(&self) -> Facts {
         self.with(|state| {
             let mut place = BTreeMap::new();
-            let (mut extents, mut fingerprints, mut slot) = (Vec::new(), Vec::new(), 0);
+            let (mut extents, mut fingerprints, mut slot) = (Vec::new(), Vec::new(), Slot::default());
             for (number, allocation) in state.allocations.iter().enumerate() {
                 for range in self.ranges_in_use(state, number) {
                     let blocks = range.end - range.start;
@@ -648,7 +648,7 @@ pub const PLAIN: Class = Class {
 /// What is known of an image whose extents lie at these blocks of the disk; each is `apart` times as far from the image's beginning as
 /// what they hold together before it. Fingerprints are still to be filled in.
 pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Facts {
-    let (mut extents, mut references, mut slot) = (SpillVec::default(), Vec::new(), 0);
+    let (mut extents, mut references, mut slot) = (SpillVec::default(), Vec::new(), Slot::default());
     for (number, place) in (0u32..).zip(places) {
         let blocks = place.end - place.start;
         extents.push(Extent {
@@ -663,7 +663,7 @@ pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Fa
         });
         references.push(Reference {
             image: ImageId(0),
-            file_block: slot * apart,
+            file_block: slot.0 * apart,
             slot,
             blocks,
             extent: ExtentId(number),

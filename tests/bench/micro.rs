@@ -14,7 +14,7 @@ use vmfold::archive::pack::Frame;
 use vmfold::chunk::{Chunker, golden_stream};
 use vmfold::facts::{Extent, Facts, Reference};
 use vmfold::fingerprint::FingerprintFunction;
-use vmfold::numbers::{ExtentId, ImageId};
+use vmfold::numbers::{ExtentId, ImageId, Slot};
 use vmfold::plan::{PlanOptions, plan_proved};
 use vmfold::testing::simulated::PLAIN;
 
@@ -28,7 +28,7 @@ fn pool(extents: u32, revisions: u32) -> Facts {
         address: u64::from(number) << 20,
         disk_bytes: MIB as u64,
         generation: 1,
-        first_slot: number * MIB_BLOCKS,
+        first_slot: Slot(number * MIB_BLOCKS),
         blocks: MIB_BLOCKS,
         class: PLAIN,
         pinned: None,
@@ -38,7 +38,7 @@ fn pool(extents: u32, revisions: u32) -> Facts {
         (0..revisions).map(move |image| Reference {
             image: ImageId(image),
             file_block: number * MIB_BLOCKS,
-            slot: number * MIB_BLOCKS,
+            slot: Slot(number * MIB_BLOCKS),
             blocks: MIB_BLOCKS,
             extent: ExtentId(number),
             preallocated: false,
@@ -93,7 +93,7 @@ fn benchmarks(criterion: &mut Criterion) {
             bencher.iter(|| {
                 let plan = plan_proved(&mut facts, &PlanOptions::default(), &|| Ok(()), |_, slots| {
                     // Blocks that look alike are, in this pool.
-                    Ok::<_, Infallible>(slots.iter().map(|slot| (*slot, proof(*slot))).collect())
+                    Ok::<_, Infallible>(slots.iter().map(|slot| (*slot, proof(slot.0))).collect())
                 });
                 plan.unwrap().freed_bytes()
             });

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use vmfold::block::bytes;
 use vmfold::exec::fingerprints::allocate;
 use vmfold::facts::{Extent, Facts, Reference, SharedList};
-use vmfold::numbers::{ExtentId, ImageId};
+use vmfold::numbers::{ExtentId, ImageId, Slot};
 use vmfold::plan::{PlanOptions, lists_bytes, memory_bytes, plan_proved};
 use vmfold::spill::{Budget, SpillVec};
 use vmfold::testing::simulated::PLAIN;
@@ -69,7 +69,7 @@ fn main() {
         address: u64::from(number) * bytes(blocks),
         disk_bytes: bytes(blocks),
         generation: 1,
-        first_slot: number * blocks,
+        first_slot: Slot(number * blocks),
         blocks,
         class: PLAIN,
         pinned: None,
@@ -86,7 +86,7 @@ fn main() {
             Reference {
                 image: ImageId(image),
                 file_block: number * blocks + gone,
-                slot: number * blocks + gone,
+                slot: Slot(number * blocks + gone),
                 blocks: blocks - gone,
                 extent: ExtentId(number),
                 preallocated: false,
@@ -101,12 +101,12 @@ fn main() {
         let of: Vec<u32> = (first..first + blocks)
             .map(|slot| (number_of(slot, blocks, changed) + 1).wrapping_mul(0x9e37_79b9))
             .collect();
-        facts.fingerprints.write(first, &of);
+        facts.fingerprints.write(Slot(first), &of);
     }
     let (made, known) = (begin.elapsed(), PEAK.load(Ordering::Relaxed));
     let begin = Instant::now();
     let plan = plan_proved(&mut facts, &PlanOptions::default(), &|| Ok(()), |facts, slots| {
-        let proof = |slot: &u32| (*slot, u64::from(number_of(*slot, blocks, changed)).to_le_bytes());
+        let proof = |slot: &Slot| (*slot, u64::from(number_of(slot.0, blocks, changed)).to_le_bytes());
         Ok::<_, Infallible>(SpillVec::from_iter_in(slots.iter().map(proof), facts.budget()))
     })
     .unwrap();

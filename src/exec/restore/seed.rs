@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::facts::Facts;
 use crate::fs::{Filesystem, drop_slots_behind, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
-use crate::numbers::StoreBlock;
+use crate::numbers::{Slot, StoreBlock};
 use crate::plan::seeds::{SeedMatch, find_seeds};
 use crate::range;
 
@@ -30,10 +30,10 @@ pub trait Seed: Sync {
     ///
     /// # Errors
     /// Those of reading.
-    fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>>;
+    fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>>;
 
     /// Makes a range of a file share some slots, from an offset on, which is a multiple of a block. False if the filesystem refuses.
-    fn share(&self, slot: u32, blocks: u32, file: &File, offset: u64) -> bool;
+    fn share(&self, slot: Slot, blocks: u32, file: &File, offset: u64) -> bool;
 }
 
 /// The images of a pool as seeds.
@@ -77,14 +77,14 @@ impl Seed for PoolSeed {
         let announced = announced.iter();
         for one in announced.filter(|one| one.function == self.fs.function() && one.first.index() < end) {
             let length = end.saturating_sub(one.first.index()).min(one.fingerprints.len());
-            fingerprints.write(one.first.0, &one.fingerprints[..length]);
+            fingerprints.write(one.first, &one.fingerprints[..length]);
             known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
         }
         let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
         found.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
     }
 
-    fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>> {
+    fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>> {
         let (fs, slots) = (&*self.fs, slot..slot + blocks);
         let slots = std::slice::from_ref(&slots);
         read_slots_ahead(&self.facts, fs, slots);
@@ -93,7 +93,7 @@ impl Seed for PoolSeed {
         Ok(content)
     }
 
-    fn share(&self, slot: u32, blocks: u32, file: &File, offset: u64) -> bool {
+    fn share(&self, slot: Slot, blocks: u32, file: &File, offset: u64) -> bool {
         self.facts.places_of(slot..slot + blocks).all(|(at, place)| {
             let to = offset + bytes(at - slot);
             let (from, length) = (bytes(place.file_block), bytes(place.blocks));

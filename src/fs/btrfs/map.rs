@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
 use crate::fs::{BeyondEnd, Filesystem, HeldRange, PoolMap, blocks, kernel};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{Key, MANY, tree_search};
@@ -252,7 +252,7 @@ impl Reading {
                 address: extent.address,
                 disk_bytes: extent.disk_bytes,
                 generation: 0,
-                first_slot: 0,
+                first_slot: Slot::default(),
                 blocks: blocks(extent.ram_bytes)?,
                 class: Class {
                     checksummed: image.known.checksummed,
@@ -304,7 +304,7 @@ fn pinned(image: &OpenImage, end: u64) -> Option<PinReason> {
 
 /// Numbers the slots of extents.
 fn with_slots(seen: SpillVec<SeenExtent>) -> Result<SpillVec<Extent>> {
-    let mut slot = 0u32;
+    let mut slot = Slot::default();
     let mut extents: SpillVec<Extent> = SpillVec::with_capacity_in(seen.len(), seen.budget());
     for mut extent in seen.into_iter().map(|seen| seen.extent) {
         extent.first_slot = slot;

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
 use crate::fs::{BeyondEnd, Filesystem, PoolMap, blocks};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
@@ -233,7 +233,7 @@ fn cut(
         by_age: &by_age,
         extents: SpillVec::new_in(ranges.budget()),
         open: None,
-        slot: 0,
+        slot: Slot::default(),
         eldest: Vec::new(),
     };
     let mut events = boundaries(ranges, others).into_iter().peekable();
@@ -281,7 +281,7 @@ struct Cutter<'a> {
     /// Where the blocks begin that are alike until now, and what they are.
     open: Option<(u64, BlockState)>,
     /// The first slot of the next extent.
-    slot: u32,
+    slot: Slot,
     /// Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block until now,
     /// by the address where it begins to be that.
     eldest: Vec<(u64, usize)>,

@@ -168,6 +168,7 @@ mod tests {
 
     use crate::block::SlotSet;
     use crate::facts::Facts;
+    use crate::range;
     use crate::testing::simulated::one_image;
 
     const EXTENT_BLOCKS: u32 = 32 << 10;
@@ -228,7 +229,7 @@ mod tests {
         let mut found = facts(vec![0; all.len()]);
         let mut known = known();
         open().look_up(&mut found, &mut known).unwrap();
-        assert!((0..found.slots()).all(|slot| known.contains(slot)));
-        assert_eq!(found.fingerprints.range(0..found.slots()), all);
+        assert!(range::each(found.all_slots()).all(|slot| known.contains(slot)));
+        assert_eq!(found.fingerprints.range(found.all_slots()), all);
     }
 }

@@ -7,6 +7,7 @@ use notation::{Pool, options, pools};
 use proptest::prelude::*;
 
 use super::{BATCH_BYTES, METADATA_BYTES_PER_REFERENCE, PlanOptions, REFERENCES_MAX, apply};
+use crate::range;
 
 /// What users get unless they choose otherwise; but images of a few blocks would not be allowed a second reference.
 const USUAL: PlanOptions = PlanOptions {
@@ -454,7 +455,7 @@ proptest! {
         pool.facts.frees_blocks = frees_blocks;
         let plan = pool.plan(&options);
         let applied = apply(&mut pool.facts, &plan.layout);
-        let content = (0..applied.facts.slots()).map(|slot| pool.content[applied.origins().slot(slot) as usize]);
+        let content = range::each(applied.facts.all_slots()).map(|slot| pool.content[applied.origins().slot(slot).index()]);
         (pool.content, pool.facts) = (content.collect(), applied.facts);
         let again = pool.plan(&options);
         prop_assert_eq!(&again.eliminations[..], &[]);

@@ -16,10 +16,11 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 
-use crate::block::{BLOCK_LEN, Slot, bytes};
+use crate::block::{BLOCK_LEN, bytes};
 use crate::facts::{Class, Compression, Extent, Facts, Mapping, PinReason, Proof, Reference, proof_of};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::plan::{Op, PlanOptions, ReclaimPlan, ShareSource, plan_proved};
+use crate::range;
 use crate::spill::SpillVec;
 
 /// A pool that was written down.
@@ -120,7 +121,7 @@ impl Pool {
                     place,
                     "extents are named in order"
                 );
-                let first_slot = u32::try_from(content.len()).unwrap();
+                let first_slot = Slot(u32::try_from(content.len()).unwrap());
                 extents.push(extent(words[0], &words[1..], place, first_slot));
                 content.extend(words[0].chars());
                 continue;
@@ -155,7 +156,7 @@ impl Pool {
     pub(in crate::plan) fn plan(&mut self, options: &PlanOptions) -> ReclaimPlan {
         let content = &self.content;
         let prove = |_: &Facts, slots: &[Slot]| {
-            let proofs = slots.iter().map(|slot| (*slot, proof(content[*slot as usize])));
+            let proofs = slots.iter().map(|slot| (*slot, proof(content[slot.index()])));
             Ok::<SpillVec<_>, Infallible>(proofs.collect())
         };
         let Ok(plan) = plan_proved(&mut self.facts, options, &|| Ok(()), prove);
@@ -164,7 +165,9 @@ impl Pool {
 
     /// Remembers what all blocks hold, as if they had been read.
     pub(in crate::plan) fn prove_all(&mut self) {
-        let proofs = (0..).zip(&self.content).map(|(slot, content)| (slot, proof(*content)));
+        let proofs = range::from(Slot(0))
+            .zip(&self.content)
+            .map(|(slot, content)| (slot, proof(*content)));
         self.facts.add_proofs(proofs);
     }
 
@@ -197,7 +200,7 @@ impl Pool {
         let text = |image| {
             let mapped = Self::mapped(&self.facts, image, blocks).into_iter();
             mapped
-                .map(|slot| slot.map_or('0', |slot| self.content[slot as usize]))
+                .map(|slot| slot.map_or('0', |slot| self.content[slot.index()]))
                 .collect()
         };
         (0..self.images()).map(text).collect()
@@ -271,8 +274,8 @@ impl Pool {
         let donors = plan.donor_files[file].extents.iter();
         let donors = donors.map(|extent| &plan.layout.donors()[*extent as usize]);
         let texts = donors.map(|donor| {
-            let slots = plan.layout.pieces_of(donor).iter().flat_map(Clone::clone);
-            slots.map(|slot| self.content[slot as usize]).collect::<String>()
+            let slots = plan.layout.pieces_of(donor).iter().cloned().flat_map(range::each);
+            slots.map(|slot| self.content[slot.index()]).collect::<String>()
         });
         texts.collect::<Vec<_>>().join(" ")
     }
