@@ -132,6 +132,18 @@ number! {
 }
 place!(ExtentId);
 
+number! {
+    /// A donor extent, by its place in [`crate::plan::Layout::donors`].
+    DonorExtentId
+}
+place!(DonorExtentId);
+
+number! {
+    /// A donor file, by its place in [`crate::plan::ReclaimPlan::donor_files`].
+    DonorFileId
+}
+place!(DonorFileId);
+
 /// What numbers do that blocks have one after the other: a number and blocks make a number, and two numbers are blocks apart.
 macro_rules! block_number {
     ($name:ident) => {

@@ -211,9 +211,9 @@ impl PlannedExtents {
                     let extent = self.extents.partition_point(|extent| extent.first_slot <= new) - 1;
                     (ExtentId::at(extent), new)
                 }
-                BlockDestination::Donor(donor, at) => {
-                    let extent = ExtentId(self.first_donor.0 + donor);
-                    (extent, first_slot(extent) + at)
+                BlockDestination::Donor { extent, block } => {
+                    let extent = ExtentId(self.first_donor.0 + extent.0);
+                    (extent, first_slot(extent) + block)
                 }
             };
             Some(Mapping {
@@ -289,6 +289,7 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numbers::ImageId;
     use crate::plan::tests::notation::{Pool, options, pools};
     use crate::range;
     use proptest::prelude::*;
@@ -350,7 +351,7 @@ mod tests {
             }
             prop_assert!(applied.facts.extents.is_sorted_by(|one, other| one.address < other.address));
             let content = |slot: Slot| pool.content[applied.origins().slot(slot).index()];
-            for (image, text) in (0..).zip(texts) {
+            for (image, text) in ImageId::numbered(texts) {
                 let mapped = Pool::mapped(&applied.facts, image, blocks).into_iter();
                 let text_after: String = mapped.map(|slot| slot.map_or('0', content)).collect();
                 prop_assert_eq!(text_after, text);

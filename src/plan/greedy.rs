@@ -146,25 +146,33 @@ struct ReferenceLimits {
     extents: SpillVec<u32>,
     /// For other extents, the references that they would get from the current one.
     added: BTreeMap<ExtentId, u32>,
-    /// For each image, its references as decided so far, and how many it may have.
-    images: Vec<(u64, u64)>,
+    images: Vec<ImageReferences>,
+}
+
+/// How many references an image has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct ImageReferences {
+    /// As decided so far.
+    now: u64,
+    /// At most.
+    max: u64,
 }
 
 impl ReferenceLimits {
     fn new(facts: &Facts, options: &PlanOptions) -> Self {
         const GIB_BLOCKS: u64 = (1 << 30) / BLOCK_BYTES;
         let last = facts.mappings().iter().filter_map(|(_, images)| images.last()).max();
-        let mut images = vec![(0u64, 0u64); last.map_or(0, |last| last.index() + 1)];
+        let images = last.map_or(0, |last| last.index() + 1);
+        let (mut images, mut blocks) = (vec![ImageReferences::default(); images], vec![0u64; images]);
         for reference in facts.references() {
-            let (references, blocks) = &mut images[reference.image.index()];
-            *references += 1;
-            *blocks += u64::from(reference.blocks);
+            images[reference.image.index()].now += 1;
+            blocks[reference.image.index()] += u64::from(reference.blocks);
         }
-        for (references, limit) in &mut images {
-            *limit = limit
+        for (image, blocks) in images.iter_mut().zip(blocks) {
+            image.max = blocks
                 .saturating_mul(u64::from(options.references_per_gib_max))
                 .div_ceil(GIB_BLOCKS)
-                .max(*references);
+                .max(image.now);
         }
         let extents = ExtentId::numbered(&facts.extents).map(|(extent, _)| facts.reference_count(extent));
         Self {
@@ -182,8 +190,8 @@ impl ReferenceLimits {
     /// Whether each image may get so many more references.
     fn allow(&self, images: &BTreeMap<ImageId, i64>) -> bool {
         images.iter().all(|(image, more)| {
-            let (references, limit) = self.images[image.index()];
-            references.saturating_add_signed(*more) <= limit
+            let image = &self.images[image.index()];
+            image.now.saturating_add_signed(*more) <= image.max
         })
     }
 
@@ -193,7 +201,7 @@ impl ReferenceLimits {
             self.extents[extent.index()] += more;
         }
         for (image, more) in images {
-            let references = &mut self.images[image.index()].0;
+            let references = &mut self.images[image.index()].now;
             *references = references.saturating_add_signed(*more);
         }
     }
@@ -630,12 +638,26 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// How many blocks of the runs become holes, and how many are found in homes.
-pub(super) fn matched_blocks(runs: &[DedupRun]) -> (u32, u32) {
-    runs.iter().fold((0, 0), |(zeros, duplicates), run| match run.target {
-        DedupTarget::Hole => (zeros + run.blocks, duplicates),
-        DedupTarget::Home(_) => (zeros, duplicates + run.blocks),
-    })
+/// How many blocks of some runs are found, by what they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct MatchedBlocks {
+    /// Those that become holes.
+    pub(super) zeros: u32,
+    /// Those that are found in homes.
+    pub(super) duplicates: u32,
+}
+
+impl MatchedBlocks {
+    pub(super) fn of(runs: &[DedupRun]) -> Self {
+        let mut matched = Self::default();
+        for run in runs {
+            match run.target {
+                DedupTarget::Hole => matched.zeros += run.blocks,
+                DedupTarget::Home(_) => matched.duplicates += run.blocks,
+            }
+        }
+        matched
+    }
 }
 
 #[cfg(test)]
@@ -898,7 +920,10 @@ mod tests {
         };
         let per_gib = |references: u32| references * (1 << 18) / 8;
         let limited = limits(per_gib(3));
-        assert_eq!(limited.images, [(1, 3), (4, 4)]);
+        assert_eq!(
+            limited.images,
+            [(1, 3), (4, 4)].map(|(now, max)| ImageReferences { now, max })
+        );
         let allowed = |image: ImageId, more: i64| limited.allow(&BTreeMap::from([(image, more)]));
         assert_eq!([allowed(ImageId(0), 2), allowed(ImageId(0), 3)], [true, false]);
         assert_eq!(
@@ -906,8 +931,8 @@ mod tests {
             [true, false, true]
         );
         // Part of a reference is one.
-        assert_eq!(limits(per_gib(3) + 1).images[0], (1, 4));
-        assert_eq!(limits(u32::MAX).images[0].1, u64::from(u32::MAX / (1 << 15)) + 1);
+        assert_eq!(limits(per_gib(3) + 1).images[0].max, 4);
+        assert_eq!(limits(u32::MAX).images[0].max, u64::from(u32::MAX / (1 << 15)) + 1);
     }
 
     #[test]
@@ -919,7 +944,7 @@ mod tests {
         limits.accept(&BTreeMap::from([(ImageId(0), -1)]));
         limits.added.clear();
         assert_eq!([limits.of_extent(ExtentId(0)), limits.of_extent(ExtentId(1))], [4, 1]);
-        assert_eq!(limits.images[0].0, 1);
+        assert_eq!(limits.images[0].now, 1);
     }
 
     #[test]
@@ -1100,6 +1125,7 @@ mod tests {
 
     #[test]
     fn matched_blocks_are_zeros_and_others() {
-        assert_eq!(matched_blocks(&[hole(0, 2), home(2, 3, 9), hole(7, 1)]), (3, 3));
+        let matched = MatchedBlocks::of(&[hole(0, 2), home(2, 4, 9), hole(7, 1)]);
+        assert_eq!((matched.zeros, matched.duplicates), (3, 4));
     }
 }

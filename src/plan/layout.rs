@@ -7,7 +7,7 @@ use super::PlanOptions;
 use super::apply::Origins;
 use crate::block::NumberSet;
 use crate::facts::{Class, Compression, Facts};
-use crate::numbers::{ExtentId, Slot};
+use crate::numbers::{DonorExtentId, ExtentId, Slot};
 use crate::spill::{Budget, SpillVec};
 
 /// Blocks of a compressed extent at most (kernel: `BTRFS_MAX_UNCOMPRESSED`, 128 KiB).
@@ -63,8 +63,13 @@ pub enum BlockDestination {
     Hole,
     /// In an extent of the pool, from this slot on.
     Kept(Slot),
-    /// In a donor extent, by its place in [`Layout::donors`], from this block of it on.
-    Donor(u32, u32),
+    /// In a donor extent.
+    Donor {
+        /// Which.
+        extent: DonorExtentId,
+        /// The first block in it.
+        block: u32,
+    },
 }
 
 /// An extent of a donor. It is written in one go, so that the filesystem allocates it as one.
@@ -87,8 +92,26 @@ pub struct DonorExtent {
 struct Leftover {
     slot: Slot,
     blocks: u32,
-    donor: u32,
+    donor: DonorExtentId,
+    /// The first block in the donor.
     at: u32,
+}
+
+/// A donor extent that is being filled.
+#[derive(Debug, Clone, Copy)]
+struct OpenDonor {
+    extent: DonorExtentId,
+    /// The references that it will have.
+    references: u32,
+}
+
+/// Where the beginning of a range of slots ends up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resolved {
+    /// For how many blocks that holds.
+    pub blocks: u32,
+    /// Where the first of them ends up; the others follow it.
+    pub destination: BlockDestination,
 }
 
 /// An extent that goes.
@@ -283,7 +306,7 @@ impl Layout {
             let first = place(self.pieces.len());
             self.pieces
                 .extend(of_donor.iter().map(|one| one.slot..one.slot + one.blocks));
-            self.donors[of_donor[0].donor as usize].pieces = first..place(self.pieces.len());
+            self.donors[of_donor[0].donor.index()].pieces = first..place(self.pieces.len());
         }
     }
 
@@ -299,21 +322,20 @@ impl Layout {
             let place = facts.place_of(piece.clone());
             place.map(|place| (place.image, place.file_block))
         });
-        // For each class, the donor extent that is being filled, and the references that it will have.
-        let mut open: BTreeMap<Class, (u32, u32)> = BTreeMap::new();
+        let mut open: BTreeMap<Class, OpenDonor> = BTreeMap::new();
         for (extent, piece) in pieces {
             let this = &facts.extents[extent.index()];
             let class = this.donor_class();
             let references = facts.references_over(piece.clone());
             if open
                 .get(&class)
-                .is_some_and(|(_, held)| held + references > options.references_max)
+                .is_some_and(|donor| donor.references + references > options.references_max)
             {
                 open.remove(&class);
             }
             let mut from = piece.start;
             while from < piece.end {
-                let (donor, held) = open.entry(class).or_insert_with(|| {
+                let donor = open.entry(class).or_insert_with(|| {
                     let empty = DonorExtent {
                         class,
                         pieces: 0..0,
@@ -322,11 +344,14 @@ impl Layout {
                         batch,
                     };
                     self.donors.push(empty);
-                    (u32::try_from(self.donors.len() - 1).unwrap_or(u32::MAX), 0)
+                    OpenDonor {
+                        extent: DonorExtentId::at(self.donors.len() - 1),
+                        references: 0,
+                    }
                 });
-                *held += references;
-                let donor = *donor;
-                let filled = &mut self.donors[donor as usize];
+                donor.references += references;
+                let donor = donor.extent;
+                let filled = &mut self.donors[donor.index()];
                 let blocks = (piece.end - from).min(extent_blocks_max(class) - filled.blocks);
                 self.leftovers.push(Leftover {
                     slot: from,
@@ -344,8 +369,9 @@ impl Layout {
         }
     }
 
-    /// Where the beginning of a range of live slots ends up, and for how many blocks that holds.
-    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> (u32, BlockDestination) {
+    /// Where the beginning of a range of live slots ends up.
+    pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> Resolved {
+        let resolved = |blocks, destination| Resolved { blocks, destination };
         let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);
         // This ends: each step leads to a slot that was a home when the run was decided, so only runs of later rounds can lead
         // on.
@@ -358,7 +384,7 @@ impl Layout {
             {
                 blocks = blocks.min(run.slot + run.blocks - slot);
                 match run.target {
-                    DedupTarget::Hole => return (blocks, BlockDestination::Hole),
+                    DedupTarget::Hole => return resolved(blocks, BlockDestination::Hole),
                     DedupTarget::Home(home) => slot = home + (slot - run.slot),
                 }
                 continue;
@@ -366,20 +392,21 @@ impl Layout {
             let extent = facts.extent_of(slot);
             let end = facts.extents[extent.index()].slots().end;
             if !self.is_gone(extent) {
-                return (blocks.min(end - slot), BlockDestination::Kept(slot));
+                return resolved(blocks.min(end - slot), BlockDestination::Kept(slot));
             }
             if facts.frees_blocks {
                 let end = self.runs.get(after).map_or(end, |next| next.slot.min(end));
-                return (blocks.min(end - slot), BlockDestination::Kept(slot));
+                return resolved(blocks.min(end - slot), BlockDestination::Kept(slot));
             }
             let place = self.leftovers.partition_point(|leftover| leftover.slot <= slot);
             let leftover = self.leftovers[place - 1];
             debug_assert!(slot < leftover.slot + leftover.blocks, "every live slot has a place");
             blocks = blocks.min(leftover.slot + leftover.blocks - slot);
-            return (
-                blocks,
-                BlockDestination::Donor(leftover.donor, leftover.at + (slot - leftover.slot)),
-            );
+            let donor = BlockDestination::Donor {
+                extent: leftover.donor,
+                block: leftover.at + (slot - leftover.slot),
+            };
+            return resolved(blocks, donor);
         }
     }
 
@@ -392,10 +419,10 @@ impl Layout {
         let mut at = slots.start;
         std::iter::from_fn(move || {
             (at < slots.end).then(|| {
-                let (blocks, found) = self.resolve(facts, at..slots.end);
-                let piece = at..at + blocks;
-                at += blocks;
-                (piece, found)
+                let found = self.resolve(facts, at..slots.end);
+                let piece = at..at + found.blocks;
+                at = piece.end;
+                (piece, found.destination)
             })
         })
     }
@@ -439,6 +466,7 @@ mod tests {
     use super::*;
     use crate::block::bytes;
     use crate::facts::CompressionGoal;
+    use crate::numbers::DonorFileId;
     use crate::plan::METADATA_BYTES_PER_REFERENCE;
     use crate::plan::tests::notation::{Pool, options, pools};
     use crate::range;
@@ -537,9 +565,9 @@ mod tests {
                                 prop_assert_eq!(facts.extent_of(first + n), facts.extent_of(first));
                                 content[(first + n).index()]
                             }
-                            BlockDestination::Donor(donor, from) => {
-                                let slots = layout.pieces_of(&layout.donors()[donor as usize]).iter().cloned().flat_map(range::each);
-                                content[slots.collect::<Vec<_>>()[(from + n) as usize].index()]
+                            BlockDestination::Donor { extent, block } => {
+                                let slots = layout.pieces_of(&layout.donors()[extent.index()]).iter().cloned().flat_map(range::each);
+                                content[slots.collect::<Vec<_>>()[(block + n) as usize].index()]
                             }
                         };
                         prop_assert_eq!(end, content[slot.index()]);
@@ -682,8 +710,8 @@ mod tests {
         }
         let plan = pool.plan(&PlanOptions::default());
         assert_eq!(plan.layout.gone().collect::<Vec<_>>(), [2, 1, 0].map(ExtentId));
-        let donors: Vec<_> = (0..plan.donor_files.len())
-            .map(|file| pool.donor(&plan, file))
+        let donors: Vec<_> = DonorFileId::numbered(&plan.donor_files)
+            .map(|(file, _)| pool.donor(&plan, file))
             .collect();
         assert_eq!(donors, ["abcd", "ijklefgh"]);
         // What is compressed is expected to take half.
@@ -696,7 +724,10 @@ mod tests {
         let live: String = ('1'..='9').chain('a'..='z').collect();
         let mut pool = Pool::of(&format!("A {live}{} zstd\none A[0..35]", "z".repeat(40)));
         let plan = pool.plan(&PlanOptions::default());
-        assert_eq!(pool.donor(&plan, 0), format!("{} {}", &live[..32], &live[32..]));
+        assert_eq!(
+            pool.donor(&plan, DonorFileId(0)),
+            format!("{} {}", &live[..32], &live[32..])
+        );
         let taken: u64 = plan.layout.donors().iter().map(|donor| donor.disk_bytes).sum();
         assert_eq!(taken, 38 * 4096 * 32 / 75 + 38 * 4096 * 3 / 75);
         // The image's one reference becomes one to each.

@@ -157,8 +157,8 @@ pub struct ReclaimPlan {
     pub batches: Vec<Batch>,
     /// Donor files to write, by batch.
     pub donor_files: Vec<DonorFile>,
-    /// For each donor extent, the donor file that holds it and the block of that file at which it begins.
-    donor_places: SpillVec<(u32, u32)>,
+    /// For each donor extent, where it is to be.
+    donor_places: SpillVec<ops::DonorPlace>,
     /// Bytes on disk that will be freed, by reason.
     pub freed: BytesByReason,
     /// Bytes on disk that could be freed if their extents were not pinned, by why they are.

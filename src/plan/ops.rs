@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::greedy::matched_blocks;
+use super::greedy::MatchedBlocks;
 use super::layout::BlockDestination;
 use super::{Elimination, EliminationReason, METADATA_BYTES_PER_REFERENCE, ReclaimPlan};
 use crate::block::bytes;
 use crate::facts::{Class, Facts, Mapping};
-use crate::numbers::{ExtentId, ImageId, Slot};
+use crate::numbers::{DonorExtentId, DonorFileId, ExtentId, ImageId, Slot};
+use crate::range;
 use crate::spill::SpillVec;
 
 /// A file that holds the donor extents of one batch and class, one after the other.
@@ -19,8 +20,17 @@ pub struct DonorFile {
     pub batch: u32,
     /// What the file must have in common with the images that will share with it.
     pub class: Class,
-    /// Its extents, as places in [`super::Layout::donors`].
-    pub extents: Vec<u32>,
+    /// Its extents, in order.
+    pub extents: Vec<DonorExtentId>,
+}
+
+/// Where a donor extent is to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct DonorPlace {
+    /// The donor file that holds it.
+    file: DonorFileId,
+    /// First block in that file.
+    block: u32,
 }
 
 /// Extents that are eliminated together.
@@ -28,8 +38,8 @@ pub struct DonorFile {
 pub struct Batch {
     /// Their places in [`ReclaimPlan::eliminations`].
     pub eliminations: Range<usize>,
-    /// The donor files to write first, as places in [`ReclaimPlan::donor_files`].
-    pub donor_files: Range<usize>,
+    /// The donor files to write first.
+    pub donor_files: Range<DonorFileId>,
     /// Bytes of images that the kernel will compare.
     pub compared_bytes: u64,
 }
@@ -37,12 +47,39 @@ pub struct Batch {
 /// What a range of an image is to share with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShareSource {
-    /// A range of an image that stays as it is, from this block on.
-    Image(ImageId, u32),
-    /// A range of a donor file, from this block on.
-    Donor(u32, u32),
+    /// A range of an image that stays as it is.
+    Image {
+        /// The image.
+        image: ImageId,
+        /// First block in it.
+        block: u32,
+    },
+    /// A range of a donor file.
+    Donor {
+        /// The file.
+        file: DonorFileId,
+        /// First block in it.
+        block: u32,
+    },
     /// No data at all.
     Hole,
+}
+
+impl ShareSource {
+    /// What it is so many blocks further on.
+    fn beyond(self, blocks: u32) -> Self {
+        match self {
+            Self::Image { image, block } => Self::Image {
+                image,
+                block: block + blocks,
+            },
+            Self::Donor { file, block } => Self::Donor {
+                file,
+                block: block + blocks,
+            },
+            Self::Hole => Self::Hole,
+        }
+    }
 }
 
 /// One range of an image that is to share another's blocks.
@@ -68,11 +105,11 @@ pub(super) fn schedule(facts: &Facts, plan: &mut ReclaimPlan) {
     // Extents that need no donor come first: they take no space, and free some.
     let mut by_batch = SpillVec::with_capacity_in(layout.gone().len(), facts.budget());
     for (turn, extent) in (0u32..).zip(layout.gone()) {
-        let (elimination, freed, batch) = eliminate(facts, plan, extent);
-        for (reason, bytes) in freed {
+        let eliminated = eliminate(facts, plan, extent);
+        for (reason, bytes) in eliminated.freed {
             *plan.freed.entry(reason).or_default() += bytes;
         }
-        by_batch.push((batch, turn, elimination));
+        by_batch.push((eliminated.batch, turn, eliminated.elimination));
     }
     by_batch.sort_unstable_by_key(|(batch, turn, _)| (*batch, *turn));
     let mut by_batch = by_batch.into_iter().peekable();
@@ -94,28 +131,31 @@ pub(super) fn schedule(facts: &Facts, plan: &mut ReclaimPlan) {
 /// Puts donor extents into files, batch by batch.
 fn place_donors(facts: &Facts, plan: &mut ReclaimPlan) {
     let layout = &plan.layout;
-    let mut files: BTreeMap<(u32, Class), Vec<u32>> = BTreeMap::new();
-    for (place, donor) in (0u32..).zip(layout.donors()) {
-        files.entry((donor.batch, donor.class)).or_default().push(place);
+    let mut files: BTreeMap<(u32, Class), Vec<DonorExtentId>> = BTreeMap::new();
+    for (extent, donor) in DonorExtentId::numbered(layout.donors()) {
+        files.entry((donor.batch, donor.class)).or_default().push(extent);
     }
     plan.donor_files = files
         .into_iter()
         .map(|((batch, class), extents)| DonorFile { batch, class, extents })
         .collect();
-    plan.donor_places = SpillVec::of_in((0, 0), layout.donors().len(), facts.budget());
-    for (file, extents) in (0u32..).zip(plan.donor_files.iter().map(|file| &file.extents)) {
-        let mut at = 0;
-        for donor in extents {
-            plan.donor_places[*donor as usize] = (file, at);
-            at += layout.donors()[*donor as usize].blocks;
+    plan.donor_places = SpillVec::of_in(DonorPlace::default(), layout.donors().len(), facts.budget());
+    for (file, DonorFile { extents, .. }) in DonorFileId::numbered(&plan.donor_files) {
+        let mut block = 0;
+        for extent in extents {
+            plan.donor_places[extent.index()] = DonorPlace { file, block };
+            block += layout.donors()[extent.index()].blocks;
         }
     }
 }
 
 /// The batch of the donors of that number, or of no donors, whose eliminations are those from `first` on.
 fn batch_of(facts: &Facts, plan: &ReclaimPlan, number: Option<u32>, first: usize) -> Batch {
-    let from = plan.batches.last().map_or(0, |before| before.donor_files.end);
-    let files = plan.donor_files[from..].iter();
+    let from = plan
+        .batches
+        .last()
+        .map_or(DonorFileId(0), |before| before.donor_files.end);
+    let files = plan.donor_files[from.index()..].iter();
     let files = files.take_while(|file| Some(file.batch) == number).count();
     let compared = plan.eliminations[first..]
         .iter()
@@ -124,7 +164,7 @@ fn batch_of(facts: &Facts, plan: &ReclaimPlan, number: Option<u32>, first: usize
         .sum();
     Batch {
         eliminations: first..plan.eliminations.len(),
-        donor_files: from..from + files,
+        donor_files: from..DonorFileId::at(from.index() + files),
         compared_bytes: compared,
     }
 }
@@ -147,10 +187,9 @@ struct WorkSpace {
 impl WorkSpace {
     /// Counts the next batch.
     fn pass(&mut self, plan: &ReclaimPlan, batch: &Batch) {
-        let donors = plan.donor_files[batch.donor_files.clone()]
-            .iter()
-            .flat_map(|file| &file.extents)
-            .map(|donor| &plan.layout.donors()[*donor as usize]);
+        let donors = range::each(batch.donor_files.clone())
+            .flat_map(|file| &plan.donor_files[file.index()].extents)
+            .map(|extent| &plan.layout.donors()[extent.index()]);
         let written: u64 = donors.map(|donor| donor.disk_bytes).sum();
         // The donors of a batch are written while the one before is shared.
         self.peak_bytes = self.peak_bytes.max(self.held + written);
@@ -166,12 +205,17 @@ impl WorkSpace {
     }
 }
 
-/// What eliminating one extent frees, why, and the batch of the last donor that it needs, if any.
-fn eliminate(
-    facts: &Facts,
-    plan: &ReclaimPlan,
-    extent: ExtentId,
-) -> (Elimination, Vec<(EliminationReason, u64)>, Option<u32>) {
+/// What eliminating one extent means.
+struct Eliminated {
+    elimination: Elimination,
+    /// Bytes on disk that it frees, by the reason for which they are freed.
+    freed: Vec<(EliminationReason, u64)>,
+    /// The batch of the last donor that it needs, if any.
+    batch: Option<u32>,
+}
+
+/// What eliminating one extent frees, why, and when it can be done.
+fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: ExtentId) -> Eliminated {
     let (layout, this) = (&plan.layout, &facts.extents[extent.index()]);
     let runs = layout.runs_of(facts, extent);
     let pieces = layout.rest_of(facts, extent);
@@ -181,9 +225,9 @@ fn eliminate(
     let rewritten_bytes = if facts.frees_blocks { 0 } else { left_over_bytes };
 
     // The shares are rounded down, and the remainder counts as unreachable, so that the sum is exact.
-    let (zeros, duplicates) = matched_blocks(runs);
-    let zeros = this.disk_share(zeros).min(freed_bytes);
-    let duplicates = this.disk_share(duplicates).min(freed_bytes - zeros);
+    let matched = MatchedBlocks::of(runs);
+    let zeros = this.disk_share(matched.zeros).min(freed_bytes);
+    let duplicates = this.disk_share(matched.duplicates).min(freed_bytes - zeros);
     // Blocks that are not compressed anew are expected to take in a donor what they took before.
     let compressed = this.disk_share(left_over_blocks).saturating_sub(left_over_bytes);
     let compressed = compressed.min(freed_bytes - zeros - duplicates);
@@ -211,34 +255,35 @@ fn eliminate(
 
     let (mut batch, mut ops) = (None, 0);
     for op in plan.ops(facts, extent) {
-        if let ShareSource::Donor(file, at) = op.source {
-            batch = batch.max(Some(plan.donor_files[file as usize].batch));
-            ops += plan.donor_extents_over(file, at..at + op.blocks);
+        if let ShareSource::Donor { file, block } = op.source {
+            batch = batch.max(Some(plan.donor_files[file.index()].batch));
+            ops += plan.donor_extents_over(file, block..block + op.blocks);
         } else {
             ops += 1;
         }
     }
     let metadata_bytes =
         u64::saturating_sub(ops, u64::from(facts.reference_count(extent))) * METADATA_BYTES_PER_REFERENCE;
-    (
-        Elimination {
-            extent,
-            reason,
-            freed_bytes,
-            grown_bytes: left_over_bytes.saturating_sub(this.disk_bytes),
-            rewritten_bytes,
-            metadata_bytes,
-        },
+    let elimination = Elimination {
+        extent,
+        reason,
+        freed_bytes,
+        grown_bytes: left_over_bytes.saturating_sub(this.disk_bytes),
+        rewritten_bytes,
+        metadata_bytes,
+    };
+    Eliminated {
+        elimination,
         freed,
         batch,
-    )
+    }
 }
 
 impl ReclaimPlan {
     /// How many extents of a donor file a range of it overlaps: a reference is needed for each.
-    fn donor_extents_over(&self, file: u32, range: Range<u32>) -> u64 {
-        let extents = &self.donor_files[file as usize].extents;
-        let begin_before = |block| extents.partition_point(|donor| self.donor_places[*donor as usize].1 < block);
+    fn donor_extents_over(&self, file: DonorFileId, range: Range<u32>) -> u64 {
+        let extents = &self.donor_files[file.index()].extents;
+        let begin_before = |block| extents.partition_point(|extent| self.donor_places[extent.index()].block < block);
         (begin_before(range.end) - begin_before(range.start + 1)) as u64 + 1
     }
 
@@ -273,23 +318,23 @@ impl ReclaimPlan {
         pieces
             .flat_map(|(piece, found)| match found {
                 BlockDestination::Hole => vec![op(piece.start, piece.end - piece.start, ShareSource::Hole)],
-                BlockDestination::Donor(donor, at) => {
-                    let (file, first) = self.donor_places[donor as usize];
-                    vec![op(
-                        piece.start,
-                        piece.end - piece.start,
-                        ShareSource::Donor(file, first + at),
-                    )]
+                BlockDestination::Donor { extent, block } => {
+                    let place = self.donor_places[extent.index()];
+                    let source = ShareSource::Donor {
+                        file: place.file,
+                        block: place.block + block,
+                    };
+                    vec![op(piece.start, piece.end - piece.start, source)]
                 }
                 BlockDestination::Kept(home) if home == piece.start => Vec::new(),
                 BlockDestination::Kept(home) => facts
                     .places_of(home..home + (piece.end - piece.start))
                     .map(|(slot, place)| {
-                        op(
-                            piece.start + (slot - home),
-                            place.blocks,
-                            ShareSource::Image(place.image, place.file_block),
-                        )
+                        let source = ShareSource::Image {
+                            image: place.image,
+                            block: place.file_block,
+                        };
+                        op(piece.start + (slot - home), place.blocks, source)
                     })
                     .collect(),
             })
@@ -310,14 +355,7 @@ fn join(ops: impl Iterator<Item = Op>) -> impl Iterator<Item = Op> {
 }
 
 fn follows(op: &Op, next: &Op) -> bool {
-    next.image == op.image
-        && next.file_block == op.file_block + op.blocks
-        && match (op.source, next.source) {
-            (ShareSource::Hole, ShareSource::Hole) => true,
-            (ShareSource::Image(a, at), ShareSource::Image(b, to)) => a == b && to == at + op.blocks,
-            (ShareSource::Donor(a, at), ShareSource::Donor(b, to)) => a == b && to == at + op.blocks,
-            _ => false,
-        }
+    next.image == op.image && next.file_block == op.file_block + op.blocks && next.source == op.source.beyond(op.blocks)
 }
 
 #[cfg(test)]
@@ -333,7 +371,7 @@ mod tests {
     enum Mapped {
         Slot(Slot),
         Preallocated(ExtentId),
-        Donor(u32, u32),
+        Donor(DonorFileId, u32),
         Nothing,
     }
 
@@ -371,7 +409,7 @@ mod tests {
         fn content(&self, block: Mapped) -> char {
             match block {
                 Mapped::Slot(slot) => self.pool.content[slot.index()],
-                Mapped::Donor(file, at) => self.donors[file as usize][at as usize],
+                Mapped::Donor(file, at) => self.donors[file.index()][at as usize],
                 _ => '0',
             }
         }
@@ -381,15 +419,19 @@ mod tests {
             for n in 0..op.blocks {
                 let source = match op.source {
                     ShareSource::Hole => Mapped::Nothing,
-                    ShareSource::Donor(file, at) => Mapped::Donor(file, at + n),
-                    ShareSource::Image(image, at) => {
-                        let source = self.images[image.index()][(at + n) as usize];
+                    ShareSource::Donor { file, block } => Mapped::Donor(file, block + n),
+                    ShareSource::Image { image, block } => {
+                        let source = self.images[image.index()][(block + n) as usize];
                         let slot = match source {
                             Mapped::Slot(slot) => slot,
                             other => panic!("{op:?} counts on {other:?}"),
                         };
-                        let (_, stays) = self.plan.layout.resolve(&self.pool.facts, slot..slot + 1);
-                        assert_eq!(stays, BlockDestination::Kept(slot), "{op:?} counts on what goes");
+                        let stays = self.plan.layout.resolve(&self.pool.facts, slot..slot + 1);
+                        assert_eq!(
+                            stays.destination,
+                            BlockDestination::Kept(slot),
+                            "{op:?} counts on what goes"
+                        );
                         source
                     }
                 };
@@ -422,14 +464,14 @@ mod tests {
             pool.prove_all();
             let plan = pool.plan(&options);
             let blocks = pool.image_blocks();
-            let images = (0..pool.images()).map(|image| mapped(&pool.facts, ImageId(image), blocks)).collect();
+            let images = pool.images().map(|image| mapped(&pool.facts, image, blocks)).collect();
             let mut paper = Paper { pool: &pool, plan: &plan, images, donors: Vec::new() };
             // Bytes that donors took, and that were freed, after each batch.
             let (mut taken, mut freed) = (vec![0u64], vec![0u64]);
             for batch in &plan.batches {
                 let files = batch.donor_files.clone();
-                prop_assert_eq!(files.start, paper.donors.len());
-                paper.donors.extend(files.map(|file| pool.donor(&plan, file).replace(' ', "").chars().collect::<Vec<_>>()));
+                prop_assert_eq!(files.start.index(), paper.donors.len());
+                paper.donors.extend(range::each(files).map(|file| pool.donor(&plan, file).replace(' ', "").chars().collect::<Vec<_>>()));
                 let (mut compared, mut given) = (0, 0);
                 for one in &plan.eliminations[batch.eliminations.clone()] {
                     for op in plan.ops(&pool.facts, one.extent) {
@@ -442,8 +484,8 @@ mod tests {
                     given += if frees_blocks { one.freed_bytes } else { pool.facts.extents[one.extent.index()].disk_bytes };
                 }
                 prop_assert_eq!(batch.compared_bytes, compared);
-                let donors = batch.donor_files.clone().flat_map(|file| &plan.donor_files[file].extents);
-                let written: u64 = donors.map(|donor| plan.layout.donors()[*donor as usize].disk_bytes).sum();
+                let donors = range::each(batch.donor_files.clone()).flat_map(|file| &plan.donor_files[file.index()].extents);
+                let written: u64 = donors.map(|extent| plan.layout.donors()[extent.index()].disk_bytes).sum();
                 // Donors are written while the batch before is shared, or, where there is no room, after that.
                 let (before, n) = (taken[taken.len() - 1] + written, freed.len());
                 prop_assert!(before.saturating_sub(freed[n.saturating_sub(2)]) <= plan.peak_bytes);
@@ -462,7 +504,7 @@ mod tests {
             let plan = pool.plan(&options);
             prop_assert_eq!(plan.eliminations.len(), plan.layout.gone().len());
             for one in &plan.eliminations {
-                let (elimination, freed, _) = eliminate(&pool.facts, &plan, one.extent);
+                let Eliminated { elimination, freed, .. } = eliminate(&pool.facts, &plan, one.extent);
                 prop_assert_eq!(&elimination, one);
                 prop_assert_eq!(freed.iter().map(|(_, bytes)| bytes).sum::<u64>(), one.freed_bytes);
                 let disk_bytes = pool.facts.extents[one.extent.index()].disk_bytes;
@@ -483,7 +525,7 @@ mod tests {
                 prop_assert!(number > 0 || batch.donor_files.is_empty());
                 for one in &plan.eliminations[batch.eliminations.clone()] {
                     let donors = plan.ops(&pool.facts, one.extent).filter_map(|op| match op.source {
-                        ShareSource::Donor(file, _) => Some(file as usize),
+                        ShareSource::Donor { file, .. } => Some(file),
                         _ => None,
                     });
                     let last = donors.max();
@@ -502,19 +544,15 @@ mod tests {
                 at = file_block + blocks;
                 let source = match kind {
                     0 => ShareSource::Hole,
-                    1 => ShareSource::Image(ImageId(from % 2), file_block + from / 2),
-                    _ => ShareSource::Donor(from % 2, file_block + from / 2),
+                    1 => ShareSource::Image { image: ImageId(from % 2), block: file_block + from / 2 },
+                    _ => ShareSource::Donor { file: DonorFileId(from % 2), block: file_block + from / 2 },
                 };
                 Op { image: ImageId(image / 2), file_block, blocks, source, extent: ExtentId(0) }
             }).collect();
             let each = |ops: &[Op]| -> Vec<(ImageId, u32, ShareSource)> {
                 let each = |op: &Op| {
                     let op = *op;
-                    (0..op.blocks).map(move |n| (op.image, op.file_block + n, match op.source {
-                        ShareSource::Hole => ShareSource::Hole,
-                        ShareSource::Image(image, from) => ShareSource::Image(image, from + n),
-                        ShareSource::Donor(file, from) => ShareSource::Donor(file, from + n),
-                    }))
+                    (0..op.blocks).map(move |n| (op.image, op.file_block + n, op.source.beyond(n)))
                 };
                 ops.iter().flat_map(each).collect()
             };
@@ -541,8 +579,8 @@ mod tests {
             ..PlanOptions::default()
         };
         let plan = pool.plan(&options);
-        assert_eq!(pool.donor(&plan, 0), "abcdefgh ijklmnop");
-        let over = |range| plan.donor_extents_over(0, range);
+        assert_eq!(pool.donor(&plan, DonorFileId(0)), "abcdefgh ijklmnop");
+        let over = |range| plan.donor_extents_over(DonorFileId(0), range);
         assert_eq!(
             [over(0..8), over(7..8), over(8..9), over(7..9), over(0..16)],
             [1, 1, 1, 2, 2]

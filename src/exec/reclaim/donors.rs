@@ -10,7 +10,7 @@ use crate::facts::{Class, Compression, Facts};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, SourceFile, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
-use crate::numbers::ImageId;
+use crate::numbers::{DonorExtentId, ImageId};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, ReclaimPlan};
 
 /// Extents that are compressed side by side.
@@ -74,16 +74,16 @@ impl DonorWriter<'_> {
     }
 
     fn fill(self, file: &DonorFile, donor: &mut WrittenDonor, written: &mut WrittenDonors) -> Result<()> {
-        let extent = |place: &u32| &self.plan.layout.donors()[*place as usize];
+        let extent = |extent: &DonorExtentId| &self.plan.layout.donors()[extent.index()];
         let side_by_side = if packs(self.fs, file.class) { SIDE_BY_SIDE } else { 1 };
-        let groups: Vec<&[u32]> = file.extents.chunks(side_by_side).collect();
+        let groups: Vec<&[DonorExtentId]> = file.extents.chunks(side_by_side).collect();
         let group = |number: usize| groups.get(number).copied().unwrap_or_default();
         let mut at = 0;
         let mut read = self.read(file.class, group(0));
         for number in 0..groups.len() {
             // While one group is written, the next is read, and the one after that asked for.
-            for place in group(number + 2) {
-                self.read_ahead(extent(place));
+            for one in group(number + 2) {
+                self.read_ahead(extent(one));
             }
             let mut extents = group(number).iter().map(extent).zip(read);
             let (next, appended) = rayon::join(
@@ -128,22 +128,22 @@ impl DonorWriter<'_> {
     }
 
     /// Reads what extents are to hold, and makes their frames side by side.
-    fn read(self, class: Class, places: &[u32]) -> Vec<Result<Packed>> {
-        let read = |place: &u32| {
-            let extent = &self.plan.layout.donors()[*place as usize];
+    fn read(self, class: Class, extents: &[DonorExtentId]) -> Vec<Result<Packed>> {
+        let read = |extent: &DonorExtentId| {
+            let extent = &self.plan.layout.donors()[extent.index()];
             read_slots(self.facts, self.fs, self.plan.layout.pieces_of(extent))
         };
         if packs(self.fs, class) {
-            let pack = |compressor: &mut _, place: &u32| self.pack(compressor, read(place)?);
-            return places.par_iter().map_init(|| self.packer.compressor(), pack).collect();
+            let pack = |compressor: &mut _, extent: &DonorExtentId| self.pack(compressor, read(extent)?);
+            return extents.par_iter().map_init(|| self.packer.compressor(), pack).collect();
         }
-        let plain = |place: &u32| {
+        let plain = |extent: &DonorExtentId| {
             Ok(Packed {
-                content: read(place)?,
+                content: read(extent)?,
                 frame: None,
             })
         };
-        places.iter().map(plain).collect()
+        extents.iter().map(plain).collect()
     }
 
     /// The error of the first block of what an extent takes over that cannot be read.

@@ -23,6 +23,7 @@ use crate::monitor::Monitor;
 use crate::numbers::{ExtentId, ImageId};
 use crate::plan::{Batch, DonorFile, Op, ReclaimPlan, ShareSource};
 use crate::pool::Skip;
+use crate::range;
 use crate::shown::shown;
 use crate::spill::SpillVec;
 
@@ -194,11 +195,11 @@ fn write_batch(
     donor_files: &mut [Option<WrittenDonor>],
 ) -> (WrittenDonors, Option<Error>) {
     let (mut made, mut failed) = (WrittenDonors::default(), None);
-    for file in batch.donor_files.clone() {
-        let donor_file = &writer.plan.donor_files[file];
+    for file in range::each(batch.donor_files.clone()) {
+        let donor_file = &writer.plan.donor_files[file.index()];
         let kept = space.keep(writer.plan, donor_file, writer.fs);
         match kept.and_then(|()| writer.write(donor_file, &mut made)) {
-            Ok(donor) => donor_files[file] = Some(donor),
+            Ok(donor) => donor_files[file.index()] = Some(donor),
             Err(error) => failed = failed.or(Some(error)),
         }
     }
@@ -250,10 +251,7 @@ struct DonorSpace<W> {
 impl<W: Fn()> DonorSpace<W> {
     /// Refuses a donor for which there is no space, even once everything before it was shared.
     fn keep(&self, plan: &ReclaimPlan, file: &DonorFile, fs: &dyn Filesystem) -> Result<()> {
-        let donors = file
-            .extents
-            .iter()
-            .map(|extent| &plan.layout.donors()[*extent as usize]);
+        let donors = file.extents.iter().map(|extent| &plan.layout.donors()[extent.index()]);
         let needed = donors.map(|donor| bytes(donor.blocks)).sum::<u64>();
         let fits = || Ok(fs.free_bytes()? >= needed.saturating_add(self.reserve_bytes));
         if fits()? {
@@ -343,9 +341,9 @@ impl ReclaimRun<'_> {
 /// The range to share for an op; none if its donor does not hold it.
 fn call(fs: &dyn Filesystem, donor_files: &[Option<WrittenDonor>], op: &Op) -> Option<ShareCall> {
     let (source, source_block) = match op.source {
-        ShareSource::Image(image, block) => (SourceFile::Image(image), block),
-        ShareSource::Donor(file, block) => {
-            let donor = donor_files[file as usize].as_ref();
+        ShareSource::Image { image, block } => (SourceFile::Image(image), block),
+        ShareSource::Donor { file, block } => {
+            let donor = donor_files[file.index()].as_ref();
             let donor = donor.filter(|donor| donor.has(&(block..block + op.blocks)))?;
             (SourceFile::Donor(donor.number), block)
         }

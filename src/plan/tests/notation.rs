@@ -18,7 +18,7 @@ use proptest::prelude::*;
 
 use crate::block::{BLOCK_LEN, bytes};
 use crate::facts::{Class, Compression, Extent, Facts, Mapping, PinReason, Proof, Reference, proof_of};
-use crate::numbers::{ExtentId, ImageId, Slot};
+use crate::numbers::{DonorFileId, ExtentId, ImageId, Slot};
 use crate::plan::{Op, PlanOptions, ReclaimPlan, ShareSource, plan_proved};
 use crate::range;
 use crate::spill::SpillVec;
@@ -172,9 +172,9 @@ impl Pool {
     }
 
     /// What an image maps: the slot of each block, unless it is a hole or preallocated.
-    pub(in crate::plan) fn mapped(facts: &Facts, image: u32, blocks: usize) -> Vec<Option<Slot>> {
+    pub(in crate::plan) fn mapped(facts: &Facts, image: ImageId, blocks: usize) -> Vec<Option<Slot>> {
         let mut mapped = vec![None; blocks];
-        for mapping in facts.mappings_of(ImageId(image)).iter().filter(|one| !one.preallocated) {
+        for mapping in facts.mappings_of(image).iter().filter(|one| !one.preallocated) {
             let Mapping { slot, file_block, .. } = *mapping;
             for n in 0..mapping.blocks {
                 mapped[(file_block + n) as usize] = Some(slot + n);
@@ -189,9 +189,9 @@ impl Pool {
         ends.max().unwrap_or(0) as usize
     }
 
-    /// How many images there are.
-    pub(in crate::plan) fn images(&self) -> u32 {
-        u32::try_from(self.images.len()).unwrap()
+    /// The images.
+    pub(in crate::plan) fn images(&self) -> impl ExactSizeIterator<Item = ImageId> + use<> {
+        ImageId::first(u32::try_from(self.images.len()).unwrap())
     }
 
     /// What images hold, block by block; what reads as zeros is 0.
@@ -203,7 +203,7 @@ impl Pool {
                 .map(|slot| slot.map_or('0', |slot| self.content[slot.index()]))
                 .collect()
         };
-        (0..self.images()).map(text).collect()
+        self.images().map(text).collect()
     }
 
     /// Plans, and prints the plan.
@@ -246,7 +246,7 @@ impl Pool {
                 continue;
             }
             writeln!(text, "batch {number}, {} compared", kib(batch.compared_bytes)).unwrap();
-            for file in batch.donor_files.clone() {
+            for file in range::each(batch.donor_files.clone()) {
                 writeln!(text, "  donor {file} = {}", self.donor(plan, file)).unwrap();
             }
             for one in &plan.eliminations[batch.eliminations.clone()] {
@@ -270,9 +270,9 @@ impl Pool {
     }
 
     /// What a donor file holds; its extents are apart.
-    pub(in crate::plan) fn donor(&self, plan: &ReclaimPlan, file: usize) -> String {
-        let donors = plan.donor_files[file].extents.iter();
-        let donors = donors.map(|extent| &plan.layout.donors()[*extent as usize]);
+    pub(in crate::plan) fn donor(&self, plan: &ReclaimPlan, file: DonorFileId) -> String {
+        let donors = plan.donor_files[file.index()].extents.iter();
+        let donors = donors.map(|extent| &plan.layout.donors()[extent.index()]);
         let texts = donors.map(|donor| {
             let slots = plan.layout.pieces_of(donor).iter().cloned().flat_map(range::each);
             slots.map(|slot| self.content[slot.index()]).collect::<String>()
@@ -284,8 +284,8 @@ impl Pool {
         let range = |from: u32| format!("{from}..{}", from + op.blocks);
         let image = |image: ImageId| &self.images[image.index()];
         let source = match op.source {
-            ShareSource::Image(of, from) => format!("{} {}", image(of), range(from)),
-            ShareSource::Donor(file, from) => format!("donor {file} {}", range(from)),
+            ShareSource::Image { image: of, block } => format!("{} {}", image(of), range(block)),
+            ShareSource::Donor { file, block } => format!("donor {file} {}", range(block)),
             ShareSource::Hole => "hole".to_owned(),
         };
         format!("{} {} <- {source}", image(op.image), range(op.file_block))
