@@ -85,24 +85,24 @@ impl<N: Number> BlockTable<N> {
     }
 
     /// The blocks entered for a fingerprint, latest first.
-    pub(super) fn candidates<'a>(
-        &'a self,
-        fingerprint: u32,
-        fingerprints: &'a Fingerprints<N>,
-    ) -> impl Iterator<Item = N> + 'a {
+    pub(super) fn candidates<'a>(&'a self, fingerprint: u32, fingerprints: &'a Fingerprints<N>) -> Candidates<'a, N> {
         let home = self.home(fingerprint);
         let steps = if self.has(fingerprint) {
             self.last_step(home) + 1
         } else {
             0
         };
-        let tag = tag(fingerprint);
-        (0..steps)
-            .rev()
-            .map(move |step| self.group(home, step))
-            .flat_map(move |group| places(&self.tags[group], tag).map(move |place| N::of(self.blocks[group][place])))
-            .filter(move |block| fingerprints.get(*block) == fingerprint)
-            .take(CANDIDATES_MAX)
+        Candidates {
+            table: self,
+            fingerprints,
+            fingerprint,
+            tag: tag(fingerprint),
+            home,
+            steps,
+            group: home,
+            places: Places(0),
+            left: CANDIDATES_MAX,
+        }
     }
 
     /// Enters a block under its fingerprint, unless that has enough of them.
@@ -116,8 +116,10 @@ impl<N: Number> BlockTable<N> {
         if !self.has(fingerprint) {
             return;
         }
+        let candidates = self.candidates(fingerprint, fingerprints);
+        let last_group = self.group(candidates.home, candidates.steps - 1);
         let mut alike = 0;
-        for candidate in self.candidates(fingerprint, fingerprints) {
+        for candidate in candidates {
             if candidate == block {
                 return;
             }
@@ -132,28 +134,77 @@ impl<N: Number> BlockTable<N> {
                 return;
             }
         }
-        let home = self.home(fingerprint);
-        let group = self.group(home, self.last_step(home));
-        if let Some(free) = self.tags[group].iter().position(|tag| *tag == EMPTY) {
-            self.tags[group][free] = tag(fingerprint);
-            self.blocks[group][free] = block.bare();
+        if let Some(free) = self.tags[last_group].iter().position(|tag| *tag == EMPTY) {
+            self.tags[last_group][free] = tag(fingerprint);
+            self.blocks[last_group][free] = block.bare();
         }
     }
 }
 
-/// The places of a group that have a tag, last first.
-fn places(tags: &[u8; GROUP], tag: u8) -> impl Iterator<Item = usize> + use<> {
-    /// One in each byte.
-    const ONES: u128 = u128::MAX / 255;
-    // A byte of `other` is zero where the tag is; the upper bit of a byte of `found` is set just there.
-    let other = u128::from_le_bytes(*tags) ^ (ONES * u128::from(tag));
-    let low = ONES * 0x7f;
-    let mut found = !(((other & low) + low) | other | low);
-    std::iter::from_fn(move || {
-        let bit = 127u32.checked_sub(found.leading_zeros())?;
-        found ^= 1 << bit;
+/// The blocks entered for a fingerprint. Planning spends most of its time here, so that this is one loop and no chain of adapters, of which
+/// each change elsewhere has the compiler make something else.
+pub(super) struct Candidates<'a, N> {
+    table: &'a BlockTable<N>,
+    fingerprints: &'a Fingerprints<N>,
+    fingerprint: u32,
+    tag: u8,
+    home: usize,
+    /// Groups from `home` on that are still to be looked at, the last of them first.
+    steps: usize,
+    /// The group that is being looked at, and its places with the tag that are left.
+    group: usize,
+    places: Places,
+    /// Candidates that may still be returned.
+    left: usize,
+}
+
+impl<N: Number> Iterator for Candidates<'_, N> {
+    type Item = N;
+
+    #[inline]
+    fn next(&mut self) -> Option<N> {
+        if self.left == 0 {
+            return None;
+        }
+        loop {
+            for place in self.places.by_ref() {
+                let block = N::of(self.table.blocks[self.group][place]);
+                if self.fingerprints.get(block) == self.fingerprint {
+                    self.left -= 1;
+                    return Some(block);
+                }
+            }
+            self.steps = self.steps.checked_sub(1)?;
+            self.group = self.table.group(self.home, self.steps);
+            self.places = Places::of(&self.table.tags[self.group], self.tag);
+        }
+    }
+}
+
+/// The places of a group that have a tag, last first: the upper bit of a byte is set for each.
+struct Places(u128);
+
+impl Places {
+    #[inline]
+    fn of(tags: &[u8; GROUP], tag: u8) -> Self {
+        /// One in each byte.
+        const ONES: u128 = u128::MAX / 255;
+        // A byte of `other` is zero where the tag is; the upper bit of a byte of what is returned is set just there.
+        let other = u128::from_le_bytes(*tags) ^ (ONES * u128::from(tag));
+        let low = ONES * 0x7f;
+        Self(!(((other & low) + low) | other | low))
+    }
+}
+
+impl Iterator for Places {
+    type Item = usize;
+
+    #[inline]
+    fn next(&mut self) -> Option<usize> {
+        let bit = 127u32.checked_sub(self.0.leading_zeros())?;
+        self.0 ^= 1 << bit;
         Some(bit as usize / 8)
-    })
+    }
 }
 
 /// How many bits of a fingerprint's hash must be zero for `blocks_max` of `blocks` to be in the sample.
@@ -229,7 +280,7 @@ mod tests {
         fn places_of_a_tag_are_found_last_first(tags in prop::array::uniform16(prop_oneof![0u8..3, 126u8..130, 253u8..=255]), tag: u8) {
             for tag in tags.into_iter().chain([tag]) {
                 let expected: Vec<usize> = (0..GROUP).rev().filter(|place| tags[*place] == tag).collect();
-                prop_assert_eq!(places(&tags, tag).collect::<Vec<_>>(), expected);
+                prop_assert_eq!(Places::of(&tags, tag).collect::<Vec<_>>(), expected);
             }
         }
 
