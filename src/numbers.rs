@@ -127,6 +127,12 @@ number! {
 place!(ImageId);
 
 number! {
+    /// A machine that images belong to, by its place among those of a run.
+    MachineId
+}
+place!(MachineId);
+
+number! {
     /// An extent, by its place in [`crate::facts::Facts::extents`].
     ExtentId
 }

@@ -17,7 +17,7 @@ use vmfold::chunk::{Chunk, Chunker};
 use vmfold::content::{Content, FileTime, KnownSlots};
 use vmfold::facts::Facts;
 use vmfold::fingerprint::FingerprintFunction;
-use vmfold::index::{self, ChunkIndex, MemoryIndex};
+use vmfold::index::{self, ChunkIndex, MemoryIndex, StoredSlots};
 use vmfold::monitor::Silent;
 use vmfold::numbers::{CommitNumber, ExtentId, Slot, StoreBlock};
 use vmfold::range;
@@ -176,7 +176,7 @@ fn what_archives_hold_is_known_for_that_very_commit(open: Open<'_>) {
         stored(Content::Stored(StoreBlock(60)), 16),
     ];
     let remember = |is_news: bool| {
-        let mut known = entered.iter().map(|known| (*known, is_news));
+        let mut known = entered.iter().map(|slots| StoredSlots { slots: *slots, is_news });
         open()
             .remember_stored(&ARCHIVE, &commit(1, 1), &facts, &digests, &mut known)
             .unwrap();

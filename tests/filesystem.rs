@@ -197,7 +197,8 @@ fn the_map_covers_the_data(fs: &dyn Filesystem) {
         let held = fs.ranges_in(FIRST, &addresses).unwrap();
         let held: BTreeSet<u32> = held
             .iter()
-            .flat_map(|(_, range)| range.file_block..range.file_block + range.blocks)
+            .map(|reference| reference.range)
+            .flat_map(|range| range.file_block..range.file_block + range.blocks)
             .collect();
         assert_eq!(held, mapped_blocks(&facts, FIRST));
     }

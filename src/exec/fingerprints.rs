@@ -119,6 +119,15 @@ pub fn fingerprint(
     Ok((found, unreadable))
 }
 
+/// Slots of an extent that lie side by side in an image.
+#[derive(Debug, Clone, Copy)]
+struct PlacedSlots {
+    place: ImageRange,
+    /// The first of them.
+    slot: Slot,
+    extent: ExtentId,
+}
+
 /// Enters the state after a run into the index, so that the next one need not read what this one wrote: each place of an image holds
 /// what it held, in whatever extent it lies now.
 ///
@@ -141,25 +150,29 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
     let places = extents.flat_map(|(number, extent)| {
         let runs = after_then.live_runs(extent.slots());
         let places = runs.flat_map(|run| after_then.places_of(run));
-        places.map(move |(slot, place)| (place, slot, number))
+        places.map(move |(slot, place)| PlacedSlots {
+            place,
+            slot,
+            extent: number,
+        })
     });
-    let mut places: SpillVec<(ImageRange, Slot, ExtentId)> = SpillVec::from_iter_in(places, after.budget());
-    places.sort_unstable_by_key(|(place, ..)| (place.image, place.file_block));
+    let mut places: SpillVec<PlacedSlots> = SpillVec::from_iter_in(places, after.budget());
+    places.sort_unstable_by_key(|one| (one.place.image, one.place.file_block));
     let mut unknown = SpillVec::new_in(after.budget());
-    for of_image in places.chunk_by(|one, other| one.0.image == other.0.image) {
-        let image = of_image[0].0.image;
+    for of_image in places.chunk_by(|one, other| one.place.image == other.place.image) {
+        let image = of_image[0].place.image;
         let mappings = before.mappings_of(image);
-        for (place, slot, extent) in of_image {
+        for PlacedSlots { place, slot, extent } in of_image.iter().copied() {
             let mut is_known = true;
             let found = unchanged[image.index()]
-                && copy(&mappings, *place, |done, old| {
+                && copy(&mappings, place, |done, old| {
                     let extent = &before.extents[before.extent_of(old.start).index()];
                     is_known &= extent.pinned != Some(PinReason::Unreadable);
-                    fingerprints.write(*slot + done, &before.fingerprints.range(old));
+                    fingerprints.write(slot + done, &before.fingerprints.range(old));
                 })
                 && is_known;
             if !found {
-                unknown.push(*extent);
+                unknown.push(extent);
             }
         }
     }

@@ -11,7 +11,7 @@ pub use shared::SharedList;
 
 use crate::block::BLOCK_BYTES;
 use crate::fingerprint::Fingerprints;
-use crate::numbers::{ExtentId, ImageId, Slot};
+use crate::numbers::{ExtentId, ImageId, MachineId, Slot};
 use crate::spill::{Budget, SpillMap, SpillVec};
 
 /// How an extent's bytes lie on disk, which decides what a donor that takes them over must be like.
@@ -294,8 +294,8 @@ pub struct Facts {
     pub proofs: Proofs,
     /// How many slots a block table may hold; a pool with more is sampled.
     pub table_slots_max: usize,
-    /// For each image, the number of the machine it belongs to; where there is none, each image is on its own.
-    pub machines: Vec<u32>,
+    /// For each image, the machine that it belongs to; where there is none, each image is on its own.
+    pub machines: Vec<MachineId>,
     /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
     pub frees_blocks: bool,
@@ -529,9 +529,9 @@ impl Facts {
     }
 
     /// The machine through whose image a slot is read.
-    pub fn machine_of(&self, slot: Slot) -> Option<u32> {
+    pub fn machine_of(&self, slot: Slot) -> Option<MachineId> {
         let image = self.place_of(slot..slot + 1)?.image;
-        Some(self.machines.get(image.index()).copied().unwrap_or(image.0))
+        Some(self.machines.get(image.index()).copied().unwrap_or(MachineId(image.0)))
     }
 }
 

@@ -30,7 +30,7 @@ use crate::range;
 use crate::spill::{Budget, SpillVec};
 
 pub use accounting::{freed_bytes, physical_bytes};
-pub use open::{existing, images_holding, may_find_holders, open, uuid_at};
+pub use open::{HoldingImage, existing, images_holding, may_find_holders, open, uuid_at};
 pub use plain::Plain;
 pub use prove::prove_slots;
 
@@ -70,6 +70,26 @@ pub struct HeldRange {
     pub blocks: u32,
     /// Whether it reads as zeros, whatever the extent holds.
     pub preallocated: bool,
+}
+
+/// A range of an image, and the extent that it refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ExtentReference {
+    /// The extent's address, in bytes.
+    pub address: u64,
+    /// The range.
+    pub range: HeldRange,
+}
+
+/// A range of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileRange {
+    /// The file.
+    pub file: SourceFile,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
 }
 
 /// What images are opened for.
@@ -281,7 +301,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// Those of reading the filesystem's metadata.
-    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>>;
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>>;
 
     /// Where an image lies.
     fn path(&self, image: ImageId) -> &Path {
@@ -317,9 +337,9 @@ pub fn read_slots_into(
     buffer: &mut [u8],
 ) -> Result<()> {
     let mut rest = buffer;
-    for (file, offset, length) in places(facts, slots) {
-        let (part, after) = rest.split_at_mut(length);
-        fs.read(file, offset, part)?;
+    for range in places(facts, slots) {
+        let (part, after) = rest.split_at_mut(usize::try_from(range.length).unwrap_or(usize::MAX));
+        fs.read(range.file, range.offset, part)?;
         rest = after;
     }
     rest.fill(0);
@@ -328,27 +348,25 @@ pub fn read_slots_into(
 
 /// Starts reading slots into memory, as a hint.
 pub fn read_slots_ahead(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) {
-    for (file, offset, length) in places(facts, slots) {
-        fs.read_ahead(file, offset, length as u64);
+    for range in places(facts, slots) {
+        fs.read_ahead(range.file, range.offset, range.length);
     }
 }
 
 /// Says that slots are not needed in memory any more.
 pub fn drop_slots_behind(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) {
-    for (file, offset, length) in places(facts, slots) {
-        fs.drop_behind(file, offset, length as u64);
+    for range in places(facts, slots) {
+        fs.drop_behind(range.file, range.offset, range.length);
     }
 }
 
-/// Where slots can be read: file, offset and length, place after place.
-fn places<'a>(
-    facts: &'a Facts,
-    slots: &'a [std::ops::Range<Slot>],
-) -> impl Iterator<Item = (SourceFile, u64, usize)> + 'a {
+/// Where slots can be read, place after place.
+fn places<'a>(facts: &'a Facts, slots: &'a [std::ops::Range<Slot>]) -> impl Iterator<Item = FileRange> + 'a {
     let places = slots.iter().flat_map(|range| facts.places_of(range.clone()));
-    places.map(|(_, place)| {
-        let length = place.blocks as usize * BLOCK_LEN;
-        (SourceFile::Image(place.image), bytes(place.file_block), length)
+    places.map(|(_, place)| FileRange {
+        file: SourceFile::Image(place.image),
+        offset: bytes(place.file_block),
+        length: bytes(place.blocks),
     })
 }
 

@@ -52,9 +52,18 @@ pub fn may_find_holders(path: &Path) -> bool {
     })
 }
 
-/// The images that hold extents at these addresses, each with how many of them: of the subvolume that a path is or will be in, or of its
+/// An image that holds extents.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HoldingImage {
+    /// How many of those that are looked for.
+    pub extents: usize,
+    /// Its path.
+    pub path: PathBuf,
+}
+
+/// The images that hold extents at these addresses: of the subvolume that a path is or will be in, or of its
 /// XFS. None where the filesystem cannot tell, or the user stops it.
-pub fn images_holding(path: &Path, addresses: Vec<u64>, monitor: &dyn Monitor) -> Option<Vec<(usize, PathBuf)>> {
+pub fn images_holding(path: &Path, addresses: Vec<u64>, monitor: &dyn Monitor) -> Option<Vec<HoldingImage>> {
     let (folder, info) = filesystem_at(path)?;
     match info.kind {
         FilesystemKind::Btrfs { .. } => btrfs::images_holding(path, &folder, &addresses),

@@ -9,7 +9,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::opened::{OpenImage, Opened, Specifics, reads_opened};
-use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, blocks, kernel};
+use super::{ExtentReference, Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, blocks, kernel};
 use crate::block::{BLOCK_BYTES, SlotSet, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
@@ -226,7 +226,7 @@ impl Filesystem for Plain {
         Ok(false)
     }
 
-    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
         Ok(Vec::new())
     }
 }

@@ -34,6 +34,15 @@ pub use self::sled::{all_in, exists, open};
 /// Where indexes are kept unless the user names a folder.
 pub const DEFAULT_FOLDER: &str = "/var/cache/vmfold";
 
+/// A range of slots that an archive has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredSlots {
+    /// Which, and what they are there.
+    pub slots: KnownSlots,
+    /// Whether that is news: it was not known before.
+    pub is_news: bool,
+}
+
 /// An index of one filesystem.
 pub trait ChunkIndex: Debug + Send + Sync {
     /// Whether it still answers: it is done without after its first error.
@@ -76,7 +85,7 @@ pub trait ChunkIndex: Debug + Send + Sync {
         digests: &[Option<u128>],
     ) -> Result<SpillVec<KnownSlots>>;
 
-    /// Remembers what a commit made an archive hold of a pool: ascending ranges of slots, each with whether that is news.
+    /// Remembers what a commit made an archive hold of a pool: ascending ranges of slots.
     ///
     /// # Errors
     /// Those of the index.
@@ -86,7 +95,7 @@ pub trait ChunkIndex: Debug + Send + Sync {
         committed: &Committed,
         facts: &Facts,
         digests: &[Option<u128>],
-        known: &mut dyn Iterator<Item = (KnownSlots, bool)>,
+        known: &mut dyn Iterator<Item = StoredSlots>,
     ) -> Result<()>;
 }
 

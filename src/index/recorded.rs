@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::ChunkIndex;
 use super::record::{self, ExtentRecord};
 use super::stored::{self, AT_ONCE, StoredRange, ZEROS};
 use super::tables::{Problem, Tables};
+use super::{ChunkIndex, StoredSlots};
 use crate::archive::reader::Committed;
 use crate::block::SlotSet;
 use crate::chunk::{self, Chunker};
@@ -231,7 +231,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         committed: &Committed,
         facts: &Facts,
         digests: &[Option<u128>],
-        known: &mut dyn Iterator<Item = (KnownSlots, bool)>,
+        known: &mut dyn Iterator<Item = StoredSlots>,
     ) -> Result<()> {
         let tree = stored::tree_of(archive);
         let put = |batch| self.tables.put(&tree, batch).map_err(|problem| self.error(problem));
@@ -239,7 +239,9 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         let mut batch = Vec::new();
         for (extent, digest) in facts.extents.iter().zip(digests) {
             let (mut parts, mut is_new) = (Vec::new(), false);
-            while let Some((slots, is_news)) = known.peek().filter(|(slots, _)| slots.slot < extent.slots().end) {
+            while let Some(StoredSlots { slots, is_news }) =
+                known.peek().filter(|one| one.slots.slot < extent.slots().end)
+            {
                 let start = slots.slot.max(extent.first_slot);
                 is_new |= is_news;
                 parts.push(StoredRange {

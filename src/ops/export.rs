@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::exec::export::{ExportSettings, InlineBlock, RecordWriter, Stored, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
-use crate::index::ChunkIndex;
+use crate::index::{ChunkIndex, StoredSlots};
 use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, ImageId, Slot, StoreBlock};
 use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
@@ -405,7 +405,10 @@ impl Exporter<'_> {
         let Some(index) = index.filter(|index| index.is_usable()) else {
             return;
         };
-        let mut known = pieces.iter().map(|piece| (piece.known(), piece.source.is_read()));
+        let mut known = pieces.iter().map(|piece| StoredSlots {
+            slots: piece.known(),
+            is_news: piece.source.is_read(),
+        });
         let facts = &self.survey.facts;
         if let Err(error) = index.remember_stored(archive, committed, facts, digests, &mut known) {
             self.monitor.note(&crate::error::describe(&error));

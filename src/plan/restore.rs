@@ -268,8 +268,17 @@ pub struct Destination {
     pub staged_bytes: u64,
     /// What stands under the names that images get.
     pub names: BTreeMap<PathBuf, NameState>,
-    /// Images whose machine runs, or would take another file for them after a crash, with the file that says so; absolute.
-    pub signs: Vec<(PathBuf, PathBuf)>,
+    /// Images whose machine runs, or would take another file for them after a crash.
+    pub signs: Vec<MachineSign>,
+}
+
+/// An image that a machine uses or would use, as a file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineSign {
+    /// The image's path, absolute.
+    pub image: PathBuf,
+    /// The path of the file that says so, absolute.
+    pub sign: PathBuf,
 }
 
 impl Destination {
@@ -289,8 +298,8 @@ impl Destination {
             return Err(Error::Exists { paths: taken });
         }
         match self.signs.first().filter(|_| !as_revision) {
-            Some((path, sign)) => Err(Error::InUse {
-                path: path.clone(),
+            Some(MachineSign { image, sign }) => Err(Error::InUse {
+                path: image.clone(),
                 by: shown(sign).to_string(),
             }),
             None => Ok(()),
@@ -632,7 +641,10 @@ mod tests {
                 path: "/to".into(),
                 names: [("a.img".into(), state)].into(),
                 signs: if sign {
-                    vec![("/to/a.img".into(), "/to/a-dirty.img".into())]
+                    vec![MachineSign {
+                        image: "/to/a.img".into(),
+                        sign: "/to/a-dirty.img".into(),
+                    }]
                 } else {
                     Vec::new()
                 },

@@ -57,7 +57,7 @@ impl FoundImage {
         let there = folder.open_file(below, OFlags::PATH)?;
         let stat = rustix::fs::fstat(&there)?;
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if !is_file || (stat.st_dev, stat.st_ino) != self.id {
+        if !is_file || FileId::from(&stat) != self.id {
             return Err(Errno::STALE);
         }
         reopen(&there, flags)
@@ -114,7 +114,7 @@ impl NamedPath {
                     path: path.to_owned(),
                     folder: Folder::open(&root).map_err(failed)?,
                     root,
-                    file: Some((name, (stat.st_dev, stat.st_ino))),
+                    file: Some((name, FileId::from(&stat))),
                 })
             }
             _ => Err(Error::NotAnImage { path: path.to_owned() }),
@@ -334,17 +334,24 @@ struct Search {
     exclude: GlobSet,
     found: BTreeMap<FileId, FoundImage>,
     importing: BTreeSet<PathBuf>,
-    /// Images that are newer states of others, each with the other and its number of links.
-    dirty: Vec<(FileId, FileId, u64)>,
+    dirty: Vec<DirtyImage>,
     signs: signs::Signs,
     pool: Pool,
+}
+
+/// An image that is a newer state of another, the clean one.
+struct DirtyImage {
+    dirty: FileId,
+    clean: FileId,
+    /// How many links the clean one has.
+    clean_links: u64,
 }
 
 impl Search {
     /// A file that was named.
     fn file(&mut self, named: &NamedPath, name: &OsStr, id: FileId) -> Result<()> {
         let stat = named.folder.stat(name).map_err(Error::io("look at", &named.path))?;
-        if (stat.st_dev, stat.st_ino) != id {
+        if FileId::from(&stat) != id {
             return Err(Error::io("look at", &named.path)(Errno::STALE));
         }
         let names = named.folder.names().map_err(Error::io("look into", &named.root))?;
@@ -417,13 +424,16 @@ impl Search {
         if let Some(clean) = path.file_name().and_then(naming::clean_of)
             && let Ok(clean) = folder.stat(&clean)
         {
-            let ids = [stat, &clean].map(|stat| (stat.st_dev, stat.st_ino));
-            self.dirty.push((ids[0], ids[1], clean.st_nlink));
+            self.dirty.push(DirtyImage {
+                dirty: stat.into(),
+                clean: (&clean).into(),
+                clean_links: clean.st_nlink,
+            });
         }
         let machine = machine_of(&path);
         match kind_of(&path) {
             FileKind::Image => {
-                let id = (stat.st_dev, stat.st_ino);
+                let id = FileId::from(stat);
                 let known = self.found.entry(id).or_insert_with(|| FoundImage {
                     path: path.clone(),
                     names: BTreeSet::new(),
@@ -453,7 +463,12 @@ impl Search {
     /// What was found, with the signs that machines run.
     fn end(mut self) -> Pool {
         let mut pool = self.pool;
-        for (dirty, clean, links) in self.dirty {
+        for DirtyImage {
+            dirty,
+            clean,
+            clean_links: links,
+        } in self.dirty
+        {
             // A machine of Qubes OS that runs from another's image has a link to it, and throws away what it wrote itself. Where the
             // other is not among what was named, only a root volume is sure to be such a one.
             let (machines, names) = self

@@ -11,12 +11,31 @@ use crate::shown::shown;
 use crate::sys::byte_locks::is_locked;
 use crate::sys::loop_status::file_of_loop;
 
-/// A file by device and inode.
-pub type FileId = (u64, u64);
+/// Which file something is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// Device.
+    pub device: u64,
+    /// Inode on it.
+    pub inode: u64,
+}
 
-/// The file that a path or an open file stands for.
-pub fn file_id(metadata: &std::fs::Metadata) -> FileId {
-    (metadata.dev(), metadata.ino())
+impl From<&std::fs::Metadata> for FileId {
+    fn from(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
+    }
+}
+
+impl From<&rustix::fs::Stat> for FileId {
+    fn from(stat: &rustix::fs::Stat) -> Self {
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        }
+    }
 }
 
 /// Who uses some files: swapping, loop devices and where they are mounted, processes that have them open or mapped.
@@ -32,7 +51,7 @@ pub fn users_of(files: &BTreeSet<FileId>) -> BTreeMap<FileId, Vec<String>> {
     };
     for path in swap_files() {
         if let Ok(metadata) = path.metadata() {
-            add(file_id(&metadata), "used for swapping".into());
+            add((&metadata).into(), "used for swapping".into());
         }
     }
     let mounts = mounts();
@@ -48,7 +67,7 @@ pub fn users_of(files: &BTreeSet<FileId>) -> BTreeMap<FileId, Vec<String>> {
         let files: BTreeSet<FileId> = ["fd", "map_files"]
             .iter()
             .flat_map(|folder| entries(&process.join(folder)))
-            .filter_map(|link| link.metadata().ok().map(|metadata| file_id(&metadata)))
+            .filter_map(|link| link.metadata().ok().map(|metadata| FileId::from(&metadata)))
             .collect();
         for file in files {
             add(file, format!("open in {name}"));
@@ -72,7 +91,7 @@ pub fn locked_by(file: impl AsFd) -> Option<&'static str> {
 /// How often this process has a file open.
 pub fn times_open_here(file: FileId) -> usize {
     entries(Path::new("/proc/self/fd"))
-        .filter(|link| link.metadata().is_ok_and(|metadata| file_id(&metadata) == file))
+        .filter(|link| link.metadata().is_ok_and(|metadata| FileId::from(&metadata) == file))
         .count()
 }
 
@@ -98,8 +117,8 @@ fn loop_devices() -> Vec<(PathBuf, FileId)> {
     devices
         .filter_map(|path| {
             let device = Path::new("/dev").join(path.file_name()?);
-            let file = file_of_loop(File::open(&device).ok()?).ok()?;
-            Some((device, file))
+            let (on, inode) = file_of_loop(File::open(&device).ok()?).ok()?;
+            Some((device, FileId { device: on, inode }))
         })
         .collect()
 }
@@ -140,7 +159,7 @@ mod tests {
     #[test]
     fn a_file_that_another_process_has_open_is_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let id = file_id(&file.as_file().metadata().unwrap());
+        let id = FileId::from(&file.as_file().metadata().unwrap());
         let mut child = std::process::Command::new("sleep")
             .arg("60")
             .stdin(File::open(file.path()).unwrap())

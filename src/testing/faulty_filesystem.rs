@@ -14,7 +14,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
-use crate::fs::{Filesystem, HeldRange, ImageInfo, PoolMap, ShareOutcome, SourceFile};
+use crate::fs::{ExtentReference, Filesystem, ImageInfo, PoolMap, ShareOutcome, SourceFile};
 use crate::numbers::ImageId;
 use crate::spill::{Budget, SpillVec};
 
@@ -343,7 +343,7 @@ impl Filesystem for FaultyFilesystem<'_> {
         self.inner.is_allocated(address, generation)
     }
 
-    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
         self.fails(FilesystemCall::RangesIn)
             .map_err(Error::io("read the metadata of", self.path(ImageId(0))))?;
         self.inner.ranges_in(image, addresses)

@@ -18,7 +18,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, PinReason, Reference};
 use crate::fingerprint::FingerprintFunction;
-use crate::fs::{self, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
+use crate::fs::{self, ExtentReference, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
 use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 
@@ -629,11 +629,16 @@ impl Filesystem for Simulated {
             && self.with(|state| state.used().iter().any(|number| DiskState::address(*number) == address)))
     }
 
-    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
         Ok(self.with(|state| {
             let ranges = DiskState::ranges(&state.images[image.index()]).into_iter();
-            let ranges = ranges.map(|(extent, range)| (DiskState::address(extent), range));
-            ranges.filter(|(address, _)| addresses.contains(address)).collect()
+            let references = ranges.map(|(extent, range)| ExtentReference {
+                address: DiskState::address(extent),
+                range,
+            });
+            references
+                .filter(|reference| addresses.contains(&reference.address))
+                .collect()
         }))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::mpsc::sync_channel;
 
 use super::ShareCall;
 use crate::error::Result;
-use crate::fs::{Filesystem, SourceFile};
+use crate::fs::{FileRange, Filesystem, SourceFile};
 use crate::sys::memory::{Memory, limits};
 
 /// Bytes of images in a window. One is worked on while the next is being read and the last is dropped.
@@ -23,8 +23,6 @@ const PLENTY_BYTES: u64 = 4 << 30;
 /// The part of all memory that must be available, too: where others use most of it, filling the rest with pages that are read once can
 /// have the kernel swap out machines.
 const PLENTY_PART: u64 = 4;
-
-type FileRange = (SourceFile, u64, u64);
 
 /// Calls that are read ahead, made and dropped together.
 struct Window {
@@ -56,8 +54,8 @@ pub(super) fn ahead(
         scope.spawn(move || {
             let mut behind = Behind::default();
             for window in to_drop {
-                for (file, offset, length) in behind.done(&window) {
-                    fs.drop_behind(file, offset, length);
+                for range in behind.done(&window) {
+                    fs.drop_behind(range.file, range.offset, range.length);
                 }
             }
         });
@@ -94,8 +92,8 @@ fn next_window(calls: &mut impl Iterator<Item = ShareCall>, threads: usize) -> W
 /// Asks for both sides of each call.
 fn read_ahead(fs: &dyn Filesystem, window: &[ShareCall]) {
     let images = window.iter().map(image_range);
-    for (file, offset, length) in joined(images).chain(sources(window)) {
-        fs.read_ahead(file, offset, length);
+    for range in joined(images).chain(sources(window)) {
+        fs.read_ahead(range.file, range.offset, range.length);
     }
 }
 
@@ -115,14 +113,14 @@ impl Behind {
     fn done(&mut self, window: &Window) -> Vec<FileRange> {
         let mut dropped: Vec<FileRange> = joined(window.calls.iter().map(image_range)).collect();
         for range in sources(&window.calls) {
-            self.bytes += range.2;
+            self.bytes += range.length;
             self.sources.push_back(range);
         }
         while self.bytes > BEHIND_BYTES {
             let Some(range) = self.sources.pop_front() else {
                 break;
             };
-            self.bytes -= range.2;
+            self.bytes -= range.length;
             dropped.push(range);
         }
         if window.memory_is_short { dropped } else { Vec::new() }
@@ -136,25 +134,35 @@ fn is_short(limits: &[Memory]) -> bool {
 }
 
 fn image_range(call: &ShareCall) -> FileRange {
-    (SourceFile::Image(call.image), call.offset, call.length)
+    FileRange {
+        file: SourceFile::Image(call.image),
+        offset: call.offset,
+        length: call.length,
+    }
 }
 
 /// The sources of a window, each once, however many images share them. Holes have nothing to read.
 fn sources(window: &[ShareCall]) -> impl Iterator<Item = FileRange> {
     let mut seen = HashSet::new();
-    let ranges = window.iter().map(|call| (call.source, call.source_offset, call.length));
-    joined(ranges.filter(move |range| !matches!(range.0, SourceFile::Hole { .. }) && seen.insert(*range)))
+    let ranges = window.iter().map(|call| FileRange {
+        file: call.source,
+        offset: call.source_offset,
+        length: call.length,
+    });
+    joined(ranges.filter(move |range| !matches!(range.file, SourceFile::Hole { .. }) && seen.insert(*range)))
 }
 
 /// Joins ranges of files that lie next to each other.
 fn joined(ranges: impl Iterator<Item = FileRange>) -> impl Iterator<Item = FileRange> {
     let mut ranges = ranges.peekable();
     std::iter::from_fn(move || {
-        let (file, offset, mut length) = ranges.next()?;
-        while let Some((_, _, more)) = ranges.next_if(|next| next.0 == file && next.1 == offset + length) {
-            length += more;
+        let mut range = ranges.next()?;
+        while let Some(next) =
+            ranges.next_if(|next| next.file == range.file && next.offset == range.offset + range.length)
+        {
+            range.length += next.length;
         }
-        Some((file, offset, length))
+        Some(range)
     })
 }
 
@@ -208,9 +216,10 @@ mod tests {
             calls: calls.into(),
             memory_is_short,
         };
+        let range = |file, offset, length| FileRange { file, offset, length };
         let images = [
-            (SourceFile::Image(ImageId(7)), 0, 2 * MIB),
-            (SourceFile::Image(ImageId(7)), 4 * MIB, MIB),
+            range(SourceFile::Image(ImageId(7)), 0, 2 * MIB),
+            range(SourceFile::Image(ImageId(7)), 4 * MIB, MIB),
         ];
         let mut behind = Behind::default();
         assert_eq!(behind.done(&window(&calls, true)), images, "sources stay for a while");
@@ -220,6 +229,6 @@ mod tests {
         assert_eq!(behind.done(&window(&large, false)), []);
         assert_eq!((behind.bytes, behind.sources.len()), (BEHIND_BYTES, 1));
         let dropped = behind.done(&window(&calls, true));
-        assert_eq!(dropped[2..], [(SourceFile::Donor(2), 0, BEHIND_BYTES)]);
+        assert_eq!(dropped[2..], [range(SourceFile::Donor(2), 0, BEHIND_BYTES)]);
     }
 }

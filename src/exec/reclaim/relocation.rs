@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ReclaimRun, ShareCall, share, split};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::error::Result;
-use crate::fs::{HeldRange, SourceFile};
+use crate::fs::{ExtentReference, HeldRange, SourceFile};
 use crate::numbers::{ExtentId, ImageId};
 
 /// Blocks of one extent that are copied at most: what is left over by chance is little, and what is much has another cause.
@@ -34,7 +34,7 @@ pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[ExtentId]) -> R
     let images: BTreeSet<ImageId> = references.map(|reference| reference.image).collect();
     let mut rest: BTreeMap<u64, Vec<(ImageId, HeldRange)>> = BTreeMap::new();
     for image in images {
-        for (address, range) in run.fs.ranges_in(image, &addresses)? {
+        for ExtentReference { address, range } in run.fs.ranges_in(image, &addresses)? {
             rest.entry(address).or_default().push((image, range));
         }
     }

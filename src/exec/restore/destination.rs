@@ -10,7 +10,7 @@ use super::folder::{Place, Root};
 use super::replaced::ReplacedFiles;
 use super::staging::Journal;
 use crate::error::Result;
-use crate::plan::restore::{Destination, NameState, RestoredImage, RevisionToName, RevisionsThere};
+use crate::plan::restore::{Destination, MachineSign, NameState, RestoredImage, RevisionToName, RevisionsThere};
 use crate::pool::{revision_of, signs_of};
 use crate::sys::open_files::raise_file_limit;
 
@@ -76,13 +76,16 @@ fn state_of(root: &Root, image: &RestoredImage, name: &Path, interrupted: Interr
 
 /// Images that a machine runs from, or would take for its own after a crash: the driver of Qubes OS renames what it finds in a `-dirty.img`
 /// over the image, even where there is none yet.
-fn signs(root: &Root, images: &[RestoredImage]) -> Vec<(PathBuf, PathBuf)> {
+fn signs(root: &Root, images: &[RestoredImage]) -> Vec<MachineSign> {
     let paths: BTreeSet<PathBuf> = names_of(images).map(|(_, name)| root.path().join(name)).collect();
     let signs = signs_of(&paths).into_iter();
     // What is restored as a whole replaces the sign as well, unless someone may have written to it already.
     signs
         .filter(|(path, sign)| !paths.contains(sign) || path.symlink_metadata().is_ok())
-        .map(|(path, sign)| (path.clone(), sign))
+        .map(|(path, sign)| MachineSign {
+            image: path.clone(),
+            sign,
+        })
         .collect()
 }
 

@@ -219,10 +219,10 @@ fn time_of(time: StatxTimestamp) -> FileTime {
 impl From<&Statx> for FileState {
     fn from(found: &Statx) -> Self {
         Self {
-            id: (
-                rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
-                found.stx_ino,
-            ),
+            id: FileId {
+                device: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
+                inode: found.stx_ino,
+            },
             born: time_of(found.stx_btime),
             size: found.stx_size,
             mtime: time_of(found.stx_mtime),
@@ -249,7 +249,7 @@ impl Place {
     /// # Errors
     /// As [`Place::stat`].
     pub fn id(&self) -> Result<Option<FileId>> {
-        Ok(self.stat()?.map(|stat| (stat.st_dev, stat.st_ino)))
+        Ok(self.stat()?.map(|stat| FileId::from(&stat)))
     }
 
     /// Which regular file stands there, and in which state. None if there is none, or the kernel does not tell.

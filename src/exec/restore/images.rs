@@ -16,7 +16,7 @@ use super::fill::{FillCounts, fill, without_checksums};
 use super::folder::{FileState, Place, Root};
 use super::names::{NewImage, Temporaries, UnnamedFile, give_names};
 use super::replaced::ReplacedFiles;
-use super::staging::{Journal, Staging};
+use super::staging::{FileOfImage, Journal, Staging};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::fs::attributes;
@@ -108,7 +108,10 @@ pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: 
     monitor.phase("Making everything durable", 0);
     sync_filesystems(&images, &made)?;
     staging.note_restore(&identity)?;
-    staging.note_made(made.iter().map(|made| (made.restored.image, made.state)))?;
+    staging.note_made(made.iter().map(|made| FileOfImage {
+        image: made.restored.image,
+        state: made.state,
+    }))?;
     let may_be_replaced = images.iter().zip(&made).flat_map(|(image, made)| {
         let places = image.places.iter();
         places.filter(|place| options.replace || interrupted.is_ours(made.restored.image, place))
@@ -250,7 +253,7 @@ fn remove_leftovers(jobs: &[ImageJob<'_>], noted: &Journal) -> Result<()> {
 fn sync_filesystems(images: &[NewImage], made: &[MadeImage<'_>]) -> Result<()> {
     let mut synced = BTreeSet::new();
     for (image, made) in images.iter().zip(made) {
-        let Some(place) = image.places.first().filter(|_| synced.insert(made.state.id.0)) else {
+        let Some(place) = image.places.first().filter(|_| synced.insert(made.state.id.device)) else {
             continue;
         };
         rustix::fs::syncfs(&**place.folder()).map_err(Error::io("sync the filesystem of", &place.path))?;

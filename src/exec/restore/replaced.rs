@@ -59,7 +59,7 @@ impl ReplacedFiles {
                 FileType::Symlink => true,
                 _ => return Err(in_use(&place.path, "it is no file")),
             };
-            let id = (stat.st_dev, stat.st_ino);
+            let id = FileId::from(&stat);
             let leased = to_replace.lease_one(place, is_link, id, &mut known)?;
             to_replace.names.insert(place.path.clone(), FoundFile { id, leased });
         }
@@ -86,7 +86,7 @@ impl ReplacedFiles {
             Err(errno) => return Err(unknown(&place.path, "it cannot be opened", errno)),
         };
         let stat = rustix::fs::fstat(&there).map_err(Error::io("look at", &place.path))?;
-        let id = (stat.st_dev, stat.st_ino);
+        let id = FileId::from(&stat);
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || (!is_link && id != found) {
             return Err(in_use(&place.path, "it is no file, or changes at this moment"));
         }

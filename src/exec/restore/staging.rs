@@ -18,6 +18,7 @@ use crate::block::{NumberSet, bytes};
 use crate::content::FileTime;
 use crate::error::{Error, Result};
 use crate::numbers::StoreBlock;
+use crate::pool::users::FileId;
 use crate::range;
 use crate::sys::readahead::write_out;
 
@@ -63,6 +64,15 @@ pub struct Journal {
     temporaries: Vec<(u64, u64)>,
     /// Bytes on disk of the staging file.
     staged_bytes: u64,
+}
+
+/// A file that was made of an image.
+#[derive(Debug, Clone, Copy)]
+pub struct FileOfImage {
+    /// The image, by its place in the commit.
+    pub image: usize,
+    /// Which file, and in which state.
+    pub state: FileState,
 }
 
 /// A file that was made.
@@ -169,7 +179,7 @@ impl Journal {
 /// made, size, and the times of the last writing and change.
 fn line_of(kind: &str, image: usize, state: &FileState, device: u64) -> String {
     let mut line = format!("{kind} {image} ");
-    let _ = match state.id.0 {
+    let _ = match state.id.device {
         same if same == device => write!(line, "-"),
         other => write!(line, "{other}"),
     };
@@ -181,7 +191,7 @@ fn line_of(kind: &str, image: usize, state: &FileState, device: u64) -> String {
         ctime,
     } = state;
     let [born, mtime, ctime] = [born, mtime, ctime].map(|time| format!("{} {}", time.seconds, time.nanoseconds));
-    let _ = writeln!(line, " {} {born} {size} {mtime} {ctime}", id.1);
+    let _ = writeln!(line, " {} {born} {size} {mtime} {ctime}", id.inode);
     line
 }
 
@@ -196,7 +206,10 @@ fn state_of(fields: &[&str], device: u64) -> Option<FileState> {
         })
     };
     Some(FileState {
-        id: (if on == "-" { device } else { on.parse().ok()? }, inode.parse().ok()?),
+        id: FileId {
+            device: if on == "-" { device } else { on.parse().ok()? },
+            inode: inode.parse().ok()?,
+        },
         born: time(born, born_ns)?,
         size: size.parse().ok()?,
         mtime: time(mtime, mtime_ns)?,
@@ -403,11 +416,9 @@ impl Staging {
     ///
     /// # Errors
     /// Those of the system calls.
-    pub fn note_made(&mut self, made: impl Iterator<Item = (usize, FileState)>) -> Result<()> {
+    pub fn note_made(&mut self, made: impl Iterator<Item = FileOfImage>) -> Result<()> {
         let device = self.device()?;
-        let lines: String = made
-            .map(|(image, state)| line_of("made", image, &state, device))
-            .collect();
+        let lines: String = made.map(|one| line_of("made", one.image, &one.state, device)).collect();
         self.note(&lines)
     }
 
@@ -509,7 +520,8 @@ mod tests {
         let mut staging = Staging::open(root.file(), &path).unwrap();
         staging.note_temporaries(u64::MAX - 1, 3).unwrap();
         staging.note_restore("c0ffee").unwrap();
-        staging.note_made([(5, made)].into_iter()).unwrap();
+        let file = FileOfImage { image: 5, state: made };
+        staging.note_made([file].into_iter()).unwrap();
         let noted = || Journal::read(root.file(), &path).unwrap();
         assert!(
             noted().is_ours(Some("c0ffee"), 5, &made)

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use super::{Btrfs, ROOT_TREE};
 use crate::facts::{Extent, Facts, PinReason};
 use crate::fs::opened::name_of_holder;
+use crate::pool::users::FileId;
 use crate::pool::{MountedAt, mounted_at};
 use crate::sys::logical_ino::{self, holders};
 use crate::sys::tree_search::{FEW, Key, tree_search};
@@ -85,7 +86,7 @@ impl Btrfs {
         let path = mount.folder.join(below);
         // Another filesystem may be mounted over it.
         let there = path.symlink_metadata().ok().filter(|metadata| metadata.ino() == inode);
-        let is_left_alone = there.is_some_and(|there| self.opened.left_alone.contains_key(&(there.dev(), there.ino())));
+        let is_left_alone = there.is_some_and(|there| self.opened.left_alone.contains_key(&FileId::from(&there)));
         name_of_holder(&path, is_left_alone)
     }
 

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use crate::fs::existing;
+use crate::fs::{HoldingImage, existing};
 use crate::sys::logical_ino;
 
-/// Files of the subvolume that hold extents, with how many of them.
-pub(in crate::fs) fn images_holding(to: &Path, folder: &File, addresses: &[u64]) -> Option<Vec<(usize, PathBuf)>> {
+/// Files of the subvolume that hold extents.
+pub(in crate::fs) fn images_holding(to: &Path, folder: &File, addresses: &[u64]) -> Option<Vec<HoldingImage>> {
     let here = logical_ino::subvolume_of(folder).ok()?;
     let top = top_of_subvolume(to)?;
     let mut held: BTreeMap<u64, usize> = BTreeMap::new();
@@ -28,7 +28,8 @@ pub(in crate::fs) fn images_holding(to: &Path, folder: &File, addresses: &[u64])
     }
     let paths = held.into_iter().filter_map(|(inode, extents)| {
         let path = logical_ino::path_in_subvolume(folder, here, inode).ok()?;
-        Some((extents, top.join(path))).filter(|(_, path)| path.is_file())
+        let path = top.join(path);
+        path.is_file().then_some(HoldingImage { extents, path })
     });
     Some(paths.collect())
 }

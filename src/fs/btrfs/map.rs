@@ -8,7 +8,7 @@ use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::fs::opened::OpenImage;
-use crate::fs::{BeyondEnd, Filesystem, HeldRange, PoolMap, blocks, kernel};
+use crate::fs::{BeyondEnd, ExtentReference, Filesystem, HeldRange, PoolMap, blocks, kernel};
 use crate::numbers::{ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::logical_ino;
@@ -115,7 +115,7 @@ fn file_extents(image: &OpenImage, mut visit: impl FnMut(Item) -> Result<()>) ->
 }
 
 /// The ranges of an image that refer to any of some extents, each with the extent's address.
-pub(super) fn ranges_in(image: &OpenImage, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+pub(super) fn ranges_in(image: &OpenImage, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
     let mut ranges = Vec::new();
     file_extents(image, |item| {
         if let Item::Data(extent) = item
@@ -127,7 +127,10 @@ pub(super) fn ranges_in(image: &OpenImage, addresses: &BTreeSet<u64>) -> Result<
                 blocks: blocks(extent.length)?,
                 preallocated: extent.preallocated,
             };
-            ranges.push((extent.address, range));
+            ranges.push(ExtentReference {
+                address: extent.address,
+                range,
+            });
         }
         Ok(())
     })?;
@@ -148,14 +151,6 @@ pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
         references: number(item, 0)?,
         generation: number(item, 8)?,
     })
-}
-
-/// What an image maps, before all extents are known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Span {
-    /// Of the extent, in bytes.
-    address: u64,
-    range: HeldRange,
 }
 
 /// An extent as images refer to it, and how often they do.
@@ -214,7 +209,8 @@ struct Reading {
     seen: SpillVec<SeenExtent>,
     /// Extents seen at which those seen twice are merged.
     merge_at: usize,
-    spans: Collector<Span>,
+    /// What images map, before all extents are known.
+    references: Collector<ExtentReference>,
     inline_bytes: u64,
     inline: Vec<ImageId>,
     /// Extents beyond the ends of images.
@@ -229,7 +225,7 @@ impl Reading {
         Self {
             seen: SpillVec::new_in(budget),
             merge_at: Self::WAITING_MIN,
-            spans: Collector::new_in(budget),
+            references: Collector::new_in(budget),
             inline_bytes: 0,
             inline: Vec::new(),
             beyond: Vec::new(),
@@ -270,7 +266,7 @@ impl Reading {
             self.beyond.push((extent.address, number));
             return Ok(());
         }
-        let span = Span {
+        let reference = ExtentReference {
             address: extent.address,
             range: HeldRange {
                 file_block: blocks(extent.file_offset)?,
@@ -279,7 +275,7 @@ impl Reading {
                 preallocated: extent.preallocated,
             },
         };
-        self.spans.push(span, number);
+        self.references.push(reference, number);
         Ok(())
     }
 }
@@ -315,9 +311,9 @@ fn with_slots(seen: SpillVec<SeenExtent>) -> Result<SpillVec<Extent>> {
 }
 
 /// Finds the extents that images refer to.
-fn mappings(spans: SharedList<Span>, extents: &[Extent]) -> SharedList<Mapping> {
+fn mappings(references: SharedList<ExtentReference>, extents: &[Extent]) -> SharedList<Mapping> {
     let mut place = 0;
-    spans.flat_map(|Span { address, range }| {
+    references.flat_map(|ExtentReference { address, range }| {
         // Both are in the order of addresses.
         place += extents[place..].partition_point(|extent| extent.address < address);
         Some(Mapping {
@@ -351,7 +347,7 @@ impl Btrfs {
         merge(&mut reading.seen).map_err(disagree)?;
         self.count_references(&mut reading.seen, budget)?;
         let extents = with_slots(reading.seen)?;
-        let mappings = mappings(reading.spans.finish(), &extents);
+        let mappings = mappings(reading.references.finish(), &extents);
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
         Ok(PoolMap {

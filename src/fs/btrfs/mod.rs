@@ -17,7 +17,7 @@ use rustix::io::Errno;
 pub(super) use images_holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
-use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
+use super::{ExtentReference, Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::block::{BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
@@ -191,7 +191,7 @@ impl Filesystem for Btrfs {
         Ok(found)
     }
 
-    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
         map::ranges_in(self.opened.image(image), addresses)
     }
 }

@@ -14,8 +14,10 @@ use rustix::io::Errno;
 use super::Specifics;
 use super::watch::Watch;
 use crate::block::BLOCK_BYTES;
+use crate::content::FileTime;
 use crate::error::{Error, Result};
 use crate::fs::{ImageInfo, Purpose};
+use crate::numbers::MachineId;
 use crate::pool::users::{self, FileId};
 use crate::pool::{FoundImage, Skip, Skipped};
 use crate::shown::shown;
@@ -53,8 +55,8 @@ pub(in crate::fs) struct OpenImage {
     pub(in crate::fs) root: u64,
     /// Its inode there.
     pub(in crate::fs) inode: u64,
-    /// The number of the machine it belongs to, by its first name.
-    pub(in crate::fs) machine: u32,
+    /// The machine it belongs to, by its first name.
+    pub(in crate::fs) machine: MachineId,
     /// The group it shares within, below 64.
     pub(in crate::fs) group: u8,
     /// Why it keeps its extents, if it does: others may share them.
@@ -69,25 +71,31 @@ pub(in crate::fs) struct OpenImage {
 /// What must stay as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
-    inode: (u64, u64),
+    id: FileId,
     size: u64,
-    mtime: (i64, i64),
-    ctime: (i64, i64),
+    mtime: FileTime,
+    ctime: FileTime,
     links: u64,
     mode: u32,
-    owner: (u32, u32),
+    uid: u32,
+    gid: u32,
 }
 
 impl Stamp {
     fn of(metadata: &Metadata) -> Self {
+        let time = |seconds, nanoseconds| FileTime {
+            seconds,
+            nanoseconds: u32::try_from(nanoseconds).unwrap_or_default(),
+        };
         Self {
-            inode: (metadata.dev(), metadata.ino()),
+            id: metadata.into(),
             size: metadata.len(),
-            mtime: (metadata.mtime(), metadata.mtime_nsec()),
-            ctime: (metadata.ctime(), metadata.ctime_nsec()),
+            mtime: time(metadata.mtime(), metadata.mtime_nsec()),
+            ctime: time(metadata.ctime(), metadata.ctime_nsec()),
             links: metadata.nlink(),
             mode: metadata.mode(),
-            owner: (metadata.uid(), metadata.gid()),
+            uid: metadata.uid(),
+            gid: metadata.gid(),
         }
     }
 }
@@ -99,23 +107,19 @@ impl OpenImage {
     }
 
     /// When it was changed last, as its inode says.
-    pub(in crate::fs) fn changed_at(&self) -> (i64, i64) {
+    pub(in crate::fs) fn changed_at(&self) -> FileTime {
         self.stamp.ctime
     }
 
     /// Tells the state that it was opened in from others: inode, size and times.
     pub(in crate::fs) fn state_hash(&self) -> u64 {
         let Stamp {
-            inode,
-            size,
-            mtime,
-            ctime,
-            ..
+            id, size, mtime, ctime, ..
         } = self.stamp;
-        let numbers = [inode.1, size];
-        let times = [mtime.0, mtime.1, ctime.0, ctime.1].map(i64::cast_unsigned);
+        let parts = |time: FileTime| [time.seconds.cast_unsigned(), u64::from(time.nanoseconds)];
+        let times = [mtime, ctime].into_iter().flat_map(parts);
         let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
-        for number in numbers.into_iter().chain(times) {
+        for number in [id.inode, size].into_iter().chain(times) {
             hash.update(&number.to_le_bytes());
         }
         hash.digest()
@@ -225,7 +229,7 @@ fn name_users(used: &BTreeMap<FileId, usize>, skipped: &mut [Skipped]) {
 fn number_machines(images: Vec<(OpenImage, &FoundImage)>) -> Vec<OpenImage> {
     let mut machines = BTreeMap::new();
     let numbered = images.into_iter().map(|(mut image, found)| {
-        let next = u32::try_from(machines.len()).unwrap_or(u32::MAX);
+        let next = MachineId::at(machines.len());
         image.machine = *machines.entry(found.machines.first()).or_insert(next);
         image
     });
@@ -341,7 +345,7 @@ fn open_one(
         },
         root,
         inode: metadata.ino(),
-        machine: 0,
+        machine: MachineId::default(),
         group: found.group,
         fixed: fixed.filter(|_| purpose.shares()),
         direct,

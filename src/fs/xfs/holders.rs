@@ -31,8 +31,8 @@ impl Xfs {
             .opened
             .left_alone
             .iter()
-            .filter(|((device, _), _)| *device == self.info.device)
-            .map(|((_, inode), path)| (*inode, path))
+            .filter(|(file, _)| file.device == self.info.device)
+            .map(|(file, path)| (file.inode, path))
             .collect();
         let name = |inode| match left_alone.get(&inode) {
             Some(path) => name_of_holder(path, true),

@@ -5,19 +5,19 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use walkdir::WalkDir;
 
-use crate::fs::existing;
+use crate::fs::{HoldingImage, existing};
 use crate::monitor::Monitor;
 use crate::pool;
 use crate::sys::beneath::Folder;
 use crate::sys::fiemap::fiemap;
 
-/// Images on the XFS that map the addresses where extents begin, with how many of them. XFS cannot be asked who holds an extent: its images
+/// Images on the XFS that map the addresses where extents begin. XFS cannot be asked who holds an extent: its images
 /// are looked for, by their names, and their maps are read.
 pub(in crate::fs) fn images_holding(
     to: &Path,
     mut addresses: Vec<u64>,
     monitor: &dyn Monitor,
-) -> Option<Vec<(usize, PathBuf)>> {
+) -> Option<Vec<HoldingImage>> {
     /// Files and folders looked at: a filesystem that has more is one of much else.
     const ENTRIES_MAX: usize = 1 << 20;
     if addresses.is_empty() {
@@ -54,7 +54,10 @@ pub(in crate::fs) fn images_holding(
             }
         });
         if mapped.is_ok() && held > 0 {
-            found.push((held, entry.into_path()));
+            found.push(HoldingImage {
+                extents: held,
+                path: entry.into_path(),
+            });
         }
     }
     Some(found)

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 pub(super) use images_holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
-use super::{Filesystem, HeldRange, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
+use super::{ExtentReference, Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::block::SlotSet;
 use crate::content::Metadata;
 use crate::error::Result;
@@ -139,7 +139,7 @@ impl Filesystem for Xfs {
         Ok(false)
     }
 
-    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<(u64, HeldRange)>> {
+    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
         Ok(Vec::new())
     }
 }

@@ -81,5 +81,5 @@ fn known_images(
     let mut chosen = images_holding(to, addresses, monitor)?;
     chosen.sort_unstable_by(|a, b| b.cmp(a));
     chosen.truncate(IMAGES_MAX);
-    Some(chosen.into_iter().map(|(_, path)| path).collect())
+    Some(chosen.into_iter().map(|image| image.path).collect())
 }
