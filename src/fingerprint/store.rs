@@ -3,7 +3,7 @@
 use std::io::Result;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::numbers::Number;
 use crate::sys::spill::{Budget, SpillFile, lost};
@@ -11,7 +11,7 @@ use crate::sys::spill::{Budget, SpillFile, lost};
 /// Fingerprints in a page.
 const PAGE: usize = 1024;
 /// Pages in memory: 4 MiB.
-const FRAMES: usize = 1024;
+const FRAMES: usize = 512;
 
 /// A fingerprint for each block, by its number: its slot in a pool, or its store address. Zero until one is written.
 #[derive(Debug)]
@@ -27,16 +27,17 @@ enum Kept {
     File {
         file: SpillFile,
         budget: Budget,
-        pages: Mutex<Pages>,
+        pages: Pages,
     },
 }
 
 /// A page of the file for each frame: direct-mapped, since matching goes along two or three places at a time.
+///
+/// Each cell says itself which page its fingerprint is of, so that reading one takes no lock: of two threads that load pages into the same
+/// frame, neither takes the other's fingerprints for its own.
 #[derive(Debug)]
 struct Pages {
-    /// The page that each frame holds, plus one.
-    tags: Vec<u32>,
-    data: Vec<u32>,
+    cells: Vec<AtomicU64>,
 }
 
 impl<N> Default for Fingerprints<N> {
@@ -68,16 +69,12 @@ impl<N: Number> Fingerprints<N> {
     /// If there can be no such file, or it has too little room: `ENOSPC`, `EDQUOT`.
     pub fn in_file(blocks: usize, budget: &Budget) -> Result<Self> {
         let file = budget.file(blocks.next_multiple_of(PAGE) as u64 * 4)?;
-        let pages = Pages {
-            tags: vec![0; FRAMES],
-            data: vec![0; FRAMES * PAGE],
-        };
         Ok(Self {
             blocks,
             kept: Kept::File {
                 file,
                 budget: budget.clone(),
-                pages: Mutex::new(pages),
+                pages: Pages::new(),
             },
             numbers: PhantomData,
         })
@@ -110,7 +107,7 @@ impl<N: Number> Fingerprints<N> {
         let at = block.bare() as usize;
         match &self.kept {
             Kept::Memory(all) => all[at],
-            Kept::File { file, pages, .. } => lock(pages).get(file, at),
+            Kept::File { file, pages, .. } => pages.get(file, at),
         }
     }
 
@@ -133,13 +130,9 @@ impl<N: Number> Fingerprints<N> {
                     .iter()
                     .flat_map(|fingerprint| fingerprint.to_le_bytes())
                     .collect();
-                let mut pages = lock(pages);
                 file.write_all_at(&bytes, first as u64 * 4).unwrap_or_else(|_| lost());
                 for (at, fingerprint) in (first..).zip(fingerprints) {
-                    let (page, frame) = (at / PAGE, at / PAGE % FRAMES);
-                    if pages.tags[frame] as usize == page + 1 {
-                        pages.data[frame * PAGE + at % PAGE] = *fingerprint;
-                    }
+                    pages.put(at, *fingerprint);
                 }
             }
         }
@@ -147,32 +140,57 @@ impl<N: Number> Fingerprints<N> {
 }
 
 impl Pages {
-    /// Makes sure that a page is in memory, and returns its frame.
-    fn load(&mut self, file: &SpillFile, page: usize) -> usize {
-        let frame = page % FRAMES;
-        let tag = u32::try_from(page + 1).unwrap_or(u32::MAX);
-        if self.tags[frame] != tag {
-            let mut bytes = [0; PAGE * 4];
-            let read = file.read_exact_at(&mut bytes, (page * PAGE) as u64 * 4);
-            read.unwrap_or_else(|_| lost());
-            for (fingerprint, bytes) in self.data[frame * PAGE..].iter_mut().zip(bytes.as_chunks().0) {
-                *fingerprint = u32::from_le_bytes(*bytes);
-            }
-            self.tags[frame] = tag;
+    /// No page at all.
+    fn new() -> Self {
+        Self {
+            cells: std::iter::repeat_with(AtomicU64::default).take(FRAMES * PAGE).collect(),
         }
-        frame
+    }
+
+    /// The cell for a place of the file.
+    #[inline]
+    fn cell(&self, at: usize) -> &AtomicU64 {
+        &self.cells[at % (FRAMES * PAGE)]
+    }
+
+    /// Keeps the fingerprint of a place.
+    #[inline]
+    fn put(&self, at: usize, fingerprint: u32) {
+        self.cell(at)
+            .store(mark(at) << 32 | u64::from(fingerprint), Ordering::Relaxed);
     }
 
     /// The fingerprint at a place of the file.
-    #[inline(never)]
-    fn get(&mut self, file: &SpillFile, at: usize) -> u32 {
-        let frame = self.load(file, at / PAGE);
-        self.data[frame * PAGE + at % PAGE]
+    #[inline]
+    fn get(&self, file: &SpillFile, at: usize) -> u32 {
+        let cell = self.cell(at).load(Ordering::Relaxed);
+        if cell >> 32 == mark(at) {
+            let [a, b, c, d, ..] = cell.to_le_bytes();
+            u32::from_le_bytes([a, b, c, d])
+        } else {
+            self.load(file, at)
+        }
+    }
+
+    /// Reads the page of a place into memory, and returns the fingerprint at the place.
+    #[cold]
+    fn load(&self, file: &SpillFile, at: usize) -> u32 {
+        let first = at - at % PAGE;
+        let mut bytes = [0; PAGE * 4];
+        let read = file.read_exact_at(&mut bytes, first as u64 * 4);
+        read.unwrap_or_else(|_| lost());
+        let (fingerprints, _) = bytes.as_chunks();
+        for (at, fingerprint) in (first..).zip(fingerprints) {
+            self.put(at, u32::from_le_bytes(*fingerprint));
+        }
+        u32::from_le_bytes(fingerprints[at % PAGE])
     }
 }
 
-fn lock(pages: &Mutex<Pages>) -> MutexGuard<'_, Pages> {
-    pages.lock().unwrap_or_else(PoisonError::into_inner)
+/// What the cell for a place has in its upper half: the number of the page, plus one, since no cell holds anything at first.
+#[inline]
+fn mark(at: usize) -> u64 {
+    at as u64 / PAGE as u64 + 1
 }
 
 #[cfg(test)]
