@@ -133,6 +133,12 @@ number! {
 place!(MachineId);
 
 number! {
+    /// A set of images, by its place among those of a [`crate::facts::SharedList`].
+    ImageSetId
+}
+place!(ImageSetId);
+
+number! {
     /// An extent, by its place in [`crate::facts::Facts::extents`].
     ExtentId
 }

@@ -11,7 +11,7 @@ pub use shared::SharedList;
 
 use crate::block::BLOCK_BYTES;
 use crate::fingerprint::Fingerprints;
-use crate::numbers::{ExtentId, ImageId, MachineId, Slot};
+use crate::numbers::{ExtentId, ImageId, ImageSetId, MachineId, Slot};
 use crate::spill::{Budget, SpillMap, SpillVec};
 
 /// How an extent's bytes lie on disk, which decides what a donor that takes them over must be like.
@@ -235,14 +235,14 @@ impl SharedList<Mapping> {
         self.rework(
             |one, other| one.extent == other.extent,
             |mappings, sets| {
-                let has_next = |(this, set): &(Mapping, u32)| {
+                let has_next = |(this, set): &(Mapping, ImageSetId)| {
                     let next = (this.slots().end, this.file_block + this.blocks);
                     let from = mappings.partition_point(|(other, _)| (other.slot, other.file_block) < next);
                     let follow = mappings[from..]
                         .iter()
                         .take_while(|(other, _)| (other.slot, other.file_block) == next);
-                    let of = |set: u32| sets.get(set);
-                    let meet = |one: u32, other: u32| {
+                    let of = |set: ImageSetId| sets.get(set);
+                    let meet = |one: ImageSetId, other: ImageSetId| {
                         one == other || of(one).iter().any(|image| of(other).binary_search(image).is_ok())
                     };
                     follow
@@ -439,10 +439,12 @@ impl Facts {
     /// What one image maps, by the place in it.
     pub fn mappings_of(&self, image: ImageId) -> SpillVec<Mapping> {
         let sets = &self.mappings.sets;
-        let numbers = 0..u32::try_from(sets.len()).unwrap_or(u32::MAX);
-        let has: Vec<bool> = numbers.map(|set| sets.get(set).binary_search(&image).is_ok()).collect();
+        let each_set = ImageSetId::first(u32::try_from(sets.len()).unwrap_or(u32::MAX));
+        let has: Vec<bool> = each_set
+            .map(|set| sets.get(set).binary_search(&image).is_ok())
+            .collect();
         let all = self.mappings.list.iter();
-        let all = all.filter(|(_, set)| has[*set as usize]).map(|(mapping, _)| *mapping);
+        let all = all.filter(|(_, set)| has[set.index()]).map(|(mapping, _)| *mapping);
         let mut mappings: SpillVec<Mapping> = SpillVec::from_iter_in(all, self.budget());
         mappings.sort_unstable_by_key(|mapping| mapping.file_block);
         mappings

@@ -6,11 +6,16 @@ use super::shared::ImageSets;
 use super::{Class, CompressionGoal, Extent, Facts, Mapping, PinReason, SharedList};
 use crate::block::bytes;
 use crate::codec::{Decoder, put_varint, put_zigzag};
-use crate::numbers::{ExtentId, Slot};
+use crate::numbers::{ExtentId, ImageSetId, Slot};
 use crate::spill::SpillVec;
 
 /// The properties that many extents have in common.
-type ExtentKind = (Class, Option<PinReason>, Option<CompressionGoal>);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct ExtentKind {
+    class: Class,
+    pinned: Option<PinReason>,
+    compression_goal: Option<CompressionGoal>,
+}
 
 /// Extents as differences from the one before. They never leave memory, so that nothing in them can be wrong.
 #[derive(Debug)]
@@ -60,7 +65,11 @@ impl PackedExtents {
         let mut numbers: HashMap<ExtentKind, usize> = HashMap::new();
         let (mut address, mut generation, mut slot) = (0, 0, Slot(0));
         for extent in extents {
-            let kind = (extent.class, extent.pinned, extent.compression_goal);
+            let kind = ExtentKind {
+                class: extent.class,
+                pinned: extent.pinned,
+                compression_goal: extent.compression_goal,
+            };
             let number = *numbers.entry(kind).or_insert_with(|| {
                 kinds.push(kind);
                 kinds.len() - 1
@@ -90,7 +99,11 @@ impl PackedExtents {
         let mut packed = Unpacker(Decoder::new(&self.packed));
         let (mut address, mut generation, mut slot) = (0u64, 0u64, Slot(0));
         let next = |_| {
-            let (class, pinned, compression_goal) = self.kinds[packed.number() as usize];
+            let ExtentKind {
+                class,
+                pinned,
+                compression_goal,
+            } = self.kinds[packed.number() as usize];
             let blocks = packed.number();
             address = address.wrapping_add_signed(packed.signed());
             let disk_bytes = bytes(blocks).wrapping_add_signed(packed.signed());
@@ -116,13 +129,13 @@ impl PackedExtents {
 impl PackedMappings {
     fn of(mappings: SharedList<Mapping>, extents: &[Extent]) -> Self {
         let (mut packed, mut record) = (SpillVec::new_in(mappings.budget()), Vec::new());
-        let (mut last, mut last_set) = (Mapping::default(), 0);
+        let (mut last, mut last_set) = (Mapping::default(), ImageSetId(0));
         for (mapping, set) in &mappings.list {
             let extent = &extents[mapping.extent.index()];
             record.clear();
             put_varint(&mut record, u64::from(mapping.preallocated));
             put_varint(&mut record, u64::from(mapping.extent.0 - last.extent.0));
-            put_zigzag(&mut record, difference(*set, last_set));
+            put_zigzag(&mut record, difference(set.0, last_set.0));
             put_zigzag(&mut record, difference(mapping.file_block, last.file_block));
             put_varint(&mut record, u64::from(mapping.slot - extent.first_slot));
             put_zigzag(&mut record, difference(mapping.blocks, extent.blocks));
@@ -155,13 +168,13 @@ impl PackedMappings {
     }
 
     /// The mappings and the numbers of their sets, in order.
-    fn unpack<'a>(&'a self, extents: &'a [Extent]) -> impl Iterator<Item = (Mapping, u32)> + 'a {
+    fn unpack<'a>(&'a self, extents: &'a [Extent]) -> impl Iterator<Item = (Mapping, ImageSetId)> + 'a {
         let mut packed = Unpacker(Decoder::new(&self.packed));
-        let (mut last, mut last_set) = (Mapping::default(), 0);
+        let (mut last, mut last_set) = (Mapping::default(), ImageSetId(0));
         (0..self.count).map(move |_| {
             let preallocated = packed.number() == 1;
             let extent = ExtentId(last.extent.0 + packed.number());
-            last_set = packed.after(last_set);
+            last_set = ImageSetId(packed.after(last_set.0));
             let of = &extents[extent.index()];
             last = Mapping {
                 extent,

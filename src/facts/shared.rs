@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::numbers::ImageId;
+use crate::numbers::{ImageId, ImageSetId};
 use crate::spill::{Budget, SpillVec};
 
 /// Sets of images, by number.
@@ -16,8 +16,8 @@ pub(crate) struct ImageSets {
 
 impl ImageSets {
     /// The members of one, ascending.
-    pub(crate) fn get(&self, set: u32) -> &[ImageId] {
-        let set = set as usize;
+    pub(crate) fn get(&self, set: ImageSetId) -> &[ImageId] {
+        let set = set.index();
         let start = set.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.members[start..self.ends[set]]
     }
@@ -27,10 +27,10 @@ impl ImageSets {
         self.ends.len()
     }
 
-    fn push(&mut self, members: &[ImageId]) -> u32 {
+    fn push(&mut self, members: &[ImageId]) -> ImageSetId {
         self.members.extend(members);
         self.ends.push(self.members.len());
-        u32::try_from(self.ends.len() - 1).unwrap_or(u32::MAX)
+        ImageSetId::at(self.ends.len() - 1)
     }
 }
 
@@ -38,12 +38,12 @@ impl ImageSets {
 #[derive(Debug, Default)]
 struct Numbering {
     sets: ImageSets,
-    numbers: HashMap<Box<[ImageId]>, u32>,
+    numbers: HashMap<Box<[ImageId]>, ImageSetId>,
 }
 
 impl Numbering {
     /// The number of a set, given its members in order.
-    fn of(&mut self, members: &[ImageId]) -> u32 {
+    fn of(&mut self, members: &[ImageId]) -> ImageSetId {
         if let Some(number) = self.numbers.get(members) {
             return *number;
         }
@@ -56,7 +56,7 @@ impl Numbering {
 /// A list of items, each with the number of the set of images that have it.
 #[derive(Debug)]
 pub struct SharedList<T> {
-    pub(super) list: SpillVec<(T, u32)>,
+    pub(super) list: SpillVec<(T, ImageSetId)>,
     pub(super) sets: ImageSets,
 }
 
@@ -102,7 +102,7 @@ impl<T> SharedList<T> {
 /// with the number of images.
 #[derive(Debug)]
 pub(crate) struct Collector<T> {
-    list: SpillVec<(T, u32)>,
+    list: SpillVec<(T, ImageSetId)>,
     numbering: Numbering,
     unite_at: usize,
 }
@@ -148,7 +148,7 @@ impl<T: Ord + Copy> Collector<T> {
 }
 
 /// Unites equal items of a list, with all their images. The list refers to sets in `old` before, and to sets in `new` after.
-fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, u32)>, old: &ImageSets, new: &mut Numbering) {
+fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, ImageSetId)>, old: &ImageSets, new: &mut Numbering) {
     list.sort_unstable_by_key(|(item, _)| *item);
     let mut renumbered = vec![None; old.len()];
     let (mut from, mut kept, mut members) = (0, 0, Vec::new());
@@ -156,7 +156,7 @@ fn unite<T: Ord + Copy>(list: &mut SpillVec<(T, u32)>, old: &ImageSets, new: &mu
         let (item, set) = list[from];
         let same = list[from..].iter().take_while(|(other, _)| *other == item).count();
         let number = if same == 1 {
-            *renumbered[set as usize].get_or_insert_with(|| new.of(old.get(set)))
+            *renumbered[set.index()].get_or_insert_with(|| new.of(old.get(set)))
         } else {
             members.clear();
             members.extend(list[from..from + same].iter().flat_map(|(_, set)| old.get(*set)));
@@ -177,7 +177,7 @@ impl<T: Ord + Copy> SharedList<T> {
     pub(super) fn rework(
         &mut self,
         is_same_part: impl Fn(&T, &T) -> bool,
-        needs: impl Fn(&[(T, u32)], &ImageSets) -> bool,
+        needs: impl Fn(&[(T, ImageSetId)], &ImageSets) -> bool,
         rework: impl Fn(&mut Vec<(ImageId, T)>),
     ) {
         let mut numbering = Numbering::default();

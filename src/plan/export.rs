@@ -126,6 +126,13 @@ pub fn plan_export(
     Some(planner.plan)
 }
 
+/// Blocks of the store that look like wanted ones.
+#[derive(Debug, Clone, Copy)]
+struct StoredRun {
+    first: StoreBlock,
+    blocks: usize,
+}
+
 struct Planner<'a> {
     facts: &'a Facts,
     table: BlockTable<StoreBlock>,
@@ -175,7 +182,7 @@ impl Planner<'_> {
                 Some((zeros, ExportSource::Zeros))
             } else {
                 self.longest(&fingerprints[at..], follows)
-                    .map(|(first, length)| (length, ExportSource::Same(first)))
+                    .map(|run| (run.blocks, ExportSource::Same(run.first)))
             };
             let Some((length, source)) = found else {
                 let block = self.plan.end;
@@ -211,8 +218,8 @@ impl Planner<'_> {
         }
     }
 
-    /// The longest range of the store with these fingerprints, and its length; of several, the one that follows.
-    fn longest(&self, wanted: &[u32], follows: Option<StoreBlock>) -> Option<(StoreBlock, usize)> {
+    /// The longest range of the store with these fingerprints; of several, the one that follows.
+    fn longest(&self, wanted: &[u32], follows: Option<StoreBlock>) -> Option<StoredRun> {
         /// Blocks compared to choose between candidates; the chosen one is followed to its end.
         const LOOK: usize = 256;
         let stored = &self.plan.fingerprints;
@@ -220,18 +227,25 @@ impl Planner<'_> {
             let pairs = range::each(first..self.plan.end).zip(&wanted[..limit.min(wanted.len())]);
             pairs.take_while(|(block, one)| stored.get(*block) == **one).count()
         };
-        let mut best: Option<(StoreBlock, usize)> = None;
+        let mut best: Option<StoredRun> = None;
         let candidates = self.table.candidates(wanted[0], stored);
         for candidate in follows.into_iter().chain(candidates) {
-            let found = length(candidate, LOOK);
-            if found > best.map_or(0, |(_, best)| best) {
-                best = Some((candidate, found));
+            let blocks = length(candidate, LOOK);
+            if blocks > best.map_or(0, |best| best.blocks) {
+                best = Some(StoredRun {
+                    first: candidate,
+                    blocks,
+                });
             }
-            if found == LOOK.min(wanted.len()) {
+            if blocks == LOOK.min(wanted.len()) {
                 break;
             }
         }
-        best.map(|(first, found)| (first, if found < LOOK { found } else { length(first, usize::MAX) }))
+        let mut best = best?;
+        if best.blocks >= LOOK {
+            best.blocks = length(best.first, usize::MAX);
+        }
+        Some(best)
     }
 }
 
