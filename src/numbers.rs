@@ -151,7 +151,13 @@ number! {
 place!(DonorExtentId);
 
 number! {
-    /// A donor file, by its place in [`crate::plan::ReclaimPlan::donor_files`].
+    /// A donor that was made, by its place among those of a filesystem.
+    DonorId
+}
+place!(DonorId);
+
+number! {
+    /// A donor file of a plan, by its place in [`crate::plan::ReclaimPlan::donor_files`].
     DonorFileId
 }
 place!(DonorFileId);

@@ -21,7 +21,7 @@ use vmfold::facts::{Class, Compression, Facts};
 use vmfold::frame::Packer;
 use vmfold::fs::{Filesystem, Plain, Purpose, ShareOutcome, SourceFile, freed_bytes, images, open, physical_bytes};
 use vmfold::monitor::Silent;
-use vmfold::numbers::{ExtentId, ImageId};
+use vmfold::numbers::{DonorId, ExtentId, ImageId};
 use vmfold::pool;
 use vmfold::range;
 use vmfold::spill::Budget;
@@ -265,7 +265,7 @@ fn zeros_become_a_hole(fs: &dyn Filesystem) {
 fn donors_vanish_but_for_what_is_shared(fs: &dyn Filesystem) {
     let before = physical_bytes(&map(fs));
     let content = bytes_of(&contents()[OTHER.index()]);
-    let donors: Vec<usize> = (0..3).map(|_| fs.create_donor(PLAIN).unwrap()).collect();
+    let donors: Vec<DonorId> = (0..3).map(|_| fs.create_donor(PLAIN).unwrap()).collect();
     for donor in &donors[..2] {
         for part in content.chunks(content.len() / 2) {
             fs.append_to_donor(*donor, part, None).unwrap();

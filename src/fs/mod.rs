@@ -25,7 +25,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
-use crate::numbers::{ImageId, Slot};
+use crate::numbers::{DonorId, ImageId, Slot};
 use crate::range;
 use crate::spill::{Budget, SpillVec};
 
@@ -40,7 +40,7 @@ pub enum SourceFile {
     /// An image.
     Image(ImageId),
     /// A donor, by the number [`Filesystem::create_donor`] gave it.
-    Donor(usize),
+    Donor(DonorId),
     /// A file without data, checksummed or not, as large as the largest image.
     Hole {
         /// Whether its inode has checksums; both sides of a call must agree.
@@ -242,7 +242,7 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// Where no such file can be made.
-    fn create_donor(&self, class: Class) -> Result<usize>;
+    fn create_donor(&self, class: Class) -> Result<DonorId>;
 
     /// Whether donors of class [`crate::facts::Compression::Zstd`] take frames; if not, the filesystem compresses them itself.
     fn takes_frames(&self) -> bool;
@@ -252,16 +252,16 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`Error::NoSpace`] among others.
-    fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()>;
+    fn append_to_donor(&self, donor: DonorId, content: &[u8], frame: Option<&[u8]>) -> Result<()>;
 
     /// Gives up a donor that could not be written.
-    fn discard_donor(&self, donor: usize);
+    fn discard_donor(&self, donor: DonorId);
 
     /// Waits until all of a donor is on disk.
     ///
     /// # Errors
     /// [`Error::NoSpace`] among others.
-    fn settle_donor(&self, donor: usize) -> Result<()>;
+    fn settle_donor(&self, donor: DonorId) -> Result<()>;
 
     /// Closes all donors: what of them no image shares is free from the next commit on, which this makes.
     ///

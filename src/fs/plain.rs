@@ -15,7 +15,7 @@ use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason};
 use crate::fingerprint::FingerprintFunction;
-use crate::numbers::{ExtentId, ImageId, Slot};
+use crate::numbers::{DonorId, ExtentId, ImageId, Slot};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 
@@ -192,7 +192,7 @@ impl Filesystem for Plain {
         Ok(SpillVec::of_in(None, facts.extents.len(), facts.budget()))
     }
 
-    fn create_donor(&self, _: Class) -> Result<usize> {
+    fn create_donor(&self, _: Class) -> Result<DonorId> {
         Err(self.cannot("make a donor in"))
     }
 
@@ -200,13 +200,13 @@ impl Filesystem for Plain {
         false
     }
 
-    fn append_to_donor(&self, _: usize, _: &[u8], _: Option<&[u8]>) -> Result<()> {
+    fn append_to_donor(&self, _: DonorId, _: &[u8], _: Option<&[u8]>) -> Result<()> {
         Err(self.cannot("write a donor in"))
     }
 
-    fn discard_donor(&self, _: usize) {}
+    fn discard_donor(&self, _: DonorId) {}
 
-    fn settle_donor(&self, _: usize) -> Result<()> {
+    fn settle_donor(&self, _: DonorId) -> Result<()> {
         Err(self.cannot("write a donor in"))
     }
 

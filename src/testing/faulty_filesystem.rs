@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{ExtentReference, Filesystem, ImageInfo, PoolMap, ShareOutcome, SourceFile};
-use crate::numbers::ImageId;
+use crate::numbers::{DonorId, ImageId};
 use crate::spill::{Budget, SpillVec};
 
 /// Calls that can go wrong, by what they do. Those of one kind are counted from 0.
@@ -279,7 +279,7 @@ impl Filesystem for FaultyFilesystem<'_> {
             .map_or_else(|| self.inner.free_bytes(), |disk_bytes| Ok(free(disk_bytes)))
     }
 
-    fn create_donor(&self, class: Class) -> Result<usize> {
+    fn create_donor(&self, class: Class) -> Result<DonorId> {
         self.fails(FilesystemCall::CreateDonor)
             .map_err(Error::writing("make a donor in", self.path(ImageId(0))))?;
         self.inner.create_donor(class)
@@ -289,7 +289,7 @@ impl Filesystem for FaultyFilesystem<'_> {
         self.inner.takes_frames()
     }
 
-    fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
+    fn append_to_donor(&self, donor: DonorId, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
         let taken = frame.map_or(content.len(), |frame| frame.len().next_multiple_of(BLOCK_LEN)) as u64;
         let fits = self
             .fails(FilesystemCall::AppendToDonor)
@@ -301,11 +301,11 @@ impl Filesystem for FaultyFilesystem<'_> {
         self.inner.append_to_donor(donor, content, frame)
     }
 
-    fn discard_donor(&self, donor: usize) {
+    fn discard_donor(&self, donor: DonorId) {
         self.inner.discard_donor(donor);
     }
 
-    fn settle_donor(&self, donor: usize) -> Result<()> {
+    fn settle_donor(&self, donor: DonorId) -> Result<()> {
         self.fails(FilesystemCall::SettleDonor)
             .map_err(Error::writing("write a donor in", self.path(ImageId(0))))?;
         self.inner.settle_donor(donor)

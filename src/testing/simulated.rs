@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Extent, Facts, PinReason, Reference};
 use crate::fingerprint::FingerprintFunction;
 use crate::fs::{self, ExtentReference, Filesystem, HeldRange, ImageInfo, ShareOutcome, SourceFile};
-use crate::numbers::{ExtentId, ImageId, Slot};
+use crate::numbers::{DonorId, ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 
 /// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
@@ -380,7 +380,7 @@ impl DiskState {
     fn file(&self, file: SourceFile) -> Option<&File> {
         match file {
             SourceFile::Image(image) => self.images.get(image.index()),
-            SourceFile::Donor(donor) => self.donors.get(donor).map(|(_, file)| file),
+            SourceFile::Donor(donor) => self.donors.get(donor.index()).map(|(_, file)| file),
             SourceFile::Hole { .. } => None,
         }
     }
@@ -491,7 +491,7 @@ impl Filesystem for Simulated {
         Ok(u64::MAX)
     }
 
-    fn create_donor(&self, class: Class) -> Result<usize> {
+    fn create_donor(&self, class: Class) -> Result<DonorId> {
         self.with(|state| {
             state.donors.push((
                 class,
@@ -500,7 +500,7 @@ impl Filesystem for Simulated {
                     blocks: Vec::new(),
                 },
             ));
-            Ok(state.donors.len() - 1)
+            Ok(DonorId::at(state.donors.len() - 1))
         })
     }
 
@@ -508,7 +508,7 @@ impl Filesystem for Simulated {
         true
     }
 
-    fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
+    fn append_to_donor(&self, donor: DonorId, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
         self.with(|state| {
             state.calls += 1;
             let full = self
@@ -534,7 +534,7 @@ impl Filesystem for Simulated {
                 state.allocations.len(),
                 u32::try_from(content.len()).unwrap_or(u32::MAX),
             );
-            let mut class = state.donors[donor].0;
+            let mut class = state.donors[donor.index()].0;
             if frame.is_none() {
                 class.compression = Compression::None;
             }
@@ -544,7 +544,7 @@ impl Filesystem for Simulated {
                 outside: false,
                 packed_bytes: frame.map(|frame| frame.len() as u64),
             });
-            state.donors[donor].1.blocks.extend((0..blocks).map(|at| {
+            state.donors[donor.index()].1.blocks.extend((0..blocks).map(|at| {
                 Some(MappedBlock {
                     extent,
                     at,
@@ -556,11 +556,11 @@ impl Filesystem for Simulated {
         })
     }
 
-    fn discard_donor(&self, donor: usize) {
-        self.with(|state| state.donors[donor].1.blocks.clear());
+    fn discard_donor(&self, donor: DonorId) {
+        self.with(|state| state.donors[donor.index()].1.blocks.clear());
     }
 
-    fn settle_donor(&self, _: usize) -> Result<()> {
+    fn settle_donor(&self, _: DonorId) -> Result<()> {
         Ok(())
     }
 

@@ -10,16 +10,16 @@ use crate::facts::{Class, Compression, Facts};
 use crate::frame::Packer;
 use crate::fs::{Filesystem, SourceFile, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
-use crate::numbers::{DonorExtentId, ImageId};
+use crate::numbers::{DonorExtentId, DonorId, ImageId};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, ReclaimPlan};
 
 /// Extents that are compressed side by side.
 const SIDE_BY_SIDE: usize = 64;
 
 /// A donor that was written.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct WrittenDonor {
-    pub(super) number: usize,
+    pub(super) id: DonorId,
     /// Blocks that it does not hold, since they could not be read.
     missing: Vec<Range<u32>>,
 }
@@ -62,12 +62,12 @@ impl DonorWriter<'_> {
     /// Writes one donor file. If the user asks to stop, it stays incomplete, and nothing will be shared with it.
     pub(super) fn write(self, file: &DonorFile, written: &mut WrittenDonors) -> Result<WrittenDonor> {
         let mut donor = WrittenDonor {
-            number: self.fs.create_donor(file.class)?,
-            ..WrittenDonor::default()
+            id: self.fs.create_donor(file.class)?,
+            missing: Vec::new(),
         };
         let filled = self.fill(file, &mut donor, written);
-        if let Err(error) = filled.and_then(|()| self.fs.settle_donor(donor.number)) {
-            self.fs.discard_donor(donor.number);
+        if let Err(error) = filled.and_then(|()| self.fs.settle_donor(donor.id)) {
+            self.fs.discard_donor(donor.id);
             return Err(error);
         }
         Ok(donor)
@@ -120,7 +120,7 @@ impl DonorWriter<'_> {
             read => read?,
         };
         self.fs
-            .append_to_donor(donor.number, &read.content, read.frame.as_deref())?;
+            .append_to_donor(donor.id, &read.content, read.frame.as_deref())?;
         *at += extent.blocks;
         written.bytes += bytes(extent.blocks);
         self.monitor.advance(bytes(extent.blocks));
@@ -170,7 +170,7 @@ impl DonorWriter<'_> {
     }
 
     /// Appends content that is no donor's of the plan.
-    pub(super) fn append(self, donor: usize, class: Class, content: &[u8]) -> Result<()> {
+    pub(super) fn append(self, donor: DonorId, class: Class, content: &[u8]) -> Result<()> {
         if !packs(self.fs, class) {
             return self.fs.append_to_donor(donor, content, None);
         }

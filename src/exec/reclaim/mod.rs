@@ -345,7 +345,7 @@ fn call(fs: &dyn Filesystem, donor_files: &[Option<WrittenDonor>], op: &Op) -> O
         ShareSource::Donor { file, block } => {
             let donor = donor_files[file.index()].as_ref();
             let donor = donor.filter(|donor| donor.has(&(block..block + op.blocks)))?;
-            (SourceFile::Donor(donor.number), block)
+            (SourceFile::Donor(donor.id), block)
         }
         ShareSource::Hole => (
             SourceFile::Hole {

@@ -169,11 +169,11 @@ fn joined(ranges: impl Iterator<Item = FileRange>) -> impl Iterator<Item = FileR
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::numbers::ImageId;
+    use crate::numbers::{DonorId, ImageId};
 
-    fn call(source: usize, source_offset: u64, offset: u64, length: u64) -> ShareCall {
+    fn call(source: u32, source_offset: u64, offset: u64, length: u64) -> ShareCall {
         ShareCall {
-            source: SourceFile::Donor(source),
+            source: SourceFile::Donor(DonorId(source)),
             source_offset,
             image: ImageId(7),
             offset,
@@ -229,6 +229,6 @@ mod tests {
         assert_eq!(behind.done(&window(&large, false)), []);
         assert_eq!((behind.bytes, behind.sources.len()), (BEHIND_BYTES, 1));
         let dropped = behind.done(&window(&calls, true));
-        assert_eq!(dropped[2..], [range(SourceFile::Donor(2), 0, BEHIND_BYTES)]);
+        assert_eq!(dropped[2..], [range(SourceFile::Donor(DonorId(2)), 0, BEHIND_BYTES)]);
     }
 }

@@ -4,6 +4,7 @@ use super::{Btrfs, CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM};
 use crate::block::{BLOCK_BYTES, SlotSet};
 use crate::error::Result;
 use crate::facts::{Compression, Facts};
+use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 use crate::sys::tree_search::Key;
 
@@ -15,8 +16,8 @@ pub(super) fn fingerprints_from_checksums(fs: &Btrfs, facts: &mut Facts, known: 
     let width = usize::from(fs.checksum_bytes);
     let mut sums = std::mem::take(&mut facts.fingerprints);
     let mut found_sums = Vec::new();
-    let visited = visit_checksums(fs, facts, |place, block, item| {
-        let extent = &facts.extents[place];
+    let visited = visit_checksums(fs, facts, |extent, block, item| {
+        let extent = &facts.extents[extent.index()];
         if extent.class.compression == Compression::None {
             found_sums.clear();
             let words = item.chunks_exact(width).filter_map(|sum| sum.first_chunk());
@@ -40,10 +41,10 @@ pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Opt
     let mut digests = SpillVec::of_in(None, facts.extents.len(), facts.budget());
     let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
     let (mut current, mut next_block) = (None, 0);
-    visit_checksums(fs, facts, |place, block, item| {
-        if current != Some(place) {
-            if let Some(done) = current.replace(place) {
-                digests[done] = Some(hasher.digest128());
+    visit_checksums(fs, facts, |extent, block, item| {
+        if current != Some(extent) {
+            if let Some(done) = current.replace(extent) {
+                digests[done.index()] = Some(hasher.digest128());
             }
             hasher.reset();
             next_block = 0;
@@ -56,14 +57,14 @@ pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Opt
         next_block = block + u32::try_from(item.len() / width).unwrap_or(0);
     })?;
     if let Some(done) = current {
-        digests[done] = Some(hasher.digest128());
+        digests[done.index()] = Some(hasher.digest128());
     }
     Ok(digests)
 }
 
-/// Calls `visit` with the checksums of extents, in order: the extent's place, the block on disk that the first belongs to, and
+/// Calls `visit` with the checksums of extents, in order: the extent, the block on disk that the first belongs to, and
 /// the checksums of that and the following ones. An extent may come in several parts.
-fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(usize, u32, &[u8])) -> Result<()> {
+fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(ExtentId, u32, &[u8])) -> Result<()> {
     /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
     const ITEM_COVERS_MAX: u64 = 64 << 20;
     let width = usize::from(fs.checksum_bytes).max(1);
@@ -92,7 +93,11 @@ fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(usize, u32, 
             let byte = |address: u64| usize::try_from((address - start) / BLOCK_BYTES).unwrap_or(usize::MAX) * width;
             let block = u32::try_from((from - extent.address) / BLOCK_BYTES).unwrap_or(u32::MAX);
             if from < to {
-                visit(at, block, item.get(byte(from)..byte(to)).unwrap_or_default());
+                visit(
+                    ExtentId::at(at),
+                    block,
+                    item.get(byte(from)..byte(to)).unwrap_or_default(),
+                );
             }
             at += 1;
         }

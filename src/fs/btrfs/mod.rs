@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::facts::{Class, Compression, Facts};
 use crate::fingerprint::FingerprintFunction;
 use crate::monitor::Monitor;
-use crate::numbers::ImageId;
+use crate::numbers::{DonorId, ImageId};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::encoded_write::write_frame;

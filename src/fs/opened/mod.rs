@@ -307,22 +307,22 @@ macro_rules! reads_opened {
 /// The methods of [`super::Filesystem`] that share extents of images, for a filesystem with a field `opened`.
 macro_rules! shares_opened {
     () => {
-        fn create_donor(&self, class: Class) -> Result<usize> {
+        fn create_donor(&self, class: Class) -> Result<DonorId> {
             self.opened.scratch.create_donor(class)
         }
 
-        fn append_to_donor(&self, donor: usize, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
+        fn append_to_donor(&self, donor: DonorId, content: &[u8], frame: Option<&[u8]>) -> Result<()> {
             let by_frames = || self.takes_frames();
             self.opened
                 .scratch
                 .append_to_donor(donor, content, frame, by_frames)
         }
 
-        fn discard_donor(&self, donor: usize) {
+        fn discard_donor(&self, donor: DonorId) {
             self.opened.scratch.discard_donor(donor);
         }
 
-        fn settle_donor(&self, donor: usize) -> Result<()> {
+        fn settle_donor(&self, donor: DonorId) -> Result<()> {
             self.opened.scratch.settle_donor(donor)
         }
 

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::lock;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Compression};
+use crate::numbers::DonorId;
 use crate::sys::beneath::Folder;
 use crate::sys::encoded_write::write_frame;
 use crate::sys::readahead::write_out;
@@ -99,11 +100,11 @@ impl Scratch {
     }
 
     /// A donor's file.
-    pub(super) fn donor(&self, donor: usize) -> Arc<File> {
-        lock(&self.donors)[donor].file.clone()
+    pub(super) fn donor(&self, donor: DonorId) -> Arc<File> {
+        lock(&self.donors)[donor.index()].file.clone()
     }
 
-    pub(in crate::fs) fn create_donor(&self, class: Class) -> Result<usize> {
+    pub(in crate::fs) fn create_donor(&self, class: Class) -> Result<DonorId> {
         let file = self.new_file(class)?;
         let mut donors = lock(&self.donors);
         donors.push(ScratchDonor {
@@ -111,12 +112,12 @@ impl Scratch {
             length: 0,
             compression: class.compression,
         });
-        Ok(donors.len() - 1)
+        Ok(DonorId::at(donors.len() - 1))
     }
 
     pub(in crate::fs) fn append_to_donor(
         &self,
-        donor: usize,
+        donor: DonorId,
         content: &[u8],
         frame: Option<&[u8]>,
         takes_frames: impl FnOnce() -> bool,
@@ -124,7 +125,7 @@ impl Scratch {
         let length = content.len() as u64;
         let (file, at, compression) = {
             let mut donors = lock(&self.donors);
-            let donor = &mut donors[donor];
+            let donor = &mut donors[donor.index()];
             let at = donor.length;
             donor.length += length;
             (donor.file.clone(), at, donor.compression)
@@ -147,12 +148,12 @@ impl Scratch {
         written.map_err(|error| self.donor_error(error))
     }
 
-    pub(in crate::fs) fn discard_donor(&self, donor: usize) {
+    pub(in crate::fs) fn discard_donor(&self, donor: DonorId) {
         // Where this fails the space is free again at the end of the run.
-        let _ = lock(&self.donors)[donor].file.set_len(0);
+        let _ = lock(&self.donors)[donor.index()].file.set_len(0);
     }
 
-    pub(in crate::fs) fn settle_donor(&self, donor: usize) -> Result<()> {
+    pub(in crate::fs) fn settle_donor(&self, donor: DonorId) -> Result<()> {
         self.donor(donor).sync_data().map_err(|error| self.donor_error(error))
     }
 

@@ -18,7 +18,7 @@ use crate::content::Metadata;
 use crate::error::Result;
 use crate::facts::{Class, Facts};
 use crate::fingerprint::FingerprintFunction;
-use crate::numbers::ImageId;
+use crate::numbers::{DonorId, ImageId};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};
