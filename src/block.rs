@@ -1,4 +1,4 @@
-//! Blocks and sets of them: the arithmetic everything else is written in. No I/O.
+//! Blocks and sets of numbers: the arithmetic everything else is written in. No I/O.
 
 use std::marker::PhantomData;
 use std::ops::Range;

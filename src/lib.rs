@@ -27,8 +27,8 @@
 //! codec       numbers and strings as bytes, and back, with limits
 //! shown       names and sizes as people read them
 //! range       arithmetic of ranges
-//! block       blocks and slots
-//! numbers     types of numbers: commits, images, extents, blocks of a store
+//! block       blocks, and sets of numbers
+//! numbers     types of numbers: commits, images, extents, slots, donors, blocks of a store
 //! sys         every `unsafe` line
 //! ```
 //! # Rules of the house

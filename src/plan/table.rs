@@ -141,8 +141,8 @@ impl<N: Number> BlockTable<N> {
     }
 }
 
-/// The blocks entered for a fingerprint. Planning spends most of its time here, so that this is one loop and no chain of adapters, of which
-/// each change elsewhere has the compiler make something else.
+/// The blocks entered for a fingerprint. Planning spends most of its time here. This is one loop rather than a chain of adapters, since the
+/// code around them decides whether the compiler inlines those.
 pub(super) struct Candidates<'a, N> {
     table: &'a BlockTable<N>,
     fingerprints: &'a Fingerprints<N>,
