@@ -218,4 +218,27 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn threads_that_load_pages_into_the_same_frame_read_their_own() {
+        const PAGES: u32 = 3;
+        let at = |page: u32, n: u32| page * u32::try_from(FRAMES * PAGE).unwrap() + n;
+        let folder = tempfile::tempdir().unwrap();
+        let budget = Budget::new(0, folder.path().to_owned());
+        let mut file = Fingerprints::<u32>::in_file(at(PAGES, 0) as usize, &budget).unwrap();
+        for page in 0..PAGES {
+            let numbers: Vec<u32> = (0..100).map(|n| at(page, n)).collect();
+            file.write(at(page, 0), &numbers);
+        }
+        std::thread::scope(|scope| {
+            for page in 0..PAGES {
+                let file = &file;
+                scope.spawn(move || {
+                    for n in (0..100).cycle().take(20_000) {
+                        assert_eq!(file.get(at(page, n)), at(page, n));
+                    }
+                });
+            }
+        });
+    }
 }
