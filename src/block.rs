@@ -1,4 +1,4 @@
-//! Blocks and slots: the arithmetic everything else is written in. No I/O.
+//! Blocks, slots, byte ranges, and sets of numbers. Nothing here does I/O.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -16,7 +16,7 @@ pub const BLOCK_LEN: usize = 4096;
 /// 32 bits number 16 TiB of distinct extents; a pool with more is refused ([`crate::error::Error::TooLarge`]).
 pub type Slot = u32;
 
-/// Bytes of `blocks` blocks.
+/// Returns the size of `blocks` blocks in bytes.
 pub const fn bytes(blocks: u32) -> u64 {
     blocks as u64 * BLOCK_BYTES
 }
@@ -26,7 +26,7 @@ pub const fn bytes(blocks: u32) -> u64 {
 pub struct ByteRange {
     /// First byte.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
 }
 
@@ -47,7 +47,7 @@ pub struct NumberSet<N> {
 pub type SlotSet = NumberSet<Slot>;
 
 impl<N: Number> NumberSet<N> {
-    /// An empty set with room for so many numbers.
+    /// Makes an empty set for numbers below `numbers`.
     pub fn new(numbers: usize) -> Self {
         Self {
             words: vec![0; numbers.div_ceil(64)],
@@ -55,7 +55,7 @@ impl<N: Number> NumberSet<N> {
         }
     }
 
-    /// Makes room for so many numbers, if there is less.
+    /// Grows the set so that it can hold numbers below `numbers`. A set never shrinks.
     pub fn grow(&mut self, numbers: usize) {
         let words = numbers.div_ceil(64);
         if words > self.words.len() {
@@ -71,26 +71,26 @@ impl<N: Number> NumberSet<N> {
             .is_some_and(|word| word >> (number % 64) & 1 == 1)
     }
 
-    /// Puts a number in.
+    /// Inserts a number. It must be below the limit that the set was made or grown for.
     pub fn insert(&mut self, number: N) {
         let number = number.bare();
         self.words[number as usize / 64] |= 1 << (number % 64);
     }
 
-    /// Takes a number out.
+    /// Removes a number. It must be below the limit that the set was made or grown for.
     pub fn remove(&mut self, number: N) {
         let number = number.bare();
         self.words[number as usize / 64] &= !(1 << (number % 64));
     }
 
-    /// Puts a range of numbers in.
+    /// Inserts a range of numbers, each below the limit.
     pub fn insert_range(&mut self, numbers: Range<N>) {
         for number in numbers.start.bare()..numbers.end.bare() {
             self.insert(N::of(number));
         }
     }
 
-    /// The maximal runs of numbers of `within` that are in the set, in order.
+    /// Returns the maximal runs of numbers of `within` that are in the set, in ascending order.
     pub fn runs(&self, within: Range<N>) -> impl Iterator<Item = Range<N>> + '_ {
         let (mut at, end) = (within.start.bare(), within.end.bare());
         std::iter::from_fn(move || {
