@@ -1,4 +1,4 @@
-//! `BTRFS_IOC_ENCODED_WRITE`: data that was compressed beforehand becomes an extent as it is.
+//! `BTRFS_IOC_ENCODED_WRITE`: stores data that is already compressed as a compressed extent.
 
 use std::os::fd::AsFd;
 
@@ -39,7 +39,8 @@ const ZSTD: u32 = 2;
 /// `CAP_SYS_ADMIN`, and Linux 5.18.
 ///
 /// # Errors
-/// Those of the call: `ENOTTY` before Linux 5.18, `EINVAL` for what does not keep to the limits, `ENOSPC`.
+/// Returns the error of the call: `ENOTTY` before Linux 5.18, `EINVAL` if the frame or its content exceeds the kernel's limits, and
+/// `ENOSPC`.
 pub fn write_frame(file: impl AsFd, offset: u64, frame: &[u8], content_bytes: u64) -> Result<()> {
     let piece = Iovec {
         address: frame.as_ptr().addr() as u64,
