@@ -132,11 +132,11 @@ impl Budget {
         match (self.space_of(old), self.space_of(new)) {
             (Some(space), Some(_)) => lock(space).remap(at, new.size()).map_err(|_| AllocError),
             (None, None) if new.size() >= old.size() => {
-                // SAFETY: both layouts are small, so that the block came from the global allocator.
+                // SAFETY: neither layout belongs to a mapping, so that the block came from the global allocator.
                 unsafe { Global.grow(at, old, new) }
             }
             (None, None) => {
-                // SAFETY: both layouts are small, so that the block came from the global allocator.
+                // SAFETY: neither layout belongs to a mapping, so that the block came from the global allocator.
                 unsafe { Global.shrink(at, old, new) }
             }
             _ => {
