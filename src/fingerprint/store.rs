@@ -1,4 +1,4 @@
-//! Fingerprints of many blocks: in memory while they are few, else in an unnamed file of which a few pages are in memory.
+//! Fingerprints of many blocks: in memory while they are few, or else in an unnamed file with a page cache.
 
 use std::io::Result;
 use std::ops::Range;
@@ -7,12 +7,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::block::Slot;
 use crate::sys::spill::{Budget, SpillFile, lost};
 
-/// Fingerprints in a page.
+/// Fingerprints of a page.
 const PAGE: usize = 1024;
-/// Pages in memory: 4 MiB.
+/// Pages in the cache, which takes 4 MiB.
 const FRAMES: usize = 1024;
 
-/// A fingerprint for each slot; zero until one is written.
+/// A fingerprint for each slot, which is 0 until it is written.
 #[derive(Debug)]
 pub struct Fingerprints {
     slots: usize,
@@ -29,10 +29,10 @@ enum Kept {
     },
 }
 
-/// A page of the file for each frame: direct-mapped, since matching goes along two or three places at a time.
+/// The cache: each page of the file has one frame. It is direct-mapped, since the planner compares two or three places at a time.
 #[derive(Debug)]
 struct Pages {
-    /// The page that each frame holds, plus one.
+    /// The number of the page in each frame, plus one; 0 for none.
     tags: Vec<u32>,
     data: Vec<u32>,
 }
@@ -53,16 +53,16 @@ impl From<Vec<u32>> for Fingerprints {
 }
 
 impl Fingerprints {
-    /// Fingerprints that take four bytes of memory each.
+    /// Makes fingerprints that take four bytes of memory each.
     pub fn in_memory(slots: usize) -> Self {
         vec![0; slots].into()
     }
 
-    /// Fingerprints that take four bytes of disk each, in an unnamed file where a budget has its files, and 4 MiB of memory in all. Where
-    /// that file cannot be read or written later, the process ends as it does for lists ([`lost`]).
+    /// Makes fingerprints that take four bytes of disk each, in an unnamed file in the budget's folder, and 4 MiB of memory in all. If the
+    /// file cannot be read or written later, the process ends ([`lost`]).
     ///
     /// # Errors
-    /// If there can be no such file, or it has too little room: `ENOSPC`, `EDQUOT`.
+    /// Returns `ENOSPC` or `EDQUOT` if there is too little space, and otherwise the error of making the file.
     pub fn in_file(slots: usize, budget: &Budget) -> Result<Self> {
         let file = budget.file(slots.next_multiple_of(PAGE) as u64 * 4)?;
         let pages = Pages {
@@ -79,7 +79,7 @@ impl Fingerprints {
         })
     }
 
-    /// As many fingerprints as `slots`, kept as these are. If a file cannot be made, they are kept in memory.
+    /// Makes `slots` fingerprints that are kept where these are. If a file cannot be made, they are kept in memory.
     #[must_use]
     pub fn alike(&self, slots: usize) -> Self {
         match &self.kept {
@@ -88,17 +88,17 @@ impl Fingerprints {
         }
     }
 
-    /// How many there are.
+    /// Returns the number of fingerprints.
     pub fn len(&self) -> usize {
         self.slots
     }
 
-    /// Whether there are none.
+    /// Whether there are no fingerprints.
     pub fn is_empty(&self) -> bool {
         self.slots == 0
     }
 
-    /// One fingerprint.
+    /// Returns the fingerprint of a slot.
     pub fn get(&self, slot: Slot) -> u32 {
         let slot = slot as usize;
         match &self.kept {
@@ -111,7 +111,7 @@ impl Fingerprints {
         }
     }
 
-    /// A range of them.
+    /// Returns the fingerprints of a range of slots.
     pub fn range(&self, slots: Range<Slot>) -> Vec<u32> {
         match &self.kept {
             Kept::Memory(all) => all[slots.start as usize..slots.end as usize].to_vec(),
@@ -143,7 +143,7 @@ impl Fingerprints {
 }
 
 impl Pages {
-    /// Makes sure that a page is in memory, and returns its frame.
+    /// Loads a page into its frame unless it is there, and returns the frame.
     fn load(&mut self, file: &SpillFile, page: usize) -> usize {
         let frame = page % FRAMES;
         let tag = u32::try_from(page + 1).unwrap_or(u32::MAX);
