@@ -31,8 +31,8 @@ impl Run {
     /// Extends this run by `next` if their contents are contiguous and the length stays within 32 bits. Returns whether it did.
     pub fn absorb(&mut self, next: Self) -> bool {
         let follows = match (self.content, next.content) {
-            (Content::Stored(mine), Content::Stored(its)) => mine.checked_add(self.blocks) == Some(its),
-            (mine, its) => mine == its,
+            (Content::Stored(first), Content::Stored(following)) => first.checked_add(self.blocks) == Some(following),
+            (content, following) => content == following,
         };
         match self.blocks.checked_add(next.blocks) {
             Some(blocks) if follows => {

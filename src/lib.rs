@@ -1,5 +1,5 @@
-//! vmfold gives people who keep virtual machines as image files their disk back: what images and revisions have in common
-//! becomes shared extents, and what nothing needs any more is really freed.
+//! vmfold frees disk space for people who keep virtual machines as image files: what images and revisions have in common becomes shared
+//! extents, and what nothing refers to is freed.
 //!
 //! # The map
 //! A line may use the lines below it, and no other; `tests/tidy.rs` checks that. A name without an explanation is one file.
@@ -32,9 +32,9 @@
 //! sys         every `unsafe` line
 //! ```
 //! # Rules of the house
-//! An image is changed by `FIDEDUPERANGE` and nothing else. The index is a cache: nothing in it is believed unchecked.
-//! Planning does no I/O; executing makes no decision. What is reported was counted, before and after.
-//! The library never prints: it talks to a [`monitor::Monitor`].
+//! An image is changed by `FIDEDUPERANGE` and nothing else. The index is a cache: nothing in it is trusted unchecked. Planning does no I/O;
+//! executing makes no decision. Reported numbers are counted before and after a run. The library never prints: it reports to a
+//! [`monitor::Monitor`].
 //!
 //! `src/README.md` says how data flows, what is trusted, and which files a change touches.
 

@@ -28,9 +28,9 @@ impl<T> SpillVec<T> {
 
     /// Collects items into a vector.
     pub fn from_iter_in(items: impl IntoIterator<Item = T>, budget: &Budget) -> Self {
-        let mut all = Self::new_in(budget);
-        all.extend(items);
-        all
+        let mut list = Self::new_in(budget);
+        list.extend(items);
+        list
     }
 
     /// Returns the budget that the vector was made from.
@@ -42,9 +42,9 @@ impl<T> SpillVec<T> {
 impl<T: Clone> SpillVec<T> {
     /// Makes a vector of `count` copies of `value`.
     pub fn of_in(value: T, count: usize, budget: &Budget) -> Self {
-        let mut all = Self::with_capacity_in(count, budget);
-        all.resize(count, value);
-        all
+        let mut list = Self::with_capacity_in(count, budget);
+        list.resize(count, value);
+        list
     }
 }
 

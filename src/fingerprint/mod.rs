@@ -50,10 +50,10 @@ mod tests {
 
     #[test]
     fn known_values() {
-        // CRC32C of "123456789" stands in RFC 3720's successor tables; of 4 KiB of zeros, in any btrfs checksum tree.
+        // RFC 3720's successor tables have the CRC32C of "123456789", and any btrfs checksum tree that of 4 KiB of zeros.
         assert_eq!(FingerprintFunction::Crc32c.of(b"123456789"), 0xe306_9283);
         assert_eq!(FingerprintFunction::Crc32c.of_zeros(), 0x98f9_4189);
-        // xxhash64 of nothing, from the reference implementation: ef46db3751d8e999.
+        // The reference implementation gives ef46db3751d8e999 for the xxhash64 of an empty string.
         assert_eq!(FingerprintFunction::Xxhash64.of(b""), 0x51d8_e999);
     }
 }

@@ -9,7 +9,7 @@ pub(super) type Release = (u32, u32);
 /// How vmfold treats a kernel release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Nothing is known against it.
+    /// The release has no known faults.
     Fine,
     /// Sharing extents may damage data or metadata.
     Refuse,

@@ -43,7 +43,7 @@ impl Plain {
         let specifics = Specifics {
             uuid: uuid_of(device),
             verdict: kernel::Verdict::Fine,
-            is_here: &|file| rustix::fs::fstat(file).is_ok_and(|stat| stat.st_dev == device),
+            contains: &|file| rustix::fs::fstat(file).is_ok_and(|stat| stat.st_dev == device),
             root_of: |_| Ok(Some(0)),
             is_checksummed: |_, _| Ok(true),
             set_up: |_, _| Err(Errno::OPNOTSUPP),

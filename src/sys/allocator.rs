@@ -9,7 +9,7 @@ const MAPPED_BYTES: libc::c_int = 128 << 10;
 /// gigabytes.
 pub fn give_back_early() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: plain integers; allowed at any time (mallopt(3)).
+    // SAFETY: the call takes plain integers, and is allowed at any time (mallopt(3)).
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES);
         libc::mallopt(libc::M_TRIM_THRESHOLD, MAPPED_BYTES);

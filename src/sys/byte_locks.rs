@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 /// Whether another open file description holds a lock on any of the `length` bytes from `start` on. An error counts as no lock.
 pub fn is_locked(fd: impl AsFd, start: i64, length: i64) -> bool {
-    // SAFETY: plain integers, for which zeros are valid.
+    // SAFETY: the structure is plain integers, for which all zeros are valid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     // The constants are small numbers of an integer type that differs between C libraries.
     #[expect(clippy::cast_possible_truncation, reason = "0, 1 and 2")]

@@ -34,9 +34,9 @@ const ZSTD: u32 = 2;
 
 /// Writes a zstd frame to `offset` of a file as one compressed extent; it stands for `content_bytes` of content.
 ///
-/// Offset and content are multiples of the filesystem's block size, the content is 128 KiB at most and the frame shorter than it. The
-/// frame's window is 128 KiB at most: the kernel keeps whatever it is given, and cannot read what does not keep to that. It takes
-/// `CAP_SYS_ADMIN`, and Linux 5.18.
+/// The offset and `content_bytes` must be multiples of the filesystem's block size. The content is at most 128 KiB, and the frame must be
+/// shorter than it. The frame's window must be at most 128 KiB: the kernel stores any frame, but cannot read one with a larger window. The
+/// call requires `CAP_SYS_ADMIN` and Linux 5.18.
 ///
 /// # Errors
 /// Returns the error of the call: `ENOTTY` before Linux 5.18, `EINVAL` if the frame or its content exceeds the kernel's limits, and

@@ -43,7 +43,7 @@ pub enum FilesystemCall {
     RangesIn,
 }
 
-/// What goes wrong.
+/// The ways in which a call goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FilesystemFault {
     /// The call fails with this error.

@@ -41,8 +41,8 @@ pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Opt
     let (mut current, mut next_block) = (None, 0);
     visit_checksums(fs, facts, |place, block, item| {
         if current != Some(place) {
-            if let Some(done) = current.replace(place) {
-                digests[done] = Some(hasher.digest128());
+            if let Some(finished) = current.replace(place) {
+                digests[finished] = Some(hasher.digest128());
             }
             hasher.reset();
             next_block = 0;
@@ -54,8 +54,8 @@ pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Opt
         hasher.update(item);
         next_block = block + u32::try_from(item.len() / width).unwrap_or(0);
     })?;
-    if let Some(done) = current {
-        digests[done] = Some(hasher.digest128());
+    if let Some(finished) = current {
+        digests[finished] = Some(hasher.digest128());
     }
     Ok(digests)
 }

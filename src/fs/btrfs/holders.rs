@@ -52,7 +52,7 @@ impl Btrfs {
             }
         }
         let mounts = mounted_at("btrfs", |folder| {
-            crate::sys::fs_info::fs_info(folder).is_ok_and(|its| its == self.info)
+            crate::sys::fs_info::fs_info(folder).is_ok_and(|found| found == self.info)
         });
         let mut folders = BTreeMap::new();
         let mut names = BTreeMap::new();

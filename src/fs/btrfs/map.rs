@@ -99,13 +99,13 @@ fn file_extents(image: &OpenImage, mut visit: impl FnMut(Item) -> Result<()>) ->
     let mut problem = None;
     tree_search::<MANY>(&*image.file, 0, key(0), key(u64::MAX), |key, item| {
         let parsed = parse(key.offset, item);
-        let done = parsed
+        let result = parsed
             .map_err(|problem| Error::Metadata {
                 path: image.known.path.clone(),
                 problem: format!("{problem} at byte {}", key.offset),
             })
             .and_then(&mut visit);
-        if let Err(error) = done {
+        if let Err(error) = result {
             problem.get_or_insert(error);
         }
         None

@@ -78,7 +78,7 @@ impl Btrfs {
         let specifics = Specifics {
             uuid: info.uuid,
             verdict: kernel::with_btrfs(kernel::release()),
-            is_here: &|file| fs_info(file).is_ok_and(|its| its == info),
+            contains: &|file| fs_info(file).is_ok_and(|found| found == info),
             root_of: |file| logical_ino::subvolume_of(file).map(Some),
             is_checksummed: |file, inode| Ok(!has_no_checksums(file, inode)?),
             set_up: set_class,

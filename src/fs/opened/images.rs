@@ -316,7 +316,7 @@ fn open_one(
     };
     // The kernel must not read ahead: blocks are read at scattered places, and everything else is read ahead explicitly.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-    if !(specifics.is_here)(file.as_fd()) {
+    if !(specifics.contains)(file.as_fd()) {
         return leave(Skip::OtherFilesystem);
     }
     let fixed = match why_fixed(&file) {

@@ -37,7 +37,7 @@ pub(super) struct Specifics<'a> {
     /// The verdict on the running kernel's release.
     pub(super) verdict: Verdict,
     /// Whether a file lies on it.
-    pub(super) is_here: &'a dyn Fn(BorrowedFd<'_>) -> bool,
+    pub(super) contains: &'a dyn Fn(BorrowedFd<'_>) -> bool,
     /// Returns the tree that a file's inode lies in, 0 where there is only one; `None` if its data lies where it cannot be shared.
     pub(super) root_of: fn(&File) -> rustix::io::Result<Option<u64>>,
     /// Whether an inode's data has checksums.
@@ -223,8 +223,8 @@ fn folder_for_donors(
     folders.find_map(|(found, path)| {
         let folder = found.open_folder().ok()?;
         // A folder that was moved since may lie on another filesystem.
-        let is_here = (specifics.is_here)(folder.as_fd());
-        (is_here && scratch::unnamed_file_in(&folder).is_ok()).then(|| (folder, path.to_owned()))
+        let is_on_filesystem = (specifics.contains)(folder.as_fd());
+        (is_on_filesystem && scratch::unnamed_file_in(&folder).is_ok()).then(|| (folder, path.to_owned()))
     })
 }
 

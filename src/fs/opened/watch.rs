@@ -221,7 +221,7 @@ mod tests {
         let ((named, file), (_other_named, other)) = (image(), image());
         let revoked = watch.add(&file, Lease::All).unwrap();
         let untouched = watch.add(&other, Lease::All).unwrap();
-        // As libvirt looks at images: it would rather fail than wait.
+        // libvirt inspects images with these flags: it would rather fail than wait.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let looked = rustix::fs::open(named.path(), flags, Mode::empty());
         assert!(looked.is_ok(), "{looked:?}");
@@ -235,7 +235,7 @@ mod tests {
         for lease in [Lease::All, Lease::Writers] {
             let (named, file) = image();
             let revoked = watch.add(&file, lease).unwrap();
-            // The kernel would take the lease away after 45 seconds, and let him through without our doing.
+            // After 45 seconds, the kernel would break the lease and let the opener continue by itself.
             let since = Instant::now();
             let opened = File::options().write(true).open(named.path());
             assert!(opened.is_ok(), "{opened:?}");

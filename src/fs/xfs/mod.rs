@@ -47,7 +47,7 @@ impl Xfs {
         let specifics = Specifics {
             uuid: info.uuid,
             verdict: kernel::with_xfs(kernel::release()),
-            is_here: &|file| fs_info(file).is_ok_and(|its| its == info),
+            contains: &|file| fs_info(file).is_ok_and(|found| found == info),
             root_of: |file| is_realtime(file).map(|elsewhere| (!elsewhere).then_some(0)),
             is_checksummed: |_, _| Ok(true),
             set_up: |_, _| Ok(()),
