@@ -1,4 +1,4 @@
-//! Blocks and sets of numbers: the arithmetic everything else is written in. No I/O.
+//! Blocks, byte ranges, and sets of numbers. Nothing here does I/O.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -11,7 +11,7 @@ pub const BLOCK_BYTES: u64 = 4096;
 /// [`BLOCK_BYTES`] as a length in memory.
 pub const BLOCK_LEN: usize = 4096;
 
-/// Bytes of `blocks` blocks.
+/// Returns the size of `blocks` blocks in bytes.
 pub const fn bytes(blocks: u32) -> u64 {
     blocks as u64 * BLOCK_BYTES
 }
@@ -21,7 +21,7 @@ pub const fn bytes(blocks: u32) -> u64 {
 pub struct ByteRange {
     /// First byte.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
 }
 
@@ -42,7 +42,7 @@ pub struct NumberSet<N> {
 pub type SlotSet = NumberSet<Slot>;
 
 impl<N: Number> NumberSet<N> {
-    /// An empty set with room for so many numbers.
+    /// Makes an empty set for numbers below `numbers`.
     pub fn new(numbers: usize) -> Self {
         Self {
             words: vec![0; numbers.div_ceil(64)],
@@ -50,7 +50,7 @@ impl<N: Number> NumberSet<N> {
         }
     }
 
-    /// Makes room for so many numbers, if there is less.
+    /// Grows the set so that it can hold numbers below `numbers`. A set never shrinks.
     pub fn grow(&mut self, numbers: usize) {
         let words = numbers.div_ceil(64);
         if words > self.words.len() {
@@ -66,26 +66,26 @@ impl<N: Number> NumberSet<N> {
             .is_some_and(|word| word >> (number % 64) & 1 == 1)
     }
 
-    /// Puts a number in.
+    /// Inserts a number. It must be below the limit that the set was made or grown for.
     pub fn insert(&mut self, number: N) {
         let number = number.bare();
         self.words[number as usize / 64] |= 1 << (number % 64);
     }
 
-    /// Takes a number out.
+    /// Removes a number. It must be below the limit that the set was made or grown for.
     pub fn remove(&mut self, number: N) {
         let number = number.bare();
         self.words[number as usize / 64] &= !(1 << (number % 64));
     }
 
-    /// Puts a range of numbers in.
+    /// Inserts a range of numbers, each below the limit.
     pub fn insert_range(&mut self, numbers: Range<N>) {
         for number in numbers.start.bare()..numbers.end.bare() {
             self.insert(N::of(number));
         }
     }
 
-    /// The maximal runs of numbers of `within` that are in the set, in order.
+    /// Returns the maximal runs of numbers of `within` that are in the set, in ascending order.
     pub fn runs(&self, within: Range<N>) -> impl Iterator<Item = Range<N>> + '_ {
         let (mut at, end) = (within.start.bare(), within.end.bare());
         std::iter::from_fn(move || {

@@ -6,35 +6,35 @@
 
 use fastcdc::v2020::FastCDC;
 
-/// Least, average and greatest number of blocks in a chunk.
+/// The minimum, average and maximum number of blocks in a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct Parameters {
-    /// A chunk is cut no shorter, unless the stream ends.
+    /// Minimum length. Only the last chunk of a stream may be shorter.
     pub min_blocks: u16,
-    /// A power of two.
+    /// Average length, a power of two.
     pub average_blocks: u16,
-    /// A chunk is cut no longer.
+    /// Maximum length.
     pub max_blocks: u16,
 }
 
-/// What reclaim, export and import cut with: 16 KiB on average.
+/// The parameters of every verb: chunks of 16 KiB on average.
 pub const PARAMETERS: Parameters = Parameters {
     min_blocks: 1,
     average_blocks: 4,
     max_blocks: 16,
 };
 
-/// Version of the cutting: changes whenever the same blocks would be cut otherwise.
+/// Version of the cut points. It is raised whenever the same blocks would be cut at other places.
 pub const VERSION: u32 = 1;
 
 const STREAM_BYTES: usize = 64;
 
-/// A chunk: how many blocks, and a weak hash of their fingerprints to look it up by.
+/// A chunk: its length, and a weak hash of its fingerprints to look it up by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
-    /// Blocks in it.
+    /// Length in blocks.
     pub blocks: u16,
-    /// xxh3 of the fingerprints, little-endian. Equal blocks have equal ids; the reverse is only likely.
+    /// xxh3 of the fingerprints in little-endian order. Equal blocks have equal ids; blocks with equal ids are only likely to be equal.
     pub weak_id: u64,
 }
 
@@ -45,7 +45,7 @@ pub struct Chunker {
 }
 
 impl Chunker {
-    /// The chunks of `fingerprints`, in order; their blocks add up to its length.
+    /// Calls `emit` with each chunk of `fingerprints`, in order. The lengths of the chunks add up to the number of fingerprints.
     pub fn cut(&mut self, fingerprints: &[u32], mut emit: impl FnMut(Chunk)) {
         self.stream.clear();
         self.stream.reserve(fingerprints.len() * STREAM_BYTES);
@@ -55,12 +55,12 @@ impl Chunker {
                 self.stream.extend_from_slice(&split_mix(&mut state).to_le_bytes());
             }
         }
-        let of = |blocks: u16| usize::from(blocks) * STREAM_BYTES;
+        let stream_bytes = |blocks: u16| usize::from(blocks) * STREAM_BYTES;
         let cdc = FastCDC::new(
             &self.stream,
-            of(PARAMETERS.min_blocks),
-            of(PARAMETERS.average_blocks),
-            of(PARAMETERS.max_blocks),
+            stream_bytes(PARAMETERS.min_blocks),
+            stream_bytes(PARAMETERS.average_blocks),
+            stream_bytes(PARAMETERS.max_blocks),
         );
         let mut start = 0;
         while start < fingerprints.len() {
@@ -77,7 +77,7 @@ impl Chunker {
     }
 }
 
-/// The weak id of a chunk whose blocks have these fingerprints.
+/// Returns the weak id of a chunk whose blocks have these fingerprints.
 pub fn weak_id(fingerprints: &[u32]) -> u64 {
     let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
     for fingerprint in fingerprints {
@@ -86,14 +86,15 @@ pub fn weak_id(fingerprints: &[u32]) -> u64 {
     hash.digest()
 }
 
-/// The fingerprints whose cut points `testdata/cuts-v1.txt` holds, so that any change of the cutting is noticed.
+/// Returns the fingerprints whose cut points `testdata/cuts-v1.txt` holds, so that a test notices any change of the cut points.
 pub fn golden_stream() -> Vec<u32> {
     let mut state = 42;
     #[expect(clippy::cast_possible_truncation, reason = "any 32 bits will do")]
     (0..4000).map(|_| split_mix(&mut state) as u32).collect()
 }
 
-/// `SplitMix64`: spreads a fingerprint's bits over the stream (Steele, Lea, Flood 2014).
+/// Advances the state of `SplitMix64` and returns its next number, which spreads a fingerprint's bits over the stream (Steele, Lea, Flood
+/// 2014).
 fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;

@@ -1,66 +1,66 @@
-//! Numbers and strings as `formats/archive-v1.md` has them. A decoder takes nothing on trust: every length is checked against
-//! what is left before anything is allocated.
+//! Encodes and decodes numbers and strings as `formats/archive-v1.md` defines them. A decoder trusts nothing: it checks every length
+//! against the bytes that are left before it allocates anything.
 
-/// Why bytes are not what the format says.
+/// Says why bytes do not keep to the format.
 pub type Malformed = &'static str;
 
-/// Result of decoding.
+/// The result of decoding.
 pub type Decoded<T> = Result<T, Malformed>;
 
 const SHORT: Malformed = "it ends too early";
 
-/// Reads fields one after the other.
+/// Decodes fields one after the other.
 #[derive(Debug, Clone)]
 pub struct Decoder<'a> {
     bytes: &'a [u8],
 }
 
 impl<'a> Decoder<'a> {
-    /// Begins at the first of `bytes`.
+    /// Makes a decoder that begins at the first of `bytes`.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self { bytes }
     }
 
-    /// Bytes not read yet.
+    /// Returns the number of bytes that were not decoded yet.
     pub fn left(&self) -> usize {
         self.bytes.len()
     }
 
-    /// So many bytes as they are.
+    /// Takes the next `length` bytes.
     pub fn take(&mut self, length: usize) -> Decoded<&'a [u8]> {
         let (taken, rest) = self.bytes.split_at_checked(length).ok_or(SHORT)?;
         self.bytes = rest;
         Ok(taken)
     }
 
-    /// An array of bytes.
+    /// Takes the next `N` bytes.
     pub fn array<const N: usize>(&mut self) -> Decoded<[u8; N]> {
         let (taken, rest) = self.bytes.split_first_chunk().ok_or(SHORT)?;
         self.bytes = rest;
         Ok(*taken)
     }
 
-    /// One byte.
+    /// Decodes a number of one byte.
     pub fn u8(&mut self) -> Decoded<u8> {
         self.array().map(|[byte]| byte)
     }
 
-    /// Two bytes.
+    /// Decodes a little-endian number of two bytes.
     pub fn u16(&mut self) -> Decoded<u16> {
         self.array().map(u16::from_le_bytes)
     }
 
-    /// Four bytes.
+    /// Decodes a little-endian number of four bytes.
     pub fn u32(&mut self) -> Decoded<u32> {
         self.array().map(u32::from_le_bytes)
     }
 
-    /// Eight bytes.
+    /// Decodes a little-endian number of eight bytes.
     pub fn u64(&mut self) -> Decoded<u64> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// An unsigned LEB128 number.
+    /// Decodes an unsigned LEB128 number of 64 bits at most.
     pub fn varint(&mut self) -> Decoded<u64> {
         let mut number = 0u64;
         for shift in (0..64).step_by(7) {
@@ -77,18 +77,18 @@ impl<'a> Decoder<'a> {
         Err("a number is longer than 64 bits")
     }
 
-    /// The same, of 32 bits at most.
+    /// Decodes an unsigned LEB128 number of 32 bits at most.
     pub fn varint32(&mut self) -> Decoded<u32> {
         self.varint()?.try_into().map_err(|_| "a number is longer than 32 bits")
     }
 
-    /// A signed number.
+    /// Decodes a signed number, which is an LEB128 number in zigzag encoding.
     pub fn zigzag(&mut self) -> Decoded<i64> {
         let number = self.varint()?;
         Ok((number >> 1).cast_signed() ^ -(number & 1).cast_signed())
     }
 
-    /// A string of at most `limit` bytes.
+    /// Decodes a string of at most `limit` bytes: its length as LEB128, then its bytes.
     pub fn string(&mut self, limit: usize) -> Decoded<&'a [u8]> {
         let length = usize::try_from(self.varint()?).unwrap_or(usize::MAX);
         if length > limit {
@@ -97,12 +97,12 @@ impl<'a> Decoder<'a> {
         self.take(length)
     }
 
-    /// A string of at most `limit` bytes as text; what is not UTF-8 is replaced.
+    /// Decodes a string of at most `limit` bytes as text. Invalid UTF-8 is replaced.
     pub fn text(&mut self, limit: usize) -> Decoded<String> {
         Ok(String::from_utf8_lossy(self.string(limit)?).into_owned())
     }
 
-    /// A count of things of which each takes `least` bytes or more.
+    /// Decodes the number of items that follow, each of which takes `least` bytes or more. It is checked against the bytes that are left.
     pub fn count(&mut self, least: usize) -> Decoded<usize> {
         let count = usize::try_from(self.varint()?).unwrap_or(usize::MAX);
         match count.checked_mul(least.max(1)) {
@@ -111,7 +111,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// Reserved bytes.
+    /// Takes `length` reserved bytes, which must be 0.
     pub fn zeros(&mut self, length: usize) -> Decoded<()> {
         if self.take(length)?.iter().all(|byte| *byte == 0) {
             Ok(())
@@ -120,7 +120,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    /// That nothing is left.
+    /// Checks that no bytes are left.
     pub fn end(&self) -> Decoded<()> {
         match self.left() {
             0 => Ok(()),
@@ -130,35 +130,35 @@ impl<'a> Decoder<'a> {
 }
 
 /// Appends an unsigned LEB128 number.
-pub fn put_varint(out: &mut Vec<u8>, mut number: u64) {
+pub fn put_varint(encoded: &mut Vec<u8>, mut number: u64) {
     while number >= 0x80 {
-        out.push((number & 0x7f) as u8 | 0x80);
+        encoded.push((number & 0x7f) as u8 | 0x80);
         number >>= 7;
     }
-    out.push((number & 0x7f) as u8);
+    encoded.push((number & 0x7f) as u8);
 }
 
-/// Appends a signed number.
-pub fn put_zigzag(out: &mut Vec<u8>, number: i64) {
-    put_varint(out, ((number << 1) ^ (number >> 63)).cast_unsigned());
+/// Appends a signed number in zigzag encoding.
+pub fn put_zigzag(encoded: &mut Vec<u8>, number: i64) {
+    put_varint(encoded, ((number << 1) ^ (number >> 63)).cast_unsigned());
 }
 
-/// Appends a string.
-pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_varint(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
+/// Appends a string: its length as LEB128, then its bytes.
+pub fn put_string(encoded: &mut Vec<u8>, bytes: &[u8]) {
+    put_varint(encoded, bytes.len() as u64);
+    encoded.extend_from_slice(bytes);
 }
 
-/// How a payload is stored.
+/// Encoding of a payload that is stored as it is.
 pub(super) const RAW: u8 = 0;
 const ZSTD: u8 = 1;
-/// Level for payloads: they are small, and hold what must be read first.
+/// The zstd level of payloads: they are small, and a reader needs them first.
 const PAYLOAD_LEVEL: i32 = 9;
 
-/// Compresses a payload, unless that does not make it smaller: its encoding and its bytes.
+/// Compresses a payload, unless that does not make it smaller. Returns the encoding and the stored bytes.
 ///
 /// # Errors
-/// Those of zstd.
+/// Returns the error that zstd gave.
 pub fn pack_payload(plain: &[u8]) -> std::io::Result<(u8, Vec<u8>)> {
     let packed = zstd::bulk::compress(plain, PAYLOAD_LEVEL)?;
     Ok(if packed.len() < plain.len() {
@@ -168,7 +168,7 @@ pub fn pack_payload(plain: &[u8]) -> std::io::Result<(u8, Vec<u8>)> {
     })
 }
 
-/// Undoes [`pack_payload`] for a payload that is said to have `plain_length` bytes, at most `limit`.
+/// Undoes [`pack_payload`] for a payload that its header says has `plain_length` bytes, of which `limit` are allowed.
 pub fn unpack_payload(encoding: u8, stored: &[u8], plain_length: usize, limit: usize) -> Decoded<Vec<u8>> {
     if plain_length > limit {
         return Err("its payload is longer than allowed");
@@ -176,7 +176,7 @@ pub fn unpack_payload(encoding: u8, stored: &[u8], plain_length: usize, limit: u
     let plain = match encoding {
         RAW => stored.to_vec(),
         ZSTD => zstd::bulk::decompress(stored, plain_length).map_err(|_| "its payload cannot be decompressed")?,
-        _ => return Err("its payload has an encoding not known"),
+        _ => return Err("its payload has an unknown encoding"),
     };
     if plain.len() == plain_length {
         Ok(plain)
@@ -193,11 +193,11 @@ mod tests {
     proptest! {
         #[test]
         fn numbers_come_back(number: u64, signed: i64, text: Vec<u8>) {
-            let mut out = Vec::new();
-            put_varint(&mut out, number);
-            put_zigzag(&mut out, signed);
-            put_string(&mut out, &text);
-            let mut decoder = Decoder::new(&out);
+            let mut encoded = Vec::new();
+            put_varint(&mut encoded, number);
+            put_zigzag(&mut encoded, signed);
+            put_string(&mut encoded, &text);
+            let mut decoder = Decoder::new(&encoded);
             prop_assert_eq!(decoder.varint(), Ok(number));
             prop_assert_eq!(decoder.zigzag(), Ok(signed));
             prop_assert_eq!(decoder.string(text.len()), Ok(&text[..]));

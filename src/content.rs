@@ -1,37 +1,37 @@
-//! What images hold, as archives keep it: what each range of one is, and what belongs to a file beside its content.
+//! What images hold, as archives record it: the content of each range, and a file's metadata.
 
 use crate::numbers::{Slot, StoreBlock};
 
 /// What a range of an image holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Content {
-    /// Nothing was ever written there.
+    /// A hole: no blocks are allocated there, and it reads as zeros.
     Hole,
-    /// Zeros were written.
+    /// Allocated blocks that hold zeros.
     Zeros,
-    /// Preallocated.
+    /// Preallocated blocks that were never written. They read as zeros.
     Unwritten,
-    /// Blocks of the store, from this one on.
+    /// Consecutive blocks of the store, of which this is the first.
     Stored(StoreBlock),
-    /// Not known: the record that said so is damaged. Never written.
+    /// Unknown, because the record of this range is damaged. A reader makes this up; it is never written.
     Lost,
 }
 
-/// A range of an image.
+/// A range of an image, and its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
-    /// Its length.
+    /// Length in blocks.
     pub blocks: u32,
-    /// What it holds.
+    /// Its content.
     pub content: Content,
 }
 
 impl Run {
-    /// Takes in a run that follows this one.
+    /// Extends this run by `next` if their contents are contiguous and the length stays within 32 bits. Returns whether it did.
     pub fn absorb(&mut self, next: Self) -> bool {
         let follows = match (self.content, next.content) {
-            (Content::Stored(mine), Content::Stored(its)) => mine.checked_add(self.blocks) == Some(its),
-            (mine, its) => mine == its,
+            (Content::Stored(first), Content::Stored(following)) => first.checked_add(self.blocks) == Some(following),
+            (content, following) => content == following,
         };
         match self.blocks.checked_add(next.blocks) {
             Some(blocks) if follows => {
@@ -42,7 +42,7 @@ impl Run {
         }
     }
 
-    /// What it holds from `skip` blocks on, for `blocks` blocks.
+    /// Returns the part of `blocks` blocks that begins after `skip` blocks.
     #[must_use]
     pub fn part(self, skip: u32, blocks: u32) -> Self {
         let content = match self.content {
@@ -53,31 +53,31 @@ impl Run {
     }
 }
 
-/// Appends a run to others, joined with the last where it follows it.
+/// Appends a run to a list, and merges it with the last run where their contents are contiguous. An empty run is dropped.
 pub fn push_run(runs: &mut Vec<Run>, run: Run) {
     if run.blocks > 0 && !runs.last_mut().is_some_and(|last| last.absorb(run)) {
         runs.push(run);
     }
 }
 
-/// A range of slots of which it is known what they are in an archive.
+/// A range of slots whose content in an archive is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KnownSlots {
     /// First slot.
     pub slot: Slot,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
-    /// What they hold.
+    /// Their content.
     pub content: Content,
 }
 
 impl KnownSlots {
-    /// The slot after its last.
+    /// Returns the slot after the last.
     pub fn end(&self) -> Slot {
         self.slot + self.blocks
     }
 
-    /// What it is from a slot of it on.
+    /// Returns the content from `slot` on, which must be in the range.
     pub fn content_at(&self, slot: Slot) -> Content {
         match self.content {
             Content::Stored(first) => Content::Stored(first + (slot - self.slot)),
@@ -86,39 +86,41 @@ impl KnownSlots {
     }
 }
 
-/// The name that stands among extended attributes for `FS_NOCOW_FL` (linux/fs.h), which is none. No file can have an attribute of this name.
+/// The name under which archives keep `FS_NOCOW_FL` (linux/fs.h) among extended attributes. It is no extended attribute: no kernel accepts
+/// the namespace `vmfold`.
 pub const NODATACOW: &[u8] = b"vmfold.nodatacow";
 
-/// A time, as files have it.
+/// A timestamp of a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileTime {
-    /// Seconds since 1970; below 0 before.
+    /// Seconds since 1970, negative before.
     pub seconds: i64,
-    /// Nanoseconds after the second, fewer than a second of them.
+    /// Nanoseconds after the second, below 10⁹.
     pub nanoseconds: u32,
 }
 
-/// What is kept of a file or folder beside its content.
+/// The metadata of a file or folder.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metadata {
     /// Permission bits.
     pub mode: u32,
-    /// Owner's number.
+    /// The owner's user id.
     pub uid: u32,
-    /// Group's number.
+    /// The group id.
     pub gid: u32,
-    /// Owner's name; empty if not known.
+    /// The owner's name; empty if it is unknown.
     pub user: String,
-    /// Group's name; empty if not known.
+    /// The group's name; empty if it is unknown.
     pub group: String,
-    /// Time of last change of content.
+    /// Time of the last change of content.
     pub mtime: FileTime,
-    /// Extended attributes.
+    /// Extended attributes, each with its name and value.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Metadata {
-    /// Whether a file is to be restored without copy on write, and so without checksums: its blocks can be shared with none that has them.
+    /// Whether the file is restored as `nodatacow`, and therefore without checksums. Its blocks cannot be shared with files that have
+    /// checksums.
     pub fn is_nodatacow(&self) -> bool {
         self.xattrs.iter().any(|(name, _)| name == NODATACOW)
     }

@@ -1,35 +1,35 @@
-//! What can go wrong, always with the path, the range and the operation it went wrong in.
+//! Every error of the crate. An error names the operation that failed, the path, and the range where it is known.
 
 use std::path::{Path, PathBuf};
 
 use crate::block::ByteRange;
 use crate::shown::{shown, size};
 
-/// Result of everything in this crate that can fail.
+/// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What kind of error it is: what it asks of the user, and what exit codes follow from.
+/// The kind of an error: what the user has to do about it. Exit codes follow from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// The command line is at fault: it names what is not there, or asks for what makes no sense or cannot be.
+    /// The command line is wrong: it names something that does not exist, or asks for something impossible.
     Usage,
-    /// What is to be replaced or written to is in use.
+    /// A file that would be replaced or written to is in use.
     InUse,
-    /// Another process is at work there: waiting helps.
+    /// Another process is working on the same thing; waiting helps.
     Busy,
     /// The filesystem, the kernel, a permission or a limit of vmfold does not allow it.
     Refused,
-    /// An archive is not what was written.
+    /// An archive does not hold what was written to it.
     Damaged,
-    /// There is too little space, or a quota is used up.
+    /// There is too little free space, or a quota is used up.
     NoSpace,
-    /// The user stopped it.
+    /// The user stopped the run.
     Interrupted,
-    /// A system call failed, or what it returned makes no sense.
+    /// A system call failed, or its result makes no sense.
     Io,
 }
 
-/// What a write found used up.
+/// The resource that a failed write used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
     /// The space of the filesystem: `ENOSPC`.
@@ -39,7 +39,7 @@ pub enum Exhausted {
 }
 
 impl Exhausted {
-    /// What is used up, if that is what an error of this kind says.
+    /// Returns what is used up if the kind of an I/O error says that something is.
     pub fn of(kind: std::io::ErrorKind) -> Option<Self> {
         match kind {
             std::io::ErrorKind::StorageFull => Some(Self::Space),
@@ -56,23 +56,23 @@ pub enum Error {
     /// A system call failed.
     #[error("cannot {operation} `{}`{}", shown(path), range.map(|range| format!(", {range}")).unwrap_or_default())]
     Io {
-        /// What was being done, as a verb.
+        /// The operation that failed, as a verb phrase that the path completes.
         operation: &'static str,
-        /// To which file.
+        /// The file that it failed on.
         path: PathBuf,
-        /// To which part of it, if not all.
+        /// The range that it failed on, if it did not concern the whole file.
         range: Option<ByteRange>,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A range of an image, or of a file that shares its blocks, cannot be read. Made by [`Error::unreadable`] alone.
+    /// A range of an image, or of a file that shares its blocks, cannot be read. Only [`Error::unreadable`] makes this error.
     #[error("cannot read `{}`, {range}", shown(path))]
     Unreadable {
         /// The image.
         path: PathBuf,
-        /// What could not be read of it.
+        /// The range that could not be read.
         range: ByteRange,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// A path that was named does not exist.
@@ -81,10 +81,10 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
-    /// A device or a UUID was named whose filesystem is not mounted.
+    /// The user named a device or a UUID whose filesystem is not mounted.
     #[error("the filesystem of `{}` is not mounted", shown(path))]
     NotMounted {
-        /// What was named.
+        /// The device or UUID.
         path: PathBuf,
     },
     /// A path that was named is a device, a pipe or a socket.
@@ -93,21 +93,21 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
-    /// There is nothing to work on.
+    /// No images were found.
     #[error("no images found in {}", list(paths))]
     NoImages {
-        /// Where was looked.
+        /// The paths that were searched.
         paths: Vec<PathBuf>,
     },
-    /// Extents are shared within one filesystem only.
+    /// The paths lie on two filesystems; extents can be shared within one only.
     #[error("`{}` and `{}` are on two filesystems", shown(first), shown(second))]
     TwoFilesystems {
         /// One path.
         first: PathBuf,
-        /// A path elsewhere.
+        /// A path on another filesystem.
         second: PathBuf,
     },
-    /// The filesystem cannot do what is needed.
+    /// The filesystem cannot share extents.
     #[error("`{}` is on {filesystem}, where vmfold cannot share extents", shown(path))]
     NoSharing {
         /// The path.
@@ -115,27 +115,27 @@ pub enum Error {
         /// Name or magic number of the filesystem.
         filesystem: String,
     },
-    /// An XFS whose files cannot share blocks.
+    /// The filesystem is an XFS without reflinks, whose files cannot share blocks.
     #[error("`{}` is on an XFS without reflinks", shown(path))]
     NoReflinks {
         /// The path.
         path: PathBuf,
     },
-    /// The filesystem has blocks of another size than 4 KiB.
+    /// The filesystem's block size is not 4 KiB.
     #[error("`{}` is on a filesystem with blocks of {block_bytes} bytes", shown(path))]
     SectorSize {
         /// The path.
         path: PathBuf,
-        /// Bytes of its blocks.
+        /// Its block size in bytes.
         block_bytes: u32,
     },
-    /// The filesystem does not compress.
+    /// Compression was asked for on a filesystem that does not compress.
     #[error("`{}` is on XFS, which cannot compress", shown(path))]
     NoCompression {
         /// The path.
         path: PathBuf,
     },
-    /// Undoing compression takes more than there is.
+    /// Decompressing takes more space than is free.
     #[error(
         "what is compressed at `{}` takes {} more when it is not, and {} are free beyond the reserve",
         shown(path),
@@ -143,11 +143,11 @@ pub enum Error {
         size(*free_bytes)
     )]
     Grows {
-        /// Where.
+        /// The path of an image.
         path: PathBuf,
-        /// Bytes that it takes more.
+        /// The bytes that decompressing takes.
         grows_bytes: u64,
-        /// Bytes that are free.
+        /// The bytes that are free beyond the reserve.
         free_bytes: u64,
     },
     /// The filesystem is mounted read-only.
@@ -174,39 +174,39 @@ pub enum Error {
         /// The archive.
         path: PathBuf,
     },
-    /// An error came while images were replaced, and what was replaced could not be undone.
+    /// An error occurred while images were being replaced, and the replacements could not be undone.
     #[error(
         "{source}; replaced before that: {}; left as they were: {}",
         list_or_none(replaced),
         list_or_none(kept)
     )]
     HalfReplaced {
-        /// What went wrong.
+        /// The error that stopped the replacing.
         source: Box<Error>,
-        /// Names that have what is restored.
+        /// Names that now refer to a restored image.
         replaced: Vec<PathBuf>,
-        /// Names that have what they had before.
+        /// Names that still refer to the image they referred to before.
         kept: Vec<PathBuf>,
     },
-    /// A folder that only this user should write to is another's, or open to others.
+    /// A folder that only this user may write to belongs to another user, or others can write to it.
     #[error("`{}` is not a folder that you alone can write to", shown(path))]
     NotOurs {
         /// The folder.
         path: PathBuf,
     },
-    /// The running kernel has bugs that sharing extents runs into.
+    /// The running kernel has bugs that make sharing extents on this filesystem unsafe.
     #[error("Linux {}.{} has bugs that sharing extents on btrfs runs into", release.0, release.1)]
     Kernel {
-        /// Its release, major and minor.
+        /// Its release: major and minor number.
         release: (u32, u32),
     },
-    /// Reading extent maps takes `CAP_SYS_ADMIN`.
+    /// The process lacks `CAP_SYS_ADMIN`, which reading extent maps requires.
     #[error("reading the filesystem's extent maps takes root")]
     NotRoot,
-    /// The pool has more distinct extents than slots can number.
+    /// The pool has more distinct extents than 32-bit slot numbers can address.
     #[error("the images hold more than 16 TiB of distinct extents")]
     TooLarge,
-    /// The index is locked or cannot be written.
+    /// The index cannot be used.
     #[error("cannot use the index `{}`: {problem}", shown(path))]
     Index {
         /// Its folder.
@@ -214,21 +214,21 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// The filesystem ran full, or a quota was used up. Images are intact, as at any other moment.
+    /// The filesystem ran out of space, or a quota was used up. Images are intact, as at every moment of a run.
     #[error(
         "cannot {operation} `{}`: {}; every image is intact",
         shown(path),
         if *is_quota { "a quota is used up" } else { "no space is left on its filesystem" }
     )]
     NoSpace {
-        /// Whether it was a quota.
+        /// Whether a quota was used up, rather than the filesystem's space.
         is_quota: bool,
-        /// What was to be done, as in [`Error::Io`].
+        /// The operation that failed, as in [`Error::Io`].
         operation: &'static str,
         /// The path.
         path: PathBuf,
     },
-    /// A metadata item of the filesystem makes no sense.
+    /// Metadata of the filesystem makes no sense.
     #[error("the filesystem's metadata of `{}` is not as expected: {problem}", shown(path))]
     Metadata {
         /// The image, or a path on the filesystem.
@@ -236,13 +236,13 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// A file that should be an archive is none.
+    /// A file that was named as an archive is not one.
     #[error("`{}` is not an archive of vmfold", shown(path))]
     NotAnArchive {
         /// The file.
         path: PathBuf,
     },
-    /// A file that is to be written to was put there by another user.
+    /// A file that would be written to was created by another user.
     #[error(
         "`{}` belongs to another user (uid {uid}), in a folder that is not yours alone",
         shown(path)
@@ -253,30 +253,30 @@ pub enum Error {
         /// Its owner.
         uid: u32,
     },
-    /// An archive is not what was written.
+    /// An archive does not hold what was written to it.
     #[error("the archive `{}` is damaged{}: {problem}", shown(path), range.map(|range| format!(" at {range}")).unwrap_or_default())]
     Damaged {
         /// The archive.
         path: PathBuf,
-        /// Where in it.
+        /// The damaged range of the archive, if it is known.
         range: Option<ByteRange>,
         /// What is wrong.
         problem: String,
     },
-    /// An archive needs something that this version does not know.
+    /// An archive uses a feature that this version does not support.
     #[error("the archive `{}` cannot be used: {problem}", shown(path))]
     Unsupported {
         /// The archive.
         path: PathBuf,
-        /// What it needs.
+        /// The feature, as the rest of the message.
         problem: &'static str,
     },
-    /// An archive has no such commit.
+    /// An archive does not have the commit that was asked for.
     #[error("the archive `{}` has no commit `{commit}`", shown(path))]
     NoSuchCommit {
         /// The archive.
         path: PathBuf,
-        /// What was asked for.
+        /// The commit, as the user named it.
         commit: String,
     },
     /// Images changed while they were read.
@@ -285,7 +285,7 @@ pub enum Error {
         /// The images.
         paths: Vec<PathBuf>,
     },
-    /// What is to be restored does not fit.
+    /// There is too little free space to restore the images.
     #[error(
         "restoring takes {needed_bytes} bytes at `{}`, where {free_bytes} are free",
         shown(path)
@@ -293,23 +293,23 @@ pub enum Error {
     DoesNotFit {
         /// The folder.
         path: PathBuf,
-        /// What it takes, metadata included.
+        /// The bytes that restoring takes, metadata included.
         needed_bytes: u64,
-        /// What there is.
+        /// The bytes that are free.
         free_bytes: u64,
     },
-    /// Going on would leave less space free than is to stay.
+    /// Going on would leave less free space than the reserve.
     #[error(
         "the filesystem of `{}` is nearly full: {reserve_bytes} bytes are to stay free",
         shown(path)
     )]
     Reserve {
-        /// Something on it.
+        /// A path on the filesystem.
         path: PathBuf,
-        /// What is to stay free.
+        /// The reserve in bytes.
         reserve_bytes: u64,
     },
-    /// What is to be restored exists.
+    /// Files exist under the names of images to be restored.
     #[error("exists already: {}", list(paths))]
     Exists {
         /// The paths.
@@ -320,7 +320,7 @@ pub enum Error {
     InUse {
         /// The image.
         path: PathBuf,
-        /// By whom, or what says so.
+        /// The process that uses it, or the evidence that it is in use.
         by: String,
     },
     /// A folder stands where an image is to be restored.
@@ -329,10 +329,10 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// The user stopped it.
+    /// The user stopped the run.
     #[error("interrupted")]
     Interrupted,
-    /// The caller asked for something that makes no sense.
+    /// The caller asked for something that makes no sense. The text is the whole message.
     #[error("{0}")]
     Usage(String),
 }
@@ -349,7 +349,7 @@ fn list_or_none(paths: &[PathBuf]) -> String {
     if paths.is_empty() { "none".into() } else { list(paths) }
 }
 
-/// An error with its causes, in one line.
+/// Formats an error and its causes on one line.
 pub fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -361,7 +361,7 @@ pub fn describe(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What to do about an error of a system call.
+/// Returns what the user can do about an error of a system call, if there is something.
 fn hint_of(error: &std::io::Error) -> Option<&'static str> {
     Some(match Exhausted::of(error.kind()) {
         Some(Exhausted::Space) => "free some space and run it again",
@@ -376,7 +376,7 @@ fn hint_of(error: &std::io::Error) -> Option<&'static str> {
     })
 }
 
-/// What to do about a quota that is used up.
+/// The hint for a quota that is used up.
 const QUOTA_HINT: &str = "raise the quota or free some space, and run it again";
 
 impl Error {
@@ -390,7 +390,7 @@ impl Error {
         }
     }
 
-    /// Makes an [`Error::NoSpace`] where that is why something could not be written, otherwise an [`Error::Io`].
+    /// Makes an [`Error::NoSpace`] if a write failed for lack of space or quota, and an [`Error::Io`] otherwise.
     pub fn writing<E: Into<std::io::Error>>(operation: &'static str, path: &Path) -> impl Fn(E) -> Self {
         move |error| {
             let error = error.into();
@@ -405,7 +405,7 @@ impl Error {
         }
     }
 
-    /// Makes an [`Error::Io`] for part of a file.
+    /// Makes an [`Error::Io`] for a range of a file.
     pub fn io_at<E: Into<std::io::Error>>(
         operation: &'static str,
         path: &Path,
@@ -421,7 +421,7 @@ impl Error {
         }
     }
 
-    /// Makes an [`Error::Unreadable`]: every read of an image that fails is reported by this.
+    /// Makes an [`Error::Unreadable`]. Every failed read of an image is reported through this function.
     pub fn unreadable(path: &Path, start: u64, length: u64) -> impl FnOnce(std::io::Error) -> Self {
         let range = ByteRange { start, length };
         move |source| Self::Unreadable {
@@ -440,7 +440,7 @@ impl Error {
         }
     }
 
-    /// What kind of error it is.
+    /// Returns the kind of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Usage(_)
@@ -472,7 +472,7 @@ impl Error {
             }
             Self::Interrupted => ErrorKind::Interrupted,
             Self::Io { source, .. } if Exhausted::of(source.kind()).is_some() => ErrorKind::NoSpace,
-            // Whatever stopped the replacing, what the user has to know of is that it could not be undone.
+            // Whatever stopped the replacing, the user must learn that it could not be undone.
             Self::Io { .. }
             | Self::Unreadable { .. }
             | Self::HalfReplaced { .. }
@@ -481,7 +481,7 @@ impl Error {
         }
     }
 
-    /// What the user can do about it, if there is something.
+    /// Returns what the user can do about the error, if there is something.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::NoSuchPath { .. } => "check the path",
@@ -624,7 +624,7 @@ mod tests {
         ]
     }
 
-    /// An error of each variant, by the kind that it is to have.
+    /// Returns an error of each variant, by the kind that it must have.
     fn one_of_each() -> Vec<(ErrorKind, Vec<Error>)> {
         let in_use = vec![
             with(|path| Error::InUse {
@@ -650,7 +650,7 @@ mod tests {
         ]
     }
 
-    /// The names that the source of this file has for the variants.
+    /// Returns the names of the variants, from the source of this file.
     fn variants() -> BTreeSet<String> {
         let source = include_str!("error.rs").split("pub enum Error {").nth(1).unwrap();
         let lines = source.split("\n}").next().unwrap().lines();

@@ -1,7 +1,7 @@
-//! zstd frames that btrfs takes as they are.
+//! zstd frames that btrfs stores as they are.
 //!
-//! A frame holds at most 128 KiB of content, as the kernel's own do (kernel: `BTRFS_MAX_UNCOMPRESSED`), and takes whole blocks on
-//! disk, so that what matters is how many of them it saves.
+//! A frame holds at most 128 KiB of content, as the kernel's own do (kernel: `BTRFS_MAX_UNCOMPRESSED`). It takes whole blocks on disk, so
+//! what counts is how many blocks it saves.
 
 use std::io;
 
@@ -10,30 +10,30 @@ use zstd::zstd_safe::CParameter;
 
 use crate::block::BLOCK_BYTES;
 
-/// How frames are made, and which are worth it.
+/// Compresses content into frames, and says which frames are worth storing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packer {
-    /// Level of zstd, 1 to 19.
+    /// The zstd level, 1 to 19.
     pub level: i32,
-    /// Hundredths of its blocks that a frame must save.
+    /// Percentage of the content's blocks that a frame must save.
     pub min_gain: u8,
 }
 
 impl Default for Packer {
-    /// As the filesystem does it itself: whatever saves a block is worth it.
+    /// Returns what btrfs does itself: level 3, and every frame that saves a block is stored.
     fn default() -> Self {
         Self { level: 3, min_gain: 0 }
     }
 }
 
 impl Packer {
-    /// `log2` of the greatest window that the kernel decodes (kernel: `ZSTD_BTRFS_MAX_WINDOWLOG`).
+    /// `log2` of the largest window that the kernel decodes (kernel: `ZSTD_BTRFS_MAX_WINDOWLOG`).
     const WINDOW_LOG: u32 = 17;
 
-    /// A compressor for [`Packer::pack`], which takes up to 100 MiB at the highest levels.
+    /// Makes a compressor for [`Packer::pack`]. It takes up to 100 MiB of memory at the highest levels.
     ///
     /// # Errors
-    /// Those of zstd.
+    /// Returns the error that zstd gave.
     pub fn compressor(self) -> io::Result<Compressor<'static>> {
         let mut compressor = Compressor::new(self.level)?;
         compressor.set_parameter(CParameter::WindowLog(Self::WINDOW_LOG))?;
@@ -41,10 +41,10 @@ impl Packer {
         Ok(compressor)
     }
 
-    /// The frame for some content, if it saves enough.
+    /// Compresses content into a frame. Returns `None` if the frame does not save enough blocks.
     ///
     /// # Errors
-    /// Those of zstd.
+    /// Returns the error that zstd gave.
     pub fn pack(self, compressor: &mut Compressor<'_>, content: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let frame = compressor.compress(content)?;
         Ok(self
@@ -52,13 +52,13 @@ impl Packer {
             .then_some(frame))
     }
 
-    /// Whether taking so many bytes on disk instead of others is worth it.
+    /// Whether it is worthwhile to replace `old` bytes on disk by `new` bytes.
     pub fn is_worth(self, new: u64, old: u64) -> bool {
         new < old && new.saturating_mul(100) <= old.saturating_mul(100u64.saturating_sub(self.min_gain.into()))
     }
 }
 
-/// Bytes on disk of a frame.
+/// Returns the bytes that a frame of `frame` bytes takes on disk.
 pub fn on_disk(frame: usize) -> u64 {
     (frame as u64).next_multiple_of(BLOCK_BYTES)
 }

@@ -1,14 +1,14 @@
-//! vmfold gives people who keep virtual machines as image files their disk back: what images and revisions have in common
-//! becomes shared extents, and what nothing needs any more is really freed.
+//! vmfold frees disk space for people who keep virtual machines as image files: what images and revisions have in common becomes shared
+//! extents, and what nothing refers to is freed.
 //!
 //! # The map
-//! Each line may use those below it, and no other; `tests/tidy.rs` holds that. Names without an explanation are one file.
+//! A line may use the lines below it, and no other; `tests/tidy.rs` checks that. A name without an explanation is one file.
 //! ```text
 //! testing     what only tests use: a simulated filesystem, stores that fail
 //! cli         arguments, progress, printing
 //! ops         one verb a file; no verb uses another
 //! report      what the verbs found, as data and as text
-//! exec        does what plans say and decides nothing: fingerprints, reclaim, export, restore (import)
+//! exec        carries plans out and decides nothing: fingerprints, reclaim, export, restore (import)
 //! plan        pure: what reclaim shares, what an export stores, what a restore needs
 //! index       what earlier runs learnt, in sled or in memory; a cache
 //! fs          what a filesystem can do, behind one trait: btrfs, XFS, and plain ones that share nothing
@@ -16,13 +16,13 @@
 //! archive     records of archives: what they hold, writing, reading
 //! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
-//! spill       lists of millions, in memory as far as it goes and in files beyond that
-//! frame       zstd frames that btrfs takes as they are
+//! spill       lists of millions of items, in memory up to a budget and in files beyond it
+//! frame       zstd frames that btrfs stores as they are
 //! chunk       content-defined chunks
 //! fingerprint fingerprints of blocks
 //! own_folder  folders that nobody else can write to
-//! monitor     whom the library tells what it does, and who may stop it
-//! error
+//! monitor     the caller's progress and interruption, as a trait
+//! error       every error, with its kind and its hint
 //! content     what images hold, as archives keep it
 //! codec       numbers and strings as bytes, and back, with limits
 //! shown       names and sizes as people read them
@@ -32,9 +32,9 @@
 //! sys         every `unsafe` line
 //! ```
 //! # Rules of the house
-//! An image is changed by `FIDEDUPERANGE` and nothing else. The index is a cache: nothing in it is believed unchecked.
-//! Planning does no I/O; executing makes no decision. What is reported was counted, before and after.
-//! The library never prints: it talks to a [`monitor::Monitor`].
+//! An image is changed by `FIDEDUPERANGE` and nothing else. The index is a cache: nothing in it is trusted unchecked. Planning does no I/O;
+//! executing makes no decision. Reported numbers are counted before and after a run. The library never prints: it reports to a
+//! [`monitor::Monitor`].
 //!
 //! `src/README.md` says how data flows, what is trusted, and which files a change touches.
 

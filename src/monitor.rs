@@ -1,32 +1,32 @@
-//! How the library tells whoever called it what it is doing, and asks whether to go on. The library never prints.
+//! Reports progress to the caller, and asks the caller whether to go on. The library never prints.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A listener. Every method may be called from any thread.
+/// The caller's side of a run. Every method may be called from any thread.
 pub trait Monitor: Sync {
-    /// A phase begins; `total_bytes` is what [`Monitor::advance`] will add up to, or 0 where that is not known.
+    /// Reports that a phase begins. `total_bytes` is the sum that the calls of [`Monitor::advance`] will reach, or 0 where it is unknown.
     fn phase(&self, name: &str, total_bytes: u64);
-    /// So many bytes more are done.
+    /// Reports that `bytes` more bytes of the phase are done.
     fn advance(&self, bytes: u64);
-    /// Something that is not an error of the run, but that the user should know.
+    /// Reports something that is no error, but that the user should know.
     fn note(&self, message: &str);
-    /// Whether the user asked to stop. Looked at between system calls.
+    /// Whether the user asked to stop. It is called between system calls.
     fn interrupted(&self) -> bool;
-    /// What is left of the time that the user gave; none if there is no limit.
+    /// Returns what is left of the user's time limit; `None` if there is no limit.
     fn time_left(&self) -> Option<Duration> {
         None
     }
 }
 
-/// Asks to stop once a time is over, and passes everything else on.
+/// A monitor that asks to stop once a time limit is over, and forwards everything else.
 pub struct Deadline<'a> {
     inner: &'a dyn Monitor,
     until: Option<Instant>,
 }
 
 impl<'a> Deadline<'a> {
-    /// So long from now on; none for as long as it takes.
+    /// Makes a monitor whose time limit begins now; `None` is no limit.
     pub fn new(inner: &'a dyn Monitor, time: Option<Duration>) -> Self {
         Self {
             inner,
@@ -34,7 +34,7 @@ impl<'a> Deadline<'a> {
         }
     }
 
-    /// Whether the time is over.
+    /// Whether the time limit is over.
     pub fn has_passed(&self) -> bool {
         self.until.is_some_and(|until| Instant::now() >= until)
     }
@@ -58,7 +58,7 @@ impl Monitor for Deadline<'_> {
     }
 }
 
-/// Says nothing; can be told to stop.
+/// A monitor that reports nothing. It can be told to stop.
 #[derive(Debug, Default)]
 pub struct Silent {
     stop: AtomicBool,

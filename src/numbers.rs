@@ -1,12 +1,12 @@
-//! The numbers that everything is told apart by, each a type of its own: none is taken for another, and none for a count of blocks. Each
-//! has 32 bits, as files and archives keep it. No I/O.
+//! The numbers by which commits, images, extents and blocks of a store are told apart. Each is a type of its own, so that none is taken for
+//! another or for a count. Each has 32 bits, as archives and the index store it. Nothing here does I/O.
 
-/// Any of these numbers, for sets and ranges of them.
+/// A number that sets and ranges can hold.
 pub trait Number: Copy + Ord {
-    /// The number that a bare one stands for.
+    /// Makes the number from a bare one.
     fn of(number: u32) -> Self;
 
-    /// The bare number.
+    /// Returns the bare number.
     fn bare(self) -> u32;
 }
 
@@ -22,7 +22,7 @@ impl Number for u32 {
     }
 }
 
-/// A number with a meaning of its own, which is printed and serialised as the bare number.
+/// Defines a type of number, which is printed and serialised as the bare number.
 macro_rules! number {
     ($(#[$docs:meta])* $name:ident) => {
         $(#[$docs])*
@@ -76,43 +76,44 @@ impl CommitNumber {
         (Self::FIRST..=Self::LAST).contains(&self)
     }
 
-    /// The number of the commit after this one; there may be none.
+    /// Returns the number of the commit after this one. [`CommitNumber::is_allowed`] says whether a commit can have it.
     #[must_use]
     pub fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
 
-    /// The number of the commit before this one; 0 before the first.
+    /// Returns the number of the commit before this one; 0 for the first.
     #[must_use]
     pub fn previous(self) -> Self {
         Self(self.0.saturating_sub(1))
     }
 }
 
-/// What numbers do that are places in lists.
+/// Adds the methods of a number that is an item's index in a list.
 macro_rules! place {
     ($name:ident) => {
         impl $name {
-            /// The number of what stands at a place of the list. There are never so many that the largest number would stand for two.
+            /// Returns the number of the item at an index. The largest number stands for every index that 32 bits cannot hold; lists are
+            /// limited so that none is reached.
             #[inline]
             #[must_use]
             pub fn at(place: usize) -> Self {
                 Self(u32::try_from(place).unwrap_or(u32::MAX))
             }
 
-            /// Its place in the list.
+            /// Returns its index in the list.
             #[inline]
             #[must_use]
             pub const fn index(self) -> usize {
                 self.0 as usize
             }
 
-            /// The numbers of the first `count` there are.
+            /// Returns the numbers of the first `count` items.
             pub fn first(count: u32) -> impl ExactSizeIterator<Item = Self> + Clone {
                 (0..count).map(Self)
             }
 
-            /// Items of the list, each with its number.
+            /// Returns the items of a list, each with its number.
             pub fn numbered<I: IntoIterator>(items: I) -> impl Iterator<Item = (Self, I::Item)> {
                 (0..).map(Self).zip(items)
             }
@@ -162,7 +163,8 @@ number! {
 }
 place!(DonorFileId);
 
-/// What numbers do that blocks have one after the other: a number and blocks make a number, and two numbers are blocks apart.
+/// Adds the arithmetic of a number that counts blocks: a number plus a count of blocks is a number, and the difference of two numbers is a
+/// count of blocks.
 macro_rules! block_number {
     ($name:ident) => {
         impl std::ops::Add<u32> for $name {
@@ -200,49 +202,49 @@ macro_rules! block_number {
         }
 
         impl $name {
-            /// The range from one bare number to another.
+            /// Returns the range between two bare numbers.
             #[inline]
             #[must_use]
             pub const fn range(numbers: std::ops::Range<u32>) -> std::ops::Range<Self> {
                 Self(numbers.start)..Self(numbers.end)
             }
 
-            /// The number so many blocks on; none if there is no such number.
+            /// Returns the number `blocks` blocks further on; `None` if 32 bits cannot hold it.
             #[inline]
             #[must_use]
             pub fn checked_add(self, blocks: u32) -> Option<Self> {
                 self.0.checked_add(blocks).map(Self)
             }
 
-            /// The number so many blocks on, or the largest there is.
+            /// Returns the number `blocks` blocks further on, or the largest number if 32 bits cannot hold it.
             #[inline]
             #[must_use]
             pub fn saturating_add(self, blocks: u32) -> Self {
                 Self(self.0.saturating_add(blocks))
             }
 
-            /// How many blocks it is beyond another number; 0 if it is not.
+            /// Returns how many blocks it lies beyond `from`; 0 if it does not.
             #[inline]
             #[must_use]
             pub fn saturating_sub(self, from: Self) -> u32 {
                 self.0.saturating_sub(from.0)
             }
 
-            /// How many blocks it is beyond another number; none if it is before that.
+            /// Returns how many blocks it lies beyond `from`; `None` if it lies before it.
             #[inline]
             #[must_use]
             pub fn checked_sub(self, from: Self) -> Option<u32> {
                 self.0.checked_sub(from.0)
             }
 
-            /// The number of the block before it; none before the first.
+            /// Returns the number of the block before it; `None` for the first.
             #[inline]
             #[must_use]
             pub fn previous(self) -> Option<Self> {
                 self.0.checked_sub(1).map(Self)
             }
 
-            /// Its place in a list that has one item for each block.
+            /// Returns its index in a list that has one item for each block.
             #[inline]
             #[must_use]
             pub const fn index(self) -> usize {
@@ -267,6 +269,6 @@ number! {
 block_number!(Slot);
 
 impl StoreBlock {
-    /// Where a store ends at most: at 16 TiB.
+    /// The largest end that a store can have, at 16 TiB.
     pub const END_MAX: Self = Self(u32::MAX - 1);
 }

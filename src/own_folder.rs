@@ -1,4 +1,4 @@
-//! Folders that nobody else can write to: what lies in them is believed, or written to by its name.
+//! Opens folders that no other user can write to, so that vmfold may trust the files in them and write to them by name.
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -10,11 +10,12 @@ use rustix::process::geteuid;
 use crate::error::{Error, Result};
 use crate::sys::beneath::Folder;
 
-/// Opens a folder that nobody else can write to, and makes it if it does not exist. Where everybody may make folders, someone else
-/// may have made this one, or a link in its place.
+/// Opens a folder that only this user can write to, and makes it if it does not exist. In a folder where everybody may make folders,
+/// another user may have made this one, or a symbolic link in its place.
 ///
 /// # Errors
-/// [`Error::NotOurs`], and those of the system calls.
+/// Returns [`Error::NotOurs`] if another user owns the folder or can write to it, or if the path is a symbolic link or no folder, and
+/// [`Error::Io`] if a system call fails.
 pub fn own_folder(path: &Path) -> Result<Folder> {
     let io = |errno| Error::io("open the folder", path)(errno);
     match DirBuilder::new().mode(0o700).create(path) {

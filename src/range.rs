@@ -1,11 +1,11 @@
-//! Arithmetic of half-open ranges of numbers: blocks of a store, slots of extents. A *list* here is ascending, and its ranges neither
-//! overlap nor are empty. Pure.
+//! Arithmetic of half-open ranges of numbers: blocks of a store, slots of extents. A *list* is ascending, and its ranges are not empty and
+//! do not overlap. Nothing here does I/O.
 
 use std::ops::Range;
 
 use crate::numbers::Number;
 
-/// Appends a range to a list that ends before it; one that touches the last becomes part of it.
+/// Appends a range to a list that ends at or before its start. It is merged with a last range that it touches.
 pub fn push<N: Number>(list: &mut Vec<Range<N>>, range: Range<N>) {
     match list.last_mut() {
         Some(last) if last.end == range.start => last.end = range.end,
@@ -14,7 +14,7 @@ pub fn push<N: Number>(list: &mut Vec<Range<N>>, range: Range<N>) {
     }
 }
 
-/// The list of the numbers that some ranges, in any order, hold between them. Ranges that touch become one.
+/// Returns the list of all numbers in some ranges, which may overlap and have any order. Ranges that touch are merged.
 pub fn joined<N: Number>(ranges: impl IntoIterator<Item = Range<N>>) -> Vec<Range<N>> {
     let mut ranges: Vec<Range<N>> = ranges.into_iter().filter(|range| !range.is_empty()).collect();
     ranges.sort_unstable_by_key(|range| range.start);
@@ -28,7 +28,7 @@ pub fn joined<N: Number>(ranges: impl IntoIterator<Item = Range<N>>) -> Vec<Rang
     list
 }
 
-/// The list of the numbers for which something is true.
+/// Returns the list of the numbers that are marked true. The numbers must be ascending.
 pub fn where_true<N: Number>(numbers: impl IntoIterator<Item = (N, bool)>) -> Vec<Range<N>> {
     let mut list = Vec::new();
     for (number, is_true) in numbers {
@@ -39,24 +39,24 @@ pub fn where_true<N: Number>(numbers: impl IntoIterator<Item = (N, bool)>) -> Ve
     list
 }
 
-/// How many numbers a list holds.
+/// Returns how many numbers a list holds.
 pub fn count<N: Number>(list: &[Range<N>]) -> u64 {
     list.iter()
         .map(|range| u64::from(range.end.bare() - range.start.bare()))
         .sum()
 }
 
-/// How many numbers a range holds.
+/// Returns how many numbers a range holds.
 pub fn length<N: Number>(range: &Range<N>) -> u32 {
     range.end.bare().saturating_sub(range.start.bare())
 }
 
-/// The numbers of a range, one after the other.
+/// Returns the numbers of a range, in ascending order.
 pub fn each<N: Number>(range: Range<N>) -> impl ExactSizeIterator<Item = N> + DoubleEndedIterator + Clone {
     (range.start.bare()..range.end.bare()).map(N::of)
 }
 
-/// The numbers from one on.
+/// Returns the numbers from `first` on, in ascending order.
 pub fn from<N: Number>(first: N) -> impl Iterator<Item = N> + Clone {
     (first.bare()..).map(N::of)
 }
@@ -67,7 +67,7 @@ pub fn contains<N: Number>(list: &[Range<N>], number: N) -> bool {
     list.get(at).is_some_and(|range| range.start <= number)
 }
 
-/// The parts of a list that lie within a range.
+/// Returns the parts of a list that lie within a range.
 pub fn overlap<N: Number>(list: &[Range<N>], within: Range<N>) -> Vec<Range<N>> {
     let from = list.partition_point(|range| range.end <= within.start);
     list[from..]
@@ -77,7 +77,7 @@ pub fn overlap<N: Number>(list: &[Range<N>], within: Range<N>) -> Vec<Range<N>> 
         .collect()
 }
 
-/// What is left of a list without another.
+/// Returns the list of the numbers that are in `list` and not in `other`.
 pub fn without<N: Number>(list: &[Range<N>], other: &[Range<N>]) -> Vec<Range<N>> {
     let mut left = Vec::new();
     let mut others = other.iter().peekable();
@@ -99,7 +99,7 @@ pub fn without<N: Number>(list: &[Range<N>], other: &[Range<N>]) -> Vec<Range<N>
     left
 }
 
-/// A range in parts of so many numbers at most.
+/// Cuts a range into parts of at most `most` numbers, which must not be 0.
 pub fn parts<N: Number>(range: Range<N>, most: u32) -> impl Iterator<Item = Range<N>> {
     let end = range.end.bare();
     (range.start.bare()..end)
@@ -135,19 +135,19 @@ mod tests {
         #[test]
         fn lists_hold_what_sets_hold(ranges in any_ranges(), others in any_ranges(), number in 0u32..99) {
             let (list, other) = (joined(ranges.clone()), joined(others.clone()));
-            let (one, two) = (set(&ranges), set(&others));
-            prop_assert_eq!(set(&list), one.clone());
-            prop_assert_eq!(count(&list), one.len() as u64);
-            prop_assert_eq!(contains(&list, number), one.contains(&number));
+            let (numbers, other_numbers) = (set(&ranges), set(&others));
+            prop_assert_eq!(set(&list), numbers.clone());
+            prop_assert_eq!(count(&list), numbers.len() as u64);
+            prop_assert_eq!(contains(&list, number), numbers.contains(&number));
             let left = without(&list, &other);
-            prop_assert_eq!(set(&left), one.difference(&two).copied().collect::<BTreeSet<_>>());
+            prop_assert_eq!(set(&left), numbers.difference(&other_numbers).copied().collect::<BTreeSet<_>>());
             let within = number..number + 7;
             let inside = overlap(&list, within.clone());
-            prop_assert_eq!(set(&inside), one.iter().copied().filter(|n| within.contains(n)).collect::<BTreeSet<_>>());
-            let found = where_true((0..99).map(|n| (n, one.contains(&n))));
+            prop_assert_eq!(set(&inside), numbers.iter().copied().filter(|n| within.contains(n)).collect::<BTreeSet<_>>());
+            let found = where_true((0..99).map(|n| (n, numbers.contains(&n))));
             prop_assert_eq!(&found, &list);
             let cut: Vec<_> = list.iter().cloned().flat_map(|range| parts(range, 3)).collect();
-            prop_assert_eq!(set(&cut), one);
+            prop_assert_eq!(set(&cut), numbers);
             prop_assert!(cut.iter().all(|part| part.len() <= 3));
             for list in [&list, &left, &inside, &found, &cut] {
                 check(list);

@@ -1,9 +1,9 @@
-//! How file names and sizes are shown. Guests and users choose names, so none may break a line or command a terminal.
+//! Formats file names and sizes for people. Guests and users choose names, so no name may break a line or send a command to a terminal.
 
 use std::fmt::{Display, Formatter, Result, Write};
 use std::path::{Path, PathBuf};
 
-/// Shows a path on one line: control and direction-changing characters escaped, invalid UTF-8 replaced.
+/// Shows a path on one line: control characters and bidirectional overrides are escaped, and invalid UTF-8 is replaced.
 pub fn shown(path: &Path) -> impl Display + '_ {
     Shown(path)
 }
@@ -24,29 +24,29 @@ impl Display for Shown<'_> {
     }
 }
 
-/// A number of bytes as people read it.
+/// Formats a number of bytes with an IEC unit, such as `1.5 GiB`.
 pub fn size(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
 }
 
-/// An identifier in hexadecimal digits.
+/// Formats an identifier as hexadecimal digits.
 pub fn hex(id: &[u8; 16]) -> String {
     id.iter()
         .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
-/// Writes a path into a JSON document, where invalid UTF-8 cannot stand.
+/// Serialises a path as a string. Invalid UTF-8 is replaced, since JSON cannot hold it.
 ///
 /// # Errors
-/// Those of the serializer.
+/// Returns the error of the serializer.
 pub fn serialize<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 
-/// The same for a path that there may be none of.
+/// Serialises a path that may be absent, as [`serialize`] does.
 ///
 /// # Errors
-/// Those of the serializer.
+/// Returns the error of the serializer.
 pub fn serialize_some<S: serde::Serializer>(
     path: &Option<PathBuf>,
     serializer: S,
@@ -57,10 +57,10 @@ pub fn serialize_some<S: serde::Serializer>(
     }
 }
 
-/// The same for several paths.
+/// Serialises a list of paths, as [`serialize`] does.
 ///
 /// # Errors
-/// Those of the serializer.
+/// Returns the error of the serializer.
 pub fn serialize_all<S: serde::Serializer>(paths: &[PathBuf], serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }

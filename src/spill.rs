@@ -1,5 +1,5 @@
-//! Long lists: what is known of each extent and of each range that images map. There are tens of millions of them in a pool that is
-//! large and fragmented, and a host has a few gigabytes of memory: what goes beyond a budget lies in unnamed files beside the index.
+//! Lists that may be longer than memory: what is known of each extent, and of each range that images map. A large and fragmented pool has
+//! tens of millions of them, and a host has a few gigabytes of memory. What exceeds a budget lies in unnamed files beside the index.
 
 use std::ops::{Deref, DerefMut};
 
@@ -7,44 +7,44 @@ use allocator_api2::vec::{IntoIter, Vec};
 
 pub use crate::sys::spill::Budget;
 
-/// A vector that may lie in a file, as its [`Budget`] has it. Where there is no budget ([`SpillVec::default`], or one that is collected
-/// without), it is in memory, whatever its length.
+/// A vector that may lie in a file, as its [`Budget`] decides. Without a budget ([`SpillVec::default`], or one that is collected without)
+/// it is in memory, whatever its length.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SpillVec<T>(Vec<T, Budget>);
 
-/// A map that may lie in a file, too.
+/// A hash map that may lie in a file, as its [`Budget`] decides.
 pub type SpillMap<K, V> = hashbrown::HashMap<K, V, hashbrown::DefaultHashBuilder, Budget>;
 
 impl<T> SpillVec<T> {
-    /// An empty one.
+    /// Makes an empty vector.
     pub fn new_in(budget: &Budget) -> Self {
         Self(Vec::new_in(budget.clone()))
     }
 
-    /// An empty one with room for so many.
+    /// Makes an empty vector with capacity for `count` items.
     pub fn with_capacity_in(count: usize, budget: &Budget) -> Self {
         Self(Vec::with_capacity_in(count, budget.clone()))
     }
 
-    /// One of all that comes.
+    /// Collects items into a vector.
     pub fn from_iter_in(items: impl IntoIterator<Item = T>, budget: &Budget) -> Self {
-        let mut all = Self::new_in(budget);
-        all.extend(items);
-        all
+        let mut list = Self::new_in(budget);
+        list.extend(items);
+        list
     }
 
-    /// What it was made from.
+    /// Returns the budget that the vector was made from.
     pub fn budget(&self) -> &Budget {
         self.0.allocator()
     }
 }
 
 impl<T: Clone> SpillVec<T> {
-    /// So many times the same.
+    /// Makes a vector of `count` copies of `value`.
     pub fn of_in(value: T, count: usize, budget: &Budget) -> Self {
-        let mut all = Self::with_capacity_in(count, budget);
-        all.resize(count, value);
-        all
+        let mut list = Self::with_capacity_in(count, budget);
+        list.resize(count, value);
+        list
     }
 }
 

@@ -1,8 +1,8 @@
-//! Fingerprints of blocks: 32 bits that propose equality and never prove it.
+//! Fingerprints of blocks: 32-bit hashes. Equal fingerprints suggest that blocks are equal, and prove nothing.
 //!
-//! On btrfs they are the filesystem's own checksums, cut to 32 bits where those are longer, so that most of a pool needs no
-//! reading; where there is no usable checksum (compressed extents, files without checksums) the same function is computed
-//! from the data. Checksum types: btrfs-progs, `Documentation/Checksumming.rst`; on disk a checksum is little-endian.
+//! On btrfs they are the filesystem's own checksums, truncated to 32 bits, so that most of a pool need not be read. Where there is no
+//! usable checksum (compressed extents, files without checksums), the same function is computed from the data. Checksum types: btrfs-progs,
+//! `Documentation/Checksumming.rst`; on disk, checksums are little-endian.
 
 mod store;
 
@@ -10,18 +10,18 @@ pub use store::Fingerprints;
 
 use crate::block::BLOCK_LEN;
 
-/// The function that turns a block into its fingerprint.
+/// The function that computes a block's fingerprint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FingerprintFunction {
-    /// CRC32C, btrfs's default.
+    /// CRC32C, the default of btrfs.
     Crc32c,
-    /// The low half of xxhash64 with seed 0.
+    /// The low 32 bits of xxhash64 with seed 0.
     Xxhash64,
 }
 
 impl FingerprintFunction {
-    /// The fingerprint of one block.
+    /// Returns the fingerprint of a block.
     pub fn of(self, block: &[u8]) -> u32 {
         match self {
             Self::Crc32c => crc32c::crc32c(block),
@@ -30,12 +30,12 @@ impl FingerprintFunction {
         }
     }
 
-    /// The fingerprint of a block of zeros.
+    /// Returns the fingerprint of a block of zeros.
     pub fn of_zeros(self) -> u32 {
         self.of(&[0; BLOCK_LEN])
     }
 
-    /// A name for messages and the index.
+    /// Returns the name of the function, for messages and the index.
     pub fn name(self) -> &'static str {
         match self {
             Self::Crc32c => "crc32c",
@@ -50,10 +50,10 @@ mod tests {
 
     #[test]
     fn known_values() {
-        // CRC32C of "123456789" stands in RFC 3720's successor tables; of 4 KiB of zeros, in any btrfs checksum tree.
+        // RFC 3720's successor tables have the CRC32C of "123456789", and any btrfs checksum tree that of 4 KiB of zeros.
         assert_eq!(FingerprintFunction::Crc32c.of(b"123456789"), 0xe306_9283);
         assert_eq!(FingerprintFunction::Crc32c.of_zeros(), 0x98f9_4189);
-        // xxhash64 of nothing, from the reference implementation: ef46db3751d8e999.
+        // The reference implementation gives ef46db3751d8e999 for the xxhash64 of an empty string.
         assert_eq!(FingerprintFunction::Xxhash64.of(b""), 0x51d8_e999);
     }
 }

@@ -1,4 +1,4 @@
-//! Fingerprints of many blocks: in memory while they are few, else in an unnamed file of which a few pages are in memory.
+//! Fingerprints of many blocks: in memory while they are few, or else in an unnamed file with a page cache.
 
 use std::io::Result;
 use std::marker::PhantomData;
@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::numbers::Number;
 use crate::sys::spill::{Budget, SpillFile, lost};
 
-/// Fingerprints in a page.
+/// Fingerprints of a page.
 const PAGE: usize = 1024;
-/// Pages in memory: 4 MiB.
+/// Pages in the cache, which takes 4 MiB.
 const FRAMES: usize = 512;
 
-/// A fingerprint for each block, by its number: its slot in a pool, or its store address. Zero until one is written.
+/// A fingerprint for each block, by the block's number: its slot in a pool, or its store address. It is 0 until it is written.
 #[derive(Debug)]
 pub struct Fingerprints<N> {
     blocks: usize,
@@ -31,12 +31,13 @@ enum Kept {
     },
 }
 
-/// A page of the file for each frame: direct-mapped, since matching goes along two or three places at a time.
+/// The cache: each page of the file has one frame. It is direct-mapped, since the planner compares two or three places at a time.
 ///
-/// Each cell says itself which page its fingerprint is of, so that reading one takes no lock: of two threads that load pages into the same
-/// frame, neither takes the other's fingerprints for its own.
+/// Each cell says which page its fingerprint is of, so that reading one takes no lock: of two threads that load pages into the same frame,
+/// neither takes the other's fingerprints for its own.
 #[derive(Debug)]
 struct Pages {
+    /// Each has a fingerprint in its lower half, and the [`mark`] of its page in the upper one.
     cells: Vec<AtomicU64>,
 }
 
@@ -57,16 +58,16 @@ impl<N> From<Vec<u32>> for Fingerprints<N> {
 }
 
 impl<N: Number> Fingerprints<N> {
-    /// Fingerprints that take four bytes of memory each.
+    /// Makes fingerprints that take four bytes of memory each.
     pub fn in_memory(blocks: usize) -> Self {
         vec![0; blocks].into()
     }
 
-    /// Fingerprints that take four bytes of disk each, in an unnamed file where a budget has its files, and 4 MiB of memory in all. Where
-    /// that file cannot be read or written later, the process ends as it does for lists ([`lost`]).
+    /// Makes fingerprints that take four bytes of disk each, in an unnamed file in the budget's folder, and 4 MiB of memory in all. If the
+    /// file cannot be read or written later, the process ends ([`lost`]).
     ///
     /// # Errors
-    /// If there can be no such file, or it has too little room: `ENOSPC`, `EDQUOT`.
+    /// Returns `ENOSPC` or `EDQUOT` if there is too little space, and otherwise the error of making the file.
     pub fn in_file(blocks: usize, budget: &Budget) -> Result<Self> {
         let file = budget.file(blocks.next_multiple_of(PAGE) as u64 * 4)?;
         Ok(Self {
@@ -80,7 +81,7 @@ impl<N: Number> Fingerprints<N> {
         })
     }
 
-    /// Fingerprints of so many blocks, kept as these are. If a file cannot be made, they are kept in memory.
+    /// Makes fingerprints of `blocks` blocks that are kept where these are. If a file cannot be made, they are kept in memory.
     #[must_use]
     pub fn alike<M: Number>(&self, blocks: usize) -> Fingerprints<M> {
         match &self.kept {
@@ -91,17 +92,17 @@ impl<N: Number> Fingerprints<N> {
         }
     }
 
-    /// How many there are.
+    /// Returns the number of fingerprints.
     pub fn len(&self) -> usize {
         self.blocks
     }
 
-    /// Whether there are none.
+    /// Whether there are no fingerprints.
     pub fn is_empty(&self) -> bool {
         self.blocks == 0
     }
 
-    /// One fingerprint.
+    /// Returns the fingerprint of a block.
     #[inline]
     pub fn get(&self, block: N) -> u32 {
         let at = block.bare() as usize;
@@ -111,7 +112,7 @@ impl<N: Number> Fingerprints<N> {
         }
     }
 
-    /// A range of them.
+    /// Returns the fingerprints of a range of blocks.
     pub fn range(&self, blocks: Range<N>) -> Vec<u32> {
         let (start, end) = (blocks.start.bare(), blocks.end.bare());
         match &self.kept {
@@ -140,7 +141,7 @@ impl<N: Number> Fingerprints<N> {
 }
 
 impl Pages {
-    /// No page at all.
+    /// Makes a cache that has no page.
     fn new() -> Self {
         Self {
             cells: std::iter::repeat_with(AtomicU64::default).take(FRAMES * PAGE).collect(),

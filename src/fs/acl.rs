@@ -1,8 +1,8 @@
-//! POSIX access control lists as the kernel hands them out in extended attributes (`uapi/linux/posix_acl_xattr.h`).
+//! POSIX access control lists, as the kernel represents them in extended attributes (`uapi/linux/posix_acl_xattr.h`).
 
-/// The attribute of the list that says who may access a file.
+/// The attribute of a file's access control list.
 pub const ACCESS: &[u8] = b"system.posix_acl_access";
-/// The attribute of the list that what is made in a folder gets.
+/// The attribute of the list that entries of a folder inherit.
 pub const DEFAULT: &[u8] = b"system.posix_acl_default";
 
 const VERSION: u32 = 2;
@@ -14,9 +14,9 @@ const GROUP: u16 = 0x08;
 const MASK: u16 = 0x10;
 const OTHER: u16 = 0x20;
 
-/// What an access control list allows the file's own group: its entry, and the mask on it. The group bits of the file's mode are the mask,
-/// which holds for all that the list names: without the list they would let the group do what only others were let. None if the value is
-/// no proper list.
+/// Returns what an access control list allows the file's own group: the permissions of its entry within the mask. The group bits of the
+/// file's mode are the mask, which applies to everyone whom the list names; without the list they would give the group the permissions of
+/// others. Returns `None` if the value is not a valid list.
 pub fn group_permissions(value: &[u8]) -> Option<u32> {
     let (header, entries) = value.split_at_checked(HEADER_BYTES)?;
     let (entries, rest) = entries.as_chunks::<8>();
@@ -29,7 +29,7 @@ pub fn group_permissions(value: &[u8]) -> Option<u32> {
         let tag = u16::from_le_bytes([*tag, *tag_high]);
         let permissions = u16::from_le_bytes([*permissions, *permissions_high]);
         let named = tag == USER || tag == GROUP;
-        // Entries that name nobody have no id, whatever stands there.
+        // Entries that name nobody have no id, whatever the field holds.
         let id = if named { u32::from_le_bytes(*id) } else { 0 };
         if permissions > 7 || (named && id == u32::MAX) || last.is_some_and(|last| last >= (tag, id)) {
             return None;

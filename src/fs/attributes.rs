@@ -1,4 +1,4 @@
-//! What a file has beside its content: mode, owner, times, extended attributes.
+//! The metadata of a file: mode, owner, times, extended attributes.
 
 use std::ffi::{CString, OsStr};
 use std::fs::File;
@@ -15,35 +15,35 @@ use crate::error::{Error, Result};
 use crate::shown::shown;
 use crate::sys::inode_flags::{add_inode_flags, inode_flags};
 
-/// Bytes of an extended attribute, and of a list of their names, that the kernel hands out at most (`XATTR_SIZE_MAX`).
+/// The largest extended attribute, and the longest list of their names, that the kernel returns (`XATTR_SIZE_MAX`).
 const XATTR_BYTES_MAX: usize = 64 << 10;
-/// What the filesystem itself made of a file and would refuse elsewhere.
+/// Prefixes of attributes that the filesystem maintains itself, and that another one would refuse.
 const XATTRS_LEFT_OUT: [&[u8]; 2] = [b"btrfs.", b"system."];
-/// Set-user-ID, set-group-ID and sticky bit: whoever writes an archive could make a program run as another user by them.
+/// The set-user-ID, set-group-ID and sticky bits. By them, whoever writes an archive could make a program run as another user.
 const SPECIAL_MODE: u32 = 0o7000;
 
-/// What of the metadata that an archive has of a file is restored, and how.
+/// Which metadata of a file in an archive is restored, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttributePolicy {
-    /// Take owners by number even where their names are known here.
+    /// Restore owners by number even if their names exist on this host.
     pub numeric_owner: bool,
-    /// Restore special mode bits, and attributes that give privileges or are for root.
+    /// Restore the special mode bits, and attributes that give privileges or are for root.
     pub preserve_special: bool,
 }
 
-/// What was not restored of a file, in words.
+/// Metadata of a file that was not restored, in words.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NotRestored {
-    /// What could not be.
+    /// Metadata that could not be restored, with the reason.
     pub problems: Vec<String>,
-    /// What was not to be.
+    /// Metadata that the policy leaves out.
     pub left_out: Vec<String>,
 }
 
-/// Reads those of an open file or folder; `path` is for messages.
+/// Reads the metadata of an open file or folder; `path` is for messages.
 ///
 /// # Errors
-/// Those of the system calls.
+/// Returns [`Error::Io`] if a system call fails.
 pub fn read(file: impl AsFd, path: &Path) -> Result<Metadata> {
     let stat = rustix::fs::fstat(&file).map_err(Error::io("look at", path))?;
     let name = |found: std::result::Result<Option<String>, nix::Error>| found.ok().flatten().unwrap_or_default();
@@ -88,7 +88,7 @@ fn xattrs(file: impl AsFd, path: &Path) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     Ok(found)
 }
 
-/// Sets what must be set before a file has data. Returns what could not be set, in words.
+/// Sets what must be set before a file has data. Returns what could not be set, with the reason.
 pub fn prepare(file: &File, metadata: &Metadata) -> Option<String> {
     if !metadata.is_nodatacow() {
         return None;
@@ -97,13 +97,13 @@ pub fn prepare(file: &File, metadata: &Metadata) -> Option<String> {
     set.err().map(|errno| format!("nodatacow: {errno}"))
 }
 
-/// Sets the rest on an open file or folder: owner by name where that is known here, else by number; attributes; mode and access control
-/// list; times last. At no moment may anyone do more than in the end. Returns what was not set.
+/// Sets the rest of the metadata on an open file or folder: the owner, by name if that exists on this host and else by number; attributes;
+/// mode and access control list; times last. At no moment does anyone have more permissions than in the end. Returns what was not set.
 ///
 /// # Errors
-/// If mode or times cannot be set.
+/// Returns [`Error::Io`] if the mode or the times cannot be set.
 pub fn apply(file: &File, path: &Path, metadata: &Metadata, policy: AttributePolicy) -> Result<NotRestored> {
-    let mut not = NotRestored::default();
+    let mut not_restored = NotRestored::default();
     let by_name = |name: &str| !policy.numeric_owner && !name.is_empty();
     let uid = by_name(&metadata.user)
         .then(|| nix::unistd::User::from_name(&metadata.user).ok().flatten())
@@ -113,24 +113,24 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, policy: AttributePol
         .then(|| nix::unistd::Group::from_name(&metadata.group).ok().flatten())
         .flatten()
         .map_or(metadata.gid, |group| group.gid.as_raw());
-    // All bits set means "leave it", which no archive may ask for.
+    // For `fchown`, all bits set means "leave it", which no archive may ask for.
     let owner = |id: u32| (id != u32::MAX).then_some(id);
     if let Err(errno) = rustix::fs::fchown(file, owner(uid).map(Uid::from_raw), owner(gid).map(Gid::from_raw)) {
-        not.problems.push(format!("owner: {errno}"));
+        not_restored.problems.push(format!("owner: {errno}"));
     }
     let stat = rustix::fs::fstat(file).map_err(Error::io("look at", path))?;
-    let owned = (stat.st_uid == uid, stat.st_gid == gid);
+    let has_ids = (stat.st_uid == uid, stat.st_gid == gid);
     for (name, value) in metadata.xattrs.iter().filter(|(name, _)| name.as_slice() != NODATACOW) {
         if name == acl::ACCESS || name == acl::DEFAULT {
             continue;
         }
         match may_restore(name, policy) {
-            Some(true) => set_xattr(file, name, value, &mut not),
-            Some(false) => not.left_out.push(named(name)),
+            Some(true) => set_xattr(file, name, value, &mut not_restored),
+            Some(false) => not_restored.left_out.push(named(name)),
             None => {}
         }
     }
-    set_mode(file, path, metadata, policy, owned, &mut not)?;
+    set_mode(file, path, metadata, policy, has_ids, &mut not_restored)?;
     let time = Timespec {
         tv_sec: metadata.mtime.seconds,
         tv_nsec: metadata.mtime.nanoseconds.into(),
@@ -140,11 +140,11 @@ pub fn apply(file: &File, path: &Path, metadata: &Metadata, policy: AttributePol
         last_modification: time,
     };
     rustix::fs::futimens(file, &times).map_err(Error::io("set the time of", path))?;
-    Ok(not)
+    Ok(not_restored)
 }
 
-/// Whether an extended attribute is restored. None for what is left out without a word: the label of `SELinux` says who may access a file
-/// by the policy of the host it was on, and the file gets one by the policy of this host.
+/// Whether an extended attribute is restored. It is `None` if it is left out without a word: a label of `SELinux` follows the policy of its
+/// host, and this host's policy labels the file anew.
 fn may_restore(name: &[u8], policy: AttributePolicy) -> Option<bool> {
     let special = name.starts_with(b"security.") || name.starts_with(b"trusted.");
     if name.starts_with(b"user.") || (policy.preserve_special && special) {
@@ -157,52 +157,56 @@ fn named(name: &[u8]) -> String {
     format!("attribute {}", shown(Path::new(OsStr::from_bytes(name))))
 }
 
-fn set_xattr(file: &File, name: &[u8], value: &[u8], not: &mut NotRestored) {
+fn set_xattr(file: &File, name: &[u8], value: &[u8], not_restored: &mut NotRestored) {
     let set = CString::new(name)
         .map_err(|_| Errno::INVAL)
         .and_then(|name| rustix::fs::fsetxattr(file, name.as_c_str(), value, XattrFlags::empty()));
     if let Err(errno) = set {
-        not.problems.push(format!("{}: {errno}", named(name)));
+        not_restored.problems.push(format!("{}: {errno}", named(name)));
     }
 }
 
-/// Sets mode and access control lists, so that at no moment the group may do what only others on the list may.
+/// Sets the mode and the access control lists. At no moment does the group have permissions that only others on the list have.
 fn set_mode(
     file: &File,
     path: &Path,
     metadata: &Metadata,
     policy: AttributePolicy,
-    (by_user, by_group): (bool, bool),
-    not: &mut NotRestored,
+    (has_uid, has_gid): (bool, bool),
+    not_restored: &mut NotRestored,
 ) -> Result<()> {
     let access_list = list_of(metadata, acl::ACCESS);
     let set =
         |mode: u32| rustix::fs::fchmod(file, Mode::from_raw_mode(mode)).map_err(Error::io("set the mode of", path));
     let special = metadata.mode & SPECIAL_MODE;
     let mut mode = metadata.mode & 0o777;
-    if policy.preserve_special && by_user && by_group {
+    if policy.preserve_special && has_uid && has_gid {
         mode |= special;
     } else if policy.preserve_special && special != 0 {
-        not.problems
+        not_restored
+            .problems
             .push(format!("mode bits {special:o}: it has another owner"));
     } else if special != 0 {
-        not.left_out.push(format!("mode bits {special:o}"));
+        not_restored.left_out.push(format!("mode bits {special:o}"));
     }
-    // The folder may have given it a list of its own, whose mask the group bits of the mode would be.
+    // The file may have inherited a list from its folder. Then the group bits of the mode would be that list's mask.
     match rustix::fs::fremovexattr(file, OsStr::from_bytes(acl::ACCESS)) {
         Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS) => {}
-        Err(errno) => not.problems.push(format!("{}: {errno}", named(acl::ACCESS))),
+        Err(errno) => not_restored.problems.push(format!("{}: {errno}", named(acl::ACCESS))),
     }
     let others = mode & 0o007;
     let group = |permissions: u32| (mode & !0o070) | (mode & 0o070 & (permissions << 3));
-    if !by_group {
-        // It has another group than it had: that may do what everyone may.
+    if !has_gid {
+        // The file has another group than in the archive. It gets the permissions of others.
         set(group(others))?;
         if group(others) != mode {
-            not.problems.push("what its group may do: it has another group".into());
+            not_restored
+                .problems
+                .push("what its group may do: it has another group".into());
         }
         if access_list.is_some() {
-            not.problems
+            not_restored
+                .problems
                 .push(format!("{}: it has another group", named(acl::ACCESS)));
         }
         return Ok(());
@@ -211,32 +215,32 @@ fn set_mode(
         None => set(mode)?,
         Some(value) => {
             set(group(acl::group_permissions(value).unwrap_or(others)))?;
-            let before = not.problems.len();
-            set_list(file, acl::ACCESS, value, not);
-            if not.problems.len() == before && mode & SPECIAL_MODE != 0 {
-                // A list changes the mode's bits, and may take special ones away.
+            let before = not_restored.problems.len();
+            set_list(file, acl::ACCESS, value, not_restored);
+            if not_restored.problems.len() == before && mode & SPECIAL_MODE != 0 {
+                // Setting a list changes the mode's permission bits, and may clear special bits.
                 let stat = rustix::fs::fstat(file).map_err(Error::io("look at", path))?;
                 set((stat.st_mode & 0o777) | (mode & SPECIAL_MODE))?;
             }
         }
     }
     if let Some(value) = list_of(metadata, acl::DEFAULT) {
-        set_list(file, acl::DEFAULT, value, not);
+        set_list(file, acl::DEFAULT, value, not_restored);
     }
     Ok(())
 }
 
-/// The access control list of this name, if there is one.
+/// Returns the access control list of this name, if there is one.
 fn list_of<'a>(metadata: &'a Metadata, wanted: &[u8]) -> Option<&'a [u8]> {
     let mut lists = metadata.xattrs.iter().filter(|(name, _)| name == wanted);
     lists.next().map(|(_, value)| value.as_slice())
 }
 
-/// Sets an access control list that makes sense.
-fn set_list(file: &File, name: &[u8], value: &[u8], not: &mut NotRestored) {
+/// Sets an access control list if it is valid.
+fn set_list(file: &File, name: &[u8], value: &[u8], not_restored: &mut NotRestored) {
     match acl::group_permissions(value) {
-        Some(_) => set_xattr(file, name, value, not),
-        None => not.problems.push(format!("{}: it is malformed", named(name))),
+        Some(_) => set_xattr(file, name, value, not_restored),
+        None => not_restored.problems.push(format!("{}: it is malformed", named(name))),
     }
 }
 
@@ -264,16 +268,16 @@ mod tests {
 
     fn applied(metadata: &Metadata) -> (u32, NotRestored) {
         let file = tempfile::tempfile().unwrap();
-        let not = apply(&file, Path::new("a"), metadata, CAREFUL).unwrap();
-        (rustix::fs::fstat(&file).unwrap().st_mode & 0o7777, not)
+        let not_restored = apply(&file, Path::new("a"), metadata, CAREFUL).unwrap();
+        (rustix::fs::fstat(&file).unwrap().st_mode & 0o7777, not_restored)
     }
 
     #[test]
     fn a_malformed_access_list_gives_the_group_nothing() {
         for value in [&b""[..], b"\x02\0\0\0", &[0xff; 44]] {
-            let (mode, not) = applied(&own(0o664, &[(acl::ACCESS, value)]));
+            let (mode, not_restored) = applied(&own(0o664, &[(acl::ACCESS, value)]));
             assert_eq!(mode, 0o644);
-            assert!(not.problems[0].contains("malformed"), "{not:?}");
+            assert!(not_restored.problems[0].contains("malformed"), "{not_restored:?}");
         }
     }
 
@@ -283,21 +287,27 @@ mod tests {
             gid: u32::MAX,
             ..own(0o2670, &[])
         };
-        let (mode, not) = applied(&strange);
+        let (mode, not_restored) = applied(&strange);
         assert_eq!(mode, 0o600);
         assert!(
-            not.problems.iter().any(|problem| problem.contains("another group")),
-            "{not:?}"
+            not_restored
+                .problems
+                .iter()
+                .any(|problem| problem.contains("another group")),
+            "{not_restored:?}"
         );
     }
 
     #[test]
     fn what_is_left_out_is_said_on_one_line() {
-        let (mode, not) = applied(&own(
+        let (mode, not_restored) = applied(&own(
             0o6711,
             &[(b"trusted.\x1b[31m\n", b"x"), (b"security.selinux", b"x")],
         ));
         assert_eq!(mode, 0o711);
-        assert_eq!(not.left_out, ["attribute trusted.\\u{1b}[31m\\n", "mode bits 6000"]);
+        assert_eq!(
+            not_restored.left_out,
+            ["attribute trusted.\\u{1b}[31m\\n", "mode bits 6000"]
+        );
     }
 }

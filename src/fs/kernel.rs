@@ -1,4 +1,4 @@
-//! Kernels on which sharing extents has known faults. The table for btrfs is that of bees, `docs/btrfs-kernel.md`.
+//! Kernel releases on which sharing extents has known faults. The table for btrfs is that of bees, `docs/btrfs-kernel.md`.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,20 +6,20 @@ use std::io::Read;
 /// A kernel's release, as (major, minor).
 pub(super) type Release = (u32, u32);
 
-/// What is to be done about a kernel.
+/// How vmfold treats a kernel release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Nothing is known against it.
+    /// The release has no known faults.
     Fine,
     /// Sharing extents may damage data or metadata.
     Refuse,
-    /// It works, with a fault that the user should know of.
+    /// Sharing extents works, with a fault that the user should know of.
     Warn(&'static str),
 }
 
-/// What is known of a release with XFS.
+/// Returns the verdict on a release for XFS.
 pub(super) fn with_xfs(release: Release) -> Verdict {
-    // Blocks beyond the end of files could be shared until 4.20 (kernel commit dceeb47b0ed6).
+    // Until 4.20, blocks beyond the end of files could be shared (kernel commit dceeb47b0ed6).
     if release < (4, 20) {
         Verdict::Refuse
     } else {
@@ -27,10 +27,10 @@ pub(super) fn with_xfs(release: Release) -> Verdict {
     }
 }
 
-/// What is known of a release with btrfs.
+/// Returns the verdict on a release for btrfs.
 pub(super) fn with_btrfs(release: Release) -> Verdict {
     match release {
-        // Truncated ranges at the end of files until 4.20, corrupt metadata and compressed extents until 5.3.
+        // Ranges at the end of files are truncated until 4.20; metadata and compressed extents can be corrupted until 5.3.
         (..=4, _) | (5, ..=3) => Verdict::Refuse,
         (5, 4..=6) => Verdict::Warn("looking for who holds an extent is slow on it"),
         (6, 10 | 11) => Verdict::Warn(
@@ -41,7 +41,7 @@ pub(super) fn with_btrfs(release: Release) -> Verdict {
 }
 
 impl Verdict {
-    /// What the user should know, if there is something.
+    /// Returns a note for the user, if there is something to know.
     pub(super) fn note(self) -> Option<String> {
         match self {
             Self::Warn(fault) => Some(format!("This kernel has a known fault: {fault}")),
@@ -50,12 +50,12 @@ impl Verdict {
     }
 }
 
-/// Whether a kernel misses some holders of an extent (6.2 and 6.3; kernel commit 0cad8f14d70c mends it).
+/// Whether the kernel fails to report some holders of an extent: 6.2 and 6.3, fixed by kernel commit 0cad8f14d70c.
 pub(super) fn misses_holders(release: Release) -> bool {
     matches!(release, (6, 2 | 3))
 }
 
-/// The release of the running kernel.
+/// Returns the release of the running kernel.
 pub(super) fn release() -> Release {
     let mut text = String::new();
     let _ = File::open("/proc/sys/kernel/osrelease").and_then(|mut file| file.read_to_string(&mut text));

@@ -1,7 +1,8 @@
-//! What a filesystem can do for vmfold, behind one trait: [`Filesystem`]. [`open()`] is the one place that looks at which it is.
+//! What a filesystem can do for vmfold, behind one trait: [`Filesystem`]. Only [`open()`] and its neighbours look at the kind of
+//! filesystem.
 //!
-//! To add a filesystem, implement the trait in a folder here, have [`open()`] open it, and run it through the conformance suite in
-//! `tests/filesystem.rs`. What filesystems whose images are open files have in common is in `opened`.
+//! To add a filesystem, implement the trait in a folder here, make [`open()`] open it, and run it through the conformance suite in
+//! `tests/filesystem.rs`. What filesystems have in common whose images are open files is in `opened`.
 
 mod accounting;
 pub mod acl;
@@ -39,23 +40,23 @@ pub use prove::prove_slots;
 pub enum SourceFile {
     /// An image.
     Image(ImageId),
-    /// A donor, by the number [`Filesystem::create_donor`] gave it.
+    /// A donor, by the number that [`Filesystem::create_donor`] returned.
     Donor(DonorId),
-    /// A file without data, checksummed or not, as large as the largest image.
+    /// A file without data that is as large as the largest image.
     Hole {
-        /// Whether its inode has checksums; both sides of a call must agree.
+        /// Whether its inode has checksums. Source and destination of a call must agree in this.
         checksummed: bool,
     },
 }
 
-/// What one call did with one range.
+/// The outcome of one call for one range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShareOutcome {
-    /// The range maps the source's blocks now, or did before.
+    /// The range maps the source's blocks, possibly already before the call.
     Shared,
-    /// The bytes differ. Nothing was changed.
+    /// The bytes differ, and nothing was changed.
     Differs,
-    /// The filesystem refused.
+    /// The filesystem refused the call with this errno.
     Refused(Errno),
 }
 
@@ -66,16 +67,16 @@ pub struct HeldRange {
     pub file_block: u32,
     /// First block in the extent.
     pub extent_block: u32,
-    /// Blocks.
+    /// Length in blocks.
     pub blocks: u32,
-    /// Whether it reads as zeros, whatever the extent holds.
+    /// Whether it is preallocated, and reads as zeros whatever the extent holds.
     pub preallocated: bool,
 }
 
 /// A range of an image, and the extent that it refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExtentReference {
-    /// The extent's address, in bytes.
+    /// The address of the extent in bytes.
     pub address: u64,
     /// The range.
     pub range: HeldRange,
@@ -88,50 +89,50 @@ pub struct FileRange {
     pub file: SourceFile,
     /// First byte.
     pub offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: u64,
 }
 
-/// What images are opened for.
+/// The purpose that images are opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// To read extent maps and data only; whoever else uses them does not matter.
+    /// Reads extent maps and data. Images may be in use.
     Look,
-    /// To read them as a whole: only images that nobody has open for writing.
+    /// Reads images as a whole. Images that someone has open for writing are left alone.
     Read,
-    /// To say what sharing extents would do: only images that nobody else has open.
+    /// Tells what sharing extents would do. Images that anyone else has open are left alone.
     Plan,
-    /// To share extents: the same, on a filesystem that can be written.
+    /// Shares extents, on a filesystem that is writable. Images that anyone else has open are left alone.
     Change,
 }
 
-/// What is known of an open image.
+/// The properties of an open image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageInfo {
     /// Its path.
     pub path: PathBuf,
-    /// Bytes, holes included.
+    /// Its size in bytes, holes included.
     pub size: u64,
-    /// Whether the filesystem keeps checksums of its data. Where it keeps none of any file, all are alike, and this is true.
+    /// Whether the filesystem keeps checksums of its data. On a filesystem that keeps none of any file, this is true for all files.
     pub checksummed: bool,
-    /// Whether its owner wants it not to be compressed.
+    /// Whether its owner does not want it compressed (`btrfs.compression` is `none`).
     pub stays_uncompressed: bool,
 }
 
-/// What is known of where images lie on disk.
+/// Where the images of a pool lie on disk.
 #[derive(Debug)]
 pub struct PoolMap {
     /// Extents and references.
     pub facts: Facts,
-    /// Bytes that lie in metadata, beside their inodes.
+    /// Bytes of inline data: data that lies in metadata, beside the inodes.
     pub inline_bytes: u64,
-    /// The images that have such bytes, in their first block.
+    /// The images that have inline data, which is in their first block.
     pub inline: Vec<ImageId>,
-    /// What images have to themselves beyond their ends.
+    /// Space beyond the ends of images that only they use.
     pub beyond: Vec<BeyondEnd>,
 }
 
-/// Space that an image has to itself beyond its end.
+/// Space beyond the end of an image that only this image uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BeyondEnd {
     /// The image.
@@ -140,142 +141,161 @@ pub struct BeyondEnd {
     pub disk_bytes: u64,
 }
 
-/// The images of a pool, open, on one filesystem, and all that vmfold does there.
+/// The open images of a pool on one filesystem, and everything that vmfold does there.
 ///
 /// Images are numbered from 0. The byte ranges of [`Filesystem::share`] and [`Filesystem::clone_range`] are multiples of a block.
+///
+/// The default methods are right for a filesystem that keeps no checksums of data, does not compress and frees each block on its own.
 pub trait Filesystem: std::fmt::Debug + Send + Sync {
-    /// How many images are open.
+    /// Returns the number of open images.
     fn image_count(&self) -> u32;
 
-    /// What is known of an image.
+    /// Returns the properties of an image.
     fn image(&self, image: ImageId) -> &ImageInfo;
 
-    /// Whether an image may still be touched: false once someone else wants it.
+    /// Whether an image may still be touched. It is false once someone else has opened, or waits to open, the image.
     fn may_touch(&self, image: ImageId) -> bool;
 
-    /// Whether an image's size, times, links, mode and owner are what they were when it was opened.
+    /// Whether an image's size, times, links, mode and owner are unchanged since it was opened.
     fn is_unchanged(&self, image: ImageId) -> bool;
 
-    /// What belongs to an image beside its content.
+    /// Reads the metadata of an image.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// Returns [`Error::Io`] if a system call fails.
     fn attributes(&self, image: ImageId) -> Result<Metadata>;
 
-    /// A folder on the filesystem, for messages.
+    /// Returns a folder on the filesystem, for messages.
     fn folder(&self) -> &Path;
 
-    /// What tells the filesystem from others.
+    /// Returns the UUID of the filesystem.
     fn uuid(&self) -> [u8; 16];
 
-    /// The function that fingerprints are made with.
-    fn function(&self) -> FingerprintFunction;
+    /// Returns the function that fingerprints are made with.
+    fn function(&self) -> FingerprintFunction {
+        FingerprintFunction::Crc32c
+    }
 
-    /// Whether it frees each block on its own, and not only extents as a whole.
+    /// Whether the filesystem frees each block on its own, rather than an extent once nothing refers to any part of it.
     fn frees_blocks(&self) -> bool;
 
-    /// Whether it can keep extents compressed.
-    fn compresses(&self) -> bool;
+    /// Whether the filesystem can store extents compressed.
+    fn compresses(&self) -> bool {
+        false
+    }
 
-    /// What the user should know of the running kernel and of what cannot be seen here.
-    fn shortcomings(&self) -> Vec<String>;
+    /// Returns notes for the user about faults of the running kernel, and about what this process cannot see.
+    fn shortcomings(&self) -> Vec<String> {
+        Vec::new()
+    }
 
-    /// Whether there are read-only snapshots of what images lie in: who makes them may send them.
+    /// Whether there are read-only snapshots of subvolumes that images lie in. They may be sources of `btrfs send`.
     ///
     /// # Errors
-    /// Those of reading metadata.
-    fn has_read_only_snapshots(&self) -> Result<bool>;
+    /// Returns [`Error::Io`] if the filesystem's metadata cannot be read.
+    fn has_read_only_snapshots(&self) -> Result<bool> {
+        Ok(false)
+    }
 
-    /// Reads the extent maps of all images, into lists that are made from a budget.
+    /// Reads the extent maps of all images into lists that are made from `budget`.
     ///
     /// # Errors
-    /// Those of reading metadata, or if it makes no sense.
+    /// Returns [`Error::Io`] if the filesystem's metadata cannot be read, [`Error::Metadata`] if it makes no sense, and [`Error::TooLarge`]
+    /// if there are more blocks than slots.
     fn map(&self, budget: &Budget) -> Result<PoolMap>;
 
-    /// Whether it can be told of every block whether something outside the pool refers to it. That may be known only once
-    /// [`Filesystem::map`] was called.
+    /// Whether the filesystem tells for every block whether something outside the pool refers to it. XFS knows only after
+    /// [`Filesystem::map`].
     fn sees_all_holders(&self) -> bool;
 
-    /// Names of files that hold extents and are none of the images that are worked on, the largest extents first, with the bytes
-    /// they hold.
+    /// Returns the files outside the pool that hold its extents, by name, with the bytes that they hold. A filesystem may limit the search
+    /// to the largest extents.
     ///
     /// # Errors
-    /// Those of reading metadata.
+    /// Returns [`Error::Io`] if the filesystem's metadata cannot be read.
     fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>>;
 
-    /// Whether the filesystem's own checksums begin with fingerprints of [`Filesystem::function`].
-    fn has_usable_checksums(&self) -> bool;
+    /// Whether the filesystem's own checksums begin with the fingerprints of [`Filesystem::function`].
+    fn has_usable_checksums(&self) -> bool {
+        false
+    }
 
-    /// Takes the checksums of uncompressed extents for their fingerprints, and says of which slots they are known. Only where there
-    /// are usable ones.
+    /// Fills in the fingerprints of uncompressed extents from the filesystem's checksums, and adds their slots to `known`. It is called
+    /// only if [`Filesystem::has_usable_checksums`].
     ///
     /// # Errors
-    /// Those of reading metadata.
-    fn fingerprints_from_checksums(&self, facts: &mut Facts, known: &mut SlotSet) -> Result<()>;
+    /// Returns [`Error::Io`] if the filesystem's metadata cannot be read.
+    fn fingerprints_from_checksums(&self, _facts: &mut Facts, _known: &mut SlotSet) -> Result<()> {
+        Ok(())
+    }
 
-    /// A digest of all checksums that the filesystem keeps of each extent's bytes on disk, compressed or not; none where it keeps
-    /// none. With address and generation it tells whether an extent is still the one that was read, on copies of the filesystem too.
+    /// Returns for each extent a digest of all checksums of its bytes on disk, compressed or not; `None` where the filesystem keeps none.
+    /// With address and generation, the digest tells whether an extent is still the one that was read, even on a copy of the filesystem.
     ///
     /// # Errors
-    /// Those of reading metadata.
-    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>>;
+    /// Returns [`Error::Io`] if the filesystem's metadata cannot be read.
+    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
+        Ok(SpillVec::of_in(None, facts.extents.len(), facts.budget()))
+    }
 
-    /// Reads all of `buffer` from a file. What lies beyond its end is zeros.
+    /// Fills `buffer` from a file. Beyond the end of the file it reads zeros.
     ///
     /// # Errors
-    /// [`crate::error::Error::Unreadable`], with the path and the range: `EIO` where a checksum fails.
+    /// Returns [`Error::Unreadable`] with the path and the range: `EIO` where a checksum fails.
     fn read(&self, file: SourceFile, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
-    /// Starts reading a range into memory, as a hint.
+    /// Starts reading a range into the page cache. It is a hint.
     fn read_ahead(&self, file: SourceFile, offset: u64, length: u64);
 
-    /// Says that a range is not needed in memory any more.
+    /// Drops a range from the page cache. It is a hint.
     fn drop_behind(&self, file: SourceFile, offset: u64, length: u64);
 
-    /// Bytes that can still be written.
+    /// Returns the bytes that are free.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// Returns [`Error::Io`] if the system call fails.
     fn free_bytes(&self) -> Result<u64>;
 
-    /// Makes an empty donor that vanishes with this process, its blocks staying only where an image shares them.
+    /// Makes an empty donor and returns its number. The file has no name and vanishes with the process; blocks stay only where an image
+    /// shares them.
     ///
     /// # Errors
-    /// Where no such file can be made.
+    /// Returns [`Error::Io`] or [`Error::NoSpace`] if the file cannot be made.
     fn create_donor(&self, class: Class) -> Result<DonorId>;
 
-    /// Whether donors of class [`crate::facts::Compression::Zstd`] take frames; if not, the filesystem compresses them itself.
-    fn takes_frames(&self) -> bool;
+    /// Whether donors of class [`crate::facts::Compression::Zstd`] take frames. If not, the filesystem compresses their content itself.
+    fn takes_frames(&self) -> bool {
+        false
+    }
 
-    /// Appends one extent to a donor. What there is a zstd `frame` of is stored as that, if the filesystem takes frames; what there
-    /// is none of is then stored as it is.
+    /// Appends one extent to a donor. If the filesystem takes frames, it stores `frame`, or the content uncompressed if there is no frame.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] among others.
+    /// Returns [`Error::NoSpace`] if the filesystem is full or a quota is used up, and otherwise [`Error::Io`].
     fn append_to_donor(&self, donor: DonorId, content: &[u8], frame: Option<&[u8]>) -> Result<()>;
 
-    /// Gives up a donor that could not be written.
+    /// Frees the blocks of a donor that could not be written.
     fn discard_donor(&self, donor: DonorId);
 
-    /// Waits until all of a donor is on disk.
+    /// Waits until a donor is on disk.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] among others.
+    /// Returns [`Error::NoSpace`] if the filesystem is full or a quota is used up, and otherwise [`Error::Io`].
     fn settle_donor(&self, donor: DonorId) -> Result<()>;
 
-    /// Closes all donors: what of them no image shares is free from the next commit on, which this makes.
+    /// Closes all donors and commits. The commit frees those of their blocks that no image shares.
     ///
     /// # Errors
-    /// Those of the commit.
+    /// Returns [`Error::Io`] if the commit fails.
     fn close_donors(&self) -> Result<()>;
 
-    /// Makes a range of an image share a range of another file, if the bytes are equal. One system call.
+    /// Makes a range of an image share a range of another file if the bytes are equal, by one system call.
     fn share(&self, source: SourceFile, source_offset: u64, image: ImageId, offset: u64, length: u64) -> ShareOutcome;
 
     /// Makes a range of a new file share a range of an image.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the filesystem cannot; `EXDEV` if the file lies on another one.
+    /// Returns `EOPNOTSUPP` if the filesystem cannot share blocks, and `EXDEV` if the file lies on another filesystem.
     fn clone_range(
         &self,
         image: ImageId,
@@ -285,39 +305,45 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
         length: u64,
     ) -> rustix::io::Result<()>;
 
-    /// Makes everything durable and freed blocks available.
+    /// Commits: makes everything durable, and makes freed blocks available.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// Returns [`Error::Io`] if the system call fails.
     fn commit(&self) -> Result<()>;
 
-    /// Whether the extent that was at `address` when the facts were taken is still there.
+    /// Whether the extent that was at `address` when the facts were read still exists. It is false if each block is freed on its own,
+    /// since no block then keeps the rest of an extent allocated.
     ///
     /// # Errors
-    /// Those of reading the filesystem's metadata.
-    fn is_allocated(&self, address: u64, generation: u64) -> Result<bool>;
+    /// Returns [`Error::Io`] if the filesystem's metadata cannot be read.
+    fn is_allocated(&self, _address: u64, _generation: u64) -> Result<bool> {
+        Ok(false)
+    }
 
-    /// The ranges of an image that refer to any of the extents at `addresses`, each with the address.
+    /// Returns the ranges of an image that refer to any of the extents at `addresses`, each with that address. There are none if each
+    /// block is freed on its own.
     ///
     /// # Errors
-    /// Those of reading the filesystem's metadata.
-    fn ranges_in(&self, image: ImageId, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>>;
+    /// Returns [`Error::Io`] or [`Error::Metadata`] if the filesystem's metadata cannot be read or makes no sense.
+    fn ranges_in(&self, _image: ImageId, _addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
+        Ok(Vec::new())
+    }
 
-    /// Where an image lies.
+    /// Returns the path of an image.
     fn path(&self, image: ImageId) -> &Path {
         &self.image(image).path
     }
 }
 
-/// The images that are open, in the order of their numbers.
+/// Returns the open images in the order of their numbers.
 pub fn images(fs: &dyn Filesystem) -> impl ExactSizeIterator<Item = &ImageInfo> {
     ImageId::first(fs.image_count()).map(|image| fs.image(image))
 }
 
-/// Reads slots, one range after the other.
+/// Reads ranges of slots, one after the other.
 ///
 /// # Errors
-/// Those of reading.
+/// Returns the error of [`Filesystem::read`].
 pub fn read_slots(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) -> Result<Vec<u8>> {
     let blocks: u32 = slots.iter().map(range::length).sum();
     let mut content = vec![0; blocks as usize * BLOCK_LEN];
@@ -325,11 +351,11 @@ pub fn read_slots(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<S
     Ok(content)
 }
 
-/// Reads slots, one range after the other, into a buffer that is as long as they are. Where a slot is none that an image maps, what is
-/// left of the buffer is zeros.
+/// Reads ranges of slots, one after the other, into a buffer of their length. Slots that no image maps are left out, and the end of the
+/// buffer is filled with zeros instead.
 ///
 /// # Errors
-/// Those of reading.
+/// Returns the error of [`Filesystem::read`].
 pub fn read_slots_into(
     facts: &Facts,
     fs: &dyn Filesystem,
@@ -346,21 +372,21 @@ pub fn read_slots_into(
     Ok(())
 }
 
-/// Starts reading slots into memory, as a hint.
+/// Starts reading slots into the page cache. It is a hint.
 pub fn read_slots_ahead(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) {
     for range in places(facts, slots) {
         fs.read_ahead(range.file, range.offset, range.length);
     }
 }
 
-/// Says that slots are not needed in memory any more.
+/// Drops slots from the page cache. It is a hint.
 pub fn drop_slots_behind(facts: &Facts, fs: &dyn Filesystem, slots: &[std::ops::Range<Slot>]) {
     for range in places(facts, slots) {
         fs.drop_behind(range.file, range.offset, range.length);
     }
 }
 
-/// Where slots can be read, place after place.
+/// Returns where slots can be read, piece after piece.
 fn places<'a>(facts: &'a Facts, slots: &'a [std::ops::Range<Slot>]) -> impl Iterator<Item = FileRange> + 'a {
     let places = slots.iter().flat_map(|range| facts.places_of(range.clone()));
     places.map(|(_, place)| FileRange {
@@ -370,7 +396,7 @@ fn places<'a>(facts: &'a Facts, slots: &'a [std::ops::Range<Slot>]) -> impl Iter
     })
 }
 
-/// `u32` block numbers hold files and extents of less than 16 TiB; larger images are left alone.
+/// Returns a number of bytes in blocks. 32 bits hold the blocks of files and extents below 16 TiB; larger images are left alone.
 fn blocks(bytes: u64) -> Result<u32> {
     u32::try_from(bytes / BLOCK_BYTES).map_err(|_| Error::TooLarge)
 }

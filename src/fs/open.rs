@@ -1,4 +1,4 @@
-//! Which filesystem it is: the one place that asks.
+//! Finds out which filesystem paths lie on. This is the only file that matches on the kind of filesystem.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,12 @@ use crate::monitor::Monitor;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::sys::fs_info::{FilesystemKind, FsInfo, fs_info};
 
-/// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards.
+/// Opens the images of a pool, and returns which of them are left alone. Dirty data of the filesystem is on disk afterwards.
 ///
 /// # Errors
-/// Off btrfs and XFS with reflinks, on btrfs without root, or where images lie on two filesystems.
+/// Returns [`Error::NoSharing`] on a filesystem other than btrfs and XFS, [`Error::NoReflinks`] on an XFS without reflinks,
+/// [`Error::SectorSize`] if blocks are not 4 KiB, [`Error::NotRoot`] on btrfs without root, [`Error::TwoFilesystems`] if paths lie on two,
+/// and the errors of opening.
 pub fn open(
     found: &[FoundImage],
     named: &[NamedPath],
@@ -38,14 +40,14 @@ pub fn open(
     }
 }
 
-/// The UUID of the filesystem that a path is or will be on; none if it is neither btrfs nor XFS.
+/// Returns the UUID of the filesystem that a path is or will be on; `None` if that is neither btrfs nor XFS.
 pub fn uuid_at(path: &Path) -> Option<[u8; 16]> {
     filesystem_at(path).map(|(_, info)| info.uuid)
 }
 
 /// Whether this process may look for the images that hold extents of the filesystem that a path is or will be on.
 pub fn may_find_holders(path: &Path) -> bool {
-    // Only root may ask btrfs who holds an extent.
+    // btrfs tells only root which files hold an extent.
     filesystem_at(path).is_some_and(|(_, info)| match info.kind {
         FilesystemKind::Btrfs { .. } => rustix::process::geteuid().is_root(),
         FilesystemKind::Xfs { .. } => true,
@@ -55,14 +57,14 @@ pub fn may_find_holders(path: &Path) -> bool {
 /// An image that holds extents.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HoldingImage {
-    /// How many of those that are looked for.
+    /// The number of the extents asked for that it holds.
     pub extents: usize,
     /// Its path.
     pub path: PathBuf,
 }
 
-/// The images that hold extents at these addresses: of the subvolume that a path is or will be in, or of its
-/// XFS. None where the filesystem cannot tell, or the user stops it.
+/// Returns the images that hold extents at these addresses: images of the subvolume that a path is or will be in, or of its XFS. It is
+/// `None` if the filesystem cannot tell, or if the user stops the search.
 pub fn images_holding(path: &Path, addresses: Vec<u64>, monitor: &dyn Monitor) -> Option<Vec<HoldingImage>> {
     let (folder, info) = filesystem_at(path)?;
     match info.kind {
@@ -71,35 +73,35 @@ pub fn images_holding(path: &Path, addresses: Vec<u64>, monitor: &dyn Monitor) -
     }
 }
 
-/// What exists of the way to a path, and its filesystem.
+/// Opens the nearest existing ancestor of a path, and identifies its filesystem.
 fn filesystem_at(path: &Path) -> Option<(File, FsInfo)> {
     let folder = File::open(existing(path)).ok()?;
     let info = fs_info(&folder).ok()?;
     Some((folder, info))
 }
 
-/// What exists of the way to a folder.
-pub fn existing(to: &Path) -> &Path {
-    // A path without folders lies in the current one.
-    let exists = to
+/// Returns the nearest existing ancestor of a path, which may be the path itself.
+pub fn existing(path: &Path) -> &Path {
+    // The last ancestor of a relative path is empty; it stands for the current folder.
+    let exists = path
         .ancestors()
         .find(|folder| !folder.as_os_str().is_empty() && folder.exists());
     exists.unwrap_or(Path::new("."))
 }
 
-/// Checks that all that was named lies on one filesystem that vmfold can work on.
+/// Checks that all named paths lie on one filesystem that vmfold can work on.
 fn same_filesystem(named: &[NamedPath]) -> Result<(FsInfo, &NamedPath)> {
     let mut first: Option<(&NamedPath, FsInfo)> = None;
-    for one in named {
-        let path = &one.path;
-        let info = match fs_info(&one.folder) {
+    for named_path in named {
+        let path = &named_path.path;
+        let info = match fs_info(&named_path.folder) {
             Ok(FsInfo {
                 kind: FilesystemKind::Xfs { reflinks: false, .. },
                 ..
             }) => return Err(Error::NoReflinks { path: path.clone() }),
             Ok(info) => info,
             Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => {
-                let magic = rustix::fs::fstatfs(&one.folder)
+                let magic = rustix::fs::fstatfs(&named_path.folder)
                     .map_err(Error::io("look at", path))?
                     .f_type;
                 return Err(Error::NoSharing {
@@ -116,14 +118,14 @@ fn same_filesystem(named: &[NamedPath]) -> Result<(FsInfo, &NamedPath)> {
             });
         }
         match first {
-            Some((other, known)) if known != info => {
+            Some((first_path, first_info)) if first_info != info => {
                 return Err(Error::TwoFilesystems {
-                    first: other.path.clone(),
+                    first: first_path.path.clone(),
                     second: path.clone(),
                 });
             }
             Some(_) => {}
-            None => first = Some((one, info)),
+            None => first = Some((named_path, info)),
         }
     }
     first
@@ -131,7 +133,7 @@ fn same_filesystem(named: &[NamedPath]) -> Result<(FsInfo, &NamedPath)> {
         .ok_or_else(|| Error::Usage("name at least one path".into()))
 }
 
-/// Names of filesystems by their magic number (linux/magic.h), for messages.
+/// Returns the name of a filesystem by its magic number (linux/magic.h), for messages.
 fn name_of_magic(magic: i64) -> String {
     match magic {
         0xef53 => "ext4".into(),

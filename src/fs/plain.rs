@@ -1,7 +1,7 @@
-//! Any filesystem without reflinks: its images can be read and mapped, and nothing is shared. [`super::open()`] does not open it: verbs
-//! refuse filesystems that cannot share.
+//! Any filesystem without reflinks: its images can be read and mapped, and nothing is shared. [`super::open()`] does not open it, since
+//! verbs refuse filesystems that cannot share.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
@@ -9,20 +9,19 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::opened::{OpenImage, Opened, Specifics, reads_opened};
-use super::{ExtentReference, Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, blocks, kernel};
-use crate::block::{BLOCK_BYTES, SlotSet, bytes};
+use super::{Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, blocks, kernel};
+use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::Metadata;
 use crate::error::{Error, Result};
 use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinReason};
-use crate::fingerprint::FingerprintFunction;
 use crate::numbers::{DonorId, ExtentId, ImageId, Slot};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
 
-/// Data is cut into extents at multiples of this in its image, 16 MiB, so that an index holds records of bounded length.
+/// Data is cut into extents at multiples of this offset in the image, 16 MiB, so that records of the index have a bounded length.
 const EXTENT_BLOCKS_MAX: u64 = 4096;
 
-/// Images on a filesystem that is only read.
+/// The open images of a pool on a filesystem that is only read.
 #[derive(Debug)]
 pub struct Plain {
     device: u64,
@@ -30,10 +29,11 @@ pub struct Plain {
 }
 
 impl Plain {
-    /// Opens the images of a pool for reading, and says which it leaves alone.
+    /// Opens the images of a pool for reading, and returns which of them are left alone.
     ///
     /// # Errors
-    /// [`Error::Usage`] if nothing is named; [`Error::Busy`], and those of system calls that say nothing of one image.
+    /// Returns [`Error::Usage`] if nothing is named, [`Error::Busy`] if another vmfold works on the filesystem, and [`Error::Io`] if a
+    /// system call fails for a reason that does not lie in one image.
     pub fn open(found: &[FoundImage], named: &[NamedPath], purpose: Purpose) -> Result<(Self, Vec<Skipped>)> {
         let first = named
             .first()
@@ -43,7 +43,7 @@ impl Plain {
         let specifics = Specifics {
             uuid: uuid_of(device),
             verdict: kernel::Verdict::Fine,
-            is_here: &|file| rustix::fs::fstat(file).is_ok_and(|stat| stat.st_dev == device),
+            contains: &|file| rustix::fs::fstat(file).is_ok_and(|stat| stat.st_dev == device),
             root_of: |_| Ok(Some(0)),
             is_checksummed: |_, _| Ok(true),
             set_up: |_, _| Err(Errno::OPNOTSUPP),
@@ -57,26 +57,26 @@ impl Plain {
     }
 }
 
-/// A filesystem's number, as long as a UUID. It is another one after a restart: what an index knows by it is then found no more.
+/// Returns the device number as a UUID. The number may change at the next boot; what an index holds under the old one is then not found.
 fn uuid_of(device: u64) -> [u8; 16] {
     u128::from(device).to_le_bytes()
 }
 
-/// Calls `visit` with the ranges of an image that hold data, in whole blocks: the first block, and how many.
+/// Calls `visit` with the ranges of an image that hold data, in whole blocks: the first block, and the length.
 fn data_of(image: &OpenImage, mut visit: impl FnMut(u64, u64)) -> Result<()> {
     let failed = Error::io("look for data of", &image.known.path);
     let end = image.known.size.div_ceil(BLOCK_BYTES);
     let mut at = 0;
     while at < end {
-        let found = rustix::fs::seek(&*image.file, SeekFrom::Data(at * BLOCK_BYTES))
+        let data_and_hole = rustix::fs::seek(&*image.file, SeekFrom::Data(at * BLOCK_BYTES))
             .and_then(|data| Ok((data, rustix::fs::seek(&*image.file, SeekFrom::Hole(data))?)));
-        let (data, hole) = match found {
+        let (data, hole) = match data_and_hole {
             Ok(found) => found,
-            // There is no data behind, or the file was cut off meanwhile.
+            // There is no more data, or the file was truncated meanwhile.
             Err(Errno::NXIO) => break,
             Err(errno) => return Err(failed(errno)),
         };
-        // Neither need lie at a multiple of a block, and a file may have grown meanwhile.
+        // Neither need be a multiple of the block size, and the file may have grown meanwhile.
         let (from, to) = (data / BLOCK_BYTES, hole.div_ceil(BLOCK_BYTES).min(end));
         if from < to {
             visit(from, to - from);
@@ -93,27 +93,11 @@ impl Filesystem for Plain {
         uuid_of(self.device)
     }
 
-    fn function(&self) -> FingerprintFunction {
-        FingerprintFunction::Crc32c
-    }
-
     fn frees_blocks(&self) -> bool {
         true
     }
 
-    fn compresses(&self) -> bool {
-        false
-    }
-
-    fn shortcomings(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn has_read_only_snapshots(&self) -> Result<bool> {
-        Ok(false)
-    }
-
-    /// Each image's data is its own: where it lies on disk is not known, and an address tells only one image and place from others.
+    /// Maps data at made-up addresses: where it lies on disk is unknown, and an address only identifies an image and an offset in it.
     fn map(&self, budget: &Budget) -> Result<PoolMap> {
         let mut extents: SpillVec<Extent> = SpillVec::new_in(budget);
         let mut mappings = Collector::new_in(budget);
@@ -180,24 +164,8 @@ impl Filesystem for Plain {
         Ok(BTreeMap::new())
     }
 
-    fn has_usable_checksums(&self) -> bool {
-        false
-    }
-
-    fn fingerprints_from_checksums(&self, _: &mut Facts, _: &mut SlotSet) -> Result<()> {
-        Ok(())
-    }
-
-    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
-        Ok(SpillVec::of_in(None, facts.extents.len(), facts.budget()))
-    }
-
     fn create_donor(&self, _: Class) -> Result<DonorId> {
         Err(self.cannot("make a donor in"))
-    }
-
-    fn takes_frames(&self) -> bool {
-        false
     }
 
     fn append_to_donor(&self, _: DonorId, _: &[u8], _: Option<&[u8]>) -> Result<()> {
@@ -220,13 +188,5 @@ impl Filesystem for Plain {
 
     fn clone_range(&self, _: ImageId, _: u64, _: &File, _: u64, _: u64) -> rustix::io::Result<()> {
         Err(Errno::OPNOTSUPP)
-    }
-
-    fn is_allocated(&self, _: u64, _: u64) -> Result<bool> {
-        Ok(false)
-    }
-
-    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
-        Ok(Vec::new())
     }
 }

@@ -1,4 +1,4 @@
-//! Reads blocks and says what they hold, where a fingerprint alone does not tell enough.
+//! Reads blocks and proves what they hold, where a fingerprint is not proof enough.
 
 use super::{Filesystem, SourceFile};
 use crate::block::{BLOCK_LEN, bytes};
@@ -8,12 +8,12 @@ use crate::monitor::Monitor;
 use crate::numbers::{ImageId, Slot};
 use crate::spill::SpillVec;
 
-/// Blocks to be read that lie near each other in an image, in the order of their slots.
+/// Blocks to read that lie near each other in an image, in the order of their slots.
 struct Stretch<'a> {
     image: ImageId,
-    /// Where the first of them lies in the image.
+    /// The image's block at the first slot.
     first_block: u32,
-    /// At least one.
+    /// The slots to read, at least one.
     slots: &'a [Slot],
 }
 
@@ -26,7 +26,7 @@ impl Stretch<'_> {
         self.slots[self.slots.len() - 1]
     }
 
-    /// Blocks, those between them included.
+    /// Its length in blocks, those between wanted ones included.
     fn blocks(&self) -> u32 {
         self.last_slot() - self.slots[0] + 1
     }
@@ -40,10 +40,10 @@ impl Stretch<'_> {
     }
 }
 
-/// Reads blocks and says what they hold. Those that lie near each other are read together.
+/// Reads blocks and returns a proof of the content of each. Blocks that lie near each other are read together.
 ///
 /// # Errors
-/// If no image reaches one of them, or [`Error::Interrupted`].
+/// Returns [`Error::Metadata`] if no image reaches a block, and [`Error::Interrupted`] if the user stopped the run.
 pub fn prove_slots(
     fs: &dyn Filesystem,
     facts: &Facts,
@@ -51,9 +51,9 @@ pub fn prove_slots(
     monitor: &dyn Monitor,
 ) -> Result<SpillVec<(Slot, Proof)>> {
     use rayon::prelude::*;
-    /// Blocks asked for at a time, far from each other, which a device reads best when it knows of many.
+    /// Blocks that one thread asks for before it reads the first: a device reads scattered blocks best if it knows of many.
     const AHEAD: usize = 512;
-    /// Blocks that are read before what they hold is put where there is room for it.
+    /// Blocks whose proofs are in memory before they go to the list, which may lie in a file.
     const AT_ONCE: usize = 128 * AHEAD;
     let read_all = |slots: &[Slot]| -> Result<Vec<(Slot, Proof)>> {
         if monitor.interrupted() {
@@ -78,9 +78,9 @@ pub fn prove_slots(
     Ok(proofs)
 }
 
-/// Where blocks are to be read, as few stretches as it takes.
+/// Joins the places of blocks to stretches.
 fn stretches<'a>(fs: &dyn Filesystem, facts: &Facts, slots: &'a [Slot]) -> Result<Vec<Stretch<'a>>> {
-    /// Blocks between two wanted ones that take less time to be read than another call does.
+    /// Unwanted blocks between two wanted ones at most: reading more takes longer than another call.
     const GAP_BLOCKS_MAX: u32 = 8;
     /// Blocks of a stretch at most, 1 MiB.
     const BLOCKS_MAX: u32 = 256;
@@ -92,12 +92,12 @@ fn stretches<'a>(fs: &dyn Filesystem, facts: &Facts, slots: &'a [Slot]) -> Resul
         })?;
         if let Some(last) = stretches.last_mut() {
             let end = last.first_block + last.blocks();
-            let goes_on = last.image == place.image
+            let is_near = last.image == place.image
                 && *slot > last.last_slot()
                 && place.file_block.checked_sub(last.first_block) == slot.checked_sub(last.slots[0])
                 && place.file_block - end <= GAP_BLOCKS_MAX
                 && place.file_block - last.first_block < BLOCKS_MAX;
-            if goes_on {
+            if is_near {
                 last.slots = &slots[at - last.slots.len()..=at];
                 continue;
             }
@@ -125,7 +125,7 @@ fn prove_stretch(fs: &dyn Filesystem, stretch: &Stretch<'_>, buffer: &mut Vec<u8
     for slot in stretch.slots {
         let block = &mut buffer[..BLOCK_LEN];
         let read = fs.read(stretch.file(), stretch.offset() + bytes(*slot - first), block);
-        // A block that cannot be read is proved equal to none.
+        // A block that cannot be read gets a proof that equals no other.
         proofs.push((
             *slot,
             read.map_or_else(|_| proof_of(&slot.0.to_le_bytes()), |()| proof_of(block)),

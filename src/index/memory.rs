@@ -1,4 +1,4 @@
-//! Indexes in memory, for tests. They outlast nothing but the run that fills them.
+//! Indexes in memory, for tests. They do not outlast the process.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound::{Excluded, Unbounded};
@@ -12,7 +12,7 @@ use crate::fingerprint::FingerprintFunction;
 
 type Table = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// What indexes remember, as a folder holds it: it can be opened again.
+/// The tables of indexes in memory. Like a folder, it can be opened several times.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryIndex(Arc<Mutex<HashMap<Vec<u8>, Table>>>);
 

@@ -1,14 +1,14 @@
-//! The index: fingerprints and chunks of extents, remembered across runs. A cache and nothing more.
+//! The index: fingerprints and chunks of extents, remembered across runs. It is only a cache.
 //!
-//! Fingerprints serve the next run. Chunks are entered for looking content up across runs and pools, which archives need; a
-//! reclaim does not look them up, since the block table covers whatever is in its pool.
+//! Fingerprints spare the next run reading. Chunks are looked up across runs and pools, for archives; a reclaim does not look them up,
+//! since its block table covers its whole pool.
 //!
-//! What it holds is specified in `formats/index-v1.md`. An entry is keyed by an extent's address *and* the transaction that
-//! wrote it, so that it is never taken for a later extent at the same place; every record carries its own hash. A damaged
-//! index is thrown away and filled again; deleting it costs time and nothing else.
+//! Its format is specified in `formats/index-v1.md`. The key of an entry is an extent's address *and* the transaction that wrote it, so
+//! that it is never taken for a later extent at the same address. Every record has a hash of its own. A damaged index is removed and filled
+//! again; deleting it costs time and nothing else.
 //!
-//! Verbs know [`ChunkIndex`] and nothing of where it lies: in sled, or in memory. To put it elsewhere, implement the few calls of
-//! `tables::Tables`, and run the index through the conformance suite in `tests/chunk_index.rs`.
+//! Verbs use [`ChunkIndex`] and do not know whether it is in sled or in memory. To store it elsewhere, implement `tables::Tables`, and run
+//! the index through the conformance suite in `tests/chunk_index.rs`.
 
 mod memory;
 mod record;
@@ -31,52 +31,53 @@ use crate::spill::SpillVec;
 pub use self::memory::MemoryIndex;
 pub use self::sled::{all_in, exists, open};
 
-/// Where indexes are kept unless the user names a folder.
+/// The folder of indexes, unless the user names another one.
 pub const DEFAULT_FOLDER: &str = "/var/cache/vmfold";
 
 /// A range of slots that an archive has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StoredSlots {
-    /// Which, and what they are there.
+    /// The range, and what its slots are in the archive.
     pub slots: KnownSlots,
-    /// Whether that is news: it was not known before.
+    /// Whether the index does not know it yet.
     pub is_news: bool,
 }
 
-/// An index of one filesystem.
+/// The index of one filesystem.
 pub trait ChunkIndex: Debug + Send + Sync {
-    /// Whether it still answers: it is done without after its first error.
+    /// Whether the index can still be used. It cannot after its first error; runs then do without it.
     fn is_usable(&self) -> bool;
 
-    /// Remembers fingerprints of uncompressed extents too.
+    /// Makes the index remember fingerprints of uncompressed extents too.
     fn keep_plain(&mut self);
 
-    /// Fills in fingerprints that are remembered and not `known` yet.
+    /// Fills in the fingerprints that are remembered and whose slots are not in `known` yet, and adds their slots.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be read.
     fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()>;
 
-    /// Leaves extents, by their places, out of the next [`ChunkIndex::update`]: what was read may not be what they held.
+    /// Leaves extents out of the next [`ChunkIndex::update`], because what was read of them may not be what they hold.
     fn forget(&mut self, extents: &mut dyn Iterator<Item = ExtentId>);
 
-    /// Enters what is not remembered yet. Entries of earlier extents at the same place go; others stay, since they may belong to
-    /// images that this run does not look at.
+    /// Adds the extents that are not remembered yet, and removes entries of earlier extents that overlap them. Other entries stay, since
+    /// they may belong to images that this run does not cover.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be read or written.
     fn update(&mut self, facts: &Facts) -> Result<()>;
 
-    /// The addresses of extents that hold chunks which `is_wanted` takes by their weak ids.
+    /// Returns the addresses of extents with a chunk for whose weak id `is_wanted` is true.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be read.
     fn extents_with(&self, is_wanted: &dyn Fn(u64) -> bool) -> Result<Vec<u64>>;
 
-    /// What an archive with these commits is known to hold of a pool: extents whose live blocks it has all, in order.
+    /// Returns what an archive with these commits is known to hold of a pool, in the order of slots. It covers extents whose live blocks
+    /// the archive has all. `digests` has the checksum digest of each extent.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be read.
     fn stored(
         &self,
         archive: &[u8; 16],
@@ -85,10 +86,10 @@ pub trait ChunkIndex: Debug + Send + Sync {
         digests: &[Option<u128>],
     ) -> Result<SpillVec<KnownSlots>>;
 
-    /// Remembers what a commit made an archive hold of a pool: ascending ranges of slots.
+    /// Remembers what an archive holds of a pool since a commit. `known` has ascending ranges of slots.
     ///
     /// # Errors
-    /// Those of the index.
+    /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be written.
     fn remember_stored(
         &self,
         archive: &[u8; 16],
@@ -99,24 +100,24 @@ pub trait ChunkIndex: Debug + Send + Sync {
     ) -> Result<()>;
 }
 
-/// What an index knows.
+/// Statistics of an index.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct IndexStatus {
     /// Its folder.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub folder: PathBuf,
-    /// What it holds, by the function and the chunking it was made with.
+    /// The name of its table, from the fingerprint function and the chunk parameters that it was made with.
     pub name: String,
-    /// Extents in it.
+    /// The number of extents.
     pub extents: u64,
-    /// Bytes of their blocks.
+    /// The bytes of their blocks.
     pub bytes: u64,
-    /// Bytes of blocks whose fingerprint had to be read and is remembered.
+    /// The bytes of blocks whose fingerprints are remembered, because they had to be computed.
     pub fingerprint_bytes: u64,
-    /// Chunks in it.
+    /// The number of chunks.
     pub chunks: u64,
-    /// Different chunks, estimated from one in sixty-four.
+    /// The number of distinct chunks, estimated from one in 64.
     pub distinct_chunks: u64,
-    /// Bytes it takes on disk.
+    /// Its size on disk in bytes.
     pub disk_bytes: u64,
 }

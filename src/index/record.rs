@@ -1,30 +1,31 @@
-//! Records of the index: the extents that begin in one segment of the address space. Specified in `formats/index-v1.md`.
+//! Records of the index. A record has the extents that begin in one segment of the address space. The format is specified in
+//! `formats/index-v1.md`.
 
 use std::ops::Range;
 
 use crate::chunk::{Chunk, Chunker};
 use crate::facts::{Compression, Facts};
 
-/// Version of the record format; part of the tree's name.
+/// Version of the record format, which is part of the table's name.
 pub(super) const VERSION: u32 = 1;
 
-/// What is remembered of an extent.
+/// What the index remembers of an extent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct ExtentRecord {
     pub(super) address: u64,
     pub(super) generation: u64,
-    /// Bytes it takes on disk.
+    /// Its size on disk in bytes.
     pub(super) disk_bytes: u64,
     pub(super) blocks: u32,
-    /// The ranges of its blocks that were reachable when it was entered; chunks were cut in each.
+    /// The ranges of its blocks that images reached when it was entered. Chunks were cut within each.
     pub(super) live: Vec<Range<u32>>,
-    /// Fingerprints of those, if they had to be computed; none where the filesystem has them.
+    /// The fingerprints of those blocks, if they had to be computed; none where the filesystem has checksums.
     pub(super) computed: Vec<u32>,
     pub(super) chunks: Vec<Chunk>,
 }
 
 impl ExtentRecord {
-    /// What there is to remember of an extent.
+    /// Makes the record of an extent.
     pub(super) fn of(facts: &Facts, place: usize, keep_plain: bool, chunker: &mut Chunker) -> Self {
         let extent = &facts.extents[place];
         let first = extent.first_slot;
@@ -35,8 +36,8 @@ impl ExtentRecord {
             blocks: extent.blocks,
             ..Self::default()
         };
-        // What the filesystem has checksums of is read from there faster than from here. What it keeps no checksums of is
-        // overwritten in place, so that address and generation do not tell its content.
+        // Where the filesystem has checksums, reading them is faster than reading the index. Data without checksums is overwritten in
+        // place, so that address and generation do not identify its content.
         let is_computed = extent.class.checksummed && (keep_plain || extent.class.compression != Compression::None);
         for run in facts.live_runs(extent.slots()) {
             let fingerprints = facts.fingerprints.range(run.clone());
@@ -49,12 +50,12 @@ impl ExtentRecord {
         entry
     }
 
-    /// Where the extent ends, so that a later one at the same place is recognised.
+    /// Returns the address after the extent, so that a later one that overlaps it is recognised.
     pub(super) fn end(&self) -> u64 {
         self.address.saturating_add(self.disk_bytes)
     }
 
-    /// The remembered fingerprints, by range of blocks.
+    /// Returns the remembered fingerprints of each live range of blocks.
     pub(super) fn fingerprints(&self) -> impl Iterator<Item = (Range<u32>, &[u32])> {
         let mut rest = &self.computed[..];
         self.live
@@ -67,7 +68,7 @@ impl ExtentRecord {
             })
     }
 
-    /// Whether all these ranges are in it.
+    /// Whether each of these ranges is within a live range.
     pub(super) fn covers(&self, mut ranges: impl Iterator<Item = Range<u32>>) -> bool {
         ranges.all(|range| {
             self.live
@@ -108,7 +109,7 @@ pub(super) fn encode(entries: &[ExtentRecord]) -> Vec<u8> {
     record
 }
 
-/// Decodes a record; none if its hash is wrong or it makes no sense.
+/// Decodes a record; `None` if its hash is wrong or it makes no sense.
 pub(super) fn decode(record: &[u8]) -> Option<Vec<ExtentRecord>> {
     let (payload, hash) = record.split_last_chunk::<8>()?;
     if xxhash_rust::xxh3::xxh3_64(payload) != u64::from_le_bytes(*hash) {

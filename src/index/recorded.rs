@@ -1,4 +1,4 @@
-//! What an index does with its records, wherever they lie.
+//! The index over any tables.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -18,28 +18,28 @@ use crate::numbers::ExtentId;
 use crate::range;
 use crate::spill::SpillVec;
 
-/// Address space that one record covers: one record for each extent would cost more than what it holds.
+/// Address space of one record: a record for each extent would cost more than its content.
 const SEGMENT_BYTES: u64 = 32 << 20;
 
-/// What the names of trees begin with.
+/// The prefix of the names of extents' tables.
 pub(super) const TREE_PREFIX: &str = "extents-";
 
 /// An index whose records lie in tables.
 #[derive(Debug)]
 pub(super) struct Recorded<T> {
-    /// Where it lies, for messages.
+    /// The folder that it lies in, for messages.
     folder: PathBuf,
     tables: T,
     /// The name of the table of extents.
     tree: Vec<u8>,
-    /// Extents, by place in the facts last looked up, whose entry is as it should be.
+    /// For each extent of the facts that were looked up last, whether its entry is up to date.
     current: SpillVec<bool>,
-    /// Whether fingerprints of uncompressed extents are remembered too: the filesystem's checksums do not serve.
+    /// Whether fingerprints of uncompressed extents are remembered too, because the filesystem's checksums are not usable.
     keep_plain: bool,
 }
 
 impl<T: Tables> Recorded<T> {
-    /// Works with a table of extents.
+    /// Makes the index over a table of extents.
     pub(super) fn new(folder: &Path, tables: T, tree: Vec<u8>) -> Self {
         Self {
             folder: folder.to_owned(),
@@ -50,19 +50,19 @@ impl<T: Tables> Recorded<T> {
         }
     }
 
-    /// The tables themselves.
+    /// Returns the tables.
     pub(super) fn tables(&self) -> &T {
         &self.tables
     }
 
-    /// Where it lies, and the name of the table of extents.
+    /// Returns the folder, and the name of the table of extents.
     pub(super) fn name(&self) -> (&Path, &[u8]) {
         (&self.folder, &self.tree)
     }
 
-    /// Calls `visit` with every entry; records that are damaged have none.
+    /// Calls `visit` with every entry, except those of damaged records.
     pub(super) fn for_each(&self, mut visit: impl FnMut(&ExtentRecord)) -> Result<()> {
-        /// Records fetched at a time.
+        /// Records that are fetched at a time.
         const AT_ONCE: usize = 64;
         let mut last = None;
         loop {
@@ -78,7 +78,7 @@ impl<T: Tables> Recorded<T> {
         }
     }
 
-    /// The entries of a segment; none if its record is missing or damaged, for then it is made anew.
+    /// Returns the entries of a segment; none if its record is missing or damaged, which is then replaced.
     pub(super) fn read(&self, segment: u64) -> Result<Vec<ExtentRecord>> {
         let records = self.tables.get(&self.tree, vec![segment.to_be_bytes().to_vec()]);
         let record = records.map_err(|problem| self.error(problem))?.pop().flatten();
@@ -123,8 +123,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
                 let remembered = remembered.flat_map(|(run, fingerprints)| run.zip(fingerprints));
                 for (block, fingerprint) in remembered {
                     if !known.contains(first + block) {
-                        let one = std::slice::from_ref(fingerprint);
-                        facts.fingerprints.write(first + block, one);
+                        facts.fingerprints.write(first + block, &[*fingerprint]);
                         known.insert(first + block);
                     }
                 }
@@ -157,7 +156,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         let mut next = 0;
         for extents in facts
             .extents
-            .chunk_by(|one, other| segment_of(one) == segment_of(other))
+            .chunk_by(|left, right| segment_of(left) == segment_of(right))
         {
             let places = next..next + extents.len();
             next = places.end;
@@ -168,7 +167,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
             }
             let segment = segment_of(&extents[0]);
             let mut entries = self.read(segment)?;
-            // By their addresses, without overlap.
+            // The entries are in the order of their addresses, and do not overlap.
             let new = changed.iter();
             let new: Vec<ExtentRecord> = new
                 .map(|place| ExtentRecord::of(facts, *place, self.keep_plain, &mut chunker))
@@ -209,14 +208,14 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         let mut extents =
             extents.filter_map(|(extent, digest)| Some((extent, digest.filter(|_| extent.class.checksummed)?)));
         loop {
-            let some: Vec<(&Extent, u128)> = extents.by_ref().take(AT_ONCE).collect();
-            if some.is_empty() {
+            let batch: Vec<(&Extent, u128)> = extents.by_ref().take(AT_ONCE).collect();
+            if batch.is_empty() {
                 return Ok(known);
             }
-            let keys = some.iter().map(|(extent, _)| stored::key(extent).to_vec()).collect();
+            let keys = batch.iter().map(|(extent, _)| stored::key(extent).to_vec()).collect();
             let entries = self.tables.get(&stored::tree_of(archive), keys);
             let entries = entries.map_err(|problem| self.error(problem))?;
-            for ((extent, digest), entry) in some.into_iter().zip(entries) {
+            for ((extent, digest), entry) in batch.into_iter().zip(entries) {
                 let Some(parts) = entry.and_then(|entry| stored::decode(&entry, digest, commits)) else {
                     continue;
                 };
@@ -282,7 +281,7 @@ pub(super) fn error_of(folder: &Path, problem: Problem) -> Error {
     }
 }
 
-/// The tree for fingerprints of a function and the chunking of this version.
+/// Returns the name of the table for fingerprints of a function, and for this version's chunk parameters.
 pub(super) fn tree_name(function: FingerprintFunction) -> String {
     let parameters = chunk::PARAMETERS;
     format!(

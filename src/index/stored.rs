@@ -1,7 +1,7 @@
-//! What an archive holds of a filesystem's extents, so that an export need not read what did not change. A cache as the rest:
-//! an entry counts only for the very extent, with the very checksums, and for an archive that has the very commit.
+//! What an archive holds of a filesystem's extents, so that an export need not read unchanged extents. It is a cache like the rest: an
+//! entry counts only for the same extent with the same checksums, and for an archive that has the same commit.
 //!
-//! Specified in `formats/index-v1.md`.
+//! The format is specified in `formats/index-v1.md`.
 
 use crate::archive::reader::Committed;
 use crate::codec::{Decoded, Decoder};
@@ -10,14 +10,14 @@ use crate::facts::Extent;
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::shown::hex;
 
-/// What the names of these trees begin with.
+/// The prefix of the tables' names.
 const TREE_PREFIX: &str = "archive-v1-";
-/// Entries read or written at a time.
+/// Entries that are read or written at a time.
 pub(super) const AT_ONCE: usize = 1024;
-/// Stands for zeros where a store address stands else.
+/// Marks a range of zeros in place of a store address.
 pub(super) const ZEROS: StoreBlock = StoreBlock(u32::MAX);
 
-/// A range of an extent and what it is in an archive.
+/// A range of an extent, and the store blocks that an archive has for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct StoredRange {
     pub(super) block: u32,
@@ -25,7 +25,7 @@ pub(super) struct StoredRange {
     pub(super) store: StoreBlock,
 }
 
-/// The name of the tree of an archive.
+/// Returns the name of an archive's table.
 pub(super) fn tree_of(archive: &[u8; 16]) -> Vec<u8> {
     format!("{TREE_PREFIX}{}", hex(archive)).into_bytes()
 }
@@ -38,20 +38,20 @@ pub(super) fn key(extent: &Extent) -> [u8; 16] {
 }
 
 pub(super) fn encode(digest: u128, committed: &Committed, parts: &[StoredRange]) -> Vec<u8> {
-    let mut out = digest.to_le_bytes().to_vec();
-    out.extend(committed.commit.number.0.to_le_bytes());
-    out.extend(committed.location.body_hash);
+    let mut entry = digest.to_le_bytes().to_vec();
+    entry.extend(committed.commit.number.0.to_le_bytes());
+    entry.extend(committed.location.body_hash);
     for part in parts {
         for number in [part.block, part.blocks, part.store.0] {
-            out.extend(number.to_le_bytes());
+            entry.extend(number.to_le_bytes());
         }
     }
-    let hash = xxhash_rust::xxh3::xxh3_64(&out);
-    out.extend(hash.to_le_bytes());
-    out
+    let hash = xxhash_rust::xxh3::xxh3_64(&entry);
+    entry.extend(hash.to_le_bytes());
+    entry
 }
 
-/// What an entry says, if it is for an extent with this digest and for one of these commits.
+/// Decodes an entry; `None` if it is damaged, or not for an extent with this digest and one of these commits.
 pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Option<Vec<StoredRange>> {
     let (content, hash) = entry.split_last_chunk::<8>()?;
     if xxhash_rust::xxh3::xxh3_64(content).to_le_bytes() != *hash {
@@ -64,7 +64,8 @@ pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Optio
         }
         let (number, commit_hash) = (CommitNumber(decoder.u32()?), decoder.array::<32>()?);
         let mut commits = commits.iter();
-        let Some(commit) = commits.find(|one| one.commit.number == number && one.location.body_hash == commit_hash)
+        let Some(commit) =
+            commits.find(|committed| committed.commit.number == number && committed.location.body_hash == commit_hash)
         else {
             return Ok(None);
         };
@@ -86,7 +87,7 @@ pub(super) fn decode(entry: &[u8], digest: u128, commits: &[Committed]) -> Optio
     fields().ok().flatten()
 }
 
-/// The parts of an extent in the order of their slots; none if they do not make sense.
+/// Returns the parts of an extent in the order of their slots; none if they make no sense.
 pub(super) fn slots_of(extent: &Extent, parts: &[StoredRange]) -> Vec<KnownSlots> {
     let inside = |part: &StoredRange| {
         let end = part.block.checked_add(part.blocks);

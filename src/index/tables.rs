@@ -1,15 +1,15 @@
-//! Where the records of an index lie: tables of keys and what is at them.
+//! The storage of an index: tables of keys and records.
 
-/// What is wrong with tables.
+/// An error of tables.
 #[derive(Debug)]
 pub(super) enum Problem {
-    /// Another process has them open.
+    /// Another process has the tables open.
     Busy,
-    /// Their disk.
+    /// Reading or writing them failed.
     Io(std::io::Error),
-    /// What they hold makes no sense.
+    /// The tables are damaged.
     Damaged(String),
-    /// They do not answer, or did not some time ago.
+    /// The tables do not respond, or were given up after an earlier error.
     GivenUp,
 }
 
@@ -19,31 +19,31 @@ impl std::fmt::Display for Problem {
             Self::Busy => f.write_str("another vmfold uses it"),
             Self::Io(error) => write!(f, "{error}"),
             Self::Damaged(problem) => f.write_str(problem),
-            Self::GivenUp => f.write_str("it does not answer any more"),
+            Self::GivenUp => f.write_str("it does not respond"),
         }
     }
 }
 
-/// What is asked for, or what is wrong.
+/// The result of a request.
 pub(super) type Answer<T> = Result<T, Problem>;
 
-/// A key and what is there.
+/// A key and its record.
 pub(super) type TableRow = (Vec<u8>, Vec<u8>);
 
-/// Tables, by name; one that is not there is empty. After an error they may not answer any more: see [`Tables::is_usable`].
+/// Tables by name; a missing table counts as empty. After an error they may be unusable: see [`Tables::is_usable`].
 pub(super) trait Tables: std::fmt::Debug + Send + Sync {
-    /// What is at some keys.
+    /// Returns the records at some keys.
     fn get(&self, table: &[u8], keys: Vec<Vec<u8>>) -> Answer<Vec<Option<Vec<u8>>>>;
 
-    /// Up to `count` records, in the order of their keys, behind a key or from the first on.
+    /// Returns up to `count` records in the order of their keys, from the first after `key` or from the very first.
     fn after(&self, table: &[u8], key: Option<Vec<u8>>, count: usize) -> Answer<Vec<TableRow>>;
 
-    /// Puts records in, all or none.
+    /// Inserts all of the records, or none.
     fn put(&self, table: &[u8], records: Vec<TableRow>) -> Answer<()>;
 
     /// Makes everything durable.
     fn flush(&self) -> Answer<()>;
 
-    /// Whether they still answer.
+    /// Whether the tables can still be used.
     fn is_usable(&self) -> bool;
 }

@@ -1,4 +1,4 @@
-//! Which files are images, which machine each belongs to, and why one is left alone.
+//! Finds images, the machine that each belongs to, and the reasons to leave one alone.
 
 mod mounts;
 mod naming;
@@ -25,86 +25,90 @@ use crate::error::{Error, Result};
 use crate::sys::beneath::{Folder, reopen};
 use users::FileId;
 
-/// An image as it was found. It is not open, but what opens is what was found: see [`FoundImage::open`].
+/// An image that was found. It is not open; [`FoundImage::open`] makes sure that the same file is opened.
 #[derive(Debug, Clone)]
 pub struct FoundImage {
-    /// Its path: of several names of one inode, the first.
+    /// Its path: the first in alphabetical order of its names below the named paths.
     pub path: PathBuf,
-    /// All its names below the paths that were named.
+    /// All its names (hard links) below the named paths.
     pub names: BTreeSet<PathBuf>,
-    /// Which file it is.
+    /// Its device and inode number.
     pub id: FileId,
-    /// Bytes, holes included.
+    /// Its size in bytes, holes included.
     pub size: u64,
-    /// The machines it belongs to, by its names: a running machine of Qubes has a link to its template's image. All images of a
-    /// machine are left alone while one is in use.
+    /// The machines that it belongs to, by its names: a running machine of Qubes OS has a hard link to its template's image. While one
+    /// image of a machine is in use, all of them are left alone.
     pub machines: BTreeSet<PathBuf>,
-    /// Which of the groups that are kept apart it belongs to, below 32.
+    /// The group of images that it shares with, below 32.
     pub group: u8,
-    /// A file that says that one of them runs, or did when its host stopped.
+    /// A file that shows that one of the machines runs, or ran when its host stopped, with the reason for leaving the image alone.
     pub sign: Option<(Skip, PathBuf)>,
-    /// A folder that was named, and where `path` lies below it.
+    /// A named folder, and the path of the image below it.
     place: (Folder, PathBuf),
 }
 
 impl FoundImage {
-    /// Opens the image, if what lies there still is the file that was found.
+    /// Opens the image if its path still leads to the file that was found.
     ///
     /// # Errors
-    /// `ESTALE` if something else lies there: that is not even opened, be it a device. Otherwise those of opening.
+    /// Returns `ESTALE` if the path leads to another file, which is not opened since it may be a device, and otherwise the error of
+    /// opening.
     pub fn open(&self, flags: OFlags) -> rustix::io::Result<File> {
         let (folder, below) = &self.place;
-        let there = folder.open_file(below, OFlags::PATH)?;
-        let stat = rustix::fs::fstat(&there)?;
+        let path_only = folder.open_file(below, OFlags::PATH)?;
+        let stat = rustix::fs::fstat(&path_only)?;
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if !is_file || FileId::from(&stat) != self.id {
             return Err(Errno::STALE);
         }
-        reopen(&there, flags)
+        reopen(&path_only, flags)
     }
 
     /// Opens the folder that the image lies in.
     ///
     /// # Errors
-    /// Those of opening; `ELOOP` or `ENOTDIR` if it was replaced by a link.
+    /// Returns the error of opening: `ELOOP` or `ENOTDIR` if the folder was replaced by a symbolic link.
     pub fn open_folder(&self) -> rustix::io::Result<Folder> {
         let (folder, below) = &self.place;
         folder.folder(below.parent().unwrap_or(Path::new("")))
     }
 }
 
-/// A path that was named, with what it stands for open.
+/// A path that the user named, and its open folder.
 #[derive(Debug, Clone)]
 pub struct NamedPath {
-    /// As it was named, for messages.
+    /// The path as the user named it, for messages.
     pub path: PathBuf,
-    /// The same without links: the folder, or the folder that the file lies in.
+    /// The path of `folder` without symbolic links.
     pub root: PathBuf,
-    /// That folder.
+    /// The named folder, or the folder that the named file lies in.
     pub folder: Folder,
-    /// The file's name there, and which file it is, if it is one.
+    /// The name of a named file in `folder`, and its id; `None` if a folder was named.
     file: Option<(OsString, FileId)>,
 }
 
 impl NamedPath {
-    /// Opens what was named, following links.
+    /// Opens a named path. Symbolic links are followed.
     ///
     /// # Errors
-    /// [`Error::NoSuchPath`], [`Error::NotAnImage`], or those of opening.
+    /// Returns [`Error::NoSuchPath`] if the path does not exist, [`Error::NotAnImage`] if it is neither a file nor a folder, and
+    /// [`Error::Io`] if it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |errno: Errno| match errno {
             Errno::NOENT => Error::NoSuchPath { path: path.to_owned() },
             errno => Error::io("look at", path)(errno),
         };
-        let there = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-        let stat = rustix::fs::fstat(&there).map_err(failed)?;
-        let full =
-            std::fs::read_link(format!("/proc/self/fd/{}", there.as_raw_fd())).map_err(Error::io("look at", path))?;
+        let path_only = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+        let stat = rustix::fs::fstat(&path_only).map_err(failed)?;
+        let full = std::fs::read_link(format!("/proc/self/fd/{}", path_only.as_raw_fd()))
+            .map_err(Error::io("look at", path))?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => Ok(Self {
                 path: path.to_owned(),
                 root: full,
-                folder: reopen(&there, OFlags::DIRECTORY).map(Folder::from).map_err(failed)?,
+                folder: reopen(&path_only, OFlags::DIRECTORY)
+                    .map(Folder::from)
+                    .map_err(failed)?,
                 file: None,
             }),
             FileType::RegularFile => {
@@ -122,48 +126,48 @@ impl NamedPath {
     }
 }
 
-/// Why an image is left alone.
+/// The reason for leaving an image alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Skip {
-    /// Someone has it open: a running machine, a loop device, a backup.
+    /// Someone has the image open: a running machine, a loop device, a backup.
     InUse,
     /// Another image of the same machine is in use.
     MachineInUse,
-    /// Beside it is what its machine writes to while it runs, and leaves behind when its host stops.
+    /// A `-dirty.img` lies beside the image: its machine writes to that file while it runs, and leaves it behind when the host crashes.
     Dirty,
-    /// Qubes OS has noted that its machine runs.
+    /// Qubes OS has noted that the image's machine runs.
     Running,
-    /// A restore or an import of its machine is going on.
+    /// A restore or an import of its machine is in progress.
     ImportInProgress,
-    /// It lives only as long as its machine runs.
+    /// The image exists only while its machine runs.
     Volatile,
-    /// `chattr +i` or `+a`: the kernel allows no change of its extents. Others may share them.
+    /// The file has `chattr +i` or `+a`, so that the kernel allows no change of its extents. Other images may share them.
     Immutable,
-    /// It is sealed by fs-verity. Others may share its extents.
+    /// The file is sealed by fs-verity. Other images may share its extents.
     Verity,
-    /// Someone uses it for swapping.
+    /// The file is in use as swap space.
     SwapFile,
     /// `btrfs send` is reading its subvolume.
     BeingSent,
-    /// It lies below a mount that cannot be written.
+    /// The image lies below a read-only mount.
     ReadOnlyMount,
-    /// The filesystem refused to share its extents, for a reason not known.
+    /// The filesystem refused to share its extents, for an unknown reason.
     Refused,
-    /// Someone opened it while it was worked on.
+    /// Someone opened the image during the run.
     OpenedMeanwhile,
-    /// It changed while it was worked on.
+    /// The image changed during the run.
     Changed,
-    /// It lies on another filesystem, mounted below the path.
+    /// The image lies on another filesystem, which is mounted below the named path.
     OtherFilesystem,
-    /// It is larger than its blocks can be numbered.
+    /// The image has more blocks than 32 bits can number.
     TooLarge,
-    /// It could not be opened or read.
+    /// The image could not be opened or read.
     Unreadable,
 }
 
 impl Skip {
-    /// The reason in a word or two.
+    /// Returns the reason in a few words.
     pub fn name(self) -> &'static str {
         match self {
             Self::InUse => "in use",
@@ -186,7 +190,7 @@ impl Skip {
         }
     }
 
-    /// What to tell the user.
+    /// Returns the reason as a text for the user.
     pub fn reason(self) -> &'static str {
         match self {
             Self::InUse => "in use: shut the machine down, detach the loop device, or turn swapping off",
@@ -212,20 +216,20 @@ impl Skip {
     }
 }
 
-/// An image that is left alone, and why.
+/// An image that is left alone, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Skipped {
     /// The image.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub path: PathBuf,
-    /// Why.
+    /// The reason.
     pub reason: Skip,
-    /// Who uses it, which range cannot be read, and the like.
+    /// More about the reason: who uses the image, which range cannot be read, and the like.
     pub detail: Option<String>,
 }
 
 impl Skipped {
-    /// An image and a reason, without more to say.
+    /// Makes the entry of an image without details.
     pub fn new(path: &Path, reason: Skip) -> Self {
         Self {
             path: path.to_owned(),
@@ -234,7 +238,7 @@ impl Skipped {
         }
     }
 
-    /// The same with more to say, if there is.
+    /// Sets the details.
     #[must_use]
     pub fn because(self, detail: Option<String>) -> Self {
         Self { detail, ..self }
@@ -248,37 +252,37 @@ impl std::fmt::Display for Skipped {
     }
 }
 
-/// What was found below the paths that were named.
+/// The images that were found below the named paths.
 #[derive(Debug, Clone, Default)]
 pub struct Pool {
-    /// What was named.
+    /// The named paths.
     pub named: Vec<NamedPath>,
-    /// Images, by path.
+    /// Images, in the order of their paths.
     pub images: Vec<FoundImage>,
-    /// Images that are left alone for their name.
+    /// Images that are left alone because of their names or of files beside them.
     pub skipped: Vec<Skipped>,
-    /// Folders and files that could not be looked at.
+    /// Folders and files that could not be read, with the error.
     pub unreadable: Vec<(PathBuf, String)>,
 }
 
-/// Those of some paths of images, existing or not, whose machines run or did when their host stopped, or that are being imported, each with
-/// a file that says so.
+/// Returns the paths among some paths of images, existing or not, whose machines run, ran when their host stopped, or are being imported,
+/// each with the file that shows it.
 pub fn signs_of<'a>(images: impl IntoIterator<Item = &'a PathBuf>) -> Vec<(&'a PathBuf, PathBuf)> {
     let mut signs = signs::Signs::default();
     let found = images.into_iter().filter_map(|image| Some((image, signs.of(image)?.1)));
     found.collect()
 }
 
-/// What the user named, with the folders that mounted filesystems stand for in place of devices and UUIDs.
+/// Replaces devices and UUIDs among the named paths by the folders that their filesystems are mounted on.
 ///
 /// # Errors
-/// [`Error::NotMounted`].
+/// Returns [`Error::NotMounted`] if a filesystem is not mounted.
 pub fn named_folders(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let folders: Result<Vec<_>> = paths.iter().map(|path| mounts::folders_of(path)).collect();
     Ok(folders?.concat())
 }
 
-/// Paths by filesystem, in the order of the first of each. What does not exist goes with the first.
+/// Groups paths by filesystem, in the order of the first path of each. Paths that do not exist go into the first group.
 pub fn by_filesystem(paths: Vec<PathBuf>) -> Vec<Vec<PathBuf>> {
     let mut groups: Vec<(Option<Vec<u8>>, Vec<PathBuf>)> = Vec::new();
     for path in paths {
@@ -291,7 +295,8 @@ pub fn by_filesystem(paths: Vec<PathBuf>) -> Vec<Vec<PathBuf>> {
     groups.into_iter().map(|(_, group)| group).collect()
 }
 
-/// What tells filesystems apart: the UUID of a btrfs, whose subvolumes have device numbers of their own, or else the device number.
+/// Returns an id of the filesystem of a path: the UUID and device number of a btrfs or XFS, or else the device number. All subvolumes of a
+/// btrfs have the same id.
 fn filesystem_id(path: &Path) -> Option<Vec<u8>> {
     let file = std::fs::File::open(path).ok()?;
     match crate::sys::fs_info::fs_info(&file) {
@@ -300,11 +305,12 @@ fn filesystem_id(path: &Path) -> Option<Vec<u8>> {
     }
 }
 
-/// Looks for images in files and folders. Folders are searched through, without following symbolic links; in them only files
-/// with an image's name count. A file that is named itself always counts.
+/// Looks for images in files and folders. Folders are searched recursively, without following symbolic links; in them, a file counts by its
+/// name. A file that is named itself always counts.
 ///
 /// # Errors
-/// [`Error::NoSuchPath`], [`Error::NoImages`], or a pattern that makes no sense.
+/// Returns the errors of [`NamedPath::open`], [`Error::NoImages`] if nothing is found, [`Error::Usage`] if a pattern is invalid, and
+/// [`Error::Io`] if a named file cannot be read.
 pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
     let mut search = Search {
         exclude: patterns(exclude)?,
@@ -329,11 +335,12 @@ pub fn discover(paths: &[PathBuf], exclude: &[String]) -> Result<Pool> {
     Ok(pool)
 }
 
-/// Looking for images, and what was found so far.
+/// A search for images, and what it has found so far.
 struct Search {
     exclude: GlobSet,
     found: BTreeMap<FileId, FoundImage>,
     importing: BTreeSet<PathBuf>,
+    /// The `-dirty.img` files that were found.
     dirty: Vec<DirtyImage>,
     signs: signs::Signs,
     pool: Pool,
@@ -348,7 +355,7 @@ struct DirtyImage {
 }
 
 impl Search {
-    /// A file that was named.
+    /// Adds a named file.
     fn file(&mut self, named: &NamedPath, name: &OsStr, id: FileId) -> Result<()> {
         let stat = named.folder.stat(name).map_err(Error::io("look at", &named.path))?;
         if FileId::from(&stat) != id {
@@ -360,16 +367,17 @@ impl Search {
         Ok(())
     }
 
-    /// A folder that was named, and all below it. What moves meanwhile may be missed, or found twice; it is one image by its inode.
+    /// Searches a named folder recursively. Files that are moved meanwhile may be missed or found twice; an image is identified by its
+    /// inode.
     fn folder(&mut self, named: &NamedPath) {
         let mut devices = BTreeMap::new();
-        // Only the names are kept, not the folders open: they may be nested deeper than there may be open files.
+        // Paths are queued instead of open folders, since a tree may be deeper than the limit on open files.
         let mut folders = vec![PathBuf::new()];
         while let Some(below) = folders.pop() {
             let full = named.root.join(&below);
             let mut look = || {
                 let folder = named.folder.folder(&below)?;
-                // Where filesystems are mounted below, some are made up by the kernel or by programs.
+                // Filesystems that the kernel or programs make up, mounted below the folder, are not searched.
                 let device = rustix::fs::fstat(&folder)?.st_dev;
                 let is_named = below.as_os_str().is_empty();
                 if !is_named && !*devices.entry(device).or_insert_with(|| mounts::is_on_disk(&folder)) {
@@ -382,43 +390,45 @@ impl Search {
                 Ok(Some(found)) => found,
                 Ok(None) => continue,
                 Err(errno) => {
-                    let errno: Errno = errno;
-                    self.pool
-                        .unreadable
-                        .push((full, std::io::Error::from(errno).to_string()));
+                    self.unreadable(full, errno);
                     continue;
                 }
             };
             self.signs.note(&full, &names);
-            let mut inner = Vec::new();
-            for name in &names {
-                let below = below.join(name);
-                let full = named.root.join(&below);
-                if self.exclude.is_match(&below) || self.exclude.is_match(&full) {
-                    continue;
-                }
-                match folder.stat(name) {
-                    Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
-                        FileType::Directory => inner.push(below),
-                        FileType::RegularFile if naming::looks_like_image(&full, size_of(&stat)) => {
-                            self.add(named, &folder, &below, &stat);
-                        }
-                        _ => {}
-                    },
-                    // It went since the folder was read.
-                    Err(Errno::NOENT) => {}
-                    Err(errno) => {
-                        self.pool
-                            .unreadable
-                            .push((full, std::io::Error::from(errno).to_string()));
-                    }
-                }
-            }
+            let below = names.iter().map(|name| below.join(name));
+            let inner: Vec<PathBuf> = below.filter_map(|below| self.entry(named, &folder, below)).collect();
             folders.extend(inner.into_iter().rev());
         }
     }
 
-    /// A file with an image's name, or one that was named, and the folder it lies in.
+    /// Adds an entry of a folder if it is an image. Returns its path if it is a folder to search.
+    fn entry(&mut self, named: &NamedPath, folder: &Folder, below: PathBuf) -> Option<PathBuf> {
+        let full = named.root.join(&below);
+        if self.exclude.is_match(&below) || self.exclude.is_match(&full) {
+            return None;
+        }
+        match folder.stat(below.file_name()?) {
+            Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => return Some(below),
+                FileType::RegularFile if naming::looks_like_image(&full, size_of(&stat)) => {
+                    self.add(named, folder, &below, &stat);
+                }
+                _ => {}
+            },
+            // The file was removed since the folder was read.
+            Err(Errno::NOENT) => {}
+            Err(errno) => self.unreadable(full, errno),
+        }
+        None
+    }
+
+    /// Notes a file or folder that could not be read.
+    fn unreadable(&mut self, path: PathBuf, errno: Errno) {
+        let problem = std::io::Error::from(errno).to_string();
+        self.pool.unreadable.push((path, problem));
+    }
+
+    /// Adds a file that has an image's name or was named, and that lies in `folder`.
     fn add(&mut self, named: &NamedPath, folder: &Folder, below: &Path, stat: &Stat) {
         let path = named.root.join(below);
         if let Some(clean) = path.file_name().and_then(naming::clean_of)
@@ -460,7 +470,7 @@ impl Search {
         }
     }
 
-    /// What was found, with the signs that machines run.
+    /// Ends the search: sorts the images, and notes the signs that machines run.
     fn end(mut self) -> Pool {
         let mut pool = self.pool;
         for DirtyImage {
@@ -469,8 +479,8 @@ impl Search {
             clean_links: links,
         } in self.dirty
         {
-            // A machine of Qubes OS that runs from another's image has a link to it, and throws away what it wrote itself. Where the
-            // other is not among what was named, only a root volume is sure to be such a one.
+            // A machine of Qubes OS whose root volume is its template's has a hard link to that image, and discards what it wrote itself.
+            // If the template is not among the named paths, only a root volume is sure to be such a link.
             let (machines, names) = self
                 .found
                 .get(&clean)
@@ -501,21 +511,22 @@ fn size_of(stat: &Stat) -> u64 {
     u64::try_from(stat.st_size).unwrap_or(0)
 }
 
-/// Gives each image the number of the first pattern that matches one of its names, from 1 on; those that none matches are group 0.
+/// Assigns each image to the group of the first pattern that matches one of its names. Groups count from 1; images that no pattern matches
+/// are in group 0.
 ///
 /// # Errors
-/// [`Error::Usage`] for what is no pattern, or for more than 31.
+/// Returns [`Error::Usage`] if a pattern is invalid, or if there are more than 31.
 pub fn group(images: &mut [FoundImage], groups: &[String]) -> Result<()> {
-    /// As many as fit into the bits of [`crate::facts::Class::groups`], beside those without a group.
+    /// The number of bits of [`crate::facts::Class::groups`], less one for group 0.
     const GROUPS_MAX: usize = 31;
     if groups.len() > GROUPS_MAX {
         return Err(Error::Usage(format!("--group can be given {GROUPS_MAX} times at most")));
     }
     for (number, pattern) in (1..).zip(groups) {
-        // Whatever folder was named, a pattern such as `appvms/vault-*` means what ends like that.
+        // A relative pattern such as `appvms/vault-*` matches at any depth, whatever folder was named.
         let set = patterns(&[pattern.clone(), format!("**/{pattern}")])?;
         for image in images.iter_mut().filter(|image| image.group == 0) {
-            // A folder's name stands for all in it.
+            // A folder's name matches everything in it.
             let is_in = |name: &PathBuf| name.ancestors().any(|part| set.is_match(part));
             if image.names.iter().any(is_in) {
                 image.group = number;
@@ -525,16 +536,16 @@ pub fn group(images: &mut [FoundImage], groups: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Patterns of paths.
+/// Compiles patterns of paths.
 ///
 /// # Errors
-/// [`Error::Usage`] for what is none.
+/// Returns [`Error::Usage`] if a pattern is invalid.
 pub fn patterns(patterns: &[String]) -> Result<GlobSet> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         let bad = |error: globset::Error| Error::Usage(format!("`{pattern}` is no pattern: {error}"));
         set.add(Glob::new(pattern).map_err(bad)?);
-        // As with other tools, a pattern without a slash holds at any depth.
+        // A pattern without a slash matches at any depth, as with other tools.
         if !pattern.contains('/') {
             set.add(Glob::new(&format!("**/{pattern}")).map_err(bad)?);
         }
@@ -574,7 +585,11 @@ mod tests {
         std::fs::hard_link(root.join("vm-templates/t/root.img"), root.join("appvms/w/root.img")).unwrap();
         for named in [root.clone(), root.join("appvms")] {
             let pool = discover(std::slice::from_ref(&named), &[]).unwrap();
-            let skipped: Vec<_> = pool.skipped.iter().map(|one| (one.path.clone(), one.reason)).collect();
+            let skipped: Vec<_> = pool
+                .skipped
+                .iter()
+                .map(|skipped| (skipped.path.clone(), skipped.reason))
+                .collect();
             assert_eq!(skipped, [(root.join("appvms/w/root-dirty.img"), Skip::Volatile)]);
             let dirty = names(&pool, &root)
                 .into_iter()

@@ -1,4 +1,4 @@
-//! What is mounted where: `/proc/self/mountinfo` (proc(5)), and filesystems named by device or UUID.
+//! Mounts from `/proc/self/mountinfo` (proc(5)), and filesystems that are named by device or UUID.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,11 +11,11 @@ use crate::error::{Error, Result};
 /// A mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mount {
-    /// What of the filesystem is mounted: `/`, or a subvolume.
+    /// The part of the filesystem that is mounted: `/`, or a subvolume.
     pub(super) root: PathBuf,
-    /// Where.
+    /// The mount point.
     pub(super) folder: PathBuf,
-    /// The kind of filesystem.
+    /// The type of the filesystem.
     pub(super) kind: PathBuf,
     /// The device.
     pub(super) source: PathBuf,
@@ -24,27 +24,29 @@ pub(super) struct Mount {
 /// A folder where part of a filesystem is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountedAt {
-    /// What of the filesystem is mounted: `/`, or a subvolume.
+    /// The part of the filesystem that is mounted: `/`, or a subvolume.
     pub root: PathBuf,
-    /// Where.
+    /// The mount point.
     pub folder: PathBuf,
 }
 
-/// Where a filesystem of a kind is mounted. `is_it` tells it from others of its kind by an open folder.
+/// Returns the mounts of a filesystem of a type. `is_it` tells it from others of that type by an open folder.
 pub fn mounted_at(kind: &str, is_it: impl Fn(&File) -> bool) -> Vec<MountedAt> {
-    let mut here = mounts();
-    here.retain(|mount| mount.kind == Path::new(kind) && File::open(&mount.folder).is_ok_and(|folder| is_it(&folder)));
-    here.into_iter()
+    let mut matching = mounts();
+    matching
+        .retain(|mount| mount.kind == Path::new(kind) && File::open(&mount.folder).is_ok_and(|folder| is_it(&folder)));
+    matching
+        .into_iter()
         .map(|Mount { root, folder, .. }| MountedAt { root, folder })
         .collect()
 }
 
-/// All mounts that can be seen.
+/// Returns all mounts in this process's mount namespace.
 pub(super) fn mounts() -> Vec<Mount> {
     parse(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
 }
 
-/// Fields 4 and 5 of each line, and the first two behind the dash.
+/// Parses fields 4 and 5 of each line, and the first two after the dash.
 fn parse(text: &[u8]) -> Vec<Mount> {
     let mounts = text.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ').skip(3);
@@ -81,10 +83,10 @@ pub(super) fn unescape(name: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(bytes))
 }
 
-/// Whether a folder is on a filesystem that keeps files, and not on one that the kernel or a program makes up (`/proc`, `/sys`, `/run`):
-/// those are not searched, where a folder that was named has them below it.
+/// Whether a folder is on a filesystem that stores files, and not on one that the kernel or a program makes up (`/proc`, `/sys`, `/run`). A
+/// search does not enter the latter where they are mounted below a named folder.
 pub(super) fn is_on_disk(folder: impl AsFd) -> bool {
-    /// Magic numbers (uapi/linux/magic.h, and those of XFS, ZFS, bcachefs, exFAT and NTFS).
+    /// Magic numbers, from uapi/linux/magic.h and the sources of XFS, ZFS, bcachefs, exFAT and NTFS.
     const ON_DISK: [i64; 14] = [
         0x9123_683e,
         0x5846_5342,
@@ -104,11 +106,11 @@ pub(super) fn is_on_disk(folder: impl AsFd) -> bool {
     rustix::fs::fstatfs(folder).is_ok_and(|found| ON_DISK.contains(&found.f_type))
 }
 
-/// Where the filesystem of a block device, or of a UUID, is mounted; anything else stands for itself. Of several mounts that of
-/// the whole filesystem counts, or else each of them, so that no subvolume is missed.
+/// Returns where the filesystem of a block device or a UUID is mounted. Any other path is returned as it is. If the whole filesystem is
+/// mounted somewhere, that mount counts, or else all mounts, so that no subvolume is missed.
 ///
 /// # Errors
-/// [`Error::NotMounted`].
+/// Returns [`Error::NotMounted`] if the filesystem is not mounted.
 pub(super) fn folders_of(named: &Path) -> Result<Vec<PathBuf>> {
     use std::os::unix::fs::FileTypeExt;
     let device = match device_of_uuid(named) {
@@ -123,18 +125,18 @@ pub(super) fn folders_of(named: &Path) -> Result<Vec<PathBuf>> {
     };
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let members = members_with(&real(&device));
-    let mut here = mounts();
-    here.retain(|mount| members.contains(&real(&mount.source)));
-    if let Some(whole) = here.iter().find(|mount| mount.root == Path::new("/")) {
+    let mut matching = mounts();
+    matching.retain(|mount| members.contains(&real(&mount.source)));
+    if let Some(whole) = matching.iter().find(|mount| mount.root == Path::new("/")) {
         return Ok(vec![whole.folder.clone()]);
     }
-    if here.is_empty() {
+    if matching.is_empty() {
         return Err(Error::NotMounted { path: named.to_owned() });
     }
-    Ok(here.into_iter().map(|mount| mount.folder).collect())
+    Ok(matching.into_iter().map(|mount| mount.folder).collect())
 }
 
-/// The device with a UUID, given as `UUID=…` or bare.
+/// Returns the device with a UUID, which is given as `UUID=…` or alone.
 fn device_of_uuid(named: &Path) -> Option<PathBuf> {
     let name = named.to_str()?;
     let uuid = name.strip_prefix("UUID=").unwrap_or(name);
@@ -147,13 +149,13 @@ fn device_of_uuid(named: &Path) -> Option<PathBuf> {
     if by_uuid.exists() {
         return Some(by_uuid);
     }
-    // Where nobody keeps those links, btrfs tells itself which devices it has.
+    // On a host without those links, btrfs itself lists its devices.
     let devices = std::fs::read_dir(Path::new("/sys/fs/btrfs").join(&uuid).join("devices"));
     let first = devices.ok().and_then(|mut devices| devices.next()?.ok());
     Some(first.map_or(by_uuid, |device| Path::new("/dev").join(device.file_name())))
 }
 
-/// All devices of the btrfs that a device belongs to, or else the device alone.
+/// Returns all devices of the btrfs that a device belongs to, or else the device alone.
 fn members_with(device: &Path) -> Vec<PathBuf> {
     let Some(name) = device.file_name() else {
         return vec![device.to_owned()];

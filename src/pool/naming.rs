@@ -1,34 +1,34 @@
-//! What a file's name and place tell: Qubes OS file-reflink pools, Proxmox, libvirt.
+//! Interprets the names and places of files: Qubes OS file-reflink pools, Proxmox, libvirt.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-/// What a file is, by its name.
+/// The kind of a file, by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
     /// An image or a revision.
     Image,
-    /// The target of a Qubes import that is going on.
+    /// The target of a Qubes import that is in progress.
     Import,
-    /// A Qubes volume that is made at start and removed at shutdown.
+    /// A Qubes volume that is created when its machine starts, and removed when it shuts down.
     Volatile,
-    /// A file that the Qubes driver or an import of vmfold is writing and will rename or remove.
+    /// A file that the Qubes driver or an import of vmfold writes, and then renames or removes.
     Temporary,
 }
 
-/// File types that hold a disk, by their extension.
+/// Extensions of disk images.
 const EXTENSIONS: [&str; 10] = [
     "img", "raw", "qcow2", "qcow", "vmdk", "vdi", "vhd", "vhdx", "hdd", "iso",
 ];
 
-/// Bytes from which a file without extension is taken for an image, as libvirt names them: smaller disks are not worth it.
+/// The least size of a file without extension, as libvirt names images, that counts as an image; sharing smaller ones is not worthwhile.
 const NAMELESS_BYTES_MIN: u64 = 16 << 20;
 
-/// What a file is. Qubes names: qubes-core-admin, `qubes/storage/reflink.py`.
+/// Returns the kind of a file. The names are those of Qubes OS: qubes-core-admin, `qubes/storage/reflink.py`.
 pub fn kind_of(path: &Path) -> FileKind {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // The driver removes what matches `*.img*~*`.
+    // The driver removes files that match `*.img*~*`.
     let is_temporary = name.split_once(".img").is_some_and(|(_, end)| end.contains('~'));
     if is_temporary || is_of_import(path) {
         FileKind::Temporary
@@ -41,7 +41,7 @@ pub fn kind_of(path: &Path) -> FileKind {
     }
 }
 
-/// Whether a file is one that an import writes, or left behind: `.vmfold-0123456789abcdef~`, what lies in its work folder
+/// Whether an import writes, or has left behind, a file: `.vmfold-0123456789abcdef~`, a file in the work folder
 /// `.vmfold-import-01234567-1`, and `.NAME.vmfold-import` of earlier versions.
 fn is_of_import(path: &Path) -> bool {
     let is_hex = |digits: &[u8], length: usize| digits.len() == length && digits.iter().all(u8::is_ascii_hexdigit);
@@ -55,12 +55,13 @@ fn is_of_import(path: &Path) -> bool {
     };
     let name = path.file_name().unwrap_or_default().as_bytes();
     let digits = name.strip_prefix(b".vmfold-").and_then(|rest| rest.strip_suffix(b"~"));
-    let is_of_old = name.starts_with(b".") && (name.ends_with(b".vmfold-import") || name.ends_with(b".vmfold-link"));
-    digits.is_some_and(|digits| is_hex(digits, 16)) || is_of_old || path.parent().is_some_and(is_work)
+    let is_of_earlier_version =
+        name.starts_with(b".") && (name.ends_with(b".vmfold-import") || name.ends_with(b".vmfold-link"));
+    digits.is_some_and(|digits| is_hex(digits, 16)) || is_of_earlier_version || path.parent().is_some_and(is_work)
 }
 
-/// The volume that a file of a Qubes pool belongs to, by the beginning of its name: `private` of `private-dirty.img` and of
-/// `private.img.7@…`. None of what is named otherwise.
+/// Returns the volume that a file of a Qubes pool belongs to, by the beginning of its name: `private` for `private-dirty.img` and for
+/// `private.img.7@…`. It is `None` for other names.
 pub(super) fn volume_of(path: &Path) -> Option<&[u8]> {
     let name = path.file_name()?.as_bytes();
     let end = name.windows(4).position(|part| part == b".img")?;
@@ -69,24 +70,24 @@ pub(super) fn volume_of(path: &Path) -> Option<&[u8]> {
     Some(ends.iter().find_map(|end| volume.strip_suffix(*end)).unwrap_or(volume))
 }
 
-/// The name of the image that a `-dirty.img` is a newer state of.
+/// Returns the name of the image that a `-dirty.img` is a newer state of.
 pub(super) fn clean_of(dirty: &OsStr) -> Option<OsString> {
     let volume = dirty.as_bytes().strip_suffix(b"-dirty.img")?;
     Some(OsString::from_vec([volume, b".img"].concat()))
 }
 
-/// What the name of a revision tells.
+/// A revision of an image, as its name describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revision {
-    /// The image it is a revision of.
+    /// The image that it is a revision of.
     pub image: PathBuf,
-    /// Its number, which newer ones have a greater one of; none in names of old.
+    /// Its number, which grows with each revision; `None` in the old form of names.
     pub number: Option<u64>,
-    /// When it was made, as the name says it: `2026-01-02T03:04:05Z`.
+    /// The time when it was made, as in the name: `2026-01-02T03:04:05Z`.
     pub time: String,
 }
 
-/// What the name says of a revision: `private.img.7@2026-01-02T03:04:05Z`, or `private.img@…` in names of old.
+/// Parses the name of a revision: `private.img.7@2026-01-02T03:04:05Z`, or the old form `private.img@2026-01-02T03:04:05Z`.
 pub fn revision_of(path: &Path) -> Option<Revision> {
     let name = path.file_name()?.to_str()?;
     let is_img = |name: &str| Path::new(name).extension().is_some_and(|extension| extension == "img");
@@ -115,8 +116,8 @@ pub fn revision_of(path: &Path) -> Option<Revision> {
     })
 }
 
-/// Whether a file in a folder is an image: by extension, also before a revision's number (`private.img.7@…`) or a snapshot's
-/// (`private.img.wyng1`), or, without any, by size.
+/// Whether a file in a folder is an image. It is one by its extension, which may stand before a revision's number (`private.img.7@…`) or a
+/// snapshot's (`private.img.wyng1`). Without an extension, it is one by its size.
 pub fn looks_like_image(path: &Path, size: u64) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let mut parts = name.split(['.', '@', '~']).skip(1).peekable();
@@ -126,9 +127,9 @@ pub fn looks_like_image(path: &Path, size: u64) -> bool {
     parts.any(|part| EXTENSIONS.contains(&part))
 }
 
-/// What an image belongs to: the folder of a Qubes machine or of a Proxmox guest, or else the image alone.
+/// Returns the machine that an image belongs to: the folder of a Qubes machine or of a Proxmox guest, or else the image itself.
 pub fn machine_of(path: &Path) -> PathBuf {
-    let is = |folder: &Path, names: &[&str]| {
+    let is_named = |folder: &Path, names: &[&str]| {
         folder
             .file_name()
             .is_some_and(|name| names.iter().any(|known| name == std::ffi::OsStr::new(known)))
@@ -138,7 +139,7 @@ pub fn machine_of(path: &Path) -> PathBuf {
         let number = folder
             .file_name()
             .is_some_and(|name| name.to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()));
-        if is(above, &["appvms", "vm-templates"]) || (number && is(above, &["images"])) {
+        if is_named(above, &["appvms", "vm-templates"]) || (number && is_named(above, &["images"])) {
             return folder.to_owned();
         }
     }
@@ -172,11 +173,11 @@ mod tests {
 
     #[test]
     fn names_of_revisions() {
-        let of = |name: &str| revision_of(Path::new(name));
+        let revision = |name: &str| revision_of(Path::new(name));
         let time = "2026-01-02T03:04:05Z".to_owned();
         let image = PathBuf::from("a/private.img");
         assert_eq!(
-            of("a/private.img.7@2026-01-02T03:04:05Z"),
+            revision("a/private.img.7@2026-01-02T03:04:05Z"),
             Some(Revision {
                 image: image.clone(),
                 number: Some(7),
@@ -184,7 +185,7 @@ mod tests {
             })
         );
         assert_eq!(
-            of("a/private.img@2026-01-02T03:04:05Z"),
+            revision("a/private.img@2026-01-02T03:04:05Z"),
             Some(Revision {
                 image,
                 number: None,
@@ -197,7 +198,7 @@ mod tests {
             "private.img.7@2026",
             "x@2026-01-02T03:04:05Z",
         ] {
-            assert_eq!(of(none), None, "{none}");
+            assert_eq!(revision(none), None, "{none}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Where Qubes OS keeps the images of its machines.
+//! Finds the folders where Qubes OS keeps the images of its machines.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,20 +7,21 @@ use std::process::Command;
 use crate::error::{Error, Result};
 use crate::shown::shown;
 
-/// Folders of a file-reflink pool that hold images: of machines, of templates, and `modules.img` of kernels.
+/// Folders of a file-reflink pool that hold images: those of machines, those of templates, and `modules.img` of kernels.
 const FOLDERS: [&str; 3] = ["appvms", "vm-templates", "vm-kernels"];
 
-/// What Qubes OS knows of its machines and pools, below the root folder.
+/// The file with the machines and pools of Qubes OS, below the root folder.
 const XML: &str = "var/lib/qubes/qubes.xml";
 
-/// Longer ones are none: this holds thousands of machines.
+/// The limit of that file in bytes: it is enough for thousands of machines.
 const XML_BYTES_MAX: u64 = 64 << 20;
 
-/// The folders of all file-reflink pools, as `qubes.xml` below `root` has them, or else as `qvm-pool` tells. `root` is where
+/// Returns the folders of all file-reflink pools that `qubes.xml` below `root` lists, or else those that `qvm-pool` lists. `root` is where
 /// dom0's root filesystem is mounted: `/`, unless in a rescue system.
 ///
 /// # Errors
-/// If neither tells, or there is no such pool.
+/// Returns [`Error::Usage`] if neither exists, if `qubes.xml` cannot be parsed, or if there is no file-reflink pool, and [`Error::Io`] if
+/// the file cannot be read.
 pub fn qubes_folders(root: &Path) -> Result<Vec<PathBuf>> {
     let path = root.join(XML);
     let pools = match path.metadata() {
@@ -54,7 +55,7 @@ pub fn qubes_folders(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// The folders of the file-reflink pools of this machine by their names, as far as `qubes.xml` tells.
+/// Returns the folders of the file-reflink pools of this host by their names, as far as `qubes.xml` tells.
 pub(super) fn pools_of_this_machine() -> BTreeMap<String, PathBuf> {
     let path = Path::new("/").join(XML);
     let is_short = path.metadata().is_ok_and(|metadata| metadata.len() <= XML_BYTES_MAX);
@@ -66,7 +67,7 @@ pub(super) fn pools_of_this_machine() -> BTreeMap<String, PathBuf> {
         .collect()
 }
 
-/// Names and folders of `<pool driver="file-reflink" name="…" dir_path="…">` (qubes-core-admin, `qubes/storage/__init__.py`).
+/// Returns the names and folders in `<pool driver="file-reflink" name="…" dir_path="…">` (qubes-core-admin, `qubes/storage/__init__.py`).
 fn pools_in(text: &str) -> std::result::Result<Vec<(Option<String>, PathBuf)>, roxmltree::Error> {
     let document = roxmltree::Document::parse(text)?;
     let pools = document
@@ -82,7 +83,7 @@ fn pools_in(text: &str) -> std::result::Result<Vec<(Option<String>, PathBuf)>, r
         .collect())
 }
 
-/// What `qvm-pool` says, where there is one: `NAME DRIVER` a line, and `dir_path FOLDER` among what it says of each.
+/// Returns the folders that `qvm-pool` lists; `None` if it cannot be run.
 fn pools_of_command() -> Option<Vec<PathBuf>> {
     let output = |arguments: &[&str]| {
         let output = Command::new("qvm-pool").args(arguments).output().ok()?;
@@ -96,7 +97,7 @@ fn pools_of_command() -> Option<Vec<PathBuf>> {
     Some(folders.collect())
 }
 
-/// The names in what `qvm-pool list` says: `NAME DRIVER` a line.
+/// Returns the names of file-reflink pools in the output of `qvm-pool list`, which has `NAME DRIVER` on each line.
 fn reflink_pools(list: &str) -> impl Iterator<Item = &str> {
     list.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -105,7 +106,7 @@ fn reflink_pools(list: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The folder in what `qvm-pool info` says: `KEY VALUE` a line.
+/// Returns the folder in the output of `qvm-pool info`, which has `KEY VALUE` on each line.
 fn folder_in(info: &str) -> Option<PathBuf> {
     let mut lines = info
         .lines()
@@ -149,15 +150,15 @@ mod tests {
     #[test]
     fn folders_below_another_root() {
         let root = tempfile::tempdir().unwrap();
-        let there = |path: &str| root.path().join(path);
-        std::fs::create_dir_all(there("var/lib/qubes/appvms")).unwrap();
-        std::fs::create_dir_all(there("mnt/second/vm-templates")).unwrap();
-        std::fs::write(there("var/lib/qubes/qubes.xml"), DOCUMENT).unwrap();
+        let below = |path: &str| root.path().join(path);
+        std::fs::create_dir_all(below("var/lib/qubes/appvms")).unwrap();
+        std::fs::create_dir_all(below("mnt/second/vm-templates")).unwrap();
+        std::fs::write(below("var/lib/qubes/qubes.xml"), DOCUMENT).unwrap();
         assert_eq!(
             qubes_folders(root.path()).unwrap(),
-            [there("mnt/second/vm-templates"), there("var/lib/qubes/appvms")]
+            [below("mnt/second/vm-templates"), below("var/lib/qubes/appvms")]
         );
-        std::fs::write(there("var/lib/qubes/qubes.xml"), "<qubes/>").unwrap();
+        std::fs::write(below("var/lib/qubes/qubes.xml"), "<qubes/>").unwrap();
         assert!(matches!(qubes_folders(root.path()), Err(Error::Usage(_))));
     }
 }

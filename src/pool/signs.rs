@@ -1,4 +1,4 @@
-//! Files that tell that a machine runs, or did when its host stopped.
+//! Finds files that show that a machine runs, or ran when its host stopped.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use super::naming::{FileKind, kind_of, machine_of, volume_of};
 use super::{Skip, qubes};
 
-/// Where Qubes OS 4.3 notes which volumes are in use (qubes-core-admin, `qubes/storage/__init__.py`).
+/// The folder where Qubes OS 4.3 notes the volumes in use (qubes-core-admin, `qubes/storage/__init__.py`).
 const QUBES_STATE: &str = "/run/qubes";
 
-/// What was looked up so far: each folder is read once.
+/// The signs that were found so far: each folder is read once.
 #[derive(Debug, Default)]
 pub(super) struct Signs {
     folders: BTreeMap<PathBuf, Vec<PathBuf>>,
@@ -21,28 +21,28 @@ pub(super) struct Signs {
 /// A volume that Qubes OS has noted to be in use.
 #[derive(Debug)]
 struct Running {
-    /// Its name, as [`state_of`] makes it.
+    /// Its name, as [`state_of`] returns it.
     volume: Vec<u8>,
-    /// The folder of its pool; none if that is not known.
+    /// The folder of its pool; `None` if that is unknown.
     pool: Option<PathBuf>,
-    /// What says so.
+    /// The state file.
     file: PathBuf,
 }
 
 impl Signs {
-    /// Takes note of the names in a folder that was read, so that it is not looked up again.
+    /// Notes the signs among the names in a folder that was read, so that the folder is not read again.
     pub(super) fn note(&mut self, folder: &Path, names: &[OsString]) {
         self.folders.insert(folder.to_owned(), signs_among(folder, names));
     }
 
-    /// The file that says that an image's machine runs, or that it is being imported, if there is one.
+    /// Returns the file that shows that an image's machine runs or is being imported, if there is one.
     pub(super) fn of(&mut self, image: &Path) -> Option<(Skip, PathBuf)> {
         let folder = image.parent()?;
         let files = self
             .folders
             .entry(folder.to_owned())
             .or_insert_with(|| signs_in(folder));
-        // All of a Qubes machine's volumes lie in one folder; elsewhere it may hold many machines.
+        // The folder of a Qubes machine holds only its volumes. Any other folder may hold images of many machines.
         let is_machine = machine_of(image) == folder;
         let sign = files
             .iter()
@@ -58,14 +58,15 @@ impl Signs {
         let running = self
             .running
             .get_or_insert_with(|| running_volumes(Path::new(QUBES_STATE), &qubes::pools_of_this_machine()));
-        // Of a pool that is not known, it may be this one.
-        let is_here = |one: &&Running| one.volume == state && one.pool.as_ref().is_none_or(|folder| *folder == pool);
-        let found = running.iter().find(is_here);
-        found.map(|one| (Skip::Running, one.file.clone()))
+        // A volume of an unknown pool may be this image.
+        let is_image =
+            |running: &&Running| running.volume == state && running.pool.as_ref().is_none_or(|folder| *folder == pool);
+        let found = running.iter().find(is_image);
+        found.map(|running| (Skip::Running, running.file.clone()))
     }
 }
 
-/// Files in a folder that say so by their names.
+/// Returns the files in a folder that are signs by their names.
 fn signs_in(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let names: Vec<OsString> = entries.map(|entry| entry.file_name()).collect();
@@ -80,7 +81,7 @@ fn signs_among(folder: &Path, names: &[OsString]) -> Vec<PathBuf> {
     found
 }
 
-/// The folder of the pool that an image of Qubes OS would lie in, and what its volume is called in names of state files:
+/// Returns the folder of the Qubes pool that an image lies in, and the name of its volume in the names of state files:
 /// `appvms/work/private` with `-` for `/` and `--` for `-`.
 fn state_of(image: &Path) -> Option<(PathBuf, Vec<u8>)> {
     let machine = machine_of(image);
@@ -103,16 +104,18 @@ fn state_of(image: &Path) -> Option<(PathBuf, Vec<u8>)> {
     Some((above.parent()?.to_owned(), state))
 }
 
-/// Volumes that are in use: `volume-running-POOL:VOLUME`. `pools` has the folders of pools, by name.
+/// Returns the volumes in use, which have state files `volume-running-POOL:VOLUME`. `pools` has the folders of pools by name.
 fn running_volumes(folder: &Path, pools: &BTreeMap<String, PathBuf>) -> Vec<Running> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let volumes = entries.filter_map(|entry| {
         let name = entry.file_name();
-        let of = name.as_bytes().strip_prefix(b"volume-running-")?;
-        let colon = of.iter().position(|byte| *byte == b':')?;
-        let pool = std::str::from_utf8(&of[..colon]).ok().and_then(|name| pools.get(name));
+        let pool_and_volume = name.as_bytes().strip_prefix(b"volume-running-")?;
+        let colon = pool_and_volume.iter().position(|byte| *byte == b':')?;
+        let pool = std::str::from_utf8(&pool_and_volume[..colon])
+            .ok()
+            .and_then(|name| pools.get(name));
         Some(Running {
-            volume: of[colon + 1..].to_vec(),
+            volume: pool_and_volume[colon + 1..].to_vec(),
             pool: pool.map(|folder| folder.canonicalize().unwrap_or_else(|_| folder.clone())),
             file: entry.path(),
         })
@@ -197,7 +200,7 @@ mod tests {
         };
         let mut runs = |name: &str| signs.of(&path(name)).is_some();
         assert!(runs("one/appvms/w/private.img") && runs("one/appvms/w/private.img.1@2026-01-01T00:00:00Z"));
-        // Its namesake in another pool is another machine.
+        // A volume of the same name in another pool belongs to another machine.
         assert!(!runs("two/appvms/w/private.img") && !runs("one/appvms/x/private.img"));
         assert!(runs("one/appvms/v/private.img") && runs("two/appvms/v/private.img"));
     }

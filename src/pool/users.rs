@@ -1,4 +1,4 @@
-//! Who uses an image, as far as the host tells: for messages. Whether anyone does, is for the kernel to say, by a lease.
+//! Finds out who uses an image, as far as the host tells, for messages. Only a lease proves that nobody does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -11,12 +11,12 @@ use crate::shown::shown;
 use crate::sys::byte_locks::is_locked;
 use crate::sys::loop_status::file_of_loop;
 
-/// Which file something is.
+/// A file, by device and inode number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId {
-    /// Device.
+    /// The device number.
     pub device: u64,
-    /// Inode on it.
+    /// The inode number on it.
     pub inode: u64,
 }
 
@@ -38,7 +38,7 @@ impl From<&rustix::fs::Stat> for FileId {
     }
 }
 
-/// Who uses some files: swapping, loop devices and where they are mounted, processes that have them open or mapped.
+/// Returns who uses each of some files: swapping, loop devices and their mounts, processes that have the file open or mapped.
 pub fn users_of(files: &BTreeSet<FileId>) -> BTreeMap<FileId, Vec<String>> {
     let mut found: BTreeMap<FileId, Vec<String>> = BTreeMap::new();
     if files.is_empty() {
@@ -76,8 +76,8 @@ pub fn users_of(files: &BTreeSet<FileId>) -> BTreeMap<FileId, Vec<String>> {
     found
 }
 
-/// Whose byte-range locks lie on an open file: QEMU marks its images at bytes 100 to 299 (`block/file-posix.c`), libvirt's lock
-/// daemon at byte 0.
+/// Returns whose byte-range locks are on an open file. QEMU locks bytes 100 to 299 of its images (`block/file-posix.c`), and libvirt's lock
+/// daemon byte 0.
 pub fn locked_by(file: impl AsFd) -> Option<&'static str> {
     if is_locked(&file, 100, 200) {
         Some("locked as QEMU does")
@@ -88,14 +88,14 @@ pub fn locked_by(file: impl AsFd) -> Option<&'static str> {
     }
 }
 
-/// How often this process has a file open.
+/// Returns how many times this process has a file open.
 pub fn times_open_here(file: FileId) -> usize {
     entries(Path::new("/proc/self/fd"))
         .filter(|link| link.metadata().is_ok_and(|metadata| FileId::from(&metadata) == file))
         .count()
 }
 
-/// What is in a folder; nothing if it cannot be read.
+/// Returns the paths in a folder; none if it cannot be read.
 fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     std::fs::read_dir(folder)
         .into_iter()
@@ -103,7 +103,7 @@ fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
 }
 
-/// Files that are swapped to; the kernel writes spaces in their names as `\040`.
+/// Returns the swap files. The kernel escapes spaces in their names as `\040`.
 fn swap_files() -> Vec<PathBuf> {
     let swaps = std::fs::read("/proc/swaps").unwrap_or_default();
     let lines = swaps.split(|byte| *byte == b'\n').skip(1);
@@ -111,7 +111,7 @@ fn swap_files() -> Vec<PathBuf> {
     names.filter(|name| !name.is_empty()).map(unescape).collect()
 }
 
-/// Loop devices that have a file, with that file.
+/// Returns the loop devices that have a backing file, with that file.
 fn loop_devices() -> Vec<(PathBuf, FileId)> {
     let devices = entries(Path::new("/sys/block")).filter(|path| path.join("loop/backing_file").exists());
     devices
@@ -123,7 +123,7 @@ fn loop_devices() -> Vec<(PathBuf, FileId)> {
         .collect()
 }
 
-/// Where a device or a partition of it is mounted.
+/// Returns where a device, or a partition of it, is mounted.
 fn mounted_on<'a>(mounts: &'a [Mount], device: &Path) -> Option<&'a Path> {
     let is_it = |mount: &&Mount| {
         let (Some(source), Some(device)) = (mount.source.to_str(), device.to_str()) else {
@@ -136,12 +136,12 @@ fn mounted_on<'a>(mounts: &'a [Mount], device: &Path) -> Option<&'a Path> {
     mounts.iter().find(is_it).map(|mount| mount.folder.as_path())
 }
 
-/// The folders of all other processes in `/proc`, with a name and number for each.
+/// Returns the folders of all other processes in `/proc`, with a name and number for each.
 fn processes() -> Vec<(PathBuf, String)> {
-    let me = std::process::id();
+    let own = std::process::id();
     let numbers = entries(Path::new("/proc")).filter_map(|path| {
         let number = path.file_name()?.to_str()?.parse::<u32>().ok()?;
-        (number != me).then_some((path, number))
+        (number != own).then_some((path, number))
     });
     numbers
         .map(|(path, number)| {
@@ -169,10 +169,10 @@ mod tests {
         child.kill().unwrap();
         let number = child.id();
         child.wait().unwrap();
-        // Its name may still be the one it had before it became another program.
+        // The name may still be that of the process before it executed the program.
         let number = format!("({number})");
         assert!(found[&id].iter().any(|user| user.ends_with(&number)), "{found:?}");
-        // Other tests' children may have it for a moment; this one is gone.
+        // Children of other tests may have the file open for a moment; this child has ended.
         let after = users_of(&[id].into());
         assert!(
             !after.values().flatten().any(|user| user.ends_with(&number)),

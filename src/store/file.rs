@@ -15,24 +15,24 @@ use super::{Store, unsupported};
 use crate::error::{Error, Result};
 use crate::sys::beneath;
 
-/// A file that is read, or read and appended to. What a new one holds is for who runs vmfold alone.
+/// A file that is read, or read and appended to. Only the user who runs vmfold can read a file that it creates.
 #[derive(Debug)]
 pub struct FileStore {
     file: File,
     path: PathBuf,
-    /// Only of one that is appended to.
+    /// The state of appending; `None` if the file is only read.
     writing: Option<Writing>,
 }
 
 #[derive(Debug)]
 struct Writing {
-    /// Where the next bytes go.
+    /// The offset of the next append.
     end: Mutex<u64>,
     name: Name,
     is_new: bool,
 }
 
-/// Where a file has its name.
+/// The name of a file in its folder.
 #[derive(Debug)]
 struct Name {
     folder: beneath::Folder,
@@ -40,13 +40,14 @@ struct Name {
 }
 
 impl FileStore {
-    /// Opens a file to read it.
+    /// Opens a file for reading.
     ///
     /// # Errors
-    /// [`Error::NoSuchPath`]; [`Error::NotAnArchive`] for anything but a regular file; those of opening.
+    /// Returns [`Error::NoSuchPath`] if the path does not exist, [`Error::NotAnArchive`] if it is not a regular file, and [`Error::Io`] if
+    /// it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
         match path.metadata() {
-            // To open a device can do something, and a pipe may have nobody at its other end.
+            // Opening a device may have an effect, and opening a pipe without a writer would block.
             Ok(metadata) if !metadata.is_file() => return Err(not_an_archive(path)),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -67,11 +68,11 @@ impl FileStore {
         })
     }
 
-    /// Opens a file to append to it, which is made if it does not exist, and keeps others from doing so for as long as it is open.
+    /// Opens a file for appending, creates it if it does not exist, and locks it against other writers for as long as it is open.
     ///
     /// # Errors
-    /// [`Error::Appending`] if another process appends to it; [`Error::NotAnArchive`] for anything but a regular file;
-    /// [`Error::OfAnother`] for one that another user put there, who would read along; those of opening.
+    /// Returns [`Error::Appending`] if another process appends to the file, [`Error::NotAnArchive`] if it is not a regular file,
+    /// [`Error::OfAnother`] if another user put it there, who could read what is written, and [`Error::Io`] if it cannot be opened.
     pub fn append_to(path: &Path) -> Result<Self> {
         let (file, name, is_new) = Self::find_or_make(path)?;
         match file.try_lock() {
@@ -93,10 +94,10 @@ impl FileStore {
         })
     }
 
-    /// Removes the file if it was made by opening it and has nothing in it.
+    /// Removes the file if opening it has created it and nothing was written.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// Returns the error of the system call that failed.
     pub fn remove_if_unused(&self) -> io::Result<()> {
         let Some(writing) = self.writing.as_ref().filter(|writing| writing.is_new) else {
             return Ok(());
@@ -107,15 +108,15 @@ impl FileStore {
         Ok(())
     }
 
-    /// Makes the file, or opens the one that is there, if that is no trap: it is a regular file, and was not put there by another user,
-    /// who would read along.
+    /// Creates the file, or opens the one that exists if it is a regular file and no other user put it there, who could read what is
+    /// written.
     fn find_or_make(path: &Path) -> Result<(File, Name, bool)> {
-        /// Links followed to the file.
+        /// Symbolic links that are followed to the file, at most.
         const LINKS_MAX: u32 = 8;
-        let mut at = path.to_owned();
+        let mut candidate = path.to_owned();
         for _ in 0..LINKS_MAX {
-            let name = at.file_name().ok_or_else(|| not_an_archive(path))?.to_owned();
-            let parent = at.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let name = candidate.file_name().ok_or_else(|| not_an_archive(path))?.to_owned();
+            let parent = candidate.parent().filter(|parent| !parent.as_os_str().is_empty());
             let parent = parent.unwrap_or(Path::new("."));
             let folder = beneath::Folder::open(parent).map_err(Error::io("open", parent))?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -127,20 +128,20 @@ impl FileStore {
                 Err(errno) => return Err(Error::io("make", path)(errno)),
             }
             let failed = |errno: Errno| Error::io("open", path)(errno);
-            // What it is, is looked at before it is opened: to open a device can do something.
+            // The type is checked before the file is opened, since opening a device may have an effect.
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let there = rustix::fs::openat(&folder, &name, flags, Mode::empty()).map_err(failed)?;
-            let stat = rustix::fs::fstat(&there).map_err(failed)?;
+            let path_only = rustix::fs::openat(&folder, &name, flags, Mode::empty()).map_err(failed)?;
+            let stat = rustix::fs::fstat(&path_only).map_err(failed)?;
             match FileType::from_raw_mode(stat.st_mode) {
                 FileType::RegularFile => {
                     refuse_if_of_another(&folder, &stat, path)?;
-                    let file = beneath::reopen(&there, OFlags::RDWR | OFlags::NONBLOCK).map_err(failed)?;
+                    let file = beneath::reopen(&path_only, OFlags::RDWR | OFlags::NONBLOCK).map_err(failed)?;
                     return Ok((file, Name { folder, name }, false));
                 }
                 FileType::Symlink => {
                     refuse_if_of_another(&folder, &stat, path)?;
-                    let link = rustix::fs::readlinkat(&there, "", Vec::new()).map_err(failed)?;
-                    at = parent.join(OsStr::from_bytes(link.to_bytes()));
+                    let link = rustix::fs::readlinkat(&path_only, "", Vec::new()).map_err(failed)?;
+                    candidate = parent.join(OsStr::from_bytes(link.to_bytes()));
                 }
                 _ => return Err(not_an_archive(path)),
             }
@@ -150,10 +151,10 @@ impl FileStore {
 }
 
 impl Name {
-    /// Whether a file still has this name: else it is gone, or soon will be.
+    /// Whether a file still has this name. If not, it is deleted, or will be once it is closed.
     fn is_of(&self, file: &File) -> rustix::io::Result<bool> {
-        let (stat, its) = (self.folder.stat(&self.name)?, rustix::fs::fstat(file)?);
-        Ok((stat.st_dev, stat.st_ino) == (its.st_dev, its.st_ino))
+        let (named, open) = (self.folder.stat(&self.name)?, rustix::fs::fstat(file)?);
+        Ok((named.st_dev, named.st_ino) == (open.st_dev, open.st_ino))
     }
 }
 
@@ -167,7 +168,7 @@ impl Store for FileStore {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        // No file reaches there, and the kernel takes the call for a mistake.
+        // No file can be that long, and the kernel would report an invalid argument.
         if offset.saturating_add(buffer.len() as u64) > i64::MAX.unsigned_abs() {
             return Ok(0);
         }
@@ -208,10 +209,10 @@ fn not_an_archive(path: &Path) -> Error {
     Error::NotAnArchive { path: path.to_owned() }
 }
 
-/// Refuses a file or link that neither the user of this process nor root made, in a folder where others can put one. Filesystems that
-/// keep no owners, or have them from another host, cannot tell.
+/// Refuses a file or symbolic link that neither the user of this process nor root owns, in a folder where others can put one. A filesystem
+/// that stores no owners, or those of another host, cannot tell.
 fn refuse_if_of_another(folder: &beneath::Folder, stat: &rustix::fs::Stat, path: &Path) -> Result<()> {
-    /// vfat, exfat, ntfs3, cifs, smb2, nfs, 9p, fuse (linux/magic.h).
+    /// The magic numbers of vfat, exfat, ntfs3, cifs, smb2, nfs, 9p and fuse (linux/magic.h).
     const WITHOUT_OWNERS: [i64; 8] = [
         0x4d44,
         0x2011_bab0,

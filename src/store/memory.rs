@@ -6,21 +6,21 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Store;
 
-/// Bytes in memory. They outlast nothing.
+/// An archive in memory. It does not outlast the process.
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     bytes: Mutex<Vec<u8>>,
 }
 
 impl MemoryStore {
-    /// One that holds some bytes.
+    /// Makes a store that holds some bytes.
     pub fn of(bytes: Vec<u8>) -> Self {
         Self {
             bytes: Mutex::new(bytes),
         }
     }
 
-    /// A copy of what it holds.
+    /// Returns a copy of its bytes.
     pub fn to_vec(&self) -> Vec<u8> {
         self.lock().clone()
     }

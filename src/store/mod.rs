@@ -1,4 +1,4 @@
-//! Where the bytes of an archive live. Reading and writing archives knows nothing else of files, pipes and what comes after them.
+//! Stores: where the bytes of archives live. Reading and writing archives uses nothing else of files and pipes.
 //!
 //! To add a store, implement [`Store`] in a file here and run it through the conformance suite in `tests/store.rs`.
 
@@ -14,47 +14,47 @@ pub use file::FileStore;
 pub use memory::MemoryStore;
 pub use pipe::{InputPipe, OutputPipe};
 
-/// A sequence of bytes that is read anywhere and only ever grows, but for what an append that failed wrote.
+/// A sequence of bytes that can be read at any offset and only grows, except that the remains of a failed append are cut off.
 ///
-/// What a store cannot do, it refuses with [`io::ErrorKind::Unsupported`]: a pipe is read once and in order, or appended to.
+/// A store refuses what it cannot do with [`io::ErrorKind::Unsupported`]: a pipe is read once and in order, or appended to.
 pub trait Store: Debug + Send + Sync {
-    /// What messages call it.
+    /// Returns its name for messages.
     fn path(&self) -> &Path;
 
-    /// Bytes that there are; none where only reading to the end tells.
+    /// Returns the length in bytes; `None` if it shows only at the end of the stream.
     ///
     /// # Errors
-    /// Those of the system.
+    /// Returns the error of the system.
     fn length(&self) -> io::Result<Option<u64>>;
 
-    /// Reads from an offset on into a buffer, and returns how many bytes: 0 only at the end, or for an empty buffer.
+    /// Reads bytes at an offset into a buffer, and returns how many it read. That is 0 only at the end, or for an empty buffer.
     ///
     /// # Errors
-    /// Those of the system; [`io::ErrorKind::Unsupported`] where bytes cannot be read in this order.
+    /// Returns [`io::ErrorKind::Unsupported`] if bytes cannot be read in this order, and otherwise the error of the system.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
 
-    /// Writes all of some bytes behind the last. What of them is there after an error is not known: see [`Store::truncate`].
+    /// Appends all of the bytes. After an error it is unknown how many of them were written: see [`Store::truncate`].
     ///
     /// # Errors
-    /// Those of the system.
+    /// Returns [`io::ErrorKind::Unsupported`] if the store is read-only, and otherwise the error of the system.
     fn append(&self, bytes: &[u8]) -> io::Result<()>;
 
-    /// Returns once everything appended outlasts a power cut, as far as the store can tell.
+    /// Returns once everything that was appended survives a power failure, as far as the store can ensure that.
     ///
     /// # Errors
-    /// Those of the system.
+    /// Returns the error of the system.
     fn settle(&self) -> io::Result<()>;
 
-    /// Cuts off what lies behind so many bytes: what an append that failed may have left.
+    /// Truncates the store to `length` bytes, to remove the remains of a failed append.
     ///
     /// # Errors
-    /// Those of the system; [`io::ErrorKind::Unsupported`] where nothing can be taken back.
+    /// Returns [`io::ErrorKind::Unsupported`] if nothing can be taken back, and otherwise the error of the system.
     fn truncate(&self, length: u64) -> io::Result<()>;
 
-    /// Fills a buffer from an offset on.
+    /// Fills a buffer with the bytes at an offset.
     ///
     /// # Errors
-    /// [`io::ErrorKind::UnexpectedEof`] where there is less; otherwise those of [`Store::read_at`].
+    /// Returns [`io::ErrorKind::UnexpectedEof`] if the store ends before the buffer is full, and otherwise the error of [`Store::read_at`].
     fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while done < buffer.len() {
@@ -69,7 +69,7 @@ pub trait Store: Debug + Send + Sync {
     }
 }
 
-/// A store from an offset on, in order.
+/// Reads a store in order from an offset on.
 #[derive(Debug)]
 pub struct StoreReader<'a> {
     store: &'a dyn Store,
@@ -77,7 +77,7 @@ pub struct StoreReader<'a> {
 }
 
 impl<'a> StoreReader<'a> {
-    /// Begins at an offset.
+    /// Makes a reader that begins at `offset`.
     pub fn new(store: &'a dyn Store, offset: u64) -> Self {
         Self { store, offset }
     }
@@ -91,6 +91,6 @@ impl io::Read for StoreReader<'_> {
     }
 }
 
-fn unsupported(what: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, what)
+fn unsupported(problem: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, problem)
 }

@@ -1,4 +1,4 @@
-//! Archives that come through standard input and go through standard output.
+//! Archives that are read from standard input or written to standard output.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -10,9 +10,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::{Store, unsupported};
 use crate::monitor::Monitor;
 
-/// Standard input, read once and in order. Whoever is to write to it may never do: the user can end that.
+/// Standard input, which is read once and in order. The user can interrupt a read that waits for the writer.
 pub struct InputPipe<'a> {
-    /// With the offset of its next byte.
+    /// The file, and the offset of its next byte.
     file: Mutex<(File, u64)>,
     monitor: &'a dyn Monitor,
 }
@@ -26,16 +26,16 @@ impl std::fmt::Debug for InputPipe<'_> {
 }
 
 impl<'a> InputPipe<'a> {
-    /// A copy of the descriptor of standard input, read without a buffer.
+    /// Duplicates the descriptor of standard input, which is then read without a buffer.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// Returns the error of the system call.
     pub fn new(monitor: &'a dyn Monitor) -> io::Result<Self> {
         let file = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 0)?;
         Ok(Self::of(file.into(), monitor))
     }
 
-    /// What comes through another descriptor.
+    /// Reads another descriptor in place of standard input.
     pub fn of(file: File, monitor: &'a dyn Monitor) -> Self {
         Self {
             file: Mutex::new((file, 0)),
@@ -50,7 +50,7 @@ impl<'a> InputPipe<'a> {
         };
         loop {
             if self.monitor.interrupted() {
-                // Not the kind of that name: whoever reads to the end would try again.
+                // The kind must not be `Interrupted`: a caller that reads to the end would try again.
                 return Err(io::Error::other("interrupted"));
             }
             match poll(&mut [PollFd::new(&*file, PollFlags::IN)], Some(&LOOK_EVERY)) {
@@ -97,24 +97,24 @@ impl Store for InputPipe<'_> {
     }
 }
 
-/// Standard output, which may be a file as well.
+/// Standard output, which may be a pipe or a file.
 #[derive(Debug)]
 pub struct OutputPipe {
-    /// A copy of the descriptor: what Rust's own handle writes to one that is none is lost without an error.
+    /// A duplicate of the descriptor. Rust's own handle would ignore a closed descriptor without an error.
     file: Mutex<File>,
 }
 
 impl OutputPipe {
-    /// A copy of the descriptor of standard output.
+    /// Duplicates the descriptor of standard output.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// Returns the error of the system call.
     pub fn new() -> io::Result<Self> {
         let file = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)?;
         Ok(Self::of(file.into()))
     }
 
-    /// What goes through another descriptor.
+    /// Writes to another descriptor in place of standard output.
     pub fn of(file: File) -> Self {
         Self { file: Mutex::new(file) }
     }

@@ -1,14 +1,15 @@
-//! `mallopt`: the C library's allocator, told to give memory back.
+//! `mallopt`: makes the C library's allocator return freed memory to the system.
 
-/// Bytes from which an allocation is a mapping of its own, which is given back as a whole.
+/// From this size on, an allocation is a mapping of its own, which is unmapped when it is freed.
 #[cfg(target_env = "gnu")]
 const MAPPED_BYTES: libc::c_int = 128 << 10;
 
-/// Has large allocations given back to the system as soon as they are freed. By default glibc raises the size from which on it does
-/// so to that of whatever was freed (up to 32 MiB), and keeps twice as much at hand: on a host of few gigabytes that is a lot.
+/// Makes the allocator return large allocations to the system as soon as they are freed. By default glibc raises the mmap threshold to the
+/// size of whatever was freed (up to 32 MiB) and the trim threshold to twice that (mallopt(3)), which is a lot on a host with a few
+/// gigabytes.
 pub fn give_back_early() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: plain integers; allowed at any time (mallopt(3)).
+    // SAFETY: the call takes plain integers, and is allowed at any time (mallopt(3)).
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES);
         libc::mallopt(libc::M_TRIM_THRESHOLD, MAPPED_BYTES);

@@ -1,5 +1,5 @@
-//! `openat2`: files and folders below an open folder. Nothing is found through a symbolic link, and nothing outside: whoever owns a folder in
-//! between can move things about, but not lead out of what the user named.
+//! `openat2`: opens files and folders below an open folder. No symbolic link is followed and nothing outside the folder is reached: the
+//! owner of a folder in between can move things, but cannot lead out of what the user named.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -11,41 +11,42 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::{Errno, Result};
 
-/// How folders are opened: to look into them, and only if they are folders.
+/// The flags that folders are opened with, which fail for anything but a folder.
 const FOLDER: OFlags = OFlags::DIRECTORY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC)
     .union(OFlags::RDONLY);
 
-/// An open folder. Copies share the descriptor.
+/// An open folder. Clones share the descriptor.
 #[derive(Debug, Clone)]
 pub struct Folder {
     fd: Arc<OwnedFd>,
 }
 
 impl Folder {
-    /// Opens a folder that the user named: links in its path are followed.
+    /// Opens a folder that the user named. Symbolic links in its path are followed.
     ///
     /// # Errors
-    /// Those of opening; `ENOTDIR` if it is no folder.
+    /// Returns the error of `open`: `ENOTDIR` if the path is no folder.
     pub fn open(path: &Path) -> Result<Self> {
         let fd = rustix::fs::open(path, FOLDER - OFlags::NOFOLLOW, Mode::empty())?;
         Ok(Self { fd: Arc::new(fd) })
     }
 
-    /// Opens a folder below.
+    /// Opens a folder below this one.
     ///
     /// # Errors
-    /// As for [`Folder::open_file`]; `ENOTDIR` if it is no folder.
+    /// Fails as [`Folder::open_file`] does, and with `ENOTDIR` if the path is no folder.
     pub fn folder(&self, relative: &Path) -> Result<Self> {
         let fd = self.open_below(relative, FOLDER)?;
         Ok(Self { fd: Arc::new(fd) })
     }
 
-    /// Opens what lies below, with flags beside those that keep it below, and close it when another program is started.
+    /// Opens a file below this folder. `flags` are added to those that confine the path and close the file on `exec`.
     ///
     /// # Errors
-    /// `ELOOP` if a component is a symbolic link, `EXDEV` if the path leads out; otherwise those of opening.
+    /// Returns `ELOOP` if a component is a symbolic link, `EXDEV` if the path leads out of the folder, and otherwise the error of
+    /// `openat2`.
     pub fn open_file(&self, relative: &Path, flags: OFlags) -> Result<File> {
         self.open_below(relative, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC)
             .map(File::from)
@@ -59,13 +60,13 @@ impl Folder {
         };
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         match rustix::fs::openat2(&*self.fd, relative, flags, Mode::empty(), resolve) {
-            // Linux before 5.6, or a filter of system calls that does not know it.
+            // Linux before 5.6 does not know the call, and a seccomp filter may not.
             Err(Errno::NOSYS | Errno::PERM) => self.open_by_components(relative, flags),
             opened => opened,
         }
     }
 
-    /// The same, one component after the other.
+    /// Opens a path component by component, where `openat2` is missing.
     fn open_by_components(&self, relative: &Path, flags: OFlags) -> Result<OwnedFd> {
         let mut folder: Option<OwnedFd> = None;
         let mut components = relative.components().peekable();
@@ -85,23 +86,23 @@ impl Folder {
         folder.ok_or(Errno::NOENT)
     }
 
-    /// What stands in this folder under a name; a symbolic link is looked at itself.
+    /// Returns the status of an entry of this folder. A symbolic link is not followed.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// Returns the error of `fstatat`.
     pub fn stat(&self, name: &OsStr) -> Result<Stat> {
         rustix::fs::statat(&*self.fd, name, AtFlags::SYMLINK_NOFOLLOW)
     }
 
-    /// The names in it, sorted, without `.` and `..`.
+    /// Returns the names of the entries, sorted, without `.` and `..`.
     ///
     /// # Errors
-    /// Those of reading it.
+    /// Returns the error of reading the folder.
     pub fn names(&self) -> Result<Vec<OsString>> {
-        // A descriptor of its own: reading moves its position.
-        let own = rustix::fs::openat(&*self.fd, ".", FOLDER, Mode::empty())?;
+        // Reading moves the position of the descriptor, so that it needs its own.
+        let own_descriptor = rustix::fs::openat(&*self.fd, ".", FOLDER, Mode::empty())?;
         let mut names = Vec::new();
-        for entry in Dir::new(own)? {
+        for entry in Dir::new(own_descriptor)? {
             let name = OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned();
             if name != "." && name != ".." {
                 names.push(name);
@@ -112,17 +113,17 @@ impl Folder {
     }
 }
 
-/// Opens once more what is open, with other flags: the very same file, whatever its name leads to meanwhile. Takes `/proc`.
+/// Opens an open file again with other flags. It is the same file, even if another has taken its name. `/proc` must be mounted.
 ///
 /// # Errors
-/// Those of opening.
+/// Returns the error of `open`.
 pub fn reopen(file: impl AsFd, flags: OFlags) -> Result<File> {
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
 }
 
 impl From<File> for Folder {
-    /// Takes a file that is an open folder.
+    /// Makes a folder of a file that is an open folder.
     fn from(folder: File) -> Self {
         Self {
             fd: Arc::new(folder.into()),
@@ -171,13 +172,13 @@ mod tests {
     #[test]
     fn a_folder_that_is_moved_stays_the_one_that_was_opened() {
         let root = tempfile::tempdir().unwrap();
-        let (here, there) = (root.path().join("here"), root.path().join("there"));
-        std::fs::create_dir(&here).unwrap();
-        std::fs::write(here.join("x"), "mine").unwrap();
-        let folder = Folder::open(&here).unwrap();
-        std::fs::rename(&here, &there).unwrap();
-        std::fs::create_dir(&here).unwrap();
-        std::fs::write(here.join("x"), "another's").unwrap();
+        let (original, moved) = (root.path().join("original"), root.path().join("moved"));
+        std::fs::create_dir(&original).unwrap();
+        std::fs::write(original.join("x"), "mine").unwrap();
+        let folder = Folder::open(&original).unwrap();
+        std::fs::rename(&original, &moved).unwrap();
+        std::fs::create_dir(&original).unwrap();
+        std::fs::write(original.join("x"), "another's").unwrap();
         let opened = folder.open_file(Path::new("x"), OFlags::RDONLY).unwrap();
         assert_eq!(std::io::read_to_string(opened).unwrap(), "mine");
     }

@@ -1,5 +1,5 @@
-//! `FICLONERANGE`: makes a range of one file share the extents of another. Only files that an import itself makes are ever
-//! written to by it, never an image that was there.
+//! `FICLONERANGE`: makes a range of one file share the extents of another. It is called on files that an import has created itself, and
+//! never on an existing image.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -9,11 +9,13 @@ use rustix::ioctl::{Opcode, Setter, ioctl};
 
 const FICLONERANGE: Opcode = linux_raw_sys::ioctl::FICLONERANGE as Opcode;
 
-/// Makes `length` bytes of `destination` share those of `source`. Offsets must be multiples of the filesystem's block size; so must
-/// `length`, unless the source range ends at the end of its file. A length of 0 would mean "to the end" and does nothing here.
+/// Makes `length` bytes of `destination` share those of `source`. Offsets must be multiples of the filesystem's block size, and so must
+/// `length`, unless the source range ends at the end of its file. A length of 0, which the kernel would take for "to the end", does nothing
+/// here.
 ///
 /// # Errors
-/// `EOPNOTSUPP`, `ENOTTY`, `EXDEV` or `EINVAL` where the filesystem cannot share the two; `ENOSPC`, `EIO`.
+/// Returns `EOPNOTSUPP`, `ENOTTY`, `EXDEV` or `EINVAL` if the filesystem cannot share the two files, and `ENOSPC` or `EIO` if sharing
+/// fails.
 pub fn clone_range(
     source: impl AsFd,
     source_offset: u64,

@@ -1,4 +1,4 @@
-//! `BTRFS_IOC_SYNC`: commits, and wakes the kernel's thread that cleans away what was deleted.
+//! `BTRFS_IOC_SYNC`: commits the transaction of a btrfs, and wakes the kernel thread that cleans deleted subvolumes up.
 
 use std::os::fd::AsFd;
 
@@ -10,7 +10,7 @@ const BTRFS_IOC_SYNC: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_SYNC as Opcode;
 /// Commits the btrfs that `fd` lies on.
 ///
 /// # Errors
-/// Those of the system call; `ENOTTY` off btrfs.
+/// Returns the error of the call: `ENOTTY` on other filesystems.
 pub fn commit(fd: impl AsFd) -> Result<()> {
     // SAFETY: the opcode takes no argument.
     unsafe { ioctl(fd, NoArg::<BTRFS_IOC_SYNC>::new()) }

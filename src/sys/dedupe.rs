@@ -6,7 +6,7 @@ use linux_raw_sys::general::file_dedupe_range_info;
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
-/// `struct file_dedupe_range` with room for exactly one destination.
+/// `struct file_dedupe_range` (uapi/linux/fs.h) with room for one destination.
 #[repr(C)]
 struct OneDestination {
     src_offset: u64,
@@ -19,7 +19,7 @@ struct OneDestination {
 
 const FIDEDUPERANGE: Opcode = linux_raw_sys::ioctl::FIDEDUPERANGE as Opcode;
 
-/// What the kernel said of one range.
+/// The kernel's answer for one range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Deduped {
     /// The bytes were equal, and the destination now maps the source's extents. The count is the kernel's claim, which may
@@ -37,8 +37,8 @@ pub enum Deduped {
 /// Content, times, inode, links and mode of both files stay as they are.
 ///
 /// # Errors
-/// The errno of the call itself, such as `ENOTTY` or `EOPNOTSUPP` where the filesystem cannot share extents.
-/// What concerns the destination alone is [`Deduped::Refused`].
+/// Returns the errno of the call itself, such as `ENOTTY` or `EOPNOTSUPP` where the filesystem cannot share extents. An errno that concerns
+/// the destination alone is [`Deduped::Refused`].
 pub fn dedupe_range(
     source: impl AsFd,
     source_offset: u64,

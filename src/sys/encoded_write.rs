@@ -1,4 +1,4 @@
-//! `BTRFS_IOC_ENCODED_WRITE`: data that was compressed beforehand becomes an extent as it is.
+//! `BTRFS_IOC_ENCODED_WRITE`: stores data that is already compressed as a compressed extent.
 
 use std::os::fd::AsFd;
 
@@ -34,12 +34,13 @@ const ZSTD: u32 = 2;
 
 /// Writes a zstd frame to `offset` of a file as one compressed extent; it stands for `content_bytes` of content.
 ///
-/// Offset and content are multiples of the filesystem's block size, the content is 128 KiB at most and the frame shorter than it. The
-/// frame's window is 128 KiB at most: the kernel keeps whatever it is given, and cannot read what does not keep to that. It takes
-/// `CAP_SYS_ADMIN`, and Linux 5.18.
+/// The offset and `content_bytes` must be multiples of the filesystem's block size. The content is at most 128 KiB, and the frame must be
+/// shorter than it. The frame's window must be at most 128 KiB: the kernel stores any frame, but cannot read one with a larger window. The
+/// call requires `CAP_SYS_ADMIN` and Linux 5.18.
 ///
 /// # Errors
-/// Those of the call: `ENOTTY` before Linux 5.18, `EINVAL` for what does not keep to the limits, `ENOSPC`.
+/// Returns the error of the call: `ENOTTY` before Linux 5.18, `EINVAL` if the frame or its content exceeds the kernel's limits, and
+/// `ENOSPC`.
 pub fn write_frame(file: impl AsFd, offset: u64, frame: &[u8], content_bytes: u64) -> Result<()> {
     let piece = Iovec {
         address: frame.as_ptr().addr() as u64,

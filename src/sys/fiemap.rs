@@ -1,4 +1,5 @@
-//! `FS_IOC_FIEMAP`: where the ranges of a file lie on disk. XFS answers exactly, split where sharing begins or ends; btrfs does not.
+//! `FS_IOC_FIEMAP`: tells where the ranges of a file lie on disk. XFS answers exactly, and splits ranges where sharing begins or ends;
+//! btrfs does neither.
 
 use std::os::fd::AsFd;
 
@@ -36,7 +37,7 @@ struct FiemapRequest {
 }
 
 const FS_IOC_FIEMAP: Opcode = opcode::read_write::<FiemapHeader>(b'f', 11);
-/// `FIEMAP_FLAG_SYNC`: what is not on disk yet is put there first.
+/// `FIEMAP_FLAG_SYNC`: the kernel writes dirty data to disk before it answers.
 const SYNC: u32 = 1;
 const LAST: u32 = 0x1;
 const UNKNOWN: u32 = 0x2;
@@ -47,26 +48,26 @@ const INLINE: u32 = 0x200;
 const UNWRITTEN: u32 = 0x800;
 const SHARED: u32 = 0x2000;
 
-/// A range of a file that lies in one piece on disk. All numbers are bytes.
+/// A range of a file that is contiguous on disk. All numbers are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileMapping {
-    /// Where it begins in the file.
+    /// Its offset in the file.
     pub offset: u64,
-    /// Where it begins on the device.
+    /// Its address on the device.
     pub address: u64,
     /// Its length.
     pub length: u64,
-    /// Whether it was allocated and never written, so that it reads as zeros.
+    /// Whether it was preallocated and never written, so that it reads as zeros.
     pub unwritten: bool,
-    /// Whether something else refers to the same blocks.
+    /// Whether another reference to the same blocks exists.
     pub shared: bool,
 }
 
 /// Calls `visit` with each range of a file that has blocks, in order.
 ///
 /// # Errors
-/// Those of the system call; `EUCLEAN` if the answer makes no sense: a range that is not in blocks of its own, or one that was
-/// answered before.
+/// Returns the error of the call, and `EUCLEAN` if the answer makes no sense: a range that is not in blocks of its own, or one that
+/// overlaps an earlier one.
 pub fn fiemap(fd: impl AsFd, mut visit: impl FnMut(FileMapping)) -> Result<()> {
     // SAFETY: the structure is plain integers, for which all zeros are valid.
     let mut request: Box<FiemapRequest> = unsafe { Box::new(std::mem::zeroed()) };
@@ -85,8 +86,8 @@ pub fn fiemap(fd: impl AsFd, mut visit: impl FnMut(FileMapping)) -> Result<()> {
         let answered = request.header.mapped_extents.min(ENTRIES) as usize;
         for entry in &request.entries[..answered] {
             let end = entry.logical.checked_add(entry.length).ok_or(Errno::UCLEAN)?;
-            let understood = entry.flags & (UNKNOWN | DELALLOC | ENCODED | NOT_ALIGNED | INLINE) == 0;
-            if !understood || entry.length == 0 || entry.logical < start {
+            let has_own_blocks = entry.flags & (UNKNOWN | DELALLOC | ENCODED | NOT_ALIGNED | INLINE) == 0;
+            if !has_own_blocks || entry.length == 0 || entry.logical < start {
                 return Err(Errno::UCLEAN);
             }
             start = end;

@@ -1,4 +1,4 @@
-//! What a filesystem says of itself: `BTRFS_IOC_FS_INFO`, `XFS_IOC_FSGEOMETRY`, `FS_IOC_FSGETXATTR`.
+//! Information that a filesystem gives about itself: `BTRFS_IOC_FS_INFO`, `XFS_IOC_FSGEOMETRY`, `FS_IOC_FSGETXATTR`.
 
 use std::os::fd::AsFd;
 
@@ -10,21 +10,21 @@ const BTRFS_IOC_FS_INFO: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_FS_INFO as Opc
 /// `BTRFS_FS_INFO_FLAG_CSUM_INFO` (uapi/linux/btrfs.h): asks for the type and size of checksums; Linux 5.9 and later answer.
 const FLAG_CSUM_INFO: u64 = 1;
 
-/// Which filesystem it is.
+/// The kind of a filesystem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FilesystemKind {
-    /// It frees extents as a whole, and keeps checksums of data.
+    /// btrfs frees an extent once nothing refers to any part of it, and keeps checksums of data.
     Btrfs {
-        /// `csum_type` of the superblock: 0 CRC32C, 1 xxhash64, 2 SHA-256, 3 `BLAKE2b`; none if the kernel is too old to say.
+        /// `csum_type` of the superblock: 0 is CRC32C, 1 xxhash64, 2 SHA-256, 3 `BLAKE2b`. It is `None` if the kernel is too old to tell.
         checksum_type: Option<u16>,
-        /// Bytes of one block's checksum.
+        /// Bytes of one block's checksum; 0 if the kernel is too old to tell.
         checksum_bytes: u16,
     },
-    /// It frees blocks one by one, and keeps no checksums of data.
+    /// XFS frees each block on its own, and keeps no checksums of data.
     Xfs {
         /// Whether files can share blocks.
         reflinks: bool,
-        /// Whether it can tell which files share a block.
+        /// Whether it keeps a reverse map (`rmapbt`), which tells the files that share a block.
         reverse_map: bool,
     },
 }
@@ -32,20 +32,21 @@ pub enum FilesystemKind {
 /// What vmfold needs to know about a filesystem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FsInfo {
-    /// Which it is.
+    /// Its kind.
     pub kind: FilesystemKind,
     /// The filesystem's UUID.
     pub uuid: [u8; 16],
-    /// The device number of an XFS: a second copy of one may be mounted. 0 for a btrfs, whose subvolumes have numbers of their own.
+    /// The device number of an XFS, since two copies of one may be mounted. It is 0 for a btrfs, whose subvolumes have device numbers of
+    /// their own.
     pub device: u64,
     /// Bytes of a data block.
     pub block_bytes: u32,
 }
 
-/// Asks the filesystem that `fd` lies on about itself.
+/// Returns information about the filesystem that `fd` lies on.
 ///
 /// # Errors
-/// `ENOTTY` if it is neither btrfs nor XFS.
+/// Returns `ENOTTY` if the filesystem is neither btrfs nor XFS, and otherwise the error of the call.
 pub fn fs_info(fd: impl AsFd) -> Result<FsInfo> {
     match btrfs_info(&fd) {
         Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => xfs_info(fd),
@@ -116,10 +117,10 @@ struct Attributes {
 const FS_IOC_FSGETXATTR: Opcode = opcode::read::<Attributes>(b'X', 31);
 const FS_XFLAG_REALTIME: u32 = 1;
 
-/// Whether a file's data lies on the real-time device of its XFS, where addresses begin anew.
+/// Whether a file's data lies on the real-time device of its XFS, which has an address space of its own.
 ///
 /// # Errors
-/// Those of the system call.
+/// Returns the error of the call.
 pub fn is_realtime(fd: impl AsFd) -> Result<bool> {
     let mut attributes = Attributes::default();
     // SAFETY: the opcode takes a pointer to exactly this structure, plain integers all of them.

@@ -1,4 +1,4 @@
-//! `FS_IOC_GETFSMAP`: who owns which blocks of an XFS that keeps a reverse map (`rmapbt`). Takes root.
+//! `FS_IOC_GETFSMAP`: tells which file owns which blocks of an XFS that keeps a reverse map (`rmapbt`). It requires `CAP_SYS_ADMIN`.
 
 use std::os::fd::AsFd;
 
@@ -41,25 +41,25 @@ const FS_IOC_GETFSMAP: Opcode = opcode::read_write::<FsmapHeader>(b'X', 59);
 const OF_SHARED: u32 = 0x8;
 const OF_SPECIAL_OWNER: u32 = 0x10;
 const OF_LAST: u32 = 0x20;
-/// `FMR_OWN_FREE` and `FMR_OWN_UNKNOWN`: all that the kernel says of owners where it does not want to name them.
+/// `FMR_OWN_FREE` and `FMR_OWN_UNKNOWN`: the only owners that the kernel reports where it does not want to name any.
 const NO_OWNERS: [u64; 2] = [1, 2];
 
-/// Blocks of a file's data that others refer to as well. Numbers are bytes.
+/// Data blocks of a file that other files refer to as well. All numbers are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SharedBlocks {
-    /// Where they begin on the device.
+    /// Their address on the device.
     pub address: u64,
     /// Their length.
     pub length: u64,
-    /// The inode of one of the files that refer to them.
+    /// The inode number of one of the files that refer to them.
     pub inode: u64,
 }
 
 /// Calls `visit` with all shared blocks on the filesystem's first device, once for each file that refers to them.
 ///
 /// # Errors
-/// Those of the system call: `EOPNOTSUPP` or `ENOTTY` where it is unknown. `EPERM` if the kernel names no owners: without
-/// `CAP_SYS_ADMIN` it answers, but from the map of free space (kernel: `xfs_getfsmap`).
+/// Returns the error of the call: `EOPNOTSUPP` or `ENOTTY` where the filesystem does not know it. Returns `EPERM` if the kernel names no
+/// owners: without `CAP_SYS_ADMIN` it answers from the map of free space (kernel: `xfs_getfsmap`).
 pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Result<()> {
     // SAFETY: the structure is plain integers, for which all zeros are valid.
     let mut request: Box<FsmapRequest> = unsafe { Box::new(std::mem::zeroed()) };
@@ -82,7 +82,7 @@ pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Resu
             return if has_owners { Ok(()) } else { Err(Errno::PERM) };
         };
         for record in &request.records[..answered] {
-            // The filesystem's own headers are there in any case.
+            // With owners, the filesystem's own headers are always among the answers.
             has_owners |= record.flags & OF_SPECIAL_OWNER == 0 || !NO_OWNERS.contains(&record.owner);
             // A log or real-time device comes after the one that data lies on.
             if *device.get_or_insert(record.device) == record.device
@@ -98,7 +98,7 @@ pub fn shared_blocks(fd: impl AsFd, mut visit: impl FnMut(SharedBlocks)) -> Resu
         if last.flags & OF_LAST != 0 {
             return if has_owners { Ok(()) } else { Err(Errno::PERM) };
         }
-        // The kernel goes on behind a record that it is given back as the lower key.
+        // The kernel continues after a record that it is given back as the lower key.
         let key = |record: &FsmapRecord| (record.device, record.physical, record.owner, record.offset);
         if key(&last) < key(&request.header.keys[0]) {
             return Err(Errno::UCLEAN);

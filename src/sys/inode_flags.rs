@@ -1,31 +1,31 @@
-//! `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`: what `lsattr` shows.
+//! `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`: the inode flags that `lsattr` shows.
 
 use std::os::fd::AsFd;
 
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::Result;
 
-/// The inode's attributes.
+/// Returns the inode's flags.
 ///
 /// # Errors
-/// `ENOTTY` where the filesystem has none.
+/// Returns `ENOTTY` or `EOPNOTSUPP` if the filesystem has no inode flags.
 pub fn inode_flags(fd: impl AsFd) -> Result<IFlags> {
     ioctl_getflags(fd)
 }
 
-/// Adds attributes to a new, empty file (`NOCOW` has an effect on no other).
+/// Sets flags of a new, empty file. `NOCOW` has an effect on no other.
 ///
 /// # Errors
-/// `EOPNOTSUPP` or `EINVAL` where the filesystem does not have them.
+/// Returns `EOPNOTSUPP` or `EINVAL` if the filesystem does not support the flags.
 pub fn add_inode_flags(fd: impl AsFd, flags: IFlags) -> Result<()> {
     let present = ioctl_getflags(&fd)?;
     ioctl_setflags(fd, present | flags)
 }
 
-/// Takes attributes away from a new, empty file.
+/// Clears flags of a new, empty file.
 ///
 /// # Errors
-/// As for [`add_inode_flags`].
+/// Fails as [`add_inode_flags`] does.
 pub fn remove_inode_flags(fd: impl AsFd, flags: IFlags) -> Result<()> {
     let present = ioctl_getflags(&fd)?;
     ioctl_setflags(fd, present - flags)

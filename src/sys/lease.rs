@@ -1,4 +1,4 @@
-//! `F_SETLEASE`: finds out whether anyone else has an image open, and whether someone wants it while we work on it.
+//! `F_SETLEASE`: a lease tells whether anyone else has an image open, and whether someone wants to open it during a run.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -7,12 +7,13 @@ use rustix::io::Errno;
 
 use super::signals::ignore_sigio;
 
-/// What a lease keeps off.
+/// Whom a lease keeps waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {
-    /// Whoever opens the file for writing. Granted only while nobody has.
+    /// Those who open the file for writing. The lease is granted only if nobody has it open for writing.
     Writers,
-    /// Whoever opens the file. Granted only while this descriptor is the only one open on the inode, loop devices included.
+    /// Those who open the file at all. The lease is granted only if this descriptor is the only one open on the inode, loop devices
+    /// included.
     All,
 }
 
@@ -25,47 +26,48 @@ impl Lease {
     }
 }
 
-/// Has the signal that tells of openers end nothing. Taking a lease does this, too; who handles the signal calls it before.
+/// Makes the process ignore the signal by which the kernel reports an opener. [`take`] does so too; a caller that installs a handler must
+/// call this before.
 pub fn prepare() {
     ignore_sigio();
 }
 
-/// Takes a lease on a file, or changes the one that this descriptor has. From then on whomever it keeps off waits until [`release`] or
-/// `/proc/sys/fs/lease-break-time`. The signal that the kernel sends then ends nothing.
+/// Takes a lease on a file, or changes the one that this descriptor has. Openers whom it concerns then wait until [`release`], or until
+/// `/proc/sys/fs/lease-break-time` has passed.
 ///
 /// # Errors
-/// `EAGAIN` if someone has the file open; `EINVAL` where the filesystem has no leases.
+/// Returns `EAGAIN` if someone has the file open, and `EINVAL` if the filesystem has no leases.
 pub fn take(fd: impl AsFd, lease: Lease) -> Result<(), Errno> {
     ignore_sigio();
     set(fd, lease.kind())
 }
 
-/// Gives the lease back and lets a waiting opener go on.
+/// Gives the lease back, so that a waiting opener continues.
 ///
 /// # Errors
-/// `EAGAIN` if there was no lease.
+/// Returns `EAGAIN` if there was no lease.
 pub fn release(fd: impl AsFd) -> Result<(), Errno> {
     set(fd, libc::F_UNLCK)
 }
 
-/// Whether the lease is still wholly ours: the kernel answers with the type it is to become once someone waits.
+/// Whether the lease is still in full force: once someone waits, `F_GETLEASE` returns the type that the lease must become.
 pub fn is_held(fd: impl AsFd, lease: Lease) -> bool {
     // SAFETY: F_GETLEASE takes no argument.
     unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETLEASE) == lease.kind() }
 }
 
-/// Has the kernel tell one thread, and no other, when someone waits for the lease on a file: another may not get the processor for long.
+/// Makes the kernel signal one thread when someone waits for the lease on a file. Any other thread may not get the processor for long.
 ///
 /// # Errors
-/// `ESRCH` if there is no such thread.
+/// Returns `ESRCH` if the thread does not exist.
 pub fn tell(fd: impl AsFd, thread: rustix::thread::Pid) -> Result<(), Errno> {
     let owner = f_owner_ex {
         type_: F_OWNER_TID.cast_signed(),
         pid: thread.as_raw_nonzero().get(),
     };
     // SAFETY: the kernel reads the structure, which outlives the call.
-    let told = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_SETOWN_EX.cast_signed(), &raw const owner) };
-    if told == 0 { Ok(()) } else { Err(last_error()) }
+    let result = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), F_SETOWN_EX.cast_signed(), &raw const owner) };
+    if result == 0 { Ok(()) } else { Err(last_error()) }
 }
 
 fn last_error() -> Errno {

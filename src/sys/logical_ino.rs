@@ -1,4 +1,5 @@
-//! `BTRFS_IOC_LOGICAL_INO_V2` and `BTRFS_IOC_INO_PATHS`: who refers to an extent, snapshots included.
+//! `BTRFS_IOC_LOGICAL_INO_V2` and `BTRFS_IOC_INO_LOOKUP`: tell which inodes refer to an extent, those in snapshots included, and their
+//! paths.
 
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
@@ -11,28 +12,29 @@ use rustix::ioctl::{Opcode, Updater, ioctl};
 
 const BTRFS_IOC_LOGICAL_INO_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_LOGICAL_INO_V2 as Opcode;
 const BTRFS_IOC_INO_LOOKUP: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_INO_LOOKUP as Opcode;
-/// `BTRFS_LOGICAL_INO_ARGS_IGNORE_OFFSET` (uapi/linux/btrfs.h): references to any part of the extent, not to one block.
+/// `BTRFS_LOGICAL_INO_ARGS_IGNORE_OFFSET` (uapi/linux/btrfs.h): the call returns references to any part of the extent, and not only to one
+/// block.
 const IGNORE_OFFSET: u64 = 1;
-/// Words of the buffer: enough for most extents, and the most that the kernel fills (16 MiB).
+/// Sizes of the buffer in words, tried in turn: one is enough for most extents, and one is the most that the kernel fills (16 MiB).
 const BUFFER_WORDS: [usize; 2] = [8 << 10, 2 << 20];
-/// Words of `struct btrfs_data_container`: two of counters, then the values.
+/// Words of the header of `struct btrfs_data_container`: two words of counters, before the values.
 const CONTAINER_WORDS: usize = 2;
 
 /// One reference to an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Holder {
-    /// The subvolume's tree.
+    /// The tree id of the subvolume.
     pub root: u64,
-    /// The inode in it.
+    /// The inode number in the subvolume.
     pub inode: u64,
-    /// Byte offset in the file of the block asked for, or of the reference.
+    /// Byte offset in the file of the reference.
     pub offset: u64,
 }
 
-/// Lists the references to the extent that starts at logical address `address`; `None` if there are more than fit.
+/// Returns the references to the extent that starts at logical address `address`; `None` if there are more than the largest buffer holds.
 ///
 /// # Errors
-/// `ENOENT` if nothing refers to it, `EPERM` without `CAP_SYS_ADMIN`.
+/// Returns `ENOENT` if nothing refers to the extent, and `EPERM` without `CAP_SYS_ADMIN`.
 pub fn holders(fd: impl AsFd, address: u64) -> Result<Option<Vec<Holder>>> {
     for words in BUFFER_WORDS {
         if let Some(holders) = holders_in(&fd, address, words)? {
@@ -73,12 +75,12 @@ fn holders_in(fd: impl AsFd, address: u64, words: usize) -> Result<Option<Vec<Ho
     ))
 }
 
-/// The number of the subvolume that `fd` lies in.
+/// Returns the tree id of the subvolume that `fd` lies in.
 ///
 /// # Errors
-/// `ENOTTY` off btrfs.
+/// Returns `ENOTTY` on other filesystems.
 pub fn subvolume_of(fd: impl AsFd) -> Result<u64> {
-    /// `BTRFS_FIRST_FREE_OBJECTID`: the root directory of every subvolume.
+    /// `BTRFS_FIRST_FREE_OBJECTID`: the inode number of the root folder of every subvolume.
     const FIRST_FREE_OBJECT: u64 = 256;
     let mut args = lookup_args(0, FIRST_FREE_OBJECT);
     // SAFETY: the opcode takes a pointer to exactly this structure.
@@ -94,12 +96,13 @@ fn lookup_args(treeid: u64, objectid: u64) -> btrfs_ioctl_ino_lookup_args {
     }
 }
 
-/// A path of `inode` in subvolume `root`, relative to that subvolume.
+/// Returns a path of `inode` in subvolume `root`, relative to that subvolume.
 ///
 /// # Errors
-/// `ENOENT` if there is none.
+/// Returns `ENOENT` if there is no such inode or path.
 pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<PathBuf> {
-    /// `BTRFS_INODE_REF_KEY`: its offset is the parent directory, its data an index (u64), a length (u16) and the name, for each link.
+    /// `BTRFS_INODE_REF_KEY`: the key's offset is the parent folder's inode. The data has an index (u64), a length (u16) and the name, for
+    /// each link.
     const INODE_REF: u8 = 12;
     use super::tree_search::{FEW, Key, tree_search};
     let (mut parent, mut name) = (None, Vec::new());
@@ -122,10 +125,10 @@ pub fn path_in_subvolume(fd: impl AsFd, root: u64, inode: u64) -> Result<PathBuf
     Ok(path_of_folder(fd, root, parent)?.join(OsStr::from_bytes(&name)))
 }
 
-/// The path of a folder, by its inode, in subvolume `root`, relative to that subvolume.
+/// Returns the path of a folder, by its inode in subvolume `root`, relative to that subvolume.
 ///
 /// # Errors
-/// `ENOENT` if there is none.
+/// Returns `ENOENT` if there is no such inode.
 pub fn path_of_folder(fd: impl AsFd, root: u64, inode: u64) -> Result<PathBuf> {
     let mut args = lookup_args(root, inode);
     // SAFETY: the opcode takes a pointer to exactly this structure.

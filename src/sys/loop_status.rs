@@ -1,4 +1,4 @@
-//! `LOOP_GET_STATUS64`: which file a loop device has.
+//! `LOOP_GET_STATUS64`: tells the file behind a loop device.
 
 use std::os::fd::AsFd;
 
@@ -9,10 +9,10 @@ use rustix::ioctl::{Getter, Opcode, ioctl};
 /// `LOOP_GET_STATUS64` (uapi/linux/loop.h).
 const LOOP_GET_STATUS64: Opcode = 0x4c05;
 
-/// The file behind a loop device, as (device, inode), also when it was renamed or removed since.
+/// Returns the file behind a loop device as (device, inode), even if it was renamed or removed since.
 ///
 /// # Errors
-/// `ENXIO` if it has none.
+/// Returns `ENXIO` if the device has no file.
 pub fn file_of_loop(fd: impl AsFd) -> Result<(u64, u64)> {
     // SAFETY: the kernel fills exactly this structure of plain integers.
     let info: loop_info64 = unsafe { ioctl(fd, Getter::<LOOP_GET_STATUS64, _>::new()) }?;

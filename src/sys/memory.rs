@@ -5,17 +5,17 @@ use std::path::Path;
 /// Where version 2 of control groups is mounted (kernel: Documentation/admin-guide/cgroup-v2.rst).
 const GROUPS: &str = "/sys/fs/cgroup";
 
-/// A limit of memory, and what is left of it.
+/// A limit of memory, and how much of it is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// Bytes in all.
+    /// The limit in bytes.
     pub total_bytes: u64,
     /// Bytes that can be used without swapping.
     pub available_bytes: u64,
 }
 
-/// Every limit that this process is under: the machine's, and that of each of its control groups which has one. None where the kernel
-/// does not say.
+/// Returns every limit that this process is under: the machine's memory, and the limits of its control group and the groups around it. The
+/// list is empty where the kernel does not say.
 pub fn limits() -> Vec<Memory> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let Some(machine) = read(Path::new("/proc/meminfo")).and_then(|text| of_machine(&text)) else {
@@ -48,14 +48,14 @@ fn of_machine(text: &str) -> Option<Memory> {
     })
 }
 
-/// The path of the group in `/proc/self/cgroup`, relative to the root of all.
+/// Returns the path of the version 2 group in `/proc/self/cgroup`, relative to the root group.
 fn group_of(text: &str) -> Option<&Path> {
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     Some(Path::new(path))
 }
 
-/// Parses `memory.max` and `memory.current`; a group without a limit has none. What the page cache holds for the group counts as used
-/// there, so that less is available than could be.
+/// Parses `memory.max` and `memory.current`; returns `None` for a group without a limit. The group's page cache counts as used, so that
+/// less is reported as available than could be reclaimed.
 fn of_group(max: &str, current: &str) -> Option<Memory> {
     let total_bytes: u64 = max.trim().parse().ok()?;
     let used: u64 = current.trim().parse().ok()?;
@@ -97,7 +97,7 @@ mod tests {
             })
         };
         assert_eq!(of_group("1073741824\n", "73741824\n"), memory(1 << 30, 1_000_000_000));
-        // The limit was lowered below what is used.
+        // The limit was lowered below the memory in use.
         assert_eq!(of_group("4096\n", "8192\n"), memory(4096, 0));
         assert_eq!(of_group("max\n", "8192\n"), None);
     }

@@ -1,7 +1,6 @@
 //! Every system call that the standard library does not offer, one file per call, each behind a safe function.
 //!
-//! This is the only folder with `unsafe` code. Nothing here decides anything: a function makes its call and
-//! returns what the kernel said, but for [`spill`].
+//! This is the only folder with `unsafe` code. A function makes its call and returns the kernel's answer; only [`spill`] decides anything.
 #![expect(unsafe_code, reason = "ioctl and fcntl are made here and nowhere else")]
 
 pub mod allocator;

@@ -1,9 +1,9 @@
-//! How many files may be open.
+//! `RLIMIT_NOFILE`: the limit on the number of open files.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Has this process open as many files as it may: the usual limit of 1024 is too low for a large pool. Returns how many that are; none
-/// for no limit. Where the limit cannot be raised, opening fails and says so.
+/// Raises the limit on open files to its hard limit: the usual soft limit of 1024 is too low for a large pool. Returns the limit that
+/// applies then; `None` is no limit. If the limit cannot be raised, opening a file fails later and reports it.
 pub fn raise_file_limit() -> Option<u64> {
     let maximum = getrlimit(Resource::Nofile).maximum;
     let _ = setrlimit(

@@ -1,4 +1,4 @@
-//! `ioprio_set` and `sched_setscheduler`: to give way to everyone else, but not while somebody waits for us.
+//! `ioprio_set` and `sched_setscheduler`: let a run yield to all other processes, except while somebody waits for it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,28 +9,28 @@ const WHO_PROCESS: libc::c_int = 1;
 const CLASS_NONE: libc::c_int = 0;
 const CLASS_IDLE: libc::c_int = 3 << 13;
 
-/// Whether threads are to give way.
+/// Whether the process was put into the idle classes.
 static GIVES_WAY: AtomicBool = AtomicBool::new(false);
 
-/// Puts this thread, and those it starts from now on, into the idle classes for the processor and the disk.
+/// Puts this thread, and the threads that it starts later, into the idle classes of the processor and the disk.
 ///
 /// # Errors
-/// Those of the system calls.
+/// Returns the error of the call that failed.
 pub fn give_way() -> Result<()> {
     GIVES_WAY.store(true, Ordering::Release);
     set(0, libc::SCHED_IDLE, CLASS_IDLE)
 }
 
-/// Keeps the calling thread out of the idle classes until it is dropped: what it does meanwhile, others may have to wait for. Where that
-/// is not permitted, all stays as it is.
+/// Keeps the calling thread out of the idle classes until it is dropped, for work that others may have to wait for. Where the process lacks
+/// the permission, the class stays as it is.
 #[derive(Debug)]
 pub struct Hurry {
-    /// It holds for the thread that made it.
+    /// The guard must be dropped by the thread that made it.
     _thread: std::marker::PhantomData<*const ()>,
 }
 
 impl Hurry {
-    /// Begins.
+    /// Takes the calling thread out of the idle classes.
     pub fn begin() -> Self {
         if GIVES_WAY.load(Ordering::Acquire) {
             let _ = set(0, libc::SCHED_OTHER, CLASS_NONE);
@@ -49,29 +49,29 @@ impl Drop for Hurry {
     }
 }
 
-/// Lifts the threads of this process out of the idle classes while somebody waits for what they hold: a call in the middle of which
-/// a thread does not get the processor keeps an image locked. Where that is not permitted, all stays as it is.
+/// Lifts the threads of this process out of the idle classes while somebody waits for what they hold: a thread that does not get the
+/// processor in the middle of a call keeps an image locked. Where the process lacks the permission, the classes stay as they are.
 #[derive(Debug)]
 pub struct Urgency {
     is_raised: std::cell::Cell<bool>,
 }
 
 impl Urgency {
-    /// Takes the calling thread out of the idle classes for good: it is the one that notices who waits.
+    /// Takes the calling thread, which must be the one that notices who waits, out of the idle classes for good.
     pub fn of_this_thread() -> Self {
-        // For good.
+        // Without the drop, the thread stays out of the idle classes.
         std::mem::forget(Hurry::begin());
         Self {
             is_raised: std::cell::Cell::new(false),
         }
     }
 
-    /// Somebody waits.
+    /// Lifts the other threads, since somebody waits.
     pub fn raise(&self) {
         self.change(true);
     }
 
-    /// Nobody does any more.
+    /// Puts the other threads back, since nobody waits.
     pub fn settle(&self) {
         self.change(false);
     }
@@ -80,10 +80,10 @@ impl Urgency {
         if !GIVES_WAY.load(Ordering::Acquire) || self.is_raised.replace(raise) == raise {
             return;
         }
-        let me = rustix::thread::gettid().as_raw_nonzero().get();
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
         let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
         let numbers = threads.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        for thread in numbers.filter(|thread| *thread != me) {
+        for thread in numbers.filter(|thread| *thread != own) {
             let _ = if raise {
                 set(thread, libc::SCHED_OTHER, CLASS_NONE)
             } else {
@@ -93,7 +93,7 @@ impl Urgency {
     }
 }
 
-/// Sets the classes of a thread; 0 is the calling one.
+/// Sets the scheduling policy and the I/O class of a thread; 0 is the calling thread.
 fn set(thread: libc::pid_t, policy: libc::c_int, io_class: libc::c_int) -> Result<()> {
     // SAFETY: both calls take plain integers, and a structure that outlives the call.
     unsafe {

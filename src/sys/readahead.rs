@@ -2,12 +2,12 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Bytes asked for in one call: the kernel silently cuts a longer one to the device's readahead size or largest request,
-/// whichever is more (`force_page_cache_ra` in mm/readahead.c); 512 KiB is below that everywhere that matters.
+/// Bytes of one call. The kernel silently cuts a longer one to the device's readahead size or largest request, whichever is more
+/// (`force_page_cache_ra` in mm/readahead.c); 512 KiB is below both on nearly every device.
 const PIECE_BYTES: u64 = 512 << 10;
 
-/// Starts reading `length` bytes from `offset` into the page cache. A hint: what fails here fails again, and is reported,
-/// where the data is needed.
+/// Starts reading `length` bytes from `offset` into the page cache. It is a hint: an error occurs again, and is reported, where the data is
+/// read.
 pub fn readahead(fd: impl AsFd, offset: u64, length: u64) {
     let fd = fd.as_fd().as_raw_fd();
     for piece in (0..length.div_ceil(PIECE_BYTES)).map(|n| n * PIECE_BYTES) {
@@ -22,11 +22,11 @@ pub fn readahead(fd: impl AsFd, offset: u64, length: u64) {
     }
 }
 
-/// Starts writing dirty pages of the range to disk and, if `wait`, waits for them, so that the filesystem allocates
-/// the range as an extent of its own.
+/// Starts writing dirty pages of the range to disk and, if `wait`, waits for them, so that the filesystem allocates the range as an extent
+/// of its own.
 ///
 /// # Errors
-/// `ENOSPC`, `EIO` and the like from writing.
+/// Returns the error of writing, such as `ENOSPC` or `EIO`.
 pub fn write_out(fd: impl AsFd, offset: u64, length: u64, wait: bool) -> std::io::Result<()> {
     let (Ok(offset), Ok(length)) = (i64::try_from(offset), i64::try_from(length)) else {
         return Err(std::io::ErrorKind::InvalidInput.into());

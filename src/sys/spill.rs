@@ -1,8 +1,8 @@
-//! Memory for long lists: anonymous mappings as far as a budget goes, mappings of unnamed files beyond it.
+//! Memory for long lists: anonymous mappings up to a budget, and mappings of unnamed files beyond it.
 //!
-//! Pages of a file are the page cache's: where memory gets short, the kernel writes them to the disk and takes them away, which it can
-//! do with anonymous ones only on a host that has swap. This is the one place of this folder that decides something: what an
-//! allocator does cannot be asked elsewhere.
+//! The pages of a file belong to the page cache: where memory gets short, the kernel writes them to disk and reclaims them. It can do so
+//! with anonymous pages only on a host that has swap. This is the one file of this folder that decides anything, since an allocator cannot
+//! ask its caller.
 
 use std::fs::File;
 use std::io::{ErrorKind, Result};
@@ -18,21 +18,20 @@ use rustix::io::Errno;
 
 use super::inode_flags::add_inode_flags;
 
-/// Bytes from which an allocation is looked at here; what is smaller is the ordinary allocator's.
+/// Size from which an allocation counts as large; smaller ones are left to the global allocator.
 const LARGE_BYTES: usize = 1 << 20;
-/// The largest alignment that a mapping serves: no machine has smaller pages.
+/// The largest alignment that a mapping guarantees: no machine has smaller pages.
 const ALIGNMENT_MAX: usize = 4096;
-/// Of what is free where files are made, one of a list takes this share at most.
+/// One list takes at most this fraction (one in four) of the free space where spill files are made.
 const FREE_SHARE: u64 = 4;
 
-/// How many bytes of a run's lists are in memory at most, and where files for more of them are made: an allocator for lists that may get
-/// long. Copies of it are the same budget, which lasts as long as any list that was made from it. The default is none at all: then
-/// everything is in memory.
+/// The memory budget of a run's lists, and the folder of the files for what exceeds it: an allocator for lists that may get long. Clones
+/// are the same budget, which lasts as long as any list that was made from it. The default has no budget: everything is in memory.
 #[derive(Debug, Clone, Default)]
 pub struct Budget(Option<Arc<Mutex<LargeBlocks>>>);
 
 impl Budget {
-    /// So many bytes in memory, and files in `folder`.
+    /// Makes a budget of `bytes` bytes in memory, whose files are made in `folder`.
     pub fn new(bytes: usize, folder: PathBuf) -> Self {
         let space = LargeBlocks {
             limit: bytes,
@@ -42,37 +41,38 @@ impl Budget {
         Self(Some(Arc::new(Mutex::new(space))))
     }
 
-    /// Changes how many bytes are in memory at most, for what is allocated from now on.
+    /// Changes the limit of bytes in memory, for allocations from now on.
     pub fn set_bytes(&self, bytes: usize) {
         if let Some(space) = &self.0 {
             lock(space).limit = bytes;
         }
     }
 
-    /// Bytes of its lists in files now.
+    /// Returns how many bytes of its lists are in files.
     pub fn bytes_in_files(&self) -> usize {
         let Some(space) = &self.0 else { return 0 };
         let space = lock(space);
-        let in_files = space.mappings.iter().filter(|one| one.file.is_some());
-        in_files.map(|one| one.map.len()).sum()
+        let in_files = space.mappings.iter().filter(|block| block.file.is_some());
+        in_files.map(|block| block.map.len()).sum()
     }
 
-    /// A file of so many bytes, which are zeros, where the others are. Its blocks are there, unless the filesystem cannot allocate any
-    /// before they are written.
+    /// Makes a spill file of `bytes` zeros in the budget's folder. Its blocks are allocated at once, unless the filesystem cannot
+    /// preallocate.
     ///
     /// # Errors
-    /// If there can be no such file, or it has too little room: `ENOSPC`, `EDQUOT`. [`ErrorKind::Unsupported`] without a budget.
+    /// Returns `ENOSPC` or `EDQUOT` if there is too little space, [`ErrorKind::Unsupported`] without a budget, and otherwise the error of
+    /// making the file.
     pub fn file(&self, bytes: u64) -> Result<SpillFile> {
         let space = self.0.as_deref().ok_or(ErrorKind::Unsupported)?;
         let folder = lock(space).folder.clone();
         std::fs::create_dir_all(&folder)?;
         let mut file = SpillFile::new(&folder)?;
-        file.make_room_if_possible(bytes)?;
+        file.allocate_blocks_if_possible(bytes)?;
         file.file.set_len(bytes)?;
         Ok(file)
     }
 
-    /// Where a block of this layout is kept; none if that is where the ordinary allocator has it.
+    /// Returns the large blocks among which a block of this layout is; `None` if it is the global allocator's.
     fn space_of(&self, layout: Layout) -> Option<&Mutex<LargeBlocks>> {
         let is_small = layout.size() < LARGE_BYTES || layout.align() > ALIGNMENT_MAX;
         self.0.as_deref().filter(|_| !is_small)
@@ -83,9 +83,9 @@ fn lock(space: &Mutex<LargeBlocks>) -> MutexGuard<'_, LargeBlocks> {
     space.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-// SAFETY: blocks are the ordinary allocator's or mappings of the space, by their size alone; both stay valid until they are given
-// back, wherever the allocator is moved, and all copies of it are alike. A mapping is as long as what was asked for, and lies at the
-// beginning of a page.
+// SAFETY: the size and alignment alone decide whether a block is the global allocator's or one of the mappings. Both stay valid until they
+// are freed, wherever the allocator is moved, and all its clones are equal. A mapping is as long as what was asked for, and begins at a
+// page.
 unsafe impl Allocator for Budget {
     fn allocate(&self, layout: Layout) -> std::result::Result<NonNull<[u8]>, AllocError> {
         match self.space_of(layout) {
@@ -97,13 +97,13 @@ unsafe impl Allocator for Budget {
     unsafe fn deallocate(&self, at: NonNull<u8>, layout: Layout) {
         match self.space_of(layout) {
             Some(space) => lock(space).unmap(at),
-            // SAFETY: it came from there, since the layout is the same.
+            // SAFETY: the layout is the one that it was allocated with, so that it came from the global allocator.
             None => unsafe { Global.deallocate(at, layout) },
         }
     }
 
     unsafe fn grow(&self, at: NonNull<u8>, old: Layout, new: Layout) -> std::result::Result<NonNull<[u8]>, AllocError> {
-        // SAFETY: what the caller promises of growing is what this asks for.
+        // SAFETY: the caller's promises for growing are those that `resize` asks for.
         unsafe { self.resize(at, old, new) }
     }
 
@@ -113,16 +113,16 @@ unsafe impl Allocator for Budget {
         old: Layout,
         new: Layout,
     ) -> std::result::Result<NonNull<[u8]>, AllocError> {
-        // SAFETY: what the caller promises of shrinking is what this asks for.
+        // SAFETY: the caller's promises for shrinking are those that `resize` asks for.
         unsafe { self.resize(at, old, new) }
     }
 }
 
 impl Budget {
-    /// Makes a block longer or shorter.
+    /// Changes the length of a block.
     ///
     /// # Safety
-    /// `at` is a block of this allocator with the layout `old`.
+    /// `at` must be a block of this allocator with the layout `old`.
     unsafe fn resize(
         &self,
         at: NonNull<u8>,
@@ -132,16 +132,16 @@ impl Budget {
         match (self.space_of(old), self.space_of(new)) {
             (Some(space), Some(_)) => lock(space).remap(at, new.size()).map_err(|_| AllocError),
             (None, None) if new.size() >= old.size() => {
-                // SAFETY: it came from there.
+                // SAFETY: neither layout belongs to a mapping, so that the block came from the global allocator.
                 unsafe { Global.grow(at, old, new) }
             }
             (None, None) => {
-                // SAFETY: it came from there.
+                // SAFETY: neither layout belongs to a mapping, so that the block came from the global allocator.
                 unsafe { Global.shrink(at, old, new) }
             }
             _ => {
                 let moved = self.allocate(new)?;
-                // SAFETY: both are at least as long, and apart: the old one was not given back yet.
+                // SAFETY: both blocks have at least `bytes` bytes, and they do not overlap, since the old one is still allocated.
                 unsafe {
                     let bytes = old.size().min(new.size());
                     moved.cast::<u8>().copy_from_nonoverlapping(at, bytes);
@@ -153,11 +153,11 @@ impl Budget {
     }
 }
 
-/// A large block.
+/// A large block, which is a mapping of its own.
 #[derive(Debug)]
 struct LargeBlock {
     map: MmapRaw,
-    /// Whose pages it is.
+    /// The file that it maps; `None` if it is anonymous memory.
     file: Option<SpillFile>,
 }
 
@@ -167,24 +167,24 @@ impl LargeBlock {
         Ok(Self { map, file: None })
     }
 
-    /// In a file of which every block is there: writing to it later finds room, or the process would get a signal. Of what is free, it
-    /// takes one in `share` at most.
+    /// Maps a new file whose blocks are all allocated: a later write to a page without a block would end the process by a signal if the
+    /// disk was full. The file takes at most one in `share` of the free space.
     fn in_file(bytes: usize, folder: &Path, share: u64) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
         let mut file = SpillFile::new(folder)?;
-        file.make_room(bytes as u64, share)?;
+        file.allocate_blocks(bytes as u64, share)?;
         let map = MmapOptions::new().len(bytes).map_raw(&file.file)?;
-        // Where memory is short, what lies around a page is not worth what it takes the place of.
+        // Where memory is short, reading ahead would evict pages that are worth more.
         let _ = map.advise(Advice::Random);
         Ok(Self { map, file: Some(file) })
     }
 
-    /// Makes it longer or shorter, perhaps elsewhere in memory.
+    /// Changes the length of the mapping, which may move.
     fn resize(&mut self, bytes: usize) -> Result<()> {
         if let Some(file) = &mut self.file {
-            file.make_room(bytes as u64, FREE_SHARE)?;
+            file.allocate_blocks(bytes as u64, FREE_SHARE)?;
         }
-        // SAFETY: nobody has a reference into it, but the one pointer that the new place is returned for.
+        // SAFETY: the only pointer into the mapping is the caller's, which the returned block replaces.
         unsafe { self.map.remap(bytes, RemapOptions::new().may_move(true)) }?;
         if let Some(file) = &mut self.file {
             file.cut(bytes as u64);
@@ -198,29 +198,29 @@ impl LargeBlock {
     }
 }
 
-/// An unnamed file for what does not fit into memory. Its blocks are allocated before anything is written to them, so that a disk that is
-/// full is told at once.
+/// An unnamed file for what exceeds memory. Its blocks are allocated before anything is written, so that a full disk is reported at once.
 #[derive(Debug)]
 pub struct SpillFile {
     file: File,
-    /// Bytes from its beginning that need not be allocated again.
+    /// Bytes from its beginning whose blocks are allocated.
     bytes: u64,
 }
 
 impl SpillFile {
-    /// An empty one.
+    /// Makes an empty file.
     ///
     /// # Errors
-    /// If there can be none in that folder.
+    /// Returns the error of making an unnamed file in the folder.
     pub fn new(folder: &Path) -> Result<Self> {
         let file = tempfile::tempfile_in(folder)?;
-        // On btrfs, blocks of other files are written elsewhere each time, where there may be no room. Others know no such flag.
+        // With copy on write, btrfs would allocate new blocks on each write, for which there may be no space. Other filesystems do not know
+        // the flag.
         let _ = add_inode_flags(&file, IFlags::NOCOW);
         Ok(Self { file, bytes: 0 })
     }
 
-    /// Allocates blocks until it has so many bytes, unless that takes more than one in `share` of what is free.
-    fn make_room(&mut self, bytes: u64, share: u64) -> Result<()> {
+    /// Allocates blocks up to `bytes` bytes, unless that takes more than one in `share` of the free space.
+    fn allocate_blocks(&mut self, bytes: u64, share: u64) -> Result<()> {
         let more = bytes.saturating_sub(self.bytes);
         if more == 0 {
             return Ok(());
@@ -234,9 +234,9 @@ impl SpillFile {
         Ok(())
     }
 
-    /// The same where writing can tell as well that there is no room: a filesystem may not know how to allocate blocks before.
-    fn make_room_if_possible(&mut self, bytes: u64) -> Result<()> {
-        match self.make_room(bytes, 1) {
+    /// Allocates blocks up to `bytes` bytes if the filesystem can preallocate. Otherwise a write reports that there is no space.
+    fn allocate_blocks_if_possible(&mut self, bytes: u64) -> Result<()> {
+        match self.allocate_blocks(bytes, 1) {
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 self.bytes = bytes;
                 Ok(())
@@ -245,33 +245,33 @@ impl SpillFile {
         }
     }
 
-    /// Gives back what is behind so many bytes. What is not given back is gone with the file.
+    /// Frees the blocks beyond `bytes` bytes. If that fails, they are freed when the file is closed.
     fn cut(&mut self, bytes: u64) {
         if bytes < self.bytes && self.file.set_len(bytes).is_ok() {
             self.bytes = bytes;
         }
     }
 
-    /// Writes bytes.
+    /// Writes bytes at an offset.
     ///
     /// # Errors
-    /// `ENOSPC`, `EDQUOT`, `EIO`.
+    /// Returns the error of writing, such as `ENOSPC`, `EDQUOT` or `EIO`.
     pub fn write_all_at(&mut self, bytes: &[u8], at: u64) -> Result<()> {
-        self.make_room_if_possible(at.saturating_add(bytes.len() as u64))?;
+        self.allocate_blocks_if_possible(at.saturating_add(bytes.len() as u64))?;
         self.file.write_all_at(bytes, at)
     }
 
-    /// Reads bytes that were written.
+    /// Reads bytes that were written before.
     ///
     /// # Errors
-    /// `EIO`.
+    /// Returns the error of reading, such as `EIO`.
     pub fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> Result<()> {
         self.file.read_exact_at(bytes, at)
     }
 }
 
-/// Ends the process as the kernel does where a page of a mapped file cannot be read or written, and as it is explained there
-/// ([`super::signals::explain_sigbus`]): for what is read from a file where nobody can be told of an error.
+/// Ends the process as the kernel does if a page of a mapped file cannot be read or written, with the message of
+/// [`super::signals::explain_sigbus`]. It is for reads and writes of a spill file that cannot return an error.
 pub fn lost() -> ! {
     // SAFETY: raising a signal has no conditions.
     unsafe { libc::raise(libc::SIGBUS) };
@@ -281,9 +281,9 @@ pub fn lost() -> ! {
 /// All large blocks of a budget.
 #[derive(Debug)]
 struct LargeBlocks {
-    /// Bytes in memory at most.
+    /// The limit of bytes in memory.
     limit: usize,
-    /// Where files are made.
+    /// The folder that files are made in.
     folder: PathBuf,
     mappings: Vec<LargeBlock>,
 }
@@ -297,33 +297,33 @@ impl LargeBlocks {
     }
 
     fn unmap(&mut self, at: NonNull<u8>) {
-        if let Some(place) = self.place(at) {
-            self.mappings.swap_remove(place);
+        if let Some(index) = self.index_of(at) {
+            self.mappings.swap_remove(index);
         }
     }
 
     fn remap(&mut self, at: NonNull<u8>, bytes: usize) -> Result<NonNull<[u8]>> {
-        let place = self.place(at).ok_or(ErrorKind::NotFound)?;
-        let old = &self.mappings[place];
+        let index = self.index_of(at).ok_or(ErrorKind::NotFound)?;
+        let old = &self.mappings[index];
         let length = old.map.len();
         let in_memory = if old.file.is_none() { length } else { 0 };
-        let may_stay = in_memory == 0 || bytes <= length || self.fits(bytes - length);
-        if !may_stay || self.mappings[place].resize(bytes).is_err() {
+        let fits_resized = in_memory == 0 || bytes <= length || self.fits(bytes - length);
+        if !fits_resized || self.mappings[index].resize(bytes).is_err() {
             let new = self.make(bytes, in_memory)?;
-            let from = self.mappings[place].block()?.cast::<u8>();
-            // SAFETY: both are at least as long, and apart, since both are mapped.
+            let from = self.mappings[index].block()?.cast::<u8>();
+            // SAFETY: both blocks have at least that many bytes, and they do not overlap, since both are mapped.
             unsafe {
                 let to = new.block()?.cast::<u8>();
                 to.copy_from_nonoverlapping(from, length.min(bytes));
             }
-            self.mappings[place] = new;
+            self.mappings[index] = new;
         }
-        self.mappings[place].block()
+        self.mappings[index].block()
     }
 
-    /// A new mapping, in place of `instead` bytes that are in memory now.
-    fn make(&self, bytes: usize, instead: usize) -> Result<LargeBlock> {
-        if !self.fits(bytes.saturating_sub(instead))
+    /// Makes a new mapping. It replaces one that has `replaced` bytes in memory.
+    fn make(&self, bytes: usize, replaced: usize) -> Result<LargeBlock> {
+        if !self.fits(bytes.saturating_sub(replaced))
             && let Ok(mapping) = LargeBlock::in_file(bytes, &self.folder, FREE_SHARE)
         {
             return Ok(mapping);
@@ -331,15 +331,17 @@ impl LargeBlocks {
         LargeBlock::in_memory(bytes)
     }
 
-    /// Whether so many more bytes are within the limit.
+    /// Whether `more` bytes fit into the limit in addition to those in memory.
     fn fits(&self, more: usize) -> bool {
-        let in_memory = self.mappings.iter().filter(|one| one.file.is_none());
-        let in_memory: usize = in_memory.map(|one| one.map.len()).sum();
+        let in_memory = self.mappings.iter().filter(|block| block.file.is_none());
+        let in_memory: usize = in_memory.map(|block| block.map.len()).sum();
         in_memory + more <= self.limit
     }
 
-    fn place(&self, at: NonNull<u8>) -> Option<usize> {
-        self.mappings.iter().position(|one| one.map.as_mut_ptr() == at.as_ptr())
+    fn index_of(&self, at: NonNull<u8>) -> Option<usize> {
+        self.mappings
+            .iter()
+            .position(|block| block.map.as_mut_ptr() == at.as_ptr())
     }
 }
 

@@ -7,9 +7,10 @@ use rustix::io::{Errno, Result};
 use rustix::ioctl::{Opcode, Updater, ioctl};
 
 const BTRFS_IOC_TREE_SEARCH_V2: Opcode = linux_raw_sys::ioctl::BTRFS_IOC_TREE_SEARCH_V2 as Opcode;
-/// Room for many items in one call.
+/// Buffer size for calls that return many items.
 pub const MANY: usize = 256 << 10;
-/// Room where few are expected: the kernel touches all of it first. No item looked for is longer than a quarter of the largest leaf.
+/// Buffer size for calls that return few items, since the kernel faults all of it in first. No item that vmfold looks for is longer than a
+/// quarter of the largest leaf.
 pub const FEW: usize = 16 << 10;
 /// `struct btrfs_ioctl_search_header`: transid, objectid, offset, type, length.
 const HEADER_BYTES: usize = 32;
@@ -24,11 +25,11 @@ struct SearchArgs<const BYTES: usize> {
 /// A key of a btrfs tree; keys are ordered by object, then type, then offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
-    /// What the item belongs to: an inode, a logical address, ….
+    /// The object that the item belongs to: an inode, a logical address, or the like.
     pub object: u64,
     /// The item's type.
     pub kind: u8,
-    /// What the type makes of it: a file offset, a length, ….
+    /// A number whose meaning depends on the type: a file offset, a length, or the like.
     pub offset: u64,
 }
 
@@ -52,14 +53,15 @@ impl Key {
     }
 }
 
-/// Calls `visit` with each item of tree `tree` (0: the subvolume `fd` lies in) from `first` to `last`, both included.
+/// Calls `visit` with each item of tree `tree` from `first` to `last`, both included. Tree 0 is the subvolume that `fd` lies in.
 ///
-/// A call has room for `BYTES` of items: [`MANY`] or [`FEW`].
+/// `BYTES` is the size of the buffer: [`MANY`] or [`FEW`].
 ///
-/// `visit` returns the key to go on from, if not the next one: whoever looks for few items in a large tree skips with it.
+/// `visit` returns the key to continue from, or `None` for the next one: a caller that looks for few items in a large tree skips the
+/// others.
 ///
 /// # Errors
-/// `EPERM` without `CAP_SYS_ADMIN`, `ENOENT` for a tree that does not exist, `ENOTTY` off btrfs.
+/// Returns `EPERM` without `CAP_SYS_ADMIN`, `ENOENT` if the tree does not exist, and `ENOTTY` on other filesystems.
 pub fn tree_search<const BYTES: usize>(
     fd: impl AsFd,
     tree: u64,
@@ -103,14 +105,14 @@ pub fn tree_search<const BYTES: usize>(
 )]
 fn split_item(buffer: &[u8]) -> Option<(Key, &[u8], &[u8])> {
     let (header, rest) = buffer.split_at_checked(HEADER_BYTES)?;
-    let word = |at: usize| Some(u64::from_ne_bytes(header.get(at..at + 8)?.try_into().ok()?));
-    let half = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
+    let u64_at = |at: usize| Some(u64::from_ne_bytes(header.get(at..at + 8)?.try_into().ok()?));
+    let u32_at = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
     let key = Key {
-        object: word(8)?,
-        kind: u8::try_from(half(24)?).ok()?,
-        offset: word(16)?,
+        object: u64_at(8)?,
+        kind: u8::try_from(u32_at(24)?).ok()?,
+        offset: u64_at(16)?,
     };
-    let (data, rest) = rest.split_at_checked(half(28)? as usize)?;
+    let (data, rest) = rest.split_at_checked(u32_at(28)? as usize)?;
     Some((key, data, rest))
 }
 

@@ -1,5 +1,5 @@
-//! The simulated filesystem with faults: a call of one kind goes wrong, sectors cannot be read, the disk has an end. It counts calls, so
-//! that a test can have every one of them go wrong in turn.
+//! The simulated filesystem with faults: one kind of call fails, sectors cannot be read, or the disk is finite. It counts calls, so that a
+//! test can make each of them fail in turn.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -18,7 +18,7 @@ use crate::fs::{ExtentReference, Filesystem, ImageInfo, PoolMap, ShareOutcome, S
 use crate::numbers::{DonorId, ImageId};
 use crate::spill::{Budget, SpillVec};
 
-/// Calls that can go wrong, by what they do. Those of one kind are counted from 0.
+/// The kinds of calls that can go wrong. Calls of one kind are counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FilesystemCall {
     /// [`Filesystem::may_touch`].
@@ -43,33 +43,33 @@ pub enum FilesystemCall {
     RangesIn,
 }
 
-/// What goes wrong.
+/// The ways in which a call goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FilesystemFault {
     /// The call fails with this error.
     Fails(Errno),
-    /// Someone else opened the image that [`FilesystemCall::MayTouch`] asks about, and keeps it open.
+    /// Someone else opens the image that [`FilesystemCall::MayTouch`] asks about, and keeps it open.
     Opened,
-    /// Someone else wrote a block of the image just before [`FilesystemCall::Share`]: the last one of the range.
+    /// Someone else writes the last block of the range just before [`FilesystemCall::Share`].
     Changed,
 }
 
-/// What a changed block holds, which no other does.
+/// The content of a changed block, which no other block has.
 pub const CHANGED: BlockContent = 0xc4a_96ed;
 
-/// The simulated filesystem, as whoever meets its faults sees it.
+/// The simulated filesystem, with a fault.
 #[derive(Debug)]
 pub struct FaultyFilesystem<'a> {
     inner: &'a Simulated,
     call: FilesystemCall,
-    /// The number of the call that goes wrong.
+    /// The number of the first call that goes wrong.
     at: u64,
     fault: FilesystemFault,
-    /// Whether all calls of the kind go wrong from there on.
+    /// Whether all later calls of the kind go wrong too.
     lasts: bool,
-    /// Blocks of extents that cannot be read, by any file.
+    /// Blocks of extents that cannot be read through any file.
     pub unreadable: BTreeSet<(usize, u32)>,
-    /// Bytes that the disk has, if it has an end.
+    /// The size of the disk in bytes; `None` if it is infinite.
     pub disk_bytes: Option<u64>,
     calls: Mutex<BTreeMap<FilesystemCall, u64>>,
     opened: Mutex<BTreeSet<ImageId>>,
@@ -77,7 +77,7 @@ pub struct FaultyFilesystem<'a> {
 }
 
 impl<'a> FaultyFilesystem<'a> {
-    /// One whose call of that kind and number goes wrong, and all after it if that `lasts`.
+    /// Makes a filesystem whose call of this kind and number goes wrong, and all later ones too if the fault `lasts`.
     pub fn new(inner: &'a Simulated, call: FilesystemCall, at: u64, fault: FilesystemFault, lasts: bool) -> Self {
         Self {
             inner,
@@ -93,7 +93,7 @@ impl<'a> FaultyFilesystem<'a> {
         }
     }
 
-    /// One that only counts calls.
+    /// Makes a filesystem that only counts calls.
     pub fn without_fault(inner: &'a Simulated) -> Self {
         Self::new(
             inner,
@@ -104,17 +104,17 @@ impl<'a> FaultyFilesystem<'a> {
         )
     }
 
-    /// How many calls of each kind there were.
+    /// Returns the number of calls of each kind.
     pub fn calls(&self) -> BTreeMap<FilesystemCall, u64> {
         lock(&self.calls).clone()
     }
 
-    /// The blocks of images that someone wrote meanwhile.
+    /// Returns the blocks of images that someone else wrote.
     pub fn changed(&self) -> BTreeSet<(ImageId, u32)> {
         lock(&self.changed).clone()
     }
 
-    /// Counts a call, and says what goes wrong with it.
+    /// Counts a call, and returns what goes wrong with it.
     fn meets(&self, call: FilesystemCall) -> Option<FilesystemFault> {
         let mut calls = lock(&self.calls);
         let next = calls.entry(call).or_default();
@@ -131,7 +131,7 @@ impl<'a> FaultyFilesystem<'a> {
         }
     }
 
-    /// Whether part of a range cannot be read.
+    /// Whether part of a range is unreadable.
     fn has_unreadable(&self, file: SourceFile, offset: u64, length: u64) -> bool {
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
         let sector = |block| self.inner.sector_of(file, usize::try_from(block).ok()?);
@@ -141,7 +141,7 @@ impl<'a> FaultyFilesystem<'a> {
                 .any(|sector| self.unreadable.contains(&sector))
     }
 
-    /// Someone else writes a block.
+    /// Writes a block as someone else would.
     fn change(&self, image: ImageId, file_block: u32) {
         let class = Class {
             checksummed: self.inner.image(image).checksummed,
@@ -359,7 +359,7 @@ mod tests {
     use super::*;
     use crate::block::bytes;
 
-    /// An image of two blocks, and one that has the first of them from the same extent.
+    /// Returns a filesystem with an image of two blocks, and one that shares the first of them.
     fn pool() -> Simulated {
         let fs = Simulated::default();
         let extent = fs.allocate(PLAIN, vec![7, 8]);

@@ -8,39 +8,39 @@ use std::time::Duration;
 
 use crate::store::Store;
 
-/// A call that was made.
+/// A call that was made to a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoreCall {
     /// [`Store::length`].
     Length,
-    /// [`Store::read_at`]: from where, and how many bytes at most.
+    /// [`Store::read_at`], with the offset and the length of the buffer.
     Read(u64, usize),
-    /// [`Store::append`]: how many bytes.
+    /// [`Store::append`], with the number of bytes.
     Append(usize),
     /// [`Store::settle`].
     Settle,
-    /// [`Store::truncate`]: to how many bytes.
+    /// [`Store::truncate`], with the new length.
     Truncate(u64),
 }
 
-/// What happens to a call.
+/// What goes wrong with a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoreFault {
-    /// It fails with this error number, and does nothing.
+    /// The call fails with this error number, and does nothing.
     Fails(i32),
-    /// It fails with this error number after half of it was done: half of the bytes appended.
+    /// The call fails with this error number after half of the bytes were appended.
     Tears(i32),
-    /// It takes so long.
+    /// The call takes this much longer.
     Delays(Duration),
-    /// From this call on, none does anything: the machine that the store is on is gone.
+    /// This call and all later ones fail: the host of the store is gone.
     Dies,
 }
 
-/// Another store, of whose calls one is hit by a fault.
+/// A store of whose calls one goes wrong.
 #[derive(Debug)]
 pub struct FaultyStore<S> {
     inner: S,
-    /// The number of the call that is hit, from 0.
+    /// The number of the faulty call, from 0.
     at: u64,
     fault: StoreFault,
     next: AtomicU64,
@@ -48,7 +48,7 @@ pub struct FaultyStore<S> {
 }
 
 impl<S: Store> FaultyStore<S> {
-    /// Hits the call of that number, counted from 0. `u64::MAX` hits none, and only records.
+    /// Makes the call with number `at`, counted from 0, go wrong. `u64::MAX` makes none go wrong, and only records calls.
     pub fn new(inner: S, at: u64, fault: StoreFault) -> Self {
         Self {
             inner,
@@ -59,12 +59,12 @@ impl<S: Store> FaultyStore<S> {
         }
     }
 
-    /// The calls so far.
+    /// Returns the calls so far.
     pub fn calls(&self) -> Vec<StoreCall> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The store behind it.
+    /// Returns the wrapped store.
     pub fn inner(&self) -> &S {
         &self.inner
     }

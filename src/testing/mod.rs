@@ -1,4 +1,4 @@
-//! What only tests use: filesystems and stores in memory, and stores that fail. It is not in the binary.
+//! Code that only tests use: a filesystem in memory, and filesystems and stores that fail. It is not in the binary.
 
 pub mod faulty_filesystem;
 pub mod faulty_store;

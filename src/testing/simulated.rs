@@ -1,6 +1,6 @@
-//! A btrfs in memory: extents with reference counts that are freed only whole, files that map parts of them, and faults on
-//! demand. It keeps the rules of the real one (comparison before sharing, no sharing across checksum settings, extents whole),
-//! so that planning and executing can be tested by the thousand.
+//! A btrfs in memory: extents with reference counts that are freed as a whole, files that map parts of them, and faults on demand. It keeps
+//! the rules of btrfs (comparison before sharing, no sharing between files with and without checksums, whole extents), so that tests can
+//! plan and execute thousands of pools.
 
 mod filesystem;
 
@@ -22,11 +22,11 @@ use crate::fs::{self, ExtentReference, Filesystem, HeldRange, ImageInfo, ShareOu
 use crate::numbers::{DonorId, ExtentId, ImageId, Slot};
 use crate::spill::{Budget, SpillVec};
 
-/// A block's content: the number that it begins with, and that its bytes repeat, or follow from if they are not to be compressed; 0
-/// for zeros.
+/// A block's content: the number that the block begins with. Its other bytes repeat the number, or are derived from it if the block is to
+/// be incompressible. 0 is a block of zeros.
 pub type BlockContent = u64;
 
-/// From here on, content is such that it cannot be compressed. Fingerprints tell 32 bits apart.
+/// Content from this number on is incompressible. Fingerprints have only 32 bits of the number.
 pub const INCOMPRESSIBLE: BlockContent = 1 << 31;
 
 fn fill(block: &mut [u8], content: BlockContent) {
@@ -58,12 +58,12 @@ struct Allocation {
     content: Vec<BlockContent>,
     class: Class,
     outside: bool,
-    /// Bytes of its frame, if it is compressed.
+    /// The length of its frame in bytes; `None` if it is not compressed.
     packed_bytes: Option<u64>,
 }
 
 impl Allocation {
-    /// Bytes on disk.
+    /// Returns its size on disk in bytes.
     fn bytes(&self) -> u64 {
         let whole = self.content.len() as u64 * BLOCK_BYTES;
         self.packed_bytes
@@ -81,37 +81,38 @@ struct DiskState {
     peak_bytes: u64,
 }
 
-/// The filesystem.
+/// The simulated filesystem.
 #[derive(Debug, Default)]
 pub struct Simulated {
     state: Mutex<DiskState>,
-    /// Faults to inject.
+    /// The faults to inject.
     pub faults: Faults,
-    /// Whether it frees each block on its own, as XFS does, and not only extents as a whole.
+    /// Whether it frees each block on its own, as XFS does, rather than whole extents.
     pub frees_blocks: bool,
     path: PathBuf,
     known: filesystem::Known,
 }
 
-/// What is to go wrong.
+/// The faults of a simulated filesystem.
 #[derive(Debug, Clone, Default)]
 pub struct Faults {
-    /// Bits of a block's content that its fingerprint depends on: fewer make different blocks look alike. 0 stands for all.
+    /// The number of bits of a block's content that its fingerprint depends on. With fewer bits, different blocks have the same
+    /// fingerprint. 0 stands for all.
     pub fingerprint_bits: u32,
-    /// Slots that a block table may hold.
+    /// The most slots that a block table may hold.
     pub table_slots_max: Option<usize>,
-    /// From this call on, someone has this image open.
+    /// From this call on, someone else has this image open.
     pub opened: Option<(u64, ImageId)>,
-    /// From this call on, the process is as good as killed: nothing works.
+    /// From this call on, nothing works, as if the process was killed.
     pub killed_at: Option<u64>,
-    /// Calls that the filesystem refuses, every n-th.
+    /// The filesystem refuses every n-th call.
     pub refuse_every: Option<u64>,
-    /// Donors fail beyond so many bytes.
+    /// The size of the disk in bytes, beyond which donors cannot be written.
     pub space_bytes: Option<u64>,
 }
 
 impl Simulated {
-    /// Adds an extent with this content and returns its number.
+    /// Adds an extent with this content, and returns its number.
     pub fn allocate(&self, class: Class, content: Vec<BlockContent>) -> usize {
         self.with(|state| {
             state.allocations.push(Allocation {
@@ -167,7 +168,7 @@ impl Simulated {
         self.with(|state| state.images[image.index()].blocks[file_block as usize..][..blocks as usize].fill(None));
     }
 
-    /// How many extents were ever allocated.
+    /// Returns how many extents were ever allocated.
     pub fn extents(&self) -> usize {
         self.with(|state| state.allocations.len())
     }
@@ -177,7 +178,7 @@ impl Simulated {
         self.with(|state| state.opened.clear());
     }
 
-    /// What each image holds.
+    /// Returns the content of each image.
     pub fn contents(&self) -> Vec<Vec<BlockContent>> {
         self.with(|state| {
             let read = |file: &File| (0..file.blocks.len()).map(|at| state.content(file, at)).collect();
@@ -185,7 +186,7 @@ impl Simulated {
         })
     }
 
-    /// Bytes of extents that anything refers to, donors too.
+    /// Returns the bytes of extents that anything refers to, donors included.
     pub fn allocated_bytes(&self) -> u64 {
         self.with(|state| {
             if !self.frees_blocks {
@@ -196,7 +197,8 @@ impl Simulated {
         })
     }
 
-    /// The ranges of an allocation that are not free: all or nothing, or what something refers to.
+    /// Returns the ranges of an allocation that are not free: the whole allocation if anything refers to it, or only the blocks in use if
+    /// blocks are freed one by one.
     fn ranges_in_use(&self, state: &DiskState, number: usize) -> Vec<Range<u32>> {
         let length = u32::try_from(state.allocations[number].content.len()).unwrap_or(u32::MAX);
         let mut mapped = vec![state.allocations[number].outside; length as usize];
@@ -208,17 +210,10 @@ impl Simulated {
         if !self.frees_blocks {
             return mapped.contains(&true).then_some(0..length).into_iter().collect();
         }
-        let mut ranges: Vec<Range<u32>> = Vec::new();
-        for at in (0..length).filter(|at| mapped[*at as usize]) {
-            match ranges.last_mut() {
-                Some(last) if last.end == at => last.end += 1,
-                _ => ranges.push(at..at + 1),
-            }
-        }
-        ranges
+        crate::range::where_true((0..length).map(|at| (at, mapped[at as usize])))
     }
 
-    /// The extent that a block of a file lies in, and where in it.
+    /// Returns the extent that a block of a file lies in, and the block's place in it.
     pub fn sector_of(&self, file: SourceFile, block: usize) -> Option<(usize, u32)> {
         self.with(|state| {
             let mapped = state.file(file)?.blocks.get(block).copied().flatten()?;
@@ -226,7 +221,7 @@ impl Simulated {
         })
     }
 
-    /// The greatest number of bytes that were allocated at any call.
+    /// Returns the most bytes that were allocated after any append to a donor.
     pub fn peak_bytes(&self) -> u64 {
         self.with(|state| state.peak_bytes)
     }
@@ -236,18 +231,20 @@ impl Simulated {
         self.with(|state| state.donors.clear());
     }
 
-    /// What a scan would find.
+    /// Returns what mapping a pool finds, with all fingerprints.
     pub fn facts(&self) -> Facts {
         self.with(|state| {
-            let mut place = BTreeMap::new();
+            let mut in_use = Vec::new();
             let (mut extents, mut fingerprints, mut slot) = (Vec::new(), Vec::new(), Slot::default());
             for (number, allocation) in state.allocations.iter().enumerate() {
                 for range in self.ranges_in_use(state, number) {
                     let blocks = range.end - range.start;
-                    place.insert(
-                        (number, range.start),
-                        (u32::try_from(extents.len()).unwrap_or(u32::MAX), slot),
-                    );
+                    in_use.push(RangeInUse {
+                        allocation: number,
+                        start: range.start,
+                        extent: ExtentId::at(extents.len()),
+                        first_slot: slot,
+                    });
                     extents.push(Extent {
                         address: DiskState::address(number) + bytes(range.start),
                         disk_bytes: if self.frees_blocks {
@@ -267,29 +264,7 @@ impl Simulated {
                     fingerprints.extend(content.iter().map(|content| self.fingerprint(*content)));
                 }
             }
-            let mut references = Vec::new();
-            for (image, file) in ImageId::numbered(&state.images) {
-                for range in DiskState::ranges(file) {
-                    let HeldRange {
-                        file_block,
-                        extent_block,
-                        blocks,
-                        preallocated,
-                    } = range.1;
-                    let in_use = place.range(..=(range.0, extent_block)).next_back();
-                    let Some(((_, first), (extent, first_slot))) = in_use.map(|(key, place)| (*key, *place)) else {
-                        continue;
-                    };
-                    references.push(Reference {
-                        image,
-                        file_block,
-                        slot: first_slot + (extent_block - first),
-                        blocks,
-                        extent: ExtentId(extent),
-                        preallocated,
-                    });
-                }
-            }
+            let references = state.references(&in_use);
             let mut facts = Facts::new(
                 extents.into_iter().collect(),
                 references.into_iter().collect(),
@@ -321,6 +296,15 @@ impl Simulated {
     }
 }
 
+/// A range of an allocation that is in use, which the facts have an extent for.
+struct RangeInUse {
+    allocation: usize,
+    /// Its first block in the allocation.
+    start: u32,
+    extent: ExtentId,
+    first_slot: Slot,
+}
+
 impl DiskState {
     fn address(number: usize) -> u64 {
         (number as u64 + 1) << 30
@@ -331,6 +315,29 @@ impl DiskState {
             Some(mapped) if !mapped.preallocated => self.allocations[mapped.extent].content[mapped.at as usize],
             _ => 0,
         }
+    }
+
+    /// Returns the references of images. `in_use` has all ranges in use, in the order of their allocations and blocks.
+    fn references(&self, in_use: &[RangeInUse]) -> Vec<Reference> {
+        let mut references = Vec::new();
+        for (image, file) in ImageId::numbered(&self.images) {
+            for (number, range) in Self::ranges(file) {
+                let after =
+                    in_use.partition_point(|found| (found.allocation, found.start) <= (number, range.extent_block));
+                let Some(found) = in_use[..after].last() else {
+                    continue;
+                };
+                references.push(Reference {
+                    image,
+                    file_block: range.file_block,
+                    slot: found.first_slot + (range.extent_block - found.start),
+                    blocks: range.blocks,
+                    extent: found.extent,
+                    preallocated: range.preallocated,
+                });
+            }
+        }
+        references
     }
 
     fn files(&self) -> impl Iterator<Item = &File> {
@@ -643,15 +650,15 @@ impl Filesystem for Simulated {
     }
 }
 
-/// The class of a plain extent.
+/// The class of an uncompressed extent with checksums and without groups.
 pub const PLAIN: Class = Class {
     checksummed: true,
     compression: Compression::None,
     groups: 0,
 };
 
-/// What is known of an image whose extents lie at these blocks of the disk; each is `apart` times as far from the image's beginning as
-/// what they hold together before it. Fingerprints are still to be filled in.
+/// Returns the facts of one image whose extents lie at these blocks of the disk. In the image, each extent lies `apart` times as far from
+/// the beginning as the extents before it are long. Fingerprints are not filled in.
 pub fn one_image(places: impl IntoIterator<Item = Range<u32>>, apart: u32) -> Facts {
     let (mut extents, mut references, mut slot) = (SpillVec::default(), Vec::new(), Slot::default());
     for (number, place) in (0u32..).zip(places) {

@@ -1,4 +1,4 @@
-//! What goes on inside a btrfs and holds extents for a while: subvolumes that were deleted and are not cleaned away yet, and balances.
+//! Background work of a btrfs that holds extents for a while: the cleaning of deleted subvolumes, and balances.
 
 use std::time::{Duration, Instant};
 
@@ -9,19 +9,19 @@ use crate::sys::beneath::Folder;
 use crate::sys::commit::commit;
 use crate::sys::tree_search::{FEW, Key, tree_search};
 
-/// So long it is waited for the next deleted subvolume to be gone. One of some gigabytes takes a second or two.
+/// How long the run waits for the next deleted subvolume to be cleaned. One of some gigabytes takes a second or two.
 const PATIENCE: Duration = Duration::from_secs(30);
 const LOOKS_EVERY: Duration = Duration::from_millis(100);
 
-/// Waits for the kernel to clean away deleted subvolumes, as long as it goes on with that, and notes what is still in the way. Where the
-/// filesystem is mounted read-only, nothing is cleaned, and nothing waited for.
+/// Waits for the kernel to clean deleted subvolumes for as long as it makes progress, and notes what is still in the way. On a read-only
+/// mount nothing is cleaned, and there is no wait.
 pub(super) fn settle(folder: &Folder, uuid: [u8; 16], is_writable: bool, monitor: &dyn Monitor) {
     let mut left = deleted_subvolumes(folder);
     if left > 0 && is_writable {
         monitor.phase("Waiting for deleted subvolumes to be cleaned away", 0);
-        // Also wakes the kernel's thread for it, which otherwise looks every 30 seconds.
+        // A commit also wakes the kernel thread that cleans, which otherwise runs every 30 seconds.
         let _ = commit(folder);
-        // Someone may keep one of them open: waiting is not to take all the time there is.
+        // Someone may keep a deleted subvolume open, so that the wait must not use up the time limit.
         let patience = monitor.time_left().map_or(PATIENCE, |left| PATIENCE.min(left / 8));
         let mut since = Instant::now();
         while left > 0 && since.elapsed() < patience && !monitor.interrupted() {
@@ -45,8 +45,8 @@ pub(super) fn settle(folder: &Folder, uuid: [u8; 16], is_writable: bool, monitor
     }
 }
 
-/// Subvolumes that have no name any more, and still hold what they held: each has an orphan item in the tree of roots
-/// (kernel: `btrfs_insert_orphan_item`, called when one is deleted). What cannot be asked counts as none.
+/// Returns the number of subvolumes that are deleted and not cleaned yet: each has an orphan item in the root tree (kernel:
+/// `btrfs_insert_orphan_item`). An error counts as none.
 fn deleted_subvolumes(folder: &Folder) -> usize {
     /// `BTRFS_ORPHAN_OBJECTID`: -5.
     const ORPHANS: u64 = u64::MAX - 4;
@@ -64,12 +64,13 @@ fn deleted_subvolumes(folder: &Folder) -> usize {
     searched.map_or(0, |()| found)
 }
 
-/// What moves extents about on a filesystem, as the kernel calls it: a balance, or the removal of a device. Kernels before 5.10 do not tell.
+/// Returns the operation that moves extents on a filesystem, as the kernel names it: a balance, the removal of a device, or a resize.
+/// Kernels before 5.10 do not tell.
 fn operation(uuid: [u8; 16]) -> Option<String> {
     let hex = hex(&uuid);
     let uuid = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
     let text = std::fs::read_to_string(format!("/sys/fs/btrfs/{uuid}/exclusive_operation")).ok()?;
     let operation = text.trim();
-    // One that is paused moves nothing.
+    // A paused balance has another name, and moves nothing.
     matches!(operation, "balance" | "device remove" | "resize").then(|| operation.to_owned())
 }

@@ -1,4 +1,4 @@
-//! Checksums that btrfs keeps of data.
+//! Reads the checksums that btrfs keeps of data.
 
 use super::{Btrfs, CHECKSUM_OBJECT, CHECKSUM_TREE, EXTENT_CSUM};
 use crate::block::{BLOCK_BYTES, SlotSet};
@@ -8,10 +8,10 @@ use crate::numbers::ExtentId;
 use crate::spill::SpillVec;
 use crate::sys::tree_search::Key;
 
-/// Takes the checksums of uncompressed extents for their fingerprints, and says of which slots they are known.
+/// Fills in the fingerprints of uncompressed extents from their checksums, and adds their slots to `known`.
 ///
 /// # Errors
-/// Those of reading metadata.
+/// Returns [`crate::error::Error::Io`] if the checksum tree cannot be read.
 pub(super) fn fingerprints_from_checksums(fs: &Btrfs, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
     let width = usize::from(fs.checksum_bytes);
     let mut sums = std::mem::take(&mut facts.fingerprints);
@@ -31,11 +31,10 @@ pub(super) fn fingerprints_from_checksums(fs: &Btrfs, facts: &mut Facts, known: 
     visited
 }
 
-/// A digest of all checksums that the filesystem keeps of each extent's bytes on disk, compressed or not; none where it keeps
-/// none. With address and generation it tells whether an extent is still the one that was read, on copies of the filesystem too.
+/// Returns a digest of the checksums of each extent's bytes on disk; `None` for an extent without checksums.
 ///
 /// # Errors
-/// Those of reading metadata.
+/// Returns [`crate::error::Error::Io`] if the checksum tree cannot be read.
 pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
     let width = usize::from(fs.checksum_bytes).max(1);
     let mut digests = SpillVec::of_in(None, facts.extents.len(), facts.budget());
@@ -43,29 +42,29 @@ pub(super) fn checksum_digests(fs: &Btrfs, facts: &Facts) -> Result<SpillVec<Opt
     let (mut current, mut next_block) = (None, 0);
     visit_checksums(fs, facts, |extent, block, item| {
         if current != Some(extent) {
-            if let Some(done) = current.replace(extent) {
-                digests[done.index()] = Some(hasher.digest128());
+            if let Some(finished) = current.replace(extent) {
+                digests[finished.index()] = Some(hasher.digest128());
             }
             hasher.reset();
             next_block = 0;
         }
-        // Which blocks have none belongs to what they say; how they are cut into items does not.
+        // The digest covers which blocks have no checksum, and not how checksums are cut into items.
         if block != next_block {
             hasher.update(&block.to_le_bytes());
         }
         hasher.update(item);
         next_block = block + u32::try_from(item.len() / width).unwrap_or(0);
     })?;
-    if let Some(done) = current {
-        digests[done.index()] = Some(hasher.digest128());
+    if let Some(finished) = current {
+        digests[finished.index()] = Some(hasher.digest128());
     }
     Ok(digests)
 }
 
-/// Calls `visit` with the checksums of extents, in order: the extent, the block on disk that the first belongs to, and
-/// the checksums of that and the following ones. An extent may come in several parts.
+/// Calls `visit` with the checksums of extents, in order: the extent, its block on disk that the first checksum belongs to, and the
+/// checksums of consecutive blocks from there. It may call several times for an extent.
 fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(ExtentId, u32, &[u8])) -> Result<()> {
-    /// Bytes of data that one item covers at most: a leaf of 64 KiB, full of the shortest checksums.
+    /// Bytes of data that one item covers at most: those of a 64 KiB leaf full of the shortest checksums.
     const ITEM_COVERS_MAX: u64 = 64 << 20;
     let width = usize::from(fs.checksum_bytes).max(1);
     let key = |offset| Key {
@@ -101,7 +100,7 @@ fn visit_checksums(fs: &Btrfs, facts: &Facts, mut visit: impl FnMut(ExtentId, u3
             }
             at += 1;
         }
-        // Between two extents may lie a lot that is not ours.
+        // Much data of other files may lie between two extents.
         let next = extent_at(place).map_or(u64::MAX, |extent| extent.address);
         (next > end.saturating_add(ITEM_COVERS_MAX)).then(|| key(next.saturating_sub(ITEM_COVERS_MAX)))
     })

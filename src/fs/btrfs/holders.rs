@@ -1,4 +1,4 @@
-//! Who else holds extents of the images, by names that the user knows: for messages.
+//! Finds the other holders of images' extents, by names that the user knows, for messages.
 
 use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::MetadataExt;
@@ -12,19 +12,18 @@ use crate::pool::{MountedAt, mounted_at};
 use crate::sys::logical_ino::{self, holders};
 use crate::sys::tree_search::{FEW, Key, tree_search};
 
-/// `BTRFS_FS_TREE_OBJECTID`: the subvolume that all others lie in.
+/// `BTRFS_FS_TREE_OBJECTID`: the top-level subvolume, which all others lie in.
 const TOP: u64 = 5;
-/// `BTRFS_ROOT_BACKREF_KEY`: where a subvolume lies. Its offset is the subvolume around it; its data a folder there (u64), a number
-/// (u64), a length (u16) and the name.
+/// `BTRFS_ROOT_BACKREF_KEY`: the place of a subvolume. The key's offset is the subvolume around it; the data has the inode of the folder
+/// there (u64), a sequence number (u64), a length (u16) and the name.
 const ROOT_BACKREF: u8 = 144;
-/// Subvolumes in each other that a path goes through at most.
+/// The most nested subvolumes that a path leads through.
 const DEPTH_MAX: usize = 64;
 
 impl Btrfs {
-    /// Names of files that hold extents and are none of the images that are worked on, the largest extents first, with the bytes
-    /// they hold.
+    /// Returns the files outside the pool that hold extents of it, by name, with the bytes that they hold.
     pub(super) fn find_names_of_holders(&self, facts: &Facts) -> BTreeMap<String, u64> {
-        /// Extents asked for: enough to name who matters.
+        /// Extents that the kernel is asked about, the largest first: enough to name the files that matter.
         const EXTENTS_MAX: usize = 64;
         let mut held: Vec<&Extent> = facts
             .extents
@@ -32,7 +31,7 @@ impl Btrfs {
             .filter(|extent| extent.pinned == Some(PinReason::HeldByOthers))
             .collect();
         held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
-        let mine: HashSet<(u64, u64)> = self
+        let own_files: HashSet<(u64, u64)> = self
             .opened
             .images
             .iter()
@@ -47,14 +46,14 @@ impl Btrfs {
             let others: HashSet<_> = holders
                 .iter()
                 .map(|holder| (holder.root, holder.inode))
-                .filter(|one| !mine.contains(one))
+                .filter(|file| !own_files.contains(file))
                 .collect();
             for other in others {
                 *bytes.entry(other).or_insert(0u64) += extent.disk_bytes;
             }
         }
         let mounts = mounted_at("btrfs", |folder| {
-            crate::sys::fs_info::fs_info(folder).is_ok_and(|its| its == self.info)
+            crate::sys::fs_info::fs_info(folder).is_ok_and(|found| found == self.info)
         });
         let mut folders = BTreeMap::new();
         let mut names = BTreeMap::new();
@@ -66,7 +65,7 @@ impl Btrfs {
         names
     }
 
-    /// The path of a file from a mount point, or as much as can be told.
+    /// Returns the path of a file from a mount point, or as much of it as is known.
     fn name_of(&self, subvolume: Option<&Path>, root: u64, inode: u64, mounts: &[MountedAt]) -> String {
         let (Some(subvolume), Ok(inside)) = (
             subvolume,
@@ -84,13 +83,15 @@ impl Btrfs {
             return format!("{} (in a subvolume that is not mounted)", path.to_string_lossy());
         };
         let path = mount.folder.join(below);
-        // Another filesystem may be mounted over it.
-        let there = path.symlink_metadata().ok().filter(|metadata| metadata.ino() == inode);
-        let is_left_alone = there.is_some_and(|there| self.opened.left_alone.contains_key(&FileId::from(&there)));
+        // Another filesystem may be mounted over the path.
+        let metadata = path.symlink_metadata().ok().filter(|metadata| metadata.ino() == inode);
+        let is_left_alone =
+            metadata.is_some_and(|metadata| self.opened.left_alone.contains_key(&FileId::from(&metadata)));
         name_of_holder(&path, is_left_alone)
     }
 
-    /// The path of a subvolume from the filesystem's top. None if it was deleted, or lies deeper than makes sense.
+    /// Returns the path of a subvolume from the filesystem's top; `None` if the subvolume was deleted, or is nested deeper than
+    /// [`DEPTH_MAX`].
     fn path_of_subvolume(&self, root: u64) -> Option<PathBuf> {
         let mut names = Vec::new();
         let mut at = root;
@@ -126,7 +127,7 @@ impl Btrfs {
     }
 }
 
-/// The folder and the name in a back reference.
+/// Returns the folder's inode and the name in a back reference.
 fn back_reference(data: &[u8]) -> Option<(u64, PathBuf)> {
     use std::os::unix::ffi::OsStrExt;
     let folder = u64::from_le_bytes(data.get(..8)?.try_into().ok()?);

@@ -1,4 +1,4 @@
-//! Which files of a subvolume hold extents, by name.
+//! Finds the files of a subvolume that hold given extents, by name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -7,37 +7,37 @@ use std::path::{Path, PathBuf};
 use crate::fs::{HoldingImage, existing};
 use crate::sys::logical_ino;
 
-/// Files of the subvolume that hold extents.
-pub(in crate::fs) fn images_holding(to: &Path, folder: &File, addresses: &[u64]) -> Option<Vec<HoldingImage>> {
-    let here = logical_ino::subvolume_of(folder).ok()?;
-    let top = top_of_subvolume(to)?;
+/// Returns the files of the subvolume that `path` is or will be in that hold extents at these addresses.
+pub(in crate::fs) fn images_holding(path: &Path, folder: &File, addresses: &[u64]) -> Option<Vec<HoldingImage>> {
+    let subvolume = logical_ino::subvolume_of(folder).ok()?;
+    let top = top_of_subvolume(path)?;
     let mut held: BTreeMap<u64, usize> = BTreeMap::new();
     for address in addresses {
-        // An extent that is gone has none.
+        // An extent that was freed since has no holders.
         let Ok(Some(found)) = logical_ino::holders(folder, *address) else {
             continue;
         };
         let inodes: BTreeSet<u64> = found
             .iter()
-            .filter(|one| one.root == here)
-            .map(|one| one.inode)
+            .filter(|holder| holder.root == subvolume)
+            .map(|holder| holder.inode)
             .collect();
         for inode in inodes {
             *held.entry(inode).or_default() += 1;
         }
     }
     let paths = held.into_iter().filter_map(|(inode, extents)| {
-        let path = logical_ino::path_in_subvolume(folder, here, inode).ok()?;
+        let path = logical_ino::path_in_subvolume(folder, subvolume, inode).ok()?;
         let path = top.join(path);
         path.is_file().then_some(HoldingImage { extents, path })
     });
     Some(paths.collect())
 }
 
-/// The top folder of the subvolume that a path is or will be in.
+/// Returns the root folder of the subvolume that a path is or will be in.
 fn top_of_subvolume(path: &Path) -> Option<PathBuf> {
     use std::os::unix::fs::MetadataExt;
-    /// `BTRFS_FIRST_FREE_OBJECTID`: the inode of the top folder of every subvolume.
+    /// `BTRFS_FIRST_FREE_OBJECTID`: the inode number of the root folder of every subvolume.
     const TOP: u64 = 256;
     let existing = existing(path).canonicalize().ok()?;
     let top = existing

@@ -1,5 +1,5 @@
-//! What images map: file extents from their subvolumes' trees, reference counts from the extent tree, other holders from
-//! back references.
+//! Reads what images map: file extents from their subvolumes' trees, reference counts from the extent tree, and other holders from back
+//! references.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -27,7 +27,7 @@ struct FileExtent {
     preallocated: bool,
 }
 
-/// What such an item can be.
+/// The kinds of a file extent item.
 #[derive(Clone, Copy)]
 enum Item {
     Data(FileExtent),
@@ -35,46 +35,46 @@ enum Item {
     Inline(u64),
 }
 
-/// Reads a little-endian number of an item.
+/// Reads a little-endian `u64` of an item.
 pub(super) fn number(item: &[u8], at: usize) -> Option<u64> {
     item.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes)
 }
 
 fn parse(file_offset: u64, item: &[u8]) -> std::result::Result<Item, &'static str> {
     const SHORT: &str = "a file extent item is too short";
-    let [compression, encryption, other, other_high, kind] = *item.get(16..21).ok_or(SHORT)? else {
+    let [compression, encryption, encoding, encoding_high, kind] = *item.get(16..21).ok_or(SHORT)? else {
         return Err(SHORT);
     };
-    if encryption != 0 || other != 0 || other_high != 0 {
-        return Err("a file extent item is encoded in a way not known");
+    if encryption != 0 || encoding != 0 || encoding_high != 0 {
+        return Err("a file extent item has an unknown encoding");
     }
     let compression = match compression {
         0 => Compression::None,
         1 => Compression::Zlib,
         2 => Compression::Lzo,
         3 => Compression::Zstd,
-        _ => return Err("a file extent item has a compression not known"),
+        _ => return Err("a file extent item has an unknown compression"),
     };
     let ram_bytes = number(item, 8).ok_or(SHORT)?;
     if kind == 0 {
         return Ok(Item::Inline(ram_bytes));
     }
-    let at = |at| number(item, at).ok_or(SHORT);
-    let (address, disk_bytes, offset, length) = (at(21)?, at(29)?, at(37)?, at(45)?);
+    let field = |at| number(item, at).ok_or(SHORT);
+    let (address, disk_bytes, offset, length) = (field(21)?, field(29)?, field(37)?, field(45)?);
     if address == 0 {
         return Ok(Item::Hole);
     }
     let preallocated = kind == 2;
-    // Of what is not compressed, splitting an extent can leave `ram_bytes` behind; the length on disk is what counts.
+    // If an extent is not compressed, `ram_bytes` may be stale after it was split; its length on disk counts.
     let ram_bytes = if compression == Compression::None {
         disk_bytes
     } else {
         ram_bytes
     };
-    let whole = [file_offset, disk_bytes, ram_bytes, offset, length]
+    let is_aligned = [file_offset, disk_bytes, ram_bytes, offset, length]
         .iter()
         .all(|number| number.is_multiple_of(BLOCK_BYTES));
-    if !whole || length == 0 || offset.checked_add(length).is_none_or(|end| end > ram_bytes) {
+    if !is_aligned || length == 0 || offset.checked_add(length).is_none_or(|end| end > ram_bytes) {
         return Err("a file extent item reaches beyond its extent");
     }
     Ok(Item::Data(FileExtent {
@@ -99,13 +99,13 @@ fn file_extents(image: &OpenImage, mut visit: impl FnMut(Item) -> Result<()>) ->
     let mut problem = None;
     tree_search::<MANY>(&*image.file, 0, key(0), key(u64::MAX), |key, item| {
         let parsed = parse(key.offset, item);
-        let done = parsed
+        let result = parsed
             .map_err(|problem| Error::Metadata {
                 path: image.known.path.clone(),
                 problem: format!("{problem} at byte {}", key.offset),
             })
             .and_then(&mut visit);
-        if let Err(error) = done {
+        if let Err(error) = result {
             problem.get_or_insert(error);
         }
         None
@@ -114,7 +114,7 @@ fn file_extents(image: &OpenImage, mut visit: impl FnMut(Item) -> Result<()>) ->
     problem.map_or(Ok(()), Err)
 }
 
-/// The ranges of an image that refer to any of some extents, each with the extent's address.
+/// Returns the ranges of an image that refer to any of some extents, each with the extent's address.
 pub(super) fn ranges_in(image: &OpenImage, addresses: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
     let mut ranges = Vec::new();
     file_extents(image, |item| {
@@ -144,7 +144,7 @@ pub(super) struct ExtentItem {
     pub(super) generation: u64,
 }
 
-/// Parses an item of the extent tree, if it is a data extent's.
+/// Parses an item of the extent tree; `None` if it is not a data extent's.
 pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
     const FLAG_DATA: u64 = 1;
     (number(item, 16)? & FLAG_DATA != 0).then_some(ExtentItem {
@@ -153,72 +153,75 @@ pub(super) fn extent_item(item: &[u8]) -> Option<ExtentItem> {
     })
 }
 
-/// An extent as images refer to it, and how often they do.
+/// An extent as images refer to it, and the number of their references.
 struct SeenExtent {
     extent: Extent,
     references: u64,
-    /// The first image that does.
+    /// The first image that refers to it.
     image: ImageId,
 }
 
-/// Makes one of what was seen of each extent.
+/// Merges what was seen of the same extent.
 ///
 /// # Errors
-/// The image that disagrees with another one about an extent.
+/// Returns the image that disagrees with another one about an extent.
 fn merge(seen: &mut SpillVec<SeenExtent>) -> std::result::Result<(), ImageId> {
     seen.sort_unstable_by_key(|seen| (seen.extent.address, seen.image));
-    let mut agree = Ok(());
+    let mut result = Ok(());
     seen.dedup_by(|next, kept| {
         if next.extent.address != kept.extent.address {
             return false;
         }
         if (next.extent.disk_bytes, next.extent.blocks) != (kept.extent.disk_bytes, kept.extent.blocks) {
-            agree = Err(next.image);
+            result = Err(next.image);
         }
         kept.references += next.references;
         kept.extent.class.groups |= next.extent.class.groups;
         kept.extent.pinned = kept.extent.pinned.or(next.extent.pinned);
         true
     });
-    agree
+    result
 }
 
-/// Bytes of extents that lie beyond the end of one image as a whole, given where each image has something there.
+/// Returns the extents that only one image refers to, and only beyond its end. `beyond` has the address of each extent that an image refers
+/// to beyond its end, and the image.
 fn beyond_ends(facts: &Facts, mut beyond: Vec<(u64, ImageId)>) -> Vec<BeyondEnd> {
     beyond.sort_unstable();
     beyond.dedup();
-    let alone = beyond.chunk_by(|one, other| one.0 == other.0).filter_map(|of_extent| {
-        let [(address, image)] = of_extent else { return None };
-        let place = facts
-            .extents
-            .binary_search_by_key(address, |extent| extent.address)
-            .ok()?;
-        let extent = &facts.extents[place];
-        let is_mapped = facts.mappings_to(ExtentId::at(place)).next().is_some();
-        let is_held = extent.pinned == Some(PinReason::HeldByOthers);
-        (!is_mapped && !is_held).then_some(BeyondEnd {
-            image: *image,
-            disk_bytes: extent.disk_bytes,
-        })
-    });
+    let alone = beyond
+        .chunk_by(|left, right| left.0 == right.0)
+        .filter_map(|of_extent| {
+            let [(address, image)] = of_extent else { return None };
+            let place = facts
+                .extents
+                .binary_search_by_key(address, |extent| extent.address)
+                .ok()?;
+            let extent = &facts.extents[place];
+            let is_mapped = facts.mappings_to(ExtentId::at(place)).next().is_some();
+            let is_held = extent.pinned == Some(PinReason::HeldByOthers);
+            (!is_mapped && !is_held).then_some(BeyondEnd {
+                image: *image,
+                disk_bytes: extent.disk_bytes,
+            })
+        });
     alone.collect()
 }
 
-/// What the items of images say, before all extents are known.
+/// What the items of images tell, before all extents are known.
 struct Reading {
     seen: SpillVec<SeenExtent>,
-    /// Extents seen at which those seen twice are merged.
+    /// The number of seen extents from which duplicates are merged.
     merge_at: usize,
     /// What images map, before all extents are known.
     references: Collector<ExtentReference>,
     inline_bytes: u64,
     inline: Vec<ImageId>,
-    /// Extents beyond the ends of images.
+    /// Extents that images refer to beyond their ends.
     beyond: Vec<(u64, ImageId)>,
 }
 
 impl Reading {
-    /// Extents that may wait to be merged.
+    /// The least number of seen extents that are merged at once.
     const WAITING_MIN: usize = 1 << 16;
 
     fn new_in(budget: &Budget) -> Self {
@@ -232,7 +235,7 @@ impl Reading {
         }
     }
 
-    /// Takes an item of an image in.
+    /// Records an item of an image.
     fn take(&mut self, number: ImageId, image: &OpenImage, item: Item) -> Result<()> {
         let extent = match item {
             Item::Data(extent) => extent,
@@ -280,25 +283,25 @@ impl Reading {
     }
 }
 
-/// Where the last block of an image ends.
+/// Returns the end of the last block of an image.
 fn end_of(image: &OpenImage) -> u64 {
     image.known.size.next_multiple_of(BLOCK_BYTES)
 }
 
-/// Why an extent must stay of which an image maps a part up to some byte.
+/// Returns why an extent must stay, if an image that maps part of it up to byte `end` requires it.
 fn pinned(image: &OpenImage, end: u64) -> Option<PinReason> {
     if image.fixed.is_some() {
         Some(PinReason::Fixed)
     } else if end > end_of(image) {
-        // What is preallocated beyond the end of a file cannot be reached by any call.
+        // No call can reach what is preallocated beyond the end of a file.
         Some(PinReason::Preallocated)
     } else {
-        // FIDEDUPERANGE takes the last, partial block of a file only with that of another.
+        // `FIDEDUPERANGE` shares the last, partial block of a file only with the last block of another.
         (end > image.known.size).then_some(PinReason::UnalignedTail)
     }
 }
 
-/// Numbers the slots of extents.
+/// Assigns slots to the extents.
 fn with_slots(seen: SpillVec<SeenExtent>) -> Result<SpillVec<Extent>> {
     let mut slot = Slot::default();
     let mut extents: SpillVec<Extent> = SpillVec::with_capacity_in(seen.len(), seen.budget());
@@ -310,7 +313,7 @@ fn with_slots(seen: SpillVec<SeenExtent>) -> Result<SpillVec<Extent>> {
     Ok(extents)
 }
 
-/// Finds the extents that images refer to.
+/// Finds the extents that the references lead to.
 fn mappings(references: SharedList<ExtentReference>, extents: &[Extent]) -> SharedList<Mapping> {
     let mut place = 0;
     references.flat_map(|ExtentReference { address, range }| {
@@ -330,7 +333,8 @@ impl Btrfs {
     /// Reads the extent maps of all images.
     ///
     /// # Errors
-    /// Those of reading metadata, or if it makes no sense.
+    /// Returns [`Error::Io`] if the metadata cannot be read, [`Error::Metadata`] if it makes no sense, and [`Error::TooLarge`] if there are
+    /// more blocks than slots.
     pub(super) fn read_map(&self, budget: &Budget) -> Result<PoolMap> {
         let disagree = |image: ImageId| Error::Metadata {
             path: self.path(image).to_owned(),
@@ -358,7 +362,7 @@ impl Btrfs {
         })
     }
 
-    /// Fills in generations, and pins what is referred to from elsewhere.
+    /// Fills in generations, and pins the extents that something outside the pool refers to.
     fn count_references(&self, seen: &mut [SeenExtent], budget: &Budget) -> Result<()> {
         let (Some(first), Some(last)) = (seen.first(), seen.last()) else {
             return Ok(());
@@ -370,7 +374,7 @@ impl Btrfs {
         };
         let (first, last) = (key(first.extent.address, 0), key(last.extent.address, u64::MAX));
         let mut at = 0;
-        // What is not found there is not understood, and stays.
+        // An extent without an item is not understood, and is pinned.
         let mut total = SpillVec::of_in(u64::MAX, seen.len(), budget);
         self.search(EXTENT_TREE, first, last, |found, item| {
             while seen.get(at).is_some_and(|seen| seen.extent.address < found.object) {
@@ -389,7 +393,7 @@ impl Btrfs {
         })?;
         let snapshots = self.have_snapshots()?;
         let cannot_tell = snapshots && kernel::misses_holders(kernel::release());
-        let mine: HashSet<(u64, u64)> = self
+        let own_files: HashSet<(u64, u64)> = self
             .opened
             .images
             .iter()
@@ -398,7 +402,7 @@ impl Btrfs {
         for (seen, total) in seen.iter_mut().zip(total) {
             if total > seen.references
                 || cannot_tell
-                || (snapshots && self.is_held_elsewhere(seen.extent.address, &mine)?)
+                || (snapshots && self.is_held_elsewhere(seen.extent.address, &own_files)?)
             {
                 seen.extent.pinned = Some(PinReason::HeldByOthers);
             }
@@ -406,10 +410,10 @@ impl Btrfs {
         Ok(())
     }
 
-    /// Whether a snapshot was ever taken of a subvolume that images lie in. If none was, each reference to an extent is
-    /// counted in the extent tree; if one was, whole leaves of references may be shared, and count only once.
+    /// Whether a snapshot was ever taken of a subvolume that images lie in. Without snapshots, the extent tree counts every reference to an
+    /// extent. With them, whole leaves of references may be shared and count only once.
     fn have_snapshots(&self) -> Result<bool> {
-        /// `last_snapshot` of `struct btrfs_root_item`, behind the inode item (160 bytes) and five numbers.
+        /// The offset of `last_snapshot` in `struct btrfs_root_item`, after the inode item (160 bytes) and five numbers.
         const LAST_SNAPSHOT_AT: usize = 200;
         let roots: HashSet<u64> = self.opened.images.iter().map(|image| image.root).collect();
         let mut snapshots = false;
@@ -427,11 +431,11 @@ impl Btrfs {
         Ok(snapshots)
     }
 
-    /// Whether there are read-only snapshots of subvolumes that images lie in: who makes them may send them.
+    /// Whether there are read-only snapshots of subvolumes that images lie in. They may be sources of `btrfs send`.
     pub(super) fn have_read_only_snapshots(&self) -> Result<bool> {
-        /// The first and the last number of a subvolume (`BTRFS_FIRST_FREE_OBJECTID`, `BTRFS_LAST_FREE_OBJECTID`).
+        /// The first and the last tree id of a subvolume (`BTRFS_FIRST_FREE_OBJECTID`, `BTRFS_LAST_FREE_OBJECTID`).
         const SUBVOLUMES: (u64, u64) = (256, u64::MAX - 255);
-        /// `flags`, `uuid` and `parent_uuid` of `struct btrfs_root_item`, and the flag `BTRFS_ROOT_SUBVOL_RDONLY`.
+        /// The offsets of `flags`, `uuid` and `parent_uuid` in `struct btrfs_root_item`, and the flag `BTRFS_ROOT_SUBVOL_RDONLY`.
         const FLAGS_AT: usize = 208;
         const READ_ONLY: u64 = 1;
         const UUID_AT: usize = 247;
@@ -459,13 +463,13 @@ impl Btrfs {
         Ok(!uuids.is_disjoint(&parents))
     }
 
-    /// Whether anything but the images refers to an extent. Where the kernel cannot tell (the extent may have gone meanwhile, or
-    /// its references may be too many to list), it counts as held.
-    fn is_held_elsewhere(&self, address: u64, mine: &HashSet<(u64, u64)>) -> Result<bool> {
+    /// Whether anything but the images refers to an extent. Where the kernel cannot tell, since the extent was freed meanwhile or has too
+    /// many references to list, it counts as held.
+    fn is_held_elsewhere(&self, address: u64, own_files: &HashSet<(u64, u64)>) -> Result<bool> {
         match logical_ino::holders(self.opened.scratch.folder(), address) {
             Ok(Some(holders)) => Ok(holders
                 .iter()
-                .any(|holder| !mine.contains(&(holder.root, holder.inode)))),
+                .any(|holder| !own_files.contains(&(holder.root, holder.inode)))),
             Err(errno @ rustix::io::Errno::PERM) => Err(Error::io(
                 "look for holders of extents of",
                 self.opened.scratch.path(),
@@ -479,7 +483,7 @@ impl Btrfs {
 mod tests {
     use super::*;
 
-    /// An item as the kernel lays it out.
+    /// Returns an item as the kernel lays it out.
     fn item(compression: u8, kind: u8, numbers: [u64; 4]) -> Vec<u8> {
         let mut item = [7u64.to_le_bytes(), 8192u64.to_le_bytes()].concat();
         item.extend([compression, 0, 0, 0, kind]);
@@ -497,7 +501,7 @@ mod tests {
         ));
         assert!(matches!(parse(0, &item(0, 1, [0, 0, 0, 8192])), Ok(Item::Hole)));
         assert!(matches!(parse(0, &item(0, 0, [0; 4])), Ok(Item::Inline(8192))));
-        // A stale `ram_bytes` of what is not compressed does not matter.
+        // A stale `ram_bytes` of an uncompressed extent does not matter.
         assert!(matches!(
             parse(0, &item(0, 1, [4096, 16384, 8192, 8192])),
             Ok(Item::Data(FileExtent { ram_bytes: 16384, .. }))

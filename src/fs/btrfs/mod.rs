@@ -1,4 +1,4 @@
-//! btrfs: extents that are freed as a whole, with their checksums, from its trees.
+//! btrfs: it frees extents as a whole, and keeps checksums of data. Both are read from its trees.
 
 mod background;
 mod checksums;
@@ -33,7 +33,7 @@ use crate::sys::inode_flags::{add_inode_flags, inode_flags, remove_inode_flags};
 use crate::sys::logical_ino;
 use crate::sys::tree_search::{FEW, Key, MANY, tree_search};
 
-/// Trees and item types (btrfs-progs, `Documentation/dev/On-disk-format.rst`).
+/// Tree ids and item types (btrfs-progs, `Documentation/dev/On-disk-format.rst`).
 const EXTENT_TREE: u64 = 2;
 const CHECKSUM_TREE: u64 = 7;
 const ROOT_TREE: u64 = 1;
@@ -45,24 +45,25 @@ const EXTENT_ITEM: u8 = 168;
 /// `BTRFS_EXTENT_CSUM_OBJECTID`: -10.
 const CHECKSUM_OBJECT: u64 = u64::MAX - 9;
 
-/// Images on a btrfs.
+/// The open images of a pool on a btrfs.
 #[derive(Debug)]
 pub(super) struct Btrfs {
     info: FsInfo,
-    /// `csum_type` of the superblock, if the kernel says.
+    /// `csum_type` of the superblock; `None` if the kernel does not tell.
     checksum_type: Option<u16>,
-    /// Bytes of the checksum of a block, 0 where the kernel does not say.
+    /// Bytes of a block's checksum; 0 if the kernel does not tell.
     checksum_bytes: u16,
     opened: Opened,
-    /// Whether the kernel takes compressed extents as they are; asked when the first are to be written.
+    /// Whether the kernel takes compressed extents as they are; it is tried when the first one is to be written.
     takes_frames: OnceLock<bool>,
 }
 
 impl Btrfs {
-    /// Opens images. Of checksums, the type is none where the kernel does not say, and their bytes are 0.
+    /// Opens the images of a pool, and returns which of them are left alone. Where the kernel does not tell the type of checksums, it is
+    /// `None` and their size is 0.
     ///
     /// # Errors
-    /// [`Error::NotRoot`], and those of [`Opened::open`].
+    /// Returns [`Error::NotRoot`] without root, and the errors of [`Opened::open`].
     pub(super) fn open(
         found: &[FoundImage],
         first: &NamedPath,
@@ -77,7 +78,7 @@ impl Btrfs {
         let specifics = Specifics {
             uuid: info.uuid,
             verdict: kernel::with_btrfs(kernel::release()),
-            is_here: &|file| fs_info(file).is_ok_and(|its| its == info),
+            contains: &|file| fs_info(file).is_ok_and(|found| found == info),
             root_of: |file| logical_ino::subvolume_of(file).map(Some),
             is_checksummed: |file, inode| Ok(!has_no_checksums(file, inode)?),
             set_up: set_class,
@@ -100,7 +101,7 @@ impl Btrfs {
             .map_err(Error::io("read the extent map of", scratch.path()))
     }
 
-    /// Writes a frame to a file that vanishes at once.
+    /// Tries to write a frame to a file that vanishes at once.
     fn try_frame(&self) -> Result<()> {
         let packer = crate::frame::Packer::default();
         let content = [0; 2 * BLOCK_LEN];
@@ -196,15 +197,15 @@ impl Filesystem for Btrfs {
     }
 }
 
-/// `FS_NOCOMP_FL` (uapi/linux/fs.h): the filesystem's own compression is not for this file.
+/// `FS_NOCOMP_FL` (uapi/linux/fs.h): the filesystem does not compress this file.
 const NOCOMP: IFlags = IFlags::from_bits_retain(0x400);
 
-/// Sets a new, empty file up so that its blocks may be shared with files of a class and lie on disk alike.
+/// Sets up a new, empty file so that its blocks can be shared with files of a class, and are stored alike.
 fn set_class(file: &File, class: Class) -> rustix::io::Result<()> {
     if !class.checksummed {
         return add_inode_flags(file, IFlags::NOCOW);
     }
-    // The folder may be set to NOCOW or to another compression, which a new file takes over.
+    // A new file inherits NOCOW and the compression of its folder.
     if inode_flags(file)?.contains(IFlags::NOCOW) {
         remove_inode_flags(file, IFlags::NOCOW)?;
     }
@@ -217,10 +218,10 @@ fn set_class(file: &File, class: Class) -> rustix::io::Result<()> {
     rustix::fs::fsetxattr(file, "btrfs.compression", property, XattrFlags::empty())
 }
 
-/// Whether the inode has `BTRFS_INODE_NODATASUM` (bit 0 of the inode item's flags, at byte 64 of the item).
+/// Whether the inode has `BTRFS_INODE_NODATASUM`: bit 0 of the flags of the inode item, at byte 64.
 ///
 /// # Errors
-/// Those of the tree search; `EUCLEAN` if the tree has no such item.
+/// Returns the error of the tree search, and `EUCLEAN` if the tree has no inode item.
 fn has_no_checksums(file: &File, inode: u64) -> rustix::io::Result<bool> {
     const FLAGS_AT: usize = 64;
     let key = Key {

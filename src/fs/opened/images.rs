@@ -1,4 +1,4 @@
-//! Opening images, each with a lease that tells whether anyone else uses it, now or later.
+//! Opens images, each with a lease that tells whether anyone else uses the image, at the time or later.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -27,11 +27,11 @@ use crate::sys::lease::Lease;
 use crate::sys::open_files::raise_file_limit;
 use crate::sys::priority::Hurry;
 
-/// `FS_VERITY_FL` (uapi/linux/fs.h): the file is sealed by fs-verity.
+/// `FS_VERITY_FL` (uapi/linux/fs.h): fs-verity makes the file's content immutable.
 const VERITY: IFlags = IFlags::from_bits_retain(0x0010_0000);
 
 impl Purpose {
-    /// Whom a lease keeps off meanwhile.
+    /// Returns the lease that is held on images meanwhile.
     fn lease(self) -> Option<Lease> {
         match self {
             Self::Look => None,
@@ -40,7 +40,7 @@ impl Purpose {
         }
     }
 
-    /// Whether extents are to be shared, or it is to be said what that would do.
+    /// Whether the run shares extents, or tells what sharing them would do.
     pub(in crate::fs) fn shares(self) -> bool {
         self.lease() == Some(Lease::All)
     }
@@ -49,26 +49,26 @@ impl Purpose {
 /// An open image.
 #[derive(Debug)]
 pub(in crate::fs) struct OpenImage {
-    /// What verbs know of it.
+    /// Its properties.
     pub(in crate::fs) known: ImageInfo,
-    /// The subvolume's tree; 0 where there are no subvolumes.
+    /// The tree id of its subvolume; 0 where there are no subvolumes.
     pub(in crate::fs) root: u64,
-    /// Its inode there.
+    /// Its inode number in the subvolume.
     pub(in crate::fs) inode: u64,
-    /// The machine it belongs to, by its first name.
+    /// The machine that it belongs to. Machines are numbered in the order of their first images.
     pub(in crate::fs) machine: MachineId,
-    /// The group it shares within, below 64.
+    /// The group of images that it shares with, below 32.
     pub(in crate::fs) group: u8,
-    /// Why it keeps its extents, if it does: others may share them.
+    /// Why its extents cannot be replaced, if they cannot. Other images may share them.
     pub(in crate::fs) fixed: Option<Skip>,
     pub(in crate::fs) file: Arc<File>,
-    /// The same file, to be read past the page cache, where everything is read once. None where that cannot be.
+    /// The same file, open for direct I/O where an image is read as a whole; `None` if the filesystem does not support it.
     pub(super) direct: Option<File>,
     stamp: Stamp,
     revoked: Arc<AtomicBool>,
 }
 
-/// What must stay as it is.
+/// The part of an inode's status that must not change during a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     id: FileId,
@@ -101,17 +101,17 @@ impl Stamp {
 }
 
 impl OpenImage {
-    /// Whether nobody else wanted it since it was opened.
+    /// Whether nobody else has wanted the image since it was opened.
     pub(in crate::fs) fn may_touch(&self) -> bool {
         !self.revoked.load(Ordering::Acquire)
     }
 
-    /// When it was changed last, as its inode says.
+    /// Returns the time of the inode's last change.
     pub(in crate::fs) fn changed_at(&self) -> FileTime {
         self.stamp.ctime
     }
 
-    /// Tells the state that it was opened in from others: inode, size and times.
+    /// Returns a hash of the state in which it was opened: inode number, size and times.
     pub(in crate::fs) fn state_hash(&self) -> u64 {
         let Stamp {
             id, size, mtime, ctime, ..
@@ -125,7 +125,7 @@ impl OpenImage {
         hash.digest()
     }
 
-    /// Whether size, times, links, mode and owner are what they were when it was opened.
+    /// Whether size, times, links, mode and owner are unchanged since it was opened.
     pub(in crate::fs) fn is_unchanged(&self) -> bool {
         self.file
             .metadata()
@@ -133,27 +133,28 @@ impl OpenImage {
     }
 }
 
-/// What became of the images that were found.
+/// The images that were opened, and those that were not.
 #[derive(Debug)]
 pub(super) struct OpenedImages {
-    /// Those that are open, by their numbers.
+    /// The open images, by their numbers.
     pub(super) images: Vec<OpenImage>,
-    /// Those that are left alone, and those that keep their extents.
+    /// Images that are left alone, and images whose extents cannot be replaced.
     pub(super) skipped: Vec<Skipped>,
-    /// Which files those that are left alone are.
+    /// The files of the images that are left alone.
     pub(super) left_alone: BTreeMap<FileId, PathBuf>,
-    /// Notices who opens them.
+    /// The thread that notices when someone opens one of them.
     pub(super) watch: Option<Watch>,
 }
 
-/// Opens images. Between taking leases and reading metadata, `sync` makes durable what is in flight, which the trees do not tell before.
+/// Opens images. `sync` is called between taking leases and reading metadata: it writes dirty data to disk, which the trees do not show
+/// before.
 pub(super) fn open(
     found: &[FoundImage],
     specifics: &Specifics<'_>,
     purpose: Purpose,
     sync: impl FnOnce() -> Result<()>,
 ) -> Result<OpenedImages> {
-    // Every image stays open for the whole run, for its lease, and donors as long as images may be shared with them.
+    // Every image stays open for the whole run, for its lease, and so do donors while images may be shared with them.
     raise_file_limit();
     // While a lease is being taken, whoever opens the image waits for this thread.
     let hurry = Hurry::begin();
@@ -165,44 +166,33 @@ pub(super) fn open(
         None => None,
     };
     let (mut images, mut skipped) = (Vec::new(), Vec::new());
-    // Machines that are in use, each with what tells so.
+    // Machines that are in use, each with the image that shows it.
     let mut busy: BTreeMap<&PathBuf, &PathBuf> = BTreeMap::new();
     let (mut used, mut left_alone) = (BTreeMap::new(), BTreeMap::new());
     for image in found {
-        match open_one(image, specifics, purpose, watch.as_ref())? {
-            Ok(opened) => images.push((opened, image)),
-            Err(one) => {
-                left_alone.insert(image.id, image.path.clone());
-                if one.reason == Skip::InUse {
-                    used.insert(image.id, skipped.len());
-                }
-                if purpose.shares() && matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running) {
-                    for machine in &image.machines {
-                        busy.entry(machine).or_insert(&image.path);
-                    }
-                }
-                skipped.push(one);
+        let left = match open_one(image, specifics, purpose, watch.as_ref())? {
+            Ok(opened) => {
+                images.push((opened, image));
+                continue;
+            }
+            Err(left) => left,
+        };
+        left_alone.insert(image.id, image.path.clone());
+        if left.reason == Skip::InUse {
+            used.insert(image.id, skipped.len());
+        }
+        if purpose.shares() && matches!(left.reason, Skip::InUse | Skip::Dirty | Skip::Running) {
+            for machine in &image.machines {
+                busy.entry(machine).or_insert(&image.path);
             }
         }
+        skipped.push(left);
     }
     drop(hurry);
     sync()?;
     let images = with_flags(images, specifics, &mut left_alone, &mut skipped)?;
     name_users(&used, &mut skipped);
-    let by_machine = |found: &FoundImage| {
-        let mut machines = found.machines.iter();
-        let busy = machines.find_map(|machine| busy.get_key_value(machine))?;
-        Some(who_keeps(busy.0, busy.1))
-    };
-    let (idle, images): (Vec<_>, Vec<_>) = images.into_iter().partition(|(_, found)| by_machine(found).is_some());
-    for (image, found) in idle {
-        left_alone.insert(found.id, image.known.path.clone());
-        let detail = by_machine(found);
-        skipped.push(Skipped {
-            detail,
-            ..Skipped::new(&image.known.path, Skip::MachineInUse)
-        });
-    }
+    let images = with_idle_machines(images, &busy, &mut left_alone, &mut skipped);
     let fixed = images
         .iter()
         .filter_map(|(image, _)| Some(Skipped::new(&image.known.path, image.fixed?)));
@@ -216,7 +206,30 @@ pub(super) fn open(
     })
 }
 
-/// Says of images that are in use who uses them. `used` has their places in the list.
+/// Returns the images whose machines are not in use. `busy` has the machines in use, each with the image that shows it.
+fn with_idle_machines<'a>(
+    images: Vec<(OpenImage, &'a FoundImage)>,
+    busy: &BTreeMap<&PathBuf, &PathBuf>,
+    left_alone: &mut BTreeMap<FileId, PathBuf>,
+    skipped: &mut Vec<Skipped>,
+) -> Vec<(OpenImage, &'a FoundImage)> {
+    let mut idle = Vec::with_capacity(images.len());
+    for (image, found) in images {
+        let mut machines = found.machines.iter();
+        let Some((machine, used)) = machines.find_map(|machine| busy.get_key_value(machine)) else {
+            idle.push((image, found));
+            continue;
+        };
+        left_alone.insert(found.id, image.known.path.clone());
+        skipped.push(Skipped {
+            detail: Some(who_keeps(machine, used)),
+            ..Skipped::new(&image.known.path, Skip::MachineInUse)
+        });
+    }
+    idle
+}
+
+/// Adds to images that are in use who uses them. `used` has their places in the list.
 fn name_users(used: &BTreeMap<FileId, usize>, skipped: &mut [Skipped]) {
     for (file, users) in users::users_of(&used.keys().copied().collect()) {
         let detail = &mut skipped[used[&file]].detail;
@@ -225,7 +238,7 @@ fn name_users(used: &BTreeMap<FileId, usize>, skipped: &mut [Skipped]) {
     }
 }
 
-/// Numbers machines by the first images of theirs.
+/// Numbers machines in the order of their first images.
 fn number_machines(images: Vec<(OpenImage, &FoundImage)>) -> Vec<OpenImage> {
     let mut machines = BTreeMap::new();
     let numbered = images.into_iter().map(|(mut image, found)| {
@@ -236,16 +249,16 @@ fn number_machines(images: Vec<(OpenImage, &FoundImage)>) -> Vec<OpenImage> {
     numbered.collect()
 }
 
-/// Which machine keeps an image from being worked on, and by which of its images.
+/// Formats which machine keeps an image from being worked on, and which of its images is in use.
 fn who_keeps(machine: &Path, used: &Path) -> String {
     let name = machine.file_name().map_or(machine, Path::new);
     format!("{}: {}", shown(name), shown(used))
 }
 
-/// An image that is left alone since a system call failed.
+/// Reports that an image is left alone because a system call failed.
 ///
 /// # Errors
-/// If that says nothing of the image.
+/// Returns [`Error::Io`] if the reason does not lie in the image.
 fn unreadable(path: &Path, operation: &'static str, errno: Errno) -> Result<Skipped> {
     if is_shortage(errno) {
         return Err(Error::io(operation, path)(errno));
@@ -256,7 +269,7 @@ fn unreadable(path: &Path, operation: &'static str, errno: Errno) -> Result<Skip
     })
 }
 
-/// The images of which the trees tell what their inodes are.
+/// Fills in whether the data of each image has checksums. Images of which that cannot be read are left alone.
 fn with_flags<'a>(
     images: Vec<(OpenImage, &'a FoundImage)>,
     specifics: &Specifics<'_>,
@@ -279,12 +292,12 @@ fn with_flags<'a>(
     Ok(known)
 }
 
-/// Whether an error of a system call says that this process has no more of something, rather than anything of one image.
+/// Whether an error says that this process has run out of a resource, so that it would meet every image.
 fn is_shortage(errno: Errno) -> bool {
     matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOMEM)
 }
 
-/// Opens one image. Whatever is wrong with it, the others can be worked on.
+/// Opens one image, or returns why it is left alone. Whatever is wrong with it, the others can be worked on.
 fn open_one(
     found: &FoundImage,
     specifics: &Specifics<'_>,
@@ -293,28 +306,28 @@ fn open_one(
 ) -> Result<std::result::Result<OpenImage, Skipped>> {
     let path = &found.path;
     let leave = |reason| Ok(Err(Skipped::new(path, reason)));
-    let leave_for = |reason, detail: Option<String>| leave(reason).map(|left| left.map_err(|one| one.because(detail)));
+    let leave_for = |reason, detail: Option<String>| Ok(Err(Skipped::new(path, reason).because(detail)));
     if let Some((reason, file)) = found.sign.as_ref().filter(|_| purpose.shares()) {
         return leave_for(*reason, Some(shown(file).to_string()));
     }
     let failed = |operation: &'static str, errno: Errno| unreadable(path, operation, errno).map(Err);
     let file = match open_without_trace(found) {
         Ok(file) => Arc::new(file),
-        // Someone else holds a lease and must give it up first: a second run, or a file server.
+        // Someone else, another run or a file server, has a lease and must give it up first.
         Err(Errno::AGAIN) => return leave(Skip::InUse),
         Err(Errno::NOENT | Errno::STALE | Errno::LOOP | Errno::NOTDIR) => return leave(Skip::Changed),
         Err(errno) => return failed("open", errno),
     };
-    // Only what is asked for is read: blocks to be proved lie anywhere, and all else is read ahead by asking.
+    // The kernel must not read ahead: blocks are read at scattered places, and everything else is read ahead explicitly.
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-    if !(specifics.is_here)(file.as_fd()) {
+    if !(specifics.contains)(file.as_fd()) {
         return leave(Skip::OtherFilesystem);
     }
     let fixed = match why_fixed(&file) {
         Ok(fixed) => fixed,
         Err(errno) => return failed("look at", errno),
     };
-    // Before the lease: while that keeps off readers, it would keep off ourselves.
+    // This comes before the lease, which would keep this process waiting as well.
     let direct = open_directly(&file, purpose);
     let revoked = match watch.map(|(watch, lease)| watch.add(&file, *lease)) {
         None => Arc::default(),
@@ -332,7 +345,7 @@ fn open_one(
     let root = match (specifics.root_of)(&file) {
         Ok(Some(root)) => root,
         Ok(None) => return leave(Skip::OtherFilesystem),
-        // Without the capability that takes, no image can be looked at.
+        // Without `CAP_SYS_ADMIN`, no image can be mapped.
         Err(Errno::PERM) => return Err(Error::io("read the extent map of", path)(Errno::PERM)),
         Err(errno) => return failed("look at", errno),
     };
@@ -355,27 +368,27 @@ fn open_one(
     }))
 }
 
-/// Opens an image to be read, so that its time of access stays where that is allowed.
+/// Opens an image for reading, without changing its access time where that is permitted.
 fn open_without_trace(found: &FoundImage) -> rustix::io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK;
     match found.open(flags | OFlags::NOATIME) {
-        // Only its owner may read a file without a trace.
+        // Only the owner of a file may use `O_NOATIME`.
         Err(Errno::PERM) => found.open(flags),
         opened => opened,
     }
 }
 
-/// Opens an image that is read as a whole once more, past the page cache, if the filesystem can do that.
+/// Opens an image that is read as a whole once more, for direct I/O, if the filesystem supports it.
 fn open_directly(file: &File, purpose: Purpose) -> Option<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::NOATIME;
     (purpose == Purpose::Read).then(|| reopen(file, flags).ok()).flatten()
 }
 
-/// Why the extents of a file cannot change, if they cannot.
+/// Returns why the extents of a file cannot be replaced, if they cannot.
 fn why_fixed(file: &File) -> rustix::io::Result<Option<Skip>> {
     let flags = match inode_flags(file) {
         Ok(flags) => flags,
-        // Where there are no such flags, none is set.
+        // The filesystem has no inode flags, so that none is set.
         Err(Errno::NOTTY | Errno::OPNOTSUPP) => IFlags::empty(),
         Err(errno) => return Err(errno),
     };
@@ -385,9 +398,8 @@ fn why_fixed(file: &File) -> rustix::io::Result<Option<Skip>> {
     Ok(flags.contains(VERITY).then_some(Skip::Verity))
 }
 
-/// Whether someone said on purpose that a file is not to be compressed: by the property. The inode's mark (`chattr +m`) does not tell
-/// that, since the filesystem sets it as well, on files of which one range did not shrink (kernel: `BTRFS_INODE_NOCOMPRESS` in
-/// `compress_file_range`).
+/// Whether the property `btrfs.compression` says that a file is not to be compressed. The inode flag (`chattr +m`) is not enough: the
+/// filesystem sets it too, on files of which one range did not shrink (kernel: `BTRFS_INODE_NOCOMPRESS` in `compress_file_range`).
 fn is_marked_uncompressed(file: &File) -> bool {
     let mut value = [0; 16];
     let length = rustix::fs::fgetxattr(file, "btrfs.compression", &mut value[..]).unwrap_or(0);

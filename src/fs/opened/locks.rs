@@ -1,4 +1,4 @@
-//! Keeps runs of vmfold off each other: opening an image breaks the lease that another run has on it.
+//! Locks a filesystem against other runs of vmfold: opening an image would break the lease that another run has on it.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -10,10 +10,11 @@ use crate::error::{Error, Result};
 use crate::fs::Purpose;
 use crate::own_folder::own_folder;
 
-/// Locks a filesystem, for as long as the file is open. `path` is something on it, for messages.
+/// Locks a filesystem for as long as the returned file is open. `path` is a path on it, for messages.
 ///
 /// # Errors
-/// [`Error::Busy`]; [`Error::NotOurs`] where others could tamper with the lock.
+/// Returns [`Error::Busy`] if another vmfold works on the filesystem, [`Error::NotOurs`] if others could tamper with the lock, and
+/// [`Error::Io`] if a system call fails.
 pub(super) fn lock_filesystem(uuid: [u8; 16], purpose: Purpose, path: &Path) -> Result<File> {
     let locks = folder_for_locks();
     let folder = own_folder(&locks)?;
@@ -34,8 +35,8 @@ pub(super) fn lock_filesystem(uuid: [u8; 16], purpose: Purpose, path: &Path) -> 
     }
 }
 
-/// A folder that is gone at the next boot, like whoever held a lock there. Runs of different users do not see each other there, but
-/// by their leases.
+/// Returns the folder of the locks, which is emptied at the next boot. Each user has one: runs of different users notice each other only by
+/// their leases.
 fn folder_for_locks() -> PathBuf {
     let user = geteuid();
     let own = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !user.is_root() && !folder.is_empty());

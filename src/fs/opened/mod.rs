@@ -1,4 +1,4 @@
-//! What filesystems have in common whose images are files that are open here: leases, reading, and the scratch folder with donors.
+//! What filesystems have in common whose images are open files: leases, reading, sharing, and the scratch folder with donors.
 
 mod images;
 mod locks;
@@ -27,31 +27,30 @@ use crate::numbers::ImageId;
 use crate::pool::users::FileId;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::sys::beneath::Folder;
-use crate::sys::clone::clone_range;
 use crate::sys::dedupe::{Deduped, dedupe_range};
 use crate::sys::readahead::readahead;
 
-/// What opening images has to know of the filesystem they lie on.
+/// What opening images must know of their filesystem.
 pub(super) struct Specifics<'a> {
-    /// What tells it from others.
+    /// Its UUID.
     pub(super) uuid: [u8; 16],
-    /// What is known of the running kernel's way with it.
+    /// The verdict on the running kernel's release.
     pub(super) verdict: Verdict,
     /// Whether a file lies on it.
-    pub(super) is_here: &'a dyn Fn(BorrowedFd<'_>) -> bool,
-    /// The tree that a file's inode lies in, 0 where there is but one; none if its data lies where it cannot be shared.
+    pub(super) contains: &'a dyn Fn(BorrowedFd<'_>) -> bool,
+    /// Returns the tree that a file's inode lies in, 0 where there is only one; `None` if its data lies where it cannot be shared.
     pub(super) root_of: fn(&File) -> rustix::io::Result<Option<u64>>,
     /// Whether an inode's data has checksums.
     pub(super) is_checksummed: fn(&File, u64) -> rustix::io::Result<bool>,
-    /// Sets a donor up.
+    /// Sets up a new donor.
     pub(super) set_up: SetUp,
 }
 
-/// Images that are open, and what is done with them alike on all filesystems.
+/// The open images of a pool, and the operations on them that are the same on all filesystems.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) images: Vec<OpenImage>,
-    /// Files that were found and are left alone.
+    /// Files that were found, and are left alone.
     pub(super) left_alone: BTreeMap<FileId, PathBuf>,
     pub(super) scratch: Scratch,
     _watch: Option<watch::Watch>,
@@ -59,11 +58,13 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Opens the images of a pool, and says which it leaves alone. Data in flight is on disk afterwards. Once the filesystem is locked,
-    /// `settle` is called with whether it can be written, where extents are to be shared.
+    /// Opens the images of a pool, and returns which of them are left alone. Dirty data of the filesystem is on disk afterwards. If extents
+    /// are to be shared, `settle` is called once the filesystem is locked, with whether it is writable.
     ///
     /// # Errors
-    /// [`Error::Kernel`], [`Error::ReadOnly`], [`Error::Busy`], and those of system calls that say nothing of one image.
+    /// Returns [`Error::Kernel`] or [`Error::ReadOnly`] if extents cannot be shared, [`Error::Busy`] if another vmfold works on the
+    /// filesystem, [`Error::NotOurs`] if others could tamper with the lock, and [`Error::Io`] if a system call fails for a reason that does
+    /// not lie in one image.
     pub(super) fn open(
         found: &[FoundImage],
         first: &NamedPath,
@@ -85,7 +86,7 @@ impl Opened {
                 });
             }
         }
-        // Before any image is opened, which would break the leases of another run.
+        // The lock is taken before any image is opened, since opening one would break the leases of another run.
         let run_lock = locks::lock_filesystem(specifics.uuid, purpose, &first.root)?;
         if purpose.shares() {
             settle(is_writable);
@@ -109,12 +110,12 @@ impl Opened {
         Ok((opened_images, opened.skipped))
     }
 
-    /// An image, by its number.
+    /// Returns an image by its number.
     pub(super) fn image(&self, image: ImageId) -> &OpenImage {
         &self.images[image.index()]
     }
 
-    /// What verbs know of an image.
+    /// Returns the properties of an image.
     pub(super) fn known(&self, image: ImageId) -> &ImageInfo {
         &self.image(image).known
     }
@@ -134,20 +135,20 @@ impl Opened {
         {
             return Ok(());
         }
-        // Everything else, and what direct reading cannot do or finds damaged, goes through the page cache.
+        // Everything else goes through the page cache, and so does what direct I/O cannot read or finds damaged.
         self.with_file(file, |file, path| {
-            // The last block of an image may be a partial one; what is missing is zeros on disk.
-            let mut at = 0;
-            while at < buffer.len() {
-                let here = offset + at as u64;
-                match file.read_at(&mut buffer[at..], here) {
+            // The last block of an image may be partial; the rest of it reads as zeros.
+            let mut done = 0;
+            while done < buffer.len() {
+                let position = offset + done as u64;
+                match file.read_at(&mut buffer[done..], position) {
                     Ok(0) => break,
-                    Ok(read) => at += read,
+                    Ok(read) => done += read,
                     Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(Error::unreadable(path, here, offset + length - here)(error)),
+                    Err(error) => return Err(Error::unreadable(path, position, offset + length - position)(error)),
                 }
             }
-            buffer[at..].fill(0);
+            buffer[done..].fill(0);
             Ok(())
         })
     }
@@ -184,24 +185,13 @@ impl Opened {
             dedupe_range(file, source_offset, destination, offset, length).map_err(Error::io("share blocks of", path))
         });
         match called {
-            // A success without progress is none: the range would be asked for for ever.
+            // Without progress, a success would make the caller ask for the range for ever.
             Ok(Deduped::Same(0)) => ShareOutcome::Refused(Errno::IO),
             Ok(Deduped::Same(_)) => ShareOutcome::Shared,
             Ok(Deduped::Differs) => ShareOutcome::Differs,
             Ok(Deduped::Refused(errno)) => ShareOutcome::Refused(errno),
             Err(error) => ShareOutcome::Refused(errno_of(&error)),
         }
-    }
-
-    pub(super) fn clone_range(
-        &self,
-        image: ImageId,
-        offset: u64,
-        file: &File,
-        file_offset: u64,
-        length: u64,
-    ) -> rustix::io::Result<()> {
-        clone_range(&*self.image(image).file, offset, file, file_offset, length)
     }
 
     fn with_file<T>(&self, file: SourceFile, work: impl FnOnce(&File, &Path) -> Result<T>) -> Result<T> {
@@ -216,7 +206,7 @@ impl Opened {
     }
 }
 
-/// The first folder of an image where a donor can be made, with its path: those in read-only snapshots are none.
+/// Returns the first folder of an image where a donor can be made, with its path. In a read-only snapshot none can.
 fn folder_for_donors(
     found: &[FoundImage],
     images: &[OpenImage],
@@ -232,13 +222,13 @@ fn folder_for_donors(
     });
     folders.find_map(|(found, path)| {
         let folder = found.open_folder().ok()?;
-        // What moved since may lie anywhere.
-        let is_here = (specifics.is_here)(folder.as_fd());
-        (is_here && scratch::unnamed_file_in(&folder).is_ok()).then(|| (folder, path.to_owned()))
+        // A folder that was moved since may lie on another filesystem.
+        let is_on_filesystem = (specifics.contains)(folder.as_fd());
+        (is_on_filesystem && scratch::unnamed_file_in(&folder).is_ok()).then(|| (folder, path.to_owned()))
     })
 }
 
-/// What the user is told of a file that holds extents.
+/// Formats the name of a file that holds extents, for messages.
 pub(super) fn name_of_holder(path: &Path, is_left_alone: bool) -> String {
     let note = if is_left_alone { " (left alone)" } else { "" };
     format!("{}{note}", path.to_string_lossy())
@@ -255,7 +245,7 @@ fn errno_of(error: &Error) -> Errno {
     }
 }
 
-/// The methods of [`super::Filesystem`] that look at and read images, for a filesystem with a field `opened`.
+/// The methods of [`super::Filesystem`] that inspect and read images, for a filesystem with a field `opened`.
 macro_rules! reads_opened {
     () => {
         fn image_count(&self) -> u32 {
@@ -350,7 +340,8 @@ macro_rules! shares_opened {
             file_offset: u64,
             length: u64,
         ) -> rustix::io::Result<()> {
-            self.opened.clone_range(image, offset, file, file_offset, length)
+            let source = &*self.opened.image(image).file;
+            crate::sys::clone::clone_range(source, offset, file, file_offset, length)
         }
     };
 }

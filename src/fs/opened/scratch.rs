@@ -1,4 +1,4 @@
-//! A folder on the filesystem where donors are made; they have no name there.
+//! The folder on the filesystem where donors are made. Donors have no names.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,17 +16,17 @@ use crate::sys::beneath::Folder;
 use crate::sys::encoded_write::write_frame;
 use crate::sys::readahead::write_out;
 
-/// Sets a new, empty file up so that its blocks may be shared with files of a class and lie on disk alike.
+/// Sets up a new, empty file so that its blocks can be shared with files of a class, and are stored alike.
 pub(in crate::fs) type SetUp = fn(&File, Class) -> rustix::io::Result<()>;
 
-/// The folder, and the files in it.
+/// The scratch folder, and the files in it.
 #[derive(Debug)]
 pub(in crate::fs) struct Scratch {
     folder: Folder,
-    /// Its path, for messages.
+    /// The folder's path, for messages.
     path: PathBuf,
     set_up: SetUp,
-    /// Bytes of the longest image, in whole blocks.
+    /// Size of the longest image in bytes, rounded up to whole blocks.
     longest: u64,
     donors: Mutex<Vec<ScratchDonor>>,
     holes: Mutex<[Option<Arc<File>>; 2]>,
@@ -51,22 +51,22 @@ impl Scratch {
         }
     }
 
-    /// The open folder.
+    /// Returns the open folder.
     pub(in crate::fs) fn folder(&self) -> &Folder {
         &self.folder
     }
 
-    /// Its path, for messages.
+    /// Returns the folder's path, for messages.
     pub(in crate::fs) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A file that vanishes when it is closed.
+    /// Makes a file without a name, which vanishes when it is closed.
     pub(in crate::fs) fn unnamed_file(&self) -> Result<File> {
         unnamed_file_in(&self.folder).map_err(|errno| self.donor_error(errno.into()))
     }
 
-    /// Writes the filesystem out.
+    /// Writes all dirty data and metadata of the filesystem to disk.
     pub(in crate::fs) fn sync(&self) -> Result<()> {
         rustix::fs::syncfs(&self.folder).map_err(Error::io("sync the filesystem of", &self.path))
     }
@@ -76,7 +76,7 @@ impl Scratch {
         Ok(free.f_bavail.saturating_mul(free.f_frsize))
     }
 
-    /// A file without data, as long as the longest image.
+    /// Returns a file without data that is as long as the longest image.
     pub(super) fn hole(&self, checksummed: bool) -> Result<Arc<File>> {
         let mut holes = lock(&self.holes);
         let slot = &mut holes[usize::from(checksummed)];
@@ -99,7 +99,7 @@ impl Scratch {
         Ok(file)
     }
 
-    /// A donor's file.
+    /// Returns a donor's file.
     pub(super) fn donor(&self, donor: DonorId) -> Arc<File> {
         lock(&self.donors)[donor.index()].file.clone()
     }
@@ -134,8 +134,8 @@ impl Scratch {
         if let Some(frame) = frame.filter(|_| by_frames) {
             return write_frame(&*file, at, frame, length).map_err(|errno| self.donor_error(errno.into()));
         }
-        // Another thread may commit at any time, which writes out what there is by then, as an extent of its own. What is
-        // preallocated is one extent already, and never compressed.
+        // A commit, which another thread may make at any time, writes out what is dirty as an extent of its own. A preallocated range is
+        // one extent from the start, and is never compressed.
         if by_frames || compression == Compression::None {
             match rustix::fs::fallocate(&*file, FallocateFlags::empty(), at, length) {
                 Ok(()) | Err(Errno::OPNOTSUPP) => {}
@@ -149,7 +149,7 @@ impl Scratch {
     }
 
     pub(in crate::fs) fn discard_donor(&self, donor: DonorId) {
-        // Where this fails the space is free again at the end of the run.
+        // If this fails, the space is free at the end of the run.
         let _ = lock(&self.donors)[donor.index()].file.set_len(0);
     }
 

@@ -1,8 +1,9 @@
-//! Notices when someone else opens an image, and lets them go on at once.
+//! Notices when someone else opens an image, and lets the opener continue at once.
 //!
-//! A lease on a file that nobody else has open tells that it is idle, but whoever opens it then has to wait until it is given back,
-//! and is refused if he does not want to wait (`O_NONBLOCK`, as libvirt looks at images). So the lease becomes one that only keeps
-//! off writers, and `inotify` tells of all others: reading what is being shared is harmless, since its bytes stay the same.
+//! A lease on a file that nobody else has open proves that the file is idle, but whoever opens it then waits until the lease is given back,
+//! or fails if it does not want to wait (`O_NONBLOCK`, as libvirt inspects images). Therefore the lease is turned into one that concerns
+//! writers only, and `inotify` reports all other openers: reading blocks that are being shared is harmless, since their bytes stay the
+//! same.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,18 +22,18 @@ use super::lock;
 use crate::sys::lease::{self, Lease};
 use crate::sys::priority::Urgency;
 
-/// How long the thread sleeps at most. The kernel wakes it before when there is something to do; this is for signals that got lost.
+/// The longest sleep of the thread. The kernel wakes it earlier when there is something to do; this limit is for signals that got lost.
 const SLEEP: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 250_000_000,
 };
 
-/// Watches images from a thread of its own, until it is dropped.
+/// Watches images from a thread of its own until it is dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
     shared: Arc<WatchState>,
     thread: Option<JoinHandle<()>>,
-    /// The thread's number.
+    /// The thread id.
     number: Pid,
     signal: Option<signal_hook::SigId>,
 }
@@ -41,7 +42,7 @@ pub(super) struct Watch {
 struct WatchState {
     images: Mutex<Vec<Watched>>,
     opens: Option<OwnedFd>,
-    /// What wakes the thread: whatever is written to the first is read from the second.
+    /// The pair that wakes the thread: it reads from the second what is written to the first.
     wake: (UnixStream, UnixStream),
     ends: AtomicBool,
 }
@@ -50,7 +51,7 @@ struct WatchState {
 struct Watched {
     file: Arc<File>,
     lease: Lease,
-    /// Its number in `opens`.
+    /// Its watch descriptor in `opens`; `None` if it is not watched.
     number: Option<i32>,
     revoked: Arc<AtomicBool>,
 }
@@ -59,7 +60,7 @@ impl Watch {
     /// Starts the thread.
     ///
     /// # Errors
-    /// Those of making what wakes it.
+    /// Returns the error of making the socket pair or installing the signal handler.
     pub(super) fn start() -> std::io::Result<Self> {
         lease::prepare();
         let wake = UnixStream::pair()?;
@@ -67,7 +68,7 @@ impl Watch {
         let signal = signal_hook::low_level::pipe::register(SIGIO, wake.0.try_clone()?)?;
         let shared = Arc::new(WatchState {
             images: Mutex::default(),
-            // Without it the leases keep off readers, too.
+            // Without inotify, the leases keep readers waiting too.
             opens: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok(),
             wake,
             ends: AtomicBool::new(false),
@@ -88,14 +89,15 @@ impl Watch {
         })
     }
 
-    /// Takes a lease on an image and watches it. What is returned is set once someone else wants the image.
+    /// Takes a lease on an image and watches it. The returned flag is set once someone else wants the image.
     ///
     /// # Errors
-    /// `EAGAIN` if someone has it open already.
+    /// Returns `EAGAIN` if someone has the image open already.
     pub(super) fn add(&self, file: &Arc<File>, lease: Lease) -> Result<Arc<AtomicBool>, Errno> {
-        // Who opens it from here on is noticed, be it while the lease changes.
+        // While this is locked, the thread cannot miss an opener in between two leases.
         let mut images = lock(&self.shared.images);
-        // Any thread could be told, and one that gives way would have the opener wait until it gets the processor.
+        // Otherwise the kernel may signal any thread, and one in the idle classes would keep the opener waiting until it gets the
+        // processor.
         let _ = lease::tell(&**file, self.number);
         lease::take(&**file, lease)?;
         let mut watched = Watched {
@@ -137,7 +139,7 @@ impl WatchState {
         while !self.ends.load(Ordering::Acquire) {
             let mut sources = vec![PollFd::new(&self.wake.1, PollFlags::IN)];
             sources.extend(self.opens.as_ref().map(|opens| PollFd::new(opens, PollFlags::IN)));
-            // An interruption is a reason to look, like any other.
+            // An interrupted poll is a reason to check, like any other.
             let _ = poll(&mut sources, Some(&SLEEP));
             let mut buffer = [0; 64];
             while std::io::Read::read(&mut &self.wake.1, &mut buffer).is_ok_and(|read| read > 0) {}
@@ -151,7 +153,8 @@ impl WatchState {
         }
     }
 
-    /// The numbers of the images that were opened; `None` stands for any, where there were more than the kernel remembers.
+    /// Returns the watch descriptors of the images that were opened. `None` stands for all of them, after an overflow of the kernel's
+    /// queue.
     fn opened(&self) -> Vec<Option<i32>> {
         let Some(opens) = &self.opens else {
             return Vec::new();
@@ -170,14 +173,14 @@ impl WatchState {
     }
 }
 
-/// Gives back what someone wants, and says whether there was any.
+/// Gives up the images that someone wants, and returns whether there were any.
 fn revoke(images: &mut Vec<Watched>, opened: &[Option<i32>]) -> bool {
     let before = images.len();
     images.retain(|image| {
         let is_opened = opened.iter().any(|number| number.is_none() || *number == image.number);
         let is_mine = lease::is_held(&*image.file, image.lease) && !is_opened;
         if !is_mine {
-            // First no call begins any more, then the opener goes on.
+            // The flag comes first, so that no call begins once the opener continues.
             image.revoked.store(true, Ordering::Release);
             let _ = lease::release(&*image.file);
         }
@@ -218,7 +221,7 @@ mod tests {
         let ((named, file), (_other_named, other)) = (image(), image());
         let revoked = watch.add(&file, Lease::All).unwrap();
         let untouched = watch.add(&other, Lease::All).unwrap();
-        // As libvirt looks at images: it would rather fail than wait.
+        // libvirt inspects images with these flags: it would rather fail than wait.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let looked = rustix::fs::open(named.path(), flags, Mode::empty());
         assert!(looked.is_ok(), "{looked:?}");
@@ -232,7 +235,7 @@ mod tests {
         for lease in [Lease::All, Lease::Writers] {
             let (named, file) = image();
             let revoked = watch.add(&file, lease).unwrap();
-            // The kernel would take the lease away after 45 seconds, and let him through without our doing.
+            // After 45 seconds, the kernel would break the lease and let the opener continue by itself.
             let since = Instant::now();
             let opened = File::options().write(true).open(named.path());
             assert!(opened.is_ok(), "{opened:?}");

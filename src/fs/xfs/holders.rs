@@ -1,4 +1,4 @@
-//! Who else holds blocks of the images, for messages.
+//! Finds the other holders of images' blocks, for messages.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,7 +9,8 @@ use crate::facts::Facts;
 use crate::fs::opened::name_of_holder;
 
 impl Xfs {
-    /// Holders of extents, by inodes: XFS has no call that tells names. Images that are left alone are known by theirs.
+    /// Returns the bytes that each other file holds of the images' extents. XFS has no call that returns names, so that files are named by
+    /// inode, and images that are left alone by path.
     pub(super) fn find_names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
         if !self.reverse_map {
             return Ok(BTreeMap::new());

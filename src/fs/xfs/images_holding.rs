@@ -1,4 +1,4 @@
-//! Which images of an XFS map blocks, by name.
+//! Finds the images of an XFS that map given blocks, by their names.
 
 use std::path::{Path, PathBuf};
 
@@ -11,21 +11,21 @@ use crate::pool;
 use crate::sys::beneath::Folder;
 use crate::sys::fiemap::fiemap;
 
-/// Images on the XFS that map the addresses where extents begin. XFS cannot be asked who holds an extent: its images
-/// are looked for, by their names, and their maps are read.
+/// Returns the images on the XFS that map the addresses where extents begin. XFS cannot be asked who holds an extent, so that images are
+/// looked for by name and their maps are read. It is `None` if the user stops the search.
 pub(in crate::fs) fn images_holding(
-    to: &Path,
+    path: &Path,
     mut addresses: Vec<u64>,
     monitor: &dyn Monitor,
 ) -> Option<Vec<HoldingImage>> {
-    /// Files and folders looked at: a filesystem that has more is one of much else.
+    /// Files and folders to look at, at most: a filesystem with more holds much else than images.
     const ENTRIES_MAX: usize = 1 << 20;
     if addresses.is_empty() {
         return Some(Vec::new());
     }
     addresses.sort_unstable();
     addresses.dedup();
-    let top = top_of_mount(to)?;
+    let top = top_of_mount(path)?;
     let folder = Folder::open(&top).ok()?;
     let mut found = Vec::new();
     let entries = WalkDir::new(&top).same_file_system(true).into_iter();
@@ -63,13 +63,13 @@ pub(in crate::fs) fn images_holding(
     Some(found)
 }
 
-/// The highest folder above a path, or what exists of it, on the same filesystem.
+/// Returns the topmost folder above a path that is on the same filesystem.
 fn top_of_mount(path: &Path) -> Option<PathBuf> {
     use std::os::unix::fs::MetadataExt;
     let existing = existing(path).canonicalize().ok()?;
     let device = existing.metadata().ok()?.dev();
-    let here = existing
+    let on_device = existing
         .ancestors()
         .take_while(|folder| folder.metadata().is_ok_and(|metadata| metadata.dev() == device));
-    here.last().map(Path::to_owned)
+    on_device.last().map(Path::to_owned)
 }

@@ -1,8 +1,8 @@
-//! Where images lie, from their maps (`FIEMAP`); who else shares blocks with them, from the reverse map where there is one.
+//! Reads where images lie from their maps (`FIEMAP`), and who else shares their blocks from the reverse map, if there is one.
 //!
-//! XFS counts references block by block, so that what is called an extent here is only a range of blocks that are alike: in
-//! their groups, and in whether they may go. Where it begins and ends must not depend on how many refer to its blocks: a plan
-//! must be able to tell what extents it leaves behind.
+//! XFS counts references block by block. An extent of the facts is therefore a range of adjacent blocks that are alike: in their groups,
+//! and in whether they may be freed. Its ends must not depend on the number of references to its blocks: a plan must be able to tell which
+//! extents it leaves behind.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -17,25 +17,25 @@ use crate::spill::{Budget, SpillVec};
 use crate::sys::fiemap::fiemap;
 use crate::sys::fsmap::{SharedBlocks, shared_blocks};
 
-/// Extents end where an address is a multiple of this, 16 MiB, so that one change somewhere does not change them all.
+/// Extents are cut at addresses that are multiples of this, 16 MiB, so that one change does not change all extents.
 const EXTENT_BLOCKS_MAX: u64 = 4096;
 
-/// A range of an image and where it lies, in blocks.
+/// A range of an image and its place on disk, in blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct MappedRange {
     block: u64,
     file_block: u32,
     blocks: u32,
     preallocated: bool,
-    /// Whether the filesystem says that something else refers to the same blocks.
+    /// Whether the filesystem reports other references to the blocks.
     shared: bool,
     pinned: Option<PinReason>,
-    /// Whether it lies before the end of the image.
+    /// Whether it lies before the end of the image, where calls can reach it.
     reachable: bool,
 }
 
 impl MappedRange {
-    /// Cuts off what lies beyond the first blocks.
+    /// Splits the range after its first `blocks` blocks, and returns the rest.
     fn split_off(&mut self, blocks: u32) -> Self {
         let rest = Self {
             file_block: self.file_block.saturating_add(blocks),
@@ -48,7 +48,7 @@ impl MappedRange {
     }
 }
 
-/// The ranges of one image.
+/// Returns the mapped ranges of one image.
 fn ranges_of(image: &OpenImage) -> Result<Vec<MappedRange>> {
     let io = |errno| Error::io("read the extent map of", &image.known.path)(errno);
     let mut found = Vec::new();
@@ -66,7 +66,7 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<MappedRange>> {
                 problem: format!("a range that is not in whole blocks at byte {}", mapping.offset),
             });
         }
-        // What lies beyond the end of a file may lie anywhere, and nothing is to be found there.
+        // The offset of a range beyond the end of a file may exceed the limits; where exactly it lies does not matter.
         let file_block = blocks(mapping.offset.min(image.known.size.next_multiple_of(BLOCK_BYTES)))?;
         let mut range = MappedRange {
             file_block,
@@ -78,14 +78,14 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<MappedRange>> {
             reachable: true,
         };
         let end = range.file_block.saturating_add(range.blocks);
-        // What is allocated beyond the end of a file cannot be reached by any call.
+        // No call can reach what is allocated beyond the end of a file.
         if end > image_blocks {
             let mut beyond = range.split_off(image_blocks - range.file_block);
             beyond.reachable = false;
             beyond.pinned = beyond.pinned.or(Some(PinReason::Preallocated));
             ranges.push(beyond);
         }
-        // The kernel takes the last, partial block of a file only with that of another.
+        // `FIDEDUPERANGE` shares the last, partial block of a file only with the last block of another.
         if image_blocks > whole_blocks && end >= image_blocks && range.blocks > 0 {
             let mut tail = range.split_off(range.blocks - 1);
             tail.pinned = tail.pinned.or(Some(PinReason::UnalignedTail));
@@ -97,7 +97,7 @@ fn ranges_of(image: &OpenImage) -> Result<Vec<MappedRange>> {
     Ok(ranges)
 }
 
-/// What the blocks at some place have in common.
+/// The common properties of the blocks at an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct BlockState {
     groups: u32,
@@ -105,13 +105,13 @@ struct BlockState {
     preallocated: bool,
 }
 
-/// What counts of the images that map the same range.
+/// Properties of the images that map the same range.
 #[derive(Debug, Clone, Copy)]
 struct Members {
     count: u32,
-    /// The age of the eldest: how long it is unchanged.
+    /// The least of their age ranks: that of the image that is unchanged for longest.
     age: usize,
-    /// As bits.
+    /// Their groups, as bits.
     groups: u32,
 }
 
@@ -128,17 +128,17 @@ impl Members {
     }
 }
 
-/// What refers to the blocks that are being looked at.
+/// The references to the blocks at the current address of the sweep.
 #[derive(Debug, Default)]
 struct Active {
-    /// By the age of the eldest image.
+    /// References by the least age rank of their images.
     ages: BTreeMap<usize, u32>,
     groups: BTreeMap<u32, u32>,
     pinned: BTreeMap<PinReason, u32>,
     references: u32,
     preallocated: u32,
     shared: u32,
-    /// Files outside the pool.
+    /// References by files outside the pool.
     others: u32,
 }
 
@@ -165,12 +165,13 @@ impl Active {
         self.shared -= members.count * u32::from(range.shared);
     }
 
-    /// None where no image refers to.
+    /// Returns the properties of the blocks; `None` if no image refers to them.
     fn state(&self, reverse_map: bool) -> Option<BlockState> {
         let held = if reverse_map {
             self.others > 0
         } else {
-            // One reference here, and more than one in all. Of more than one here, nobody can tell.
+            // There is one reference in the pool, and more than one in all. If the pool has several, XFS does not tell whether there are
+            // others.
             self.references == 1 && self.shared == 1
         };
         (self.references > 0).then(|| BlockState {
@@ -192,7 +193,7 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: K) {
     }
 }
 
-/// The states of images, those first that were not touched for longest, and for each image its place there.
+/// Ranks images by the time since their last change, longest first. Returns the state hashes by rank, and the rank of each image.
 fn by_age(images: &[OpenImage]) -> (Vec<u64>, Vec<usize>) {
     let mut order: Vec<usize> = (0..images.len()).collect();
     order.sort_by_key(|image| (images[*image].changed_at(), *image));
@@ -203,20 +204,20 @@ fn by_age(images: &[OpenImage]) -> (Vec<u64>, Vec<usize>) {
     (order.iter().map(|image| images[*image].state_hash()).collect(), ages)
 }
 
-/// What happens at a block.
+/// An event of the sweep over block addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Boundary {
     /// A range of an image begins.
     Begin(u32),
-    /// It ends.
+    /// A range of an image ends.
     End(u32),
-    /// Blocks begin that a file outside the pool refers to.
+    /// A range begins that a file outside the pool refers to.
     BeginOther,
-    /// They end.
+    /// A range ends that a file outside the pool refers to.
     EndOther,
 }
 
-/// Cuts what images refer to into ranges of blocks that are alike.
+/// Sweeps over all blocks that images refer to, and cuts them into ranges of blocks that are alike.
 fn cut(
     ranges: &SharedList<MappedRange>,
     others: &[SharedBlocks],
@@ -224,7 +225,7 @@ fn cut(
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
     let (by_age, ages) = by_age(images);
-    let of = |number: u32| {
+    let range_and_members = |number: u32| {
         let (range, numbers) = ranges.get(number as usize);
         (range, Members::of(numbers, images, &ages))
     };
@@ -240,11 +241,11 @@ fn cut(
     while let Some((at, event)) = events.next() {
         match event {
             Boundary::Begin(number) => {
-                let (range, members) = of(number);
+                let (range, members) = range_and_members(number);
                 active.enter(range, members);
             }
             Boundary::End(number) => {
-                let (range, members) = of(number);
+                let (range, members) = range_and_members(number);
                 active.leave(range, members);
             }
             Boundary::BeginOther => active.others += 1,
@@ -258,7 +259,7 @@ fn cut(
     Ok(cutter.extents)
 }
 
-/// Where ranges begin and end, in the order of their blocks.
+/// Returns the beginnings and ends of all ranges, in the order of their addresses.
 fn boundaries(ranges: &SharedList<MappedRange>, others: &[SharedBlocks]) -> SpillVec<(u64, Boundary)> {
     let mut events = SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
     for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
@@ -273,22 +274,22 @@ fn boundaries(ranges: &SharedList<MappedRange>, others: &[SharedBlocks]) -> Spil
     events
 }
 
-/// Makes extents of blocks that are alike.
+/// Makes extents of runs of blocks that are alike.
 struct Cutter<'a> {
-    /// The stamps of images, by age.
+    /// The state hashes of images, by age rank.
     by_age: &'a [u64],
     extents: SpillVec<Extent>,
-    /// Where the blocks begin that are alike until now, and what they are.
+    /// The current run: the address of its first block, and its properties.
     open: Option<(u64, BlockState)>,
     /// The first slot of the next extent.
     slot: Slot,
-    /// Blocks are what they were if one image that refers to them is: the one that was not touched for longest. That of each block until now,
-    /// by the address where it begins to be that.
+    /// Blocks are unchanged if one image that refers to them is: the one that is unchanged for longest. This is its age rank for each block
+    /// of the current run, by the address from which it applies.
     eldest: Vec<(u64, usize)>,
 }
 
 impl Cutter<'_> {
-    /// From a block on, blocks are in this state, and this is the image that was not touched for longest.
+    /// Continues at a block: from it on, blocks have these properties, and this is the age rank of the image that is unchanged for longest.
     fn go_on(&mut self, at: u64, state: Option<BlockState>, eldest: Option<usize>) -> Result<()> {
         if self.open.map(|(_, state)| state) != state {
             self.close(at)?;
@@ -303,7 +304,7 @@ impl Cutter<'_> {
         Ok(())
     }
 
-    /// Makes extents of what is alike until a block.
+    /// Ends the current run before a block, and makes extents of it.
     fn close(&mut self, end: u64) -> Result<()> {
         let Some((mut from, state)) = self.open.take() else {
             return Ok(());
@@ -332,14 +333,14 @@ impl Cutter<'_> {
         Ok(())
     }
 
-    /// What tells the blocks from `from` to `end` from later ones at their place.
+    /// Returns the generation of the blocks from `from` to `end`, which tells them from later blocks at the same addresses.
     fn generation(&self, from: u64, end: u64) -> u64 {
         let eldest = &self.eldest;
         let first = eldest.partition_point(|(begin, _)| *begin <= from).saturating_sub(1);
-        let over = eldest[first..].iter().take_while(|(begin, _)| *begin < end);
-        let over: BTreeSet<usize> = over.map(|(_, age)| *age).collect();
+        let overlapping = eldest[first..].iter().take_while(|(begin, _)| *begin < end);
+        let overlapping: BTreeSet<usize> = overlapping.map(|(_, age)| *age).collect();
         let mut generation = xxhash_rust::xxh3::Xxh3Default::new();
-        for age in over {
+        for age in overlapping {
             generation.update(&self.by_age[age].to_le_bytes());
         }
         generation.digest()
@@ -374,11 +375,11 @@ impl Xfs {
             let end = range.block + u64::from(range.blocks);
             let block_of = |extent: &Extent| extent.address / BLOCK_BYTES;
             let first = extents.partition_point(|extent| block_of(extent) + u64::from(extent.blocks) <= range.block);
-            let over = (first..extents.len()).take_while({
+            let overlapping = (first..extents.len()).take_while({
                 let extents = &extents;
                 move |place| range.reachable && block_of(&extents[*place]) < end
             });
-            over.map({
+            overlapping.map({
                 let extents = &extents;
                 move |place| {
                     let extent = &extents[place];
@@ -386,12 +387,12 @@ impl Xfs {
                         block_of(extent).max(range.block),
                         (block_of(extent) + u64::from(extent.blocks)).min(end),
                     );
-                    // All of these are less than the lengths of an extent and of a range.
-                    let small = |blocks: u64| u32::try_from(blocks).unwrap_or(u32::MAX);
+                    // All of these are below the lengths of an extent and a range.
+                    let to_u32 = |blocks: u64| u32::try_from(blocks).unwrap_or(u32::MAX);
                     Mapping {
-                        file_block: range.file_block + small(from - range.block),
-                        slot: extent.first_slot + small(from - block_of(extent)),
-                        blocks: small(to - from),
+                        file_block: range.file_block + to_u32(from - range.block),
+                        slot: extent.first_slot + to_u32(from - block_of(extent)),
+                        blocks: to_u32(to - from),
                         extent: ExtentId::at(place),
                         preallocated: range.preallocated,
                     }
@@ -409,16 +410,16 @@ impl Xfs {
         })
     }
 
-    /// Blocks that files outside the pool share with something. None if the kernel does not tell this process.
+    /// Returns the blocks that files outside the pool share; `None` if the kernel does not name owners to this process.
     pub(super) fn others(&self, budget: &Budget) -> Result<Option<SpillVec<SharedBlocks>>> {
-        let mine: HashSet<u64> = self.opened.images.iter().map(|image| image.inode).collect();
+        let own_inodes: HashSet<u64> = self.opened.images.iter().map(|image| image.inode).collect();
         let mut others = SpillVec::new_in(budget);
-        let asked = shared_blocks(self.opened.scratch.folder(), |blocks| {
-            if !mine.contains(&blocks.inode) {
+        let result = shared_blocks(self.opened.scratch.folder(), |blocks| {
+            if !own_inodes.contains(&blocks.inode) {
                 others.push(blocks);
             }
         });
-        match asked {
+        match result {
             Ok(()) => Ok(Some(others)),
             Err(rustix::io::Errno::PERM) => Ok(None),
             Err(errno) => Err(Error::io("read the reverse map of", self.opened.scratch.path())(errno)),

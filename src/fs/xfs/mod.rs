@@ -1,10 +1,10 @@
-//! XFS: blocks that are freed one by one, without checksums of data.
+//! XFS: it frees each block on its own, and keeps no checksums of data.
 
 mod holders;
 mod images_holding;
 mod map;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -12,33 +12,31 @@ use std::sync::OnceLock;
 pub(super) use images_holding::images_holding;
 
 use super::opened::{Opened, Specifics, reads_opened, shares_opened};
-use super::{ExtentReference, Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
-use crate::block::SlotSet;
+use super::{Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::content::Metadata;
 use crate::error::Result;
 use crate::facts::{Class, Facts};
-use crate::fingerprint::FingerprintFunction;
 use crate::numbers::{DonorId, ImageId};
 use crate::pool::{FoundImage, NamedPath, Skipped};
-use crate::spill::{Budget, SpillVec};
+use crate::spill::Budget;
 use crate::sys::fs_info::{FsInfo, fs_info, is_realtime};
 
-/// Images on an XFS.
+/// The open images of a pool on an XFS.
 #[derive(Debug)]
 pub(super) struct Xfs {
     info: FsInfo,
-    /// Whether it keeps a reverse map.
+    /// Whether the filesystem keeps a reverse map.
     reverse_map: bool,
     opened: Opened,
-    /// Whether the kernel named the owners of its blocks; told when it was mapped.
+    /// Whether the kernel named the owners of blocks when the pool was mapped.
     names_owners: OnceLock<bool>,
 }
 
 impl Xfs {
-    /// Opens images.
+    /// Opens the images of a pool, and returns which of them are left alone.
     ///
     /// # Errors
-    /// Those of [`Opened::open`].
+    /// Returns the errors of [`Opened::open`].
     pub(super) fn open(
         found: &[FoundImage],
         first: &NamedPath,
@@ -49,7 +47,7 @@ impl Xfs {
         let specifics = Specifics {
             uuid: info.uuid,
             verdict: kernel::with_xfs(kernel::release()),
-            is_here: &|file| fs_info(file).is_ok_and(|its| its == info),
+            contains: &|file| fs_info(file).is_ok_and(|found| found == info),
             root_of: |file| is_realtime(file).map(|elsewhere| (!elsewhere).then_some(0)),
             is_checksummed: |_, _| Ok(true),
             set_up: |_, _| Ok(()),
@@ -74,16 +72,8 @@ impl Filesystem for Xfs {
         self.info.uuid
     }
 
-    fn function(&self) -> FingerprintFunction {
-        FingerprintFunction::Crc32c
-    }
-
     fn frees_blocks(&self) -> bool {
         true
-    }
-
-    fn compresses(&self) -> bool {
-        false
     }
 
     fn shortcomings(&self) -> Vec<String> {
@@ -102,10 +92,6 @@ impl Filesystem for Xfs {
         found
     }
 
-    fn has_read_only_snapshots(&self) -> Result<bool> {
-        Ok(false)
-    }
-
     fn map(&self, budget: &Budget) -> Result<PoolMap> {
         self.read_map(budget)
     }
@@ -116,30 +102,5 @@ impl Filesystem for Xfs {
 
     fn names_of_holders(&self, facts: &Facts) -> Result<BTreeMap<String, u64>> {
         self.find_names_of_holders(facts)
-    }
-
-    fn has_usable_checksums(&self) -> bool {
-        false
-    }
-
-    fn fingerprints_from_checksums(&self, _: &mut Facts, _: &mut SlotSet) -> Result<()> {
-        Ok(())
-    }
-
-    fn checksum_digests(&self, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
-        Ok(SpillVec::of_in(None, facts.extents.len(), facts.budget()))
-    }
-
-    fn takes_frames(&self) -> bool {
-        false
-    }
-
-    fn is_allocated(&self, _: u64, _: u64) -> Result<bool> {
-        // There is no extent whose rest a block that differs could hold.
-        Ok(false)
-    }
-
-    fn ranges_in(&self, _: ImageId, _: &BTreeSet<u64>) -> Result<Vec<ExtentReference>> {
-        Ok(Vec::new())
     }
 }

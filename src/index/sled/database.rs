@@ -1,8 +1,8 @@
-//! sled, with what has to be known of it.
+//! The sled database, and workarounds for sled.
 //!
-//! It works in a thread of its own, and whoever asks waits for an answer only so long: where its disk fills up or fails, it may wait for
-//! ever, above all when it is dropped, which it does not before everything is written. After an error it is therefore not dropped but
-//! forgotten, and the index is done without. Its threads end with the process.
+//! sled runs in a thread of its own, and callers wait for an answer only up to a deadline: if its disk fills up or fails, sled may block
+//! for ever, above all in its destructor, which returns only once everything is written. After an error the database is therefore leaked
+//! instead of dropped, and the run does without the index. Its threads end with the process.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,23 +14,23 @@ use std::time::Duration;
 
 use crate::index::tables::{Answer, Problem, TableRow, Tables};
 
-/// Memory that sled may use for its pages.
+/// The capacity of sled's page cache in bytes.
 const CACHE_BYTES: u64 = 8 << 20;
-/// Bytes of records after which sled is closed and opened again: only so does it give back what its pages take, of which it keeps a
-/// hundred megabytes and more whatever its cache is to take.
+/// Bytes of records after which sled is closed and opened again. Only then does it free the memory of its pages, which otherwise grows to a
+/// hundred megabytes and more, whatever the capacity of its cache.
 pub(super) const OPEN_BYTES: usize = 8 << 20;
-/// How long an answer may take. A disk that is busy takes seconds.
+/// The deadline of a request. A busy disk takes seconds.
 const DEADLINE: Duration = Duration::from_mins(1);
-/// The same for opening, which reads everything.
+/// The deadline of opening, which reads every record.
 const OPENING_DEADLINE: Duration = Duration::from_mins(10);
-/// What the name of the thread begins with, like those of sled's own.
+/// The prefix of the thread's name, which sled's own threads have too.
 const THREAD: &str = "sled-index";
 
 impl From<sled::Error> for Problem {
     fn from(error: sled::Error) -> Self {
         match error {
             sled::Error::Io(error) if error.to_string().contains("could not acquire lock") => Self::Busy,
-            // What its checks find comes as an error of this kind, too.
+            // Errors that sled's checks find are of these kinds, too.
             sled::Error::Io(error)
                 if !matches!(
                     error.kind(),
@@ -50,18 +50,18 @@ type Work = Box<dyn FnOnce(&mut DatabaseState) + Send>;
 #[derive(Debug)]
 pub(super) struct Database {
     folder: PathBuf,
-    /// None once it was given up.
+    /// The thread; `None` once it was given up.
     connection: Mutex<Option<Connection>>,
 }
 
-/// The thread that has it open, and the way to it.
+/// The thread that has the database open, and the channel to it.
 #[derive(Debug)]
 struct Connection {
     requests: Sender<Work>,
     thread: JoinHandle<()>,
 }
 
-/// Folders of databases that this process has forgotten, and still holds the locks of.
+/// Folders of databases that this process has leaked, whose locks it still holds.
 static FORGOTTEN: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -69,8 +69,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Database {
-    /// Opens the database in a folder, or makes it, and reads every record once: a damaged page shows then, and not in the middle of a
-    /// run. Of the trees whose names begin with `prefix`, only that with the whole name `keep` stays; without it, all do.
+    /// Opens the database in a folder, and creates it if it does not exist. It reads every record once, so that a damaged page shows at
+    /// once and not in the middle of a run. Of the trees whose names begin with `prefix`, only the one named `keep` stays; without `keep`,
+    /// all stay.
     pub(super) fn open(folder: &Path, prefix: &'static str, keep: Option<Vec<u8>>) -> Answer<Self> {
         be_quiet();
         if lock(&FORGOTTEN).contains(folder) {
@@ -94,19 +95,19 @@ impl Database {
             Ok(()) => Ok(opened),
             Err(Problem::GivenUp) => Err(Problem::GivenUp),
             Err(problem) => {
-                // Who removes what is damaged may open what is made anew.
+                // The caller may remove a damaged database and open a new one.
                 lock(&FORGOTTEN).remove(folder);
                 Err(problem)
             }
         }
     }
 
-    /// The names of its trees.
+    /// Returns the names of its trees.
     pub(super) fn trees(&self) -> Answer<Vec<Vec<u8>>> {
         self.ask(|state| Ok(state.db()?.tree_names().iter().map(|name| name.to_vec()).collect()))
     }
 
-    /// Bytes it takes on disk.
+    /// Returns its size on disk in bytes.
     pub(super) fn disk_bytes(&self) -> Answer<u64> {
         self.ask(|state| Ok(state.db()?.size_on_disk()?))
     }
@@ -124,24 +125,24 @@ impl Database {
         let mut connection = lock(&self.connection);
         let requests = connection.as_ref().map(|connection| &connection.requests);
         let sent = requests.ok_or(Problem::GivenUp)?.send(Box::new(move |state| {
-            let done = catch_unwind(AssertUnwindSafe(|| work(state)));
-            let done = done.unwrap_or_else(|_| Err(Problem::Damaged("its pages make no sense".into())));
-            if done.is_err() {
+            let result = catch_unwind(AssertUnwindSafe(|| work(state)));
+            let result = result.unwrap_or_else(|_| Err(Problem::Damaged("its pages make no sense".into())));
+            if result.is_err() {
                 state.forget();
             }
-            // Nobody may wait any more.
-            let _ = answer.send(done);
+            // The caller may have stopped waiting.
+            let _ = answer.send(result);
         }));
-        let done = match sent {
+        let result = match sent {
             Ok(()) => answered.recv_timeout(deadline).unwrap_or(Err(Problem::GivenUp)),
             Err(_) => Err(Problem::GivenUp),
         };
-        if done.is_err() {
-            // Nobody asks or waits for it any more.
+        if result.is_err() {
+            // No more requests are sent.
             *connection = None;
             lock(&FORGOTTEN).insert(self.folder.clone());
         }
-        done
+        result
     }
 }
 
@@ -204,7 +205,7 @@ impl Tables for Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        // Everything is on disk, so that closing takes no time, or else it is forgotten.
+        // Closing takes no time if everything is on disk; otherwise the database is leaked.
         if self.ask(DatabaseState::close).is_ok()
             && let Some(Connection { requests, thread }) = lock(&self.connection).take()
         {
@@ -214,21 +215,21 @@ impl Drop for Database {
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct DatabaseState {
     folder: PathBuf,
-    /// None before it is open and after it was closed or forgotten.
+    /// The database; `None` before it is opened, and after it was closed or leaked.
     db: Option<sled::Db>,
-    /// Bytes of records read and written since it was opened.
+    /// Bytes of records that were read and written since it was opened.
     touched_bytes: usize,
 }
 
 impl DatabaseState {
     fn run(mut self, work: &Receiver<Work>) {
-        for one in work {
-            one(&mut self);
+        for request in work {
+            request(&mut self);
         }
-        // Whoever asked has given up, and may be the reason for it.
+        // The caller has closed the channel, perhaps because the database blocks.
         self.forget();
     }
 
@@ -236,7 +237,7 @@ impl DatabaseState {
         self.db.as_ref().ok_or(Problem::GivenUp)
     }
 
-    /// Leaves it as it is, without waiting for anything to be written.
+    /// Leaks the database, without waiting for anything to be written.
     fn forget(&mut self) {
         std::mem::forget(self.db.take());
     }
@@ -261,7 +262,7 @@ impl DatabaseState {
         self.touched(bytes)
     }
 
-    /// Counts what was read or written, and has sled forget it when that is much.
+    /// Counts bytes that were read or written, and reopens the database once they are many.
     fn touched(&mut self, bytes: usize) -> Answer<()> {
         self.touched_bytes += bytes;
         if self.touched_bytes > OPEN_BYTES {
@@ -288,7 +289,7 @@ fn open_db(folder: &Path) -> sled::Result<sled::Db> {
         .open()
 }
 
-/// Opens a database that was open until now: threads of its own may have it open for a moment yet.
+/// Opens a database that was open until now. sled's threads may hold its lock for another moment.
 fn open_db_again(folder: &Path) -> Answer<sled::Db> {
     const TRIES: u32 = 1000;
     const BETWEEN: Duration = Duration::from_millis(10);
@@ -301,17 +302,17 @@ fn open_db_again(folder: &Path) -> Answer<sled::Db> {
     Ok(open_db(folder)?)
 }
 
-/// Keeps panics of sled's threads, which are how some of its checks end, from being printed: they become errors.
+/// Suppresses the messages of panics in sled's threads, by which some of its checks fail. The panics become errors.
 fn be_quiet() {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
-        let others = std::panic::take_hook();
+        let default_hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             if !std::thread::current()
                 .name()
                 .is_some_and(|name| name.starts_with("sled"))
             {
-                others(panic);
+                default_hook(panic);
             }
         }));
     });

@@ -1,4 +1,4 @@
-//! Indexes in sled, one folder for each filesystem. Everything that has to be known of sled is here.
+//! Indexes in sled, one folder for each filesystem. All knowledge of sled is in this folder.
 
 mod database;
 
@@ -20,11 +20,12 @@ use crate::monitor::Monitor;
 use crate::own_folder::own_folder;
 use crate::shown::{hex, shown};
 
-/// Opens the index of the filesystem with this UUID, or makes it, for fingerprints of a function; without one, whatever it
-/// holds. What is damaged is thrown away, with a note.
+/// Opens the index of the filesystem with this UUID for fingerprints of a function, and creates it if it does not exist. Without a
+/// function, it opens the table that exists. A damaged index is removed and created again, with a note to the monitor.
 ///
 /// # Errors
-/// If another process uses it, or the folder cannot be written.
+/// Returns [`Error::Busy`] if another process uses the index, [`Error::NotOurs`] if others can write to its folder, [`Error::Index`] if it
+/// does not respond, and [`Error::Io`] if it cannot be read or written.
 pub fn open(
     folder: &Path,
     uuid: [u8; 16],
@@ -54,9 +55,9 @@ fn open_recorded(
     open_in(&folder, function).map_err(|problem| error_of(&folder, problem))
 }
 
-/// Without a function, opens whatever tree is there.
+/// Opens the database of a folder. Without a function, it uses the table that exists.
 fn open_in(folder: &Path, function: Option<FingerprintFunction>) -> Answer<Recorded<Database>> {
-    // Chunks cut in another way are of no use any more.
+    // Tables for other chunk parameters or functions are useless, and are dropped.
     let keep = function.map(|function| tree_name(function).into_bytes());
     let database = Database::open(folder, TREE_PREFIX, keep.clone())?;
     let tree = if let Some(tree) = keep {
@@ -69,14 +70,14 @@ fn open_in(folder: &Path, function: Option<FingerprintFunction>) -> Answer<Recor
     Ok(Recorded::new(folder, database, tree))
 }
 
-/// Whether there is an index of the filesystem with this UUID.
+/// Whether an index of the filesystem with this UUID exists.
 pub fn exists(folder: &Path, uuid: [u8; 16]) -> bool {
     folder.join(hex(&uuid)).join("sled").is_dir()
 }
 
-/// What it knows.
+/// Computes the statistics of an index.
 fn status_of(index: &Recorded<Database>) -> Result<IndexStatus> {
-    /// One id in so many is remembered to count different ones.
+    /// One in this many ids is remembered, to estimate the number of distinct ones.
     const SAMPLE: u64 = 64;
     let disk_bytes = index.tables().disk_bytes().map_err(|problem| index.error(problem))?;
     let (folder, name) = index.name();
@@ -105,10 +106,10 @@ fn status_of(index: &Recorded<Database>) -> Result<IndexStatus> {
     Ok(status)
 }
 
-/// Finds the indexes in a folder.
+/// Returns the statistics of all indexes in a folder.
 ///
 /// # Errors
-/// If the folder cannot be read.
+/// Returns [`Error::Io`] if the folder cannot be read, and the errors of [`open`].
 pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<IndexStatus>> {
     let mut found = Vec::new();
     let entries = match std::fs::read_dir(folder) {
@@ -127,8 +128,8 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<IndexStatus>> 
     Ok(found)
 }
 
-/// The folder of the index of a filesystem, which is made if it does not exist. What is in it is believed, and written to by its name:
-/// so nobody else may be able to put anything there, or another folder in its place.
+/// Returns the folder of a filesystem's index, and creates it if it does not exist. Files in it are trusted, and written to by name, so
+/// that no other user may be able to put a file or another folder there.
 fn folder_of(indexes: &Path, uuid: &[u8; 16]) -> Result<PathBuf> {
     let failed = Error::io("look at", indexes);
     DirBuilder::new()

@@ -1,4 +1,4 @@
-//! What of [`Filesystem`] the simulated one has beside sharing and reading, so that whole verbs run on it.
+//! The methods of [`Filesystem`] beyond sharing and reading, so that whole verbs run on the simulated filesystem.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,17 +16,17 @@ use crate::fs::{ImageInfo, PoolMap, SourceFile};
 use crate::numbers::ImageId;
 use crate::spill::SpillVec;
 
-/// The function that its checksums are made with, as those of a btrfs with defaults.
+/// The function of its checksums: the default of btrfs.
 pub(super) const FUNCTION: FingerprintFunction = FingerprintFunction::Crc32c;
 
-/// The bytes of a block that holds some content.
+/// Returns the bytes of a block with some content.
 pub fn block_of(content: BlockContent) -> [u8; BLOCK_LEN] {
     let mut block = [0; BLOCK_LEN];
     fill(&mut block, content);
     block
 }
 
-/// What is known of images: a list that only grows, so that what it lends stays where it is.
+/// The properties of images: a linked list that only grows, so that references into it stay valid.
 #[derive(Debug, Default)]
 pub(super) struct Known(OnceLock<Box<(ImageInfo, Known)>>);
 
@@ -45,12 +45,12 @@ impl Known {
 }
 
 impl Simulated {
-    /// How many images there are.
+    /// Returns the number of images.
     pub(super) fn count_images(&self) -> u32 {
         self.with(|state| u32::try_from(state.images.len()).unwrap_or(u32::MAX))
     }
 
-    /// An image as a run knows it.
+    /// Returns the properties of an image.
     pub(super) fn known_image(&self, image: ImageId) -> &ImageInfo {
         self.known.get(image, |number| {
             let (checksummed, blocks) = self.with(|state| {
@@ -66,7 +66,7 @@ impl Simulated {
         })
     }
 
-    /// What any file has beside its content.
+    /// Returns the metadata that every file has.
     pub(super) fn plain_attributes() -> Metadata {
         Metadata {
             mode: 0o600,
@@ -74,7 +74,7 @@ impl Simulated {
         }
     }
 
-    /// What a scan finds before it knows any fingerprint: what images refer to, and not what donors do.
+    /// Returns what mapping a pool finds before any fingerprint is known: the references of images, and not those of donors.
     pub(super) fn mapped(&self) -> PoolMap {
         let without_donors = Self {
             state: Mutex::new(self.with(|state| DiskState {
@@ -96,7 +96,7 @@ impl Simulated {
         }
     }
 
-    /// All that holds from outside.
+    /// Returns the bytes that are held from outside, under one name.
     pub(super) fn holders_of(facts: &Facts) -> BTreeMap<String, u64> {
         let held = facts
             .extents
@@ -106,14 +106,14 @@ impl Simulated {
         (bytes > 0).then(|| ("outside".to_owned(), bytes)).into_iter().collect()
     }
 
-    /// The content of an extent's blocks.
+    /// Returns the content of an extent's blocks.
     fn content_of(state: &DiskState, extent: &Extent) -> Vec<BlockContent> {
         let number = usize::try_from((extent.address >> 30) - 1).unwrap_or(usize::MAX);
         let first = block_at(extent.address - DiskState::address(number));
         state.allocations[number].content[first..first + extent.blocks as usize].to_vec()
     }
 
-    /// Fills in the fingerprints of what is checksummed and not compressed.
+    /// Fills in the fingerprints of extents that are checksummed and not compressed.
     pub(super) fn fill_in_fingerprints(&self, facts: &mut Facts, known: &mut SlotSet) {
         let mut fingerprints = std::mem::take(&mut facts.fingerprints);
         self.with(|state| {
@@ -129,7 +129,7 @@ impl Simulated {
         facts.fingerprints = fingerprints;
     }
 
-    /// A digest of the content of each extent that is checksummed; none where blocks are freed one by one.
+    /// Returns a digest of the content of each extent that is checksummed; `None` where blocks are freed one by one.
     pub(super) fn digests(&self, facts: &Facts) -> SpillVec<Option<u128>> {
         let digest = |state: &DiskState, extent: &Extent| {
             let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
