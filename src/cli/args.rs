@@ -121,6 +121,12 @@ pub(super) enum Command {
     /// For each filesystem: how many extents and chunks the index holds, how many fingerprints it keeps, and what it
     /// takes on disk.
     Status(Status),
+    /// Write man pages into a folder
+    ///
+    /// It writes `vmfold.1` and one page for each command, such as `vmfold-reclaim.1`, with the text of the long help.
+    /// Pages that are there already are replaced. It prints the paths of the pages.
+    #[command(hide = true)]
+    Man(Man),
 }
 
 #[derive(Debug, clap::Args)]
@@ -559,6 +565,15 @@ pub(super) struct Status {
     /// It has one folder for each filesystem, named by its UUID.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
     pub(super) index: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Man {
+    /// Folder for the pages, such as `/usr/local/share/man/man1`
+    ///
+    /// It has to exist.
+    #[arg(value_name = "FOLDER")]
+    pub(super) folder: PathBuf,
 }
 
 /// A size as people write it. As with other tools that count blocks, `16K` and `16k` mean 16 KiB.

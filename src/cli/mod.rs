@@ -2,6 +2,7 @@
 
 mod args;
 mod log;
+mod man;
 mod progress;
 
 use std::io::Write;
@@ -167,6 +168,10 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             Ok(exit(found.interrupted, !found.skipped.is_empty()))
         }
         Command::Status(command) => run_status(command, json, terminal),
+        Command::Man(command) => {
+            print("man", &man::write_man_pages(&command.folder)?, json)?;
+            Ok(Exit::Done)
+        }
     }
 }
 
