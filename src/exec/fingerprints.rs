@@ -74,12 +74,12 @@ pub fn fingerprint(
     mut index: Option<&mut (dyn ChunkIndex + 'static)>,
     monitor: &dyn Monitor,
 ) -> Result<(Fingerprinted, Vec<Unreadable>)> {
-    let mut found = Fingerprinted::default();
+    let mut counts = Fingerprinted::default();
     let mut known = SlotSet::new(facts.slots() as usize);
     if fs.has_usable_checksums() {
         monitor.phase("Reading checksums", 0);
         fs.fingerprints_from_checksums(facts, &mut known)?;
-        found.from_checksums = bytes(count(facts, &known));
+        counts.from_checksums = bytes(count(facts, &known));
     } else if let Some(index) = &mut index {
         index.keep_plain();
     }
@@ -87,14 +87,14 @@ pub fn fingerprint(
     if let Some(Err(error)) = index.as_mut().map(|index| index.look_up(facts, &mut known)) {
         monitor.note(&describe(&error));
     }
-    found.from_index = bytes(count(facts, &known) - known_before);
+    counts.from_index = bytes(count(facts, &known) - known_before);
     let unknown = (0..facts.extents.len()).flat_map(|extent| unknown_runs(facts, &known, extent));
     let unknown: SpillVec<std::ops::Range<Slot>> = SpillVec::from_iter_in(unknown, facts.budget());
     let total_bytes: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
     let mut unreadable = Vec::new();
     if total_bytes > 0 {
         monitor.phase("Reading images", total_bytes);
-        (found.read, unreadable) = read_unknown(fs, facts, &unknown, monitor)?;
+        (counts.read, unreadable) = read_unknown(fs, facts, &unknown, monitor)?;
     }
     if let Some(index) = index.filter(|index| index.is_usable() && !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
@@ -114,7 +114,7 @@ pub fn fingerprint(
             monitor.note(&describe(&error));
         }
     }
-    Ok((found, unreadable))
+    Ok((counts, unreadable))
 }
 
 /// Enters the extents after a run into the index, so that the next run need not read what this one wrote. A run changes no content: each

@@ -54,7 +54,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
 /// Imports from a store that can be read at any offset. [`ImportOptions::archive`] is not used.
 ///
 /// # Errors
-/// As for [`import`].
+/// Those of [`import`].
 pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     monitor.phase("Reading the archive", 0);
     let mut archive = if options.restore.partial {
@@ -73,7 +73,7 @@ pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn
 /// Imports from a store that is read once and in order. [`ImportOptions::archive`] is not used.
 ///
 /// # Errors
-/// As for [`import`].
+/// Those of [`import`].
 pub fn import_in_order(store: &dyn Store, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     let pipe_options = PipeOptions {
         commit: options.commit.clone(),

@@ -65,7 +65,7 @@ pub fn reclaim(options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclai
 /// Reclaims a pool that is open, or makes a plan only. The paths and groups of the options are not used.
 ///
 /// # Errors
-/// As for [`reclaim`].
+/// Those of [`reclaim`].
 pub fn reclaim_on(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclaimed> {
     in_time(options, monitor, |deadline| reclaim_until(pool, options, deadline))
 }

@@ -255,11 +255,11 @@ impl<'a> Restore<'a> {
         let seeded = match &self.seed {
             Some(seed) => {
                 self.monitor.phase("Looking for blocks that are here already", 0);
-                let found = seed.find(&wanted, &announced);
+                let matches = seed.find(&wanted, &announced);
                 if self.source.knows_hashes() {
-                    seed::prove(&**seed, &found, self.source.hashes(), self.monitor)?
+                    seed::prove(&**seed, &matches, self.source.hashes(), self.monitor)?
                 } else {
-                    found
+                    matches
                 }
             }
             None => Vec::new(),

@@ -343,7 +343,7 @@ mod tests {
     use super::super::folder::Root;
     use super::*;
 
-    /// What is in a folder, by names, with the content of files.
+    /// The names in a folder, each with the content of its file.
     fn all(folder: &Path) -> Vec<(OsString, String)> {
         let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
         let mut all: Vec<_> = entries
@@ -425,23 +425,23 @@ mod tests {
                     scene.image(&["c", "taken"], stays_open),
                 ]
             };
-            let one = images();
+            let new_images = images();
             let leased = |images: &[NewImage; 2]| {
                 let places: Vec<Place> = images.iter().map(|image| image.places[0].clone()).collect();
                 ReplacedFiles::lease(places.iter()).unwrap()
             };
-            // A name that was not to be replaced.
-            let to_replace = leased(&one);
-            let failed = give_names(&one, &to_replace, &scene.temporaries, |_| Ok(()));
+            // The name `taken` is not to be replaced.
+            let to_replace = leased(&new_images);
+            let failed = give_names(&new_images, &to_replace, &scene.temporaries, |_| Ok(()));
             assert!(matches!(failed, Err(Error::Exists { .. })), "{failed:?}");
-            drop((one, to_replace));
+            drop((new_images, to_replace));
             assert_eq!(scene.all(), before);
-            // Someone who opens what is replaced gets what the name meant when he asked.
-            let one = images();
-            let to_replace = leased(&one);
+            // A process that opens a file which is replaced gets the file that had the name when it asked.
+            let new_images = images();
+            let to_replace = leased(&new_images);
             let path = scene.folder.path().join("c");
             let mut opener = None;
-            let failed = give_names(&one, &to_replace, &scene.temporaries, |_| {
+            let failed = give_names(&new_images, &to_replace, &scene.temporaries, |_| {
                 let path = path.clone();
                 opener = Some(std::thread::spawn(move || std::fs::read_to_string(path).unwrap()));
                 let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
@@ -452,7 +452,7 @@ mod tests {
                 Ok(())
             });
             assert!(matches!(failed, Err(Error::InUse { .. })), "{failed:?}");
-            drop((one, to_replace));
+            drop((new_images, to_replace));
             assert_eq!(opener.unwrap().join().unwrap(), "old c");
             assert_eq!(scene.all(), before);
         }
@@ -472,7 +472,7 @@ mod tests {
             }
             Ok(())
         });
-        // Whoever reads what is leased waits until then.
+        // Reading a leased file would wait until the lease ends.
         drop(to_replace);
         let Err(Error::HalfReplaced { source, replaced, kept }) = failed else {
             panic!("{failed:?}");
@@ -487,7 +487,7 @@ mod tests {
         assert_eq!((replaced, kept), (paths(&["a"]), paths(&["b", "c"])));
         let now = scene.all();
         assert!(now.contains(&("b".into(), "old b".into())) && now.contains(&("c".into(), "old c".into())));
-        // What stood there is not lost either.
+        // The old file is not lost: it has a temporary name.
         assert!(
             now.iter()
                 .any(|(name, content)| TemporaryNames::number_of(name).is_some() && content == "old a")

@@ -81,8 +81,8 @@ impl Seed for PoolSeed {
             fingerprints.write(part.first.0, &part.fingerprints[..length]);
             known.insert_range(part.first..part.first + u32::try_from(length).unwrap_or(0));
         }
-        let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
-        found.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
+        let matches = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
+        matches.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
     }
 
     fn content(&self, slot: u32, blocks: u32) -> Result<Vec<u8>> {

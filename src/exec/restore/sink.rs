@@ -95,8 +95,8 @@ impl BlockSink for StagingSink<'_> {
             .max()
             .unwrap_or(StoreBlock(0));
         self.staging.make_room(end)?;
-        let this = &*self;
-        let outcomes: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| this.put(frame)).collect();
+        let sink = &*self;
+        let outcomes: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| sink.put(frame)).collect();
         let mut damaged = Vec::new();
         for (number, outcome) in outcomes.into_iter().enumerate() {
             let FrameOutcome { written, shared } = match outcome {

@@ -556,13 +556,13 @@ mod tests {
         );
         staging.note_placed(5, &made).unwrap();
         assert!(noted().is_done("c0ffee", 5, &made) && !noted().is_done("c0ffee", 4, &made));
-        // What another commit made under the name is not what this one holds.
+        // A file that another commit made under the name is not the one of this commit.
         assert!(!noted().is_done("decaf", 5, &made) && !noted().is_ours(Some("decaf"), 5, &made));
         assert!(noted().is_ours(None, 5, &made));
         for (number, is) in [(u64::MAX - 2, false), (u64::MAX - 1, true), (0, true), (1, false)] {
             assert_eq!(noted().is_temporary(number), is, "{number}");
         }
-        // Another name changes nothing of what is in it; the same size and time alone prove nothing.
+        // Another name does not change the content. The same size and mtime alone do not prove that it is unchanged.
         std::fs::hard_link(&name, folder.path().join("y.img")).unwrap();
         let linked = place.state().unwrap();
         assert!(noted().is_ours(Some("c0ffee"), 5, &linked));
@@ -578,7 +578,7 @@ mod tests {
         std::fs::remove_file(&name).unwrap();
         std::fs::write(&name, "content").unwrap();
         assert!(!noted().is_ours(Some("c0ffee"), 5, &place.state().unwrap()));
-        // What others could write to is not believed.
+        // A journal that another user can write to is not believed.
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
         assert!(Journal::read(root.file(), &path).is_none());
         assert!(matches!(Staging::open(root.file(), &path), Err(Error::NotOurs { .. })));
