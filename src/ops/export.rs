@@ -94,7 +94,7 @@ pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported
 /// Exports a pool to a store, which is opened once there is something to export. [`ExportOptions::archive`] is not used.
 ///
 /// # Errors
-/// As for [`export()`].
+/// Those of [`export()`].
 pub fn export_to(
     options: &ExportOptions,
     open: impl FnOnce() -> Result<Arc<dyn Store>>,
@@ -129,7 +129,7 @@ pub fn export_to(
 /// Exports all images of an open pool to a store. [`ExportOptions::only`], `revisions` and `archive` are not used.
 ///
 /// # Errors
-/// As for [`export()`].
+/// Those of [`export()`].
 pub fn export_on(
     pool: OpenPool<'_>,
     options: &ExportOptions,
@@ -726,13 +726,14 @@ fn summaries(
         let (mut data_blocks, mut new_blocks) = (0u64, 0u64);
         let runs = runs(place);
         for run in &runs {
-            if let Content::Stored(first) = run.content {
-                data_blocks += u64::from(run.blocks);
-                for block in range::each(first.max(first_new)..first + run.blocks) {
-                    if !counted.contains(block - first_new) {
-                        counted.insert(block - first_new);
-                        new_blocks += 1;
-                    }
+            let Content::Stored(first) = run.content else {
+                continue;
+            };
+            data_blocks += u64::from(run.blocks);
+            for block in range::each(first.max(first_new)..first + run.blocks) {
+                if !counted.contains(block - first_new) {
+                    counted.insert(block - first_new);
+                    new_blocks += 1;
                 }
             }
         }

@@ -34,7 +34,7 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
 /// Verifies the archive in a store.
 ///
 /// # Errors
-/// As for [`verify`].
+/// Those of [`verify`].
 pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
