@@ -5,7 +5,7 @@
 //! Each line may use those below it, and no other; `tests/tidy.rs` holds that. Names without an explanation are one file.
 //! ```text
 //! testing     what only tests use: a simulated filesystem, stores that fail
-//! cli         arguments, progress, printing
+//! cli         arguments, progress, printing, man pages
 //! ops         one verb a file; no verb uses another
 //! report      what the verbs found, as data and as text
 //! exec        does what plans say and decides nothing: fingerprints, reclaim, export, restore (import)
