@@ -5,7 +5,7 @@
 //! A line may use the lines below it, and no other; `tests/tidy.rs` checks that. A name without an explanation is one file.
 //! ```text
 //! testing     what only tests use: a simulated filesystem, stores that fail
-//! cli         arguments, progress, printing
+//! cli         arguments, progress, printing, man pages
 //! ops         one verb a file; no verb uses another
 //! report      what the verbs found, as data and as text
 //! exec        carries plans out and decides nothing: fingerprints, reclaim, export, restore (import)

@@ -1,4 +1,4 @@
-//! The `vmfold` command: see the library for everything it does.
+//! The `vmfold` command. All of its code is in the library.
 
 use std::process::ExitCode;
 

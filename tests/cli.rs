@@ -459,6 +459,8 @@ fn json_is_as_its_schema_says() {
     ] {
         documents.push(serde_json::from_slice(&vmfold(&[&["--json"], &arguments[..]].concat()).stdout).unwrap());
     }
+    let man = vmfold(&["--json", "man", &scratch.path().display().to_string()]);
+    documents.push(serde_json::from_slice(&man.stdout).unwrap());
     std::fs::OpenOptions::new()
         .append(true)
         .open(&archive)
@@ -670,6 +672,75 @@ fn help_and_usage() {
         --- stderr
         note: There is no index in `[folder]xistent` yet: run vmfold scan or reclaim
         --- exit 0
+    "#);
+}
+
+/// The long options that a help text explains, each at the beginning of a line.
+fn long_options(help: &str) -> Vec<&str> {
+    let words = help.lines().filter_map(|line| {
+        let line = line.trim_start();
+        let (short, after) = line.split_once(", ").unwrap_or(("", line));
+        let is_short = short.is_empty() || short.len() == 2 && short.starts_with('-');
+        is_short.then(|| after.split([' ', '.']).next().unwrap())
+    });
+    words.filter(|word| word.starts_with("--") && *word != "---").collect()
+}
+
+#[test]
+fn man_pages_name_every_option() {
+    use std::os::unix::fs::{MetadataExt, symlink};
+    let folder = tempfile::tempdir().unwrap();
+    let outside = folder.path().join("outside");
+    std::fs::write(&outside, "untouched").unwrap();
+    let pages = folder.path().join("man1");
+    let write_pages = || outcome(&vmfold(&["man", pages.to_str().unwrap()]), folder.path());
+    insta::assert_snapshot!(write_pages(), @r#"
+    --- stderr
+    error: `[folder]/man1` does not exist (check the path)
+    --- exit 2
+    "#);
+    std::fs::create_dir(&pages).unwrap();
+    symlink(&outside, pages.join("vmfold-list.1")).unwrap();
+    std::fs::write(pages.join("vmfold-diff.1"), "an older page").unwrap();
+    insta::assert_snapshot!(write_pages(), @r#"
+    [folder]/man1/vmfold.1
+    [folder]/man1/vmfold-reclaim.1
+    [folder]/man1/vmfold-report.1
+    [folder]/man1/vmfold-export.1
+    [folder]/man1/vmfold-import.1
+    [folder]/man1/vmfold-list.1
+    [folder]/man1/vmfold-verify.1
+    [folder]/man1/vmfold-diff.1
+    [folder]/man1/vmfold-scan.1
+    [folder]/man1/vmfold-status.1
+    --- stderr
+    --- exit 0
+    "#);
+    assert_eq!(std::fs::read_to_string(&outside).unwrap(), "untouched");
+    let mut count = 0;
+    for entry in std::fs::read_dir(&pages).unwrap() {
+        let path = entry.unwrap().path();
+        let state = std::fs::symlink_metadata(&path).unwrap();
+        assert!(state.is_file() && state.mode() & 0o777 == 0o644, "{}", path.display());
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let name = name.strip_prefix("vmfold").and_then(|name| name.strip_suffix(".1"));
+        let verb = name.unwrap().strip_prefix('-').map(str::to_owned);
+        let arguments: Vec<&str> = verb.as_deref().into_iter().chain(["--help"]).collect();
+        let help = help(&arguments);
+        let text = std::fs::read_to_string(&path).unwrap().replace("\\-", "-");
+        let options = long_options(&help);
+        count += options.len();
+        for option in options {
+            assert!(text.contains(option), "{option} is not in {}", path.display());
+        }
+    }
+    assert!(count > 70, "only {count} options were found");
+    std::fs::remove_file(pages.join("vmfold.1")).unwrap();
+    std::fs::create_dir(pages.join("vmfold.1")).unwrap();
+    insta::assert_snapshot!(write_pages(), @r#"
+    --- stderr
+    error: cannot write `[folder]/man1/vmfold.1`: Is a directory (os error 21)
+    --- exit 1
     "#);
 }
 

@@ -1,4 +1,4 @@
-//! Arguments.
+//! The arguments of the command line. The doc comments of commands and options are their help, which is the reference.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -121,6 +121,12 @@ pub(super) enum Command {
     /// For each filesystem: how many extents and chunks the index holds, how many fingerprints it keeps, and what it
     /// takes on disk.
     Status(Status),
+    /// Write man pages into a folder
+    ///
+    /// It writes `vmfold.1` and one page for each command, such as `vmfold-reclaim.1`, with the text of the long help.
+    /// Pages that are there already are replaced. It prints the paths of the pages.
+    #[command(hide = true)]
+    Man(Man),
 }
 
 #[derive(Debug, clap::Args)]
@@ -180,11 +186,12 @@ pub(super) struct Named {
 }
 
 impl Named {
+    /// The scope of a command that works on one filesystem.
     pub(super) fn scope(&self) -> Result<Scope> {
         Ok(self.scope_of(self.all_paths()?))
     }
 
-    /// A scope for each filesystem on which there is something named.
+    /// One scope for each filesystem that named paths lie on. Without `--qubes`, all paths are one scope.
     pub(super) fn scopes(&self) -> Result<Vec<Scope>> {
         let paths = self.all_paths()?;
         if !self.qubes {
@@ -203,6 +210,7 @@ impl Named {
         }
     }
 
+    /// All paths that were named, on the command line, in a list, or by `--qubes`.
     fn all_paths(&self) -> Result<Vec<PathBuf>> {
         let mut paths = self.paths.clone();
         if let Some(list) = &self.files_from {
@@ -218,19 +226,19 @@ impl Named {
     }
 }
 
-/// The paths in a list: ended by NUL if there is one in it, else one a line.
+/// Reads the paths of a list. If there is a NUL in it, each path ends with one. Otherwise each line is a path.
 fn read_list(list: &Path) -> Result<Vec<PathBuf>> {
     use std::os::unix::ffi::OsStringExt;
-    /// Longer lists are none, and what is cut off could be part of a path.
+    /// The longest list, in bytes. A longer one is refused, because a part of it could end in the middle of a path.
     const BYTES_MAX: u64 = 16 << 20;
     let mut bytes = Vec::new();
-    let read = if list.as_os_str() == "-" {
+    let result = if list.as_os_str() == "-" {
         std::io::stdin().lock().take(BYTES_MAX + 1).read_to_end(&mut bytes)
     } else {
         let file = File::open(list).map_err(Error::io("open", list))?;
         file.take(BYTES_MAX + 1).read_to_end(&mut bytes)
     };
-    if read.map_err(Error::io("read", list))? as u64 > BYTES_MAX {
+    if result.map_err(Error::io("read", list))? as u64 > BYTES_MAX {
         return Err(Error::Usage(format!(
             "`{}` is longer than a list of paths may be: {BYTES_MAX} bytes",
             shown(list)
@@ -520,13 +528,14 @@ pub(super) struct Import {
     pub(super) memory: Option<u64>,
 }
 
-/// What `--compress` can be.
+/// The value of `--compress`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CompressionArg {
     None,
     Zstd(i32),
 }
 
+/// Parses the value of `--compress`.
 fn parse_compression(text: &str) -> std::result::Result<CompressionArg, String> {
     match text.split_once(':') {
         None if text == "none" => Ok(CompressionArg::None),
@@ -539,6 +548,7 @@ fn parse_compression(text: &str) -> std::result::Result<CompressionArg, String> 
     }
 }
 
+/// Parses the value of `--revisions`.
 fn parse_revisions(text: &str) -> std::result::Result<Revisions, String> {
     Ok(match text {
         "all" => Revisions::All,
@@ -561,7 +571,16 @@ pub(super) struct Status {
     pub(super) index: PathBuf,
 }
 
-/// A size as people write it. As with other tools that count blocks, `16K` and `16k` mean 16 KiB.
+#[derive(Debug, clap::Args)]
+pub(super) struct Man {
+    /// Folder for the pages, such as `/usr/local/share/man/man1`
+    ///
+    /// It has to exist.
+    #[arg(value_name = "FOLDER")]
+    pub(super) folder: PathBuf,
+}
+
+/// Parses a size. As in other tools that count blocks, `16K` and `16k` mean 16 KiB.
 fn parse_size(text: &str) -> std::result::Result<u64, String> {
     let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').trim();
     let binary = match unit.to_ascii_uppercase().as_str() {
@@ -587,14 +606,14 @@ mod tests {
     fn every_command_and_option_has_a_long_help() {
         let command = <Args as clap::CommandFactory>::command();
         let mut short = Vec::new();
-        for one in std::iter::once(&command).chain(command.get_subcommands()) {
-            if one.get_long_about().is_none() {
-                short.push(one.get_name().to_owned());
+        for command in std::iter::once(&command).chain(command.get_subcommands()) {
+            if command.get_long_about().is_none() {
+                short.push(command.get_name().to_owned());
             }
-            let arguments = one
+            let arguments = command
                 .get_arguments()
                 .filter(|argument| argument.get_long_help().is_none());
-            short.extend(arguments.map(|argument| format!("{} {}", one.get_name(), argument.get_id())));
+            short.extend(arguments.map(|argument| format!("{} {}", command.get_name(), argument.get_id())));
         }
         assert!(short.is_empty(), "{short:?}");
     }

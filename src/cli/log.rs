@@ -1,4 +1,4 @@
-//! The log: what the library decides about images and ranges, for whoever asks. Without `-v` and `--log-file` nothing is collected at all.
+//! The log of decisions about images and ranges. Without `-v` and `--log-file`, events are not collected at all.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,14 +16,15 @@ use super::args::Args;
 use super::progress::{NOTES, Terminal};
 use crate::error::{Error, Result};
 
-type Logged = Box<dyn Layer<Registry> + Send + Sync>;
+/// A destination of the log.
+type LogLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// Begins to log as the command line has it.
+/// Begins to log as the command line asks for.
 ///
 /// # Errors
-/// If the file cannot be opened, or belongs to another user.
+/// [`Error::Io`] if the log file cannot be opened or is not a regular file; [`Error::OfAnother`] if it belongs to another user.
 pub(super) fn begin(args: &Args, terminal: &Arc<Terminal>) -> Result<()> {
-    let mut layers: Vec<Logged> = Vec::new();
+    let mut layers: Vec<LogLayer> = Vec::new();
     let level = match args.verbose {
         0 => LevelFilter::OFF,
         1 => LevelFilter::INFO,
@@ -39,14 +40,14 @@ pub(super) fn begin(args: &Args, terminal: &Arc<Terminal>) -> Result<()> {
         layers.push(lines(args.log_json, file, true).with_filter(LevelFilter::DEBUG).boxed());
     }
     if !layers.is_empty() {
-        // There is none before this one: a process runs one command.
+        // This cannot fail: a process runs one command, so no other subscriber was set.
         let _ = tracing::subscriber::set_global_default(Registry::default().with(layers));
     }
     Ok(())
 }
 
-/// One event a line, as text or as JSON.
-fn lines<W>(json: bool, writer: W, has_time: bool) -> Logged
+/// Writes one event a line, as text or as JSON.
+fn lines<W>(json: bool, writer: W, has_time: bool) -> LogLayer
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
@@ -58,7 +59,8 @@ where
     }
 }
 
-/// Opens a log file to append to. In a folder where others can write, someone else may have put a file or a link under its name.
+/// Opens a log file to append to it. If others can write to its folder, another user may have put a file or a link under its name, so links and
+/// files of others are refused.
 fn open(path: &Path) -> Result<File> {
     let flags =
         OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -77,7 +79,7 @@ fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Standard error, beside the progress that is shown there.
+/// Standard error, without disturbing the progress that is shown there.
 struct Stderr(Arc<Terminal>);
 
 impl<'a> MakeWriter<'a> for Stderr {
@@ -91,7 +93,7 @@ impl<'a> MakeWriter<'a> for Stderr {
     }
 }
 
-/// A line in the making: it is printed as a whole.
+/// A line of the log. It is printed as a whole when it is dropped.
 struct Line<'a> {
     terminal: &'a Terminal,
     bytes: Vec<u8>,

@@ -1,7 +1,8 @@
-//! The command line: arguments, progress, printing, exit codes. Data goes to stdout, all else to stderr.
+//! The command line: arguments, progress, printing and exit codes. Reports and archives go to stdout, everything else to stderr.
 
 mod args;
 mod log;
+mod man;
 mod progress;
 
 use std::io::Write;
@@ -36,15 +37,22 @@ use crate::shown::shown;
 use crate::sys::priority::give_way;
 use crate::sys::stdout;
 
-/// How a command ended; the numbers are part of what scripts rely on.
+/// How a command ended. Scripts rely on the numbers: see `formats/scripting.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Exit {
+    /// The command did everything.
     Done = 0,
+    /// The system refused something, or the report could not be printed.
     Failed = 1,
+    /// The command asks for something that cannot be done.
     Usage = 2,
+    /// The command did everything but for some images, or until its time was over.
     SomeSkipped = 3,
+    /// The archive is damaged.
     Damaged = 4,
+    /// `diff` found differences.
     Differs = 5,
+    /// The user stopped it.
     Interrupted = 130,
 }
 
@@ -66,14 +74,14 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    // An export and an import make frames all the time, and take longer if each is a new mapping.
+    // Exports and imports allocate frames all the time, and get slower if each frame is a mapping of its own.
     if !matches!(args.command, Command::Export(_) | Command::Import(_)) {
         crate::sys::allocator::give_back_early();
     }
     crate::sys::signals::explain_sigbus();
     crate::sys::signals::ignore_sigxfsz();
     crate::sys::signals::ignore_sigio();
-    // What vmfold makes, is for who runs it alone: indexes, archives and donors hold what machines hold.
+    // Only the user who runs vmfold may read the files that it makes: indexes, archives and donors hold the content of machines.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let terminal = Arc::new(Terminal::new());
     let outcome = check_stdout()
@@ -92,7 +100,7 @@ pub fn main() -> ExitCode {
 }
 
 impl Exit {
-    /// The one table of what errors lead to.
+    /// The exit code of each kind of error.
     fn of(kind: ErrorKind) -> Self {
         match kind {
             ErrorKind::Usage | ErrorKind::InUse => Self::Usage,
@@ -103,7 +111,7 @@ impl Exit {
     }
 }
 
-/// Refuses to begin where what is found could not be told: nobody would see it, and the exit code would say that all is well.
+/// Checks that stdout was not closed when vmfold began. Otherwise the report would be lost, and the exit code would say that all is well.
 fn check_stdout() -> Result<()> {
     if stdout::was_closed() {
         return Err(Error::io("write to", Path::new("stdout"))(Errno::BADF));
@@ -111,12 +119,14 @@ fn check_stdout() -> Result<()> {
     Ok(())
 }
 
+/// Prints an error with its causes and a hint.
 fn print_error(error: &Error) {
     let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
-    // Where even that cannot be written, the exit code has to do.
+    // If stderr cannot be written either, only the exit code is left to tell.
     let _ = writeln!(std::io::stderr(), "error: {}{hint}", describe(error));
 }
 
+/// Runs the command, and prints its report.
 fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
     if args.nice
         && let Err(errno) = give_way()
@@ -129,93 +139,97 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
     let json = args.json;
     match &args.command {
         Command::Reclaim(command) => run_reclaim(command, json, terminal),
-        Command::Report(command) => each(command.scopes()?, |scope| {
-            let found = report(&scope, terminal)?;
+        Command::Report(command) => for_each_filesystem(command.scopes()?, |scope| {
+            let result = report(&scope, terminal)?;
             terminal.finish();
-            print("report", &found, json)?;
-            Ok(exit(terminal.interrupted(), !found.skipped.is_empty()))
+            print("report", &result, json)?;
+            Ok(exit_of_pool(terminal.interrupted(), !result.skipped.is_empty()))
         }),
         Command::Export(command) => run_export(command, json, terminal),
         Command::Import(command) => {
-            let found = import(&command.options(), terminal)?;
+            let result = import(&command.options(), terminal)?;
             terminal.finish();
-            print("import", &found, json)?;
-            Ok(intact(found.lost.is_empty() && !found.later_damage))
+            print("import", &result, json)?;
+            Ok(exit_of_archive(result.lost.is_empty() && !result.later_damage))
         }
         Command::List(command) => {
             print("list", &list(&command.archive, command.commit.as_deref())?, json)?;
             Ok(Exit::Done)
         }
         Command::Verify(command) => {
-            let found = verify(&command.archive, terminal)?;
+            let result = verify(&command.archive, terminal)?;
             terminal.finish();
-            print("verify", &found, json)?;
-            Ok(intact(found.damage.is_empty() && found.lost.is_empty()))
+            print("verify", &result, json)?;
+            Ok(exit_of_archive(result.damage.is_empty() && result.lost.is_empty()))
         }
         Command::Diff(command) => {
             let (first, with) = command.sides();
-            let found = diff(&command.archive, first.as_deref(), &with, terminal)?;
+            let result = diff(&command.archive, first.as_deref(), &with, terminal)?;
             terminal.finish();
-            print("diff", &found, json)?;
-            let same = found.images.iter().all(|image| image.change == Change::Same);
+            print("diff", &result, json)?;
+            let same = result.images.iter().all(|image| image.change == Change::Same);
             Ok(if same { Exit::Done } else { Exit::Differs })
         }
         Command::Scan(command) => {
-            let found = scan(&command.scope()?, terminal)?;
+            let result = scan(&command.scope()?, terminal)?;
             terminal.finish();
-            print("scan", &found, json)?;
-            Ok(exit(found.interrupted, !found.skipped.is_empty()))
+            print("scan", &result, json)?;
+            Ok(exit_of_pool(result.interrupted, !result.skipped.is_empty()))
         }
         Command::Status(command) => run_status(command, json, terminal),
+        Command::Man(command) => {
+            print("man", &man::write_man_pages(&command.folder)?, json)?;
+            Ok(Exit::Done)
+        }
     }
 }
 
 fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Result<Exit> {
-    each(command.options()?, |options| {
-        let mut found = reclaim(&options, terminal)?;
+    for_each_filesystem(command.options()?, |options| {
+        let mut result = reclaim(&options, terminal)?;
         terminal.finish();
-        print("reclaim", &found, json)?;
-        if let Some(error) = found.failed.take() {
+        print("reclaim", &result, json)?;
+        if let Some(error) = result.failed.take() {
             return Err(error);
         }
-        let done = found.done.as_ref();
+        let done = result.done.as_ref();
         let held = done.is_some_and(|done| done.counts.extents_still_held > 0);
-        let some_left = !found.skipped.is_empty() || held || found.out_of_time;
-        Ok(exit(found.interrupted, some_left))
+        let some_left = !result.skipped.is_empty() || held || result.out_of_time;
+        Ok(exit_of_pool(result.interrupted, some_left))
     })
 }
 
 fn run_export(command: &args::Export, json: bool, terminal: &Terminal) -> Result<Exit> {
     let options = command.options()?;
-    let found = export(&options, terminal)?;
+    let result = export(&options, terminal)?;
     terminal.finish();
     let to_stderr = options.archive == ArchivePlace::Pipe;
-    print_to(Text { json, to_stderr }, "export", &found)?;
-    Ok(exit(false, !found.skipped.is_empty()))
+    print_to(ReportFormat { json, to_stderr }, "export", &result)?;
+    Ok(exit_of_pool(false, !result.skipped.is_empty()))
 }
 
 fn run_status(command: &args::Status, json: bool, terminal: &Terminal) -> Result<Exit> {
-    let found = index::all_in(&command.index, terminal)?;
-    if found.is_empty() && !json {
+    let indexes = index::all_in(&command.index, terminal)?;
+    if indexes.is_empty() && !json {
         terminal.note(&format!(
             "There is no index in `{}` yet: run vmfold scan or reclaim",
             shown(&command.index)
         ));
     }
-    print("status", &Statuses { indexes: found }, json)?;
+    print("status", &Statuses { indexes }, json)?;
     Ok(Exit::Done)
 }
 
-/// How a command ended that looked at an archive, or restored from it.
-fn intact(intact: bool) -> Exit {
-    if intact { Exit::Done } else { Exit::Damaged }
+/// The exit code of a command that read an archive.
+fn exit_of_archive(is_intact: bool) -> Exit {
+    if is_intact { Exit::Done } else { Exit::Damaged }
 }
 
-/// Works on one filesystem after the other. The first that fails or is interrupted is the last.
-fn each<T>(all: Vec<T>, mut work: impl FnMut(T) -> Result<Exit>) -> Result<Exit> {
+/// Works on one filesystem after the other. The first one that fails or is interrupted is the last.
+fn for_each_filesystem<T>(filesystems: Vec<T>, mut work: impl FnMut(T) -> Result<Exit>) -> Result<Exit> {
     let mut worst = Exit::Done;
-    for one in all {
-        match work(one)? {
+    for filesystem in filesystems {
+        match work(filesystem)? {
             Exit::Done => {}
             Exit::Interrupted => return Ok(Exit::Interrupted),
             exit => worst = exit,
@@ -224,7 +238,8 @@ fn each<T>(all: Vec<T>, mut work: impl FnMut(T) -> Result<Exit>) -> Result<Exit>
     Ok(worst)
 }
 
-fn exit(interrupted: bool, some_skipped: bool) -> Exit {
+/// The exit code of a command that worked on a pool.
+fn exit_of_pool(interrupted: bool, some_skipped: bool) -> Exit {
     match (interrupted, some_skipped) {
         (true, _) => Exit::Interrupted,
         (_, true) => Exit::SomeSkipped,
@@ -232,6 +247,7 @@ fn exit(interrupted: bool, some_skipped: bool) -> Exit {
     }
 }
 
+/// The report of `status`.
 #[derive(Serialize)]
 struct Statuses {
     indexes: Vec<index::IndexStatus>,
@@ -243,7 +259,7 @@ impl std::fmt::Display for Statuses {
     }
 }
 
-/// A document of `--json`: which one, in which version, and what it says.
+/// A document of `--json`: its type, its version, and the report.
 #[derive(Serialize)]
 struct Document<'a, T> {
     #[serde(rename = "type")]
@@ -253,21 +269,24 @@ struct Document<'a, T> {
     content: &'a T,
 }
 
-/// How and where a document is printed.
+/// How and where a report is printed.
 #[derive(Clone, Copy)]
-struct Text {
+struct ReportFormat {
+    /// Whether it is printed as JSON.
     json: bool,
-    /// Standard output has the archive.
+    /// Whether it goes to stderr, because the archive goes to stdout.
     to_stderr: bool,
 }
 
+/// Prints a report to stdout.
 fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) -> Result<()> {
-    let text = Text { json, to_stderr: false };
-    print_to(text, kind, content)
+    let format = ReportFormat { json, to_stderr: false };
+    print_to(format, kind, content)
 }
 
-fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &T) -> Result<()> {
-    let Text { json, to_stderr } = text;
+/// Prints a report.
+fn print_to<T: Serialize + std::fmt::Display>(format: ReportFormat, kind: &str, content: &T) -> Result<()> {
+    let ReportFormat { json, to_stderr } = format;
     let text = if json {
         let document = serde_json::to_string_pretty(&Document {
             kind,
@@ -288,15 +307,14 @@ fn print_to<T: Serialize + std::fmt::Display>(text: Text, kind: &str, content: &
     }
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        // Whoever reads us has enough.
+        // The program that reads the report has read enough of it.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(Error::io("write to", Path::new("stdout"))),
     }
 }
 
-/// The options of a command as the library wants them.
 impl args::Reclaim {
-    /// Those for each filesystem.
+    /// The options for each filesystem.
     fn options(&self) -> Result<Vec<ReclaimOptions>> {
         let blocks = self.min_run.div_ceil(crate::block::BLOCK_BYTES);
         let min_run_blocks = u32::try_from(blocks)
@@ -335,7 +353,7 @@ impl args::Reclaim {
     }
 }
 
-/// Where an archive is that is named on the command line.
+/// The place of an archive that is named on the command line.
 fn archive_place(named: &Path) -> ArchivePlace {
     if named.as_os_str() == "-" {
         ArchivePlace::Pipe
@@ -381,6 +399,7 @@ impl args::Import {
 }
 
 impl args::Diff {
+    /// The first commit, and what it is compared with.
     fn sides(&self) -> (Option<String>, ComparedWith) {
         if self.pool.is_empty() {
             let first = self.first.clone().or_else(|| Some("previous".into()));

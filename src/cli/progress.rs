@@ -1,4 +1,4 @@
-//! Progress on a terminal, and Ctrl-C.
+//! Shows progress on a terminal, and handles Ctrl-C.
 
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,38 +10,41 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::monitor::Monitor;
 
-/// What the log calls notes: stderr has them in any case.
+/// The target of events that are notes. They go to stderr in any case, so the log does not repeat them there.
 pub(super) const NOTES: &str = "note";
 
-/// Shows phases on stderr if that is a terminal. The first Ctrl-C asks to stop; the second ends the process at once, which is
-/// safe as well.
+/// Shows phases on stderr if that is a terminal. The first Ctrl-C asks to stop. The second one ends the process at once, which is safe as
+/// well.
 pub(super) struct Terminal {
+    /// The progress of the current phase.
     bar: Mutex<Option<ProgressBar>>,
+    /// Whether the user has asked to stop.
     interrupted: Arc<AtomicBool>,
-    shows: bool,
+    /// Whether progress is shown, which it is if stderr is a terminal.
+    shows_progress: bool,
 }
 
 impl Terminal {
     pub(super) fn new() -> Self {
         let interrupted = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
-            // The order matters: the second signal finds the flag set. Where a handler cannot be installed, the signal ends
-            // the process, as it would without.
+            // The order matters: handlers run in it, so only the second signal finds the flag set. If a handler cannot be installed, the
+            // signal ends the process, as it would without one.
             let _ = signal_hook::flag::register_conditional_shutdown(signal, 130, interrupted.clone());
             let _ = signal_hook::flag::register(signal, interrupted.clone());
         }
         Self {
             bar: Mutex::new(None),
             interrupted,
-            shows: std::io::stderr().is_terminal(),
+            shows_progress: std::io::stderr().is_terminal(),
         }
     }
 
-    /// Prints whole lines on stderr, beside the progress.
+    /// Prints whole lines on stderr, without disturbing the progress.
     pub(super) fn print(&self, lines: &str) {
         let bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
         let print = || {
-            // There is nowhere else to say that it could not be said.
+            // If stderr cannot be written, there is nowhere to report that.
             let _ = std::io::stderr().write_all(lines.as_bytes());
         };
         match &*bar {
@@ -50,7 +53,7 @@ impl Terminal {
         }
     }
 
-    /// Takes the progress away.
+    /// Removes the progress.
     pub(super) fn finish(&self) {
         if let Some(bar) = self.bar.lock().unwrap_or_else(PoisonError::into_inner).take() {
             bar.finish_and_clear();
@@ -61,7 +64,7 @@ impl Terminal {
 impl Monitor for Terminal {
     fn phase(&self, name: &str, total_bytes: u64) {
         self.finish();
-        if !self.shows {
+        if !self.shows_progress {
             return;
         }
         let (bar, template) = if total_bytes == 0 {

@@ -1,4 +1,4 @@
-//! Plans that compress: samples of extents are compressed to find out which gain by it.
+//! Makes plans that compress. Samples of extents are read and compressed, to estimate which extents shrink enough.
 
 use std::io;
 
@@ -15,31 +15,33 @@ use crate::plan::sample::{Sample, samples};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, Layout, PlanOptions, ReclaimPlan, plan_proved};
 use crate::spill::{Budget, SpillVec};
 
-/// What the user asked for; what becomes of each extent by it is its [`CompressionGoal`].
+/// The compression that the user asked for. The [`CompressionGoal`] of each extent follows from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompressionRequest {
-    /// Compress what gains by it.
+    /// Compress extents that shrink enough.
     Zstd {
-        /// How frames are made.
+        /// Makes the frames, and says how much they have to shrink.
         packer: Packer,
-        /// Whether what is compressed already is compressed again where that gains.
+        /// Whether extents that are compressed already are compressed again if they shrink enough.
         recompress: bool,
     },
-    /// Undo compression.
+    /// Decompress all extents.
     Undo,
 }
 
-/// What samples of an extent became, in bytes.
+/// The sizes of samples before and after compression, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 struct SampledBytes {
+    /// Their content, uncompressed.
     content: u64,
-    /// Expected on disk, amid other content of the kind.
+    /// What they are expected to take on disk in frames that hold other content as well.
     expected: u64,
-    /// On disk as frames of their own.
+    /// What they take on disk if each window is a frame of its own.
     alone: u64,
 }
 
 impl SampledBytes {
+    /// The sum of both.
     fn and(self, other: Self) -> Self {
         Self {
             content: self.content + other.content,
@@ -48,6 +50,7 @@ impl SampledBytes {
         }
     }
 
+    /// The expected size on disk as a part of the content, as in [`CompressionGoal::share`].
     fn share(self) -> u16 {
         let share = u128::from(self.expected) * u128::from(CompressionGoal::WHOLE) / u128::from(self.content.max(1));
         u16::try_from(share)
@@ -56,11 +59,11 @@ impl SampledBytes {
     }
 }
 
-/// Makes a plan that compresses extents that are candidates, or undoes that, as it is asked for; `go_on` and `prove` as in
-/// [`plan_proved`].
+/// Makes a plan that compresses those extents that `is_candidate` accepts, or decompresses all, as requested. `go_on` and `prove` are those
+/// of [`plan_proved`].
 ///
 /// # Errors
-/// Whatever `go_on` or `prove` fails with.
+/// Those of `go_on` and `prove`.
 pub fn plan_compressing<E>(
     request: Option<CompressionRequest>,
     facts: &mut Facts,
@@ -70,17 +73,17 @@ pub fn plan_compressing<E>(
     is_candidate: impl Fn(&Facts, ExtentId) -> bool,
     (fs, monitor): (&dyn Filesystem, &dyn Monitor),
 ) -> Result<ReclaimPlan, E> {
-    /// Each plan may keep other extents than the one before, which are tried in turn; two or three are usual.
+    /// Plans that are made at most. Each may keep other extents than the one before, and these are then tried. Two or three are usual.
     const TRIALS_MAX: usize = 8;
     if request == Some(CompressionRequest::Undo) {
-        undo(facts);
+        decompress_all(facts);
     }
     monitor.phase("Planning", 0);
     let mut plan = plan_proved(facts, options, go_on, &mut prove)?;
     if let Some(CompressionRequest::Zstd { packer, recompress }) = request {
         let mut trial = Trial::new(packer, recompress, facts.budget());
         for _ in 0..TRIALS_MAX {
-            if !trial.look_at(facts, &plan.layout, &is_candidate, fs, monitor) {
+            if !trial.try_candidates(facts, &plan.layout, &is_candidate, fs, monitor) {
                 break;
             }
             monitor.phase("Planning", 0);
@@ -90,30 +93,32 @@ pub fn plan_compressing<E>(
     Ok(plan)
 }
 
-/// Has extents that are compressed written as they are.
-fn undo(facts: &mut Facts) {
-    let plain = CompressionGoal {
+/// Sets the goal that each compressed extent is rewritten uncompressed.
+fn decompress_all(facts: &mut Facts) {
+    let uncompressed = CompressionGoal {
         compression: Compression::None,
         share: CompressionGoal::WHOLE,
         rewrites: true,
     };
     for extent in &mut facts.extents {
-        extent.compression_goal = (extent.class.compression != Compression::None).then_some(plain);
+        extent.compression_goal = (extent.class.compression != Compression::None).then_some(uncompressed);
     }
 }
 
-/// Finds out what compression would make of extents.
+/// Tries how much extents shrink by compression.
 #[derive(Debug)]
 struct Trial {
     packer: Packer,
+    /// Whether extents that are compressed already are tried as well.
     recompress: bool,
-    /// For each extent, a hash of the sample that was tried; 0 if none was.
+    /// The hash of the sample of each extent that was tried last. It is 0 if none was.
     tried: SpillVec<u64>,
+    /// The sum of all samples.
     pool: SampledBytes,
 }
 
 impl Trial {
-    /// One that knows nothing yet. Unless it is to `recompress`, what is compressed already stays.
+    /// Makes a trial without any samples so far.
     fn new(packer: Packer, recompress: bool, budget: &Budget) -> Self {
         Self {
             packer,
@@ -123,10 +128,9 @@ impl Trial {
         }
     }
 
-    /// Fills in how candidates are to lie on disk, by compressing samples of what a layout leaves of them. What cannot be read
-    /// stays as it is. Says whether a plan is due that knows it: where this layout rewrites something without knowing, or keeps
-    /// what is to be rewritten.
-    fn look_at(
+    /// Compresses samples of those parts of candidates that a layout keeps or rewrites, and sets their goals. Extents that cannot be read get
+    /// none. Returns whether a new plan is needed: this layout rewrites an extent that had no goal, or keeps one that is to be rewritten.
+    fn try_candidates(
         &mut self,
         facts: &mut Facts,
         layout: &Layout,
@@ -134,27 +138,27 @@ impl Trial {
         fs: &dyn Filesystem,
         monitor: &dyn Monitor,
     ) -> bool {
-        /// Extents whose samples are compressed before the next are chosen.
-        const AT_ONCE: usize = 4096;
+        /// Extents whose samples are in memory together.
+        const EXTENTS_AT_ONCE: usize = 4096;
         self.tried.resize(facts.extents.len(), 0);
-        let wanted = |facts: &Facts, place: ExtentId| {
+        let may_compress = |facts: &Facts, place: ExtentId| {
             let extent = &facts.extents[place.index()];
-            let may = self.recompress || extent.class.compression == Compression::None;
-            extent.class.checksummed && extent.pinned.is_none() && may && is_candidate(facts, place)
+            let may_recompress = self.recompress || extent.class.compression == Compression::None;
+            extent.class.checksummed && extent.pinned.is_none() && may_recompress && is_candidate(facts, place)
         };
         let places = ExtentId::numbered(&facts.extents).map(|(place, _)| place);
-        let candidates = SpillVec::from_iter_in(places.filter(|place| wanted(facts, *place)), facts.budget());
-        let all = |facts: &Facts, places: &[ExtentId]| -> u64 {
+        let candidates = SpillVec::from_iter_in(places.filter(|place| may_compress(facts, *place)), facts.budget());
+        let total_bytes = |facts: &Facts, places: &[ExtentId]| -> u64 {
             let blocks = places.iter().map(|place| facts.extents[place.index()].blocks);
             blocks.map(bytes).sum()
         };
-        monitor.phase("Trying compression", all(facts, &candidates));
-        let mut is_new = false;
-        for some in candidates.chunks(AT_ONCE) {
+        monitor.phase("Trying compression", total_bytes(facts, &candidates));
+        let mut needs_plan = false;
+        for group in candidates.chunks(EXTENTS_AT_ONCE) {
             if monitor.interrupted() {
                 return false;
             }
-            let chosen: Vec<(Sample, u64)> = samples(facts, layout, some.iter().copied())
+            let chosen: Vec<(Sample, u64)> = samples(facts, layout, group.iter().copied())
                 .map(|sample| (hash_of(&sample), sample))
                 .filter(|(hash, sample)| {
                     let tried = self.tried[sample.extent.index()];
@@ -163,16 +167,17 @@ impl Trial {
                 .map(|(hash, sample)| (sample, hash))
                 .collect();
             let sampled = self.compress(facts, &chosen, fs);
-            monitor.advance(all(facts, some));
+            monitor.advance(total_bytes(facts, group));
             for ((sample, hash), sampled) in chosen.iter().zip(sampled) {
                 let Some(sampled) = sampled.filter(|sampled| sampled.content > 0) else {
                     continue;
                 };
                 self.tried[sample.extent.index()] = *hash;
-                is_new |= self.learn(facts, layout, sample.extent, sampled);
+                needs_plan |= self.learn(facts, layout, sample.extent, sampled);
             }
         }
-        // What is found elsewhere altogether was not sampled. Should something of it be left over, it is like the rest.
+        // An extent whose blocks are all found elsewhere has no sample. If some of them are left over all the same, they are expected to
+        // shrink as the rest of the pool does.
         for place in candidates.into_iter().filter(|_| self.pool.content > 0) {
             let goal = &mut facts.extents[place.index()].compression_goal;
             goal.get_or_insert(CompressionGoal {
@@ -181,16 +186,16 @@ impl Trial {
                 rewrites: false,
             });
         }
-        is_new
+        needs_plan
     }
 
-    /// Fills in how an extent is to lie on disk, of which a sample was compressed. Says whether a plan is due that knows it.
+    /// Sets the goal of an extent by its sample. Returns whether a new plan is needed.
     fn learn(&mut self, facts: &mut Facts, layout: &Layout, place: ExtentId, sampled: SampledBytes) -> bool {
         self.pool = self.pool.and(sampled);
         let extent = &mut facts.extents[place.index()];
         let blocks = u32::try_from(sampled.content / BLOCK_BYTES).unwrap_or(u32::MAX);
         let rewrites = self.packer.is_worth(sampled.alone, extent.disk_share(blocks));
-        let is_new = if layout.is_gone(place) {
+        let needs_plan = if layout.is_gone(place) {
             extent.compression_goal.is_none()
         } else {
             rewrites && !extent.is_always_rewritten()
@@ -200,10 +205,10 @@ impl Trial {
             share: sampled.share(),
             rewrites,
         });
-        is_new
+        needs_plan
     }
 
-    /// Compresses samples on all cores; nothing becomes of what cannot be read.
+    /// Compresses samples on all cores. The result is `None` for a sample that cannot be read.
     fn compress(&self, facts: &Facts, chosen: &[(Sample, u64)], fs: &dyn Filesystem) -> Vec<Option<SampledBytes>> {
         let compressor = || self.packer.compressor();
         let compress = |compressor: &mut io::Result<Compressor<'_>>, (sample, _): &(Sample, u64)| {
@@ -217,7 +222,7 @@ impl Trial {
     }
 }
 
-/// A hash of what is in a sample; never 0.
+/// A hash of the slots that a sample consists of. It is never 0.
 fn hash_of(sample: &Sample) -> u64 {
     let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
     for piece in sample.windows.iter().flatten() {
@@ -233,7 +238,7 @@ impl std::iter::Sum for SampledBytes {
     }
 }
 
-/// What a window becomes; nothing if it cannot be read.
+/// Compresses one window of a sample. The result is `None` if it cannot be read.
 fn try_window(
     facts: &Facts,
     fs: &dyn Filesystem,
@@ -242,17 +247,18 @@ fn try_window(
     window: &[std::ops::Range<Slot>],
 ) -> Option<SampledBytes> {
     let content = read_slots(facts, fs, window).ok()?;
-    let frame = compressor.compress(&content).ok()?.len();
-    let whole = content.len() as u64;
-    let alone = Some(on_disk(frame))
-        .filter(|alone| packer.is_worth(*alone, whole))
-        .unwrap_or(whole);
+    let frame_bytes = compressor.compress(&content).ok()?.len();
+    let content_bytes = content.len() as u64;
+    let alone = Some(on_disk(frame_bytes))
+        .filter(|alone| packer.is_worth(*alone, content_bytes))
+        .unwrap_or(content_bytes);
     let is_full = content.len() == COMPRESSED_BLOCKS_MAX as usize * BLOCK_LEN;
-    // Less than a frame goes into one with others, whose last block is half full on average.
-    let part = frame as u64 + whole * BLOCK_BYTES / 2 / bytes(COMPRESSED_BLOCKS_MAX);
+    // A window that does not fill a frame shares one with other content. The last block of a frame is half full on average, and the window
+    // bears its part of that loss.
+    let part = frame_bytes as u64 + content_bytes * BLOCK_BYTES / 2 / bytes(COMPRESSED_BLOCKS_MAX);
     Some(SampledBytes {
-        content: whole,
-        expected: if is_full { alone } else { part.min(whole) },
+        content: content_bytes,
+        expected: if is_full { alone } else { part.min(content_bytes) },
         alone,
     })
 }

@@ -1,5 +1,5 @@
-//! Carries out an export's plan: reads each new extent once, hashes every block of it, proves what the plan took for equal,
-//! and writes what is new as PACKs and INDEXes.
+//! Carries out an [`ExportPlan`]. It reads each extent that the archive does not have, once, and hashes every block. The hashes prove
+//! which blocks are equal, as the plan supposed. New blocks are written as PACK and INDEX records.
 
 use std::collections::HashMap;
 
@@ -23,58 +23,61 @@ use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
 use crate::range;
 use crate::spill::SpillVec;
 
-/// Bytes of images read at a time, while those before are compressed, and those before that are written.
+/// Bytes of images that are read as one batch. Meanwhile the batch before it is compressed, and the one before that is written.
 const BATCH_BYTES: u64 = 8 << 20;
-/// Threads beside one for each core.
+/// Threads that are started in addition to one for each core. Threads that wait for the disk then do not keep cores idle.
 const WAITING_THREADS: usize = 2;
-/// Blocks of one read at most.
+/// The largest read, in blocks.
 const READ_BLOCKS: u32 = 256;
-/// Bytes of blocks in a frame, unless its last chunk has more.
+/// Uncompressed bytes after which a frame ends. It ends with a chunk, so its last chunk may go beyond.
 const FRAME_BYTES: usize = 1 << 20;
-/// Bytes of frames that make a pack.
+/// Compressed bytes after which a PACK ends. A PACK of corrected blocks ends after as many uncompressed bytes.
 const PACK_BYTES: usize = 8 << 20;
-/// Blocks that an INDEX covers, unless it is the last.
+/// Blocks that an INDEX covers. The last one may cover fewer.
 const INDEX_BLOCKS: u32 = 1 << 16;
-/// Hashes of corrected blocks remembered, so that equal ones are stored once.
+/// Corrected blocks whose hashes are kept in memory, so that equal ones are stored once. Later ones may be stored more than once.
 const CORRECTIONS_REMEMBERED: usize = 1 << 16;
 
-/// What was stored beside what was planned.
+/// What an export stored, as far as the plan does not say it.
 #[derive(Debug)]
-pub struct Stored {
-    /// Ranges that turned out to be other blocks than planned, and what they are. By slot.
+pub struct ExportOutcome {
+    /// Ranges of slots whose blocks are not those that the plan supposed, with what they are instead. They are in the order of slots.
     pub corrections: Vec<ExportPiece>,
-    /// First blocks of images that lie in metadata.
+    /// The first block of each image whose data lies in metadata.
     pub inline: Vec<InlineBlock>,
-    /// Hashes of all new blocks, corrected ones included.
+    /// Hashes of all new blocks, including corrected ones and inline ones.
     pub hashes: HashLog,
-    /// Bytes of images read.
+    /// Bytes that were read from extents.
     pub read_bytes: u64,
 }
 
-/// The first block of an image that lies in metadata, where no extent has it.
+/// The first block of an image whose data lies in metadata. No extent holds this block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InlineBlock {
     /// The image.
     pub image: ImageId,
-    /// Where the store has the block; none if it is zeros.
+    /// The block's store address. It is `None` if the block is all zeros.
     pub block: Option<StoreBlock>,
 }
 
-/// What of an export is the same for all of its blocks, and what lies in no extent.
+/// Settings that hold for all blocks of an export, and the images whose data lies in no extent.
 #[derive(Debug, Clone, Copy)]
 pub struct ExportSettings<'a> {
-    /// What the fingerprints are.
+    /// The function that makes the fingerprints of this filesystem.
     pub function: FingerprintFunction,
-    /// Compression level of zstd.
+    /// The compression level of zstd.
     pub level: i32,
-    /// Images whose first block lies in metadata, so that no extent has it.
+    /// Images whose first block lies in metadata. No extent holds this block.
     pub inline: &'a [ImageId],
 }
 
-/// A range of slots read at once, and the pieces it is made of.
+/// A range of slots of one extent that is read at once.
 struct ReadTask {
+    /// The first slot.
     slot: Slot,
+    /// The length in blocks, [`READ_BLOCKS`] at most.
     blocks: u32,
+    /// The indexes of the plan's pieces that the range has a part of.
     pieces: std::ops::Range<usize>,
 }
 
@@ -84,7 +87,7 @@ impl ReadTask {
     }
 }
 
-/// Bytes that begin at a multiple of a block, as direct reading asks for.
+/// A buffer whose address is a multiple of the block size, as direct I/O (`O_DIRECT`) requires.
 #[derive(Default)]
 struct AlignedBuffer {
     allocated: Vec<u8>,
@@ -93,7 +96,7 @@ struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// Makes it so long; what it holds is anything.
+    /// Sets the length, and returns the bytes. Their content is not specified.
     fn resize(&mut self, length: usize) -> &mut [u8] {
         if self.allocated.len() < length + BLOCK_LEN {
             self.allocated = vec![0; length + BLOCK_LEN];
@@ -108,31 +111,33 @@ impl AlignedBuffer {
     }
 }
 
-/// What was read of a task.
+/// The blocks of a [`ReadTask`] once they are read.
 #[derive(Default)]
 struct ReadBlocks {
     content: AlignedBuffer,
-    /// Of each block; none for zeros where zeros were planned.
+    /// The hash of each block. It is `None` for a block of zeros where the plan says zeros.
     hashes: Vec<Option<Hash>>,
 }
 
-/// Carries a plan out. `log` is empty; `old` has the hashes of what the archive holds already.
+/// Carries a plan out. `old_hashes` has the hashes of the blocks that the archive holds already. `log` is empty, and takes those of the
+/// new blocks.
 ///
 /// # Errors
-/// Those of reading images, with path and range, and of writing; [`Error::Interrupted`].
+/// [`Error::Unreadable`] with path and range if an image cannot be read; what [`RecordWriter::failed`] makes of an error if the archive
+/// cannot be written; [`Error::NoSpace`] or [`Error::Io`] if hashes cannot be kept in a file; [`Error::TooLarge`] if the store would get
+/// too many blocks; [`Error::Interrupted`].
 pub fn store_blocks(
     (fs, facts): (&dyn Filesystem, &Facts),
     plan: &ExportPlan,
     settings: ExportSettings<'_>,
-    (mut old, log): (StoredHashes<'_>, HashLog),
-    out: &mut RecordWriter<'_>,
+    (mut old_hashes, log): (StoredHashes<'_>, HashLog),
+    records: &mut RecordWriter<'_>,
     monitor: &dyn Monitor,
-) -> Result<Stored> {
+) -> Result<ExportOutcome> {
     let tasks = tasks(facts, plan);
-    let total: u64 = tasks.iter().map(|task| bytes(task.blocks)).sum();
-    monitor.phase("Reading images", total);
+    let total_bytes: u64 = tasks.iter().map(|task| bytes(task.blocks)).sum();
+    monitor.phase("Reading images", total_bytes);
     let mut assembler = Assembler::new(plan, log, settings.function);
-    // Threads that wait for the disk do not keep the cores busy.
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(rayon::current_num_threads() + WAITING_THREADS)
         .build()
@@ -142,50 +147,50 @@ pub fn store_blocks(
     let mut packer = PackWriter::new(plan.first_new);
     let mut compressed = Vec::new();
     let mut batches = batches(&tasks).peekable();
-    let mut ahead: Vec<ReadBlocks> = Vec::new();
-    let mut current: &[ReadTask] = &[];
-    let mut spare: Vec<ReadBlocks> = Vec::new();
+    let mut current_blocks: Vec<ReadBlocks> = Vec::new();
+    let mut current_tasks: &[ReadTask] = &[];
+    let mut spare_blocks: Vec<ReadBlocks> = Vec::new();
     read_ahead(fs, facts, batches.peek().copied());
     loop {
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        let next = batches.next();
+        let next_tasks = batches.next();
         read_ahead(fs, facts, batches.peek().copied());
-        for (task, read) in current.iter().zip(&ahead) {
-            assembler.take(task, read, &mut old)?;
+        for (task, read) in current_tasks.iter().zip(&current_blocks) {
+            assembler.take(task, read, &mut old_hashes)?;
         }
-        spare.append(&mut ahead);
+        spare_blocks.append(&mut current_blocks);
         let frames = std::mem::take(&mut assembler.ready);
-        let recycled = std::mem::take(&mut spare);
+        let buffers = std::mem::take(&mut spare_blocks);
         let to_write = std::mem::take(&mut compressed);
         let log = &assembler.log;
-        let (added, (now_compressed, read)) = pool.install(|| {
+        let (added, (new_compressed, next_blocks)) = pool.install(|| {
             rayon::join(
-                || packer.add(to_write, log, out),
+                || packer.add(to_write, log, records),
                 || {
                     rayon::join(
                         || compress(settings.level, &frames),
-                        || next.map(|tasks| read_batch(fs, facts, plan, tasks, recycled, monitor)),
+                        || next_tasks.map(|tasks| read_batch(fs, facts, plan, tasks, buffers, monitor)),
                     )
                 },
             )
         });
         added?;
-        compressed = now_compressed.map_err(out.failed)?;
-        assembler.corrected.write(settings.level, false, out)?;
-        match (next, read) {
-            (Some(tasks), Some(read)) => (current, ahead) = (tasks, read?),
-            _ if assembler.ready.is_empty() && current.is_empty() && compressed.is_empty() => break,
+        compressed = new_compressed.map_err(records.failed)?;
+        assembler.corrected.write(settings.level, false, records)?;
+        match (next_tasks, next_blocks) {
+            (Some(tasks), Some(blocks)) => (current_tasks, current_blocks) = (tasks, blocks?),
+            _ if assembler.ready.is_empty() && current_tasks.is_empty() && compressed.is_empty() => break,
             _ => {
-                current = &[];
-                assembler.end();
+                current_tasks = &[];
+                assembler.end_frame();
             }
         }
     }
-    packer.finish(&assembler.log, out)?;
-    let inline = assembler.take_inline(fs, settings, &mut old)?;
-    assembler.finish(inline, total, settings.level, out)
+    packer.finish(&assembler.log, records)?;
+    let inline = assembler.take_inline(fs, settings, &mut old_hashes)?;
+    assembler.finish(inline, total_bytes, settings.level, records)
 }
 
 fn is_zero(block: &[u8]) -> bool {
@@ -196,7 +201,7 @@ fn is_zero(block: &[u8]) -> bool {
         .all(|part| u128::from_le_bytes(*part) == 0)
 }
 
-/// The ranges to be read, in the order they lie on disk.
+/// The ranges that are read, in the order of their slots, which is their order on disk. No range goes beyond an extent.
 fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<ReadTask> {
     let mut tasks: SpillVec<ReadTask> = SpillVec::new_in(facts.budget());
     let mut extent_end = Slot(0);
@@ -235,6 +240,7 @@ fn tasks(facts: &Facts, plan: &ExportPlan) -> SpillVec<ReadTask> {
     tasks
 }
 
+/// Divides tasks into batches of [`BATCH_BYTES`] or a little more.
 fn batches(tasks: &[ReadTask]) -> impl Iterator<Item = &[ReadTask]> {
     let mut rest = tasks;
     std::iter::from_fn(move || {
@@ -249,12 +255,14 @@ fn batches(tasks: &[ReadTask]) -> impl Iterator<Item = &[ReadTask]> {
     })
 }
 
+/// Asks the filesystem to read the blocks of tasks into the page cache.
 fn read_ahead(fs: &dyn Filesystem, facts: &Facts, tasks: Option<&[ReadTask]>) {
     for task in tasks.into_iter().flatten() {
         read_slots_ahead(facts, fs, &[task.slots()]);
     }
 }
 
+/// Reads and hashes the blocks of some tasks, on all threads. The buffers in `spare` are used again.
 fn read_batch(
     fs: &dyn Filesystem,
     facts: &Facts,
@@ -277,8 +285,8 @@ fn read_batch(
             for piece in &plan.pieces[task.pieces.clone()] {
                 let (from, to) = part_of(task, piece);
                 for block in blocks.by_ref().take((to - from) as usize) {
-                    let proved = piece.source == ExportSource::Zeros && is_zero(block);
-                    read.hashes.push((!proved).then(|| hash_of(block)));
+                    let is_proved = piece.source == ExportSource::Zeros && is_zero(block);
+                    read.hashes.push((!is_proved).then(|| hash_of(block)));
                 }
             }
             monitor.advance(bytes(task.blocks));
@@ -287,20 +295,25 @@ fn read_batch(
         .collect()
 }
 
-/// The slots of a piece that a task covers.
+/// The first slot of a piece that a task covers, and the slot after the last.
 fn part_of(task: &ReadTask, piece: &ExportPiece) -> (Slot, Slot) {
     (piece.slot.max(task.slot), piece.end().min(task.slot + task.blocks))
 }
 
-/// Puts new blocks into frames, and finds what was taken for another block.
+/// Puts new blocks into frames, and corrects the plan where a block is not the one that the plan supposed.
 struct Assembler<'a> {
     plan: &'a ExportPlan,
+    /// Hashes of the new blocks that the plan has, as far as they were read.
     log: HashLog,
-    corrected: Corrected,
+    corrected: CorrectedBlocks,
     corrections: Vec<ExportPiece>,
+    /// The blocks of the frame that is being filled.
     frame: Vec<u8>,
+    /// Frames that are full, not compressed yet.
     ready: Vec<Vec<u8>>,
+    /// Lengths in blocks of the chunks that are still to come.
     chunks: std::slice::Iter<'a, u8>,
+    /// Blocks of the current chunk that are still to come.
     chunk_left: u8,
 }
 
@@ -309,7 +322,7 @@ impl<'a> Assembler<'a> {
         Self {
             plan,
             log,
-            corrected: Corrected::new(plan.end, function),
+            corrected: CorrectedBlocks::new(plan.end, function),
             corrections: Vec::new(),
             frame: Vec::new(),
             ready: Vec::new(),
@@ -318,15 +331,15 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    /// Writes what is left of corrections, and says what was stored.
+    /// Writes the corrected blocks that are not written yet, with their INDEX and PLAN records, and returns what was stored.
     fn finish(
         mut self,
         inline: Vec<InlineBlock>,
         read_bytes: u64,
         level: i32,
-        out: &mut RecordWriter<'_>,
-    ) -> Result<Stored> {
-        self.corrected.write(level, true, out)?;
+        records: &mut RecordWriter<'_>,
+    ) -> Result<ExportOutcome> {
+        self.corrected.write(level, true, records)?;
         let Self {
             mut log,
             corrected,
@@ -334,8 +347,8 @@ impl<'a> Assembler<'a> {
             ..
         } = self;
         log.extend(&corrected.hashes)?;
-        corrected.announce(out)?;
-        Ok(Stored {
+        corrected.announce(records)?;
+        Ok(ExportOutcome {
             corrections,
             inline,
             hashes: log,
@@ -343,7 +356,8 @@ impl<'a> Assembler<'a> {
         })
     }
 
-    fn take(&mut self, task: &ReadTask, read: &ReadBlocks, old: &mut StoredHashes<'_>) -> Result<()> {
+    /// Takes the blocks of a task: appends new ones to frames, and compares the others with what the plan supposed.
+    fn take(&mut self, task: &ReadTask, read: &ReadBlocks, old_hashes: &mut StoredHashes<'_>) -> Result<()> {
         for piece in &self.plan.pieces[task.pieces.clone()] {
             let (from, to) = part_of(task, piece);
             let at = (from - task.slot) as usize;
@@ -358,7 +372,7 @@ impl<'a> Assembler<'a> {
                 }
                 ExportSource::Same(first) => {
                     let first = first + (from - piece.slot);
-                    let expected = self.hashes_of(first, to - from, old)?;
+                    let expected = self.hashes_of(first, to - from, old_hashes)?;
                     for (n, ((hash, expected), block)) in
                         (0u32..).zip(hashes.iter().zip(&expected).zip(content.chunks_exact(BLOCK_LEN)))
                     {
@@ -380,11 +394,17 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    fn hashes_of(&self, first: StoreBlock, blocks: u32, old: &mut StoredHashes<'_>) -> Result<Vec<Option<Hash>>> {
-        let before = old.end().saturating_sub(first).min(blocks);
+    /// The hashes of some blocks of the store, of which some may be of earlier commits. A hash that the archive has lost is `None`.
+    fn hashes_of(
+        &self,
+        first: StoreBlock,
+        blocks: u32,
+        old_hashes: &mut StoredHashes<'_>,
+    ) -> Result<Vec<Option<Hash>>> {
+        let before = old_hashes.end().saturating_sub(first).min(blocks);
         let mut hashes = Vec::with_capacity(blocks as usize);
         for block in range::each(first..first + before) {
-            hashes.push(old.get(block)?);
+            hashes.push(old_hashes.get(block)?);
         }
         if blocks > before {
             hashes.extend(self.log.read(first + before, blocks - before)?.into_iter().map(Some));
@@ -392,6 +412,7 @@ impl<'a> Assembler<'a> {
         Ok(hashes)
     }
 
+    /// Notes that a slot does not hold what the plan supposed, and stores its block unless it is all zeros.
     fn correct(&mut self, slot: Slot, block: &[u8], hash: Option<Hash>) -> Result<()> {
         let source = match hash {
             Some(hash) if !is_zero(block) => ExportSource::New(self.corrected.add(block, hash)?),
@@ -405,21 +426,21 @@ impl<'a> Assembler<'a> {
         Ok(())
     }
 
-    /// Stores the blocks that lie in metadata, unless the store has them.
+    /// Reads the blocks that lie in metadata, and stores those that no earlier commit has stored.
     fn take_inline(
         &mut self,
         fs: &dyn Filesystem,
         settings: ExportSettings<'_>,
-        old: &mut StoredHashes<'_>,
+        old_hashes: &mut StoredHashes<'_>,
     ) -> Result<Vec<InlineBlock>> {
         let mut inline = Vec::new();
-        let mut wanted: HashMap<u32, Vec<usize>> = HashMap::new();
+        let mut by_fingerprint: HashMap<u32, Vec<usize>> = HashMap::new();
         let mut blocks = Vec::new();
         for image in settings.inline {
             let mut block = vec![0; BLOCK_LEN];
             fs.read(SourceFile::Image(*image), 0, &mut block)?;
             if !is_zero(&block) {
-                wanted
+                by_fingerprint
                     .entry(settings.function.of(&block))
                     .or_default()
                     .push(inline.len());
@@ -430,32 +451,36 @@ impl<'a> Assembler<'a> {
             });
             blocks.push(block);
         }
-        let known = if wanted.is_empty() {
+        let search_end = if by_fingerprint.is_empty() {
             StoreBlock(0)
         } else {
             self.plan.first_new
         };
-        for block in range::each(StoreBlock(0)..known) {
-            for at in wanted.get(&self.plan.fingerprints.get(block)).into_iter().flatten() {
-                if old.get(block)? == Some(hash_of(&blocks[*at])) {
-                    inline[*at].block = Some(block);
+        for block in range::each(StoreBlock(0)..search_end) {
+            for place in by_fingerprint
+                .get(&self.plan.fingerprints.get(block))
+                .into_iter()
+                .flatten()
+            {
+                if old_hashes.get(block)? == Some(hash_of(&blocks[*place])) {
+                    inline[*place].block = Some(block);
                 }
             }
         }
-        for (stored, block) in inline.iter_mut().zip(&blocks) {
-            if stored.block.is_none() && !is_zero(block) {
-                stored.block = Some(self.corrected.add(block, hash_of(block))?);
+        for (inline, block) in inline.iter_mut().zip(&blocks) {
+            if inline.block.is_none() && !is_zero(block) {
+                inline.block = Some(self.corrected.add(block, hash_of(block))?);
             }
         }
         Ok(inline)
     }
 
-    /// Appends new blocks; frames end where chunks do.
+    /// Appends new blocks to the frame. A full frame ends where a chunk ends.
     fn append(&mut self, content: &[u8]) {
         for block in content.chunks_exact(BLOCK_LEN) {
             if self.chunk_left == 0 {
                 if self.frame.len() >= FRAME_BYTES {
-                    self.end();
+                    self.end_frame();
                 }
                 self.chunk_left = self.chunks.next().copied().unwrap_or(1);
             }
@@ -464,27 +489,33 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    fn end(&mut self) {
+    /// Ends the frame that is being filled, if it has any blocks.
+    fn end_frame(&mut self) {
         if !self.frame.is_empty() {
-            let next = Vec::with_capacity(self.frame.len());
-            self.ready.push(std::mem::replace(&mut self.frame, next));
+            let empty = Vec::with_capacity(self.frame.len());
+            self.ready.push(std::mem::replace(&mut self.frame, empty));
         }
     }
 }
 
-/// Blocks that were not what the plan took them for: stored behind all that was planned.
-struct Corrected {
+/// Blocks that are not what the plan supposed. They are stored behind all blocks that the plan has addresses for.
+struct CorrectedBlocks {
     function: FingerprintFunction,
+    /// The store address of the first of them.
     first: StoreBlock,
+    /// The hash of each.
     hashes: Vec<Hash>,
+    /// The fingerprint of each.
     fingerprints: Vec<u32>,
+    /// The addresses of the first [`CORRECTIONS_REMEMBERED`] of them, by hash.
     known: HashMap<Hash, StoreBlock>,
-    /// Blocks not written yet, and the address of the first.
+    /// The content of those that are not written yet.
     content: Vec<u8>,
-    written: StoreBlock,
+    /// The address after the last one that is written.
+    written_end: StoreBlock,
 }
 
-impl Corrected {
+impl CorrectedBlocks {
     fn new(first: StoreBlock, function: FingerprintFunction) -> Self {
         Self {
             function,
@@ -493,10 +524,11 @@ impl Corrected {
             fingerprints: Vec::new(),
             known: HashMap::new(),
             content: Vec::new(),
-            written: first,
+            written_end: first,
         }
     }
 
+    /// Adds a block, unless an equal one is known, and returns its store address.
     fn add(&mut self, block: &[u8], hash: Hash) -> Result<StoreBlock> {
         if let Some(known) = self.known.get(&hash) {
             return Ok(*known);
@@ -515,27 +547,27 @@ impl Corrected {
         Ok(address)
     }
 
-    /// Writes a pack if there is enough for one, or anything and `all`.
-    fn write(&mut self, level: i32, all: bool, out: &mut RecordWriter<'_>) -> Result<()> {
+    /// Writes a PACK once there are enough blocks for one. With `all` it writes whatever there is.
+    fn write(&mut self, level: i32, all: bool, records: &mut RecordWriter<'_>) -> Result<()> {
         if self.content.is_empty() || !all && self.content.len() < PACK_BYTES {
             return Ok(());
         }
         let plain: Vec<Vec<u8>> = self.content.chunks(FRAME_BYTES).map(<[u8]>::to_vec).collect();
-        let frames = compress(level, &plain).map_err(out.failed)?;
+        let frames = compress(level, &plain).map_err(records.failed)?;
         let blocks = u32::try_from(self.content.len() / BLOCK_LEN).unwrap_or(u32::MAX);
-        out.put(
+        records.put(
             RecordKind::Pack,
             0,
-            (self.written, blocks),
-            &pack::encode(self.written, &frames),
+            (self.written_end, blocks),
+            &pack::encode(self.written_end, &frames),
         )?;
-        self.written += blocks;
+        self.written_end += blocks;
         self.content.clear();
         Ok(())
     }
 
-    /// Writes what a PLAN and an INDEX say of the blocks.
-    fn announce(&self, out: &mut RecordWriter<'_>) -> Result<()> {
+    /// Writes the PLAN records that announce the blocks, and the INDEX records that have their hashes.
+    fn announce(&self, records: &mut RecordWriter<'_>) -> Result<()> {
         if self.hashes.is_empty() {
             return Ok(());
         }
@@ -551,54 +583,54 @@ impl Corrected {
                 let at = (first - self.first) as usize;
                 self.fingerprints[at..at + blocks as usize].to_vec()
             },
-            out,
+            records,
         )?;
-        for (n, hashes) in (0u32..).zip(self.hashes.chunks(INDEX_BLOCKS as usize)) {
-            put_index(self.first + n * INDEX_BLOCKS, hashes, out)?;
+        for (number, hashes) in (0u32..).zip(self.hashes.chunks(INDEX_BLOCKS as usize)) {
+            put_index(self.first + number * INDEX_BLOCKS, hashes, records)?;
         }
         Ok(())
     }
 }
 
-/// Where records go, and what an error of that is called.
+/// Writes records, and makes errors of writing those of the library.
 pub struct RecordWriter<'a> {
-    /// Writes them.
+    /// The writer of the archive.
     pub writer: &'a mut ArchiveWriter,
-    /// Makes an error of one of writing.
+    /// Makes an [`Error`] that names the archive from an I/O error.
     pub failed: &'a (dyn Fn(std::io::Error) -> Error + Sync),
 }
 
 impl RecordWriter<'_> {
-    /// Writes a record.
+    /// Writes a record. Its body is about the blocks `store`: the first store address and their count.
     ///
     /// # Errors
-    /// Those of writing.
+    /// What `failed` makes of an error of [`ArchiveWriter::put`].
     pub fn put(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> Result<()> {
         self.writer.put(kind, part, store, body).map_err(self.failed)
     }
 
-    /// Writes a PLAN.
+    /// Writes a PLAN record. `last` says that it is the last one of its part.
     ///
     /// # Errors
-    /// Those of writing.
+    /// What `failed` makes of an error of [`ArchiveWriter::put`] or of zstd.
     pub fn put_plan(&mut self, part: u8, last: bool, store: (StoreBlock, u32), payload: &[u8]) -> Result<()> {
         let body = manifest::encode(self.writer.commit_number(), part, last, payload).map_err(self.failed)?;
         self.put(RecordKind::Plan, part, store, &body)
     }
 }
 
-/// Writes PLANs that announce blocks, from `first` on, in these chunks.
+/// Writes PLAN records that announce new blocks, from `first` on: the lengths of their chunks, and their fingerprints.
 ///
 /// # Errors
-/// Those of writing.
+/// Those of [`RecordWriter::put_plan`].
 pub fn announce(
     function: FingerprintFunction,
     mut first: StoreBlock,
     chunks: &[u8],
     fingerprints: impl Fn(StoreBlock, u32) -> Vec<u32>,
-    out: &mut RecordWriter<'_>,
+    records: &mut RecordWriter<'_>,
 ) -> Result<()> {
-    /// Blocks announced in a record, unless its last chunk has more.
+    /// Blocks after which a record ends. It ends with a chunk, so its last chunk may go beyond.
     const BLOCKS: u32 = 1 << 18;
     let mut rest = chunks;
     while !rest.is_empty() {
@@ -607,50 +639,53 @@ pub fn announce(
             blocks += u32::from(rest[count]);
             count += 1;
         }
-        let (these, after) = rest.split_at(count);
+        let (chunks, after) = rest.split_at(count);
         rest = after;
         let announced = AnnouncedBlocks {
             first,
             function,
-            chunks: these.to_vec(),
+            chunks: chunks.to_vec(),
             fingerprints: fingerprints(first, blocks),
         };
         let payload = manifest::encode_announced(&announced);
-        out.put_plan(manifest::PART_BLOCKS, false, (first, blocks), &payload)?;
+        records.put_plan(manifest::PART_BLOCKS, false, (first, blocks), &payload)?;
         first += blocks;
     }
     Ok(())
 }
 
-fn put_index(first: StoreBlock, hashes: &[Hash], out: &mut RecordWriter<'_>) -> Result<()> {
+/// Writes an INDEX record with the hashes of the blocks from `first` on.
+fn put_index(first: StoreBlock, hashes: &[Hash], records: &mut RecordWriter<'_>) -> Result<()> {
     let blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
-    out.put(RecordKind::Index, 0, (first, blocks), &index::encode(first, hashes))
+    records.put(RecordKind::Index, 0, (first, blocks), &index::encode(first, hashes))
 }
 
-/// Compresses blocks on all cores.
-fn compress(level: i32, plain: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
-    plain
+/// Compresses frames on all cores.
+fn compress(level: i32, frames: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
+    frames
         .par_iter()
         .map_init(
             || zstd::bulk::Compressor::new(level),
-            |compressor, plain| match compressor {
-                Ok(compressor) => Frame::compress(plain, compressor),
+            |compressor, frame| match compressor {
+                Ok(compressor) => Frame::compress(frame, compressor),
                 Err(error) => Err(std::io::Error::other(error.to_string())),
             },
         )
         .collect()
 }
 
-/// Writes frames in packs.
+/// Writes compressed frames as PACK records, and the hashes of their blocks as INDEX records.
 struct PackWriter {
-    /// Frames of the pack that is being filled.
+    /// The frames of the PACK that is being filled.
     frames: Vec<Frame>,
+    /// The compressed bytes of these frames.
     stored_bytes: usize,
-    /// Store address of its first block, and after its last.
+    /// The store address of the first block of the PACK that is being filled.
     first: StoreBlock,
+    /// The store address after its last block.
     end: StoreBlock,
-    /// Blocks before this one are in an INDEX.
-    indexed: StoreBlock,
+    /// The store address after the last block that an INDEX covers.
+    indexed_end: StoreBlock,
 }
 
 impl PackWriter {
@@ -660,29 +695,31 @@ impl PackWriter {
             stored_bytes: 0,
             first,
             end: first,
-            indexed: first,
+            indexed_end: first,
         }
     }
 
-    fn add(&mut self, frames: Vec<Frame>, log: &HashLog, out: &mut RecordWriter<'_>) -> Result<()> {
+    /// Adds frames, and writes each PACK that is full and each INDEX whose blocks are all in a PACK.
+    fn add(&mut self, frames: Vec<Frame>, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
         for frame in frames {
             self.stored_bytes += frame.stored_bytes();
             self.end += u32::from(frame.blocks);
             self.frames.push(frame);
             if self.stored_bytes >= PACK_BYTES {
-                self.end_pack(out)?;
+                self.end_pack(records)?;
             }
         }
-        while self.first - self.indexed >= INDEX_BLOCKS {
-            self.put_index(INDEX_BLOCKS, log, out)?;
+        while self.first - self.indexed_end >= INDEX_BLOCKS {
+            self.put_index(INDEX_BLOCKS, log, records)?;
         }
         Ok(())
     }
 
-    fn end_pack(&mut self, out: &mut RecordWriter<'_>) -> Result<()> {
+    /// Writes the PACK that is being filled, if it has any frames.
+    fn end_pack(&mut self, records: &mut RecordWriter<'_>) -> Result<()> {
         if !self.frames.is_empty() {
             let body = pack::encode(self.first, &self.frames);
-            out.put(RecordKind::Pack, 0, (self.first, self.end - self.first), &body)?;
+            records.put(RecordKind::Pack, 0, (self.first, self.end - self.first), &body)?;
             self.frames.clear();
             self.stored_bytes = 0;
             self.first = self.end;
@@ -690,16 +727,18 @@ impl PackWriter {
         Ok(())
     }
 
-    fn put_index(&mut self, blocks: u32, log: &HashLog, out: &mut RecordWriter<'_>) -> Result<()> {
-        put_index(self.indexed, &log.read(self.indexed, blocks)?, out)?;
-        self.indexed += blocks;
+    /// Writes an INDEX for the next blocks.
+    fn put_index(&mut self, blocks: u32, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
+        put_index(self.indexed_end, &log.read(self.indexed_end, blocks)?, records)?;
+        self.indexed_end += blocks;
         Ok(())
     }
 
-    fn finish(&mut self, log: &HashLog, out: &mut RecordWriter<'_>) -> Result<()> {
-        self.end_pack(out)?;
-        while self.end > self.indexed {
-            self.put_index(INDEX_BLOCKS.min(self.end - self.indexed), log, out)?;
+    /// Writes the last PACK and the INDEX records that are still missing.
+    fn finish(&mut self, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
+        self.end_pack(records)?;
+        while self.end > self.indexed_end {
+            self.put_index(INDEX_BLOCKS.min(self.end - self.indexed_end), log, records)?;
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Fingerprints of every block: from the checksum tree where it serves, from the index where they are known, and by reading
-//! for the rest.
+//! Gets the fingerprints of all blocks: from the filesystem's checksums where it keeps usable ones, then from the index, and by reading the
+//! rest.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,31 +18,31 @@ use crate::plan;
 use crate::range;
 use crate::spill::SpillVec;
 
-/// Where fingerprints came from, in bytes of images.
+/// How many fingerprints came from where, in bytes of the blocks that they stand for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Fingerprinted {
-    /// From the filesystem's checksums.
+    /// Bytes whose fingerprints are checksums of the filesystem.
     pub from_checksums: u64,
-    /// From the index.
+    /// Bytes whose fingerprints the index had.
     pub from_index: u64,
-    /// By reading.
+    /// Bytes that were read.
     pub read: u64,
 }
 
 /// Blocks that could not be read.
 #[derive(Debug)]
 pub struct Unreadable {
-    /// Where.
+    /// The blocks.
     pub slots: std::ops::Range<Slot>,
-    /// What reading the first image that has them led to.
+    /// The error of reading the first image that maps them.
     pub error: Error,
 }
 
-/// Decides within `memory_bytes` where the fingerprints of a pool are kept, in memory or in files where its budget has them, and how large a
-/// block table may be. `folder` is where those files are, for messages.
+/// Allocates the fingerprints of a pool, and sets how large a block table may be. The fingerprints are in memory if they fit into
+/// `memory_bytes`, and otherwise in files of the facts' budget. `folder` is the folder of these files, for messages.
 ///
 /// # Errors
-/// [`Error::NoSpace`] among others, if they do not fit into memory and there can be no such files.
+/// [`Error::NoSpace`] or [`Error::Io`] if such a file is needed and cannot be made.
 pub fn allocate(facts: &mut Facts, memory_bytes: u64, folder: &Path) -> Result<()> {
     let slots = facts.slots();
     facts.table_slots_max = plan::table_slots_max(memory_bytes);
@@ -54,53 +54,53 @@ pub fn allocate(facts: &mut Facts, memory_bytes: u64, folder: &Path) -> Result<(
         let file = Fingerprints::in_file(slots as usize, facts.budget());
         file.map_err(Error::writing("make a file for fingerprints in", folder))
     };
-    let (now, planned) = (file()?, file()?);
-    facts.fingerprints = now;
-    facts.planned_fingerprints = Some(planned);
+    let (fingerprints, planned_fingerprints) = (file()?, file()?);
+    facts.fingerprints = fingerprints;
+    facts.planned_fingerprints = Some(planned_fingerprints);
     Ok(())
 }
 
-/// Bytes read by one thread at a time.
+/// Blocks that one thread reads at a time.
 const READ_BLOCKS: u32 = 256;
 
-/// Fills in the fingerprints of all live slots, and brings the index up to date, if there is one. What cannot be read is not known, and
-/// its extents are pinned; the errors are returned, one for each of these places.
+/// Sets the fingerprints of all live slots, and updates the index, if there is one. Extents of blocks that cannot be read are pinned, and
+/// the errors are returned, one for each range.
 ///
 /// # Errors
-/// Those of reading metadata. A user who stops it is no error: the caller asks the monitor. An index that fails is
-/// none either: it is only a cache.
+/// [`Error::Io`] if the filesystem's metadata cannot be read. If the user stops it, it returns early without an error, and the caller asks
+/// the monitor. If the index fails, that is noted: it is only a cache.
 pub fn fingerprint(
     fs: &dyn Filesystem,
     facts: &mut Facts,
     mut index: Option<&mut (dyn ChunkIndex + 'static)>,
     monitor: &dyn Monitor,
 ) -> Result<(Fingerprinted, Vec<Unreadable>)> {
-    let mut found = Fingerprinted::default();
+    let mut counts = Fingerprinted::default();
     let mut known = SlotSet::new(facts.slots() as usize);
     if fs.has_usable_checksums() {
         monitor.phase("Reading checksums", 0);
         fs.fingerprints_from_checksums(facts, &mut known)?;
-        found.from_checksums = bytes(count(facts, &known));
+        counts.from_checksums = bytes(count(facts, &known));
     } else if let Some(index) = &mut index {
         index.keep_plain();
     }
-    let before = count(facts, &known);
+    let known_before = count(facts, &known);
     if let Some(Err(error)) = index.as_mut().map(|index| index.look_up(facts, &mut known)) {
         monitor.note(&describe(&error));
     }
-    found.from_index = bytes(count(facts, &known) - before);
+    counts.from_index = bytes(count(facts, &known) - known_before);
     let extents = facts.extents.iter();
     let unknown = extents.flat_map(|extent| unknown_runs(facts, &known, extent));
     let unknown: SpillVec<std::ops::Range<Slot>> = SpillVec::from_iter_in(unknown, facts.budget());
-    let total: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
+    let total_bytes: u64 = unknown.iter().map(|run| bytes(run.end - run.start)).sum();
     let mut unreadable = Vec::new();
-    if total > 0 {
-        monitor.phase("Reading images", total);
-        (found.read, unreadable) = by_reading(fs, facts, &unknown, monitor)?;
+    if total_bytes > 0 {
+        monitor.phase("Reading images", total_bytes);
+        (counts.read, unreadable) = read_unknown(fs, facts, &unknown, monitor)?;
     }
     if let Some(index) = index.filter(|index| index.is_usable() && !monitor.interrupted()) {
         monitor.phase("Updating the index", 0);
-        // An image that was written to since its map was read may have been read elsewhere than in these extents.
+        // The blocks of an image that was written to since its extents were listed may have come from other extents.
         let changed: Vec<bool> = ImageId::first(fs.image_count())
             .map(|image| !fs.is_unchanged(image))
             .collect();
@@ -110,29 +110,30 @@ pub fn fingerprint(
         index.forget(
             &mut unreadable
                 .iter()
-                .map(|one: &Unreadable| facts.extent_of(one.slots.start)),
+                .map(|unreadable: &Unreadable| facts.extent_of(unreadable.slots.start)),
         );
         if let Err(error) = index.update(facts) {
             monitor.note(&describe(&error));
         }
     }
-    Ok((found, unreadable))
+    Ok((counts, unreadable))
 }
 
 /// Slots of an extent that lie side by side in an image.
 #[derive(Debug, Clone, Copy)]
 struct PlacedSlots {
+    /// Where they lie.
     place: ImageRange,
     /// The first of them.
     slot: Slot,
     extent: ExtentId,
 }
 
-/// Enters the state after a run into the index, so that the next one need not read what this one wrote: each place of an image holds
-/// what it held, in whatever extent it lies now.
+/// Enters the extents after a run into the index, so that the next run need not read what this one wrote. A run changes no content: each
+/// block of an image has the fingerprint that it had before, whichever extent holds it then.
 ///
 /// # Errors
-/// Those of the index.
+/// Those of [`ChunkIndex::look_up`] and [`ChunkIndex::update`].
 pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &mut dyn ChunkIndex) -> Result<()> {
     let is_compressed = |extent: &Extent| extent.class.compression != Compression::None;
     if fs.has_usable_checksums() && !after.extents.iter().any(is_compressed) {
@@ -145,11 +146,11 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
         .map(|image| fs.is_unchanged(image))
         .collect();
     let mut fingerprints = std::mem::take(&mut after.fingerprints);
-    let after_then = &*after;
+    let facts_after = &*after;
     let extents = ExtentId::numbered(&after.extents);
     let places = extents.flat_map(|(number, extent)| {
-        let runs = after_then.live_runs(extent.slots());
-        let places = runs.flat_map(|run| after_then.places_of(run));
+        let runs = facts_after.live_runs(extent.slots());
+        let places = runs.flat_map(|run| facts_after.places_of(run));
         places.map(move |(slot, place)| PlacedSlots {
             place,
             slot,
@@ -157,21 +158,21 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
         })
     });
     let mut places: SpillVec<PlacedSlots> = SpillVec::from_iter_in(places, after.budget());
-    places.sort_unstable_by_key(|one| (one.place.image, one.place.file_block));
+    places.sort_unstable_by_key(|placed| (placed.place.image, placed.place.file_block));
     let mut unknown = SpillVec::new_in(after.budget());
-    for of_image in places.chunk_by(|one, other| one.place.image == other.place.image) {
-        let image = of_image[0].place.image;
+    for places_of_image in places.chunk_by(|before, after| before.place.image == after.place.image) {
+        let image = places_of_image[0].place.image;
         let mappings = before.mappings_of(image);
-        for PlacedSlots { place, slot, extent } in of_image.iter().copied() {
+        for PlacedSlots { place, slot, extent } in places_of_image.iter().copied() {
             let mut is_known = true;
-            let found = unchanged[image.index()]
-                && copy(&mappings, place, |done, old| {
-                    let extent = &before.extents[before.extent_of(old.start).index()];
+            let is_copied = unchanged[image.index()]
+                && each_mapped_part(&mappings, place, |skipped, old_slots| {
+                    let extent = &before.extents[before.extent_of(old_slots.start).index()];
                     is_known &= extent.pinned != Some(PinReason::Unreadable);
-                    fingerprints.write(slot + done, &before.fingerprints.range(old));
+                    fingerprints.write(slot + skipped, &before.fingerprints.range(old_slots));
                 })
                 && is_known;
-            if !found {
+            if !is_copied {
                 unknown.push(extent);
             }
         }
@@ -181,9 +182,13 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
     index.update(after)
 }
 
-/// Calls `copy` with the slots that a range of an image maps: how many blocks into the range, and which. False if it does not map
-/// some all the way. `mappings` are those of the image, by the place in it.
-fn copy(mappings: &[Mapping], range: ImageRange, mut copy: impl FnMut(u32, std::ops::Range<Slot>)) -> bool {
+/// Calls `visit` with the slots of each part of a range of an image, and with the number of blocks before the part. Returns false, with the
+/// rest of the range left out, where a block is not mapped or is preallocated. `mappings` are those of the image, in its order.
+fn each_mapped_part(
+    mappings: &[Mapping],
+    range: ImageRange,
+    mut visit: impl FnMut(u32, std::ops::Range<Slot>),
+) -> bool {
     let mut done = 0;
     let first = mappings.partition_point(|mapping| mapping.file_block + mapping.blocks <= range.file_block);
     for mapping in mappings[first..].iter().filter(|mapping| !mapping.preallocated) {
@@ -193,12 +198,13 @@ fn copy(mappings: &[Mapping], range: ImageRange, mut copy: impl FnMut(u32, std::
         }
         let offset = at - mapping.file_block;
         let blocks = (mapping.blocks - offset).min(range.blocks - done);
-        copy(done, mapping.slot + offset..mapping.slot + offset + blocks);
+        visit(done, mapping.slot + offset..mapping.slot + offset + blocks);
         done += blocks;
     }
     done >= range.blocks
 }
 
+/// The number of live slots whose fingerprint is known.
 fn count(facts: &Facts, known: &SlotSet) -> u32 {
     facts
         .extents
@@ -208,7 +214,7 @@ fn count(facts: &Facts, known: &SlotSet) -> u32 {
         .sum()
 }
 
-/// Live slots of an extent that have no fingerprint yet, in pieces that one read takes.
+/// The live slots of an extent that have no fingerprint yet, in ranges of [`READ_BLOCKS`] at most.
 fn unknown_runs(facts: &Facts, known: &SlotSet, extent: &Extent) -> Vec<std::ops::Range<Slot>> {
     let mut runs: Vec<std::ops::Range<Slot>> = Vec::new();
     for live in facts.live_runs(extent.slots()) {
@@ -222,41 +228,41 @@ fn unknown_runs(facts: &Facts, known: &SlotSet, extent: &Extent) -> Vec<std::ops
     runs
 }
 
-/// Reads blocks in the order they lie on disk, on all cores. Returns how many bytes, and what could not be read.
-fn by_reading(
+/// Reads blocks in their order on disk, on all cores. Returns how many bytes it read, and which blocks could not be read.
+fn read_unknown(
     fs: &dyn Filesystem,
     facts: &mut Facts,
     runs: &[std::ops::Range<Slot>],
     monitor: &dyn Monitor,
 ) -> Result<(u64, Vec<Unreadable>)> {
-    /// Pieces handed out at a time; between them the user may stop.
-    const PIECES: usize = 1024;
+    /// Ranges that are read before it is checked whether the user has stopped it.
+    const RUNS_AT_ONCE: usize = 1024;
     let function = fs.function();
-    let read = AtomicU64::new(0);
-    let mut sums = std::mem::take(&mut facts.fingerprints);
+    let read_bytes = AtomicU64::new(0);
+    let mut fingerprints = std::mem::take(&mut facts.fingerprints);
     let mut unreadable = Vec::new();
     let read_run = |buffer: &mut Vec<u8>, run: &std::ops::Range<Slot>| -> Result<Vec<u32>> {
         buffer.resize((run.end - run.start) as usize * BLOCK_LEN, 0);
         read_slots_into(facts, fs, std::slice::from_ref(run), buffer)?;
         monitor.advance(buffer.len() as u64);
-        read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        read_bytes.fetch_add(buffer.len() as u64, Ordering::Relaxed);
         Ok(buffer.chunks(BLOCK_LEN).map(|block| function.of(block)).collect())
     };
-    for runs in runs.chunks(PIECES) {
+    for runs in runs.chunks(RUNS_AT_ONCE) {
         if monitor.interrupted() {
             break;
         }
-        let pieces: Vec<Result<Vec<u32>>> = runs.par_iter().map_init(Vec::new, read_run).collect();
-        for (run, found) in runs.iter().zip(pieces) {
-            match found {
-                Ok(found) => sums.write(run.start, &found),
+        let results: Vec<Result<Vec<u32>>> = runs.par_iter().map_init(Vec::new, read_run).collect();
+        for (run, result) in runs.iter().zip(results) {
+            match result {
+                Ok(read) => fingerprints.write(run.start, &read),
                 Err(error @ Error::Unreadable { .. }) => {
-                    // Something that nothing else is likely to be. Whoever counts on it has the kernel compare, which fails.
-                    let unlike = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.0.to_le_bytes()).to_le_bytes();
-                    let unlike: Vec<u32> = range::each(run.clone())
-                        .map(|slot| unlike(slot).first_chunk().map_or(0, |word| u32::from_le_bytes(*word)))
+                    // These fingerprints are likely to match no other block. If one does, the kernel compares the blocks, which fails.
+                    let hash = |slot: Slot| xxhash_rust::xxh3::xxh3_64(&slot.0.to_le_bytes()).to_le_bytes();
+                    let unlikely: Vec<u32> = range::each(run.clone())
+                        .map(|slot| hash(slot).first_chunk().map_or(0, |word| u32::from_le_bytes(*word)))
                         .collect();
-                    sums.write(run.start, &unlike);
+                    fingerprints.write(run.start, &unlikely);
                     unreadable.push(Unreadable {
                         slots: run.clone(),
                         error,
@@ -266,11 +272,11 @@ fn by_reading(
             }
         }
     }
-    facts.fingerprints = sums;
-    for one in &unreadable {
-        let extent = facts.extent_of(one.slots.start).index();
+    facts.fingerprints = fingerprints;
+    for Unreadable { slots, .. } in &unreadable {
+        let extent = facts.extent_of(slots.start).index();
         let pinned = &mut facts.extents[extent].pinned;
         *pinned = pinned.or(Some(PinReason::Unreadable));
     }
-    Ok((read.into_inner(), unreadable))
+    Ok((read_bytes.into_inner(), unreadable))
 }

@@ -1,4 +1,5 @@
-//! Hashes of stored blocks by store address: those of earlier commits from the archive, those of this one as they come.
+//! Hashes of the blocks of a store, by store address. Those of earlier commits are read from the archive. Those of the commit that is
+//! being written or read are collected as they come. Also digests of images, which are made of these hashes.
 
 use std::io;
 use std::path::PathBuf;
@@ -11,24 +12,27 @@ use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::sys::spill::SpillFile;
 
-/// Hashes kept in memory; older ones go to an unnamed file. 32 MiB, for 4 GiB of distinct blocks.
-const IN_MEMORY: usize = 1 << 20;
+/// Hashes that a [`HashLog`] keeps in memory: 32 MiB, for 4 GiB of distinct blocks. Older ones go to an unnamed file.
+const IN_MEMORY_MAX: usize = 1 << 20;
 const HASH_BYTES: usize = size_of::<Hash>();
 
-/// Hashes in the order of their store addresses, from the first new one on.
+/// The hashes of consecutive blocks of a store, which are only appended to.
 #[derive(Debug)]
 pub struct HashLog {
+    /// The store address of the first hash.
     first: StoreBlock,
-    /// Those before are in the file.
+    /// The number of hashes that are in the file: the oldest ones.
     in_file: usize,
+    /// The hashes after those, in memory.
     recent: Vec<Hash>,
     file: Option<SpillFile>,
+    /// The folder that the file is made in.
     folder: PathBuf,
 }
 
 impl HashLog {
-    /// An empty log whose first hash will be that of `first`. The file, should there be need of one, is made in `folder` or, if that
-    /// cannot be, where temporary files are.
+    /// Makes an empty log whose first hash will be that of the block `first`. If a file is needed, it is made in `folder`, or in the folder
+    /// for temporary files if `folder` takes none.
     pub fn new(first: StoreBlock, folder: PathBuf) -> Self {
         Self {
             first,
@@ -39,7 +43,7 @@ impl HashLog {
         }
     }
 
-    /// The address after the last.
+    /// The store address after that of the last hash.
     pub fn end(&self) -> StoreBlock {
         self.first + u32::try_from(self.in_file + self.recent.len()).unwrap_or(u32::MAX)
     }
@@ -47,9 +51,9 @@ impl HashLog {
     /// Appends hashes.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] and others of the file.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the file cannot be made or written.
     pub fn extend(&mut self, hashes: &[Hash]) -> Result<()> {
-        if self.recent.len() + hashes.len() > IN_MEMORY {
+        if self.recent.len() + hashes.len() > IN_MEMORY_MAX {
             self.spill()
                 .map_err(Error::writing("keep hashes in a file in", &self.folder))?;
         }
@@ -57,6 +61,7 @@ impl HashLog {
         Ok(())
     }
 
+    /// Moves the hashes that are in memory to the file.
     fn spill(&mut self) -> io::Result<()> {
         let mut file = match self.file.take() {
             Some(file) => file,
@@ -69,10 +74,10 @@ impl HashLog {
         Ok(())
     }
 
-    /// The hashes of some addresses, all of which must be there.
+    /// The hashes of some blocks. All of them must be in the log.
     ///
     /// # Errors
-    /// Those of the file.
+    /// [`Error::Io`] if the file cannot be read.
     pub fn read(&self, first: StoreBlock, blocks: u32) -> Result<Vec<Hash>> {
         let (start, blocks) = ((first - self.first) as usize, blocks as usize);
         let from_file = self.in_file.saturating_sub(start).min(blocks);
@@ -87,22 +92,22 @@ impl HashLog {
     }
 }
 
-/// Hashes that an archive has, read a page at a time.
+/// The hashes of the blocks of an archive. They are read page by page, and the pages that were used last stay in memory.
 #[derive(Debug)]
 pub struct StoredHashes<'a> {
     archive: Option<&'a Archive>,
     end: StoreBlock,
-    /// Pages read lately, the last used last.
+    /// Pages in memory, each with the store address of its first block. The page that was used last comes last.
     pages: Vec<(StoreBlock, Vec<Option<Hash>>)>,
 }
 
 impl<'a> StoredHashes<'a> {
-    /// Blocks in a page: 2 MiB of hashes.
-    const PAGE: u32 = 1 << 16;
-    /// Pages kept.
-    const PAGES: usize = 8;
+    /// Blocks of a page, which takes 2 MiB.
+    const PAGE_BLOCKS: u32 = 1 << 16;
+    /// Pages that are kept in memory.
+    const PAGES_MAX: usize = 8;
 
-    /// The hashes of an archive's blocks before `end`; none without an archive.
+    /// The hashes of an archive's blocks before `end`. Without an archive there are none.
     pub fn new(archive: Option<&'a Archive>, end: StoreBlock) -> Self {
         Self {
             archive,
@@ -111,31 +116,31 @@ impl<'a> StoredHashes<'a> {
         }
     }
 
-    /// The address after the last.
+    /// The store address after the last block.
     pub fn end(&self) -> StoreBlock {
         self.end
     }
 
-    /// A hash, if the archive has it intact.
+    /// The hash of a block. It is `None` if the archive has lost it, or if there is no such block.
     ///
     /// # Errors
-    /// Those of reading.
+    /// [`Error::Io`] if the archive cannot be read.
     pub fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
-        Ok(self.from(block)?.first().copied().flatten())
+        Ok(self.page_from(block)?.first().copied().flatten())
     }
 
-    /// The hashes from a block on to the end of its page; none beyond the end.
-    fn from(&mut self, block: StoreBlock) -> Result<&[Option<Hash>]> {
+    /// The hashes from a block on to the end of its page. There are none from `end` on.
+    fn page_from(&mut self, block: StoreBlock) -> Result<&[Option<Hash>]> {
         let Some(archive) = self.archive.filter(|_| block < self.end) else {
             return Ok(&[]);
         };
-        let first = StoreBlock(block.0 - block.0 % Self::PAGE);
-        if let Some(at) = self.pages.iter().position(|(page, _)| *page == first) {
-            self.pages[at..].rotate_left(1);
+        let first = StoreBlock(block.0 - block.0 % Self::PAGE_BLOCKS);
+        if let Some(place) = self.pages.iter().position(|(page, _)| *page == first) {
+            self.pages[place..].rotate_left(1);
         } else {
-            let end = self.end.min(first.saturating_add(Self::PAGE));
+            let end = self.end.min(first.saturating_add(Self::PAGE_BLOCKS));
             let page = archive.hashes(first, end)?;
-            if self.pages.len() >= Self::PAGES {
+            if self.pages.len() >= Self::PAGES_MAX {
                 self.pages.remove(0);
             }
             self.pages.push((first, page));
@@ -144,14 +149,15 @@ impl<'a> StoredHashes<'a> {
         Ok(page.get((block - first) as usize..).unwrap_or_default())
     }
 
-    /// Adds the hashes of a range to a digest, and tells whether all of them are there.
+    /// Adds the hashes of a range of blocks to a digest. Returns whether the archive has all of them. If it does not, the digest is of no
+    /// use.
     ///
     /// # Errors
-    /// Those of reading.
+    /// [`Error::Io`] if the archive cannot be read; [`Error::Interrupted`].
     pub fn add_to(&mut self, digest: &mut Digest<'_>, first: StoreBlock, blocks: u32) -> Result<bool> {
-        let (mut at, mut left, mut all) = (first, blocks, true);
+        let (mut at, mut left, mut has_all) = (first, blocks, true);
         while left > 0 {
-            let hashes = self.from(at)?;
+            let hashes = self.page_from(at)?;
             let count = u32::try_from(hashes.len()).unwrap_or(u32::MAX).min(left);
             if count == 0 {
                 return Ok(false);
@@ -159,20 +165,20 @@ impl<'a> StoredHashes<'a> {
             for hash in &hashes[..count as usize] {
                 match hash {
                     Some(hash) => digest.update(hash)?,
-                    None => all = false,
+                    None => has_all = false,
                 }
             }
             at = at.saturating_add(count);
             left -= count;
         }
-        Ok(all)
+        Ok(has_all)
     }
 }
 
-/// The digest of an image with these runs; `stored` adds the hashes of a range of the store.
+/// The digest of an image with these runs. `stored` adds the hashes of a range of the store to it.
 ///
 /// # Errors
-/// Those of `stored`, or [`Error::Interrupted`].
+/// Those of `stored`; [`Error::Interrupted`].
 pub fn digest(
     runs: &[Run],
     monitor: &dyn Monitor,
@@ -188,23 +194,23 @@ pub fn digest(
     Ok(digest.finish())
 }
 
-/// The digest of an image in the making: BLAKE3 of the hashes of its blocks one after the other. It takes them in large pieces, which
-/// BLAKE3 hashes several times as fast as single ones.
+/// Makes the digest of an image: the BLAKE3 hash of the hashes of its blocks, in their order. Blocks that read as zeros have a hash of
+/// zeros. Hashes are collected to large pieces, which BLAKE3 hashes several times as fast as single ones.
 #[expect(missing_debug_implementations, reason = "a monitor has none")]
 pub struct Digest<'a> {
     hasher: blake3::Hasher,
-    /// Not in the hasher yet.
+    /// Hashes that are not in the hasher yet.
     pending: Vec<u8>,
-    /// Made when zeros come for the first time.
+    /// A piece of zeros, which is empty until it is needed.
     zeros: Vec<u8>,
     monitor: &'a dyn Monitor,
 }
 
 impl<'a> Digest<'a> {
-    /// Bytes that go into the hasher at a time, on all cores.
-    const PIECE: usize = 4 << 20;
+    /// Bytes of hashes that go into the hasher at a time. All cores hash them together.
+    const PIECE_BYTES: usize = 4 << 20;
 
-    /// Of an image without blocks.
+    /// Begins the digest of an image, without blocks so far.
     pub fn new(monitor: &'a dyn Monitor) -> Self {
         Self {
             hasher: blake3::Hasher::new(),
@@ -214,19 +220,20 @@ impl<'a> Digest<'a> {
         }
     }
 
-    /// Adds hashes, as bytes.
+    /// Adds hashes, given as bytes.
     ///
     /// # Errors
     /// [`Error::Interrupted`].
     pub fn update(&mut self, hashes: &[u8]) -> Result<()> {
         self.pending.extend_from_slice(hashes);
-        if self.pending.len() >= Self::PIECE {
-            self.take_pending()?;
+        if self.pending.len() >= Self::PIECE_BYTES {
+            self.hash_pending()?;
         }
         Ok(())
     }
 
-    fn take_pending(&mut self) -> Result<()> {
+    /// Moves the pending hashes to the hasher.
+    fn hash_pending(&mut self) -> Result<()> {
         if self.monitor.interrupted() {
             return Err(Error::Interrupted);
         }
@@ -241,25 +248,25 @@ impl<'a> Digest<'a> {
     /// [`Error::Interrupted`].
     pub fn zeros(&mut self, blocks: u32) -> Result<()> {
         let mut left = u64::from(blocks) * HASH_BYTES as u64;
-        if left < Self::PIECE as u64 {
+        if left < Self::PIECE_BYTES as u64 {
             let length = self.pending.len() + usize::try_from(left).unwrap_or(0);
             self.pending.resize(length, 0);
             return self.update(&[]);
         }
-        self.take_pending()?;
-        self.zeros.resize(Self::PIECE, 0);
+        self.hash_pending()?;
+        self.zeros.resize(Self::PIECE_BYTES, 0);
         while left > 0 {
             if self.monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            let part = usize::try_from(left).unwrap_or(usize::MAX).min(Self::PIECE);
+            let part = usize::try_from(left).unwrap_or(usize::MAX).min(Self::PIECE_BYTES);
             self.hasher.update_rayon(&self.zeros[..part]);
             left -= part as u64;
         }
         Ok(())
     }
 
-    /// The digest.
+    /// Returns the digest of all blocks that were added.
     pub fn finish(mut self) -> Hash {
         self.hasher.update(&self.pending);
         *self.hasher.finalize().as_bytes()
@@ -276,7 +283,7 @@ mod tests {
         let hash = |n: u32| *blake3::hash(&n.to_le_bytes()).as_bytes();
         let folder = tempfile::tempdir().unwrap();
         let mut log = HashLog::new(StoreBlock(10), folder.path().to_owned());
-        let all: Vec<Hash> = (0..u32::try_from(IN_MEMORY).unwrap() * 2 + 500).map(hash).collect();
+        let all: Vec<Hash> = (0..u32::try_from(IN_MEMORY_MAX).unwrap() * 2 + 500).map(hash).collect();
         for part in all.chunks(1000) {
             log.extend(part).unwrap();
         }

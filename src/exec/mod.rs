@@ -1,4 +1,4 @@
-//! Does what plans say and decides nothing: every range is handled as planned, or skipped and counted.
+//! Carries out plans, and decides nothing: it handles every range as planned, or skips and counts it.
 
 pub mod compression;
 pub mod export;

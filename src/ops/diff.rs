@@ -1,4 +1,4 @@
-//! `diff`: what differs between two commits of an archive, or between one and the images of a pool. By hash.
+//! `diff`: compares two commits of an archive, or a commit and the images of a pool, by the hashes of their blocks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -10,7 +10,7 @@ use rustix::fs::{OFlags, SeekFrom};
 
 use super::{Scope, common_folder};
 use crate::archive::manifest::ImageRuns;
-use crate::archive::reader::{Archive, Committed};
+use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
 use crate::content::{Content, Run};
@@ -22,50 +22,52 @@ use crate::pool::{self, FoundImage};
 use crate::report::{Change, Diffed, DiffedImage};
 use crate::store::FileStore;
 
-/// What an archive's commit is compared with.
+/// What a commit of an archive is compared with.
 #[derive(Debug, Clone)]
 pub enum ComparedWith {
-    /// Another commit.
+    /// Another commit of the archive. `None` means the last one.
     Commit(Option<String>),
     /// Images on disk.
     Pool(Scope),
 }
 
-/// Compares.
+/// Compares a commit with another one, or with images on disk.
 ///
 /// # Errors
-/// Those of reading, or if there is no such commit.
+/// [`Error::NoSuchCommit`]; [`Error::Damaged`] if a manifest or a hash that is compared is lost; [`Error::Unreadable`] if an image cannot be
+/// read; [`Error::Io`] if the archive cannot be read; [`Error::Interrupted`].
 pub fn diff(path: &Path, commit: Option<&str>, with: &ComparedWith, monitor: &dyn Monitor) -> Result<Diffed> {
     let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
-    let one = archive.commit(commit)?;
+    let first = archive.commit(commit)?;
     let mut result = Diffed {
         archive: path.to_owned(),
-        first: format!("commit {} ({})", one.commit.number, one.id()),
+        first: format!("commit {} ({})", first.commit.number, first.id()),
         ..Diffed::default()
     };
     match with {
-        ComparedWith::Commit(other) => {
-            let other = archive.commit(other.as_deref())?;
-            result.second = format!("commit {} ({})", other.commit.number, other.id());
-            result.images = commits(&archive, one, other, monitor)?;
+        ComparedWith::Commit(name) => {
+            let second = archive.commit(name.as_deref())?;
+            result.second = format!("commit {} ({})", second.commit.number, second.id());
+            result.images = diff_commits(&archive, first, second, monitor)?;
         }
         ComparedWith::Pool(scope) => {
             result.second = "the images on disk".into();
-            result.images = with_pool(&archive, one, scope, monitor)?;
+            result.images = diff_pool(&archive, first, scope, monitor)?;
         }
     }
     result.differing_bytes = result.images.iter().map(|image| image.differing_bytes).sum();
     Ok(result)
 }
 
+/// The images of a commit, by their paths. A damaged manifest is an error, since its images may be incomplete.
 fn manifest_of(archive: &Archive, committed: &Committed) -> Result<BTreeMap<PathBuf, ImageRuns>> {
     let (manifest, damage) = archive.manifest(committed)?;
-    if let Some(one) = damage.first() {
+    if let Some(Damage { range, problem }) = damage.first() {
         return Err(Error::damaged(
             archive.path(),
-            one.range.start,
-            one.range.length,
-            one.problem.clone(),
+            range.start,
+            range.length,
+            problem.clone(),
         ));
     }
     let by_path = manifest
@@ -75,12 +77,18 @@ fn manifest_of(archive: &Archive, committed: &Committed) -> Result<BTreeMap<Path
     Ok(by_path.collect())
 }
 
-/// Blocks compared between two looks at whether the user has stopped it.
-const LOOK_EVERY: u32 = 1 << 16;
+/// Blocks after which a comparison checks whether the user has stopped it.
+const CHECK_EVERY_BLOCKS: u32 = 1 << 16;
 
-fn commits(archive: &Archive, one: &Committed, other: &Committed, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
+/// Compares the images of two commits.
+fn diff_commits(
+    archive: &Archive,
+    first: &Committed,
+    second: &Committed,
+    monitor: &dyn Monitor,
+) -> Result<Vec<DiffedImage>> {
     monitor.phase("Comparing", 0);
-    let (one, other) = (manifest_of(archive, one)?, manifest_of(archive, other)?);
+    let (first, second) = (manifest_of(archive, first)?, manifest_of(archive, second)?);
     let end = archive
         .commits()
         .iter()
@@ -88,33 +96,14 @@ fn commits(archive: &Archive, one: &Committed, other: &Committed, monitor: &dyn 
         .max()
         .unwrap_or(StoreBlock(0));
     let mut hashes = StoredHashes::new(Some(archive), end);
-    let paths: BTreeSet<&PathBuf> = one.keys().chain(other.keys()).collect();
+    let paths: BTreeSet<&PathBuf> = first.keys().chain(second.keys()).collect();
     let mut images = Vec::new();
     for path in paths {
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        images.push(match (one.get(path), other.get(path)) {
-            (Some(one), Some(other)) => {
-                let mut ranges = Ranges::new(one.image.size, other.image.size);
-                for (at, blocks, pair) in side_by_side(&one.runs, &other.runs) {
-                    let (one, other) = pair;
-                    let is_stored = |content| matches!(content, Content::Stored(_));
-                    if one == other || (!is_stored(one) && !is_stored(other)) {
-                        continue;
-                    }
-                    for n in 0..blocks {
-                        if n % LOOK_EVERY == 0 && monitor.interrupted() {
-                            return Err(Error::Interrupted);
-                        }
-                        let of = |content: Content, hashes: &mut StoredHashes<'_>| hash_at(content, n, hashes, archive);
-                        if of(one, &mut hashes)? != of(other, &mut hashes)? {
-                            ranges.add(bytes(at + n), BLOCK_BYTES);
-                        }
-                    }
-                }
-                ranges.into_image(path)
-            }
+        images.push(match (first.get(path), second.get(path)) {
+            (Some(first), Some(second)) => diff_images(archive, first, second, &mut hashes, monitor)?.into_image(path),
             (Some(image), None) => only(path, Change::OnlyInFirst, image.image.size),
             (None, Some(image)) => only(path, Change::OnlyInSecond, image.image.size),
             (None, None) => continue,
@@ -123,12 +112,38 @@ fn commits(archive: &Archive, one: &Committed, other: &Committed, monitor: &dyn 
     Ok(images)
 }
 
-/// The hash of a block, none for zeros.
-fn hash_at(content: Content, n: u32, hashes: &mut StoredHashes<'_>, archive: &Archive) -> Result<Option<Hash>> {
+/// Compares an image with the image of the same path in another commit.
+fn diff_images(
+    archive: &Archive,
+    first: &ImageRuns,
+    second: &ImageRuns,
+    hashes: &mut StoredHashes<'_>,
+    monitor: &dyn Monitor,
+) -> Result<DifferingRanges> {
+    let mut ranges = DifferingRanges::new(first.image.size, second.image.size);
+    let is_stored = |content| matches!(content, Content::Stored(_));
+    for (first_block, blocks, (first, second)) in side_by_side(&first.runs, &second.runs) {
+        if first == second || (!is_stored(first) && !is_stored(second)) {
+            continue;
+        }
+        for skipped in 0..blocks {
+            if skipped % CHECK_EVERY_BLOCKS == 0 && monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            if hash_at(first, skipped, hashes, archive)? != hash_at(second, skipped, hashes, archive)? {
+                ranges.add(bytes(first_block + skipped), BLOCK_BYTES);
+            }
+        }
+    }
+    Ok(ranges)
+}
+
+/// The hash of the block that is `skipped` blocks behind the first one of a run. It is `None` for zeros.
+fn hash_at(content: Content, skipped: u32, hashes: &mut StoredHashes<'_>, archive: &Archive) -> Result<Option<Hash>> {
     let Content::Stored(first) = content else {
         return Ok(None);
     };
-    let hash = hashes.get(first + n)?;
+    let hash = hashes.get(first + skipped)?;
     hash.map(Some).ok_or_else(|| Error::Damaged {
         path: archive.path().to_owned(),
         range: None,
@@ -136,30 +151,37 @@ fn hash_at(content: Content, n: u32, hashes: &mut StoredHashes<'_>, archive: &Ar
     })
 }
 
-/// Both lists of runs cut at the same places: first block, blocks, and what each holds there; to the end of the shorter one.
-fn side_by_side<'a>(one: &'a [Run], other: &'a [Run]) -> impl Iterator<Item = (u32, u32, (Content, Content))> + 'a {
-    let (mut ones, mut others) = (one.iter().copied(), other.iter().copied());
-    let (mut one, mut other) = (ones.next(), others.next());
+/// Two lists of runs, cut at the same blocks: the first block of each part, its length in blocks, and its content in both lists. It ends
+/// with the shorter list.
+fn side_by_side<'a>(first: &'a [Run], second: &'a [Run]) -> impl Iterator<Item = (u32, u32, (Content, Content))> + 'a {
+    let (mut first_runs, mut second_runs) = (first.iter().copied(), second.iter().copied());
+    let (mut first, mut second) = (first_runs.next(), second_runs.next());
     let mut at = 0;
     std::iter::from_fn(move || {
-        let (a, b) = (one?, other?);
-        let blocks = a.blocks.min(b.blocks);
-        let found = (at, blocks, (a.content, b.content));
-        let rest = |run: Run, next: &mut dyn Iterator<Item = Run>| match run.blocks - blocks {
-            0 => next.next(),
+        let (first_run, second_run) = (first?, second?);
+        let blocks = first_run.blocks.min(second_run.blocks);
+        let part = (at, blocks, (first_run.content, second_run.content));
+        let rest = |run: Run, runs: &mut dyn Iterator<Item = Run>| match run.blocks - blocks {
+            0 => runs.next(),
             left => Some(run.part(blocks, left)),
         };
-        one = rest(a, &mut ones);
-        other = rest(b, &mut others);
+        first = rest(first_run, &mut first_runs);
+        second = rest(second_run, &mut second_runs);
         at += blocks;
-        Some(found)
+        Some(part)
     })
 }
 
-fn with_pool(archive: &Archive, one: &Committed, scope: &Scope, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
-    let manifest = manifest_of(archive, one)?;
+/// Compares the images of a commit with those on disk.
+fn diff_pool(
+    archive: &Archive,
+    committed: &Committed,
+    scope: &Scope,
+    monitor: &dyn Monitor,
+) -> Result<Vec<DiffedImage>> {
+    let manifest = manifest_of(archive, committed)?;
     let found = pool::discover(&scope.paths, &scope.exclude)?;
-    let root = common_folder(found.named.iter().map(|one| one.root.as_path()));
+    let root = common_folder(found.named.iter().map(|named| named.root.as_path()));
     let on_disk: BTreeMap<PathBuf, &FoundImage> = found
         .images
         .iter()
@@ -176,7 +198,7 @@ fn with_pool(archive: &Archive, one: &Committed, scope: &Scope, monitor: &dyn Mo
     monitor.phase("Comparing", manifest.values().map(|image| image.image.size).sum());
     for (path, image) in &manifest {
         match on_disk.get(path) {
-            Some(found) => images.push(with_file(archive, one, image, found, monitor)?.into_image(path)),
+            Some(found) => images.push(diff_file(archive, committed, image, found, monitor)?.into_image(path)),
             None => images.push(only(path, Change::OnlyInFirst, image.image.size)),
         }
     }
@@ -184,36 +206,36 @@ fn with_pool(archive: &Archive, one: &Committed, scope: &Scope, monitor: &dyn Mo
     Ok(images)
 }
 
-/// Compares an image with a file: reads its data, and takes holes for zeros.
-fn with_file(
+/// Compares an image of a commit with a file. It reads the data of the file, and takes holes for zeros.
+fn diff_file(
     archive: &Archive,
     committed: &Committed,
     image: &ImageRuns,
     found: &FoundImage,
     monitor: &dyn Monitor,
-) -> Result<Ranges> {
-    /// Blocks read at a time.
-    const PART: u32 = 1024;
+) -> Result<DifferingRanges> {
+    /// Blocks that are read at a time.
+    const PART_BLOCKS: u32 = 1024;
     let path = found.path.as_path();
     let file = found
         .open(OFlags::RDONLY | OFlags::NONBLOCK)
         .map_err(Error::io("open", path))?;
     let size = file.metadata().map_err(Error::io("look at", path))?.len();
     let mut hashes = StoredHashes::new(Some(archive), committed.commit.store_end);
-    let mut ranges = Ranges::new(image.image.size, size);
+    let mut ranges = DifferingRanges::new(image.image.size, size);
     let mut at = 0u32;
     let mut buffer = Vec::new();
-    let mut data = Data {
+    let mut data = DataRanges {
         file: &file,
         known: 0..0,
     };
     for run in &image.runs {
-        for skip in (0..run.blocks).step_by(PART as usize) {
+        for skipped in (0..run.blocks).step_by(PART_BLOCKS as usize) {
             if monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            let part = run.part(skip, PART.min(run.blocks - skip));
-            let start = bytes(at + skip);
+            let part = run.part(skipped, PART_BLOCKS.min(run.blocks - skipped));
+            let start = bytes(at + skipped);
             monitor.advance(bytes(part.blocks));
             let is_data = data.has(start, bytes(part.blocks), size);
             if !is_data && !matches!(part.content, Content::Stored(_)) {
@@ -224,13 +246,13 @@ fn with_file(
             if is_data {
                 read_at(&file, path, &mut buffer, start)?;
             }
-            let found: Vec<Option<Hash>> = buffer
+            let file_hashes: Vec<Option<Hash>> = buffer
                 .par_chunks_exact(BLOCK_LEN)
                 .map(|block| block.iter().any(|byte| *byte != 0).then(|| hash_of(block)))
                 .collect();
-            for (n, found) in (0u32..).zip(found) {
-                if found != hash_at(part.content, n, &mut hashes, archive)? {
-                    ranges.add(start + bytes(n), BLOCK_BYTES);
+            for (number, file_hash) in (0u32..).zip(file_hashes) {
+                if file_hash != hash_at(part.content, number, &mut hashes, archive)? {
+                    ranges.add(start + bytes(number), BLOCK_BYTES);
                 }
             }
         }
@@ -239,7 +261,7 @@ fn with_file(
     Ok(ranges)
 }
 
-/// Reads what there is; behind the end of a file there are zeros.
+/// Reads a range of a file, as far as the file goes. The rest of the buffer stays as it is.
 fn read_at(file: &File, path: &Path, mut buffer: &mut [u8], mut offset: u64) -> Result<()> {
     while !buffer.is_empty() {
         match file.read_at(buffer, offset) {
@@ -255,25 +277,25 @@ fn read_at(file: &File, path: &Path, mut buffer: &mut [u8], mut offset: u64) -> 
     Ok(())
 }
 
-/// Where a file has data.
-struct Data<'a> {
+/// The ranges of a file that hold data.
+struct DataRanges<'a> {
     file: &'a File,
-    /// The range of data that was found last.
+    /// The range of data that was found last, in bytes.
     known: std::ops::Range<u64>,
 }
 
-impl Data<'_> {
-    /// Whether there is data in a range. Ranges are asked for in ascending order.
+impl DataRanges<'_> {
+    /// Whether a range of the file holds any data. Calls have to be in ascending order of their ranges.
     fn has(&mut self, start: u64, length: u64, size: u64) -> bool {
         if start >= size {
             return false;
         }
         if self.known.end <= start {
-            let begin = rustix::fs::seek(self.file, SeekFrom::Data(start));
-            self.known = match begin {
-                Ok(begin) => begin..rustix::fs::seek(self.file, SeekFrom::Hole(begin)).unwrap_or(size),
+            let data_start = rustix::fs::seek(self.file, SeekFrom::Data(start));
+            self.known = match data_start {
+                Ok(data_start) => data_start..rustix::fs::seek(self.file, SeekFrom::Hole(data_start)).unwrap_or(size),
                 Err(rustix::io::Errno::NXIO) => size..size,
-                // A filesystem that cannot tell has data everywhere.
+                // On a filesystem that cannot tell, the rest of the file counts as data.
                 Err(_) => start..size,
             };
         }
@@ -281,20 +303,25 @@ impl Data<'_> {
     }
 }
 
-/// Ranges that differ, joined where they touch.
-struct Ranges {
+/// The ranges of an image that differ, joined where they touch.
+struct DifferingRanges {
     ranges: Vec<ByteRange>,
-    sizes: (u64, u64),
+    /// The size of the image on the first side, in bytes.
+    first_size: u64,
+    /// Its size on the second side.
+    second_size: u64,
 }
 
-impl Ranges {
-    fn new(one: u64, other: u64) -> Self {
+impl DifferingRanges {
+    fn new(first_size: u64, second_size: u64) -> Self {
         Self {
             ranges: Vec::new(),
-            sizes: (one, other),
+            first_size,
+            second_size,
         }
     }
 
+    /// Adds a range, which has to lie behind those before.
     fn add(&mut self, start: u64, length: u64) {
         match self.ranges.last_mut() {
             Some(last) if last.start + last.length == start => last.length += length,
@@ -302,16 +329,16 @@ impl Ranges {
         }
     }
 
+    /// The report on the image.
     fn into_image(mut self, path: &Path) -> DiffedImage {
-        let (one, other) = self.sizes;
-        let common = one.min(other);
-        // Blocks behind the end of the shorter one are not compared: all of that differs.
-        self.ranges.retain(|range| range.start < common);
+        let common_size = self.first_size.min(self.second_size);
+        // All bytes behind the end of the shorter side differ, whatever they are.
+        self.ranges.retain(|range| range.start < common_size);
         for range in &mut self.ranges {
-            range.length = range.length.min(common - range.start);
+            range.length = range.length.min(common_size - range.start);
         }
-        if one != other {
-            self.add(common, one.max(other) - common);
+        if self.first_size != self.second_size {
+            self.add(common_size, self.first_size.max(self.second_size) - common_size);
         }
         DiffedImage {
             path: path.to_owned(),
@@ -326,6 +353,7 @@ impl Ranges {
     }
 }
 
+/// The report on an image that only one side has: all of it differs.
 fn only(path: &Path, change: Change, size: u64) -> DiffedImage {
     DiffedImage {
         path: path.to_owned(),

@@ -1,4 +1,4 @@
-//! `export`: images and revisions into an archive, each distinct block once.
+//! `export`: writes images and revisions to an archive, each distinct block once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
@@ -18,7 +18,7 @@ use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, NumberSet, bytes};
 use crate::content::{Content, FileTime, Run, push_run};
 use crate::error::{Error, Result};
-use crate::exec::export::{ExportSettings, InlineBlock, RecordWriter, Stored, announce, store_blocks};
+use crate::exec::export::{ExportOutcome, ExportSettings, InlineBlock, RecordWriter, announce, store_blocks};
 use crate::exec::hashes::{HashLog, StoredHashes, digest};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::{ChunkIndex, StoredSlots};
@@ -32,39 +32,41 @@ use crate::spill::SpillVec;
 use crate::store::{FileStore, OutputPipe, Store};
 use crate::sys::beneath;
 
-/// Which revisions to export.
+/// Which images and revisions are exported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Revisions {
-    /// All.
+    /// Images with all of their revisions.
     All,
-    /// So many of each image, the newest.
+    /// Images with so many of the newest revisions of each.
     Newest(usize),
-    /// Revisions and nothing else.
+    /// Revisions, and nothing else.
     Only,
 }
 
-/// What to export, and how.
+/// What is exported, where to, and how.
 #[derive(Debug, Clone)]
 pub struct ExportOptions {
-    /// What to look at.
+    /// The paths to search for images, and the index.
     pub scope: Scope,
-    /// Patterns of images to choose; none means all.
+    /// Patterns that choose images. If it is empty, all are exported.
     pub only: Vec<String>,
-    /// Which revisions.
+    /// Which images and revisions are exported.
     pub revisions: Revisions,
-    /// Where to: if a file, it is new or an archive to append to.
+    /// The archive. A file is made if it does not exist, and appended to otherwise.
     pub archive: ArchivePlace,
-    /// Compression level of zstd.
+    /// The compression level of zstd.
     pub level: i32,
-    /// What the commit is called.
+    /// The label of the commit, which may be empty.
     pub label: String,
 }
 
 /// Exports a pool.
 ///
 /// # Errors
-/// Those of reading and writing; [`Error::ChangedMeanwhile`] if an image changed. Whatever the error, the archive has the commits
-/// it had before, and no more bytes.
+/// [`Error::NoImages`] if no image is chosen; [`Error::Unreadable`] if an image cannot be read; [`Error::ChangedMeanwhile`] if one was
+/// written to meanwhile; [`Error::Damaged`] or [`Error::Unsupported`] if the archive cannot be appended to; [`Error::NoSpace`] or
+/// [`Error::Io`] if it cannot be written; [`Error::Interrupted`]. Whatever the error, the archive keeps the commits it had, and a
+/// file is no longer than before.
 pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported> {
     match &options.archive {
         ArchivePlace::Pipe => {
@@ -78,22 +80,21 @@ pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported
                 opened = Some(Arc::clone(&file));
                 Ok(file as Arc<dyn Store>)
             };
-            let done = export_to(options, open, monitor);
-            if let Some(file) = opened.filter(|_| done.is_err())
+            let result = export_to(options, open, monitor);
+            if let Some(file) = opened.filter(|_| result.is_err())
                 && let Err(error) = file.remove_if_unused()
             {
                 monitor.note(&format!("The archive, which is empty, could not be removed: {error}"));
             }
-            done
+            result
         }
     }
 }
 
-/// Exports a pool to a store, which is opened once it is known that there is something to export. [`ExportOptions::archive`] is not
-/// looked at.
+/// Exports a pool to a store, which is opened once there is something to export. [`ExportOptions::archive`] is not used.
 ///
 /// # Errors
-/// As for [`export()`].
+/// Those of [`export()`].
 pub fn export_to(
     options: &ExportOptions,
     open: impl FnOnce() -> Result<Arc<dyn Store>>,
@@ -101,7 +102,7 @@ pub fn export_to(
 ) -> Result<Exported> {
     let mut found = discover(&options.scope, monitor)?;
     let mut origin = ImageOrigins {
-        root: common_folder(found.named.iter().map(|one| one.root.as_path())),
+        root: common_folder(found.named.iter().map(|named| named.root.as_path())),
         named: found.named.clone(),
         names: BTreeMap::new(),
     };
@@ -115,20 +116,20 @@ pub fn export_to(
     origin.names = names.map(|image| (image.path.clone(), image.names.clone())).collect();
     let scope = &options.scope;
     let mut opened = OpenArchive::new(open()?)?;
-    let done = open_pool(found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
+    let result = open_pool(found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
         let pool = OpenPool::of(&*fs, skipped, scope, monitor);
         write(pool, &origin, options, &mut opened, monitor)
     });
-    if done.is_err() {
+    if result.is_err() {
         opened.undo(monitor);
     }
-    done
+    result
 }
 
-/// Exports a pool that is open to a store: all of its images, whatever the options choose.
+/// Exports all images of an open pool to a store. [`ExportOptions::only`], `revisions` and `archive` are not used.
 ///
 /// # Errors
-/// As for [`export()`].
+/// Those of [`export()`].
 pub fn export_on(
     pool: OpenPool<'_>,
     options: &ExportOptions,
@@ -141,13 +142,14 @@ pub fn export_on(
         ..ImageOrigins::default()
     };
     let mut opened = OpenArchive::new(store)?;
-    let done = write(pool, &origin, options, &mut opened, monitor);
-    if done.is_err() {
+    let result = write(pool, &origin, options, &mut opened, monitor);
+    if result.is_err() {
         opened.undo(monitor);
     }
-    done
+    result
 }
 
+/// Surveys the pool and exports it to an archive that is open.
 fn write(
     pool: OpenPool<'_>,
     origin: &ImageOrigins,
@@ -170,18 +172,18 @@ fn write(
     exporter.run(opened)
 }
 
-/// Where images come from, for the names that an archive has them by.
+/// Where the images lie, from which their names in the archive follow.
 #[derive(Default)]
 struct ImageOrigins {
-    /// The folder that names in the archive are relative to: the deepest that holds everything that was named.
+    /// The folder that names in the archive are relative to. It is the deepest one that holds all paths that were named.
     root: PathBuf,
-    /// What was named.
+    /// The paths that were named.
     named: Vec<NamedPath>,
-    /// All names of images, by their paths; one that is not here has its path only.
+    /// All names of each image, by its path. An image that is not in it has its path as its only name.
     names: BTreeMap<PathBuf, BTreeSet<PathBuf>>,
 }
 
-/// The images that the options choose.
+/// Keeps the images that the options choose, by pattern and by revision.
 fn choose(images: Vec<FoundImage>, options: &ExportOptions, root: &Path) -> Result<Vec<FoundImage>> {
     let only = patterns(&options.only)?;
     let relative = |path: &Path| path.strip_prefix(root).unwrap_or(path).to_owned();
@@ -194,18 +196,21 @@ fn choose(images: Vec<FoundImage>, options: &ExportOptions, root: &Path) -> Resu
                 .any(|name| only.is_match(relative(name)) || only.is_match(name))
         });
     }
-    let mut newest: BTreeMap<PathBuf, Vec<(Option<u64>, String, PathBuf)>> = BTreeMap::new();
+    let mut revisions_of: BTreeMap<PathBuf, Vec<(Option<u64>, String, PathBuf)>> = BTreeMap::new();
     for image in &chosen {
         if let Some(Revision {
-            image: of,
+            image: image_path,
             number,
             time,
         }) = revision_of(&image.path)
         {
-            newest.entry(of).or_default().push((number, time, image.path.clone()));
+            revisions_of
+                .entry(image_path)
+                .or_default()
+                .push((number, time, image.path.clone()));
         }
     }
-    let kept: BTreeSet<PathBuf> = newest
+    let kept: BTreeSet<PathBuf> = revisions_of
         .into_values()
         .flat_map(|mut revisions| {
             revisions.sort();
@@ -227,12 +232,14 @@ fn choose(images: Vec<FoundImage>, options: &ExportOptions, root: &Path) -> Resu
 /// The archive that is written to.
 struct OpenArchive {
     store: Arc<dyn Store>,
-    /// What is in it already; none if there is no commit.
+    /// The archive as it is read. It is `None` if there is no commit in it yet.
     archive: Option<Archive>,
+    /// The end of the archive, which the export continues.
     base: EpochBase,
 }
 
 impl OpenArchive {
+    /// Opens the archive in a store, and removes from its end what an export that did not end left there.
     fn new(store: Arc<dyn Store>) -> Result<Self> {
         let path = store.path().to_owned();
         let failed = Error::io("write to", &path);
@@ -252,27 +259,27 @@ impl OpenArchive {
             store.truncate(0).map_err(failed)?;
             return Ok(opened);
         }
-        let found = Archive::open_any(store)?;
-        if !found.head().may_append() {
+        let archive = Archive::open_any(store)?;
+        if !archive.head().may_append() {
             return Err(Error::Unsupported {
                 path: path.clone(),
                 problem: "it was made by another version, which cuts chunks in another way or knows more features",
             });
         }
-        opened.base = found.base();
-        if opened.base.length < found.length() {
-            if !found.ends_in_leftovers_only()? {
-                let length = found.length() - opened.base.length;
+        opened.base = archive.base();
+        if opened.base.length < archive.length() {
+            if !archive.ends_in_leftovers_only()? {
+                let length = archive.length() - opened.base.length;
                 let problem = "what follows its last intact commit is not just an export that did not end";
                 return Err(Error::damaged(&path, opened.base.length, length, problem));
             }
             opened.store.truncate(opened.base.length).map_err(failed)?;
         }
-        opened.archive = (!found.commits().is_empty()).then_some(found);
+        opened.archive = (!archive.commits().is_empty()).then_some(archive);
         Ok(opened)
     }
 
-    /// Takes back what was written: nothing of it counts without a commit.
+    /// Truncates the archive to its last commit. What an export wrote after it is of no use without a commit.
     fn undo(&self, monitor: &dyn Monitor) {
         match self.store.truncate(self.base.length) {
             Ok(()) => {}
@@ -282,10 +289,10 @@ impl OpenArchive {
     }
 }
 
-/// Whether a store holds nothing but the beginning of the first record of an archive: what an export leaves that was killed at once.
+/// Whether a store holds nothing but the beginning of an archive's first record. That is what an export leaves that was killed at once.
 fn is_torn_beginning(store: &dyn Store, length: u64) -> std::io::Result<bool> {
-    let whole = HEADER_BYTES as u64 + Head::current().encode().len() as u64;
-    if length == 0 || length >= whole {
+    let record_bytes = HEADER_BYTES as u64 + Head::current().encode().len() as u64;
+    if length == 0 || length >= record_bytes {
         return Ok(false);
     }
     let mut start = [0; MAGIC.len()];
@@ -294,6 +301,7 @@ fn is_torn_beginning(store: &dyn Store, length: u64) -> std::io::Result<bool> {
     Ok(MAGIC.starts_with(&start[..count]))
 }
 
+/// Random bytes of the kernel.
 fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;
@@ -304,15 +312,16 @@ fn random<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// The runs of an image, with its first block where that lies in metadata.
-fn with_inline(mut runs: Vec<Run>, place: usize, stored: &Stored) -> Vec<Run> {
+/// The runs of an image. If its data lies in metadata, its first block is put into them.
+fn with_inline(mut runs: Vec<Run>, place: usize, outcome: &ExportOutcome) -> Vec<Run> {
     let image = ImageId::at(place);
-    if let Some(inline) = stored.inline.iter().find(|one| one.image == image) {
+    if let Some(inline) = outcome.inline.iter().find(|inline| inline.image == image) {
         replace_first(&mut runs, inline.block);
     }
     runs
 }
 
+/// One export, from the plan to the commit.
 struct Exporter<'a> {
     options: &'a ExportOptions,
     fs: &'a dyn Filesystem,
@@ -322,6 +331,7 @@ struct Exporter<'a> {
 }
 
 impl Exporter<'_> {
+    /// Plans the export, writes all records, and commits.
     fn run(&self, opened: &mut OpenArchive) -> Result<Exported> {
         let (fs, facts) = (self.fs, &self.survey.facts);
         let path = opened.store.path().to_owned();
@@ -336,65 +346,65 @@ impl Exporter<'_> {
         let (folders, images) = self.images()?;
         let epoch = u64::from_le_bytes(random()?);
         let mut writer = ArchiveWriter::begin(Arc::clone(&opened.store), opened.base, epoch).map_err(failed)?;
-        let mut out = RecordWriter {
+        let mut records = RecordWriter {
             writer: &mut writer,
             failed: &failed,
         };
         let runs_of = |place: usize, pieces: &[ExportPiece]| {
             export::runs_of(facts, pieces, ImageId::at(place), images[place].blocks())
         };
-        put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut out)?;
+        put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut records)?;
         announce(
             fs.function(),
             plan.first_new,
             &plan.chunks,
             |first, blocks| plan.fingerprints.range(first..first + blocks),
-            &mut out,
+            &mut records,
         )?;
-        let old = |archive| StoredHashes::new(archive, first_new);
+        let old_hashes = |archive| StoredHashes::new(archive, first_new);
         let archive = opened.archive.as_ref();
         let log = HashLog::new(first_new, self.options.scope.index.clone());
-        let stored = store_blocks(
+        let outcome = store_blocks(
             (fs, facts),
             &plan,
             self.settings(),
-            (old(archive), log),
-            &mut out,
+            (old_hashes(archive), log),
+            &mut records,
             self.monitor,
         )?;
         self.check_unchanged()?;
-        let pieces = corrected(&plan, &stored.corrections);
-        self.put_corrections(&stored, &mut out)?;
+        let pieces = corrected(&plan, &outcome.corrections);
+        self.put_corrections(&outcome, &mut records)?;
         self.monitor.phase("Committing", 0);
         let summaries = summaries(
             &images,
-            |place| with_inline(runs_of(place, &pieces), place, &stored),
-            &stored.hashes,
-            (&mut old(archive), &path),
+            |place| with_inline(runs_of(place, &pieces), place, &outcome),
+            &outcome.hashes,
+            (&mut old_hashes(archive), &path),
             self.monitor,
         )?;
-        let store_end = stored.hashes.end();
+        let store_end = outcome.hashes.end();
         let commit = self.commit(summaries, store_end);
-        let before = opened.base;
+        let old_base = opened.base;
         let (base, commit) = writer.finish(commit).map_err(failed)?;
         let committed = Committed {
             commit,
             location: base.last,
             salvaged: false,
         };
-        // From here on the archive has the commit, whatever comes.
+        // The archive has the commit: an error that follows does not undo it.
         opened.base = base;
         self.remember(index, (&base.archive, &committed), &digests, &pieces);
-        Ok(self.exported(path, &committed, (before, base), &plan, &stored))
+        Ok(self.exported(path, &committed, (old_base, base), &plan, &outcome))
     }
 
-    /// The index, if there is one and the archive can be appended to later: what only passes by is not met again.
+    /// The index, if there is one and the archive can be appended to later. No later export meets an archive that went to a pipe.
     fn index_for(&self, store: &dyn Store) -> Option<&dyn ChunkIndex> {
         let can_be_appended_to = store.length().is_ok_and(|length| length.is_some());
         self.survey.index.as_deref().filter(|_| can_be_appended_to)
     }
 
-    /// Enters into the index what the archive holds of the pool. It is only a cache: where that fails, the next export reads more.
+    /// Enters into the index which extents the archive holds. The index is a cache: if that fails, the next export reads more.
     fn remember(
         &self,
         index: Option<&dyn ChunkIndex>,
@@ -415,13 +425,14 @@ impl Exporter<'_> {
         }
     }
 
+    /// The report of the export.
     fn exported(
         &self,
         path: PathBuf,
         committed: &Committed,
-        (before, after): (EpochBase, EpochBase),
+        (old_base, new_base): (EpochBase, EpochBase),
         plan: &ExportPlan,
-        stored: &Stored,
+        outcome: &ExportOutcome,
     ) -> Exported {
         let images = &committed.commit.images;
         let known = plan.pieces.iter().filter(|piece| !piece.source.is_read());
@@ -432,17 +443,17 @@ impl Exporter<'_> {
             images: images.len() as u64,
             logical_bytes: images.iter().map(|image| image.size).sum(),
             data_bytes: images.iter().map(|image| image.data_blocks * BLOCK_BYTES).sum(),
-            read_bytes: stored.read_bytes,
+            read_bytes: outcome.read_bytes,
             known_bytes: known.map(|piece| bytes(piece.blocks)).sum(),
-            new_bytes: bytes(after.store_end - before.store_end),
-            written_bytes: after.length - before.length,
-            corrected_bytes: stored.corrections.len() as u64 * BLOCK_BYTES,
-            archive_bytes: after.length,
+            new_bytes: bytes(new_base.store_end - old_base.store_end),
+            written_bytes: new_base.length - old_base.length,
+            corrected_bytes: outcome.corrections.len() as u64 * BLOCK_BYTES,
+            archive_bytes: new_base.length,
             skipped: self.survey.skipped.clone(),
         }
     }
 
-    /// Which blocks are new to the archive.
+    /// Plans which blocks are new to the archive.
     fn plan(
         &self,
         opened: &OpenArchive,
@@ -455,7 +466,7 @@ impl Exporter<'_> {
             (Some(index), Some(archive)) => index
                 .stored(&archive.id(), archive.commits(), facts, digests)
                 .unwrap_or_else(|error| {
-                    // It is only a cache: then everything is read.
+                    // The index is a cache: without it, every extent is read.
                     self.monitor.note(&crate::error::describe(&error));
                     SpillVec::default()
                 }),
@@ -466,8 +477,8 @@ impl Exporter<'_> {
         let mut fingerprints = facts.fingerprints.alike(end_max.index());
         if let Some(archive) = &opened.archive {
             for committed in archive.commits() {
-                let usable = archive.announced(committed)?.into_iter();
-                for announced in usable.filter(|one| one.function == fs.function() && one.end() <= first_new) {
+                let parts = archive.announced(committed)?.into_iter();
+                for announced in parts.filter(|part| part.function == fs.function() && part.end() <= first_new) {
                     fingerprints.write(announced.first, &announced.fingerprints);
                 }
             }
@@ -475,6 +486,7 @@ impl Exporter<'_> {
         plan_export(facts, &known, first_new, fingerprints).ok_or(Error::TooLarge)
     }
 
+    /// The settings for [`store_blocks`].
     fn settings(&self) -> ExportSettings<'_> {
         ExportSettings {
             function: self.fs.function(),
@@ -483,7 +495,7 @@ impl Exporter<'_> {
         }
     }
 
-    /// A commit of these images; its writer adds the rest.
+    /// A commit of these images. [`ArchiveWriter::finish`] sets its number, its predecessor and its records.
     fn commit(&self, images: Vec<ImageSummary>, store_end: StoreBlock) -> Commit {
         Commit {
             number: CommitNumber::default(),
@@ -497,22 +509,23 @@ impl Exporter<'_> {
         }
     }
 
+    /// Checks that no image was written to since it was opened.
     fn check_unchanged(&self) -> Result<()> {
         let fs = self.fs;
         let changed: Vec<PathBuf> = ImageId::first(fs.image_count())
             .filter(|image| !fs.may_touch(*image) || !fs.is_unchanged(*image))
             .map(|image| fs.path(image).to_owned())
             .collect();
-        match changed.len() {
-            0 => Ok(()),
-            _ => Err(Error::ChangedMeanwhile { paths: changed }),
+        if changed.is_empty() {
+            return Ok(());
         }
+        Err(Error::ChangedMeanwhile { paths: changed })
     }
 
-    /// The images of the pool as the archive will have them, and the folders they lie in.
+    /// The folders and the images of the pool, with their names and attributes in the archive.
     fn images(&self) -> Result<(Vec<ArchivedFolder>, Vec<ArchivedImage>)> {
         let relative = |path: &Path| path.strip_prefix(&self.origin.root).unwrap_or(path).to_owned();
-        let (mut folders, mut found) = (BTreeSet::new(), Vec::new());
+        let (mut folders, mut archived) = (BTreeSet::new(), Vec::new());
         for (number, image) in ImageId::numbered(images(self.fs)) {
             let names = self.origin.names.get(&image.path).cloned();
             let names = names.unwrap_or_else(|| BTreeSet::from([image.path.clone()]));
@@ -532,19 +545,19 @@ impl Exporter<'_> {
                 );
             }
             let metadata = self.fs.attributes(number)?;
-            let attributes: usize = metadata
+            let xattrs_bytes: usize = metadata
                 .xattrs
                 .iter()
                 .map(|(name, value)| name.len() + value.len())
                 .sum();
             let names_bytes: usize = names.iter().map(|name| name.as_os_str().len()).sum();
-            if attributes + names_bytes > manifest::ENTRY_BYTES_MAX / 2 {
+            if xattrs_bytes + names_bytes > manifest::ENTRY_BYTES_MAX / 2 {
                 return Err(Error::Usage(format!(
                     "`{}` has more names or attributes than an archive can hold",
                     crate::shown::shown(&image.path)
                 )));
             }
-            found.push(ArchivedImage {
+            archived.push(ArchivedImage {
                 number: number.0,
                 names: names.iter().map(|name| relative(name)).collect(),
                 size: image.size,
@@ -552,37 +565,41 @@ impl Exporter<'_> {
             });
         }
         let folders = folders.into_iter().map(|path| {
-            let full = self.origin.root.join(&path);
-            let folder = self.folder(&full).map_err(Error::io("open", &full))?;
-            let metadata = attributes::read(&folder, &full)?;
+            let full_path = self.origin.root.join(&path);
+            let folder = self.folder(&full_path).map_err(Error::io("open", &full_path))?;
+            let metadata = attributes::read(&folder, &full_path)?;
             Ok(ArchivedFolder { path, metadata })
         });
-        Ok((folders.collect::<Result<_>>()?, found))
+        Ok((folders.collect::<Result<_>>()?, archived))
     }
 
-    /// Opens a folder that images lie in: through what was named, for whoever owns a folder below can put a link in its place.
-    fn folder(&self, full: &Path) -> rustix::io::Result<beneath::Folder> {
-        let below = |one: &NamedPath| Some(one.folder.folder(full.strip_prefix(&one.root).ok()?));
-        match self.origin.named.iter().find_map(below) {
-            Some(opened) => opened,
-            // It lies between what several that were named have in common and one of them.
-            None => {
-                beneath::Folder::open(&self.origin.root)?.folder(full.strip_prefix(&self.origin.root).unwrap_or(full))
-            }
-        }
+    /// Opens a folder that images lie in, below a path that was named and without following links: another user who owns a folder on the way
+    /// can put a link in its place.
+    fn folder(&self, full_path: &Path) -> rustix::io::Result<beneath::Folder> {
+        let below = |named: &NamedPath| Some(named.folder.folder(full_path.strip_prefix(&named.root).ok()?));
+        self.origin.named.iter().find_map(below).unwrap_or_else(|| {
+            // The folder lies above the paths that were named, and below the folder that they have in common.
+            let relative = full_path.strip_prefix(&self.origin.root).unwrap_or(full_path);
+            beneath::Folder::open(&self.origin.root)?.folder(relative)
+        })
     }
 
-    /// Writes what turned out otherwise than planned; a record without entries if nothing did.
-    fn put_corrections(&self, stored: &Stored, out: &mut RecordWriter<'_>) -> Result<()> {
+    /// Writes the runs of images whose blocks are not those that the plan supposed. Without any, it writes a record without entries.
+    fn put_corrections(&self, outcome: &ExportOutcome, records: &mut RecordWriter<'_>) -> Result<()> {
         let facts = &self.survey.facts;
         let mut payloads = Payloads::default();
-        if !stored.corrections.is_empty() {
-            let slots: BTreeMap<Slot, &ExportPiece> =
-                stored.corrections.iter().map(|piece| (piece.slot, piece)).collect();
+        if !outcome.corrections.is_empty() {
+            let pieces = outcome.corrections.iter().map(|piece| (piece.slot, piece));
+            let by_slot: BTreeMap<Slot, &ExportPiece> = pieces.collect();
             let images = ImageId::first(self.fs.image_count());
-            let mappings = images.flat_map(|image| facts.mappings_of(image).into_iter().map(move |one| (image, one)));
+            let mappings = images.flat_map(|image| {
+                facts
+                    .mappings_of(image)
+                    .into_iter()
+                    .map(move |mapping| (image, mapping))
+            });
             for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
-                for (slot, piece) in slots.range(mapping.slots()) {
+                for (slot, piece) in by_slot.range(mapping.slots()) {
                     payloads.push(&ManifestEntry::Runs {
                         image: image.0,
                         first_block: mapping.file_block + (*slot - mapping.slot),
@@ -594,7 +611,7 @@ impl Exporter<'_> {
                 }
             }
         }
-        for InlineBlock { image, block } in &stored.inline {
+        for InlineBlock { image, block } in &outcome.inline {
             let content = block.map_or(Content::Zeros, Content::Stored);
             payloads.push(&ManifestEntry::Runs {
                 image: image.0,
@@ -602,25 +619,26 @@ impl Exporter<'_> {
                 runs: vec![Run { blocks: 1, content }],
             });
         }
-        put_payloads(PART_CORRECTIONS, payloads, out)
+        put_payloads(PART_CORRECTIONS, payloads, records)
     }
 }
 
+/// Writes the PLAN records that describe folders and images, with the runs of each image as they are planned.
 fn put_images(
     folders: &[ArchivedFolder],
     images: &[ArchivedImage],
     runs: impl Fn(usize) -> Vec<Run>,
-    out: &mut RecordWriter<'_>,
+    records: &mut RecordWriter<'_>,
 ) -> Result<()> {
     let mut payloads = Payloads::default();
     for folder in folders {
         payloads.push(&ManifestEntry::Folder(folder.clone()));
     }
-    let mut count = 0;
+    let mut runs_count = 0;
     for (place, image) in images.iter().enumerate() {
         let runs = runs(place);
-        count += runs.len();
-        if count > manifest::RUNS_MAX / 2 {
+        runs_count += runs.len();
+        if runs_count > manifest::RUNS_MAX / 2 {
             return Err(Error::Usage(
                 "the images are too fragmented for one commit: export them in several".into(),
             ));
@@ -632,23 +650,24 @@ fn put_images(
             runs,
         });
     }
-    put_payloads(PART_IMAGES, payloads, out)
+    put_payloads(PART_IMAGES, payloads, records)
 }
 
-fn put_payloads(part: u8, payloads: Payloads, out: &mut RecordWriter<'_>) -> Result<()> {
+/// Writes one PLAN record for each payload, and one without entries if there is none.
+fn put_payloads(part: u8, payloads: Payloads, records: &mut RecordWriter<'_>) -> Result<()> {
     let mut payloads = payloads.finish();
     if payloads.is_empty() {
         payloads.push(Vec::new());
     }
     let count = payloads.len();
-    for (n, payload) in (1..).zip(payloads) {
-        out.put_plan(part, n == count, (StoreBlock(0), 0), &payload)?;
+    for (number, payload) in (1..).zip(payloads) {
+        records.put_plan(part, number == count, (StoreBlock(0), 0), &payload)?;
     }
     debug_assert_ne!(part, PART_BLOCKS);
     Ok(())
 }
 
-/// The plan's pieces with what turned out otherwise.
+/// The plan's pieces, with corrections in the place of what the plan supposed.
 fn corrected(plan: &ExportPlan, corrections: &[ExportPiece]) -> SpillVec<ExportPiece> {
     let mut corrections = corrections.iter().peekable();
     let mut pieces = SpillVec::with_capacity_in(plan.pieces.len(), plan.pieces.budget());
@@ -678,7 +697,7 @@ fn corrected(plan: &ExportPlan, corrections: &[ExportPiece]) -> SpillVec<ExportP
     pieces
 }
 
-/// Makes the first block of an image what lies in its metadata.
+/// Replaces the first block in the runs of an image by a block of the store, or by zeros.
 fn replace_first(runs: &mut Vec<Run>, block: Option<StoreBlock>) {
     let content = block.map_or(Content::Zeros, Content::Stored);
     let mut replaced = vec![Run { blocks: 1, content }];
@@ -693,44 +712,46 @@ fn replace_first(runs: &mut Vec<Run>, block: Option<StoreBlock>) {
     *runs = replaced;
 }
 
+/// The summary of each image for the COMMIT: how much data it has, how much of that is new to the archive, and its digest.
 fn summaries(
     images: &[ArchivedImage],
     runs: impl Fn(usize) -> Vec<Run>,
     log: &HashLog,
-    (old, archive): (&mut StoredHashes<'_>, &Path),
+    (old_hashes, archive): (&mut StoredHashes<'_>, &Path),
     monitor: &dyn Monitor,
 ) -> Result<Vec<ImageSummary>> {
-    /// Hashes read at a time: a run may be as long as the image.
-    const PART: u32 = 1 << 16;
-    let first_new = old.end();
+    /// Hashes that are read at a time, because a run may be as long as the image.
+    const PART_BLOCKS: u32 = 1 << 16;
+    let first_new = old_hashes.end();
     let mut counted = NumberSet::new((log.end() - first_new) as usize);
     let mut summaries = Vec::new();
     for (place, image) in images.iter().enumerate() {
-        let (mut data, mut new) = (0u64, 0u64);
+        let (mut data_blocks, mut new_blocks) = (0u64, 0u64);
         let runs = runs(place);
         for run in &runs {
-            if let Content::Stored(first) = run.content {
-                data += u64::from(run.blocks);
-                for block in range::each(first.max(first_new)..first + run.blocks) {
-                    if !counted.contains(block - first_new) {
-                        counted.insert(block - first_new);
-                        new += 1;
-                    }
+            let Content::Stored(first) = run.content else {
+                continue;
+            };
+            data_blocks += u64::from(run.blocks);
+            for block in range::each(first.max(first_new)..first + run.blocks) {
+                if !counted.contains(block - first_new) {
+                    counted.insert(block - first_new);
+                    new_blocks += 1;
                 }
             }
         }
         let digest = digest(&runs, monitor, |first, blocks, digest| {
-            let before = first_new.saturating_sub(first).min(blocks);
-            if !old.add_to(digest, first, before)? {
+            let old_blocks = first_new.saturating_sub(first).min(blocks);
+            if !old_hashes.add_to(digest, first, old_blocks)? {
                 return Err(Error::Damaged {
                     path: archive.to_owned(),
                     range: None,
                     problem: "hashes of blocks that its images refer to are lost".into(),
                 });
             }
-            let mut at = first + before;
+            let mut at = first + old_blocks;
             while at < first + blocks {
-                let part = PART.min(first + blocks - at);
+                let part = PART_BLOCKS.min(first + blocks - at);
                 digest.update(log.read(at, part)?.as_flattened())?;
                 at += part;
             }
@@ -739,18 +760,19 @@ fn summaries(
         summaries.push(ImageSummary {
             path: image.path().to_owned(),
             size: image.size,
-            data_blocks: data,
-            new_blocks: new,
+            data_blocks,
+            new_blocks,
             digest,
         });
     }
     Ok(summaries)
 }
 
+/// The time of the system's clock.
 fn now() -> FileTime {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     FileTime {
-        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
-        nanoseconds: since.subsec_nanos(),
+        seconds: i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX),
+        nanoseconds: since_epoch.subsec_nanos(),
     }
 }

@@ -1,4 +1,4 @@
-//! `import`: images out of an archive, sharing what they have in common with each other and with the disk.
+//! `import`: restores images from an archive. They share blocks with each other and with images on the disk.
 
 mod seeds;
 
@@ -17,30 +17,30 @@ use crate::monitor::Monitor;
 use crate::report::Imported;
 use crate::store::{FileStore, InputPipe, Store};
 
-/// What to import, and how.
+/// What is imported, where to, and how.
 #[derive(Debug, Clone)]
 pub struct ImportOptions {
     /// The archive.
     pub archive: ArchivePlace,
-    /// Which commit; none means the last.
+    /// The commit, by its number, label or name. `None` means the last one.
     pub commit: Option<String>,
-    /// Which of its images, where to, and how.
+    /// Which of its images are restored, where to, and how.
     pub restore: RestoreOptions,
-    /// Images and folders of images on the same filesystem that may have blocks in common with what is restored.
+    /// Images, and folders of images, on the same filesystem that restored images may share blocks with.
     pub seeds: Vec<PathBuf>,
-    /// Where indexes are kept.
+    /// The folder of the indexes.
     pub index: PathBuf,
-    /// Memory for fingerprints of seeds, in bytes, as in [`super::Scope`].
+    /// Memory for the fingerprints of seeds, in bytes, as in [`super::Scope`].
     pub memory_bytes: Option<u64>,
-    /// Only say what would be done.
+    /// Whether only a plan is made.
     pub dry_run: bool,
 }
 
 /// Imports images.
 ///
 /// # Errors
-/// Before anything is written: if something exists already, or does not fit. Later: those of reading the archive and of writing; what
-/// was restored so far is kept for [`RestoreOptions::resume`].
+/// Those of opening the archive; those of [`Restore::plan`] and [`Restore::execute`]. The blocks that were staged until then are kept for
+/// [`RestoreOptions::resume`].
 pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     match &options.archive {
         ArchivePlace::File(path) => import_from(Arc::new(FileStore::open(path)?), options, monitor),
@@ -51,10 +51,10 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
     }
 }
 
-/// Imports from a store that is read anywhere; [`ImportOptions::archive`] is not looked at.
+/// Imports from a store that can be read at any offset. [`ImportOptions::archive`] is not used.
 ///
 /// # Errors
-/// As for [`import`].
+/// Those of [`import`].
 pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     monitor.phase("Reading the archive", 0);
     let mut archive = if options.restore.partial {
@@ -70,25 +70,25 @@ pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn
     restore(&mut source, options, monitor)
 }
 
-/// Imports from a store that is read once and in order; [`ImportOptions::archive`] is not looked at.
+/// Imports from a store that is read once and in order. [`ImportOptions::archive`] is not used.
 ///
 /// # Errors
-/// As for [`import`].
+/// Those of [`import`].
 pub fn import_in_order(store: &dyn Store, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
-    let asked = PipeOptions {
+    let pipe_options = PipeOptions {
         commit: options.commit.clone(),
         partial: options.restore.partial,
         announces: seeds::are_possible(options),
         folder: options.restore.to.clone(),
     };
-    let mut source = PipeSource::new(store, asked, monitor);
+    let mut source = PipeSource::new(store, pipe_options, monitor);
     let imported = restore(&mut source, options, monitor)?;
-    // Whoever writes to the pipe shall not fail because of what is not needed.
+    // The rest of the pipe is read, so that the program that writes to it does not fail.
     let _ = std::io::copy(source.rest(), &mut std::io::sink());
     Ok(imported)
 }
 
-/// Plans, and does it unless a plan is all that is wanted.
+/// Plans a restore, and carries it out unless it is a dry run.
 fn restore(source: &mut dyn BlockSource, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     let (archive, to) = (source.path().to_owned(), options.restore.to.clone());
     let root = Root::look(&to)?;

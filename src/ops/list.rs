@@ -1,4 +1,4 @@
-//! `list`: what an archive holds.
+//! `list`: shows the commits and images of an archive.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::store::FileStore;
 /// Lists the commits of an archive, or one of them.
 ///
 /// # Errors
-/// Those of reading, or if there is no such commit.
+/// Those of [`FileStore::open`], [`Archive::open`] and [`Archive::commit`].
 pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
     let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
     let commits: Vec<&Committed> = match commit {
@@ -24,16 +24,20 @@ pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
         archive: path.to_owned(),
         archive_bytes: archive.length(),
         shows_images: commits.len() == 1,
-        commits: commits.into_iter().map(|one| listed(&archive, one)).collect(),
+        commits: commits
+            .into_iter()
+            .map(|committed| listed(&archive, committed))
+            .collect(),
     })
 }
 
+/// What a commit holds, and what it added to the archive.
 fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
     let commit = &committed.commit;
     let commits = archive.commits();
-    let before = commits
-        .binary_search_by_key(&commit.number.previous(), |one| one.commit.number)
-        .map_or(StoreBlock(0), |at| commits[at].commit.store_end);
+    let first_new = commits
+        .binary_search_by_key(&commit.number.previous(), |committed| committed.commit.number)
+        .map_or(StoreBlock(0), |place| commits[place].commit.store_end);
     let images = commit.images.iter().map(|image| ListedImage {
         path: image.path.clone(),
         size: image.size,
@@ -51,7 +55,7 @@ fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
             .iter()
             .map(|image| image.size)
             .fold(0, u64::saturating_add),
-        added_bytes: u64::from(commit.store_end.saturating_sub(before)) * BLOCK_BYTES,
+        added_bytes: u64::from(commit.store_end.saturating_sub(first_new)) * BLOCK_BYTES,
         stored_bytes: commit
             .records
             .iter()

@@ -1,4 +1,4 @@
-//! What vmfold does, one verb a file.
+//! The verbs, one a file. A verb finds images, makes a plan, carries it out, and reports. This file has the steps that several verbs share.
 
 pub mod diff;
 pub mod export;
@@ -25,57 +25,57 @@ use crate::pool::{self, Skip, Skipped};
 use crate::shown::shown;
 use crate::spill::Budget;
 
-/// What a verb works on.
+/// The images that a verb works on, and what it may use for that.
 #[derive(Debug, Clone)]
 pub struct Scope {
-    /// Files and folders.
+    /// Image files, and folders that are searched for images.
     pub paths: Vec<PathBuf>,
-    /// Patterns of what to leave out in folders.
+    /// Patterns of files and folders that are left out of the search.
     pub exclude: Vec<String>,
-    /// Where indexes are kept.
+    /// The folder of the indexes.
     pub index: PathBuf,
-    /// Memory for fingerprints and the block table, in bytes, if not [`plan::memory_bytes`]. A pool that needs more keeps its
-    /// fingerprints in a file beside the index, and looks up a sample of its blocks.
+    /// Memory for fingerprints and the block table, in bytes. The default is [`plan::memory_bytes`]. A pool that needs more keeps its
+    /// fingerprints in a file beside the index, and one that needs still more looks up only a sample of its blocks.
     pub memory_bytes: Option<u64>,
 }
 
 impl Scope {
-    /// What lists are made from. How large the pool is, is known once they were made: until then, it is taken for a small one.
+    /// The budget of lists. The size of the pool is not known until extent maps were read, so the budget is that of a small pool until then.
     fn budget(&self) -> Budget {
         Budget::new(lists_bytes(self.memory_bytes(0)), self.index.clone())
     }
 
-    /// Memory for the block table of a pool of so many slots, in bytes.
+    /// Memory for the block table of a pool with so many slots, in bytes.
     fn memory_bytes(&self, slots: u32) -> u64 {
         self.memory_bytes.unwrap_or_else(|| plan::memory_bytes(slots))
     }
 }
 
-/// Where an archive is.
+/// The place of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ArchivePlace {
     /// A file.
     File(PathBuf),
-    /// Standard output for an export, standard input for an import.
+    /// Standard output of an export, or standard input of an import.
     Pipe,
 }
 
-/// Opens an index when it is needed; none if it is to be done without.
+/// Opens an index once it is needed. It returns `None` if the verb does without.
 type OpenIndex<'a> = Box<dyn FnOnce() -> Result<Option<Box<dyn ChunkIndex>>> + 'a>;
 
-/// A pool that is open, for a verb to work on.
+/// A pool that is open.
 pub struct OpenPool<'a> {
     fs: &'a dyn Filesystem,
-    /// The index is opened once extent maps were read: both take memory, and not at the same time.
+    /// Opens the index after extent maps were read, so that the memory of both is not taken at the same time.
     index: OpenIndex<'a>,
-    /// What lists of it are made from.
+    /// The budget of lists.
     budget: Budget,
     /// Images that were found and are left alone.
     skipped: Vec<Skipped>,
 }
 
 impl<'a> OpenPool<'a> {
-    /// The images of a filesystem, all of them, with an index of it if there is one. All lists are in memory.
+    /// A pool of all images of a filesystem, with an index if there is one. All lists are kept in memory.
     pub fn new(fs: &'a dyn Filesystem, index: Option<Box<dyn ChunkIndex>>) -> Self {
         Self {
             fs,
@@ -85,7 +85,7 @@ impl<'a> OpenPool<'a> {
         }
     }
 
-    /// The same with the index of a scope, and with images that are left alone.
+    /// A pool with the index and the memory of a scope, and with images that are left alone.
     fn of(fs: &'a dyn Filesystem, skipped: Vec<Skipped>, scope: &'a Scope, monitor: &'a dyn Monitor) -> Self {
         Self {
             fs,
@@ -96,26 +96,26 @@ impl<'a> OpenPool<'a> {
     }
 }
 
-/// What is known of a pool once it was read.
+/// What is known of a pool after its extent maps and fingerprints were read.
 struct Survey {
     facts: Facts,
     /// Images whose first block lies in metadata.
     inline: Vec<ImageId>,
-    /// None if it cannot be used.
+    /// The index, if it can be used.
     index: Option<Box<dyn ChunkIndex>>,
     skipped: Vec<Skipped>,
     fingerprinted: Fingerprinted,
 }
 
-/// A pool that was opened and read.
+/// A pool that was opened and surveyed.
 struct Prepared {
     fs: Box<dyn Filesystem>,
     facts: Facts,
 }
 
-/// Looks for images, opens them and fingerprints them. What of an image cannot be read stays as it is.
+/// Finds images, opens them and surveys them. Images that cannot be read are named in the log.
 fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Prepared> {
-    let (fs, skipped) = open_pool(data_of(discover(scope, monitor)?), purpose, monitor)?;
+    let (fs, skipped) = open_pool(without_empty(discover(scope, monitor)?), purpose, monitor)?;
     let survey = survey(OpenPool::of(&*fs, skipped, scope, monitor), scope, true, monitor)?;
     Ok(Prepared {
         facts: survey.facts,
@@ -123,13 +123,13 @@ fn prepare(scope: &Scope, purpose: Purpose, monitor: &dyn Monitor) -> Result<Pre
     })
 }
 
-/// Those of the images that were found that are not empty.
-fn data_of(mut found: pool::Pool) -> pool::Pool {
+/// The images that are not empty.
+fn without_empty(mut found: pool::Pool) -> pool::Pool {
     found.images.retain(|image| image.size > 0);
     found
 }
 
-/// Opens images that were found. Returns those that are left alone, too.
+/// Opens images that were found, and returns those that are left alone as well.
 fn open_pool(
     found: pool::Pool,
     purpose: Purpose,
@@ -141,8 +141,8 @@ fn open_pool(
     Ok((fs, skipped))
 }
 
-/// Reads the maps of a pool and fingerprints it. What of an image cannot be read stays as it is, and the image is named; without
-/// `skip_unreadable`, it is an error.
+/// Reads the extent maps and the fingerprints of a pool. An image with blocks that cannot be read is added to the skipped ones. Without
+/// `skip_unreadable`, such a block is an error.
 fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dyn Monitor) -> Result<Survey> {
     let fs = pool.fs;
     let mapped = fs.map(&pool.budget)?;
@@ -151,11 +151,11 @@ fn survey(pool: OpenPool<'_>, scope: &Scope, skip_unreadable: bool, monitor: &dy
     let mut index = (pool.index)()?;
     let (fingerprinted, unreadable) = fingerprint(fs, &mut facts, index.as_deref_mut(), monitor)?;
     let mut skipped = pool.skipped;
-    skipped.extend(images_with(fs, &facts, &unreadable));
+    skipped.extend(unreadable_images(fs, &facts, &unreadable));
     skipped.sort();
     log_images(fs, &skipped, fingerprinted);
-    if !skip_unreadable && let Some(one) = unreadable.into_iter().next() {
-        return Err(one.error);
+    if !skip_unreadable && let Some(Unreadable { error, .. }) = unreadable.into_iter().next() {
+        return Err(error);
     }
     Ok(Survey {
         facts,
@@ -182,13 +182,13 @@ fn log_images(fs: &dyn Filesystem, skipped: &[Skipped], fingerprinted: Fingerpri
 
 /// Logs which images are left alone, and why.
 fn log_skipped(skipped: &[Skipped]) {
-    for one in skipped {
-        let detail = one.detail.as_deref().unwrap_or_default();
-        tracing::info!(image = %shown(&one.path), reason = one.reason.reason(), detail, "left alone");
+    for image in skipped {
+        let detail = image.detail.as_deref().unwrap_or_default();
+        tracing::info!(image = %shown(&image.path), reason = image.reason.reason(), detail, "left alone");
     }
 }
 
-/// Opens the index of a filesystem. One that fails is done without, but not one that another run uses.
+/// Opens the index of a filesystem. If that fails, the verb goes on without an index, unless another run uses it.
 fn open_index(fs: &dyn Filesystem, scope: &Scope, monitor: &dyn Monitor) -> Result<Option<Box<dyn ChunkIndex>>> {
     match index::open(&scope.index, fs.uuid(), Some(fs.function()), monitor) {
         Ok(index) => Ok(Some(index)),
@@ -200,8 +200,8 @@ fn open_index(fs: &dyn Filesystem, scope: &Scope, monitor: &dyn Monitor) -> Resu
     }
 }
 
-/// The image that could not be read, with the range and the cause, if that is what an error is about.
-fn unreadable(error: &Error) -> Option<Skipped> {
+/// The image of an [`Error::Unreadable`], with the range and the cause. It is `None` for other errors.
+fn unreadable_image(error: &Error) -> Option<Skipped> {
     let Error::Unreadable { path, range, source } = error else {
         return None;
     };
@@ -211,30 +211,29 @@ fn unreadable(error: &Error) -> Option<Skipped> {
     })
 }
 
-/// The images that have blocks which cannot be read, each with the first place.
-fn images_with(fs: &dyn Filesystem, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
-    let mut places: BTreeMap<ImageId, (ByteRange, &Error)> = BTreeMap::new();
-    for one in unreadable {
-        let mappings = facts.mappings_to(facts.extent_of(one.slots.start));
-        for (mapping, images) in mappings {
-            let slots = mapping.slots();
-            let (start, end) = (slots.start.max(one.slots.start), slots.end.min(one.slots.end));
+/// The images that have blocks which cannot be read, each with the first of these ranges and the cause.
+fn unreadable_images(fs: &dyn Filesystem, facts: &Facts, unreadable: &[Unreadable]) -> Vec<Skipped> {
+    let mut first_ranges: BTreeMap<ImageId, (ByteRange, &Error)> = BTreeMap::new();
+    for Unreadable { slots, error } in unreadable {
+        for (mapping, images) in facts.mappings_to(facts.extent_of(slots.start)) {
+            let mapped = mapping.slots();
+            let (start, end) = (mapped.start.max(slots.start), mapped.end.min(slots.end));
             if start >= end {
                 continue;
             }
             let range = ByteRange {
-                start: bytes(mapping.file_block + (start - slots.start)),
+                start: bytes(mapping.file_block + (start - mapped.start)),
                 length: bytes(end - start),
             };
             for image in images {
-                let first = places.entry(*image).or_insert((range, &one.error));
+                let first = first_ranges.entry(*image).or_insert((range, error));
                 if range.start < first.0.start {
-                    *first = (range, &one.error);
+                    *first = (range, error);
                 }
             }
         }
     }
-    let skipped = places.into_iter().map(|(image, (range, error))| {
+    let skipped = first_ranges.into_iter().map(|(image, (range, error))| {
         let cause = std::error::Error::source(error)
             .map(ToString::to_string)
             .unwrap_or_default();
@@ -246,19 +245,19 @@ fn images_with(fs: &dyn Filesystem, facts: &Facts, unreadable: &[Unreadable]) ->
     skipped.collect()
 }
 
-/// How many bytes of lists are in memory, where tables of blocks may take so many.
+/// The bytes of lists that stay in memory if the block table may take `memory_bytes`.
 fn lists_bytes(memory_bytes: u64) -> usize {
     usize::try_from(plan::lists_bytes(memory_bytes)).unwrap_or(usize::MAX)
 }
 
-/// Decides how many bytes of lists are in memory, where fingerprints are kept, and how large a block table may be.
+/// Divides the memory of a scope among lists, fingerprints and the block table.
 fn divide_memory(facts: &mut Facts, scope: &Scope) -> Result<()> {
     let memory_bytes = scope.memory_bytes(facts.slots());
     facts.budget().set_bytes(lists_bytes(memory_bytes));
     allocate(facts, memory_bytes, &scope.index)
 }
 
-/// Looks for images, and notes what could not be looked at.
+/// Finds images, and notes the folders that could not be read.
 fn discover(scope: &Scope, monitor: &dyn Monitor) -> Result<pool::Pool> {
     let found = pool::discover(&scope.paths, &scope.exclude)?;
     for (path, problem) in &found.unreadable {
@@ -267,13 +266,13 @@ fn discover(scope: &Scope, monitor: &dyn Monitor) -> Result<pool::Pool> {
     Ok(found)
 }
 
-/// The deepest folder that holds all of these.
+/// The deepest folder that all of these lie in.
 fn common_folder<'a>(mut folders: impl Iterator<Item = &'a Path>) -> PathBuf {
-    let common = |one: PathBuf, other: &Path| -> PathBuf {
-        let pairs = one.components().zip(other.components());
+    let common = |common: PathBuf, folder: &Path| -> PathBuf {
+        let pairs = common.components().zip(folder.components());
         pairs
-            .take_while(|(one, other)| one == other)
-            .map(|(one, _)| one)
+            .take_while(|(component, other)| component == other)
+            .map(|(component, _)| component)
             .collect()
     };
     let first = folders.next().unwrap_or(Path::new("")).to_owned();

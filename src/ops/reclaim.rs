@@ -1,9 +1,9 @@
-//! `reclaim`: shares what images have in common, and counts what that freed.
+//! `reclaim`: shares the blocks that images have in common, frees the rest, and counts how much that freed.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{OpenPool, Scope, Survey, data_of, discover, log_skipped, open_pool, survey, unreadable};
+use super::{OpenPool, Scope, Survey, discover, log_skipped, open_pool, survey, unreadable_image, without_empty};
 use crate::block::bytes;
 use crate::error::{Error, Result};
 use crate::exec::compression::{CompressionRequest, plan_compressing};
@@ -20,33 +20,34 @@ use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
 use crate::shown::size;
 
-/// What the user chose.
+/// What is reclaimed, and how.
 #[derive(Debug, Clone)]
 pub struct ReclaimOptions {
-    /// What to work on.
+    /// The images, and the index.
     pub scope: Scope,
-    /// Patterns of images that share among themselves only.
+    /// Patterns of images that share only among themselves, one for each group.
     pub groups: Vec<String>,
-    /// How to plan.
+    /// The limits of the plan.
     pub plan: plan::PlanOptions,
-    /// What compression is asked for.
+    /// The compression that is asked for, if any.
     pub compress: Option<CompressionRequest>,
-    /// Stop after planning.
+    /// Whether only a plan is made.
     pub dry_run: bool,
-    /// Bytes that stay free on the filesystem whatever donors would take.
+    /// Bytes that stay free on the filesystem. A donor that would take of them is not written.
     pub reserve_bytes: u64,
-    /// Stop in order after so long; the next run goes on from there.
+    /// The time after which the run stops in order. The next run goes on from there.
     pub time: Option<Duration>,
 }
 
-/// Shortest runs, in blocks, from which on sending and copying images takes at most some twice as long as before: 64 KiB.
+/// The shortest runs, in blocks, with which sending and copying images takes about twice as long as before at most: 64 KiB.
 const FEW_FRAGMENTS_BLOCKS: u32 = 16;
 
-/// Reclaims a pool, or says what that would do.
+/// Reclaims a pool, or makes a plan only.
 ///
 /// # Errors
-/// Everything but images that have to be left alone: those are listed in the result. Where the run itself fails, what it
-/// did until then is in the result, with the error.
+/// Those of finding and opening images; [`Error::Busy`] if another run uses the index; [`Error::NoCompression`] and [`Error::Grows`];
+/// [`Error::Io`] if metadata cannot be read. Images that are left alone are not errors: the result lists them. If the plan fails while it is
+/// carried out, the error is in the result, with what was done until then.
 pub fn reclaim(options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclaimed> {
     in_time(options, monitor, |deadline| {
         let (scope, mut found) = (&options.scope, discover(&options.scope, deadline)?);
@@ -56,20 +57,20 @@ pub fn reclaim(options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclai
         } else {
             Purpose::Change
         };
-        let (fs, skipped) = open_pool(data_of(found), purpose, deadline)?;
+        let (fs, skipped) = open_pool(without_empty(found), purpose, deadline)?;
         reclaim_until(OpenPool::of(&*fs, skipped, scope, deadline), options, deadline)
     })
 }
 
-/// Reclaims a pool that is open, or says what that would do. Paths and groups are not looked at.
+/// Reclaims a pool that is open, or makes a plan only. The paths and groups of the options are not used.
 ///
 /// # Errors
-/// As for [`reclaim`].
+/// Those of [`reclaim`].
 pub fn reclaim_on(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &dyn Monitor) -> Result<Reclaimed> {
     in_time(options, monitor, |deadline| reclaim_until(pool, options, deadline))
 }
 
-/// Stops a run when its time is over, and says whether that was why.
+/// Stops a run when its time is over, and notes in the result that this was the reason.
 fn in_time(
     options: &ReclaimOptions,
     monitor: &dyn Monitor,
@@ -83,6 +84,7 @@ fn in_time(
     Ok(result)
 }
 
+/// Surveys the pool, makes a plan, and carries it out unless it is a dry run.
 fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadline<'_>) -> Result<Reclaimed> {
     let fs = pool.fs;
     let Survey {
@@ -93,7 +95,7 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
         index,
     } = survey(pool, &options.scope, true, monitor)?;
     let free_before = fs.free_bytes()?;
-    let without = images(fs).filter(|image| !image.checksummed).count() as u64;
+    let unchecksummed = images(fs).filter(|image| !image.checksummed).count() as u64;
     let count = u64::from(fs.image_count());
     let mut result = Reclaimed {
         images: count,
@@ -102,7 +104,7 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
         machines_in_use: machines_in_use(&skipped),
         skipped,
         inline_images: inline.len() as u64,
-        unchecksummed_images: if without < count { without } else { 0 },
+        unchecksummed_images: if unchecksummed < count { unchecksummed } else { 0 },
         dry_run: options.dry_run,
         interrupted: monitor.interrupted(),
         ..Reclaimed::default()
@@ -110,16 +112,18 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
     if result.interrupted {
         return Ok(result);
     }
-    fs.shortcomings().iter().for_each(|one| monitor.note(one));
-    let (plan, proved) = match make_plan(options, fs, &mut facts, monitor) {
+    fs.shortcomings()
+        .iter()
+        .for_each(|shortcoming| monitor.note(shortcoming));
+    let (plan, proved_bytes) = match make_plan(options, fs, &mut facts, monitor) {
         Err(Error::Interrupted) => {
             result.interrupted = true;
             return Ok(result);
         }
-        made => made?,
+        result => result?,
     };
     recommend_longer_runs(fs, options, &plan, monitor)?;
-    result.planned = Planned::of(&plan, proved);
+    result.planned = Planned::of(&plan, proved_bytes);
     log_plan(&facts, &plan);
     if !plan.pinned.is_empty() {
         result.held_by = fs.names_of_holders(&facts)?;
@@ -131,17 +135,17 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
     Ok(result)
 }
 
-/// How many machines are running, or were when their host stopped.
+/// The number of machines that are running, or were running when their host stopped.
 fn machines_in_use(skipped: &[Skipped]) -> u64 {
-    let in_use = |one: &&Skipped| matches!(one.reason, Skip::InUse | Skip::Dirty | Skip::Running);
-    // Kernels' modules are attached to many machines, and are none.
-    let is_machine = |one: &&Skipped| !one.path.ends_with("modules.img");
+    let in_use = |image: &&Skipped| matches!(image.reason, Skip::InUse | Skip::Dirty | Skip::Running);
+    // An image of kernel modules is attached to many machines, and is none of its own.
+    let is_machine = |image: &&Skipped| !image.path.ends_with("modules.img");
     let used = skipped.iter().filter(in_use).filter(is_machine);
-    let machines: BTreeSet<_> = used.map(|one| machine_of(&one.path)).collect();
+    let machines: BTreeSet<_> = used.map(|image| machine_of(&image.path)).collect();
     machines.len() as u64
 }
 
-/// Says what keeps images quick to send and to copy, where that seems to matter.
+/// Recommends longer runs if there are read-only snapshots of the images, because short runs make these slow to send and to copy.
 fn recommend_longer_runs(
     fs: &dyn Filesystem,
     options: &ReclaimOptions,
@@ -158,7 +162,7 @@ fn recommend_longer_runs(
     Ok(())
 }
 
-/// Carries a plan out, and counts what was freed.
+/// Carries a plan out, counts how much was freed, and enters the new extents into the index.
 fn carry_out(
     (fs, mut index): (&dyn Filesystem, Option<Box<dyn ChunkIndex>>),
     facts: &Facts,
@@ -168,23 +172,23 @@ fn carry_out(
     result: &mut Reclaimed,
     monitor: &dyn Monitor,
 ) -> Result<()> {
-    let mut ran = ReclaimOutcome::default();
-    let outcome = if plan.eliminations.is_empty() {
+    let mut outcome = ReclaimOutcome::default();
+    let run_result = if plan.eliminations.is_empty() {
         Ok(())
     } else {
-        run(facts, plan, settings(options), fs, monitor, &mut ran)
+        run(facts, plan, settings(options), fs, monitor, &mut outcome)
     };
     monitor.phase("Counting", 0);
     fs.close_donors()?;
-    result.interrupted = ran.interrupted;
+    result.interrupted = outcome.interrupted;
     let counted = freed_bytes(fs, facts, free_before);
-    let left = left_meanwhile(fs, &ran);
-    log_skipped(&left);
-    result.skipped.extend(left);
-    result.failed = outcome.err();
+    let left_alone = left_meanwhile(fs, &outcome);
+    log_skipped(&left_alone);
+    result.skipped.extend(left_alone);
+    result.failed = run_result.err();
     match counted {
         Ok((freed_bytes, mut mapped)) => {
-            // It is only a cache, and the next run does without.
+            // The index is a cache: if it cannot be updated, the next run reads more.
             let remembered = index
                 .as_deref_mut()
                 .filter(|index| index.is_usable())
@@ -195,7 +199,7 @@ fn carry_out(
             result.done = Some(Done {
                 freed_bytes,
                 after: PoolBytes::of(fs, &mapped.facts),
-                counts: ran.counts,
+                counts: outcome.counts,
             });
         }
         Err(error) => result.failed = result.failed.take().or(Some(error)),
@@ -203,6 +207,7 @@ fn carry_out(
     Ok(())
 }
 
+/// The settings for [`run`].
 fn settings(options: &ReclaimOptions) -> ReclaimSettings {
     let packer = match options.compress {
         Some(CompressionRequest::Zstd { packer, .. }) => packer,
@@ -215,22 +220,24 @@ fn settings(options: &ReclaimOptions) -> ReclaimSettings {
     }
 }
 
-/// How many calls may be made at the same time on so many cores. One core is left for reading ahead, writing donors, and the filesystem's
-/// own work.
+/// The number of threads that make calls on so many cores. One core is left for reading ahead, for writing donors, and for the filesystem.
 fn threads(cores: usize) -> usize {
-    /// All calls change the same trees of the filesystem, whose locks they have in common: many more threads would mostly wait.
+    /// Threads at most. All calls lock the same trees of the filesystem, so many more threads would mostly wait.
     const THREADS_MAX: usize = 8;
     if cores <= 2 { 1 } else { (cores - 1).min(THREADS_MAX) }
 }
 
-/// Checks that compression can be as it is asked for, and notes what of it cannot.
+/// Checks that the filesystem compresses, and notes how many images cannot be compressed.
+///
+/// # Errors
+/// [`Error::NoCompression`].
 fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: &dyn Monitor) -> Result<()> {
     if !fs.compresses() {
         return Err(Error::NoCompression {
             path: fs.folder().to_owned(),
         });
     }
-    let count = |is: fn(&ImageInfo) -> bool| images(fs).filter(|image| is(image)).count();
+    let count = |matches: fn(&ImageInfo) -> bool| images(fs).filter(|image| matches(image)).count();
     if matches!(request, CompressionRequest::Zstd { .. }) {
         let notes = [
             (
@@ -242,8 +249,8 @@ fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: 
                 "have no checksums (nodatacow), without which btrfs compresses nothing",
             ),
         ];
-        for (images, why) in notes.into_iter().filter(|(images, _)| *images > 0) {
-            monitor.note(&format!("{images} images {why}: they stay as they are"));
+        for (images, reason) in notes.into_iter().filter(|(images, _)| *images > 0) {
+            monitor.note(&format!("{images} images {reason}: they stay as they are"));
         }
         if !fs.takes_frames() {
             monitor.note(
@@ -255,7 +262,7 @@ fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: 
     Ok(())
 }
 
-/// Fails once the user asked to stop.
+/// Returns [`Error::Interrupted`] once the user has asked to stop.
 fn go_on(monitor: &dyn Monitor) -> Result<()> {
     if monitor.interrupted() {
         Err(Error::Interrupted)
@@ -264,7 +271,10 @@ fn go_on(monitor: &dyn Monitor) -> Result<()> {
     }
 }
 
-/// Makes a plan that fits into what is free, and says how many bytes were read for it.
+/// Makes a plan that fits into the free space, and returns how many bytes were read to prove that blocks are equal.
+///
+/// # Errors
+/// [`Error::NoCompression`]; [`Error::Grows`] if undoing compression takes more than is free; [`Error::Interrupted`]; [`Error::Io`].
 fn make_plan(
     options: &ReclaimOptions,
     fs: &dyn Filesystem,
@@ -274,9 +284,9 @@ fn make_plan(
     if let Some(request) = options.compress {
         check_compression(request, fs, monitor)?;
     }
-    let mut proved = 0;
+    let mut proved_bytes = 0;
     let mut prove = |facts: &Facts, slots: &[Slot]| {
-        proved += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
+        proved_bytes += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
         prove_slots(fs, facts, slots, monitor)
     };
     let go_on = || go_on(monitor);
@@ -293,46 +303,46 @@ fn make_plan(
         is_candidate,
         (fs, monitor),
     )?;
-    let all_free = fs.free_bytes()?;
-    let free = all_free.saturating_sub(options.reserve_bytes);
-    // Where less is free than is to stay, what is freed on the way makes up for that first.
+    let free_bytes = fs.free_bytes()?;
+    let usable_bytes = free_bytes.saturating_sub(options.reserve_bytes);
+    // If less is free than the reserve, the first bytes that are freed go to the reserve.
     let is_short = |plan: &ReclaimPlan| {
-        plan.needed_bytes > free || (all_free < options.reserve_bytes && plan.rewritten_bytes() > 0)
+        plan.needed_bytes > usable_bytes || (free_bytes < options.reserve_bytes && plan.rewritten_bytes() > 0)
     };
-    let grows = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
-    if grows > free {
+    let grows_bytes = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
+    if grows_bytes > usable_bytes {
         return Err(Error::Grows {
             path: fs.folder().to_owned(),
-            grows_bytes: grows,
-            free_bytes: free,
+            grows_bytes,
+            free_bytes: usable_bytes,
         });
     }
     if is_short(&plan) {
-        // In small steps, each makes room for the next.
-        let small = plan::PlanOptions {
-            batch_bytes: free / 2,
+        // With small batches, each frees space for the next one.
+        let small_batches = plan::PlanOptions {
+            batch_bytes: usable_bytes / 2,
             ..options.plan
         };
-        plan = plan_proved(facts, &small, &go_on, &mut prove)?;
+        plan = plan_proved(facts, &small_batches, &go_on, &mut prove)?;
         if is_short(&plan) {
             monitor.note(&format!(
                 "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
-                size(free),
+                size(usable_bytes),
                 size(options.reserve_bytes)
             ));
-            let smaller = plan::PlanOptions {
-                work_space_bytes: free,
-                ..small
+            let little_space = plan::PlanOptions {
+                work_space_bytes: usable_bytes,
+                ..small_batches
             };
-            plan = plan_proved(facts, &smaller, &go_on, &mut prove)?;
+            plan = plan_proved(facts, &little_space, &go_on, &mut prove)?;
         }
     }
-    // What its file takes is free again before anybody counts what is.
+    // This removes the file of these fingerprints, so that its space counts as free.
     facts.planned_fingerprints = None;
-    Ok((plan, proved))
+    Ok((plan, proved_bytes))
 }
 
-/// Logs what is planned, extent by extent.
+/// Logs the plan, extent by extent.
 fn log_plan(facts: &Facts, plan: &ReclaimPlan) {
     tracing::info!(
         extents = plan.eliminations.len(),
@@ -346,31 +356,31 @@ fn log_plan(facts: &Facts, plan: &ReclaimPlan) {
     if !tracing::enabled!(tracing::Level::DEBUG) {
         return;
     }
-    for one in &plan.eliminations {
-        let extent = &facts.extents[one.extent.index()];
+    for elimination in &plan.eliminations {
+        let extent = &facts.extents[elimination.extent.index()];
         tracing::debug!(
             address = extent.address,
             bytes = bytes(extent.blocks),
-            references = facts.reference_count(one.extent),
-            freed_bytes = one.freed_bytes,
-            rewritten_bytes = one.rewritten_bytes,
+            references = facts.reference_count(elimination.extent),
+            freed_bytes = elimination.freed_bytes,
+            rewritten_bytes = elimination.rewritten_bytes,
             "extent goes: {:?}",
-            one.reason
+            elimination.reason
         );
     }
 }
 
-/// Images that had to be left alone in the middle of the run.
-fn left_meanwhile(fs: &dyn Filesystem, ran: &ReclaimOutcome) -> Vec<Skipped> {
-    let one = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
-    let opened = ran
+/// The images that were left alone from some moment of the run on, or that were written to meanwhile.
+fn left_meanwhile(fs: &dyn Filesystem, outcome: &ReclaimOutcome) -> Vec<Skipped> {
+    let skipped = |image: ImageId, reason| Skipped::new(fs.path(image), reason);
+    let opened = outcome
         .opened_meanwhile
         .iter()
-        .map(|image| one(*image, Skip::OpenedMeanwhile));
-    let refused = ran.refused.iter().map(|(image, reason)| one(*image, *reason));
-    let unreadable: BTreeSet<_> = ran.unreadable.iter().filter_map(unreadable).collect();
+        .map(|image| skipped(*image, Skip::OpenedMeanwhile));
+    let refused = outcome.refused.iter().map(|(image, reason)| skipped(*image, *reason));
+    let unreadable: BTreeSet<_> = outcome.unreadable.iter().filter_map(unreadable_image).collect();
     let changed = ImageId::first(fs.image_count()).filter(|image| fs.may_touch(*image) && !fs.is_unchanged(*image));
-    let changed = changed.map(|image| one(image, Skip::Changed));
+    let changed = changed.map(|image| skipped(image, Skip::Changed));
     opened.chain(refused).chain(unreadable).chain(changed).collect()
 }
 

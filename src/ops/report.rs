@@ -1,4 +1,4 @@
-//! `report`: what each image holds. Reads no image data.
+//! `report`: shows what each image holds. It reads extent maps, and no data of images.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,96 +14,98 @@ use crate::report::{ImageBytes, PoolBytes, Reported};
 /// Reports on a pool.
 ///
 /// # Errors
-/// Those of reading metadata.
+/// Those of finding and opening images; those of [`report_on`].
 pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
     let (fs, skipped) = open_pool(discover(scope, monitor)?, Purpose::Look, monitor)?;
     report_on(OpenPool::of(&*fs, skipped, scope, monitor))
 }
 
-/// Reports on a pool that is open. Needs no index.
+/// Reports on a pool that is open. It needs no index.
 ///
 /// # Errors
-/// Those of reading metadata.
+/// [`crate::error::Error::Io`] if metadata cannot be read.
 pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
     let OpenPool {
         fs, skipped, budget, ..
     } = pool;
     let mapped = fs.map(&budget)?;
-    let mut found: Vec<ImageBytes> = images(fs)
+    let mut report: Vec<ImageBytes> = images(fs)
         .map(|image| ImageBytes {
             path: image.path.clone(),
             size: image.size,
             ..ImageBytes::default()
         })
         .collect();
-    let mut unreachable = 0;
-    for (place, extent) in ExtentId::numbered(&mapped.facts.extents) {
-        let dead = dead_bytes(&mapped.facts, place);
-        unreachable += dead;
-        for (image, blocks) in by_image(&mapped.facts, place) {
-            let of = &mut found[image.index()];
-            of.data_bytes += bytes(blocks);
-            of.unreachable_bytes += dead;
+    let mut unreachable_bytes = 0;
+    for (number, extent) in ExtentId::numbered(&mapped.facts.extents) {
+        let unreachable = unreachable_in(&mapped.facts, number);
+        unreachable_bytes += unreachable;
+        for (image, blocks) in by_image(&mapped.facts, number) {
+            let image = &mut report[image.index()];
+            image.data_bytes += bytes(blocks);
+            image.unreachable_bytes += unreachable;
             if extent.class.compression != Compression::None {
-                of.compressed_bytes += extent.disk_bytes;
-                of.uncompressed_bytes += bytes(extent.blocks);
+                image.compressed_bytes += extent.disk_bytes;
+                image.uncompressed_bytes += bytes(extent.blocks);
             }
         }
-        let held = held(&mapped.facts, place, fs.frees_blocks());
+        let held = held_blocks(&mapped.facts, number, fs.frees_blocks());
         for (image, blocks) in held.exclusive {
-            found[image.index()].exclusive_bytes += extent.disk_share(blocks);
+            report[image.index()].exclusive_bytes += extent.disk_share(blocks);
         }
         for (image, blocks) in held.shared {
-            found[image.index()].shared_bytes += extent.disk_share(blocks);
+            report[image.index()].shared_bytes += extent.disk_share(blocks);
         }
     }
     for beyond in &mapped.beyond {
-        found[beyond.image.index()].exclusive_bytes += beyond.disk_bytes;
+        report[beyond.image.index()].exclusive_bytes += beyond.disk_bytes;
     }
     Ok(Reported {
         pool: PoolBytes::of(fs, &mapped.facts),
-        unreachable_bytes: unreachable,
+        unreachable_bytes,
         inline_bytes: mapped.inline_bytes,
         held_by: fs.names_of_holders(&mapped.facts)?,
-        images: found,
+        images: report,
         skipped,
     })
 }
 
-/// Blocks of an extent that go with each image, and those that stay when it is deleted.
+/// The blocks of an extent that images hold.
 #[derive(Default)]
-struct Held {
+struct HeldBlocks {
+    /// How many blocks the deletion of each image would free.
     exclusive: BTreeMap<ImageId, u32>,
+    /// How many blocks each image has in common with others.
     shared: BTreeMap<ImageId, u32>,
 }
 
-/// Who holds an extent: as a whole, or block by block where blocks are freed so.
-fn held(facts: &Facts, extent: ExtentId, by_blocks: bool) -> Held {
-    let this = &facts.extents[extent.index()];
-    let is_held_by_others = this.pinned == Some(PinReason::HeldByOthers);
-    let mut held = Held::default();
+/// The blocks of an extent that images hold. Without `frees_blocks`, all of its blocks are held by each image that maps any of them.
+fn held_blocks(facts: &Facts, number: ExtentId, frees_blocks: bool) -> HeldBlocks {
+    let extent = &facts.extents[number.index()];
+    let is_held_by_others = extent.pinned == Some(PinReason::HeldByOthers);
+    let mut held = HeldBlocks::default();
     let mut hold = |images: &BTreeSet<ImageId>, blocks: u32| {
         let is_exclusive = images.len() == 1 && !is_held_by_others;
-        let held = if is_exclusive {
+        let counts = if is_exclusive {
             &mut held.exclusive
         } else {
             &mut held.shared
         };
         for image in images {
-            *held.entry(*image).or_default() += blocks;
+            *counts.entry(*image).or_default() += blocks;
         }
     };
-    if !by_blocks {
+    if !frees_blocks {
         let images: BTreeSet<_> = facts
-            .mappings_to(extent)
+            .mappings_to(number)
             .flat_map(|(_, images)| images.to_vec())
             .collect();
-        hold(&images, this.blocks);
+        hold(&images, extent.blocks);
         return held;
     }
-    // What begins and ends at a slot, in the order of slots.
+    // The images of which a mapping begins or ends at a slot, in the order of slots.
     let mut events: BTreeMap<Slot, (Vec<ImageId>, Vec<ImageId>)> = BTreeMap::new();
-    for (mapping, images) in facts.mappings_to(extent) {
+    for (mapping, images) in facts.mappings_to(number) {
         let slots = mapping.slots();
         events.entry(slots.start).or_default().0.extend(images);
         events.entry(slots.end).or_default().1.extend(images);
@@ -115,7 +117,7 @@ fn held(facts: &Facts, extent: ExtentId, by_blocks: bool) -> Held {
             *references.entry(image).or_default() += 1;
         }
         for image in end {
-            // One image may refer to a block twice.
+            // An image may refer to a block several times.
             let count = references.entry(image).or_default();
             *count -= 1;
             if *count == 0 {
@@ -127,7 +129,7 @@ fn held(facts: &Facts, extent: ExtentId, by_blocks: bool) -> Held {
     held
 }
 
-/// The images that refer to an extent, with the blocks they map.
+/// The number of blocks of an extent that each image maps, each reference counted.
 fn by_image(facts: &Facts, extent: ExtentId) -> BTreeMap<ImageId, u32> {
     let mut blocks = BTreeMap::new();
     for reference in facts.references_to(extent) {
@@ -136,18 +138,19 @@ fn by_image(facts: &Facts, extent: ExtentId) -> BTreeMap<ImageId, u32> {
     blocks
 }
 
-/// Bytes on disk of an extent that nothing reaches. Of one that others hold, nobody here can tell.
-fn dead_bytes(facts: &Facts, extent: ExtentId) -> u64 {
-    let this = &facts.extents[extent.index()];
-    if this.pinned == Some(PinReason::HeldByOthers) {
+/// The bytes on disk of those blocks of an extent that nothing maps. It is 0 for an extent that files outside the pool hold, because they may
+/// map any of its blocks.
+fn unreachable_in(facts: &Facts, number: ExtentId) -> u64 {
+    let extent = &facts.extents[number.index()];
+    if extent.pinned == Some(PinReason::HeldByOthers) {
         return 0;
     }
-    let mut reached: Vec<_> = facts.mappings_to(extent).map(|(mapping, _)| mapping.slots()).collect();
-    reached.sort_unstable_by_key(|slots| slots.start);
-    let (mut end, mut dead) = (this.first_slot, 0);
-    for slots in reached {
-        dead += slots.start.saturating_sub(end);
+    let mut mapped: Vec<_> = facts.mappings_to(number).map(|(mapping, _)| mapping.slots()).collect();
+    mapped.sort_unstable_by_key(|slots| slots.start);
+    let (mut end, mut unmapped_blocks) = (extent.first_slot, 0);
+    for slots in mapped {
+        unmapped_blocks += slots.start.saturating_sub(end);
         end = end.max(slots.end);
     }
-    this.disk_share(dead + (this.slots().end - end))
+    extent.disk_share(unmapped_blocks + (extent.slots().end - end))
 }

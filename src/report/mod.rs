@@ -1,4 +1,4 @@
-//! What the verbs found and did, as data: for programs as JSON (`formats/report-v1.schema.json`), for people as text.
+//! The reports of the verbs: as data, which programs get as JSON (`formats/report-v1.schema.json`), and as text for people.
 
 mod text;
 
@@ -21,27 +21,27 @@ pub use crate::plan::restore::{LostImage, RestoreBytes};
 use crate::plan::{BytesByReason, ReclaimPlan};
 use crate::pool::Skipped;
 
-/// Totals of a pool, in bytes.
+/// The totals of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct PoolBytes {
-    /// Sizes of the images, holes included.
+    /// The sizes of the images, holes included.
     pub logical_bytes: u64,
-    /// What the images refer to, each reference counted.
+    /// Bytes that the images map. A block with several references counts as often.
     pub referenced_bytes: u64,
-    /// The distinct extents they refer to, on disk.
+    /// Bytes that their distinct extents take on disk.
     pub physical_bytes: u64,
-    /// Of those, the compressed ones, on disk.
+    /// Bytes that the compressed ones of these extents take on disk.
     pub compressed_bytes: u64,
-    /// What those hold.
+    /// Bytes that the compressed extents hold.
     pub uncompressed_bytes: u64,
-    /// Distinct extents.
+    /// The number of distinct extents.
     pub extents: u64,
-    /// References to them.
+    /// The number of references to them.
     pub references: u64,
 }
 
 impl PoolBytes {
-    /// Adds a pool up.
+    /// Adds up the totals of a pool.
     pub fn of(fs: &dyn Filesystem, facts: &Facts) -> Self {
         let is_compressed = |extent: &&Extent| extent.class.compression != Compression::None;
         let compressed = || facts.extents.iter().filter(is_compressed);
@@ -57,32 +57,32 @@ impl PoolBytes {
     }
 }
 
-/// A plan's summary, in bytes.
+/// The summary of a plan.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Planned {
-    /// What will be freed on disk, net. Negative if undoing compression takes more than is freed.
+    /// Bytes on disk that are freed, less those that donors take. It is negative if undoing compression takes more than is freed.
     pub freed_bytes: i64,
-    /// The same, by why.
+    /// These bytes by reason.
     pub freed_by_reason: BytesByReason,
-    /// What will be copied to donors.
+    /// Bytes that are copied to donors.
     pub rewritten_bytes: u64,
-    /// Content of donors that are compressed.
+    /// Bytes of content in compressed donors.
     pub uncompressed_bytes: u64,
-    /// What that is expected to take on disk.
+    /// Bytes that compressed donors are expected to take on disk.
     pub compressed_bytes: u64,
-    /// What the new references are estimated to cost in metadata.
+    /// An estimate of the bytes of metadata that new references take.
     pub metadata_bytes: u64,
-    /// What donors take at most before what they replace is freed.
+    /// The most bytes that donors take before the extents that they replace are freed.
     pub peak_bytes: u64,
-    /// What the kernel will compare.
+    /// Bytes that the kernel compares.
     pub compared_bytes: u64,
-    /// What was read to prove that blocks are equal.
+    /// Bytes that were read to prove that blocks are equal.
     pub proved_bytes: u64,
-    /// Extents that will go.
+    /// Extents that go.
     pub extents: u64,
-    /// One block in so many could be looked up; more than one where the pool is too large for the memory allowed.
+    /// One block in so many could be looked up. It is more than 1 if the pool is too large for the memory allowed.
     pub sampled: u32,
-    /// What could be freed if nothing held it, by what does.
+    /// Bytes that could be freed if they were not held, by the reason why they are.
     pub pinned: BTreeMap<PinReason, u64>,
 }
 
@@ -112,167 +112,167 @@ impl Planned {
     }
 }
 
-/// What a run did.
+/// The result of a plan that was carried out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Done {
-    /// What was freed on disk: extents counted before and after. Negative if the pool grew.
+    /// Bytes on disk that were freed: the difference of the extents before and after. It is negative if the pool grew.
     pub freed_bytes: i64,
     /// The pool afterwards.
     pub after: PoolBytes,
-    /// Range by range.
+    /// The counts of ranges.
     pub counts: ReclaimCounts,
 }
 
-/// What `reclaim` found and did.
+/// The report of `reclaim`.
 #[derive(Debug, Default, Serialize)]
 pub struct Reclaimed {
-    /// Images worked on.
+    /// The number of images that were worked on.
     pub images: u64,
-    /// Images left alone.
+    /// Images that were left alone.
     pub skipped: Vec<Skipped>,
-    /// Machines that are running, or were when their host stopped.
+    /// The number of machines that are running, or were running when their host stopped.
     pub machines_in_use: u64,
-    /// Nothing was to be changed.
+    /// Whether only a plan was made.
     pub dry_run: bool,
-    /// The user stopped it.
+    /// Whether the user stopped it.
     pub interrupted: bool,
-    /// It stopped in order because its time was over.
+    /// Whether it stopped in order because its time was over.
     pub out_of_time: bool,
-    /// The pool before.
+    /// The pool before the run.
     pub pool: PoolBytes,
-    /// Where fingerprints came from.
+    /// The sources of fingerprints.
     pub fingerprinted: Fingerprinted,
-    /// Images whose data lies in metadata, beside their inodes, and cannot be shared.
+    /// The number of images whose data lies in metadata, beside their inodes. It cannot be shared.
     pub inline_images: u64,
-    /// Images without checksums (`nodatacow`) beside others that have them: each kind shares with its own only.
+    /// The number of images without checksums (`nodatacow`), if others have them. Each kind shares only with its own.
     pub unchecksummed_images: u64,
-    /// What was planned.
+    /// The plan.
     pub planned: Planned,
-    /// What was done; none in a dry run.
+    /// The result. It is `None` in a dry run, and if the run stopped before the plan was carried out.
     pub done: Option<Done>,
-    /// Files outside the paths that hold extents, with the bytes they hold.
+    /// Files outside the pool that hold extents of it, with the bytes that they hold.
     pub held_by: BTreeMap<String, u64>,
-    /// Why the run ended early, if it failed.
+    /// The error that ended the run early, if it failed.
     #[serde(skip)]
     pub failed: Option<Error>,
 }
 
-/// What `scan` found.
+/// The report of `scan`.
 #[derive(Debug, Default, Serialize)]
 pub struct Scanned {
-    /// Images read.
+    /// The number of images that were scanned.
     pub images: u64,
-    /// Images left alone.
+    /// Images that were left alone.
     pub skipped: Vec<Skipped>,
     /// The pool.
     pub pool: PoolBytes,
-    /// Where fingerprints came from.
+    /// The sources of fingerprints.
     pub fingerprinted: Fingerprinted,
-    /// The user stopped it.
+    /// Whether the user stopped it.
     pub interrupted: bool,
 }
 
-/// An image's part of a pool, in bytes.
+/// The part of a pool that an image holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ImageBytes {
     /// The image.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub path: PathBuf,
-    /// Its size, holes included.
+    /// Its size in bytes, holes included.
     pub size: u64,
-    /// What it maps.
+    /// Bytes that it maps.
     pub data_bytes: u64,
-    /// What deleting it would free on disk.
+    /// Bytes on disk that its deletion would free.
     pub exclusive_bytes: u64,
-    /// Extents it has in common with others, on disk.
+    /// Bytes on disk that it has in common with others.
     pub shared_bytes: u64,
-    /// Of both, those that are compressed, on disk.
+    /// Bytes that its compressed extents take on disk, exclusive and shared ones.
     pub compressed_bytes: u64,
-    /// What those hold.
+    /// Bytes that its compressed extents hold.
     pub uncompressed_bytes: u64,
-    /// Parts of its extents that nothing reaches, and that stay as long as the extents do.
+    /// Bytes on disk of those parts of its extents that nothing maps. They stay as long as the extents do.
     pub unreachable_bytes: u64,
 }
 
-/// What `report` found.
+/// The report of `report`.
 #[derive(Debug, Default, Serialize)]
 pub struct Reported {
     /// The pool.
     pub pool: PoolBytes,
-    /// Parts of extents that nothing reaches.
+    /// Bytes on disk of those parts of extents that nothing maps.
     pub unreachable_bytes: u64,
-    /// Data that lies in metadata.
+    /// Bytes of data that lie in metadata.
     pub inline_bytes: u64,
-    /// Image by image.
+    /// The part of each image.
     pub images: Vec<ImageBytes>,
-    /// Images left out.
+    /// Images that were left out.
     pub skipped: Vec<Skipped>,
-    /// Files outside the paths that hold extents, with the bytes they hold.
+    /// Files outside the pool that hold extents of it, with the bytes that they hold.
     pub held_by: BTreeMap<String, u64>,
 }
 
-/// What `export` did.
+/// The report of `export`.
 #[derive(Debug, Default, Serialize)]
 pub struct Exported {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
-    /// The commit's number.
+    /// The number of the commit.
     pub commit: CommitNumber,
-    /// The commit's name.
+    /// The name of the commit: the first digits of its hash.
     pub id: String,
-    /// Images in it.
+    /// The number of its images.
     pub images: u64,
-    /// Their sizes, holes included.
+    /// The sizes of its images, holes included.
     pub logical_bytes: u64,
-    /// What they hold beside holes and zeros, each counted.
+    /// Bytes of its images that are neither holes nor zeros. A block that several images hold counts as often.
     pub data_bytes: u64,
-    /// What was read of them.
+    /// Bytes of extents that were read.
     pub read_bytes: u64,
-    /// What was known to be in the archive and not read.
+    /// Bytes of extents that the index knew to be in the archive, so that they were not read.
     pub known_bytes: u64,
-    /// New blocks, before compression.
+    /// Bytes of new blocks, before compression.
     pub new_bytes: u64,
-    /// What the archive grew by.
+    /// Bytes by which the archive grew.
     pub written_bytes: u64,
-    /// Blocks whose checksum was that of another block.
+    /// Bytes of blocks that the plan took for others, because their fingerprints are the same.
     pub corrected_bytes: u64,
-    /// The archive's length.
+    /// The length of the archive in bytes.
     pub archive_bytes: u64,
-    /// Images left out.
+    /// Images that were left out.
     pub skipped: Vec<Skipped>,
 }
 
-/// What `import` found and did.
+/// The report of `import`.
 #[derive(Debug, Default, Serialize)]
 pub struct Imported {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
-    /// The commit's number.
+    /// The number of the commit.
     pub commit: CommitNumber,
-    /// The commit's name.
+    /// The name of the commit: the first digits of its hash.
     pub id: String,
-    /// The folder restored to.
+    /// The folder that was restored to.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub to: PathBuf,
-    /// Nothing was to be written.
+    /// Whether only a plan was made.
     pub dry_run: bool,
-    /// What it takes.
+    /// The totals of the plan.
     pub planned: RestoreBytes,
-    /// Image by image, in a dry run.
+    /// The plan, in a dry run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<RestorePlan>,
-    /// What was done; none in a dry run.
+    /// The counts of what was done. It is `None` in a dry run, and if images are lost and only whole ones were asked for.
     pub done: Option<Restored>,
-    /// Images that cannot be restored whole.
+    /// Images that cannot be restored as a whole.
     pub lost: Vec<LostImage>,
-    /// Whether a commit later than this one may be lost.
+    /// Whether the archive is damaged behind this commit, so that a later one may be lost.
     pub later_damage: bool,
 }
 
 impl Imported {
-    /// What came of a restore from an archive to a folder.
+    /// The report on a restore from an archive to a folder.
     pub fn of(archive: PathBuf, to: PathBuf, outcome: RestoreOutcome) -> Self {
         let commit = outcome.plan.contents.commit.as_ref();
         Self {
@@ -289,7 +289,7 @@ impl Imported {
         }
     }
 
-    /// The same of a restore that was only planned.
+    /// The report on a restore that was only planned.
     pub fn planned(archive: PathBuf, to: PathBuf, outcome: RestoreOutcome) -> Self {
         let plan = Some(outcome.plan.clone());
         Self {
@@ -300,17 +300,17 @@ impl Imported {
     }
 }
 
-/// An image in an archive, in bytes.
+/// An image in an archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ListedImage {
     /// Its name.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub path: PathBuf,
-    /// Its size, holes included.
+    /// Its size in bytes, holes included.
     pub size: u64,
-    /// What it holds beside holes and zeros.
+    /// Bytes of it that are neither holes nor zeros.
     pub data_bytes: u64,
-    /// What it brought that no image before it in this commit, and no commit before, had; before compression.
+    /// Bytes of blocks, before compression, that neither an earlier commit nor an earlier image of this commit holds.
     pub added_bytes: u64,
 }
 
@@ -319,92 +319,92 @@ pub struct ListedImage {
 pub struct ListedCommit {
     /// Its number.
     pub number: CommitNumber,
-    /// Its name.
+    /// Its name: the first digits of its hash.
     pub id: String,
-    /// When it was made, in UTC.
+    /// The time when it was made, in UTC.
     pub time: String,
-    /// What the user called it.
+    /// Its label, which may be empty.
     pub label: String,
-    /// The folder that names are relative to.
+    /// The folder that the names of its images are relative to.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub root: PathBuf,
-    /// Sizes of its images, holes included.
+    /// The sizes of its images, holes included.
     pub logical_bytes: u64,
-    /// Blocks it added, before compression.
+    /// Bytes of the blocks that it added, before compression.
     pub added_bytes: u64,
-    /// Bytes of the archive that it takes.
+    /// Bytes of the archive that its records take.
     pub stored_bytes: u64,
     /// Its images.
     pub images: Vec<ListedImage>,
 }
 
-/// What `list` found.
+/// The report of `list`.
 #[derive(Debug, Default, Serialize)]
 pub struct Listed {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
-    /// Its length.
+    /// Its length in bytes.
     pub archive_bytes: u64,
-    /// Whether the text shows images too.
+    /// Whether the text shows the images of commits as well.
     #[serde(skip)]
     pub shows_images: bool,
-    /// Its commits.
+    /// Its commits, or the one that was asked for.
     pub commits: Vec<ListedCommit>,
 }
 
 /// A damaged place of an archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DamagedPlace {
-    /// Where.
+    /// The place in the archive.
     pub range: ByteRange,
-    /// What is wrong.
+    /// The problem, in words.
     pub problem: String,
 }
 
-/// An image of a commit that cannot be restored whole.
+/// An image of a commit that cannot be restored as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LostIn {
-    /// The commit's number.
+    /// The number of the commit.
     pub commit: CommitNumber,
-    /// The image, and what of it is lost.
+    /// The image, and the ranges that are lost.
     #[serde(flatten)]
     pub lost: LostImage,
 }
 
-/// What `verify` found.
+/// The report of `verify`.
 #[derive(Debug, Default, Serialize)]
 pub struct Verified {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
-    /// Its length.
+    /// Its length in bytes.
     pub archive_bytes: u64,
-    /// Commits that could be read.
+    /// The number of commits that could be read.
     pub commits: u64,
-    /// Images in them.
+    /// The number of images in them.
     pub images: u64,
-    /// Blocks that are what was stored.
+    /// Bytes of blocks that were decoded and compared with their hashes. Blocks that differ are among `damage`.
     pub verified_bytes: u64,
-    /// What an export that did not end left behind the last commit.
+    /// Bytes that an export which did not end left behind the last commit.
     pub leftover_bytes: u64,
-    /// Places that are damaged.
+    /// The damaged places.
     pub damage: Vec<DamagedPlace>,
-    /// What cannot be restored for it.
+    /// Images that cannot be restored as a whole for it.
     pub lost: Vec<LostIn>,
 }
 
-/// How an image differs.
+/// Whether an image differs between the two sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Change {
-    /// Not at all.
+    /// It is the same on both sides.
     Same,
-    /// In some ranges.
+    /// It differs in some ranges.
     Differs,
-    /// The second side does not have it.
+    /// Only the first side has it.
     OnlyInFirst,
-    /// The first side does not have it.
+    /// Only the second side has it.
     OnlyInSecond,
 }
 
@@ -414,26 +414,26 @@ pub struct DiffedImage {
     /// Its name.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub path: PathBuf,
-    /// How it differs.
+    /// Whether it differs.
     pub change: Change,
-    /// In how many bytes.
+    /// The number of bytes in the ranges that differ.
     pub differing_bytes: u64,
-    /// In which.
+    /// The ranges that differ, in whole blocks but for the end of the image.
     pub ranges: Vec<ByteRange>,
 }
 
-/// What `diff` found.
+/// The report of `diff`.
 #[derive(Debug, Default, Serialize)]
 pub struct Diffed {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
-    /// What was compared.
+    /// The first side, in words.
     pub first: String,
-    /// What with.
+    /// The second side, in words.
     pub second: String,
-    /// Bytes that differ.
+    /// The number of bytes in the ranges that differ.
     pub differing_bytes: u64,
-    /// Image by image.
+    /// All images of both sides.
     pub images: Vec<DiffedImage>,
 }

@@ -4,14 +4,18 @@ use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter, Result};
 
 use super::{
-    Change, Diffed, Exported, Imported, Listed, LostImage, Planned, PoolBytes, Reclaimed, Reported, Scanned, Verified,
+    Change, Diffed, Done, Exported, Imported, Listed, LostImage, Planned, PoolBytes, Reclaimed, Reported, Scanned,
+    Verified,
 };
+use crate::block::ByteRange;
+use crate::facts::PinReason;
 use crate::index::IndexStatus;
 use crate::plan::EliminationReason;
 use crate::pool::{Skip, Skipped};
 use crate::shown::{shown, size};
 
-fn reason(reason: EliminationReason) -> &'static str {
+/// The name of a reason in the text.
+fn reason_name(reason: EliminationReason) -> &'static str {
     match reason {
         EliminationReason::Duplicate => "duplicates",
         EliminationReason::Zeros => "zeros",
@@ -44,25 +48,29 @@ impl Display for PoolBytes {
     }
 }
 
-fn skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
-    skipped.iter().try_for_each(|one| writeln!(f, "Left alone: {one}"))?;
+/// Writes the images that were left alone, and how many there are for each reason.
+fn write_skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
+    skipped
+        .iter()
+        .try_for_each(|image| writeln!(f, "Left alone: {image}"))?;
     if skipped.len() < 2 {
         return Ok(());
     }
     let mut counts: BTreeMap<Skip, usize> = BTreeMap::new();
-    for one in skipped {
-        *counts.entry(one.reason).or_default() += 1;
+    for image in skipped {
+        *counts.entry(image.reason).or_default() += 1;
     }
     write!(f, "Left alone in all: ")?;
-    for (n, (reason, count)) in counts.iter().enumerate() {
-        write!(f, "{}{count} {}", if n > 0 { ", " } else { "" }, reason.name())?;
-    }
-    writeln!(f)
+    let counts: Vec<String> = counts
+        .iter()
+        .map(|(reason, count)| format!("{count} {}", reason.name()))
+        .collect();
+    writeln!(f, "{}", counts.join(", "))
 }
 
 impl Display for Exported {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        skipped(f, &self.skipped)?;
+        write_skipped(f, &self.skipped)?;
         writeln!(
             f,
             "Commit {} ({}) of `{}`: {} images, {} of data in {}",
@@ -85,12 +93,14 @@ impl Display for Exported {
     }
 }
 
+/// Ranges as text, with commas between them.
+fn joined<'a>(ranges: impl Iterator<Item = &'a ByteRange>) -> String {
+    ranges.map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 impl Display for LostImage {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        write!(f, "Lost: {}: ", shown(&self.path))?;
-        for (n, range) in self.ranges.iter().enumerate() {
-            write!(f, "{}{range}", if n > 0 { ", " } else { "" })?;
-        }
+        write!(f, "Lost: {}: {}", shown(&self.path), joined(self.ranges.iter()))?;
         if let Some(name) = &self.restored_as {
             write!(f, "; the rest of it is `{}`", shown(name))?;
         }
@@ -218,7 +228,7 @@ impl Display for Verified {
 
 impl Display for Diffed {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        /// Ranges shown; the rest is in the JSON.
+        /// Ranges that are shown. The JSON has all of them.
         const RANGES_MAX: usize = 8;
         for image in &self.images {
             match image.change {
@@ -228,13 +238,11 @@ impl Display for Diffed {
                 Change::Differs => {
                     write!(
                         f,
-                        "Differs in {}: {}: ",
+                        "Differs in {}: {}: {}",
                         size(image.differing_bytes),
-                        shown(&image.path)
+                        shown(&image.path),
+                        joined(image.ranges.iter().take(RANGES_MAX))
                     )?;
-                    for (n, range) in image.ranges.iter().take(RANGES_MAX).enumerate() {
-                        write!(f, "{}{range}", if n > 0 { ", " } else { "" })?;
-                    }
                     match image.ranges.len().checked_sub(RANGES_MAX) {
                         Some(more @ 1..) => writeln!(f, ", and {more} more ranges")?,
                         _ => writeln!(f)?,
@@ -253,8 +261,9 @@ impl Display for Diffed {
     }
 }
 
-fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>) -> Result {
-    /// Names shown; the rest is in the JSON.
+/// Writes the files outside the pool that hold the most of it.
+fn write_holders(f: &mut Formatter<'_>, held_by: &BTreeMap<String, u64>) -> Result {
+    /// Names that are shown. The JSON has all of them.
     const NAMES_MAX: usize = 8;
     let mut names: Vec<_> = held_by.iter().collect();
     names.sort_by_key(|(_, bytes)| std::cmp::Reverse(**bytes));
@@ -264,9 +273,9 @@ fn held(f: &mut Formatter<'_>, held_by: &std::collections::BTreeMap<String, u64>
         .try_for_each(|(name, bytes)| writeln!(f, "Held by: {}: {}", shown(std::path::Path::new(name)), size(**bytes)))
 }
 
-/// What is planned, and what it takes.
-fn planned(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result {
-    let would = match (planned.freed_bytes < 0, dry_run) {
+/// Writes how much a plan frees, and what it takes.
+fn write_plan(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result {
+    let verb = match (planned.freed_bytes < 0, dry_run) {
         (false, true) => "Would free",
         (false, false) => "Planned",
         (true, true) => "Would take more:",
@@ -274,14 +283,14 @@ fn planned(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result {
     };
     write!(
         f,
-        "{would} {} in {} extents",
+        "{verb} {} in {} extents",
         size(planned.freed_bytes.unsigned_abs()),
         planned.extents
     )?;
     let reasons = planned
         .freed_by_reason
         .iter()
-        .map(|(why, bytes)| format!("{} {}", reason(*why), size(*bytes)));
+        .map(|(reason, bytes)| format!("{} {}", reason_name(*reason), size(*bytes)));
     let reasons = reasons.collect::<Vec<_>>().join(", ");
     writeln!(
         f,
@@ -320,44 +329,61 @@ fn planned(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result {
     Ok(())
 }
 
+/// Writes the bytes that cannot be freed, and why.
+fn write_pinned(f: &mut Formatter<'_>, pinned: &BTreeMap<PinReason, u64>) -> Result {
+    for (reason, bytes) in pinned {
+        let holders = match reason {
+            PinReason::HeldByOthers => {
+                "files or snapshots outside the given paths, or images that were left alone, hold"
+            }
+            PinReason::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
+            PinReason::Fixed => "images whose extents cannot change hold",
+            PinReason::Preallocated => "preallocated ranges that are to stay hold",
+            PinReason::Unreadable => "extents hold that cannot be read",
+        };
+        writeln!(f, "Not freed: {} that {holders}", size(*bytes))?;
+    }
+    Ok(())
+}
+
+/// Writes how much a run freed, and what it could not share.
+fn write_done(f: &mut Formatter<'_>, done: &Done) -> Result {
+    let verb = if done.freed_bytes < 0 { "Took more:" } else { "Freed" };
+    writeln!(
+        f,
+        "{verb} {}: now {}",
+        size(done.freed_bytes.unsigned_abs()),
+        done.after
+    )?;
+    let counts = &done.counts;
+    if counts.differing_bytes > 0 {
+        writeln!(
+            f,
+            "{} looked equal and were not; they were left as they are",
+            size(counts.differing_bytes)
+        )?;
+    }
+    for (error, bytes) in &counts.refused_bytes {
+        writeln!(f, "The filesystem refused to share {}: {error}", size(*bytes))?;
+    }
+    if counts.extents_still_held > 0 {
+        writeln!(
+            f,
+            "{} extents could not be freed; run it again later",
+            counts.extents_still_held
+        )?;
+    }
+    Ok(())
+}
+
 impl Display for Reclaimed {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         writeln!(f, "{} images: {}", self.images, self.pool)?;
-        planned(f, &self.planned, self.dry_run)?;
-        for (why, bytes) in &self.planned.pinned {
-            let why = match why {
-                crate::facts::PinReason::HeldByOthers => {
-                    "files or snapshots outside the given paths, or images that were left alone, hold"
-                }
-                crate::facts::PinReason::UnalignedTail => "images whose size is not a multiple of 4 KiB hold",
-                crate::facts::PinReason::Fixed => "images whose extents cannot change hold",
-                crate::facts::PinReason::Preallocated => "preallocated ranges that are to stay hold",
-                crate::facts::PinReason::Unreadable => "extents hold that cannot be read",
-            };
-            writeln!(f, "Not freed: {} that {why}", size(*bytes))?;
-        }
-        held(f, &self.held_by)?;
+        write_plan(f, &self.planned, self.dry_run)?;
+        write_pinned(f, &self.planned.pinned)?;
+        write_holders(f, &self.held_by)?;
         if let Some(done) = &self.done {
-            let did = if done.freed_bytes < 0 { "Took more:" } else { "Freed" };
-            writeln!(f, "{did} {}: now {}", size(done.freed_bytes.unsigned_abs()), done.after)?;
-            let counts = &done.counts;
-            if counts.differing_bytes > 0 {
-                writeln!(
-                    f,
-                    "{} looked equal and were not; they were left as they are",
-                    size(counts.differing_bytes)
-                )?;
-            }
-            for (error, bytes) in &counts.refused_bytes {
-                writeln!(f, "The filesystem refused to share {}: {error}", size(*bytes))?;
-            }
-            if counts.extents_still_held > 0 {
-                writeln!(
-                    f,
-                    "{} extents could not be freed; run it again later",
-                    counts.extents_still_held
-                )?;
-            }
+            write_done(f, done)?;
         }
         if self.inline_images > 0 {
             writeln!(
@@ -387,22 +413,22 @@ impl Display for Reclaimed {
                 if self.out_of_time { ", the time being over" } else { "" }
             )?;
         }
-        skipped(f, &self.skipped)
+        write_skipped(f, &self.skipped)
     }
 }
 
 impl Display for Scanned {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         writeln!(f, "{} images: {}", self.images, self.pool)?;
-        let from = &self.fingerprinted;
+        let sources = &self.fingerprinted;
         writeln!(
             f,
             "Fingerprints: {} from the filesystem's checksums, {} from the index, {} read",
-            size(from.from_checksums),
-            size(from.from_index),
-            size(from.read)
+            size(sources.from_checksums),
+            size(sources.from_index),
+            size(sources.read)
         )?;
-        skipped(f, &self.skipped)
+        write_skipped(f, &self.skipped)
     }
 }
 
@@ -429,8 +455,8 @@ impl Display for Reported {
         }
         writeln!(f, "{} images: {}", self.images.len(), self.pool)?;
         writeln!(f, "Unreachable parts of extents: {}", size(self.unreachable_bytes))?;
-        held(f, &self.held_by)?;
-        skipped(f, &self.skipped)
+        write_holders(f, &self.held_by)?;
+        write_skipped(f, &self.skipped)
     }
 }
 

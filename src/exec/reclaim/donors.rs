@@ -1,4 +1,5 @@
-//! Writes donors: what extents that go leave over, contiguous, so that every reference to them can move there.
+//! Writes donors. A donor takes over blocks of extents that go and that are found nowhere else. They lie in it contiguously, and all references
+//! to them move there.
 
 use std::ops::Range;
 
@@ -13,19 +14,20 @@ use crate::monitor::Monitor;
 use crate::numbers::{DonorExtentId, DonorId, ImageId};
 use crate::plan::{COMPRESSED_BLOCKS_MAX, DonorExtent, DonorFile, ReclaimPlan};
 
-/// Extents that are compressed side by side.
-const SIDE_BY_SIDE: usize = 64;
+/// Extents that are compressed at the same time.
+const COMPRESSED_AT_ONCE: usize = 64;
 
 /// A donor that was written.
 #[derive(Debug, Clone)]
 pub(super) struct WrittenDonor {
+    /// The number by which the filesystem knows it.
     pub(super) id: DonorId,
-    /// Blocks that it does not hold, since they could not be read.
+    /// Ranges of its blocks that hold zeros, because the blocks that belong there could not be read.
     missing: Vec<Range<u32>>,
 }
 
 impl WrittenDonor {
-    /// Whether a range of blocks is there.
+    /// Whether it holds all blocks of a range.
     pub(super) fn has(&self, range: &Range<u32>) -> bool {
         !self
             .missing
@@ -34,32 +36,34 @@ impl WrittenDonor {
     }
 }
 
-/// What came of writing donors.
+/// The counts of donors that were written.
 #[derive(Debug, Default)]
 pub(super) struct WrittenDonors {
+    /// Bytes of blocks, uncompressed.
     pub(super) bytes: u64,
-    /// What could not be read for them.
+    /// The errors of blocks that could not be read.
     pub(super) unreadable: Vec<Error>,
 }
 
-/// What donors are written for, and how.
+/// Writes the donors of a plan.
 #[derive(Clone, Copy)]
 pub(super) struct DonorWriter<'a> {
     pub(super) facts: &'a Facts,
     pub(super) plan: &'a ReclaimPlan,
+    /// Makes the frames of compressed donors.
     pub(super) packer: Packer,
     pub(super) fs: &'a dyn Filesystem,
     pub(super) monitor: &'a dyn Monitor,
 }
 
-/// What an extent is to hold, and its frame if it is worth one.
+/// The content of a donor's extent, and its compressed frame if it shrinks enough.
 struct Packed {
     content: Vec<u8>,
     frame: Option<Vec<u8>>,
 }
 
 impl DonorWriter<'_> {
-    /// Writes one donor file. If the user asks to stop, it stays incomplete, and nothing will be shared with it.
+    /// Writes one donor file. If the user asks to stop, it stays incomplete, and the run ends before anything is shared with it.
     pub(super) fn write(self, file: &DonorFile, written: &mut WrittenDonors) -> Result<WrittenDonor> {
         let mut donor = WrittenDonor {
             id: self.fs.create_donor(file.class)?,
@@ -73,22 +77,27 @@ impl DonorWriter<'_> {
         Ok(donor)
     }
 
+    /// Appends all extents of a donor file.
     fn fill(self, file: &DonorFile, donor: &mut WrittenDonor, written: &mut WrittenDonors) -> Result<()> {
-        let extent = |extent: &DonorExtentId| &self.plan.layout.donors()[extent.index()];
-        let side_by_side = if packs(self.fs, file.class) { SIDE_BY_SIDE } else { 1 };
-        let groups: Vec<&[DonorExtentId]> = file.extents.chunks(side_by_side).collect();
+        let extent = |id: &DonorExtentId| &self.plan.layout.donors()[id.index()];
+        let group_len = if packs(self.fs, file.class) {
+            COMPRESSED_AT_ONCE
+        } else {
+            1
+        };
+        let groups: Vec<&[DonorExtentId]> = file.extents.chunks(group_len).collect();
         let group = |number: usize| groups.get(number).copied().unwrap_or_default();
         let mut at = 0;
         let mut read = self.read(file.class, group(0));
         for number in 0..groups.len() {
-            // While one group is written, the next is read, and the one after that asked for.
-            for one in group(number + 2) {
-                self.read_ahead(extent(one));
+            // While this group is written, the next one is read, and the one after that is read ahead.
+            for id in group(number + 2) {
+                self.read_ahead(extent(id));
             }
             let mut extents = group(number).iter().map(extent).zip(read);
             let (next, appended) = rayon::join(
                 || self.read(file.class, group(number + 1)),
-                || extents.try_for_each(|one| self.append_read(one, &mut at, donor, written)),
+                || extents.try_for_each(|extent| self.append_read(extent, &mut at, donor, written)),
             );
             appended?;
             if self.monitor.interrupted() {
@@ -99,7 +108,7 @@ impl DonorWriter<'_> {
         Ok(())
     }
 
-    /// Appends what was read for an extent, which is to be at block `at`.
+    /// Appends the content of an extent, which begins at the donor's block `at`. Zeros take the place of content that could not be read.
     fn append_read(
         self,
         (extent, read): (&DonorExtent, Result<Packed>),
@@ -108,7 +117,7 @@ impl DonorWriter<'_> {
         written: &mut WrittenDonors,
     ) -> Result<()> {
         let read = match read {
-            // Others need what is around it. In its place are zeros, which nothing is shared with.
+            // The extents around it are needed. Nothing is shared with the zeros.
             Err(error @ Error::Unreadable { .. }) => {
                 written.unreadable.push(self.first_unreadable(extent).unwrap_or(error));
                 donor.missing.push(*at..*at + extent.blocks);
@@ -127,10 +136,10 @@ impl DonorWriter<'_> {
         Ok(())
     }
 
-    /// Reads what extents are to hold, and makes their frames side by side.
+    /// Reads the content of extents, and makes their frames on all cores if the class asks for them.
     fn read(self, class: Class, extents: &[DonorExtentId]) -> Vec<Result<Packed>> {
-        let read = |extent: &DonorExtentId| {
-            let extent = &self.plan.layout.donors()[extent.index()];
+        let read = |id: &DonorExtentId| {
+            let extent = &self.plan.layout.donors()[id.index()];
             read_slots(self.facts, self.fs, self.plan.layout.pieces_of(extent))
         };
         if packs(self.fs, class) {
@@ -146,7 +155,7 @@ impl DonorWriter<'_> {
         extents.iter().map(plain).collect()
     }
 
-    /// The error of the first block of what an extent takes over that cannot be read.
+    /// The error of reading the first block that an extent takes over and that cannot be read.
     fn first_unreadable(self, extent: &DonorExtent) -> Option<Error> {
         let pieces = self.plan.layout.pieces_of(extent).iter();
         let places = pieces.flat_map(|piece| self.facts.places_of(piece.clone()));
@@ -156,10 +165,12 @@ impl DonorWriter<'_> {
         })
     }
 
+    /// Asks the filesystem to read the content of an extent into the page cache.
     fn read_ahead(self, extent: &DonorExtent) {
         read_slots_ahead(self.facts, self.fs, self.plan.layout.pieces_of(extent));
     }
 
+    /// Makes the frame of an extent.
     fn pack(self, compressor: &mut std::io::Result<zstd::bulk::Compressor<'_>>, content: Vec<u8>) -> Result<Packed> {
         let failed = |error: &std::io::Error| {
             Error::io("compress blocks of", self.fs.path(ImageId(0)))(std::io::Error::other(error.to_string()))
@@ -169,7 +180,7 @@ impl DonorWriter<'_> {
         Ok(Packed { content, frame })
     }
 
-    /// Appends content that is no donor's of the plan.
+    /// Appends content to a donor that the plan does not have.
     pub(super) fn append(self, donor: DonorId, class: Class, content: &[u8]) -> Result<()> {
         if !packs(self.fs, class) {
             return self.fs.append_to_donor(donor, content, None);
@@ -183,7 +194,7 @@ impl DonorWriter<'_> {
     }
 }
 
-/// Whether frames are made here, and not by the filesystem.
+/// Whether vmfold compresses the donors of a class itself. Otherwise the filesystem does, if the class is compressed at all.
 fn packs(fs: &dyn Filesystem, class: Class) -> bool {
     class.compression == Compression::Zstd && fs.takes_frames()
 }

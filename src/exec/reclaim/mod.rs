@@ -1,4 +1,4 @@
-//! Carries out a reclaim's plan: writes donors and shares ranges, batch by batch. Every range is shared as planned, or skipped and
+//! Carries out a [`ReclaimPlan`] batch by batch: writes its donors, and shares its ranges. Every range is shared as planned, or skipped and
 //! counted.
 
 mod donors;
@@ -27,27 +27,28 @@ use crate::range;
 use crate::shown::shown;
 use crate::spill::SpillVec;
 
-/// Bytes that one call compares at most: btrfs splits longer ones (kernel: `BTRFS_MAX_DEDUPE_LEN`), and both files are locked.
+/// Bytes that one call compares at most. The kernel locks both files meanwhile, and btrfs splits longer calls (kernel:
+/// `BTRFS_MAX_DEDUPE_LEN`).
 pub const CALL_BYTES: u64 = 16 << 20;
 
-/// What a run did, range by range.
+/// The counts of a run. Bytes are those of image ranges, if not said otherwise.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ReclaimCounts {
-    /// System calls made.
+    /// System calls that share ranges.
     pub calls: u64,
-    /// Bytes of images that now share what they were to share.
+    /// Bytes that were shared as planned.
     pub shared_bytes: u64,
-    /// Bytes found to differ, and left alone.
+    /// Bytes that differ from those that they were to share, or could not be read to compare them.
     pub differing_bytes: u64,
-    /// Bytes that the filesystem refused to share, by the name of the error.
+    /// Bytes that the filesystem refused to share, by the text of the error.
     pub refused_bytes: BTreeMap<String, u64>,
-    /// Bytes of donors written.
+    /// Bytes that were written to donors, uncompressed.
     pub written_bytes: u64,
-    /// Bytes not looked at because someone opened the image meanwhile.
+    /// Bytes that were not compared, because someone opened an image that they need, or the filesystem refused the image before.
     pub abandoned_bytes: u64,
-    /// Extents that still were held after everything planned was shared, so that what held them was relocated.
+    /// Extents that were still held after all planned ranges were shared. The ranges that held them were relocated.
     pub second_round_extents: u64,
-    /// Extents that are still held after that.
+    /// Extents that were still held after the relocation.
     pub extents_still_held: u64,
 }
 
@@ -76,27 +77,28 @@ impl ReclaimCounts {
     }
 }
 
-/// What the user chose of how a plan is run.
+/// How a plan is carried out.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ReclaimSettings {
     /// Bytes that stay free on the filesystem.
     pub reserve_bytes: u64,
-    /// How compressed donors are made.
+    /// Makes the frames of compressed donors.
     pub packer: Packer,
-    /// Calls on different images that may be made at the same time. With 0 or 1, all are made one after the other.
+    /// Threads that make calls at the same time, on files that they do not have in common. With 0 or 1, calls are made one after the other.
     pub threads: usize,
 }
 
 /// How a run ended.
 #[derive(Debug, Default)]
 pub struct ReclaimOutcome {
-    /// What was done.
+    /// The counts of what was done.
     pub counts: ReclaimCounts,
-    /// Images that someone opened during the run; they were left alone from then on.
+    /// Images that someone opened during the run. They were left alone from then on.
     pub opened_meanwhile: BTreeSet<ImageId>,
-    /// Images that the filesystem refused to touch, and why; they were left alone from then on.
+    /// Images of which the filesystem refused a range, with the reason. Unless the reason is [`Skip::Refused`], which stands for a single
+    /// range, the image was left alone from then on.
     pub refused: BTreeMap<ImageId, Skip>,
-    /// What could not be read. Extents that needed it stay; everything else was done.
+    /// The errors of blocks that could not be read. Extents that needed such a block stay, and everything else was done.
     pub unreadable: Vec<Error>,
     /// Whether the user asked to stop before the end.
     pub interrupted: bool,
@@ -119,22 +121,23 @@ impl ReclaimOutcome {
     }
 }
 
-/// Runs a plan to its end, or until the user asks to stop. `ran` tells what was done in either case, and after an error.
-/// No donor is written that would leave less than the reserve free.
+/// Carries a plan out to its end, or until the user asks to stop. What was done is added to `outcome`, also before an error. No donor is
+/// written that would leave less than the reserve free.
 ///
 /// # Errors
-/// Writing a donor, a full filesystem. Ranges that differ, cannot be read or are refused are no errors.
+/// [`Error::Reserve`] if a donor does not fit; [`Error::NoSpace`] or [`Error::Io`] if a donor cannot be written or the filesystem is full.
+/// Ranges that differ, cannot be read or are refused are not errors.
 pub fn run(
     facts: &Facts,
     plan: &ReclaimPlan,
     settings: ReclaimSettings,
     fs: &dyn Filesystem,
     monitor: &dyn Monitor,
-    ran: &mut ReclaimOutcome,
+    outcome: &mut ReclaimOutcome,
 ) -> Result<()> {
-    let compared: u64 = plan.batches.iter().map(|batch| batch.compared_bytes).sum();
-    let written: u64 = plan.layout.donors().iter().map(|donor| bytes(donor.blocks)).sum();
-    monitor.phase("Sharing", compared + written);
+    let compared_bytes: u64 = plan.batches.iter().map(|batch| batch.compared_bytes).sum();
+    let written_bytes: u64 = plan.layout.donors().iter().map(|donor| bytes(donor.blocks)).sum();
+    monitor.phase("Sharing", compared_bytes + written_bytes);
     let writer = DonorWriter {
         facts,
         plan,
@@ -149,116 +152,116 @@ pub fn run(
         monitor,
         writer,
         threads: settings.threads,
-        ran,
+        outcome,
     };
     let shared = SharedBatches::default();
     std::thread::scope(|scope| {
-        // However this ends, the writer must not wait for it.
+        // The thread that writes donors must not wait for batches that are never shared, however this ends.
         let _end = shared.end();
         let shared = &shared;
-        // The donors of the next batch are written while one is shared; a rendezvous, so that it is never more than one.
-        let (written, batches) = std::sync::mpsc::sync_channel(0);
+        // The donors of the next batch are written while one is shared. The channel has no room, so there is never more than one ahead.
+        let (ready, batches) = std::sync::mpsc::sync_channel(0);
         scope.spawn(move || {
             let mut donor_files = vec![None; plan.donor_files.len()];
             for (number, batch) in plan.batches.iter().enumerate() {
                 let space = DonorSpace {
                     reserve_bytes: settings.reserve_bytes,
-                    before: || shared.wait_for(number),
+                    wait_for_shared: || shared.wait_for(number),
                 };
-                let (made, failed) = write_batch(writer, batch, &space, &mut donor_files);
-                if written.send((batch, made, failed, donor_files.clone())).is_err() {
+                let (donors, first_error) = write_batch(writer, batch, &space, &mut donor_files);
+                if ready.send((batch, donors, first_error, donor_files.clone())).is_err() {
                     return;
                 }
             }
         });
-        let mut failed = None;
-        for (batch, made, problem, donor_files) in batches {
-            run.ran.counts.written_bytes += made.bytes;
-            run.ran.unreadable.extend(made.unreadable);
-            failed = failed.or(problem);
-            run.batch(batch, &donor_files)?;
-            shared.one_more();
-            if run.ran.interrupted {
+        let mut first_error = None;
+        for (batch, donors, error, donor_files) in batches {
+            run.outcome.counts.written_bytes += donors.bytes;
+            run.outcome.unreadable.extend(donors.unreadable);
+            first_error = first_error.or(error);
+            run.share_batch(batch, &donor_files)?;
+            shared.add_one();
+            if run.outcome.interrupted {
                 break;
             }
         }
-        failed.map_or(Ok(()), Err)
+        first_error.map_or(Ok(()), Err)
     })
 }
 
-/// Writes the donors of a batch. One that cannot be written keeps no other from being written: what does not need it can go all the same, and
-/// may make the space that the next one takes. Of the errors, the first is returned.
+/// Writes the donors of a batch, and returns the first error. If one cannot be written, the others are written all the same: extents that do not
+/// need it can go, and may make the space that the next donor takes.
 fn write_batch(
     writer: DonorWriter<'_>,
     batch: &Batch,
     space: &DonorSpace<impl Fn()>,
     donor_files: &mut [Option<WrittenDonor>],
 ) -> (WrittenDonors, Option<Error>) {
-    let (mut made, mut failed) = (WrittenDonors::default(), None);
+    let (mut donors, mut first_error) = (WrittenDonors::default(), None);
     for file in range::each(batch.donor_files.clone()) {
         let donor_file = &writer.plan.donor_files[file.index()];
-        let kept = space.keep(writer.plan, donor_file, writer.fs);
-        match kept.and_then(|()| writer.write(donor_file, &mut made)) {
+        let fits = space.check(writer.plan, donor_file, writer.fs);
+        match fits.and_then(|()| writer.write(donor_file, &mut donors)) {
             Ok(donor) => donor_files[file.index()] = Some(donor),
-            Err(error) => failed = failed.or(Some(error)),
+            Err(error) => first_error = first_error.or(Some(error)),
         }
     }
-    (made, failed)
+    (donors, first_error)
 }
 
-/// How many batches were shared: what they freed is free only then.
+/// Counts the batches that were shared. Only then is the space that they free available.
 #[derive(Default)]
 struct SharedBatches {
-    batches: Mutex<usize>,
+    count: Mutex<usize>,
     changed: Condvar,
 }
 
 impl SharedBatches {
     fn set(&self, change: impl FnOnce(&mut usize)) {
-        change(&mut self.batches.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.count.lock().unwrap_or_else(PoisonError::into_inner));
         self.changed.notify_all();
     }
 
-    fn one_more(&self) {
-        self.set(|batches| *batches += 1);
+    fn add_one(&self) {
+        self.set(|count| *count += 1);
     }
 
     fn wait_for(&self, number: usize) {
-        let batches = self.batches.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.changed.wait_while(batches, |batches| *batches < number));
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(count, |count| *count < number));
     }
 
-    /// Whoever waits goes on when this is dropped.
+    /// Returns a guard. When it is dropped, nobody waits any longer.
     fn end(&self) -> impl Drop + '_ {
         struct End<'a>(&'a SharedBatches);
         impl Drop for End<'_> {
             fn drop(&mut self) {
-                self.0.set(|batches| *batches = usize::MAX);
+                self.0.set(|count| *count = usize::MAX);
             }
         }
         End(self)
     }
 }
 
-/// The space that donors may take.
+/// The free space that donors may take.
 struct DonorSpace<W> {
-    /// What they must leave.
+    /// Bytes that have to stay free.
     reserve_bytes: u64,
-    /// Waits until everything that comes before was shared.
-    before: W,
+    /// Waits until all batches before the current one were shared.
+    wait_for_shared: W,
 }
 
 impl<W: Fn()> DonorSpace<W> {
-    /// Refuses a donor for which there is no space, even once everything before it was shared.
-    fn keep(&self, plan: &ReclaimPlan, file: &DonorFile, fs: &dyn Filesystem) -> Result<()> {
+    /// Checks that a donor fits. If it does not, this waits for the batches before it, commits, and checks once more.
+    fn check(&self, plan: &ReclaimPlan, file: &DonorFile, fs: &dyn Filesystem) -> Result<()> {
         let donors = file.extents.iter().map(|extent| &plan.layout.donors()[extent.index()]);
-        let needed = donors.map(|donor| bytes(donor.blocks)).sum::<u64>();
-        let fits = || Ok(fs.free_bytes()? >= needed.saturating_add(self.reserve_bytes));
+        let needed_bytes = donors.map(|donor| bytes(donor.blocks)).sum::<u64>();
+        let fits = || Ok(fs.free_bytes()? >= needed_bytes.saturating_add(self.reserve_bytes));
         if fits()? {
             return Ok(());
         }
-        (self.before)();
-        // What was freed since the last commit is not available before the next.
+        (self.wait_for_shared)();
+        // Space that was freed since the last commit is available only after the next one.
         fs.commit()?;
         if fits()? {
             return Ok(());
@@ -270,6 +273,7 @@ impl<W: Fn()> DonorSpace<W> {
     }
 }
 
+/// A plan that is being carried out.
 struct ReclaimRun<'a> {
     facts: &'a Facts,
     plan: &'a ReclaimPlan,
@@ -277,10 +281,10 @@ struct ReclaimRun<'a> {
     monitor: &'a dyn Monitor,
     writer: DonorWriter<'a>,
     threads: usize,
-    ran: &'a mut ReclaimOutcome,
+    outcome: &'a mut ReclaimOutcome,
 }
 
-/// A range to share, in bytes and with its files resolved.
+/// A range of an image that is to be shared with a range of another file. Offsets and the length are in bytes.
 #[derive(Debug, Clone, Copy)]
 struct ShareCall {
     source: SourceFile,
@@ -291,26 +295,26 @@ struct ShareCall {
 }
 
 impl ReclaimRun<'_> {
-    /// Shares what a batch is about; `donor_files` are the donors that were made for the plan's donor files.
-    fn batch(&mut self, batch: &Batch, donor_files: &[Option<WrittenDonor>]) -> Result<()> {
+    /// Shares the ranges of a batch. `donor_files` has the donors that were written, by the number of the plan's donor file.
+    fn share_batch(&mut self, batch: &Batch, donor_files: &[Option<WrittenDonor>]) -> Result<()> {
         if self.stop() {
             return Ok(());
         }
         let (fs, monitor, plan, facts) = (self.fs, self.monitor, self.plan, self.facts);
-        // What needs a donor that is not there, or an image that someone opened, stays as it is: moving the rest of it would free
-        // nothing.
+        // An extent stays if it needs a donor that is not there, or an image that someone opened. Moving the rest of its references would
+        // free nothing.
         let has_all = |extent: &ExtentId| plan.ops(facts, *extent).all(|op| call(fs, donor_files, &op).is_some());
         let calls = |extent| plan.ops(facts, extent).filter_map(|op| call(fs, donor_files, &op));
         let is_free = |extent: &ExtentId| {
             let is_free = calls(*extent).all(|call| opened(fs, &call).next().is_none());
             if !is_free {
-                calls(*extent).for_each(|call| abandon(fs, &call, self.ran));
+                calls(*extent).for_each(|call| abandon(fs, &call, self.outcome));
             }
             is_free
         };
         let extents = plan.eliminations[batch.eliminations.clone()]
             .iter()
-            .map(|one| one.extent);
+            .map(|elimination| elimination.extent);
         let extents: SpillVec<ExtentId> =
             SpillVec::from_iter_in(extents.filter(has_all).filter(is_free), facts.budget());
         let ops = extents.iter().flat_map(|extent| plan.ops(facts, *extent));
@@ -320,25 +324,26 @@ impl ReclaimRun<'_> {
             monitor,
             threads: self.threads,
         };
-        let ran = &mut *self.ran;
+        let outcome = &mut *self.outcome;
         prefetch::ahead(fs, self.threads, calls.flat_map(split), |window| {
-            caller.share_all(window, ran)?;
-            Ok(!ran.interrupted)
+            caller.share_all(window, outcome)?;
+            Ok(!outcome.interrupted)
         })?;
         self.fs.commit()?;
-        if self.ran.interrupted {
+        if self.outcome.interrupted {
             return Ok(());
         }
         relocation::relocate_rest(self, &extents)
     }
 
+    /// Whether the user has asked to stop, which is noted in the outcome.
     fn stop(&mut self) -> bool {
-        self.ran.interrupted |= self.monitor.interrupted();
-        self.ran.interrupted
+        self.outcome.interrupted |= self.monitor.interrupted();
+        self.outcome.interrupted
     }
 }
 
-/// The range to share for an op; none if its donor does not hold it.
+/// The call for an op. It is `None` if the op's donor does not hold the blocks.
 fn call(fs: &dyn Filesystem, donor_files: &[Option<WrittenDonor>], op: &Op) -> Option<ShareCall> {
     let (source, source_block) = match op.source {
         ShareSource::Image { image, block } => (SourceFile::Image(image), block),
@@ -363,12 +368,12 @@ fn call(fs: &dyn Filesystem, donor_files: &[Option<WrittenDonor>], op: &Op) -> O
     })
 }
 
-/// Cuts a range into calls of at most [`CALL_BYTES`].
+/// Splits a call into calls of [`CALL_BYTES`] at most.
 fn split(call: ShareCall) -> impl Iterator<Item = ShareCall> {
-    (0..call.length.div_ceil(CALL_BYTES)).map(move |n| ShareCall {
-        source_offset: call.source_offset + n * CALL_BYTES,
-        offset: call.offset + n * CALL_BYTES,
-        length: CALL_BYTES.min(call.length - n * CALL_BYTES),
+    (0..call.length.div_ceil(CALL_BYTES)).map(move |number| ShareCall {
+        source_offset: call.source_offset + number * CALL_BYTES,
+        offset: call.offset + number * CALL_BYTES,
+        length: CALL_BYTES.min(call.length - number * CALL_BYTES),
         ..call
     })
 }
@@ -383,44 +388,44 @@ fn opened(fs: &dyn Filesystem, call: &ShareCall) -> impl Iterator<Item = ImageId
     images.filter(|image| !fs.may_touch(*image))
 }
 
-/// Counts a call that is not made.
-fn abandon(fs: &dyn Filesystem, call: &ShareCall, ran: &mut ReclaimOutcome) {
+/// Counts a call that is not made because someone opened one of its images.
+fn abandon(fs: &dyn Filesystem, call: &ShareCall, outcome: &mut ReclaimOutcome) {
     log_skipped(fs, call, &"someone opened an image that it needs");
-    ran.counts.abandoned_bytes += call.length;
-    ran.opened_meanwhile.extend(opened(fs, call));
+    outcome.counts.abandoned_bytes += call.length;
+    outcome.opened_meanwhile.extend(opened(fs, call));
 }
 
-/// Makes one call. Where the bytes differ somewhere, the blocks that are equal are shared all the same.
-fn share(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOutcome) -> Result<()> {
+/// Makes one call. If only some of the blocks differ, the others are shared all the same.
+fn share(fs: &dyn Filesystem, call: ShareCall, outcome: &mut ReclaimOutcome) -> Result<()> {
     if opened(fs, &call).next().is_some() {
-        abandon(fs, &call, ran);
+        abandon(fs, &call, outcome);
         return Ok(());
     }
-    if ran
+    if outcome
         .refused
         .get(&call.image)
         .is_some_and(|reason| *reason != Skip::Refused)
     {
         log_skipped(fs, &call, &"the filesystem refuses to touch the image");
-        ran.counts.abandoned_bytes += call.length;
+        outcome.counts.abandoned_bytes += call.length;
         return Ok(());
     }
-    ran.counts.calls += 1;
-    let try_it = || fs.share(call.source, call.source_offset, call.image, call.offset, call.length);
-    let mut outcome = try_it();
-    if is_full(outcome) {
-        // What was freed since the last commit is not available before the next.
+    outcome.counts.calls += 1;
+    let try_share = || fs.share(call.source, call.source_offset, call.image, call.offset, call.length);
+    let mut shared = try_share();
+    if is_full(shared) {
+        // Space that was freed since the last commit is available only after the next one.
         fs.commit()?;
-        outcome = try_it();
+        shared = try_share();
     }
-    match outcome {
-        ShareOutcome::Shared => ran.counts.shared_bytes += call.length,
-        ShareOutcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, ran),
-        ShareOutcome::Differs => differs(fs, &call, ran),
-        ShareOutcome::Refused(errno) if is_full(outcome) => {
+    match shared {
+        ShareOutcome::Shared => outcome.counts.shared_bytes += call.length,
+        ShareOutcome::Differs if call.length > BLOCK_BYTES => share_equal_blocks(fs, call, outcome),
+        ShareOutcome::Differs => count_differing(fs, &call, outcome),
+        ShareOutcome::Refused(errno) if is_full(shared) => {
             return Err(Error::writing("share blocks of", fs.path(call.image))(errno));
         }
-        ShareOutcome::Refused(errno) => refused(fs, call, errno, ran),
+        ShareOutcome::Refused(errno) => count_refused(fs, call, errno, outcome),
     }
     Ok(())
 }
@@ -431,26 +436,27 @@ fn log_skipped(fs: &dyn Filesystem, call: &ShareCall, why: &dyn std::fmt::Displa
     tracing::debug!(image = %shown(fs.path(call.image)), start, length, "not shared: {why}");
 }
 
-/// Counts a range whose bytes are not those of its source.
-fn differs(fs: &dyn Filesystem, call: &ShareCall, ran: &mut ReclaimOutcome) {
+/// Counts a range whose bytes differ from those of its source.
+fn count_differing(fs: &dyn Filesystem, call: &ShareCall, outcome: &mut ReclaimOutcome) {
     log_skipped(fs, call, &"the bytes differ");
-    ran.counts.differing_bytes += call.length;
+    outcome.counts.differing_bytes += call.length;
 }
 
-/// Remembers what was refused, and why as far as can be told.
-fn refused(fs: &dyn Filesystem, call: ShareCall, errno: Errno, ran: &mut ReclaimOutcome) {
+/// Counts a range that the filesystem refused, and notes the reason: that of the whole image, a block that cannot be read, or an unknown
+/// one.
+fn count_refused(fs: &dyn Filesystem, call: ShareCall, errno: Errno, outcome: &mut ReclaimOutcome) {
     log_skipped(fs, &call, &errno);
-    *ran.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
-    // What `remap_file_range` and btrfs answer for a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
-    let whole = match errno {
+    *outcome.counts.refused_bytes.entry(name_of(errno)).or_default() += call.length;
+    // The errors by which the kernel refuses a whole file (kernel: fs/remap_range.c, fs/btrfs/reflink.c).
+    let reason_of_image = match errno {
         Errno::AGAIN => Some(Skip::BeingSent),
         Errno::TXTBSY => Some(Skip::SwapFile),
         Errno::PERM => Some(Skip::Immutable),
         Errno::ROFS => Some(Skip::ReadOnlyMount),
         _ => None,
     };
-    if let Some(reason) = whole {
-        ran.refused.insert(call.image, reason);
+    if let Some(reason) = reason_of_image {
+        outcome.refused.insert(call.image, reason);
         return;
     }
     let sides = [
@@ -459,14 +465,14 @@ fn refused(fs: &dyn Filesystem, call: ShareCall, errno: Errno, ran: &mut Reclaim
     ];
     let mut sides = sides.into_iter().filter(|_| errno == Errno::IO);
     match sides.find_map(|(file, offset)| first_unreadable(fs, file, offset, call.length)) {
-        Some(error) => ran.unreadable.push(error),
+        Some(error) => outcome.unreadable.push(error),
         None => {
-            ran.refused.entry(call.image).or_insert(Skip::Refused);
+            outcome.refused.entry(call.image).or_insert(Skip::Refused);
         }
     }
 }
 
-/// The error of the first block of a range that cannot be read.
+/// The error of reading the first block of a range that cannot be read.
 fn first_unreadable(fs: &dyn Filesystem, file: SourceFile, offset: u64, length: u64) -> Option<Error> {
     let mut block = [0; BLOCK_LEN];
     (offset..offset + length)
@@ -474,67 +480,68 @@ fn first_unreadable(fs: &dyn Filesystem, file: SourceFile, offset: u64, length: 
         .find_map(|at| fs.read(file, at, &mut block).err())
 }
 
-fn is_full(outcome: ShareOutcome) -> bool {
-    matches!(outcome, ShareOutcome::Refused(errno) if Exhausted::of(errno.kind()).is_some())
+/// Whether a call was refused because space or a quota is used up.
+fn is_full(shared: ShareOutcome) -> bool {
+    matches!(shared, ShareOutcome::Refused(errno) if Exhausted::of(errno.kind()).is_some())
 }
 
-/// Shares the runs of blocks of a range that are equal, and counts those that are not.
-fn share_equal_blocks(fs: &dyn Filesystem, call: ShareCall, ran: &mut ReclaimOutcome) {
-    /// Bytes compared at a time.
+/// Compares a range block by block, shares the runs of equal blocks, and counts the others.
+fn share_equal_blocks(fs: &dyn Filesystem, call: ShareCall, outcome: &mut ReclaimOutcome) {
+    /// Bytes that are read at a time.
     const WINDOW_BYTES: u64 = 1 << 20;
-    let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+    let (mut source_content, mut image_content) = (Vec::new(), Vec::new());
     let mut equal: Option<ShareCall> = None;
-    let flush = |equal: &mut Option<ShareCall>, ran: &mut ReclaimOutcome| {
+    let flush = |equal: &mut Option<ShareCall>, outcome: &mut ReclaimOutcome| {
         let Some(call) = equal.take() else { return };
-        ran.counts.calls += 1;
+        outcome.counts.calls += 1;
         match fs.share(call.source, call.source_offset, call.image, call.offset, call.length) {
-            ShareOutcome::Shared => ran.counts.shared_bytes += call.length,
-            // It changed since it was read a moment ago. Whatever holds the extent is relocated.
-            ShareOutcome::Differs => differs(fs, &call, ran),
-            ShareOutcome::Refused(errno) => refused(fs, call, errno, ran),
+            ShareOutcome::Shared => outcome.counts.shared_bytes += call.length,
+            // The blocks changed since they were read. What still holds the extent is relocated later.
+            ShareOutcome::Differs => count_differing(fs, &call, outcome),
+            ShareOutcome::Refused(errno) => count_refused(fs, call, errno, outcome),
         }
     };
     let mut done = 0;
     while done < call.length {
         let length = WINDOW_BYTES.min(call.length - done);
         let size = usize::try_from(length).unwrap_or(usize::MAX);
-        theirs.resize(size, 0);
-        ours.resize(size, 0);
+        source_content.resize(size, 0);
+        image_content.resize(size, 0);
         let read = fs
-            .read(call.source, call.source_offset + done, &mut theirs)
-            .and_then(|()| fs.read(SourceFile::Image(call.image), call.offset + done, &mut ours));
+            .read(call.source, call.source_offset + done, &mut source_content)
+            .and_then(|()| fs.read(SourceFile::Image(call.image), call.offset + done, &mut image_content));
         if let Err(error) = read {
-            // Of what cannot be read nothing is known to be equal.
+            // Blocks that cannot be read are not known to be equal.
             let offset = call.offset + done;
             log_skipped(fs, &ShareCall { offset, length, ..call }, &describe(&error));
-            ran.unreadable.push(error);
-            flush(&mut equal, ran);
-            ran.counts.differing_bytes += length;
+            outcome.unreadable.push(error);
+            flush(&mut equal, outcome);
+            outcome.counts.differing_bytes += length;
             done += length;
             continue;
         }
-        for (block, at) in theirs
+        for (blocks, at) in source_content
             .chunks(BLOCK_LEN)
-            .zip(ours.chunks(BLOCK_LEN))
+            .zip(image_content.chunks(BLOCK_LEN))
             .zip((done..).step_by(BLOCK_LEN))
         {
-            if block.0 == block.1 {
-                let grown = equal.get_or_insert(ShareCall {
+            if blocks.0 == blocks.1 {
+                let run = equal.get_or_insert(ShareCall {
                     source_offset: call.source_offset + at,
                     offset: call.offset + at,
                     length: 0,
                     ..call
                 });
-                grown.length += BLOCK_BYTES;
+                run.length += BLOCK_BYTES;
             } else {
-                flush(&mut equal, ran);
+                flush(&mut equal, outcome);
                 let (offset, length) = (call.offset + at, BLOCK_BYTES);
-                differs(fs, &ShareCall { offset, length, ..call }, ran);
+                count_differing(fs, &ShareCall { offset, length, ..call }, outcome);
             }
         }
         done += length;
     }
-    flush(&mut equal, ran);
+    flush(&mut equal, outcome);
 }
 
 fn name_of(errno: Errno) -> String {

@@ -1,5 +1,5 @@
-//! Makes the calls of a window side by side. A call locks both of its inodes, so two calls that have a file in common would wait for each
-//! other in the kernel; others need not.
+//! Makes the calls of a window on several threads. The kernel locks both inodes of a call, so two calls that have a file in common would
+//! wait for each other. Only calls without a common file are made at the same time.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,88 +11,89 @@ use crate::monitor::Monitor;
 use crate::numbers::ImageId;
 use crate::pool::Skip;
 
-/// What calls are made with.
+/// Makes calls, on one thread or on several.
 #[derive(Clone, Copy)]
 pub(super) struct Caller<'a> {
     pub(super) fs: &'a dyn Filesystem,
     pub(super) monitor: &'a dyn Monitor,
-    /// Threads at most.
+    /// The largest number of threads.
     pub(super) threads: usize,
 }
 
 impl Caller<'_> {
-    /// Makes the calls of a window, those on one image in their order, until one fails or the user asks to stop. What `ran` says then
-    /// does not depend on which thread was faster.
-    pub(super) fn share_all(self, window: &[ShareCall], ran: &mut ReclaimOutcome) -> Result<()> {
+    /// Makes the calls of a window until one fails or the user asks to stop. The calls on one image are made in their order. If all are made,
+    /// the outcome does not depend on which thread was faster.
+    pub(super) fn share_all(self, window: &[ShareCall], outcome: &mut ReclaimOutcome) -> Result<()> {
         if self.threads > 1 {
-            let schedule = Schedule::new(window, &ran.refused);
+            let schedule = Schedule::new(window, &outcome.refused);
             let threads = self.threads.min(schedule.threads());
             if threads > 1 {
-                return self.share_scheduled(schedule, threads, ran);
+                return self.share_scheduled(schedule, threads, outcome);
             }
         }
         for call in window {
-            if !self.share_one(*call, ran)? {
+            if !self.share_one(*call, outcome)? {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Makes a call unless the user asked to stop; says whether to go on.
-    fn share_one(self, call: ShareCall, ran: &mut ReclaimOutcome) -> Result<bool> {
+    /// Makes a call unless the user has asked to stop. Returns whether to go on.
+    fn share_one(self, call: ShareCall, outcome: &mut ReclaimOutcome) -> Result<bool> {
         if self.monitor.interrupted() {
-            ran.interrupted = true;
+            outcome.interrupted = true;
             return Ok(false);
         }
-        share(self.fs, call, ran)?;
+        share(self.fs, call, outcome)?;
         self.monitor.advance(call.length);
         Ok(true)
     }
 
-    fn share_scheduled(self, schedule: Schedule<'_>, threads: usize, ran: &mut ReclaimOutcome) -> Result<()> {
+    /// Makes all calls of a schedule on several threads.
+    fn share_scheduled(self, schedule: Schedule<'_>, threads: usize, outcome: &mut ReclaimOutcome) -> Result<()> {
         let queue = Queue {
             schedule: Mutex::new(schedule),
             changed: Condvar::new(),
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                // Where no thread can be had, those that there are do its work.
+                // If a thread cannot be started, the others do its work.
                 let _ = std::thread::Builder::new().spawn_scoped(scope, || self.work(&queue));
             }
             self.work(&queue);
         });
         let schedule = queue.schedule.into_inner().unwrap_or_else(PoisonError::into_inner);
-        merge(schedule.destinations.into_iter().map(|image| image.part), ran)
+        merge(schedule.destinations.into_iter().map(|image| image.part), outcome)
     }
 
-    /// Makes calls whose files no other thread has, until there are none left.
+    /// Makes calls whose files no other thread uses, until none is left.
     fn work(self, queue: &Queue<'_>) {
         let _end = queue.end();
         let mut schedule = queue.lock();
         while !schedule.is_over() {
-            let Some(mut turn) = schedule.begin() else {
-                // Some thread is making a call with the files that the next ones need, and will tell.
+            let Some(mut under_way) = schedule.begin() else {
+                // Other threads use the files of all calls that are left. They notify this one when they are done.
                 schedule = queue.changed.wait(schedule).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let call = schedule.window[turn.place];
+            let call = schedule.window[under_way.place];
             drop(schedule);
-            let goes_on = self.share_one(call, &mut turn.part.ran);
-            turn.part
-                .unreadable_at
-                .resize(turn.part.ran.unreadable.len(), turn.place);
+            let goes_on = self.share_one(call, &mut under_way.part.outcome);
+            let part = &mut under_way.part;
+            part.unreadable_at
+                .resize(part.outcome.unreadable.len(), under_way.place);
             let stops = !matches!(goes_on, Ok(true));
-            turn.part.failed = goes_on.err().map(|error| (turn.place, error));
+            part.failed = goes_on.err().map(|error| (under_way.place, error));
             schedule = queue.lock();
             schedule.stops |= stops;
-            schedule.end(turn);
+            schedule.end(under_way);
             queue.changed.notify_all();
         }
     }
 }
 
-/// What threads take their calls from.
+/// The schedule that threads take their calls from.
 struct Queue<'a> {
     schedule: Mutex<Schedule<'a>>,
     changed: Condvar,
@@ -103,7 +104,7 @@ impl<'a> Queue<'a> {
         self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// If a thread panics in the middle of a call, the others do not wait for it.
+    /// Returns a guard. If the thread panics in the middle of a call, the guard has the others end instead of waiting for it.
     fn end(&self) -> impl Drop + '_ {
         struct End<'a, 'b>(&'a Queue<'b>);
         impl Drop for End<'_, '_> {
@@ -118,12 +119,13 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// What came of the calls on one image.
+/// The outcome of the calls on one image.
 #[derive(Debug, Default)]
 struct ImageOutcome {
-    ran: ReclaimOutcome,
-    /// For each of `ran.unreadable`, the place in the window of the call that needed it.
+    outcome: ReclaimOutcome,
+    /// For each of `outcome.unreadable`, the place in the window of the call that needed it.
     unreadable_at: Vec<usize>,
+    /// The error that ended the calls, with the place in the window of the call that failed.
     failed: Option<(usize, Error)>,
 }
 
@@ -131,23 +133,23 @@ struct ImageOutcome {
 struct CallUnderWay {
     /// Its place in the window.
     place: usize,
-    /// What came of the calls on its image before it.
+    /// The outcome of the calls on its image so far.
     part: ImageOutcome,
 }
 
 /// The calls on one image.
 #[derive(Default)]
 struct ImageCalls {
-    /// Places in the window of those that are still to be made, in their order.
+    /// The places in the window of the calls that are still to be made, in their order.
     waiting: VecDeque<usize>,
-    /// What came of the others; it is with the call while one is being made.
+    /// The outcome of the calls that were made. While a call is being made, it is in its [`CallUnderWay`].
     part: ImageOutcome,
 }
 
-/// Which calls of a window can be made now.
+/// The calls of a window, and which of them can be made at the moment.
 struct Schedule<'a> {
     window: &'a [ShareCall],
-    /// For each call, its image as a place in `destinations`, and its two files as places in `inodes`.
+    /// For each call the place of its image in `destinations`, and the places of its two files in `inodes`.
     places: Vec<(usize, [usize; 2])>,
     destinations: Vec<ImageCalls>,
     inodes: Vec<Inode>,
@@ -155,12 +157,12 @@ struct Schedule<'a> {
     stops: bool,
 }
 
-/// A file that some call of a window has on one of its sides.
+/// A file that calls of a window have as source or as destination.
 #[derive(Debug, Clone, Copy, Default)]
 struct Inode {
     /// Bytes of all calls that are still to be made with it.
     left_bytes: u64,
-    /// Whether one is being made.
+    /// Whether a call with it is being made.
     is_locked: bool,
 }
 
@@ -177,9 +179,9 @@ impl<'a> Schedule<'a> {
         for (place, call) in window.iter().enumerate() {
             let image = *images.entry(call.image).or_insert_with(|| {
                 let mut image = ImageCalls::default();
-                // What was learnt of an image holds for its next calls.
+                // An image that the filesystem refused in an earlier window is refused in this one.
                 let known = refused.get(&call.image).map(|reason| (call.image, *reason));
-                image.part.ran.refused.extend(known);
+                image.part.outcome.refused.extend(known);
                 schedule.destinations.push(image);
                 schedule.destinations.len() - 1
             });
@@ -196,29 +198,30 @@ impl<'a> Schedule<'a> {
         schedule
     }
 
-    /// Changes both files of a call, or the one that is both.
+    /// Applies a change to both files of a call, or once if they are the same.
     fn each_inode_of(&mut self, place: usize, change: impl Fn(&mut Inode)) {
-        let [one, other] = self.places[place].1;
-        change(&mut self.inodes[one]);
-        if other != one {
-            change(&mut self.inodes[other]);
+        let [destination, source] = self.places[place].1;
+        change(&mut self.inodes[destination]);
+        if source != destination {
+            change(&mut self.inodes[source]);
         }
     }
 
-    /// How many threads can have something to do: calls with the file that takes part in most are made one by one, and take some part of
-    /// the time whatever is done beside them.
+    /// The number of threads that can have something to do. The calls with the busiest file are made one after the other, so they take their
+    /// part of the time however many threads there are.
     fn threads(&self) -> usize {
-        let all: u64 = self.window.iter().map(|call| call.length).sum();
-        let most = self.inodes.iter().map(|file| file.left_bytes).max().unwrap_or(0);
-        usize::try_from(all.div_ceil(most.max(1))).unwrap_or(usize::MAX)
+        let total_bytes: u64 = self.window.iter().map(|call| call.length).sum();
+        let busiest_bytes = self.inodes.iter().map(|file| file.left_bytes).max().unwrap_or(0);
+        usize::try_from(total_bytes.div_ceil(busiest_bytes.max(1))).unwrap_or(usize::MAX)
     }
 
+    /// Whether no call is left, or no more are to be made.
     fn is_over(&self) -> bool {
         self.stops || self.destinations.iter().all(|image| image.waiting.is_empty())
     }
 
-    /// Takes a call neither file of which has a call under way. Of several, it is one with the file for which most is left to do, since
-    /// that file decides how long the window takes.
+    /// Takes a call whose files are both free. Of several, it takes one with the file that has the most bytes left, because that file decides
+    /// how long the window takes.
     fn begin(&mut self) -> Option<CallUnderWay> {
         let next = self
             .destinations
@@ -243,25 +246,28 @@ impl<'a> Schedule<'a> {
         })
     }
 
-    fn end(&mut self, turn: CallUnderWay) {
-        self.each_inode_of(turn.place, |file| file.is_locked = false);
-        self.destinations[self.places[turn.place].0].part = turn.part;
+    /// Frees the files of a call that was made, and keeps its outcome.
+    fn end(&mut self, made: CallUnderWay) {
+        self.each_inode_of(made.place, |file| file.is_locked = false);
+        self.destinations[self.places[made.place].0].part = made.part;
     }
 }
 
-/// Adds up what was done image by image, as if all calls had been made in the order of the window. Where several failed, the first of them
-/// counts.
-fn merge(parts: impl Iterator<Item = ImageOutcome>, ran: &mut ReclaimOutcome) -> Result<()> {
+/// Adds up the outcomes of images, as if all calls had been made in the order of the window. If several calls failed, the error of the first
+/// one in the window is returned.
+fn merge(parts: impl Iterator<Item = ImageOutcome>, outcome: &mut ReclaimOutcome) -> Result<()> {
     let (mut unreadable, mut failed) = (Vec::new(), Vec::new());
     for mut part in parts {
-        let errors = std::mem::take(&mut part.ran.unreadable);
+        let errors = std::mem::take(&mut part.outcome.unreadable);
         unreadable.extend(part.unreadable_at.into_iter().zip(errors));
         failed.extend(part.failed);
-        ran.add(part.ran);
+        outcome.add(part.outcome);
     }
-    // The sort is stable, and all that one call could not read is in one part.
+    // The sort is stable, and all errors of one call are in one part.
     unreadable.sort_by_key(|(place, _)| *place);
-    ran.unreadable.extend(unreadable.into_iter().map(|(_, error)| error));
+    outcome
+        .unreadable
+        .extend(unreadable.into_iter().map(|(_, error)| error));
     let first = failed.into_iter().min_by_key(|(place, _)| *place);
     first.map_or(Ok(()), |(_, error)| Err(error))
 }
@@ -394,36 +400,35 @@ mod tests {
     fn images_add_up_in_the_order_of_the_window() {
         let part = |image, places: [usize; 2], failed: usize| {
             let mut part = ImageOutcome::default();
-            part.ran.counts.calls = 2;
-            part.ran.counts.refused_bytes = BTreeMap::from([("no".to_owned(), 4096)]);
-            part.ran.opened_meanwhile.insert(image);
-            part.ran.refused.insert(image, Skip::Refused);
-            part.ran.unreadable = places.map(|place| error(&place.to_string())).into();
+            part.outcome.counts.calls = 2;
+            part.outcome.counts.refused_bytes = BTreeMap::from([("no".to_owned(), 4096)]);
+            part.outcome.opened_meanwhile.insert(image);
+            part.outcome.refused.insert(image, Skip::Refused);
+            part.outcome.unreadable = places.map(|place| error(&place.to_string())).into();
             part.unreadable_at = places.into();
             part.failed = Some((failed, error(&format!("failed {failed}"))));
             part
         };
         let parts = || [part(ImageId(7), [1, 4], 6), part(ImageId(8), [0, 3], 5)];
-        let [mut one, mut other] = parts();
-        let all = |parts: Vec<ImageOutcome>| {
-            let mut ran = ReclaimOutcome::default();
-            ran.counts.calls = 10;
-            ran.unreadable.push(error("before"));
-            let failed = merge(parts.into_iter(), &mut ran).unwrap_err();
-            (format!("{ran:?}"), failed.to_string(), ran)
+        let merged = |parts: Vec<ImageOutcome>| {
+            let mut outcome = ReclaimOutcome::default();
+            outcome.counts.calls = 10;
+            outcome.unreadable.push(error("before"));
+            let failed = merge(parts.into_iter(), &mut outcome).unwrap_err();
+            (format!("{outcome:?}"), failed.to_string(), outcome)
         };
-        let (text, failed, ran) = all(parts().into());
-        assert_eq!(ran.counts.calls, 14);
-        assert_eq!(ran.counts.refused_bytes["no"], 2 * 4096);
-        assert_eq!(ran.opened_meanwhile, BTreeSet::from([7, 8].map(ImageId)));
-        assert_eq!(ran.refused.len(), 2);
-        let names: Vec<String> = ran.unreadable.iter().map(ToString::to_string).collect();
+        let (text, failed, outcome) = merged(parts().into());
+        assert_eq!(outcome.counts.calls, 14);
+        assert_eq!(outcome.counts.refused_bytes["no"], 2 * 4096);
+        assert_eq!(outcome.opened_meanwhile, BTreeSet::from([7, 8].map(ImageId)));
+        assert_eq!(outcome.refused.len(), 2);
+        let names: Vec<String> = outcome.unreadable.iter().map(ToString::to_string).collect();
         let expected = ["before", "0", "1", "3", "4"].map(|name| error(name).to_string());
         assert_eq!(names, expected);
         assert_eq!(failed, error("failed 5").to_string());
-        // Whichever ended first.
-        std::mem::swap(&mut one, &mut other);
-        let (swapped, swapped_failed, _) = all(vec![one, other]);
+        let mut reversed: Vec<ImageOutcome> = parts().into();
+        reversed.reverse();
+        let (swapped, swapped_failed, _) = merged(reversed);
         assert_eq!((swapped, swapped_failed), (text, failed));
     }
 }

@@ -1,5 +1,5 @@
-//! Reads both sides of every comparison ahead of it, since the kernel compares page by page and waits for each; and where memory is
-//! short drops them from it behind that, so that a run takes no more of the page cache than a few windows.
+//! Reads both sides of every comparison ahead. The kernel compares page by page, and waits for each page that is not in memory. Where memory
+//! is short, pages are dropped after the comparison, so that a run takes no more of the page cache than a few windows.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::mpsc::sync_channel;
@@ -9,29 +9,32 @@ use crate::error::Result;
 use crate::fs::{FileRange, Filesystem, SourceFile};
 use crate::sys::memory::{Memory, limits};
 
-/// Bytes of images in a window. One is worked on while the next is being read and the last is dropped.
+/// Bytes of images in a window. One window is worked on, while the next one is read and the one before is dropped.
 const WINDOW_BYTES: u64 = 16 << 20;
-/// The same where calls are made side by side and memory is not short, so that several of the longest fit in.
+/// Bytes of images in a window if calls are made on several threads and memory is not short. Several calls of the greatest length fit in.
 const WIDE_WINDOW_BYTES: u64 = 64 << 20;
-/// Calls in a window, where they are short.
-const WINDOW_CALLS: usize = 4096;
-/// Bytes of sources that stay in memory after they were compared: the next revision of an image is compared with the same.
+/// Calls in a window at most.
+const WINDOW_CALLS_MAX: usize = 4096;
+/// Bytes of sources that stay in memory after a comparison, because the next revision of an image is compared with the same source.
 const BEHIND_BYTES: u64 = 256 << 20;
-/// Available memory from which on pages may stay: more than a host such as the dom0 of Qubes OS has in all, which is 1 to 4 GB, and
-/// several times what a run reads ahead.
+/// Bytes of available memory from which on pages may stay. That is more than the dom0 of Qubes OS has in all, which is 1 to 4 GB, and several
+/// times what a run reads ahead.
 const PLENTY_BYTES: u64 = 4 << 30;
-/// The part of all memory that must be available, too: where others use most of it, filling the rest with pages that are read once can
-/// have the kernel swap out machines.
+/// One part in so many of all memory must be available, too. Where others use most of it, pages that are read once could make the kernel swap
+/// out machines.
 const PLENTY_PART: u64 = 4;
 
 /// Calls that are read ahead, made and dropped together.
 struct Window {
     calls: Vec<ShareCall>,
-    /// Whether memory was short when it was made.
+    /// Whether memory was short when the window was made.
     memory_is_short: bool,
 }
 
-/// Calls `work` with all calls in order, window by window, each read ahead while the one before is worked on, until it says false.
+/// Calls `work` with all calls in order, window by window, until it returns false. Each window is read ahead while `work` has the one before.
+///
+/// # Errors
+/// Those of `work`.
 pub(super) fn ahead(
     fs: &dyn Filesystem,
     threads: usize,
@@ -39,7 +42,7 @@ pub(super) fn ahead(
     mut work: impl FnMut(&[ShareCall]) -> Result<bool>,
 ) -> Result<()> {
     std::thread::scope(|scope| {
-        // Both channels hold nothing: each side waits for the other, so no more than a window is ever ahead or behind.
+        // Both channels have no room: each side waits for the other, so no more than one window is ahead and one behind.
         let (read, windows) = sync_channel::<Window>(0);
         let (finished, to_drop) = sync_channel::<Window>(0);
         scope.spawn(move || {
@@ -63,13 +66,14 @@ pub(super) fn ahead(
             if !work(&window.calls)? {
                 return Ok(());
             }
-            // Only the thread above could have gone, and it ends after this.
+            // This fails only if the thread that drops pages is gone, which ends with this channel.
             let _ = finished.send(window);
         }
         Ok(())
     })
 }
 
+/// Takes the calls of the next window.
 fn next_window(calls: &mut impl Iterator<Item = ShareCall>, threads: usize) -> Window {
     let memory_is_short = is_short(&limits());
     let bytes_max = if threads > 1 && !memory_is_short {
@@ -78,7 +82,7 @@ fn next_window(calls: &mut impl Iterator<Item = ShareCall>, threads: usize) -> W
         WINDOW_BYTES
     };
     let (mut window, mut bytes) = (Vec::new(), 0);
-    while bytes < bytes_max && window.len() < WINDOW_CALLS {
+    while bytes < bytes_max && window.len() < WINDOW_CALLS_MAX {
         let Some(call) = calls.next() else { break };
         bytes += call.length;
         window.push(call);
@@ -89,7 +93,7 @@ fn next_window(calls: &mut impl Iterator<Item = ShareCall>, threads: usize) -> W
     }
 }
 
-/// Asks for both sides of each call.
+/// Asks the filesystem to read both sides of each call into the page cache.
 fn read_ahead(fs: &dyn Filesystem, window: &[ShareCall]) {
     let images = window.iter().map(image_range);
     for range in joined(images).chain(sources(window)) {
@@ -97,19 +101,19 @@ fn read_ahead(fs: &dyn Filesystem, window: &[ShareCall]) {
     }
 }
 
-/// What was compared lately and is still in memory.
+/// The sources that were compared last and are still in memory.
 #[derive(Default)]
 struct Behind {
     sources: VecDeque<FileRange>,
+    /// Their length in total.
     bytes: u64,
 }
 
 impl Behind {
-    /// What is to be dropped from memory once a window was worked on: nothing unless memory is short.
+    /// The ranges that are dropped from memory once a window was worked on. There are none unless memory is short.
     ///
-    /// What stays is the page cache's and no memory of this process, so that what a run takes itself is the same in either case. It was
-    /// not written to and most of it read once, so that the kernel takes it away before anything else when memory is needed, and the
-    /// time that dropping takes is saved.
+    /// Pages that stay belong to the page cache and not to this process. They are clean, and most were read once, so the kernel evicts them
+    /// before others when it needs memory. Leaving them saves the time that dropping takes.
     fn done(&mut self, window: &Window) -> Vec<FileRange> {
         let mut dropped: Vec<FileRange> = joined(window.calls.iter().map(image_range)).collect();
         for range in sources(&window.calls) {
@@ -127,12 +131,13 @@ impl Behind {
     }
 }
 
-/// Whether any of the limits leaves so little that pages must not stay. Where none is known, it may.
+/// Whether any limit of memory leaves so little that pages must not stay. Without any known limit, memory counts as short.
 fn is_short(limits: &[Memory]) -> bool {
-    let leaves_little = |one: &Memory| one.available_bytes < PLENTY_BYTES.max(one.total_bytes / PLENTY_PART);
+    let leaves_little = |limit: &Memory| limit.available_bytes < PLENTY_BYTES.max(limit.total_bytes / PLENTY_PART);
     limits.is_empty() || limits.iter().any(leaves_little)
 }
 
+/// The range of the image that a call changes.
 fn image_range(call: &ShareCall) -> FileRange {
     FileRange {
         file: SourceFile::Image(call.image),
@@ -141,7 +146,7 @@ fn image_range(call: &ShareCall) -> FileRange {
     }
 }
 
-/// The sources of a window, each once, however many images share them. Holes have nothing to read.
+/// The source ranges of a window, each once, however many images share it. Holes are left out, because nothing of them is read.
 fn sources(window: &[ShareCall]) -> impl Iterator<Item = FileRange> {
     let mut seen = HashSet::new();
     let ranges = window.iter().map(|call| FileRange {
@@ -224,7 +229,7 @@ mod tests {
         let mut behind = Behind::default();
         assert_eq!(behind.done(&window(&calls, true)), images, "sources stay for a while");
         assert_eq!(behind.done(&window(&calls, false)), []);
-        // What was left in memory before it got short is the kernel's to take away.
+        // Ranges that stayed while memory was not short are left to the kernel.
         let large = [call(2, 0, 0, BEHIND_BYTES)];
         assert_eq!(behind.done(&window(&large, false)), []);
         assert_eq!((behind.bytes, behind.sources.len()), (BEHIND_BYTES, 1));

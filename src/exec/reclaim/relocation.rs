@@ -1,5 +1,5 @@
-//! Relocates what still holds an extent that was to go: its blocks are copied to a donor, and references to them are moved there, so that
-//! one block that turned out different never pins a whole extent.
+//! Relocates ranges that still hold an extent after everything planned was shared. Their blocks are copied to a donor, and the references move
+//! there. So one block that turned out to differ does not pin a whole extent.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,27 +7,28 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{ReclaimRun, ShareCall, share, split};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::error::Result;
+use crate::facts::Extent;
 use crate::fs::{ExtentReference, HeldRange, SourceFile};
-use crate::numbers::{ExtentId, ImageId};
+use crate::numbers::{DonorId, ExtentId, ImageId};
 
-/// Blocks of one extent that are copied at most: what is left over by chance is little, and what is much has another cause.
+/// Blocks of one extent that are copied at most. If more are left over, the cause is not a few blocks that differ, and the extent stays.
 const RELOCATED_BLOCKS_MAX: usize = 16 << 10;
 
-/// Relocates what still holds the extents of a batch, after everything planned was shared.
+/// Relocates the ranges that still hold extents of a batch, after everything planned was shared.
 pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[ExtentId]) -> Result<()> {
     let mut held = Vec::new();
+    let facts = run.facts;
     for extent in extents {
-        let this = &run.facts.extents[extent.index()];
-        if run.fs.is_allocated(this.address, this.generation)? {
+        let known = &facts.extents[extent.index()];
+        if run.fs.is_allocated(known.address, known.generation)? {
             held.push(*extent);
         }
     }
     if held.is_empty() {
         return Ok(());
     }
-    run.ran.counts.second_round_extents += held.len() as u64;
-    // One look at each image for all extents: its map may be long.
-    let facts = run.facts;
+    run.outcome.counts.second_round_extents += held.len() as u64;
+    // The map of an image may be long, so it is read once for all extents.
     let address = |extent: &ExtentId| facts.extents[extent.index()].address;
     let addresses: BTreeSet<u64> = held.iter().map(address).collect();
     let references = held.iter().flat_map(|extent| facts.references_to(*extent));
@@ -42,79 +43,107 @@ pub(super) fn relocate_rest(run: &mut ReclaimRun<'_>, extents: &[ExtentId]) -> R
         if run.stop() {
             return Ok(());
         }
-        // Where no image holds an extent any more, someone else does since the plan was made.
+        // If no image holds the extent, a file outside the pool has referred to it since the plan was made.
         if let Some(rest) = rest.remove(&address(extent)) {
             relocate_extent(run, *extent, rest)?;
         }
     }
     run.fs.commit()?;
     for extent in held {
-        let this = &facts.extents[extent.index()];
-        run.ran.counts.extents_still_held += u64::from(run.fs.is_allocated(this.address, this.generation)?);
+        let known = &facts.extents[extent.index()];
+        run.outcome.counts.extents_still_held += u64::from(run.fs.is_allocated(known.address, known.generation)?);
     }
     Ok(())
 }
 
-/// Relocates what images still refer to of one extent.
+/// Relocates the ranges of images that still refer to an extent.
 fn relocate_extent(run: &mut ReclaimRun<'_>, extent: ExtentId, rest: Vec<(ImageId, HeldRange)>) -> Result<()> {
-    let this = &run.facts.extents[extent.index()];
+    let extent = &run.facts.extents[extent.index()];
     if rest.iter().any(|(image, _)| !run.fs.may_touch(*image)) {
         return Ok(());
     }
-    // Each block of the extent is copied once, however many images refer to it: where in the donor, by its place in the extent.
-    let mut copies: BTreeMap<u32, u64> = BTreeMap::new();
-    let mut content = Vec::new();
-    for (image, range) in rest.iter().filter(|(_, range)| !range.preallocated) {
-        for n in 0..range.blocks {
-            if let Entry::Vacant(copy) = copies.entry(range.extent_block + n) {
-                let at = content.len();
-                copy.insert(at as u64);
-                content.resize(at + BLOCK_LEN, 0);
-                let (file, offset) = (SourceFile::Image(*image), bytes(range.file_block + n));
-                if let Err(error) = run.fs.read(file, offset, &mut content[at..]) {
-                    // What cannot be read cannot be moved: the extent stays.
-                    run.ran.unreadable.push(error);
-                    return Ok(());
-                }
-            }
-        }
-        if copies.len() > RELOCATED_BLOCKS_MAX || copies.len() >= this.blocks as usize {
-            return Ok(());
-        }
-    }
-    let donor = run.fs.create_donor(this.class)?;
-    if !content.is_empty() {
-        run.writer.append(donor, this.class, &content)?;
+    let Some(copies) = copy_blocks(run, extent, &rest) else {
+        return Ok(());
+    };
+    let donor = run.fs.create_donor(extent.class)?;
+    if !copies.content.is_empty() {
+        run.writer.append(donor, extent.class, &copies.content)?;
         run.fs.settle_donor(donor)?;
-        run.ran.counts.written_bytes += content.len() as u64;
+        run.outcome.counts.written_bytes += copies.content.len() as u64;
     }
     for (image, range) in rest {
-        let call = |n, source, source_offset, length| ShareCall {
-            source,
-            source_offset,
-            image,
-            offset: bytes(range.file_block + n),
-            length,
-        };
-        if range.preallocated {
-            let hole = SourceFile::Hole {
-                checksummed: run.fs.image(image).checksummed,
+        move_range(run, image, range, donor, &copies)?;
+    }
+    Ok(())
+}
+
+/// Blocks of an extent that are copied to a donor.
+#[derive(Default)]
+struct CopiedBlocks {
+    /// The offset of each block in the content, in bytes, by its place in the extent. A block is copied once, however many images refer to it.
+    offsets: BTreeMap<u32, u64>,
+    content: Vec<u8>,
+}
+
+/// Reads the blocks of an extent that images still refer to. It returns `None`, so that the extent stays, if a block cannot be read, or if
+/// there are more blocks than are relocated.
+fn copy_blocks(run: &mut ReclaimRun<'_>, extent: &Extent, rest: &[(ImageId, HeldRange)]) -> Option<CopiedBlocks> {
+    let mut copies = CopiedBlocks::default();
+    for (image, range) in rest.iter().filter(|(_, range)| !range.preallocated) {
+        for number in 0..range.blocks {
+            let Entry::Vacant(copy) = copies.offsets.entry(range.extent_block + number) else {
+                continue;
             };
-            for call in split(call(0, hole, bytes(range.file_block), bytes(range.blocks))) {
-                share(run.fs, call, run.ran)?;
+            let at = copies.content.len();
+            copy.insert(at as u64);
+            copies.content.resize(at + BLOCK_LEN, 0);
+            let (file, offset) = (SourceFile::Image(*image), bytes(range.file_block + number));
+            if let Err(error) = run.fs.read(file, offset, &mut copies.content[at..]) {
+                run.outcome.unreadable.push(error);
+                return None;
             }
-            continue;
         }
-        let mut n = 0;
-        while n < range.blocks {
-            let at = copies[&(range.extent_block + n)];
-            let follows = |more: &u32| copies[&(range.extent_block + n + more)] == at + bytes(*more);
-            let blocks = u32::try_from((0..range.blocks - n).take_while(follows).count()).unwrap_or(1);
-            for call in split(call(n, SourceFile::Donor(donor), at, bytes(blocks))) {
-                share(run.fs, call, run.ran)?;
-            }
-            n += blocks;
+        if copies.offsets.len() > RELOCATED_BLOCKS_MAX || copies.offsets.len() >= extent.blocks as usize {
+            return None;
         }
+    }
+    Some(copies)
+}
+
+/// Shares a range of an image with the copies of its blocks in a donor. A preallocated range becomes a hole.
+fn move_range(
+    run: &mut ReclaimRun<'_>,
+    image: ImageId,
+    range: HeldRange,
+    donor: DonorId,
+    copies: &CopiedBlocks,
+) -> Result<()> {
+    let call = |skipped, source, source_offset, length| ShareCall {
+        source,
+        source_offset,
+        image,
+        offset: bytes(range.file_block + skipped),
+        length,
+    };
+    if range.preallocated {
+        let hole = SourceFile::Hole {
+            checksummed: run.fs.image(image).checksummed,
+        };
+        for call in split(call(0, hole, bytes(range.file_block), bytes(range.blocks))) {
+            share(run.fs, call, run.outcome)?;
+        }
+        return Ok(());
+    }
+    let offset_of = |number: u32| copies.offsets[&(range.extent_block + number)];
+    let mut done = 0;
+    while done < range.blocks {
+        let at = offset_of(done);
+        let follows = |more: &u32| offset_of(done + more) == at + bytes(*more);
+        let blocks = u32::try_from((0..range.blocks - done).take_while(follows).count()).unwrap_or(1);
+        for call in split(call(done, SourceFile::Donor(donor), at, bytes(blocks))) {
+            share(run.fs, call, run.outcome)?;
+        }
+        done += blocks;
     }
     Ok(())
 }

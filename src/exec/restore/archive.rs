@@ -1,4 +1,4 @@
-//! An archive that is read anywhere as a source: one commit is offered, and of its blocks just what is missing is read.
+//! An archive that can be read at any offset, as a source. It offers one commit, and reads only those frames that have missing blocks.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,37 +17,39 @@ use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{CommitName, Contents};
 use crate::range;
 
-/// Blocks of the frames that are handed over together, at least.
+/// Blocks after which a batch of frames is handed over.
 const BATCH_BLOCKS: u32 = 4096;
 
-/// A commit of an archive.
+/// A commit of an archive, as a source of blocks.
 pub struct ArchiveSource<'a> {
     archive: &'a Archive,
     committed: &'a Committed,
-    /// Whether the commit was taken because it is the last.
+    /// Whether the last commit was asked for, and not one by its name.
     is_latest: bool,
-    /// Taken when it is offered.
+    /// The images of the commit.
     contents: Arc<Contents>,
+    /// Whether the commit was offered. It is offered once.
     is_offered: bool,
     hashes: ArchiveHashes<'a>,
-    /// Whether anyone looks for blocks by their fingerprints.
+    /// Whether the offer has fingerprints, by which seeds are searched.
     announces: bool,
     monitor: &'a dyn Monitor,
 }
 
 impl<'a> ArchiveSource<'a> {
-    /// A commit by what names it, as in [`Archive::commit`]. With `announces`, fingerprints of blocks are read too.
+    /// Opens a commit, which is named as for [`Archive::commit`]. With `announces`, its offer has the fingerprints of its blocks.
     ///
     /// # Errors
-    /// [`Error::NoSuchCommit`], or [`Error::Damaged`] where nothing of its images is known any more.
+    /// [`Error::NoSuchCommit`]; [`Error::Damaged`] if the manifest is damaged and no image is left in it; [`Error::Io`] if the archive cannot
+    /// be read.
     pub fn open(archive: &'a Archive, commit: Option<&str>, announces: bool, monitor: &'a dyn Monitor) -> Result<Self> {
         let committed = archive.commit(commit)?;
         if committed.salvaged {
             monitor.note("The COMMIT of what is restored is lost: its images are as the rest of the archive has them");
         }
         let (manifest, damage) = archive.manifest(committed)?;
-        for one in archive.damage().iter().chain(&damage) {
-            monitor.note(&format!("The archive is damaged at {}: {}", one.range, one.problem));
+        for Damage { range, problem } in archive.damage().iter().chain(&damage) {
+            monitor.note(&format!("The archive is damaged at {range}: {problem}"));
         }
         let summaries = &committed.commit.images;
         if let Some(Damage { range, problem }) = damage.first()
@@ -83,26 +85,27 @@ impl<'a> ArchiveSource<'a> {
         })
     }
 
-    /// Fingerprints of blocks of this commit and those before. Each block is announced once: more than that is not of our making.
+    /// Fingerprints of the blocks of all commits. An intact archive announces each block once. What a hostile one announces beyond the
+    /// number of the blocks is left out, so that memory stays bounded.
     fn announced(&self) -> Result<Vec<AnnouncedBlocks>> {
         let mut announced: Vec<AnnouncedBlocks> = Vec::new();
         if !self.announces {
             return Ok(announced);
         }
         let mut left = u64::from(self.committed.commit.store_end.0);
-        for one in self.archive.commits().iter().map(|one| self.archive.announced(one)) {
-            for one in one? {
-                let blocks = one.fingerprints.len() as u64;
+        for committed in self.archive.commits() {
+            for part in self.archive.announced(committed)? {
+                let blocks = part.fingerprints.len() as u64;
                 if blocks <= left {
                     left -= blocks;
-                    announced.push(one);
+                    announced.push(part);
                 }
             }
         }
         Ok(announced)
     }
 
-    /// Hands a batch of frames over. What of it is damaged is said, and left out.
+    /// Hands a batch of frames over, and empties it. Frames that are damaged are noted and left out.
     fn hand_over(&mut self, batch: &mut Vec<LocatedFrame>, sink: &mut dyn BlockSink) -> Result<()> {
         let mut frames = Vec::with_capacity(batch.len());
         for located in batch.drain(..) {
@@ -123,7 +126,7 @@ impl<'a> ArchiveSource<'a> {
     }
 }
 
-/// The content of a frame, of which each block is the one that the INDEX says, as far as that is known.
+/// Reads the content of a frame, and compares each block with the hash that the INDEX has for it, if it has one.
 fn content_of(archive: &Archive, located: &LocatedFrame, expected: &[Option<Hash>]) -> Result<Vec<u8>> {
     let content = archive.frame(located)?;
     for (block, expected) in content.chunks_exact(BLOCK_LEN).zip(expected) {
@@ -140,7 +143,7 @@ fn content_of(archive: &Archive, located: &LocatedFrame, expected: &[Option<Hash
     Ok(content)
 }
 
-/// The PACKs that hold any of some ranges, each once.
+/// The PACK records that hold blocks of some ranges, which are in ascending order. Each PACK comes once.
 fn packs_of<'a>(archive: &'a Archive, ranges: &'a [Range<StoreBlock>]) -> impl Iterator<Item = &'a RecordLocation> {
     let mut last = None;
     let packs = ranges.iter().flat_map(|range| archive.packs(range.start, range.end));
@@ -222,7 +225,7 @@ impl BlockSource for ArchiveSource<'_> {
     }
 
     fn has_later_damage(&self) -> bool {
-        /// Bytes of a TAIL; a COMMIT with its epoch has more.
+        /// Bytes of a TAIL record. A lost epoch with its COMMIT takes more.
         const TAIL_BYTES: u64 = 192;
         let end = self.committed.location.offset + self.committed.location.length;
         let is_later = |damage: &Damage| damage.range.start >= end && damage.range.length > TAIL_BYTES;
@@ -230,6 +233,7 @@ impl BlockSource for ArchiveSource<'_> {
     }
 }
 
+/// The hashes that the archive has.
 struct ArchiveHashes<'a>(StoredHashes<'a>);
 
 impl BlockHashes for ArchiveHashes<'_> {

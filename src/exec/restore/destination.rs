@@ -1,4 +1,4 @@
-//! What is found of the folder that is restored to, for plans.
+//! Looks at the folder that is restored to, for plans: what stands under names, which machines use images, and what can be shared.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,50 +14,54 @@ use crate::plan::restore::{Destination, MachineSign, NameState, RestoredImage, R
 use crate::pool::{revision_of, signs_of};
 use crate::sys::open_files::raise_file_limit;
 
-/// What an interrupted restore has left, and which restore goes on from there: see [`crate::plan::restore::RestorePlan::identity`].
+/// An interrupted restore, and the restore that resumes it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Interrupted<'a> {
-    pub(super) noted: Option<&'a Journal>,
+    /// The journal of the interrupted restore, if there was one.
+    pub(super) journal: Option<&'a Journal>,
+    /// The [`crate::plan::restore::RestorePlan::identity`] of the restore that resumes it.
     pub(super) identity: Option<&'a str>,
 }
 
 impl Interrupted<'_> {
-    /// Whether what stands at a place is what the interrupted restore made of an image, and has not been written to since.
+    /// Whether the file at a place is the one that the interrupted restore made of an image, and was not written to since.
     pub(super) fn is_ours(&self, image: usize, place: &Place) -> bool {
-        let is_ours = |noted: &Journal| {
-            let found = place.state();
-            found.is_some_and(|found| noted.is_ours(self.identity, image, &found))
+        let is_ours = |journal: &Journal| {
+            let state = place.state();
+            state.is_some_and(|state| journal.is_ours(self.identity, image, &state))
         };
-        self.noted.is_some_and(is_ours)
+        self.journal.is_some_and(is_ours)
     }
 }
 
-/// Looks at the folder, and at what stands under the names of images.
+/// Looks at the folder, and at the files that stand under the names of images.
 ///
 /// # Errors
-/// Those of the system calls, and names that lead out of the folder.
+/// [`crate::error::Error::Usage`] if a name leads out of the folder; [`crate::error::Error::Io`] if the folder cannot be read.
 pub(super) fn look(root: &Root, images: &[RestoredImage], interrupted: Interrupted<'_>) -> Result<Destination> {
     let mut names = BTreeMap::new();
     for (image, name) in names_of(images) {
         names.insert(name.clone(), state_of(root, image, name, interrupted)?);
     }
-    let free = rustix::fs::fstatvfs(root.file());
+    let space = rustix::fs::fstatvfs(root.file());
     Ok(Destination {
         path: root.path().to_owned(),
         shares: can_share(root.file()),
-        free_bytes: free.map_or(u64::MAX, |found| found.f_bavail.saturating_mul(found.f_frsize)),
-        staged_bytes: interrupted.noted.map_or(0, Journal::staged_bytes),
+        free_bytes: space.map_or(u64::MAX, |space| space.f_bavail.saturating_mul(space.f_frsize)),
+        staged_bytes: interrupted.journal.map_or(0, Journal::staged_bytes),
         names,
         signs: signs(root, images),
     })
 }
 
+/// All names of all images.
 fn names_of(images: &[RestoredImage]) -> impl Iterator<Item = (&RestoredImage, &PathBuf)> {
     images
         .iter()
         .flat_map(|image| image.names.iter().map(move |name| (image, name)))
 }
 
+/// What stands under a name that an image is to get.
 fn state_of(root: &Root, image: &RestoredImage, name: &Path, interrupted: Interrupted<'_>) -> Result<NameState> {
     let Some(place) = root.place(name, false, |_| {})? else {
         return Ok(NameState::Free);
@@ -74,12 +78,13 @@ fn state_of(root: &Root, image: &RestoredImage, name: &Path, interrupted: Interr
     })
 }
 
-/// Images that a machine runs from, or would take for its own after a crash: the driver of Qubes OS renames what it finds in a `-dirty.img`
-/// over the image, even where there is none yet.
+/// Images that a machine runs from, each with the file that is the sign of it. That includes images that do not exist and have a
+/// `-dirty.img`: the driver of Qubes OS renames that file over the image after a crash.
 fn signs(root: &Root, images: &[RestoredImage]) -> Vec<MachineSign> {
     let paths: BTreeSet<PathBuf> = names_of(images).map(|(_, name)| root.path().join(name)).collect();
     let signs = signs_of(&paths).into_iter();
-    // What is restored as a whole replaces the sign as well, unless someone may have written to it already.
+    // If the sign is a name that is restored as well, it is replaced together with the image. It counts only if the image exists, because
+    // a machine may then have written to it.
     signs
         .filter(|(path, sign)| !paths.contains(sign) || path.symlink_metadata().is_ok())
         .map(|(path, sign)| MachineSign {
@@ -89,62 +94,68 @@ fn signs(root: &Root, images: &[RestoredImage]) -> Vec<MachineSign> {
         .collect()
 }
 
-/// Refuses to restore what a machine runs from. Images that are restored as revisions are no machine's yet.
+/// Refuses to replace an image that a machine runs from. With `as_revision` nothing is refused: no machine runs from a revision.
 ///
 /// # Errors
 /// [`crate::error::Error::InUse`].
 pub(super) fn check_signs(root: &Root, images: &[RestoredImage], as_revision: bool) -> Result<()> {
-    let found = Destination {
+    let destination = Destination {
         signs: signs(root, images),
         ..Destination::default()
     };
-    found.check_names(true, as_revision)
+    destination.check_names(true, as_revision)
 }
 
-/// Looks for revisions that stand beside the images that others are to become revisions of.
+/// Finds the revisions that stand beside those images that restored ones become revisions of.
 ///
 /// # Errors
-/// Those of the system calls.
+/// [`crate::error::Error::Usage`] if a name leads out of the folder; [`crate::error::Error::Io`] if a folder cannot be read.
 pub(super) fn revisions(
     root: &Root,
     order: &[RevisionToName],
     images: &[RestoredImage],
-    noted: Option<&Journal>,
+    journal: Option<&Journal>,
 ) -> Result<BTreeMap<PathBuf, RevisionsThere>> {
     let mut images_of: BTreeMap<&Path, Vec<usize>> = BTreeMap::new();
     for RevisionToName { of, at, .. } in order {
         images_of.entry(of).or_default().push(images[*at].image);
     }
-    let there = images_of.into_iter().map(|(of, images)| {
-        let there = revisions_of(root, of, &images, noted)?;
-        Ok((of.to_owned(), there))
+    let revisions = images_of.into_iter().map(|(of, images)| {
+        let revisions = revisions_of(root, of, &images, journal)?;
+        Ok((of.to_owned(), revisions))
     });
-    there.collect()
+    revisions.collect()
 }
 
-fn revisions_of(root: &Root, of: &Path, images: &[usize], noted: Option<&Journal>) -> Result<RevisionsThere> {
-    let mut there = RevisionsThere::default();
+/// The revisions of one image. Those that an interrupted restore made of `images` are in `given`.
+fn revisions_of(root: &Root, of: &Path, images: &[usize], journal: Option<&Journal>) -> Result<RevisionsThere> {
+    let mut revisions = RevisionsThere::default();
     let Some(place) = root.place(of, false, |_| {})? else {
-        return Ok(there);
+        return Ok(revisions);
     };
-    let wanted = of.file_name().map(Path::new);
+    let image_name = of.file_name().map(Path::new);
     for name in place.siblings()? {
-        let Some(revision) = revision_of(Path::new(&name)).filter(|found| Some(found.image.as_path()) == wanted) else {
+        let Some(revision) =
+            revision_of(Path::new(&name)).filter(|revision| Some(revision.image.as_path()) == image_name)
+        else {
             continue;
         };
-        there.greatest = there.greatest.max(revision.number.unwrap_or(0));
-        let Some((noted, state)) = noted.zip(place.beside(name.clone()).state()) else {
+        revisions.greatest = revisions.greatest.max(revision.number.unwrap_or(0));
+        let Some((journal, state)) = journal.zip(place.beside(name.clone()).state()) else {
             continue;
         };
-        for image in images.iter().filter(|image| noted.is_ours(None, **image, &state)) {
-            there.given.entry(*image).or_insert_with(|| of.with_file_name(&name));
+        for image in images.iter().filter(|image| journal.is_ours(None, **image, &state)) {
+            revisions
+                .given
+                .entry(*image)
+                .or_insert_with(|| of.with_file_name(&name));
         }
     }
-    Ok(there)
+    Ok(revisions)
 }
 
-/// Refuses to go on if someone uses what may be replaced. What is open in this process cannot be told from what others use: seeds are not
-/// open yet, or closed again.
+/// Checks that nobody uses a file that may be replaced. A file that this process has open looks as if others used it, so no seed may be
+/// open.
 ///
 /// # Errors
 /// [`crate::error::Error::InUse`].

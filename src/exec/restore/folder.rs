@@ -1,5 +1,5 @@
-//! Paths below the folder that is restored to, opened component by component: no name in an archive, and no symbolic link that
-//! stands there, leads out of it.
+//! Paths below the folder that is restored to. They are opened component by component, so that no name in an archive and no symbolic link in
+//! the folder leads out of it.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -19,61 +19,64 @@ use crate::pool::users::FileId;
 /// The folder that is restored to.
 #[derive(Debug)]
 pub struct Root {
-    /// The folder, or what exists of the way to it.
+    /// The open folder. While it does not exist, this is the deepest folder above it that does.
     file: File,
     path: PathBuf,
+    /// Whether the folder exists.
     is_there: bool,
 }
 
-/// Which file something is, and in which state: while all of it is the same, so is the content. Times are in seconds and nanoseconds.
+/// The identity and the state of a file. As long as nothing of it changes, the content is the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileState {
     /// Device and inode.
     pub id: FileId,
-    /// When the inode was made, which tells it from a later one of the same number; 0 where the filesystem does not say.
+    /// The time when the inode was made, which tells it from a later inode of the same number. It is 0 if the filesystem does not keep it.
     pub born: FileTime,
-    /// Bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// When it was last written.
+    /// The time of the last change of the content.
     pub mtime: FileTime,
-    /// When anything of it last changed, its names included.
+    /// The time of the last change of content, attributes or names.
     pub ctime: FileTime,
 }
 
 /// A name in a folder below the root.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// Names in one folder share its descriptor.
+    /// The open folder. Places in the same folder share its descriptor.
     folder: Arc<OwnedFd>,
+    /// The name in the folder.
     name: OsString,
-    /// Its whole path, for messages.
+    /// The whole path, for messages.
     pub path: PathBuf,
 }
 
+/// The flags that folders are opened with.
 const FOLDER: OFlags = OFlags::DIRECTORY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC)
     .union(OFlags::RDONLY);
 
-/// What is asked of files to tell their states.
+/// The fields of `statx` that a [`FileState`] is made of.
 const STATE: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
 
 impl Root {
-    /// Opens the folder to be restored to, or what exists of the way to it. Nothing is made.
+    /// Opens the folder that is restored to, or the deepest folder above it that exists. It makes nothing.
     ///
     /// # Errors
-    /// Those of opening.
+    /// [`Error::Io`] if that folder cannot be opened.
     pub fn look(path: &Path) -> Result<Self> {
         let existing = existing(path);
         Ok(Self {
             file: File::open(existing).map_err(Error::io("open", existing))?,
             path: path.to_owned(),
-            // Looked up once: a folder that someone makes meanwhile is not the one that was opened.
+            // This follows from the one look-up: a folder that someone makes meanwhile is not the one that was opened.
             is_there: existing == path,
         })
     }
 
-    /// Opens the folder, which is made if it does not exist, and keeps other imports off it.
+    /// Opens the folder, makes it if it does not exist, and keeps other imports off it.
     ///
     /// # Errors
     /// Those of [`Root::look`] and [`Root::make`].
@@ -87,7 +90,7 @@ impl Root {
     /// Keeps other imports off the folder, if it exists, for as long as it is open.
     ///
     /// # Errors
-    /// [`Error::Restoring`] if another import has it; otherwise those of the system calls.
+    /// [`Error::Restoring`] if another import has it; [`Error::Io`] if it cannot be locked.
     pub fn keep_others_off(&self) -> Result<()> {
         if !self.is_there {
             return Ok(());
@@ -97,17 +100,17 @@ impl Root {
             Ok(()) => Ok(()),
             Err(TryLockError::WouldBlock) => Err(Error::Restoring { path: path.clone() }),
             Err(TryLockError::Error(error)) => match error.raw_os_error() {
-                // Some filesystems of the network lock no folders. No import writes to a name that another one has, locked or not.
+                // Some network filesystems cannot lock folders. Two imports still do not write to the same file: each makes new ones.
                 Some(libc::EBADF | libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP | libc::EISDIR) => Ok(()),
                 _ => Err(Error::io("lock", path)(error)),
             },
         }
     }
 
-    /// Makes the folder if it does not exist, and keeps other imports off it then.
+    /// Makes the folder if it does not exist, and then keeps other imports off it.
     ///
     /// # Errors
-    /// Those of the system calls and of [`Root::keep_others_off`].
+    /// [`Error::Io`] if it cannot be made or opened; those of [`Root::keep_others_off`].
     pub fn make(&mut self) -> Result<()> {
         if self.is_there {
             return Ok(());
@@ -118,26 +121,28 @@ impl Root {
         self.keep_others_off()
     }
 
-    /// Its path.
+    /// The path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The open folder, or what exists of the way to it: what is on the same filesystem.
+    /// The open folder. While it does not exist, this is the deepest folder above it, which is on the same filesystem.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Opens a folder below; none if it does not exist and is not to be made. Calls `made` with each folder that was made.
+    /// Opens a folder below. If it does not exist, it is made with `make`, and otherwise the result is `None`. Calls `made` with the relative
+    /// path of each folder that was made.
     ///
     /// # Errors
-    /// If a component is no folder: a symbolic link is none.
+    /// [`Error::Usage`] if the path leads out, or a component is a symbolic link or no folder; [`Error::Io`] if a folder cannot be opened or
+    /// made.
     pub fn folder(&self, relative: &Path, make: bool, mut made: impl FnMut(&Path)) -> Result<Option<OwnedFd>> {
         if !self.is_there && !make {
             return Ok(None);
         }
         let mut folder: OwnedFd = self.file.try_clone().map_err(Error::io("open", &self.path))?.into();
-        let mut so_far = PathBuf::new();
+        let mut opened_path = PathBuf::new();
         for component in relative.components() {
             let Component::Normal(name) = component else {
                 return Err(Error::Usage(format!(
@@ -145,15 +150,15 @@ impl Root {
                     crate::shown::shown(relative)
                 )));
             };
-            so_far.push(name);
-            let path = self.path.join(&so_far);
+            opened_path.push(name);
+            let path = self.path.join(&opened_path);
             let open = |folder: &OwnedFd| rustix::fs::openat(folder, name, FOLDER, Mode::empty());
             folder = match open(&folder) {
                 Ok(next) => next,
                 Err(Errno::NOENT) if !make => return Ok(None),
                 Err(Errno::NOENT) => {
                     match rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(0o755)) {
-                        Ok(()) => made(&so_far),
+                        Ok(()) => made(&opened_path),
                         Err(Errno::EXIST) => {}
                         Err(errno) => return Err(Error::io("make the folder", &path)(errno)),
                     }
@@ -171,16 +176,16 @@ impl Root {
         Ok(Some(folder))
     }
 
-    /// A name below; none if its folder does not exist and is not to be made.
+    /// A name below. If its folder does not exist, it is made with `make`, and otherwise the result is `None`.
     ///
     /// # Errors
-    /// As [`Root::folder`].
+    /// Those of [`Root::folder`].
     pub fn place(&self, relative: &Path, make: bool, made: impl FnMut(&Path)) -> Result<Option<Place>> {
         let folder = self.folder(relative.parent().unwrap_or(Path::new("")), make, made)?;
         Ok(folder.map(|folder| self.place_in(Arc::new(folder), relative)))
     }
 
-    /// A name below, in its folder that is open.
+    /// A name below, in a folder that is open already.
     pub fn place_in(&self, folder: Arc<OwnedFd>, relative: &Path) -> Place {
         Place {
             folder,
@@ -191,18 +196,18 @@ impl Root {
 }
 
 impl FileState {
-    /// That of an open file.
+    /// The state of an open file.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// [`Error::Io`] if `statx` fails.
     pub fn of(file: &File, path: &Path) -> Result<Self> {
-        let found = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, STATE);
-        found
-            .map(|found| Self::from(&found))
+        let statx = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, STATE);
+        statx
+            .map(|statx| Self::from(&statx))
             .map_err(Error::io("look at", path))
     }
 
-    /// Whether it is the same file, not written to since, whatever happened to its names.
+    /// Whether it is the same file with the same content, even if its names or attributes changed.
     pub fn is_same_file(&self, other: &Self) -> bool {
         let ctime = self.ctime;
         *self == Self { ctime, ..*other }
@@ -217,25 +222,25 @@ fn time_of(time: StatxTimestamp) -> FileTime {
 }
 
 impl From<&Statx> for FileState {
-    fn from(found: &Statx) -> Self {
+    fn from(statx: &Statx) -> Self {
         Self {
             id: FileId {
-                device: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
-                inode: found.stx_ino,
+                device: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+                inode: statx.stx_ino,
             },
-            born: time_of(found.stx_btime),
-            size: found.stx_size,
-            mtime: time_of(found.stx_mtime),
-            ctime: time_of(found.stx_ctime),
+            born: time_of(statx.stx_btime),
+            size: statx.stx_size,
+            mtime: time_of(statx.stx_mtime),
+            ctime: time_of(statx.stx_ctime),
         }
     }
 }
 
 impl Place {
-    /// What stands there; a symbolic link is looked at itself. None if nothing does.
+    /// The attributes of the file with this name, or `None` if there is none. A symbolic link is not followed.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// [`Error::Io`] if `fstatat` fails.
     pub fn stat(&self) -> Result<Option<Stat>> {
         match rustix::fs::statat(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(stat)),
@@ -244,33 +249,33 @@ impl Place {
         }
     }
 
-    /// Device and inode of what stands there.
+    /// Device and inode of the file with this name, or `None` if there is none.
     ///
     /// # Errors
-    /// As [`Place::stat`].
+    /// Those of [`Place::stat`].
     pub fn id(&self) -> Result<Option<FileId>> {
         Ok(self.stat()?.map(|stat| FileId::from(&stat)))
     }
 
-    /// Which regular file stands there, and in which state. None if there is none, or the kernel does not tell.
+    /// The state of the regular file with this name. It is `None` if there is no such file, or if `statx` fails.
     pub fn state(&self) -> Option<FileState> {
-        let found = rustix::fs::statx(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW, STATE).ok()?;
-        let is_file = rustix::fs::FileType::from_raw_mode(found.stx_mode.into()) == rustix::fs::FileType::RegularFile;
-        is_file.then(|| FileState::from(&found))
+        let statx = rustix::fs::statx(&self.folder, &self.name, AtFlags::SYMLINK_NOFOLLOW, STATE).ok()?;
+        let is_file = rustix::fs::FileType::from_raw_mode(statx.stx_mode.into()) == rustix::fs::FileType::RegularFile;
+        is_file.then(|| FileState::from(&statx))
     }
 
-    /// Opens what stands there, with flags beside those that keep it there and close it when another program is started.
+    /// Opens the file with this name, with these flags and `O_CLOEXEC`.
     ///
     /// # Errors
-    /// Those of opening.
+    /// Those of `openat`.
     pub fn open(&self, flags: OFlags) -> rustix::io::Result<File> {
         rustix::fs::openat(&self.folder, &self.name, flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
     }
 
-    /// Names in its folder.
+    /// All names in the folder.
     ///
     /// # Errors
-    /// Those of reading it.
+    /// [`Error::Io`] if the folder cannot be read.
     pub fn siblings(&self) -> Result<Vec<OsString>> {
         let io = |errno: Errno| Error::io("look into the folder of", &self.path)(errno);
         let mut names = Vec::new();
@@ -291,29 +296,29 @@ impl Place {
         }
     }
 
-    /// Its last component.
+    /// The name in the folder.
     pub fn name(&self) -> &OsStr {
         &self.name
     }
 
-    /// The folder it is in.
+    /// The open folder.
     pub fn folder(&self) -> &Arc<OwnedFd> {
         &self.folder
     }
 
-    /// Makes a new, empty file in the folder that has no name yet, for reading and writing by its owner only.
+    /// Makes an empty file without a name in the folder. Only its owner can read and write it.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` or `EISDIR` where the filesystem makes no such files, among others.
+    /// `EOPNOTSUPP` or `EISDIR` if the filesystem has no such files; others of `openat`.
     pub fn create_unnamed(&self) -> rustix::io::Result<File> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         rustix::fs::openat(&self.folder, ".", flags, Mode::RUSR | Mode::WUSR).map(File::from)
     }
 
-    /// Makes a new, empty file there, for reading and writing by its owner only.
+    /// Makes an empty file with this name. Only its owner can read and write it.
     ///
     /// # Errors
-    /// Also if something stands there.
+    /// [`Error::Io`], with `EEXIST` if the name is taken.
     pub fn create(&self) -> Result<File> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         rustix::fs::openat(&self.folder, &self.name, flags, Mode::RUSR | Mode::WUSR)
@@ -321,10 +326,10 @@ impl Place {
             .map_err(Error::io("make", &self.path))
     }
 
-    /// Removes what stands there, if anything does.
+    /// Removes the file with this name, if there is one.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// [`Error::Io`] if it cannot be removed.
     pub fn remove(&self) -> Result<()> {
         match rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -332,13 +337,13 @@ impl Place {
         }
     }
 
-    /// Gives an open file this name, where nothing stands.
+    /// Gives an open file this name, which must be free.
     ///
     /// # Errors
-    /// `EEXIST` if something stands here, among others.
+    /// `EEXIST` if the name is taken; others of `linkat`.
     pub fn link(&self, file: &File) -> rustix::io::Result<()> {
         match rustix::fs::linkat(file, "", &self.folder, &self.name, AtFlags::EMPTY_PATH) {
-            // Only with CAP_DAC_READ_SEARCH an open file can be named so.
+            // Without CAP_DAC_READ_SEARCH, `AT_EMPTY_PATH` is refused.
             Err(Errno::NOENT | Errno::PERM) => {
                 let open = format!("/proc/self/fd/{}", file.as_raw_fd());
                 rustix::fs::linkat(CWD, open, &self.folder, &self.name, AtFlags::SYMLINK_FOLLOW)
@@ -347,13 +352,13 @@ impl Place {
         }
     }
 
-    /// Gives what stands here the name `to`, where nothing stands.
+    /// Renames the file with this name to `to`, which must be free.
     ///
     /// # Errors
-    /// `EEXIST` if something stands there, among others.
+    /// `EEXIST` if that name is taken; others of `renameat2` and `linkat`.
     pub fn move_to(&self, to: &Self) -> rustix::io::Result<()> {
         match rustix::fs::renameat_with(&self.folder, &self.name, &to.folder, &to.name, RenameFlags::NOREPLACE) {
-            // A filesystem without RENAME_NOREPLACE: a link does not replace either.
+            // The filesystem has no RENAME_NOREPLACE. A link does not replace anything either.
             Err(Errno::INVAL | Errno::NOSYS) => {
                 rustix::fs::linkat(&self.folder, &self.name, &to.folder, &to.name, AtFlags::empty())?;
                 rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty())
@@ -362,26 +367,26 @@ impl Place {
         }
     }
 
-    /// Gives what stands here the name `to`, and what stands there this one, at once.
+    /// Exchanges the files with this name and with the name `to`, in one step.
     ///
     /// # Errors
-    /// `EINVAL` or `ENOSYS` where the filesystem cannot, among others.
+    /// `EINVAL` or `ENOSYS` if the filesystem cannot do that; others of `renameat2`.
     pub fn exchange(&self, to: &Self) -> rustix::io::Result<()> {
         rustix::fs::renameat_with(&self.folder, &self.name, &to.folder, &to.name, RenameFlags::EXCHANGE)
     }
 
-    /// Gives what stands here the name `to`, in the place of what stands there.
+    /// Renames the file with this name to `to`, and replaces the file with that name.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// Those of `renameat`.
     pub fn replace(&self, to: &Self) -> rustix::io::Result<()> {
         rustix::fs::renameat(&self.folder, &self.name, &to.folder, &to.name)
     }
 
-    /// Makes its folder's entries durable.
+    /// Makes the entries of the folder durable.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// [`Error::Io`] if `fsync` fails.
     pub fn sync_folder(&self) -> Result<()> {
         rustix::fs::fsync(&self.folder).map_err(Error::io("sync the folder of", &self.path))
     }

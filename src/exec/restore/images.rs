@@ -1,4 +1,4 @@
-//! Makes the images of a plan from the staging file, and gives them their names.
+//! Makes the images of a plan from the staging file, makes them durable, and gives them their names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -14,7 +14,7 @@ use super::RestoreOptions;
 use super::destination::{self, Interrupted};
 use super::fill::{FillCounts, fill, without_checksums};
 use super::folder::{FileState, Place, Root};
-use super::names::{NewImage, Temporaries, UnnamedFile, give_names};
+use super::names::{NewImage, TemporaryNames, UnnamedFile, give_names};
 use super::replaced::ReplacedFiles;
 use super::staging::{FileOfImage, Journal, Staging};
 use crate::content::Metadata;
@@ -26,10 +26,10 @@ use crate::plan::restore::{RestorePlan, RestoredImage};
 use crate::shown::shown;
 use crate::sys::open_files::raise_file_limit;
 
-/// Files that are open beside those that images and their names take.
+/// Descriptors that are kept free for other files than images, replaced files and folders.
 const OTHER_OPEN_FILES: usize = 256;
 
-/// What is made, and where.
+/// A plan with its options and the folder that it is carried out in.
 #[derive(Clone, Copy)]
 pub(super) struct RestoreSite<'a> {
     pub(super) plan: &'a RestorePlan,
@@ -38,43 +38,46 @@ pub(super) struct RestoreSite<'a> {
     pub(super) monitor: &'a dyn Monitor,
 }
 
-/// What cannot be restored.
+/// What cannot be restored. Images are given by their places in the manifest.
 #[derive(Debug, Default)]
 pub(super) struct Losses {
-    /// Images, by their places in the manifest, that are restored in part.
+    /// Images that are not restored as a whole.
     pub(super) damaged: BTreeSet<usize>,
-    /// Images of which nothing can be trusted.
+    /// Those of them of which nothing can be trusted.
     pub(super) left_out: BTreeSet<usize>,
-    /// Blocks of the store, a list.
+    /// Ranges of the store that are lost, ascending and disjoint.
     pub(super) blocks: Vec<Range<StoreBlock>>,
 }
 
 /// An image that is to be made.
 struct ImageJob<'a> {
     restored: &'a RestoredImage,
+    /// The names that it gets.
     places: Vec<Place>,
 }
 
-/// What is to be made, and the folders for it.
+/// The images that are to be made, and their folders.
 struct ImageJobs<'a> {
     images: Vec<ImageJob<'a>>,
-    /// Folders that are open for it.
+    /// The number of folders that are open.
     open_folders: usize,
-    /// Folders that did not exist, relative.
+    /// The relative paths of folders that were made.
     made_folders: BTreeSet<PathBuf>,
 }
 
 /// An image that was made and has no name yet.
 struct MadeImage<'a> {
     restored: &'a RestoredImage,
+    /// The state of its file.
     state: FileState,
 }
 
-/// Makes all images without names, makes them durable, and gives them their names, all or none. Damaged ones get another name; ones of
-/// which nothing can be trusted are left out. What was a seed must be closed.
+/// Makes all images without names, makes them durable, and gives all of them their names, or none. Damaged images get other names, and those
+/// of which nothing can be trusted are left out. No seed may be open.
 ///
 /// # Errors
-/// Those of the checks, which are made once more, and of writing; [`Error::Interrupted`].
+/// Those of the plan's checks of names and use, which are made once more; those of [`give_names`]; [`Error::NoSpace`] or [`Error::Io`] if the
+/// folder cannot be written; [`Error::Interrupted`].
 pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: &Losses) -> Result<FillCounts> {
     let RestoreSite {
         plan,
@@ -82,29 +85,29 @@ pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: 
         root,
         monitor,
     } = site;
-    let noted = staging.noted().clone();
+    let journal = staging.journal_at_start().clone();
     let identity = plan.identity(options.as_revision).unwrap_or_default();
     let interrupted = Interrupted {
-        noted: Some(&noted),
+        journal: Some(&journal),
         identity: Some(&identity),
     };
-    let found = destination::look(root, &plan.images, interrupted)?;
-    found.check_names(options.replace, options.as_revision)?;
-    destination::check_use(root, &plan.images, &found, options.replace)?;
+    let destination = destination::look(root, &plan.images, interrupted)?;
+    destination.check_names(options.replace, options.as_revision)?;
+    destination::check_use(root, &plan.images, &destination, options.replace)?;
     monitor.phase("Making images", plan.bytes.data_bytes);
-    let mut jobs = jobs(site, losses)?;
-    remove_leftovers(&jobs.images, &noted)?;
+    let mut jobs = image_jobs(site, losses)?;
+    remove_leftovers(&jobs.images, &journal)?;
     jobs.images.retain(|job| {
-        let is_done = |found: FileState| noted.is_done(&identity, job.restored.image, &found);
+        let is_done = |state: FileState| journal.is_done(&identity, job.restored.image, &state);
         !job.places.iter().all(|place| place.state().is_some_and(is_done))
     });
-    let names: usize = jobs.images.iter().map(|job| job.places.len()).sum();
-    let temporaries = Temporaries::random()?;
-    staging.note_temporaries(temporaries.first(), (jobs.images.len() + names) as u64)?;
-    // Whatever stands at a name is leased, and so open, too.
-    let others = (jobs.open_folders + names + OTHER_OPEN_FILES) as u64;
-    let may_be_open = raise_file_limit().map_or(u64::MAX, |limit| limit.saturating_sub(others));
-    let (images, made, counts) = make_all(site, staging, jobs.images, &temporaries, may_be_open, losses)?;
+    let names_count: usize = jobs.images.iter().map(|job| job.places.len()).sum();
+    let temporaries = TemporaryNames::random()?;
+    staging.note_temporaries(temporaries.first(), (jobs.images.len() + names_count) as u64)?;
+    // A file that is replaced is leased, and so it is open as well.
+    let other_files = (jobs.open_folders + names_count + OTHER_OPEN_FILES) as u64;
+    let open_max = raise_file_limit().map_or(u64::MAX, |limit| limit.saturating_sub(other_files));
+    let (images, made, counts) = make_all(site, staging, jobs.images, &temporaries, open_max, losses)?;
     monitor.phase("Making everything durable", 0);
     sync_filesystems(&images, &made)?;
     staging.note_restore(&identity)?;
@@ -117,11 +120,11 @@ pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: 
         places.filter(|place| options.replace || interrupted.is_ours(made.restored.image, place))
     });
     let to_replace = ReplacedFiles::lease(may_be_replaced)?;
-    // Its machine may have been started since the restore began.
+    // A machine may have been started since the restore began.
     destination::check_signs(root, &plan.images, options.as_revision)?;
-    give_names(&images, &to_replace, &temporaries, |at| {
-        match images[at].places.first().and_then(Place::state) {
-            Some(state) => staging.note_placed(made[at].restored.image, &state),
+    give_names(&images, &to_replace, &temporaries, |number| {
+        match images[number].places.first().and_then(Place::state) {
+            Some(state) => staging.note_placed(made[number].restored.image, &state),
             None => Ok(()),
         }
     })?;
@@ -132,8 +135,8 @@ pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: 
     Ok(counts)
 }
 
-/// What is to be made, and where. Folders are made on the way.
-fn jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
+/// The images that are to be made, with their names. It makes the folders that do not exist.
+fn image_jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
     let mut folders: BTreeMap<PathBuf, Arc<OwnedFd>> = BTreeMap::new();
     let (mut jobs, mut made_folders) = (Vec::new(), BTreeSet::new());
     let images = site.plan.images.iter();
@@ -149,10 +152,12 @@ fn jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
             let folder = if let Some(folder) = folders.get(parent) {
                 Arc::clone(folder)
             } else {
-                let made = site.root.folder(parent, true, |path| {
+                let opened = site.root.folder(parent, true, |path| {
                     made_folders.insert(path.to_owned());
                 })?;
-                let Some(folder) = made.map(Arc::new) else { continue };
+                let Some(folder) = opened.map(Arc::new) else {
+                    continue;
+                };
                 folders.insert(parent.to_owned(), Arc::clone(&folder));
                 folder
             };
@@ -167,47 +172,50 @@ fn jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
     })
 }
 
-/// Makes all images, on all cores. The first `may_be_open` of them stay open.
+/// Makes all images on all cores. The first `open_max` of them stay open, and need no temporary names.
 fn make_all<'a>(
     site: RestoreSite<'_>,
     staging: &Staging,
     jobs: Vec<ImageJob<'a>>,
-    temporaries: &Temporaries,
-    may_be_open: u64,
+    temporaries: &TemporaryNames,
+    open_max: u64,
     losses: &Losses,
 ) -> Result<(Vec<NewImage>, Vec<MadeImage<'a>>, FillCounts)> {
     let nodatacow = staged_without_checksums(site, staging)?;
-    let make = |at: usize, job: &ImageJob<'_>| {
-        let first = job.places.first().ok_or(Errno::NOENT);
-        let first = first.map_err(Error::io("make a file in", site.root.path()))?;
+    let make = |number: usize, job: &ImageJob<'_>| {
+        let place = job.places.first().ok_or(Errno::NOENT);
+        let place = place.map_err(Error::io("make a file in", site.root.path()))?;
         let mut counts = FillCounts::default();
-        let stays_open = (at as u64) < may_be_open;
-        let (new, state) = UnnamedFile::make(first, temporaries, stays_open, |file| {
-            counts = fill_one(
+        let stays_open = (number as u64) < open_max;
+        let (new, state) = UnnamedFile::make(place, temporaries, stays_open, |file| {
+            counts = fill_image(
                 site,
                 (staging, nodatacow.as_ref()),
                 job.restored,
-                (file, &first.path),
+                (file, &place.path),
                 losses,
             )?;
             Ok(())
         })?;
         Ok((new, state, counts))
     };
-    let made: Vec<Result<(UnnamedFile, FileState, FillCounts)>> =
-        jobs.par_iter().enumerate().map(|(at, job)| make(at, job)).collect();
-    let (mut counts, mut images, mut all) = (FillCounts::default(), Vec::new(), Vec::new());
-    for (one, ImageJob { restored, places }) in made.into_iter().zip(jobs) {
-        let (new, state, more) = one?;
-        counts += more;
-        all.push(MadeImage { restored, state });
+    let results: Vec<Result<(UnnamedFile, FileState, FillCounts)>> = jobs
+        .par_iter()
+        .enumerate()
+        .map(|(number, job)| make(number, job))
+        .collect();
+    let (mut counts, mut images, mut made) = (FillCounts::default(), Vec::new(), Vec::new());
+    for (result, ImageJob { restored, places }) in results.into_iter().zip(jobs) {
+        let (new, state, image_counts) = result?;
+        counts += image_counts;
+        made.push(MadeImage { restored, state });
         images.push(NewImage { new, places });
     }
-    Ok((images, all, counts))
+    Ok((images, made, counts))
 }
 
-/// Gives a new file its content, and what it has beside that.
-fn fill_one(
+/// Gives a new file the content and the attributes of an image.
+fn fill_image(
     site: RestoreSite<'_>,
     (staging, nodatacow): (&Staging, Option<&File>),
     restored: &RestoredImage,
@@ -233,15 +241,15 @@ fn fill_one(
     Ok(counts)
 }
 
-/// Removes what interrupted restores of this commit have left under temporary names.
-fn remove_leftovers(jobs: &[ImageJob<'_>], noted: &Journal) -> Result<()> {
-    let mut seen = BTreeSet::new();
+/// Removes files with temporary names that an interrupted restore of this commit has left.
+fn remove_leftovers(jobs: &[ImageJob<'_>], journal: &Journal) -> Result<()> {
+    let mut visited = BTreeSet::new();
     for place in jobs.iter().flat_map(|job| &job.places) {
-        if !seen.insert(place.path.parent()) {
+        if !visited.insert(place.path.parent()) {
             continue;
         }
         for name in place.siblings()? {
-            if Temporaries::number_of(&name).is_some_and(|number| noted.is_temporary(number)) {
+            if TemporaryNames::number_of(&name).is_some_and(|number| journal.is_temporary(number)) {
                 place.beside(name).remove()?;
             }
         }
@@ -249,7 +257,7 @@ fn remove_leftovers(jobs: &[ImageJob<'_>], noted: &Journal) -> Result<()> {
     Ok(())
 }
 
-/// Makes durable all filesystems that new images are on: others may be mounted below the folder.
+/// Makes all filesystems durable that new images are on. There may be several, because others can be mounted below the folder.
 fn sync_filesystems(images: &[NewImage], made: &[MadeImage<'_>]) -> Result<()> {
     let mut synced = BTreeSet::new();
     for (image, made) in images.iter().zip(made) {
@@ -261,7 +269,7 @@ fn sync_filesystems(images: &[NewImage], made: &[MadeImage<'_>]) -> Result<()> {
     Ok(())
 }
 
-/// What images without copy on write refer to, staged once more for them to share.
+/// Copies the blocks that `nodatacow` images refer to, for these images to share. It returns `None` if there are no such blocks.
 fn staged_without_checksums(site: RestoreSite<'_>, staging: &Staging) -> Result<Option<File>> {
     let blocks = site.plan.nodatacow_blocks();
     let staged: Vec<_> = blocks.into_iter().flat_map(|range| staging.present(range)).collect();
@@ -271,7 +279,7 @@ fn staged_without_checksums(site: RestoreSite<'_>, staging: &Staging) -> Result<
     without_checksums((staging.file(), staging.path()), site.root.file(), staged, site.monitor)
 }
 
-/// Sets modes, owners and times of folders that were made, the innermost first.
+/// Sets modes, owners and times of the folders that were made, the innermost ones first.
 fn set_folders(site: RestoreSite<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
     let folders = site.plan.contents.manifest.folders.iter();
     let mut folders: Vec<_> = folders.filter(|folder| made.contains(&folder.path)).collect();
@@ -281,7 +289,7 @@ fn set_folders(site: RestoreSite<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
             continue;
         };
         let (path, file) = (site.root.path().join(&folder.path), File::from(fd));
-        // What is made there later gets it from the folder.
+        // Files that are made in the folder later inherit these attributes.
         if let Some(problem) = attributes::prepare(&file, &folder.metadata) {
             site.monitor
                 .note(&format!("`{}`: could not set {problem}", shown(&path)));
@@ -291,7 +299,7 @@ fn set_folders(site: RestoreSite<'_>, made: &BTreeSet<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Sets what an image or folder has beside its content, and notes what could not be set.
+/// Sets the attributes of an image or a folder, and notes those that could not be set.
 fn apply(file: &File, path: &Path, metadata: &Metadata, site: RestoreSite<'_>) -> Result<()> {
     let RestoreSite { options, monitor, .. } = site;
     let policy = attributes::AttributePolicy {
@@ -300,11 +308,11 @@ fn apply(file: &File, path: &Path, metadata: &Metadata, site: RestoreSite<'_>) -
     };
     let not_restored = attributes::apply(file, path, metadata, policy)?;
     if !not_restored.problems.is_empty() {
-        let problems = some_of(&not_restored.problems);
+        let problems = first_of(&not_restored.problems);
         monitor.note(&format!("`{}`: could not set {problems}", shown(path)));
     }
     if !not_restored.left_out.is_empty() {
-        let left_out = some_of(&not_restored.left_out);
+        let left_out = first_of(&not_restored.left_out);
         monitor.note(&format!(
             "`{}`: left out {left_out}; --preserve-special restores it",
             shown(path)
@@ -313,12 +321,12 @@ fn apply(file: &File, path: &Path, metadata: &Metadata, site: RestoreSite<'_>) -
     Ok(())
 }
 
-/// The first of a list, which an archive can make very long.
-fn some_of(all: &[String]) -> String {
-    const SHOWN: usize = 8;
-    let more = match all.len().saturating_sub(SHOWN) {
+/// The first items of a list, which a hostile archive can make very long, and the number of the others.
+fn first_of(items: &[String]) -> String {
+    const SHOWN_MAX: usize = 8;
+    let rest = match items.len().saturating_sub(SHOWN_MAX) {
         0 => String::new(),
-        more => format!(" and {more} more"),
+        count => format!(" and {count} more"),
     };
-    all[..all.len().min(SHOWN)].join(", ") + &more
+    items[..items.len().min(SHOWN_MAX)].join(", ") + &rest
 }

@@ -1,7 +1,8 @@
-//! Plans a restore and carries it out: first every wanted block once into one file, the *staging file*, then the images from there, sharing
-//! its extents where the filesystem can. The staging file goes, its extents stay as long as images refer to them.
+//! Plans a restore and carries it out. First every wanted block is put once into one file, the *staging file*. Then the images are made from
+//! it, and share its extents if the filesystem can do that. The staging file is removed at the end. Its extents stay as long as images refer
+//! to them.
 //!
-//! Blocks come from a [`source::BlockSource`] and, where the disk holds them, from a [`seed::Seed`].
+//! Blocks come from a [`source::BlockSource`], or from a [`seed::Seed`] if the disk holds them already.
 
 pub mod archive;
 mod destination;
@@ -45,85 +46,88 @@ use crate::plan::restore::{
 use crate::range;
 use crate::shown::{hex, shown};
 
-/// Which images are restored, and how.
+/// Which images are restored, where to, and how.
 #[derive(Debug, Clone, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub struct RestoreOptions {
-    /// The folder to restore to.
+    /// The folder that is restored to.
     pub to: PathBuf,
-    /// Patterns of images to choose; none means all.
+    /// Patterns that choose images. If it is empty, all are restored.
     pub only: Vec<String>,
-    /// Put images in the place of existing ones.
+    /// Whether images may replace existing ones.
     pub replace: bool,
-    /// Go on with a restore that was interrupted.
+    /// Whether an interrupted restore may be resumed.
     pub resume: bool,
-    /// Restore what is intact of a damaged source.
+    /// Whether the intact parts of a damaged source are restored.
     pub partial: bool,
-    /// Restore images as revisions of Qubes OS.
+    /// Whether images are restored as revisions of Qubes OS.
     pub as_revision: bool,
-    /// Take owners by number even where their names are known here.
+    /// Whether owners are taken by number, even if their names are known on this host.
     pub numeric_owner: bool,
-    /// Restore set-user-ID, set-group-ID and sticky bits, and attributes of `security.*` and `trusted.*`.
+    /// Whether set-user-ID, set-group-ID and sticky bits, and attributes of `security.*` and `trusted.*`, are restored.
     pub preserve_special: bool,
 }
 
-/// What a restore did, in bytes.
+/// The counts of a restore.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Restored {
-    /// Images that are whole and in their place.
+    /// Images that were restored as a whole and have their names.
     pub images: u64,
-    /// Blocks written from the source.
+    /// Bytes of blocks that were written from the source.
     pub written_bytes: u64,
-    /// Blocks shared with what was on the disk.
+    /// Bytes of blocks that were shared with images on the disk.
     pub seeded_bytes: u64,
-    /// Blocks that an interrupted restore had written.
+    /// Bytes of blocks that an interrupted restore had staged.
     pub resumed_bytes: u64,
-    /// Ranges of images that were made to share extents.
+    /// Ranges of images that share extents of the staging file.
     pub clones: u64,
-    /// Bytes of images that share extents.
+    /// Bytes of these ranges.
     pub shared_bytes: u64,
-    /// Bytes of images that had to be copied.
+    /// Bytes of images that were copied because they could not be shared.
     pub copied_bytes: u64,
 }
 
-/// What came of a restore.
+/// How a restore ended.
 #[derive(Debug)]
 pub struct RestoreOutcome {
-    /// What was carried out, or is to be.
+    /// The plan.
     pub plan: RestorePlan,
-    /// What was done; none where nothing was restored: it is only a plan, or some of it is lost.
+    /// The counts of what was done. It is `None` if the plan was not carried out, or if images are lost and only whole ones were asked for.
     pub restored: Option<Restored>,
-    /// Images that cannot be restored whole.
+    /// Images that cannot be restored as a whole.
     pub lost: Vec<LostImage>,
-    /// Whether images later than these may be lost.
+    /// Whether the archive is damaged behind the commit, so that a later one may be lost.
     pub later_damage: bool,
 }
 
-/// Opens what the disk may hold of some wanted blocks, given the fingerprints that are announced of them. None if there is nothing.
+/// Opens the images on the disk that may hold some wanted blocks, whose fingerprints are given. It returns `None` if there are no such images.
 pub type OpenSeed<'a> = dyn Fn(&[Range<StoreBlock>], &[AnnouncedBlocks]) -> Result<Option<Box<dyn Seed>>> + 'a;
 
-/// A plan, and what carrying it out needs beside it.
+/// A plan, and what its execution needs beside it.
 struct PreparedRestore {
     plan: RestorePlan,
-    /// See [`Offer::known_end`].
+    /// The [`Offer::known_end`] of the offer that the plan is for.
     known_end: StoreBlock,
 }
 
-/// A restore: [`Restore::plan`] says what it does, [`Restore::execute`] does it.
+/// A restore. [`Restore::plan`] makes a plan, and [`Restore::execute`] carries it out.
 pub struct Restore<'a> {
     options: &'a RestoreOptions,
     source: &'a mut dyn BlockSource,
     open_seed: &'a OpenSeed<'a>,
-    /// Opened with the first plan; none before, or if there is none.
+    /// The images on the disk that blocks are shared with. They are opened for the first plan, if there are any.
     seed: Option<Box<dyn Seed>>,
+    /// Whether `open_seed` was called.
     is_seed_opened: bool,
+    /// The folder that is restored to.
     root: Root,
+    /// The plan that is carried out next.
     planned: Option<PreparedRestore>,
     monitor: &'a dyn Monitor,
 }
 
 impl<'a> Restore<'a> {
-    /// A restore from a source to a folder that is open, or that does not exist yet.
+    /// Makes a restore from a source to a folder, which may not exist yet.
     pub fn new(
         options: &'a RestoreOptions,
         root: Root,
@@ -143,23 +147,25 @@ impl<'a> Restore<'a> {
         }
     }
 
-    /// Plans the restore. Nothing is made or changed by it. Of a pipe, whose last commit nobody knows yet, it is a plan for the first.
+    /// Plans the restore. It makes and changes nothing. The last commit of a pipe is not known before its end, so the plan is for its first
+    /// commit.
     ///
     /// # Errors
-    /// If names are taken or in use, no image is chosen, or the source is damaged.
+    /// [`Error::Exists`], [`Error::FolderInTheWay`] or [`Error::InUse`] if a name is taken; [`Error::Usage`] if no image is chosen;
+    /// [`Error::NoSuchCommit`]; the errors of [`BlockSource::offer`] and of `open_seed`; [`Error::Io`] if the folder cannot be read.
     pub fn plan(&mut self) -> Result<()> {
         let Some(offer) = self.source.offer()? else {
             return Err(self.source.nothing_committed());
         };
-        let noted = Journal::read(self.root.file(), &self.work_folder());
-        self.planned = Some(self.plan_offer(offer, noted.as_ref())?);
+        let journal = Journal::read(self.root.file(), &self.work_folder());
+        self.planned = Some(self.plan_offer(offer, journal.as_ref())?);
         Ok(())
     }
 
-    /// The plan, which nobody carries out.
+    /// Returns the plan without carrying it out, and makes it first if [`Restore::plan`] was not called.
     ///
     /// # Errors
-    /// Those of [`Restore::plan`], where that was not called yet.
+    /// Those of [`Restore::plan`].
     pub fn into_plan(mut self) -> Result<RestoreOutcome> {
         let PreparedRestore { plan, .. } = self.take_plan()?;
         Ok(RestoreOutcome {
@@ -170,6 +176,7 @@ impl<'a> Restore<'a> {
         })
     }
 
+    /// Takes the plan, and makes it first if there is none.
     fn take_plan(&mut self) -> Result<PreparedRestore> {
         if self.planned.is_none() {
             self.plan()?;
@@ -177,11 +184,12 @@ impl<'a> Restore<'a> {
         self.planned.take().ok_or_else(|| self.source.nothing_committed())
     }
 
-    /// Carries the plan out, and what comes after it of a pipe.
+    /// Carries the plan out. For a pipe, it goes on with the commits that follow.
     ///
     /// # Errors
-    /// Before anything is written: if an interrupted restore is there and not to be gone on with, or it does not fit. Later: those of
-    /// reading the source and of writing; what was restored so far is kept.
+    /// Before anything is written: [`Error::Usage`] if an interrupted restore lies there and is not resumed, and [`Error::DoesNotFit`].
+    /// Later: those of the source, [`Error::NoSpace`] or [`Error::Io`] if the folder cannot be written, and [`Error::Interrupted`]. The
+    /// blocks that were staged until then are kept.
     pub fn execute(mut self) -> Result<RestoreOutcome> {
         let planned = self.take_plan()?;
         let folder = self.work_folder();
@@ -209,23 +217,24 @@ impl<'a> Restore<'a> {
         }
     }
 
-    /// Where what is needed on the way is kept, for a commit of an archive.
+    /// The path of the work folder for this commit of the archive. It holds the staging file and the journal.
     fn work_folder(&self) -> PathBuf {
         let tag = hex(&self.source.id());
         let name = format!(".vmfold-import-{}-{}", &tag[..8], self.source.work_number());
         self.options.to.join(name)
     }
 
-    fn plan_offer(&mut self, offer: Offer, noted: Option<&Journal>) -> Result<PreparedRestore> {
+    /// Plans the restore of the images of an offer. `journal` is that of an interrupted restore, if there is one.
+    fn plan_offer(&mut self, offer: Offer, journal: Option<&Journal>) -> Result<PreparedRestore> {
         let Offer {
             contents,
             announced,
             known_end,
         } = offer;
-        let selected = self.select(&contents, noted)?;
+        let selected = self.select(&contents, journal)?;
         let identity = crate::plan::restore::identity_of(&contents, self.options.as_revision);
         let interrupted = Interrupted {
-            noted,
+            journal,
             identity: identity.as_deref(),
         };
         let destination = destination::look(&self.root, &selected.images, interrupted)?;
@@ -237,7 +246,7 @@ impl<'a> Restore<'a> {
         destination.check_names(self.options.replace, self.options.as_revision)?;
         let wanted = wanted_by(&contents, &selected.images);
         if !std::mem::replace(&mut self.is_seed_opened, true) {
-            // Before seeds are opened, which an image that is to be replaced may be one of.
+            // This comes before seeds are opened, because an image that is replaced may be a seed.
             destination::check_use(&self.root, &selected.images, &destination, self.options.replace)?;
             if destination.shares {
                 self.seed = (self.open_seed)(&wanted, &announced)?;
@@ -246,11 +255,11 @@ impl<'a> Restore<'a> {
         let seeded = match &self.seed {
             Some(seed) => {
                 self.monitor.phase("Looking for blocks that are here already", 0);
-                let found = seed.find(&wanted, &announced);
+                let matches = seed.find(&wanted, &announced);
                 if self.source.knows_hashes() {
-                    seed::prove(&**seed, &found, self.source.hashes(), self.monitor)?
+                    seed::prove(&**seed, &matches, self.source.hashes(), self.monitor)?
                 } else {
-                    found
+                    matches
                 }
             }
             None => Vec::new(),
@@ -260,20 +269,21 @@ impl<'a> Restore<'a> {
         Ok(PreparedRestore { plan, known_end })
     }
 
-    /// The images that were asked for, with their names.
-    fn select(&self, contents: &Contents, noted: Option<&Journal>) -> Result<Selected> {
+    /// The images that were chosen, with the names that they get.
+    fn select(&self, contents: &Contents, journal: Option<&Journal>) -> Result<Selected> {
         let mut selected = select(contents, &self.options.only)?;
         if self.options.as_revision {
             let order = revisions_to_name(contents, &selected.images)?;
-            let noted = noted.filter(|_| self.options.resume);
-            let there = destination::revisions(&self.root, &order, &selected.images, noted)?;
-            name_as_revisions(&mut selected.images, &order, &there)?;
+            let journal = journal.filter(|_| self.options.resume);
+            let revisions = destination::revisions(&self.root, &order, &selected.images, journal)?;
+            name_as_revisions(&mut selected.images, &order, &revisions)?;
         }
         Ok(selected)
     }
 
+    /// Stages the blocks of all offers, and makes the images that were committed last.
     fn run(&mut self, first: PreparedRestore, staging: &mut Staging) -> Result<RestoreOutcome> {
-        let noted = staging.noted().clone();
+        let journal = staging.journal_at_start().clone();
         let mut restored = Restored::default();
         let (mut planned, mut committed) = (first, None);
         loop {
@@ -282,23 +292,23 @@ impl<'a> Restore<'a> {
                 break;
             }
             let Some(offer) = self.source.offer()? else { break };
-            planned = self.plan_offer(offer, Some(&noted))?;
+            planned = self.plan_offer(offer, Some(&journal))?;
             planned.plan.check_space(&self.options.to)?;
         }
         let contents = committed.ok_or_else(|| self.source.nothing_committed())?;
-        // What is open here cannot be told from what others use.
+        // Images that this process has open look as if others used them.
         self.seed = None;
         staging.settle()?;
         let mut plan = planned.plan;
         if !Arc::ptr_eq(&contents, &plan.contents) {
-            plan = self.plan_committed(contents, &noted, &restored)?;
+            plan = self.plan_committed(contents, &journal, &restored)?;
         }
         self.finish(plan, staging, restored)
     }
 
-    /// A plan for what a pipe committed in the end, of which everything that came is staged.
-    fn plan_committed(&self, contents: Arc<Contents>, noted: &Journal, restored: &Restored) -> Result<RestorePlan> {
-        let selected = self.select(&contents, Some(noted))?;
+    /// The plan for the contents that a pipe committed in the end. All blocks that came are staged by then.
+    fn plan_committed(&self, contents: Arc<Contents>, journal: &Journal, restored: &Restored) -> Result<RestorePlan> {
+        let selected = self.select(&contents, Some(journal))?;
         let destination = destination::look(&self.root, &selected.images, Interrupted::default())?;
         let mut plan = RestorePlan::new(contents, selected, Vec::new(), &destination);
         plan.bytes.seeded_bytes = restored.seeded_bytes;
@@ -306,8 +316,8 @@ impl<'a> Restore<'a> {
         Ok(plan)
     }
 
-    /// Gets wanted blocks into the staging file: from an earlier attempt, from seeds, from the source. Tells whether what was committed, if
-    /// anything was, is the last that counts.
+    /// Puts the wanted blocks of a plan into the staging file: from an interrupted restore, from seeds, and from the source. Returns whether
+    /// no later offer counts, and sets `committed` if the images were committed.
     fn fetch(
         &mut self,
         planned: &PreparedRestore,
@@ -322,17 +332,17 @@ impl<'a> Restore<'a> {
         let knows_hashes = self.source.knows_hashes();
         if knows_hashes {
             self.resume(end, staging, restored)?;
-            for (seed, one) in self
-                .seed
-                .iter()
-                .flat_map(|seed| plan.seeded.iter().map(move |one| (seed, one)))
-            {
-                restored.seeded_bytes += seed::clone_into(&**seed, one, staging, self.source.hashes(), self.monitor)?;
+            if let Some(seed) = &self.seed {
+                for seeded in &plan.seeded {
+                    restored.seeded_bytes +=
+                        seed::clone_into(&**seed, seeded, staging, self.source.hashes(), self.monitor)?;
+                }
             }
         }
         let mut sink = StagingSink {
             staging,
-            // What comes by once and is not wanted yet may be wanted by a later commit, unless images were chosen.
+            // The blocks of a pipe come once, and a later commit may want those that this one does not. If images were chosen, only their
+            // blocks are kept.
             wanted: (knows_hashes || !self.options.only.is_empty()).then_some(&plan.wanted),
             known_end: *known_end,
             seeds: self
@@ -340,7 +350,7 @@ impl<'a> Restore<'a> {
                 .as_deref()
                 .filter(|_| !knows_hashes)
                 .map(|seed| (seed, &*plan.seeded)),
-            done: restored,
+            restored,
             monitor: self.monitor,
         };
         let delivered = self.source.deliver(&plan.wanted, &mut sink)?;
@@ -350,9 +360,9 @@ impl<'a> Restore<'a> {
         Ok(delivered.is_last)
     }
 
-    /// Takes what an interrupted restore has staged, if its hashes are right.
+    /// Takes the blocks that an interrupted restore has staged, as far as they have the hashes of the source.
     fn resume(&mut self, end: StoreBlock, staging: &mut Staging, restored: &mut Restored) -> Result<()> {
-        let claimed = staging.noted().claimed().iter();
+        let claimed = staging.journal_at_start().claimed().iter();
         let claimed: Vec<Range<StoreBlock>> = claimed.filter(|range| range.end <= end).cloned().collect();
         for range in claimed {
             for part in range::parts(range, PROVED_BLOCKS) {
@@ -366,7 +376,7 @@ impl<'a> Restore<'a> {
         Ok(())
     }
 
-    /// Says what is lost, and makes the rest.
+    /// Finds out which images are lost, and makes the others. Nothing is made if any is lost, unless intact parts were asked for.
     fn finish(&mut self, plan: RestorePlan, staging: &mut Staging, mut restored: Restored) -> Result<RestoreOutcome> {
         let wanted = plan.wanted.iter().cloned();
         let blocks: Vec<Range<StoreBlock>> = wanted.flat_map(|range| staging.missing(range)).collect();
@@ -384,10 +394,10 @@ impl<'a> Restore<'a> {
         };
         let mut lost = lost_images(&plan, &mut losses);
         let later_damage = self.source.has_later_damage();
-        for one in &lost {
-            tracing::info!(image = %shown(&one.path), "lost in part or as a whole");
-            for range in &one.ranges {
-                tracing::debug!(image = %shown(&one.path), start = range.start, length = range.length, "lost");
+        for image in &lost {
+            tracing::info!(image = %shown(&image.path), "lost in part or as a whole");
+            for range in &image.ranges {
+                tracing::debug!(image = %shown(&image.path), start = range.start, length = range.length, "lost");
             }
         }
         if !lost.is_empty() && !self.options.partial {
@@ -425,8 +435,8 @@ impl<'a> Restore<'a> {
         })
     }
 
-    /// The chosen images whose manifest, corrections and hashes do not go together any more. Where hashes are missing, an image is taken to
-    /// be well, unless corrections may be lost.
+    /// The chosen images whose manifest, corrections and hashes contradict each other, by their places in the manifest. If hashes are missing,
+    /// an image is taken to be well, unless corrections may be lost.
     fn mixed_up(&mut self, plan: &RestorePlan) -> Result<BTreeSet<usize>> {
         let mut mixed_up = BTreeSet::new();
         let summaries = by_path(&plan.contents.summaries);
@@ -438,11 +448,11 @@ impl<'a> Restore<'a> {
             let has_gaps = image.runs.iter().any(|run| run.content == Content::Lost);
             let mut has_all = true;
             let hashes = self.source.hashes();
-            let found = digest(&image.runs, self.monitor, |first, blocks, digest| {
+            let image_digest = digest(&image.runs, self.monitor, |first, blocks, digest| {
                 has_all &= hashes.add_to(digest, first, blocks)?;
                 Ok(())
             })?;
-            let is_wrong = has_all && !has_gaps && (found != summary.digest || image.image.size != summary.size);
+            let is_wrong = has_all && !has_gaps && (image_digest != summary.digest || image.image.size != summary.size);
             if is_wrong || (plan.contents.doubtful && (!has_all || has_gaps)) {
                 mixed_up.insert(restored.image);
             }
@@ -451,7 +461,7 @@ impl<'a> Restore<'a> {
     }
 }
 
-/// Logs what is planned, image by image.
+/// Logs the plan, image by image.
 fn log_plan(plan: &RestorePlan, destination: &Destination) {
     for image in &plan.images {
         for name in &image.names {
@@ -475,17 +485,18 @@ fn log_plan(plan: &RestorePlan, destination: &Destination) {
         needed_bytes = plan.bytes.needed_bytes,
         "planned"
     );
-    for one in &plan.seeded {
-        tracing::debug!(first = one.first.0, blocks = one.blocks, "on this disk already");
+    for seeded in &plan.seeded {
+        tracing::debug!(first = seeded.first.0, blocks = seeded.blocks, "on this disk already");
     }
 }
 
-/// What cannot be restored whole, image by image.
+/// The images that cannot be restored as a whole, with the ranges that are lost. They are added to `losses.damaged`.
 fn lost_images(plan: &RestorePlan, losses: &mut Losses) -> Vec<LostImage> {
     let mut lost = Vec::new();
     for path in &plan.missing {
         let mut summaries = plan.contents.summaries.iter();
-        let size = summaries.find(|one| one.path == *path).map_or(0, |one| one.size);
+        let summary = summaries.find(|summary| summary.path == *path);
+        let size = summary.map_or(0, |summary| summary.size);
         lost.push(LostImage::whole(path.clone(), size));
     }
     for restored in &plan.images {

@@ -1,5 +1,5 @@
-//! New files and the names they get. A file has no name until it is complete and durable; then it gets all of its names, where nothing stands
-//! by a link, elsewhere by an exchange with what stands there, which is undone if anything fails on the way.
+//! New files and their names. A file has no name until it is complete and durable. Then it gets all of its names: a free name by a link, and
+//! a taken one by an exchange with the file that has it. If anything fails on the way, the exchanges are undone.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,18 +14,20 @@ use super::replaced::ReplacedFiles;
 use crate::error::{Error, Result};
 use crate::pool::users::FileId;
 
-/// Names for files that do not have their own yet: they say nothing of the image, and nobody can foresee them.
+/// Names for files that do not have their own yet. They tell nothing of the image, and nobody can foresee them.
 #[derive(Debug)]
-pub struct Temporaries {
+pub struct TemporaryNames {
+    /// The number of the first name.
     first: u64,
+    /// The number of the next name.
     next: AtomicU64,
 }
 
-impl Temporaries {
-    /// So many names from a random number on.
+impl TemporaryNames {
+    /// Begins with a random number.
     ///
     /// # Errors
-    /// If the kernel has no random numbers.
+    /// [`Error::Io`] if the kernel gives no random bytes.
     pub fn random() -> Result<Self> {
         let mut first = [0; 8];
         let path = PathBuf::from("/dev/urandom");
@@ -37,7 +39,7 @@ impl Temporaries {
         })
     }
 
-    /// The number of the first of them.
+    /// The number of the first name.
     pub fn first(&self) -> u64 {
         self.first
     }
@@ -50,7 +52,7 @@ impl Temporaries {
         format!(".vmfold-{number:016x}~").into()
     }
 
-    /// The number that a name is made of, if it is one of these.
+    /// The number of a name, or `None` if it is no temporary name.
     pub fn number_of(name: &std::ffi::OsStr) -> Option<u64> {
         let digits = name.to_str()?.strip_prefix(".vmfold-")?.strip_suffix('~')?;
         let number = u64::from_str_radix(digits, 16).ok()?;
@@ -58,25 +60,26 @@ impl Temporaries {
     }
 }
 
-/// A file that was made and has none of its names yet. It goes with this value if it gets none.
+/// A file that was made and has none of its names yet. If it gets none, it is gone once this value is dropped.
 #[derive(Debug)]
 pub struct UnnamedFile {
-    /// None if more files are made than can be open.
+    /// The open file. It is `None` if more files are made than can be open.
     file: Option<File>,
-    /// Its name until then, where it needs one.
+    /// Its temporary name, if it needs one.
     temporary: Option<Place>,
+    /// Device and inode.
     id: FileId,
 }
 
 impl UnnamedFile {
-    /// Makes a file, which `fill` completes, in the folder of a place. With `stays_open` its descriptor is kept, and it needs no name where
-    /// the filesystem can do without.
+    /// Makes a file in the folder of a place, and has `fill` complete it. With `stays_open` it stays open, and gets a temporary name only if
+    /// the filesystem has no unnamed files.
     ///
     /// # Errors
-    /// Those of the system calls and of `fill`.
+    /// [`Error::Io`] if the file cannot be made; those of `fill`.
     pub fn make(
         place: &Place,
-        temporaries: &Temporaries,
+        temporaries: &TemporaryNames,
         stays_open: bool,
         fill: impl FnOnce(&File) -> Result<()>,
     ) -> Result<(Self, FileState)> {
@@ -107,7 +110,10 @@ impl UnnamedFile {
         Ok((new, state))
     }
 
-    /// The file, open for being named.
+    /// The open file, to give it names. It is opened by its temporary name if it did not stay open.
+    ///
+    /// # Errors
+    /// [`Error::Io`], with `ESTALE` if another file has the temporary name.
     fn open(&self, place: &Place) -> Result<File> {
         let failed = |errno: Errno| Error::io("open what is to become", &place.path)(errno);
         match (&self.file, &self.temporary) {
@@ -134,72 +140,81 @@ impl Drop for UnnamedFile {
     }
 }
 
-/// Removes what stands at a place if it is a certain file. What cannot be removed is known by its name as a leftover.
+/// Removes the name of a place if a certain file has it. If that fails, a later restore recognises the leftover by its name.
 fn remove_if(place: &Place, id: FileId) -> bool {
     matches!(place.id(), Ok(Some(found)) if found == id) && place.remove().is_ok()
 }
 
-/// A new file and the names it is to get.
+/// A new file and the names that it gets.
 #[derive(Debug)]
 pub struct NewImage {
     /// The file.
     pub new: UnnamedFile,
-    /// Its names: the first is in the folder it was made in.
+    /// Its names. The first one is in the folder that the file was made in.
     pub places: Vec<Place>,
 }
 
-/// How far a name is.
+/// The steps of giving a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     /// The new file has a temporary name.
     Staged,
-    /// The new file has the name, where nothing stood.
+    /// The new file has the name, which was free.
     Named,
-    /// The new file has the name, and what stood there the temporary one.
+    /// The new file has the name, and the old file has the temporary one.
     Exchanged,
-    /// The new file has the name, and what stood there is gone.
+    /// The new file has the name, and the old file does not have it any more.
     Replaced,
 }
 
 /// A name that a new file gets.
 struct GivenName<'a> {
     place: &'a Place,
+    /// The new file.
     new: FileId,
-    /// What stood there.
+    /// The file that had the name before.
     old: Option<FileId>,
+    /// The temporary name, if one was used.
     temporary: Option<Place>,
     step: Step,
 }
 
-/// Gives new files their names: all of them, or none. What stands at a name is replaced only if it is among `to_replace`, and still that.
-/// Calls `placed` with the number of each file that has all of its names.
+/// Gives new files their names, all of them or none. A file that has a name already is replaced only if it is the one in `to_replace`. Calls
+/// `placed` with the number of each file that has all of its names.
 ///
 /// # Errors
-/// [`Error::InUse`] if someone opens what is replaced, [`Error::Exists`] if something stands where nothing did; then everything is as it was.
-/// [`Error::HalfReplaced`] if that could not be had.
+/// [`Error::InUse`] if someone opens a file that is replaced; [`Error::Exists`] if a name was taken meanwhile; [`Error::Io`] if a name cannot
+/// be given; those of `placed`. After these errors all names are as before. [`Error::HalfReplaced`] if an error could not be undone.
 pub fn give_names(
     images: &[NewImage],
     to_replace: &ReplacedFiles,
-    temporaries: &Temporaries,
+    temporaries: &TemporaryNames,
     mut placed: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let mut given = Vec::new();
     let mut give_all = || -> Result<()> {
-        for (at, image) in images.iter().enumerate() {
+        for (number, image) in images.iter().enumerate() {
             let Some(first) = image.places.first() else { continue };
             let file = image.new.open(first)?;
-            for (n, place) in image.places.iter().enumerate() {
-                let own = image.new.temporary.as_ref().filter(|_| n == 0);
-                give(&file, (image.new.id, own), place, to_replace, temporaries, &mut given)?;
+            for (name_number, place) in image.places.iter().enumerate() {
+                let temporary = image.new.temporary.as_ref().filter(|_| name_number == 0);
+                give_name(
+                    &file,
+                    (image.new.id, temporary),
+                    place,
+                    to_replace,
+                    temporaries,
+                    &mut given,
+                )?;
             }
-            placed(at)?;
+            placed(number)?;
         }
-        // Whoever came meanwhile waits, and is to get what the name meant when he asked.
+        // A process that opens an old file waits for the lease to end. It shall get the file that had the name when it asked.
         to_replace.check_all()
     };
     match give_all() {
-        Ok(()) => given.iter().try_for_each(|one| match (&one.temporary, one.old) {
-            (Some(temporary), Some(old)) if one.step == Step::Exchanged && temporary.id()? == Some(old) => {
+        Ok(()) => given.iter().try_for_each(|name| match (&name.temporary, name.old) {
+            (Some(temporary), Some(old)) if name.step == Step::Exchanged && temporary.id()? == Some(old) => {
                 temporary.remove()
             }
             _ => Ok(()),
@@ -208,18 +223,18 @@ pub fn give_names(
     }
 }
 
-/// Gives one name to an open file, which may have a temporary name of its `own` in the same folder.
-fn give<'a>(
+/// Gives one name to an open file. `own` is the temporary name that the file has in the same folder, if it has one.
+fn give_name<'a>(
     file: &File,
     (new, own): (FileId, Option<&Place>),
     place: &'a Place,
     to_replace: &ReplacedFiles,
-    temporaries: &Temporaries,
+    temporaries: &TemporaryNames,
     given: &mut Vec<GivenName<'a>>,
 ) -> Result<()> {
     let failed = |errno| Error::io("give its name to", &place.path)(errno);
     let old = to_replace.at(place);
-    let mut one = GivenName {
+    let mut name = GivenName {
         place,
         new,
         old,
@@ -227,10 +242,10 @@ fn give<'a>(
         step: Step::Named,
     };
     let Some(old) = old else {
-        // Only a filesystem without files that have no name may be one without links.
+        // A file with a temporary name is renamed, because a filesystem without unnamed files may have no links either.
         let named = own.map_or_else(|| place.link(file), |own| own.move_to(place));
         match named {
-            Ok(()) => given.push(one),
+            Ok(()) => given.push(name),
             Err(Errno::EXIST) => {
                 return Err(Error::Exists {
                     paths: vec![place.path.clone()],
@@ -240,18 +255,17 @@ fn give<'a>(
         }
         return check_is(place, new);
     };
-    let name = own.map_or_else(|| temporaries.next(), |own| own.name().to_owned());
-    let temporary = place.beside(name);
+    let temporary = place.beside(own.map_or_else(|| temporaries.next(), |own| own.name().to_owned()));
     if own.is_none() {
         temporary.link(file).map_err(failed)?;
     }
-    let at = given.len();
-    (one.step, one.temporary) = (Step::Staged, Some(temporary.clone()));
-    given.push(one);
+    let number = given.len();
+    (name.step, name.temporary) = (Step::Staged, Some(temporary.clone()));
+    given.push(name);
     check_is(&temporary, new)?;
     to_replace.check(place)?;
     let exchanged = temporary.exchange(place);
-    given[at].step = match exchanged {
+    given[number].step = match exchanged {
         Ok(()) => Step::Exchanged,
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
             check_is(place, old)?;
@@ -260,15 +274,15 @@ fn give<'a>(
         }
         Err(errno) => return Err(failed(errno)),
     };
-    let is_other = given[at].step == Step::Exchanged && temporary.id()? != Some(old);
-    if is_other {
+    let is_other_file = given[number].step == Step::Exchanged && temporary.id()? != Some(old);
+    if is_other_file {
         return Err(changed(place));
     }
     check_is(place, new)?;
     to_replace.check(place)
 }
 
-/// Refuses to go on if another file stands at a place than should.
+/// Checks that a certain file has the name of a place.
 fn check_is(place: &Place, id: FileId) -> Result<()> {
     if place.id()? == Some(id) {
         Ok(())
@@ -277,6 +291,7 @@ fn check_is(place: &Place, id: FileId) -> Result<()> {
     }
 }
 
+/// The error for a name that another file has got meanwhile.
 fn changed(place: &Place) -> Error {
     Error::InUse {
         path: place.path.clone(),
@@ -284,35 +299,35 @@ fn changed(place: &Place) -> Error {
     }
 }
 
-/// Undoes what was done, last first. Returns the error, with what could not be undone.
+/// Takes the names back that were given, the last one first. Returns the error, with the names that could not be taken back.
 fn take_back(images: &[NewImage], given: &[GivenName<'_>], to_replace: &ReplacedFiles, error: Error) -> Error {
     let mut replaced = Vec::new();
-    for one in given.iter().rev() {
-        let is_undone = match (one.step, &one.temporary) {
+    for name in given.iter().rev() {
+        let is_undone = match (name.step, &name.temporary) {
             (Step::Staged, Some(temporary)) => {
-                remove_if(temporary, one.new);
+                remove_if(temporary, name.new);
                 true
             }
-            (Step::Named, _) => remove_if(one.place, one.new),
+            (Step::Named, _) => remove_if(name.place, name.new),
             (Step::Exchanged, Some(temporary)) => {
-                let is_new = matches!(one.place.id(), Ok(Some(id)) if id == one.new);
-                let is_back = is_new && temporary.exchange(one.place).is_ok();
+                let is_new = matches!(name.place.id(), Ok(Some(id)) if id == name.new);
+                let is_back = is_new && temporary.exchange(name.place).is_ok();
                 if is_back {
-                    remove_if(temporary, one.new);
+                    remove_if(temporary, name.new);
                 }
                 is_back
             }
             _ => false,
         };
         if !is_undone {
-            replaced.push(one.place.path.clone());
+            replaced.push(name.place.path.clone());
         }
     }
     if replaced.is_empty() {
         return error;
     }
-    let all = images.iter().flat_map(|image| &image.places);
-    let kept = all.filter(|place| to_replace.at(place).is_some() && !replaced.contains(&place.path));
+    let places = images.iter().flat_map(|image| &image.places);
+    let kept = places.filter(|place| to_replace.at(place).is_some() && !replaced.contains(&place.path));
     Error::HalfReplaced {
         source: Box::new(error),
         kept: kept.map(|place| place.path.clone()).collect(),
@@ -328,7 +343,7 @@ mod tests {
     use super::super::folder::Root;
     use super::*;
 
-    /// What is in a folder, by names, with the content of files.
+    /// The names in a folder, each with the content of its file.
     fn all(folder: &Path) -> Vec<(OsString, String)> {
         let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
         let mut all: Vec<_> = entries
@@ -341,7 +356,7 @@ mod tests {
     struct Scene {
         folder: tempfile::TempDir,
         root: Root,
-        temporaries: Temporaries,
+        temporaries: TemporaryNames,
     }
 
     impl Scene {
@@ -353,7 +368,7 @@ mod tests {
             Self {
                 root: Root::lock(folder.path()).unwrap(),
                 folder,
-                temporaries: Temporaries::random().unwrap(),
+                temporaries: TemporaryNames::random().unwrap(),
             }
         }
 
@@ -410,23 +425,23 @@ mod tests {
                     scene.image(&["c", "taken"], stays_open),
                 ]
             };
-            let one = images();
+            let new_images = images();
             let leased = |images: &[NewImage; 2]| {
                 let places: Vec<Place> = images.iter().map(|image| image.places[0].clone()).collect();
                 ReplacedFiles::lease(places.iter()).unwrap()
             };
-            // A name that was not to be replaced.
-            let to_replace = leased(&one);
-            let failed = give_names(&one, &to_replace, &scene.temporaries, |_| Ok(()));
+            // The name `taken` is not to be replaced.
+            let to_replace = leased(&new_images);
+            let failed = give_names(&new_images, &to_replace, &scene.temporaries, |_| Ok(()));
             assert!(matches!(failed, Err(Error::Exists { .. })), "{failed:?}");
-            drop((one, to_replace));
+            drop((new_images, to_replace));
             assert_eq!(scene.all(), before);
-            // Someone who opens what is replaced gets what the name meant when he asked.
-            let one = images();
-            let to_replace = leased(&one);
+            // A process that opens a file which is replaced gets the file that had the name when it asked.
+            let new_images = images();
+            let to_replace = leased(&new_images);
             let path = scene.folder.path().join("c");
             let mut opener = None;
-            let failed = give_names(&one, &to_replace, &scene.temporaries, |_| {
+            let failed = give_names(&new_images, &to_replace, &scene.temporaries, |_| {
                 let path = path.clone();
                 opener = Some(std::thread::spawn(move || std::fs::read_to_string(path).unwrap()));
                 let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
@@ -437,7 +452,7 @@ mod tests {
                 Ok(())
             });
             assert!(matches!(failed, Err(Error::InUse { .. })), "{failed:?}");
-            drop((one, to_replace));
+            drop((new_images, to_replace));
             assert_eq!(opener.unwrap().join().unwrap(), "old c");
             assert_eq!(scene.all(), before);
         }
@@ -457,7 +472,7 @@ mod tests {
             }
             Ok(())
         });
-        // Whoever reads what is leased waits until then.
+        // Reading a leased file would wait until the lease ends.
         drop(to_replace);
         let Err(Error::HalfReplaced { source, replaced, kept }) = failed else {
             panic!("{failed:?}");
@@ -472,26 +487,29 @@ mod tests {
         assert_eq!((replaced, kept), (paths(&["a"]), paths(&["b", "c"])));
         let now = scene.all();
         assert!(now.contains(&("b".into(), "old b".into())) && now.contains(&("c".into(), "old c".into())));
-        // What stood there is not lost either.
+        // The old file is not lost: it has a temporary name.
         assert!(
             now.iter()
-                .any(|(name, content)| Temporaries::number_of(name).is_some() && content == "old a")
+                .any(|(name, content)| TemporaryNames::number_of(name).is_some() && content == "old a")
         );
     }
 
     #[test]
     fn temporary_names_are_known_and_say_nothing() {
-        let temporaries = Temporaries::random().unwrap();
+        let temporaries = TemporaryNames::random().unwrap();
         let (one, two) = (temporaries.next(), temporaries.next());
-        assert_eq!(Temporaries::number_of(&one), Some(temporaries.first()));
-        assert_eq!(Temporaries::number_of(&two), Some(temporaries.first().wrapping_add(1)));
+        assert_eq!(TemporaryNames::number_of(&one), Some(temporaries.first()));
+        assert_eq!(
+            TemporaryNames::number_of(&two),
+            Some(temporaries.first().wrapping_add(1))
+        );
         for other in [
             ".vmfold-1~",
             ".vmfold-+123456789abcdef~",
             ".vmfold-0123456789ABCDEF~",
             "a.img",
         ] {
-            assert_eq!(Temporaries::number_of(other.as_ref()), None, "{other}");
+            assert_eq!(TemporaryNames::number_of(other.as_ref()), None, "{other}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! An archive that comes once and in order as a source: its images are offered when the first of their blocks comes, every block is handed
-//! over as it comes, and hashes prove it afterwards. Memory holds the manifests and one pack.
+//! An archive that is read once and in order, as a source. Images are offered when the first PACK of their epoch comes. Every block is handed
+//! over as it comes, and the hashes that follow prove it. Memory holds the manifest of one epoch and one record.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,23 +22,23 @@ use crate::plan::restore::{CommitName, Contents};
 use crate::range;
 use crate::store::{Store, StoreReader};
 
-/// Blocks that seeds are looked for at most: 256 MiB of fingerprints, for 256 GiB of blocks.
+/// Blocks that seeds are searched for: 256 MiB of fingerprints, for 256 GiB of blocks. Those of later PLAN records are not searched for.
 const ANNOUNCED_BLOCKS_MAX: usize = 1 << 26;
-/// Frames of a pack that are handed over together.
+/// Frames of a PACK that are handed over together.
 const FRAMES_AT_ONCE: usize = 8;
-/// Hashes read together.
+/// Hashes that are read together from the log.
 const HASHES_AT_ONCE: u32 = 1024;
 
-/// What is asked of an archive that comes through a pipe.
+/// What is restored from an archive that comes through a pipe, and how.
 #[derive(Debug, Clone)]
 pub struct PipeOptions {
-    /// The commit, by what names it; none or `latest` for the last.
+    /// The commit, by its number, label or name. `None` and `latest` mean the last one.
     pub commit: Option<String>,
-    /// Whether to go on after damage with what is intact.
+    /// Whether the restore goes on after damage, with what is intact.
     pub partial: bool,
-    /// Whether anyone looks for blocks by their fingerprints.
+    /// Whether offers have fingerprints, by which seeds are searched.
     pub announces: bool,
-    /// Where a file of hashes is made, should there be need of one.
+    /// The folder for a file of hashes, if they need more memory than a [`HashLog`] takes.
     pub folder: PathBuf,
 }
 
@@ -47,46 +47,55 @@ pub struct PipeSource<'a> {
     stream: Stream<StoreReader<'a>>,
     path: PathBuf,
     options: PipeOptions,
+    /// The identifier of the archive, once a record was read.
     archive: Option<[u8; 16]>,
+    /// The epoch that the last record belongs to.
     epoch: Epoch,
-    /// The epoch of the last offer.
+    /// The number of the epoch whose images were offered last.
     offered: Option<u64>,
-    /// Read, and not used yet.
+    /// A record that was read and is not used yet.
     pending: Option<ReadRecord>,
     hashes: PipeHashes,
+    /// Whether anything was damaged.
     is_damaged: bool,
     /// Whether anything was damaged since the commit that was delivered last.
     is_damaged_since: bool,
     monitor: &'a dyn Monitor,
 }
 
-/// A whole record whose hash is right.
+/// A whole record. Its hash was compared with its body.
 struct ReadRecord {
     header: RecordHeader,
+    /// The place of the record in the archive, in bytes.
     offset: u64,
     body: Vec<u8>,
 }
 
 impl ReadRecord {
+    /// The error for a record whose hash is right and whose body makes no sense.
     fn malformed(&self, path: &Path, problem: &str) -> Error {
         Error::damaged(path, self.offset, self.header.body_bytes, problem)
     }
 }
 
-/// What an epoch said so far.
+/// What the PLAN records of an epoch said so far.
 #[derive(Default)]
 struct Epoch {
+    /// The random number that tells the epoch from others.
     number: u64,
     builder: ManifestBuilder,
+    /// Fingerprints of the blocks, [`ANNOUNCED_BLOCKS_MAX`] at most, if anyone uses them.
     announced: Vec<AnnouncedBlocks>,
+    /// The number of blocks that were announced.
     announced_blocks: usize,
+    /// The store address after the last block that was announced.
     announced_end: StoreBlock,
-    /// Whether a PLAN was damaged.
+    /// Whether a PLAN may be damaged.
     doubtful: bool,
 }
 
 impl<'a> PipeSource<'a> {
-    /// Of a store that is read from its beginning on.
+    /// Makes a source of a store, which is read from its beginning on.
     pub fn new(store: &'a dyn Store, options: PipeOptions, monitor: &'a dyn Monitor) -> Self {
         Self {
             stream: Stream::new(StoreReader::new(store, 0), 0),
@@ -106,12 +115,12 @@ impl<'a> PipeSource<'a> {
         }
     }
 
-    /// What of the store was not read.
+    /// The rest of the store, which was not read yet.
     pub fn rest(&mut self) -> &mut impl std::io::Read {
         self.stream.input()
     }
 
-    /// The next record of the archive; none at its end.
+    /// The next record of the archive, or `None` at its end.
     fn next_record(&mut self) -> Result<Option<ReadRecord>> {
         if let Some(record) = self.pending.take() {
             return Ok(Some(record));
@@ -131,7 +140,7 @@ impl<'a> PipeSource<'a> {
                 None => return Ok(None),
                 Some(StreamEvent::Record { header, offset, body }) => {
                     if *self.archive.get_or_insert(header.archive) != header.archive {
-                        self.damaged(offset, 0, "a record of another archive")?;
+                        self.note_damage(offset, 0, "a record of another archive")?;
                         continue;
                     }
                     if header.epoch != self.epoch.number {
@@ -144,7 +153,7 @@ impl<'a> PipeSource<'a> {
                 }
                 Some(StreamEvent::Damage { range, problem, header }) => {
                     self.epoch.doubtful |= header.is_none_or(|header| header.kind == RecordKind::Plan);
-                    self.damaged(range.start, range.length, problem)?;
+                    self.note_damage(range.start, range.length, problem)?;
                 }
                 Some(StreamEvent::Unsupported(problem)) => {
                     return Err(Error::Unsupported {
@@ -156,8 +165,8 @@ impl<'a> PipeSource<'a> {
         }
     }
 
-    /// Damage ends the restore, unless what is intact is wanted.
-    fn damaged(&mut self, start: u64, length: u64, problem: &str) -> Result<()> {
+    /// Notes damage. It is an error unless the restore goes on after damage.
+    fn note_damage(&mut self, start: u64, length: u64, problem: &str) -> Result<()> {
         let error = Error::damaged(&self.path, start, length, problem);
         self.is_damaged = true;
         self.is_damaged_since = true;
@@ -169,22 +178,22 @@ impl<'a> PipeSource<'a> {
         }
     }
 
-    /// What became of a record; one that makes no sense is damage.
-    fn unless_damaged<T: Default>(&mut self, offset: u64, done: Result<T>) -> Result<T> {
-        match done {
+    /// Makes a note of [`Error::Damaged`], and then returns the default value. Other results stay as they are.
+    fn unless_damaged<T: Default>(&mut self, offset: u64, result: Result<T>) -> Result<T> {
+        match result {
             Err(Error::Damaged { range, problem, .. }) => {
                 let range = range.unwrap_or(ByteRange {
                     start: offset,
                     length: 0,
                 });
-                self.damaged(range.start, range.length, &problem)?;
+                self.note_damage(range.start, range.length, &problem)?;
                 Ok(T::default())
             }
             other => other,
         }
     }
 
-    /// Uses a record that neither holds blocks nor is a COMMIT.
+    /// Takes what a record says that is neither a PACK nor a COMMIT.
     fn take(&mut self, record: &ReadRecord, sink: Option<&mut dyn BlockSink>) -> Result<()> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
@@ -208,12 +217,13 @@ impl<'a> PipeSource<'a> {
                     return Err(malformed("a block is not the one that the INDEX says"));
                 }
             }
-            // PACKs and COMMITs are used by whoever asks for offers and blocks; all others say nothing of images.
+            // PACKs and COMMITs have methods of their own. All other records say nothing of images.
             _ => {}
         }
         Ok(())
     }
 
+    /// The offer of the current epoch, whose first PACK or COMMIT is this record.
     fn offer_of(&self, record: &ReadRecord) -> Result<Option<Offer>> {
         let malformed = |problem: &str| record.malformed(&self.path, problem);
         let manifest = self.epoch.builder.clone().finish().map_err(malformed)?;
@@ -232,6 +242,7 @@ impl<'a> PipeSource<'a> {
         }))
     }
 
+    /// Hands over the frames of a PACK. Damaged frames are left out, and the first of their errors is returned.
     fn take_pack(&mut self, record: &ReadRecord, sink: &mut dyn BlockSink) -> Result<()> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
@@ -255,7 +266,7 @@ impl<'a> PipeSource<'a> {
         first_error.map_or(Ok(()), Err)
     }
 
-    /// What a COMMIT makes of the images that were offered.
+    /// The end of the offer by its COMMIT, which says whether its commit is the one that was asked for.
     fn take_commit(&mut self, record: &ReadRecord) -> Result<Option<Delivered>> {
         let path = self.path.clone();
         let malformed = |problem: &str| record.malformed(&path, problem);
@@ -300,17 +311,17 @@ impl<'a> PipeSource<'a> {
 }
 
 impl Epoch {
-    /// Adds fingerprints, which are kept if anyone looks for them.
-    fn announce(&mut self, announced: AnnouncedBlocks, keep: bool) {
+    /// Counts announced blocks. Their fingerprints are kept if `keeps` says so and there is room for them.
+    fn announce(&mut self, announced: AnnouncedBlocks, keeps: bool) {
         self.announced_end = self.announced_end.max(announced.end());
         self.announced_blocks += announced.fingerprints.len();
-        if keep && self.announced_blocks <= ANNOUNCED_BLOCKS_MAX {
+        if keeps && self.announced_blocks <= ANNOUNCED_BLOCKS_MAX {
             self.announced.push(announced);
         }
     }
 }
 
-/// The content of a frame of a PACK, compared with the hashes that came before it.
+/// The content of a frame of a PACK. It is compared with the hashes of its blocks, if these came before it.
 fn content_of(frame: &FrameInfo, body: &[u8], expected: &[Hash]) -> std::result::Result<Vec<u8>, &'static str> {
     let content = frame.slice(body).and_then(|stored| frame.decode(stored))?;
     let mut pairs = content.chunks_exact(BLOCK_LEN).zip(expected);
@@ -329,7 +340,7 @@ impl BlockSource for PipeSource<'_> {
         self.archive.unwrap_or_default()
     }
 
-    /// Which commits there are is not known before they come: there is one work folder for all of them.
+    /// Always the first one. Which commits there are is not known before they come, so one work folder serves for all of them.
     fn work_number(&self) -> CommitNumber {
         CommitNumber::FIRST
     }
@@ -337,13 +348,13 @@ impl BlockSource for PipeSource<'_> {
     fn offer(&mut self) -> Result<Option<Offer>> {
         while let Some(record) = self.next_record()? {
             let (epoch, offset) = (record.header.epoch, record.offset);
-            let done = match record.header.kind {
-                // Behind a COMMIT, an epoch has nothing more.
+            let result = match record.header.kind {
+                // These follow the COMMIT of their epoch. They say nothing that is used.
                 RecordKind::Pack | RecordKind::Commit if self.offered == Some(epoch) => Ok(None),
                 RecordKind::Pack | RecordKind::Commit => self.offer_of(&record),
                 _ => self.take(&record, None).map(|()| None),
             };
-            if let Some(offer) = self.unless_damaged(offset, done)? {
+            if let Some(offer) = self.unless_damaged(offset, result)? {
                 self.offered = Some(epoch);
                 self.pending = Some(record);
                 return Ok(Some(offer));
@@ -352,12 +363,12 @@ impl BlockSource for PipeSource<'_> {
         Ok(None)
     }
 
-    /// Hands over every block that comes, whatever is wanted: it does not come again.
+    /// Hands over every block that comes, whatever is wanted, because it does not come again.
     fn deliver(&mut self, _: &[std::ops::Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered> {
         while let Some(record) = self.next_record()? {
             let offset = record.offset;
             let is_offered = self.offered == Some(record.header.epoch);
-            let done = match record.header.kind {
+            let result = match record.header.kind {
                 RecordKind::Pack | RecordKind::Commit if !is_offered => {
                     self.pending = Some(record);
                     return Ok(Delivered {
@@ -369,7 +380,7 @@ impl BlockSource for PipeSource<'_> {
                 RecordKind::Commit => self.take_commit(&record),
                 _ => self.take(&record, Some(&mut *sink)).map(|()| None),
             };
-            if let Some(delivered) = self.unless_damaged(offset, done)? {
+            if let Some(delivered) = self.unless_damaged(offset, result)? {
                 return Ok(delivered);
             }
         }
@@ -412,11 +423,12 @@ impl BlockSource for PipeSource<'_> {
 /// The hashes that came so far.
 struct PipeHashes {
     log: HashLog,
-    /// Whether they came in order, without gaps.
+    /// Whether all hashes came in order, without gaps.
     has_all: bool,
 }
 
 impl PipeHashes {
+    /// Adds the hashes of an INDEX. Those that do not follow the last one are not kept.
     fn add(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<()> {
         if self.log.end() == first {
             return self.log.extend(hashes);
@@ -425,7 +437,7 @@ impl PipeHashes {
         Ok(())
     }
 
-    /// The hashes of some blocks; none if they did not come yet.
+    /// The hashes of some blocks. It is empty unless all of them came.
     fn known(&self, first: StoreBlock, blocks: u32) -> Result<Vec<Hash>> {
         if first.saturating_add(blocks) > self.log.end() {
             return Ok(Vec::new());

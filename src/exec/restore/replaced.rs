@@ -1,5 +1,5 @@
-//! What stands where images are to go. Whether anyone uses it, the kernel says by a lease: one that is granted proves that nobody else has
-//! the file open, in whichever namespace, mapped, as a loop device or registered with `io_uring`. What cannot be found out counts as in use.
+//! Files that are replaced by images. A lease tells whether anyone uses such a file: the kernel grants it only if nobody else has the file
+//! open, in any namespace, mapped, as a loop device, or registered with `io_uring`. If that cannot be found out, the file counts as in use.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,22 +15,24 @@ use crate::pool::users::{self, FileId};
 use crate::sys::beneath::reopen;
 use crate::sys::lease::{self, Lease};
 
-/// Files that are to be replaced, each leased for as long as this lives: whoever opens one waits until then.
+/// Files that are to be replaced. Each is leased as long as this value lives, and a process that opens one waits until then.
 #[derive(Debug, Default)]
 pub struct ReplacedFiles {
+    /// The file that each name stands for, by path.
     names: BTreeMap<PathBuf, FoundFile>,
     leased: Vec<LeasedFile>,
 }
 
-/// What a name stood for when it was looked at.
+/// The file that a name stood for when the leases were taken.
 #[derive(Debug)]
 struct FoundFile {
-    /// The file, or the symbolic link.
+    /// Device and inode of the file or of the symbolic link.
     id: FileId,
-    /// Which of the leased files it is or leads to; none for a link that leads nowhere.
+    /// The place in `leased` of the file, or of the one that the link leads to. It is `None` for a link that leads nowhere.
     leased: Option<usize>,
 }
 
+/// A file with a lease on it.
 #[derive(Debug)]
 struct LeasedFile {
     file: File,
@@ -39,11 +41,11 @@ struct LeasedFile {
 }
 
 impl ReplacedFiles {
-    /// Takes leases on all that stands at some places. A file of several names is leased once. No other descriptor of this process may
-    /// be open on any of them.
+    /// Takes leases on all files at some places. A file with several names is leased once. This process may not have any of them open.
     ///
     /// # Errors
-    /// [`Error::InUse`] for the first that someone uses, or of which that cannot be found out; [`Error::FolderInTheWay`].
+    /// [`Error::InUse`] for the first file that someone uses, or of which that cannot be found out; [`Error::FolderInTheWay`]; [`Error::Io`] if
+    /// a place cannot be looked at.
     pub fn lease<'a>(places: impl Iterator<Item = &'a Place>) -> Result<Self> {
         let mut to_replace = Self::default();
         let mut known = BTreeMap::new();
@@ -66,7 +68,8 @@ impl ReplacedFiles {
         Ok(to_replace)
     }
 
-    /// Leases what stands at a place, or what the link there leads to: whoever uses that would go on with what the name no longer means.
+    /// Leases the file at a place, or the one that a link there leads to. A process that uses it would otherwise keep using the old file under
+    /// the name.
     fn lease_one(
         &mut self,
         place: &Place,
@@ -79,29 +82,29 @@ impl ReplacedFiles {
         } else {
             OFlags::PATH | OFlags::NOFOLLOW
         };
-        // What is opened so is not used, and breaks nobody's lease.
-        let there = match place.open(flags) {
-            Ok(there) => there,
+        // Opening with O_PATH is no use of the file, and breaks nobody's lease.
+        let opened = match place.open(flags) {
+            Ok(opened) => opened,
             Err(Errno::NOENT) if is_link => return Ok(None),
             Err(errno) => return Err(unknown(&place.path, "it cannot be opened", errno)),
         };
-        let stat = rustix::fs::fstat(&there).map_err(Error::io("look at", &place.path))?;
+        let stat = rustix::fs::fstat(&opened).map_err(Error::io("look at", &place.path))?;
         let id = FileId::from(&stat);
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || (!is_link && id != found) {
             return Err(in_use(&place.path, "it is no file, or changes at this moment"));
         }
-        if let Some(at) = known.get(&id) {
-            return Ok(Some(*at));
+        if let Some(number) = known.get(&id) {
+            return Ok(Some(*number));
         }
-        let file = match reopen(&there, OFlags::RDONLY | OFlags::NONBLOCK) {
+        let file = match reopen(&opened, OFlags::RDONLY | OFlags::NONBLOCK) {
             Ok(file) => file,
             Err(Errno::AGAIN) => return Err(in_use(&place.path, "leased")),
             Err(errno) => return Err(unknown(&place.path, "it cannot be opened", errno)),
         };
-        drop(there);
+        drop(opened);
         match lease::take(&file, Lease::All) {
             Ok(()) => {}
-            Err(Errno::AGAIN) => return Err(in_use(&place.path, &who(&file, id))),
+            Err(Errno::AGAIN) => return Err(in_use(&place.path, &describe_users(&file, id))),
             Err(errno) => return Err(unknown(&place.path, "it cannot be leased", errno)),
         }
         known.insert(id, self.leased.len());
@@ -113,21 +116,21 @@ impl ReplacedFiles {
         Ok(Some(self.leased.len() - 1))
     }
 
-    /// Which file, or link, stood at a place; none if nothing did.
+    /// The file or link that stood at a place, or `None` if nothing did.
     pub fn at(&self, place: &Place) -> Option<FileId> {
         self.names.get(&place.path).map(|name| name.id)
     }
 
-    /// Refuses to go on if someone waits to open what stood at a place.
+    /// Checks that nobody waits to open the file that stood at a place.
     ///
     /// # Errors
     /// [`Error::InUse`].
     pub fn check(&self, place: &Place) -> Result<()> {
         let leased = self.names.get(&place.path).and_then(|name| name.leased);
-        leased.map_or(Ok(()), |at| self.leased[at].check())
+        leased.map_or(Ok(()), |number| self.leased[number].check())
     }
 
-    /// The same for all of them.
+    /// Checks that nobody waits to open any of the files.
     ///
     /// # Errors
     /// [`Error::InUse`].
@@ -147,20 +150,22 @@ impl LeasedFile {
     }
 }
 
-/// Who has a file open that cannot be leased.
-fn who(file: &File, id: FileId) -> String {
-    let here = (users::times_open_here(id) > 1).then(|| "open in this vmfold".to_owned());
+/// Describes who uses a file that cannot be leased.
+fn describe_users(file: &File, id: FileId) -> String {
+    let this_process = (users::times_open_here(id) > 1).then(|| "open in this vmfold".to_owned());
     users_of(file, id)
-        .or(here)
+        .or(this_process)
         .unwrap_or_else(|| "open somewhere that /proc does not show: in another namespace, or in the kernel".into())
 }
 
+/// The processes that use a file, as far as `/proc` and locks show them.
 fn users_of(file: impl AsFd, id: FileId) -> Option<String> {
     let users = users::users_of(&[id].into()).into_values().flatten();
     let users: Vec<String> = users.chain(users::locked_by(&file).map(str::to_owned)).collect();
     (!users.is_empty()).then(|| users.join(", "))
 }
 
+/// The error for a file that is in use.
 fn in_use(path: &Path, by: &str) -> Error {
     Error::InUse {
         path: path.to_owned(),
@@ -168,11 +173,11 @@ fn in_use(path: &Path, by: &str) -> Error {
     }
 }
 
-/// What cannot be found out counts as in use.
-fn unknown(path: &Path, what: &str, errno: Errno) -> Error {
+/// The error for a file of which it cannot be found out whether anyone uses it.
+fn unknown(path: &Path, reason: &str, errno: Errno) -> Error {
     in_use(
         path,
-        &format!("whether anyone uses it is not known, since {what}: {errno}"),
+        &format!("whether anyone uses it is not known, since {reason}: {errno}"),
     )
 }
 

@@ -1,4 +1,4 @@
-//! What the disk holds already of what is restored: blocks that are shared from there and not written.
+//! Images on the disk that hold blocks which are restored. Such blocks are shared from there, and not written.
 
 use std::fs::File;
 use std::ops::Range;
@@ -18,21 +18,23 @@ use crate::numbers::{Slot, StoreBlock};
 use crate::plan::seeds::{SeedMatch, find_seeds};
 use crate::range;
 
-/// Blocks whose hashes are compared at a time.
+/// Blocks that are read and compared with their hashes at a time.
 pub const PROVED_BLOCKS: u32 = 1024;
 
-/// Blocks on the disk, numbered by slots, that a restore can share. What it finds by fingerprints is proved by whoever uses it.
+/// Blocks on the disk that a restore can share, numbered by slots. It finds blocks by fingerprints, which do not prove that they are equal:
+/// the caller has to.
 pub trait Seed: Sync {
-    /// Looks for wanted blocks, a list, by the fingerprints that are announced of them. What is found does not overlap.
+    /// Finds wanted blocks by the fingerprints that are announced of them. `wanted` is ascending and disjoint, and so are the matches.
     fn find(&self, wanted: &[Range<StoreBlock>], announced: &[AnnouncedBlocks]) -> Vec<SeedMatch>;
 
-    /// The content of some slots.
+    /// Reads the content of some slots.
     ///
     /// # Errors
-    /// Those of reading.
+    /// [`Error::Unreadable`] or [`Error::Io`].
     fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>>;
 
-    /// Makes a range of a file share some slots, from an offset on, which is a multiple of a block. False if the filesystem refuses.
+    /// Makes a file share some slots, from an offset in bytes on, which is a multiple of the block size. Returns false if the filesystem
+    /// refuses.
     fn share(&self, slot: Slot, blocks: u32, file: &File, offset: u64) -> bool;
 }
 
@@ -43,17 +45,17 @@ pub struct PoolSeed {
 }
 
 impl PoolSeed {
-    /// Of a pool that was opened and fingerprinted.
+    /// Makes seeds of a pool that was opened and fingerprinted.
     pub fn new(fs: Box<dyn Filesystem>, facts: Facts) -> Self {
         Self { fs, facts }
     }
 
-    /// What of a match can be cloned: the kernel clones the last, partial block of a file to the end of another only.
+    /// The parts of a match that can be cloned. The kernel clones a partial block, the last one of a file, only to the end of another file.
     fn without_tails(&self, seeded: &SeedMatch) -> Vec<SeedMatch> {
         let mut parts: Vec<SeedMatch> = Vec::new();
         for (slot, place) in self.facts.places_of(seeded.slot..seeded.slot + seeded.blocks) {
-            let whole = self.fs.image(place.image).size / BLOCK_BYTES;
-            let blocks = whole.saturating_sub(u64::from(place.file_block));
+            let whole_blocks = self.fs.image(place.image).size / BLOCK_BYTES;
+            let blocks = whole_blocks.saturating_sub(u64::from(place.file_block));
             let blocks = u32::try_from(blocks).unwrap_or(u32::MAX).min(place.blocks);
             match parts.last_mut() {
                 Some(last) if last.slot + last.blocks == slot => last.blocks += blocks,
@@ -74,14 +76,14 @@ impl Seed for PoolSeed {
         let end = wanted.last().map_or(0, |range| range.end.index());
         let facts = &self.facts;
         let (mut fingerprints, mut known) = (facts.fingerprints.alike(end), NumberSet::new(end));
-        let announced = announced.iter();
-        for one in announced.filter(|one| one.function == self.fs.function() && one.first.index() < end) {
-            let length = end.saturating_sub(one.first.index()).min(one.fingerprints.len());
-            fingerprints.write(one.first, &one.fingerprints[..length]);
-            known.insert_range(one.first..one.first + u32::try_from(length).unwrap_or(0));
+        let parts = announced.iter();
+        for part in parts.filter(|part| part.function == self.fs.function() && part.first.index() < end) {
+            let length = end.saturating_sub(part.first.index()).min(part.fingerprints.len());
+            fingerprints.write(part.first, &part.fingerprints[..length]);
+            known.insert_range(part.first..part.first + u32::try_from(length).unwrap_or(0));
         }
-        let found = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
-        found.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
+        let matches = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
+        matches.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
     }
 
     fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>> {
@@ -102,47 +104,50 @@ impl Seed for PoolSeed {
     }
 }
 
-/// The ranges of some content whose hashes are those of the source.
+/// The ranges of blocks whose content has the hashes of the source.
+///
+/// # Errors
+/// Those of [`BlockHashes::get`].
 pub(super) fn proved(
     range: Range<StoreBlock>,
     content: &[u8],
     hashes: &mut dyn BlockHashes,
 ) -> Result<Vec<Range<StoreBlock>>> {
-    let found: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
+    let content_hashes: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
     let mut proved = Vec::new();
-    for (block, found) in range::each(range).zip(found) {
-        if hashes.get(block)? == Some(found) {
+    for (block, hash) in range::each(range).zip(content_hashes) {
+        if hashes.get(block)? == Some(hash) {
             range::push(&mut proved, block..block + 1);
         }
     }
     Ok(proved)
 }
 
-/// Reads what was found, and keeps what has the hashes of the source.
+/// Reads the blocks of matches, and returns the parts that have the hashes of the source. Blocks that cannot be read are left out.
 ///
 /// # Errors
-/// Those of the hashes; [`Error::Interrupted`]. What cannot be read is not kept.
+/// Those of [`BlockHashes::get`]; [`Error::Interrupted`].
 pub fn prove(
     seed: &dyn Seed,
-    found: &[SeedMatch],
+    matches: &[SeedMatch],
     hashes: &mut dyn BlockHashes,
     monitor: &dyn Monitor,
 ) -> Result<Vec<SeedMatch>> {
     monitor.phase(
         "Checking blocks that are here already",
-        found.iter().map(|one| bytes(one.blocks)).sum(),
+        matches.iter().map(|seeded| bytes(seeded.blocks)).sum(),
     );
-    let mut kept = Vec::new();
-    for one in found {
+    let mut proved_matches = Vec::new();
+    for seeded in matches {
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        for part in range::parts(one.range(), PROVED_BLOCKS) {
-            let slot = one.slot + (part.start - one.first);
+        for part in range::parts(seeded.range(), PROVED_BLOCKS) {
+            let slot = seeded.slot + (part.start - seeded.first);
             let blocks = part.end - part.start;
             if let Ok(content) = seed.content(slot, blocks) {
                 for range in proved(part.clone(), &content, hashes)? {
-                    kept.push(SeedMatch {
+                    proved_matches.push(SeedMatch {
                         first: range.start,
                         blocks: range.end - range.start,
                         slot: slot + (range.start - part.start),
@@ -152,13 +157,14 @@ pub fn prove(
             monitor.advance(bytes(blocks));
         }
     }
-    Ok(kept)
+    Ok(proved_matches)
 }
 
-/// Makes the staging file share what was found, and proves it once more there. Returns the bytes that hold.
+/// Makes the staging file share the blocks of a match, and compares them with their hashes there. Returns the bytes that were shared and have
+/// the right hashes.
 ///
 /// # Errors
-/// Those of the hashes and of the staging file; [`Error::Interrupted`].
+/// Those of [`BlockHashes::get`] and [`Staging::added`]; [`Error::Interrupted`].
 pub(super) fn clone_into(
     seed: &dyn Seed,
     seeded: &SeedMatch,
@@ -169,7 +175,7 @@ pub(super) fn clone_into(
     if monitor.interrupted() {
         return Err(Error::Interrupted);
     }
-    let mut kept = 0;
+    let mut shared_bytes = 0;
     for part in range::parts(seeded.range(), PROVED_BLOCKS) {
         if range::each(part.clone()).all(|block| staging.has(block)) {
             continue;
@@ -179,22 +185,25 @@ pub(super) fn clone_into(
             continue;
         }
         for range in staged_proved(staging, part, hashes)? {
-            kept += bytes(range.end - range.start);
+            shared_bytes += bytes(range.end - range.start);
             monitor.advance(bytes(range.end - range.start));
             staging.added(range)?;
         }
     }
-    Ok(kept)
+    Ok(shared_bytes)
 }
 
-/// The ranges of what is staged whose hashes are those of the source.
+/// The ranges of staged blocks that have the hashes of the source.
+///
+/// # Errors
+/// Those of [`BlockHashes::get`].
 pub(super) fn staged_proved(
     staging: &Staging,
     range: Range<StoreBlock>,
     hashes: &mut dyn BlockHashes,
 ) -> Result<Vec<Range<StoreBlock>>> {
     let mut content = vec![0; (range.end - range.start) as usize * BLOCK_LEN];
-    // What cannot be read back is fetched again.
+    // Blocks that cannot be read back are taken from the source again.
     if staging.read(range.start, &mut content).is_err() {
         return Ok(Vec::new());
     }

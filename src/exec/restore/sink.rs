@@ -1,4 +1,4 @@
-//! Blocks that a source hands over go into the staging file: shared from the disk where it holds the same, written where it does not.
+//! Puts the blocks that a source hands over into the staging file. Blocks that a seed holds are shared from there, and the others are written.
 
 use std::ops::Range;
 
@@ -19,23 +19,25 @@ use crate::range;
 /// The staging file as a sink.
 pub(super) struct StagingSink<'a> {
     pub(super) staging: &'a mut Staging,
-    /// The blocks that are wanted, a list; none means all, since what is offered later may refer to them.
+    /// The ranges of blocks that are wanted, ascending and disjoint. `None` means all, because later offers may refer to them.
     pub(super) wanted: Option<&'a [Range<StoreBlock>]>,
-    /// Blocks from this address on are wanted whatever the list says.
+    /// Blocks from this address on are wanted, even if they are not in `wanted`.
     pub(super) known_end: StoreBlock,
-    /// What the disk seems to hold: compared with what comes before it is shared.
+    /// Blocks that a seed seems to hold. They are compared with those of the source before they are shared.
     pub(super) seeds: Option<(&'a dyn Seed, &'a [SeedMatch])>,
-    pub(super) done: &'a mut Restored,
+    /// The counts of the restore.
+    pub(super) restored: &'a mut Restored,
     pub(super) monitor: &'a dyn Monitor,
 }
 
-/// What came of one frame.
+/// The ranges of a frame's blocks that were put into the staging file.
 struct FrameOutcome {
     written: Vec<Range<StoreBlock>>,
     shared: Vec<Range<StoreBlock>>,
 }
 
 impl StagingSink<'_> {
+    /// The parts of a range that are wanted.
     fn wanted_of(&self, range: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
         match self.wanted {
             Some(wanted) if range.end <= self.known_end => range::overlap(wanted, range),
@@ -43,8 +45,8 @@ impl StagingSink<'_> {
         }
     }
 
-    /// Puts the parts of a frame that are missing where they belong.
-    fn place(&self, frame: &SourceFrame<'_>) -> Result<FrameOutcome> {
+    /// Shares or writes the missing blocks of a frame.
+    fn put(&self, frame: &SourceFrame<'_>) -> Result<FrameOutcome> {
         let missing = self.missing(frame.blocks.clone());
         if missing.is_empty() {
             return Ok(FrameOutcome {
@@ -58,9 +60,9 @@ impl StagingSink<'_> {
             &content[at..at + (range.end - range.start) as usize * BLOCK_LEN]
         };
         let mut shared = Vec::new();
-        if let Some((seed, seeded)) = self.seeds {
+        if let Some((seed, matches)) = self.seeds {
             for range in &missing {
-                share_equal(seed, seeded, range, part(range), self.staging, &mut shared);
+                share_equal(seed, matches, range, part(range), self.staging, &mut shared);
             }
         }
         let written = range::without(&missing, &shared);
@@ -93,25 +95,25 @@ impl BlockSink for StagingSink<'_> {
             .max()
             .unwrap_or(StoreBlock(0));
         self.staging.make_room(end)?;
-        let this = &*self;
-        let placed: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| this.place(frame)).collect();
-        let mut failed = Vec::new();
-        for (at, placed) in placed.into_iter().enumerate() {
-            let FrameOutcome { written, shared } = match placed {
-                Ok(taken) => taken,
+        let sink = &*self;
+        let outcomes: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| sink.put(frame)).collect();
+        let mut damaged = Vec::new();
+        for (number, outcome) in outcomes.into_iter().enumerate() {
+            let FrameOutcome { written, shared } = match outcome {
+                Ok(outcome) => outcome,
                 Err(error @ Error::Damaged { .. }) => {
-                    failed.push((at, error));
+                    damaged.push((number, error));
                     continue;
                 }
                 Err(error) => return Err(error),
             };
-            self.done.written_bytes += range::count(&written) * bytes(1);
-            self.done.seeded_bytes += range::count(&shared) * bytes(1);
+            self.restored.written_bytes += range::count(&written) * bytes(1);
+            self.restored.seeded_bytes += range::count(&shared) * bytes(1);
             for range in written.into_iter().chain(shared) {
                 self.staging.added(range)?;
             }
         }
-        Ok(failed)
+        Ok(damaged)
     }
 
     fn prove(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<bool> {
@@ -134,41 +136,43 @@ impl BlockSink for StagingSink<'_> {
     }
 }
 
-/// Shares the parts of a range that seeds hold, each compared with what came, before and after.
+/// Shares the blocks of a range that a seed holds, and adds them to `shared`. They are compared with the content before and after.
 fn share_equal(
     seed: &dyn Seed,
-    seeded: &[SeedMatch],
+    matches: &[SeedMatch],
     range: &Range<StoreBlock>,
     content: &[u8],
     staging: &Staging,
     shared: &mut Vec<Range<StoreBlock>>,
 ) {
-    let of = |part: &Range<StoreBlock>| {
+    let content_of = |part: &Range<StoreBlock>| {
         let at = (part.start - range.start) as usize * BLOCK_LEN;
         &content[at..at + (part.end - part.start) as usize * BLOCK_LEN]
     };
-    let from = seeded.partition_point(|one| one.first + one.blocks <= range.start);
-    for one in seeded[from..].iter().take_while(|one| one.first < range.end) {
-        let part = one.first.max(range.start)..(one.first + one.blocks).min(range.end);
-        let slot = one.slot + (part.start - one.first);
-        let Ok(found) = seed.content(slot, part.end - part.start) else {
+    let first = matches.partition_point(|seeded| seeded.first + seeded.blocks <= range.start);
+    for seeded in matches[first..].iter().take_while(|seeded| seeded.first < range.end) {
+        let part = seeded.first.max(range.start)..(seeded.first + seeded.blocks).min(range.end);
+        let slot = seeded.slot + (part.start - seeded.first);
+        let Ok(seed_content) = seed.content(slot, part.end - part.start) else {
             continue;
         };
-        for same in equal_blocks(part.start, &found, of(&part)) {
+        for same in equal_blocks(part.start, &seed_content, content_of(&part)) {
             let slot = slot + (same.start - part.start);
             if !seed.share(slot, same.end - same.start, staging.file(), bytes(same.start.0)) {
                 continue;
             }
-            let mut now = vec![0; (same.end - same.start) as usize * BLOCK_LEN];
-            if staging.read(same.start, &mut now).is_ok() && now == of(&same) {
+            let mut staged = vec![0; (same.end - same.start) as usize * BLOCK_LEN];
+            if staging.read(same.start, &mut staged).is_ok() && staged == content_of(&same) {
                 shared.push(same);
             }
         }
     }
 }
 
-/// The maximal ranges of blocks, the first of which is `first`, in which two contents are equal.
-fn equal_blocks(first: StoreBlock, one: &[u8], other: &[u8]) -> Vec<Range<StoreBlock>> {
-    let pairs = one.chunks_exact(BLOCK_LEN).zip(other.chunks_exact(BLOCK_LEN));
-    range::where_true(range::from(first).zip(pairs.map(|(one, other)| one == other)))
+/// The ranges of blocks in which two contents are equal. Both begin with the block `first`.
+fn equal_blocks(first: StoreBlock, seed_content: &[u8], content: &[u8]) -> Vec<Range<StoreBlock>> {
+    let pairs = seed_content
+        .chunks_exact(BLOCK_LEN)
+        .zip(content.chunks_exact(BLOCK_LEN));
+    range::where_true(range::from(first).zip(pairs.map(|(seed_block, block)| seed_block == block)))
 }

@@ -1,8 +1,8 @@
-//! What a restore takes blocks from. Reading an archive that lies in a file and one that comes through a pipe differ in what is known when;
-//! a restore is the same for both.
+//! The port that a restore takes blocks from. An archive in a file has its commit and its hashes before the blocks are read; an archive that
+//! comes through a pipe has them behind the blocks. The restore is the same for both.
 //!
-//! To add a source, implement [`BlockSource`] in a file here: it numbers the blocks that it brings (their store addresses), offers what can be
-//! restored before the blocks come, and hands them over.
+//! To add a source, implement [`BlockSource`] in a file of this folder. A source numbers its blocks (their store addresses), offers images
+//! before it hands over their blocks, and then hands the blocks over.
 
 use std::ops::Range;
 use std::path::Path;
@@ -18,98 +18,102 @@ use crate::plan::restore::Contents;
 /// Images whose blocks a source can hand over.
 #[derive(Debug)]
 pub struct Offer {
-    /// The images, as far as they are known before their blocks.
+    /// The images, as far as they are known before their blocks come.
     pub contents: Arc<Contents>,
-    /// Fingerprints of blocks, by which they can be found on the disk.
+    /// Fingerprints of the blocks, by which seeds are searched for them.
     pub announced: Vec<AnnouncedBlocks>,
-    /// Blocks from this address on are none of those that the contents refer to so far, but may be needed all the same.
+    /// The contents refer to no block from this store address on. Such blocks may be needed all the same, for corrections that come later.
     pub known_end: StoreBlock,
 }
 
-/// What became of an offer.
+/// The end of an offer, after its blocks were handed over.
 #[derive(Debug)]
 pub struct Delivered {
-    /// The images as they are to be restored; none if they are not those that were asked for, or were not committed.
+    /// The images with all corrections. It is `None` if another commit was asked for, or if the images were not committed.
     pub committed: Option<Arc<Contents>>,
-    /// Whether nothing after them can be what was asked for.
+    /// Whether no later offer can be of the commit that was asked for.
     pub is_last: bool,
 }
 
-/// Hashes of blocks, as far as a source knows them.
+/// The hashes of blocks, as far as a source has them.
 pub trait BlockHashes {
-    /// The hash of a block, if it is known and intact.
+    /// The hash of a block. It is `None` if it is lost, or did not come yet.
     ///
     /// # Errors
-    /// Those of reading.
+    /// [`Error::Io`] if the source or its file of hashes cannot be read.
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>>;
 
-    /// Adds the hashes of a range of blocks to the digest of an image, and tells whether all of them are known.
+    /// Adds the hashes of a range of blocks to the digest of an image. Returns whether the source has all of them. If it does not, the
+    /// digest is of no use.
     ///
     /// # Errors
-    /// Those of reading; [`Error::Interrupted`].
+    /// [`Error::Io`] if the source or its file of hashes cannot be read; [`Error::Interrupted`].
     fn add_to(&mut self, digest: &mut Digest<'_>, first: StoreBlock, blocks: u32) -> Result<bool>;
 }
 
-/// Blocks that a source has together, in whichever form.
+/// Consecutive blocks that a source keeps together, such as a compressed frame.
 pub struct SourceFrame<'a> {
-    /// Their store addresses.
+    /// The store addresses of the blocks.
     pub blocks: Range<StoreBlock>,
-    /// Makes their content, whole blocks, and proves it as far as the source can. Several threads make those of several frames.
+    /// Makes the content of the blocks, and compares it with their hashes if the source has them. Several threads call those of several
+    /// frames at once.
     pub content: Box<dyn Fn() -> Result<Vec<u8>> + Sync + Send + 'a>,
 }
 
-/// Where blocks go that a source hands over.
+/// What takes the blocks that a source hands over.
 pub trait BlockSink {
-    /// The parts of a range that are wanted and not there yet.
+    /// The parts of a range that are wanted and that the sink does not have yet.
     fn missing(&self, range: Range<StoreBlock>) -> Vec<Range<StoreBlock>>;
 
-    /// Takes what is missing of some frames. A frame whose content cannot be made is returned with the error, and the others are taken.
+    /// Takes the missing blocks of some frames. For a frame whose content cannot be made, its place in `frames` is returned with the error.
+    /// The other frames are taken.
     ///
     /// # Errors
-    /// Those of writing; [`Error::Interrupted`].
+    /// [`Error::NoSpace`] or [`Error::Io`] if the blocks cannot be written; [`Error::Interrupted`].
     fn take(&mut self, frames: &[SourceFrame<'_>]) -> Result<Vec<(usize, Error)>>;
 
-    /// Compares what is there of some blocks with hashes that came after them, and forgets those that differ. Returns whether all are as
-    /// they should be.
+    /// Compares blocks that the sink took with hashes that came after them, and drops the blocks that differ. Returns whether none
+    /// differs.
     ///
     /// # Errors
-    /// Those of reading back.
+    /// [`Error::Io`] if the blocks cannot be read back.
     fn prove(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<bool>;
 }
 
-/// What a restore takes blocks from.
+/// A source that a restore takes blocks from.
 pub trait BlockSource {
-    /// What messages call it.
+    /// The path of the source, for messages.
     fn path(&self) -> &Path;
 
-    /// The identity of the archive; zeros before anything of it was read.
+    /// The identifier of the archive. It is zeros until something of the archive was read.
     fn id(&self) -> [u8; 16];
 
-    /// The number of the commit by which the work folder is called: an interrupted restore of the same commit goes on there.
+    /// The number of a commit, which is part of the work folder's name. An interrupted restore of the same commit goes on in that folder.
     fn work_number(&self) -> CommitNumber;
 
-    /// The next images whose blocks it can hand over; none if there are no more.
+    /// The next images whose blocks it can hand over, or `None` if there are no more.
     ///
     /// # Errors
-    /// [`Error::Damaged`] and [`Error::Unsupported`] among others.
+    /// [`Error::Damaged`] where the source does not go on after damage; [`Error::Unsupported`] if a newer version made the archive;
+    /// [`Error::Io`] if the source cannot be read; [`Error::Interrupted`].
     fn offer(&mut self) -> Result<Option<Offer>>;
 
-    /// Hands over blocks of the last offer: those of `wanted`, a list, or more. What it cannot hand over it says to whoever listens, and
-    /// leaves out.
+    /// Hands over the blocks of the last offer: those of the ranges `wanted`, or more. Blocks that are damaged are noted to the monitor, and
+    /// left out.
     ///
     /// # Errors
-    /// Those of reading and of the sink; [`Error::Damaged`] where the source does not go on after damage.
+    /// Those of [`BlockSource::offer`] and of the sink.
     fn deliver(&mut self, wanted: &[Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered>;
 
-    /// The hashes of its blocks. Of a pipe they come behind the blocks.
+    /// The hashes of its blocks. Those of a pipe come behind the blocks.
     fn hashes(&mut self) -> &mut dyn BlockHashes;
 
-    /// Whether hashes are known before blocks are handed over.
+    /// Whether the source has the hashes before it hands over the blocks.
     fn knows_hashes(&self) -> bool;
 
-    /// Why there is nothing to restore, after the last offer.
+    /// The error that tells why there is nothing to restore, once there are no more offers.
     fn nothing_committed(&self) -> Error;
 
-    /// Whether images later than those that were delivered last may be lost.
+    /// Whether the archive is damaged behind the commit that was delivered last, so that a later commit may be lost.
     fn has_later_damage(&self) -> bool;
 }

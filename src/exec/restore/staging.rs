@@ -1,5 +1,5 @@
-//! The staging file: wanted blocks at their store addresses, and a journal of which are there, so that an interrupted restore
-//! goes on.
+//! The staging file holds the wanted blocks at their store addresses. A journal beside it says which blocks it holds, so that an interrupted
+//! restore can be resumed.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -22,47 +22,52 @@ use crate::pool::users::FileId;
 use crate::range;
 use crate::sys::readahead::write_out;
 
-/// Bytes written before they are made durable and entered in the journal.
+/// Bytes of blocks after which they are made durable and entered in the journal.
 const SETTLE_BYTES: u64 = 512 << 20;
-/// Bytes after which writing to disk is begun.
+/// Bytes of consecutive blocks after which the kernel is asked to write them to the disk.
 const WRITE_OUT_BYTES: u64 = 32 << 20;
-/// Bytes of a journal that are read.
+/// Bytes of a journal that are read at most. The rest of a longer one is ignored.
 const JOURNAL_BYTES_MAX: u64 = 1 << 30;
-/// The names of both files.
+/// The name of the staging file.
 const BLOCKS: &str = "blocks";
+/// The name of the journal.
 const JOURNAL: &str = "journal";
 
-/// A restore's work folder: staging file and journal. Only its user can read it and write to it.
+/// The work folder of a restore, with the staging file and the journal. Only its user can read and write it.
 #[derive(Debug)]
 pub struct Staging {
     /// The folder that is restored to, in which the work folder lies.
     root: File,
     folder: OwnedFd,
     folder_path: PathBuf,
+    /// The path of the staging file.
     path: PathBuf,
+    /// The staging file.
     file: File,
     journal: File,
+    /// The blocks that the staging file holds.
     present: NumberSet<StoreBlock>,
-    /// Ranges not in the journal yet.
+    /// Ranges of blocks that are not in the journal yet.
     pending: Vec<Range<StoreBlock>>,
     pending_bytes: u64,
-    /// Where writing to disk is to begin next.
+    /// The last consecutive bytes of which the kernel was not asked yet to write them.
     dirty: Option<Range<u64>>,
-    noted: Journal,
+    /// What the journal said when it was opened.
+    journal_at_start: Journal,
 }
 
-/// What a journal says.
+/// The content of a journal.
 #[derive(Debug, Clone, Default)]
 pub struct Journal {
-    /// Ranges of the staging file that were written, ascending by their beginnings.
+    /// Ranges of blocks that were staged, ascending by their beginnings.
     claimed: Vec<Range<StoreBlock>>,
-    /// Files that were made, by the number of the image.
-    images: BTreeMap<usize, Vec<StagingFile>>,
-    /// The restore that the following lines are of.
+    /// Files that were made, by the image's place in the manifest.
+    images: BTreeMap<usize, Vec<JournaledFile>>,
+    /// The restore that the following lines belong to: see [`Staging::note_restore`].
     restore: String,
-    /// Numbers of temporary names: the first, and how many.
+    /// Temporary names: the number of the first one, and how many follow each other.
     temporaries: Vec<(u64, u64)>,
-    /// Bytes on disk of the staging file.
+    /// Bytes that the staging file takes on disk.
     staged_bytes: u64,
 }
 
@@ -71,50 +76,54 @@ pub struct Journal {
 pub struct FileOfImage {
     /// The image, by its place in the commit.
     pub image: usize,
-    /// Which file, and in which state.
+    /// The file, and its state.
     pub state: FileState,
 }
 
-/// A file that was made.
+/// A file that was made, as the journal has it.
 #[derive(Debug, Clone)]
-struct StagingFile {
-    /// The restore it was made for: see [`Staging::note_restore`].
+struct JournaledFile {
+    /// The restore that made it.
     restore: String,
+    /// The state of the file.
     state: FileState,
-    /// Whether it had all of its names then.
+    /// Whether it had all of its names in this state.
     is_placed: bool,
 }
 
 impl Journal {
-    /// Reads the journal of an interrupted restore to the folder `root`; `path` is the work folder there. None if there is none, or it
-    /// cannot be read.
+    /// Reads the journal of an interrupted restore to the folder `root`, in which `path` is the work folder. It returns `None` if there is no
+    /// journal, if it cannot be read, or if another user can write to the work folder.
     pub fn read(root: &File, path: &Path) -> Option<Self> {
         let folder = open_folder(root, path).ok()?;
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let journal = rustix::fs::openat(&folder, JOURNAL, flags, Mode::empty()).ok()?;
-        let mut noted = Self::parse(&mut File::from(journal)).ok()?.0;
+        let (mut journal, _) = Self::parse(&mut File::from(journal)).ok()?;
         let staged = rustix::fs::statat(&folder, BLOCKS, AtFlags::SYMLINK_NOFOLLOW);
         let sectors = staged.map_or(0, |staged| staged.st_blocks);
-        noted.staged_bytes = u64::try_from(sectors).unwrap_or(0) * 512;
-        Some(noted)
+        journal.staged_bytes = u64::try_from(sectors).unwrap_or(0) * 512;
+        Some(journal)
     }
 
-    /// What the whole lines of a journal say, and how many bytes they are: the rest was torn.
-    fn parse(journal: &mut File) -> std::io::Result<(Self, u64)> {
-        let device = journal.metadata()?.dev();
+    /// Reads the whole lines of a journal, and returns their length in bytes. An incomplete last line was torn by an interruption.
+    fn parse(file: &mut File) -> std::io::Result<(Self, u64)> {
+        let device = file.metadata()?.dev();
         let mut text = Vec::new();
-        journal.seek(SeekFrom::Start(0))?;
-        journal.take(JOURNAL_BYTES_MAX).read_to_end(&mut text)?;
+        file.seek(SeekFrom::Start(0))?;
+        file.take(JOURNAL_BYTES_MAX).read_to_end(&mut text)?;
         let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        let mut noted = Self::default();
+        let mut journal = Self::default();
         for line in text[..end].split(|byte| *byte == b'\n') {
-            // What makes no sense is torn, too.
-            let _ = std::str::from_utf8(line).ok().and_then(|line| noted.add(line, device));
+            // A line that makes no sense was torn as well, and is ignored.
+            let _ = std::str::from_utf8(line)
+                .ok()
+                .and_then(|line| journal.add(line, device));
         }
-        noted.claimed.sort_unstable_by_key(|range| range.start);
-        Ok((noted, end as u64))
+        journal.claimed.sort_unstable_by_key(|range| range.start);
+        Ok((journal, end as u64))
     }
 
+    /// Adds what a line says. It returns `None` if the line makes no sense.
     fn add(&mut self, line: &str, device: u64) -> Option<()> {
         let fields: Vec<&str> = line.split(' ').collect();
         match *fields.as_slice() {
@@ -126,7 +135,7 @@ impl Journal {
             [kind @ ("made" | "placed"), image, ref state @ ..] => {
                 let state = state_of(state, device)?;
                 let of_image = self.images.entry(image.parse().ok()?).or_default();
-                of_image.push(StagingFile {
+                of_image.push(JournaledFile {
                     restore: self.restore.clone(),
                     state,
                     is_placed: kind == "placed",
@@ -142,41 +151,42 @@ impl Journal {
         Some(())
     }
 
-    /// Whether a file is what a restore made of an image, with all of its names, and has not changed in any way since.
-    pub fn is_done(&self, restore: &str, image: usize, found: &FileState) -> bool {
-        self.of(Some(restore), image)
-            .any(|made| made.is_placed && made.state == *found)
+    /// Whether a file is the one that a restore made of an image, has all of its names, and did not change in any way since.
+    pub fn is_done(&self, restore: &str, image: usize, state: &FileState) -> bool {
+        self.files_of(Some(restore), image)
+            .any(|file| file.is_placed && file.state == *state)
     }
 
-    /// Whether a file is what a restore, or any if none is given, made of an image, and has not been written to since.
-    pub fn is_ours(&self, restore: Option<&str>, image: usize, found: &FileState) -> bool {
-        self.of(restore, image).any(|made| made.state.is_same_file(found))
+    /// Whether a file is the one that a restore made of an image, and was not written to since. Without `restore`, any restore counts.
+    pub fn is_ours(&self, restore: Option<&str>, image: usize, state: &FileState) -> bool {
+        self.files_of(restore, image).any(|file| file.state.is_same_file(state))
     }
 
-    fn of(&self, restore: Option<&str>, image: usize) -> impl Iterator<Item = &StagingFile> {
-        let made = self.images.get(&image).into_iter().flatten();
-        made.filter(move |made| restore.is_none_or(|restore| made.restore == restore))
+    /// The files that a restore, or any restore, made of an image.
+    fn files_of(&self, restore: Option<&str>, image: usize) -> impl Iterator<Item = &JournaledFile> {
+        let files = self.images.get(&image).into_iter().flatten();
+        files.filter(move |file| restore.is_none_or(|restore| file.restore == restore))
     }
 
-    /// Whether a temporary name of this number was to be used.
+    /// Whether an interrupted restore may have used the temporary name of this number.
     pub fn is_temporary(&self, number: u64) -> bool {
         let is_in = |(first, count): &(u64, u64)| number.wrapping_sub(*first) < *count;
         self.temporaries.iter().any(is_in)
     }
 
-    /// Bytes that are on disk already.
+    /// Bytes that the staging file of the interrupted restore takes on disk.
     pub fn staged_bytes(&self) -> u64 {
         self.staged_bytes
     }
 
-    /// The ranges that were written; nothing of it is proved.
+    /// The ranges of blocks that were staged according to the journal. They have to be compared with their hashes.
     pub fn claimed(&self) -> &[Range<StoreBlock>] {
         &self.claimed
     }
 }
 
-/// A line of the journal: device (`-` for that of the journal, whose number may be another after the next mount), inode, when it was
-/// made, size, and the times of the last writing and change.
+/// A line of the journal on a file: device, inode, the time when the inode was made, size, mtime and ctime. The device is `-` if it is that
+/// of the journal, because its number may be another one after the next mount.
 fn line_of(kind: &str, image: usize, state: &FileState, device: u64) -> String {
     let mut line = format!("{kind} {image} ");
     let _ = match state.id.device {
@@ -195,8 +205,20 @@ fn line_of(kind: &str, image: usize, state: &FileState, device: u64) -> String {
     line
 }
 
+/// The state that the fields of such a line describe.
 fn state_of(fields: &[&str], device: u64) -> Option<FileState> {
-    let &[on, inode, born, born_ns, size, mtime, mtime_ns, ctime, ctime_ns] = fields else {
+    let &[
+        file_device,
+        inode,
+        born,
+        born_ns,
+        size,
+        mtime,
+        mtime_ns,
+        ctime,
+        ctime_ns,
+    ] = fields
+    else {
         return None;
     };
     let time = |seconds: &str, nanoseconds: &str| {
@@ -207,7 +229,11 @@ fn state_of(fields: &[&str], device: u64) -> Option<FileState> {
     };
     Some(FileState {
         id: FileId {
-            device: if on == "-" { device } else { on.parse().ok()? },
+            device: if file_device == "-" {
+                device
+            } else {
+                file_device.parse().ok()?
+            },
             inode: inode.parse().ok()?,
         },
         born: time(born, born_ns)?,
@@ -217,7 +243,10 @@ fn state_of(fields: &[&str], device: u64) -> Option<FileState> {
     })
 }
 
-/// Opens a work folder, which must be one that only this user can write to: what it says is believed.
+/// Opens a work folder. Only this user may be able to write to it, because what its journal says of files is believed.
+///
+/// # Errors
+/// [`Error::NotOurs`] if another user can write to it, or it is no folder; [`Error::Io`] if it cannot be opened.
 fn open_folder(root: &File, path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let name = path.file_name().unwrap_or_default();
@@ -236,11 +265,12 @@ fn open_folder(root: &File, path: &Path) -> Result<OwnedFd> {
 }
 
 impl Staging {
-    /// Makes the work folder `path` in the folder `root`, or opens the one that is there. What its journal says of ranges is not believed
-    /// until [`Staging::confirm`].
+    /// Makes the work folder `path` in the folder `root`, or opens it if it exists. Blocks that its journal claims count as missing until
+    /// [`Staging::confirm`] is called for them.
     ///
     /// # Errors
-    /// Those of the system calls; [`Error::Restoring`] if another import uses it; [`Error::NotOurs`] if someone else made it.
+    /// [`Error::Restoring`] if another import uses it; [`Error::NotOurs`] if another user can write to it; [`Error::Io`] if it cannot be made
+    /// or opened.
     pub fn open(root: &File, path: &Path) -> Result<Self> {
         let name = path.file_name().unwrap_or_default();
         match rustix::fs::mkdirat(root, name, Mode::RWXU) {
@@ -253,15 +283,15 @@ impl Staging {
             let opened = rustix::fs::openat(&folder, name, flags, Mode::RUSR | Mode::WUSR);
             opened.map(File::from).map_err(Error::io("make", &path.join(name)))
         };
-        // Only a folder that has a journal is one of an interrupted restore.
+        // The journal is made first: a folder without one does not count as that of an interrupted restore.
         let mut journal = open(JOURNAL)?;
         if journal.try_lock().is_err() {
             return Err(Error::Restoring { path: path.to_owned() });
         }
         let file = open(BLOCKS)?;
         let journal_path = path.join(JOURNAL);
-        let (noted, end) = Journal::parse(&mut journal).map_err(Error::io("read", &journal_path))?;
-        // A torn line is not to become one with the next.
+        let (journal_at_start, end) = Journal::parse(&mut journal).map_err(Error::io("read", &journal_path))?;
+        // A torn line is removed, so that the next line does not continue it.
         journal.set_len(end).map_err(Error::io("write to", &journal_path))?;
         Ok(Self {
             root: root.try_clone().map_err(Error::io("open the folder of", path))?,
@@ -274,24 +304,24 @@ impl Staging {
             pending: Vec::new(),
             pending_bytes: 0,
             dirty: None,
-            noted,
+            journal_at_start,
         })
     }
 
     /// What the journal said when it was opened.
-    pub fn noted(&self) -> &Journal {
-        &self.noted
+    pub fn journal_at_start(&self) -> &Journal {
+        &self.journal_at_start
     }
 
-    /// Bytes that are on disk.
+    /// Bytes that the staging file takes on disk.
     pub fn staged_bytes(&self) -> u64 {
         self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512)
     }
 
-    /// Makes room for so many blocks.
+    /// Extends the staging file, as a hole, so that it has room for the blocks before `end`.
     ///
     /// # Errors
-    /// Those of the system call.
+    /// [`Error::Io`] if its length cannot be set.
     pub fn make_room(&mut self, end: StoreBlock) -> Result<()> {
         self.present.grow(end.index());
         let length = self.file.metadata().map_err(Error::io("look at", &self.path))?.len();
@@ -303,48 +333,48 @@ impl Staging {
         Ok(())
     }
 
-    /// The file.
+    /// The staging file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Its path, for messages.
+    /// The path of the staging file, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether a block is there.
+    /// Whether a block is staged.
     pub fn has(&self, block: StoreBlock) -> bool {
         self.present.contains(block)
     }
 
-    /// The parts of a range that are there.
+    /// The parts of a range that are staged.
     pub fn present(&self, range: Range<StoreBlock>) -> impl Iterator<Item = Range<StoreBlock>> + '_ {
         self.present.runs(range)
     }
 
-    /// The parts of a range that are not there.
+    /// The parts of a range that are not staged.
     pub fn missing(&self, range: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
         let present: Vec<_> = self.present.runs(range.clone()).collect();
         range::without(std::slice::from_ref(&range), &present)
     }
 
-    /// Says that blocks are there, as the journal said.
+    /// Marks blocks as staged that the journal claims, after they were compared with their hashes.
     pub fn confirm(&mut self, range: Range<StoreBlock>) {
         self.present.insert_range(range);
     }
 
-    /// Says that blocks are not there after all.
+    /// Marks blocks as not staged.
     pub fn forget(&mut self, range: Range<StoreBlock>) {
         for block in range::each(range) {
             self.present.remove(block);
         }
     }
 
-    /// Reads blocks back.
+    /// Reads staged blocks.
     ///
     /// # Errors
-    /// Those of reading.
+    /// [`Error::Io`] with path and range.
     pub fn read(&self, first: StoreBlock, buffer: &mut [u8]) -> Result<()> {
         let length = buffer.len() as u64;
         self.file.read_exact_at(buffer, bytes(first.0)).map_err(Error::io_at(
@@ -355,19 +385,19 @@ impl Staging {
         ))
     }
 
-    /// Writes blocks. May be called by several threads; [`Staging::added`] is called for them afterwards.
+    /// Writes blocks. Several threads may call this at once. [`Staging::added`] has to be called for the blocks afterwards.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] among others.
+    /// [`Error::NoSpace`] or [`Error::Io`].
     pub fn write(&self, first: StoreBlock, content: &[u8]) -> Result<()> {
         let written = self.file.write_all_at(content, bytes(first.0));
         written.map_err(Error::writing("write to", &self.folder_path))
     }
 
-    /// Says that blocks were written or cloned, and now and then makes them durable.
+    /// Marks blocks as staged that were written or cloned. Every `SETTLE_BYTES` it makes them durable.
     ///
     /// # Errors
-    /// Those of making them durable.
+    /// Those of [`Staging::settle`].
     pub fn added(&mut self, range: Range<StoreBlock>) -> Result<()> {
         let span = bytes(range.start.0)..bytes(range.end.0);
         match &mut self.dirty {
@@ -387,10 +417,10 @@ impl Staging {
         Ok(())
     }
 
-    /// Makes everything durable and enters it in the journal.
+    /// Makes all staged blocks durable, and then enters them in the journal.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the staging file or the journal cannot be written.
     pub fn settle(&mut self) -> Result<()> {
         self.file
             .sync_data()
@@ -404,61 +434,66 @@ impl Staging {
         self.note(&lines)
     }
 
-    /// Notes that temporary names are about to be used: so many from a number on.
+    /// Enters in the journal that temporary names are used from now on: so many from a number on.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the journal cannot be written.
     pub fn note_temporaries(&mut self, first: u64, count: u64) -> Result<()> {
         self.note(&format!("temporary {first:016x} {count}\n"))
     }
 
-    /// Notes files that were made of images and are about to get their names.
+    /// Enters files in the journal that were made of images and get their names next.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the journal cannot be written.
     pub fn note_made(&mut self, made: impl Iterator<Item = FileOfImage>) -> Result<()> {
         let device = self.device()?;
         let lines: String = made.map(|one| line_of("made", one.image, &one.state, device)).collect();
         self.note(&lines)
     }
 
-    /// Notes which restore the following lines are of: one commit of one archive, under names of one kind. Digits and letters only.
+    /// Enters in the journal which restore the following lines belong to. `restore` identifies the commit of the archive and the kind of
+    /// names, and consists of digits and letters.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the journal cannot be written.
     pub fn note_restore(&mut self, restore: &str) -> Result<()> {
         self.note(&format!("restore {restore}\n"))
     }
 
-    /// Notes that a file of an image has all of its names. This may be lost in a power cut: then the image is made anew.
+    /// Enters in the journal that the file of an image has all of its names. The line is not made durable: if a power cut loses it, the image
+    /// is made again.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the journal cannot be written.
     pub fn note_placed(&mut self, image: usize, state: &FileState) -> Result<()> {
         let line = line_of("placed", image, state, self.device()?);
         self.append(&line)
             .map_err(Error::writing("write to", &self.folder_path))
     }
 
+    /// The device number of the journal.
     fn device(&self) -> Result<u64> {
         let metadata = self.journal.metadata();
         Ok(metadata.map_err(Error::io("look at", &self.folder_path))?.dev())
     }
 
+    /// Appends lines to the journal, and makes them durable.
     fn note(&mut self, lines: &str) -> Result<()> {
-        let noted = self.append(lines).and_then(|()| self.journal.sync_data());
-        noted.map_err(Error::writing("write to", &self.folder_path))
+        let written = self.append(lines).and_then(|()| self.journal.sync_data());
+        written.map_err(Error::writing("write to", &self.folder_path))
     }
 
+    /// Appends lines to the journal.
     fn append(&mut self, lines: &str) -> std::io::Result<()> {
         self.journal.seek(SeekFrom::End(0))?;
         self.journal.write_all(lines.as_bytes())
     }
 
-    /// Removes the folder. The journal goes last: as long as it is there, it says what is done.
+    /// Removes the work folder. The journal is removed after the staging file, because it says which images are done.
     ///
     /// # Errors
-    /// Those of the system calls.
+    /// [`Error::Io`] if a file or the folder cannot be removed.
     pub fn remove(self) -> Result<()> {
         for name in [BLOCKS, JOURNAL] {
             let removed = rustix::fs::unlinkat(&self.folder, name, AtFlags::empty());
@@ -481,7 +516,7 @@ mod tests {
         let (root, path) = (File::open(folder.path()).unwrap(), folder.path().join("work"));
         assert!(Journal::read(&root, &path).is_none());
         let mut staging = Staging::open(&root, &path).unwrap();
-        assert!(staging.noted().claimed.is_empty());
+        assert!(staging.journal_at_start().claimed.is_empty());
         staging.make_room(StoreBlock(100)).unwrap();
         for first in [3, 4, 50] {
             staging.write(StoreBlock(first), &[7; 4096]).unwrap();
@@ -530,13 +565,13 @@ mod tests {
         );
         staging.note_placed(5, &made).unwrap();
         assert!(noted().is_done("c0ffee", 5, &made) && !noted().is_done("c0ffee", 4, &made));
-        // What another commit made under the name is not what this one holds.
+        // A file that another commit made under the name is not the one of this commit.
         assert!(!noted().is_done("decaf", 5, &made) && !noted().is_ours(Some("decaf"), 5, &made));
         assert!(noted().is_ours(None, 5, &made));
         for (number, is) in [(u64::MAX - 2, false), (u64::MAX - 1, true), (0, true), (1, false)] {
             assert_eq!(noted().is_temporary(number), is, "{number}");
         }
-        // Another name changes nothing of what is in it; the same size and time alone prove nothing.
+        // Another name does not change the content. The same size and mtime alone do not prove that it is unchanged.
         std::fs::hard_link(&name, folder.path().join("y.img")).unwrap();
         let linked = place.state().unwrap();
         assert!(noted().is_ours(Some("c0ffee"), 5, &linked));
@@ -552,7 +587,7 @@ mod tests {
         std::fs::remove_file(&name).unwrap();
         std::fs::write(&name, "content").unwrap();
         assert!(!noted().is_ours(Some("c0ffee"), 5, &place.state().unwrap()));
-        // What others could write to is not believed.
+        // A journal that another user can write to is not believed.
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
         assert!(Journal::read(root.file(), &path).is_none());
         assert!(matches!(Staging::open(root.file(), &path), Err(Error::NotOurs { .. })));

@@ -1,4 +1,4 @@
-//! Images on the disk that may have blocks in common with what is restored: those that were named, or that the index knows.
+//! Finds the images on the disk that restored images may share blocks with: those that were named, or those that the index knows.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::numbers::StoreBlock;
 use crate::ops::{Scope, prepare};
 use crate::plan::seeds::weak_ids;
 
-/// Opens the seeds that were named, or else images that the index knows to have wanted blocks; none if there are none.
+/// Returns what opens the seeds. They are the images that were named, or else images that hold wanted blocks according to the index.
 pub(super) fn opener<'a>(options: &'a ImportOptions, monitor: &'a dyn Monitor) -> Box<OpenSeed<'a>> {
     Box::new(move |wanted, announced| {
         let paths = if options.seeds.is_empty() {
@@ -36,6 +36,10 @@ pub(super) fn opener<'a>(options: &'a ImportOptions, monitor: &'a dyn Monitor) -
     })
 }
 
+/// Opens and surveys images as seeds.
+///
+/// # Errors
+/// [`Error::TwoFilesystems`] if they are not on the filesystem that is restored to; those of [`prepare`].
 fn open(options: &ImportOptions, paths: Vec<PathBuf>, monitor: &dyn Monitor) -> Result<PoolSeed> {
     let scope = Scope {
         paths,
@@ -53,21 +57,21 @@ fn open(options: &ImportOptions, paths: Vec<PathBuf>, monitor: &dyn Monitor) -> 
     Ok(PoolSeed::new(prepared.fs, prepared.facts))
 }
 
-/// Whether there can be any seeds: some are named, or there is an index of the filesystem.
+/// Whether there can be any seeds, because some are named or there is an index of the filesystem.
 pub(super) fn are_possible(options: &ImportOptions) -> bool {
     let has_index = || uuid_at(&options.restore.to).is_some_and(|uuid| index::exists(&options.index, uuid));
     !options.seeds.is_empty() || has_index()
 }
 
-/// Images that the index knows to hold wanted chunks, those with most of them: of the subvolume that is restored to, or of the XFS. None
-/// where the index or the filesystem cannot tell.
+/// The images that hold the most wanted chunks according to the index. They lie in the subvolume that is restored to, or anywhere on an XFS. It
+/// returns `None` if the index or the filesystem cannot tell.
 fn known_images(
     options: &ImportOptions,
     wanted: &[Range<StoreBlock>],
     announced: &[AnnouncedBlocks],
     monitor: &dyn Monitor,
 ) -> Option<Vec<PathBuf>> {
-    /// More of them would bring little.
+    /// Images that are used at most. More of them would bring little.
     const IMAGES_MAX: usize = 64;
     let to = &options.restore.to;
     let uuid = uuid_at(to)?;
@@ -78,8 +82,8 @@ fn known_images(
     let index = index::open(&options.index, uuid, None, monitor).ok()?;
     let addresses = index.extents_with(&|id| ids.contains(&id)).ok()?;
     drop(index);
-    let mut chosen = images_holding(to, addresses, monitor)?;
-    chosen.sort_unstable_by(|a, b| b.cmp(a));
-    chosen.truncate(IMAGES_MAX);
-    Some(chosen.into_iter().map(|image| image.path).collect())
+    let mut holders = images_holding(to, addresses, monitor)?;
+    holders.sort_unstable_by(|a, b| b.cmp(a));
+    holders.truncate(IMAGES_MAX);
+    Some(holders.into_iter().map(|holder| holder.path).collect())
 }
