@@ -9,7 +9,7 @@ use crate::facts::{Extent, Facts, PinReason};
 use crate::fs::opened::name_of_holder;
 use crate::pool::users::FileId;
 use crate::pool::{MountedAt, mounted_at};
-use crate::sys::logical_ino::{self, holders};
+use crate::sys::logical_ino::{self, Holder, holders};
 use crate::sys::tree_search::{FEW, Key, tree_search};
 
 /// `BTRFS_FS_TREE_OBJECTID`: the top-level subvolume, which all others lie in.
@@ -20,7 +20,36 @@ const ROOT_BACKREF: u8 = 144;
 /// The most nested subvolumes that a path leads through.
 const DEPTH_MAX: usize = 64;
 
+/// A file of a btrfs. An inode number means one file in each subvolume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct SubvolumeFile {
+    /// The tree id of the subvolume.
+    root: u64,
+    /// The inode number in it.
+    inode: u64,
+}
+
+impl From<&Holder> for SubvolumeFile {
+    fn from(holder: &Holder) -> Self {
+        Self {
+            root: holder.root,
+            inode: holder.inode,
+        }
+    }
+}
+
 impl Btrfs {
+    /// Returns the files of the images.
+    pub(super) fn own_files(&self) -> HashSet<SubvolumeFile> {
+        let images = self.opened.images.iter();
+        images
+            .map(|image| SubvolumeFile {
+                root: image.root,
+                inode: image.inode,
+            })
+            .collect()
+    }
+
     /// Returns the files outside the pool that hold extents of it, by name, with the bytes that they hold.
     pub(super) fn find_names_of_holders(&self, facts: &Facts) -> BTreeMap<String, u64> {
         /// Extents that the kernel is asked about, the largest first: enough to name the files that matter.
@@ -31,12 +60,7 @@ impl Btrfs {
             .filter(|extent| extent.pinned == Some(PinReason::HeldByOthers))
             .collect();
         held.sort_by_key(|extent| std::cmp::Reverse(extent.disk_bytes));
-        let own_files: HashSet<(u64, u64)> = self
-            .opened
-            .images
-            .iter()
-            .map(|image| (image.root, image.inode))
-            .collect();
+        let own_files = self.own_files();
         let mut bytes = BTreeMap::new();
         for extent in held.into_iter().take(EXTENTS_MAX) {
             let holders = holders(self.opened.scratch.folder(), extent.address)
@@ -45,7 +69,7 @@ impl Btrfs {
                 .unwrap_or_default();
             let others: HashSet<_> = holders
                 .iter()
-                .map(|holder| (holder.root, holder.inode))
+                .map(SubvolumeFile::from)
                 .filter(|file| !own_files.contains(file))
                 .collect();
             for other in others {
@@ -57,16 +81,19 @@ impl Btrfs {
         });
         let mut folders = BTreeMap::new();
         let mut names = BTreeMap::new();
-        for ((root, inode), bytes) in bytes {
-            let folder = folders.entry(root).or_insert_with(|| self.path_of_subvolume(root));
-            let name = self.name_of(folder.as_deref(), root, inode, &mounts);
+        for (file, bytes) in bytes {
+            let folder = folders
+                .entry(file.root)
+                .or_insert_with(|| self.path_of_subvolume(file.root));
+            let name = self.name_of(folder.as_deref(), file, &mounts);
             *names.entry(name).or_insert(0) += bytes;
         }
         names
     }
 
     /// Returns the path of a file from a mount point, or as much of it as is known.
-    fn name_of(&self, subvolume: Option<&Path>, root: u64, inode: u64, mounts: &[MountedAt]) -> String {
+    fn name_of(&self, subvolume: Option<&Path>, file: SubvolumeFile, mounts: &[MountedAt]) -> String {
+        let SubvolumeFile { root, inode } = file;
         let (Some(subvolume), Ok(inside)) = (
             subvolume,
             logical_ino::path_in_subvolume(self.opened.scratch.folder(), root, inode),

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 
+use super::holders::SubvolumeFile;
 use super::{Btrfs, EXTENT_DATA, EXTENT_ITEM, EXTENT_TREE, ROOT_ITEM, ROOT_TREE};
 use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
@@ -393,12 +394,7 @@ impl Btrfs {
         })?;
         let snapshots = self.have_snapshots()?;
         let cannot_tell = snapshots && kernel::misses_holders(kernel::release());
-        let own_files: HashSet<(u64, u64)> = self
-            .opened
-            .images
-            .iter()
-            .map(|image| (image.root, image.inode))
-            .collect();
+        let own_files = self.own_files();
         for (seen, total) in seen.iter_mut().zip(total) {
             if total > seen.references
                 || cannot_tell
@@ -465,11 +461,9 @@ impl Btrfs {
 
     /// Whether anything but the images refers to an extent. Where the kernel cannot tell, since the extent was freed meanwhile or has too
     /// many references to list, it counts as held.
-    fn is_held_elsewhere(&self, address: u64, own_files: &HashSet<(u64, u64)>) -> Result<bool> {
+    fn is_held_elsewhere(&self, address: u64, own_files: &HashSet<SubvolumeFile>) -> Result<bool> {
         match logical_ino::holders(self.opened.scratch.folder(), address) {
-            Ok(Some(holders)) => Ok(holders
-                .iter()
-                .any(|holder| !own_files.contains(&(holder.root, holder.inode)))),
+            Ok(Some(holders)) => Ok(holders.iter().any(|holder| !own_files.contains(&holder.into()))),
             Err(errno @ rustix::io::Errno::PERM) => Err(Error::io(
                 "look for holders of extents of",
                 self.opened.scratch.path(),

@@ -193,20 +193,40 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: K) {
     }
 }
 
-/// Ranks images by the time since their last change, longest first. Returns the state hashes by rank, and the rank of each image.
-fn by_age(images: &[OpenImage]) -> (Vec<u64>, Vec<usize>) {
-    let mut order: Vec<usize> = (0..images.len()).collect();
-    order.sort_by_key(|image| (images[*image].changed_at(), *image));
-    let mut ages = vec![0; images.len()];
-    for (age, image) in order.iter().enumerate() {
-        ages[*image] = age;
-    }
-    (order.iter().map(|image| images[*image].state_hash()).collect(), ages)
+/// The ranks of images by the time since their last change, longest first.
+struct Ages {
+    /// The rank of each image.
+    ranks: Vec<usize>,
+    /// The state hashes of images, by rank.
+    state_hashes: Vec<u64>,
 }
 
-/// An event of the sweep over block addresses.
+impl Ages {
+    fn of(images: &[OpenImage]) -> Self {
+        let mut order: Vec<usize> = (0..images.len()).collect();
+        order.sort_by_key(|image| (images[*image].changed_at(), *image));
+        let mut ranks = vec![0; images.len()];
+        for (rank, image) in order.iter().enumerate() {
+            ranks[*image] = rank;
+        }
+        Self {
+            ranks,
+            state_hashes: order.iter().map(|image| images[*image].state_hash()).collect(),
+        }
+    }
+}
+
+/// The beginning or the end of a range, where the sweep over block addresses stops. Boundaries are ordered by address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Boundary {
+struct Boundary {
+    /// The block's address.
+    at: u64,
+    kind: BoundaryKind,
+}
+
+/// What begins or ends at a [`Boundary`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum BoundaryKind {
     /// A range of an image begins.
     Begin(u32),
     /// A range of an image ends.
@@ -224,34 +244,34 @@ fn cut(
     images: &[OpenImage],
     reverse_map: bool,
 ) -> Result<SpillVec<Extent>> {
-    let (by_age, ages) = by_age(images);
+    let ages = Ages::of(images);
     let range_and_members = |number: u32| {
         let (range, numbers) = ranges.get(number as usize);
-        (range, Members::of(numbers, images, &ages))
+        (range, Members::of(numbers, images, &ages.ranks))
     };
     let mut active = Active::default();
     let mut cutter = Cutter {
-        by_age: &by_age,
+        state_hashes: &ages.state_hashes,
         extents: SpillVec::new_in(ranges.budget()),
-        open: None,
+        run: None,
         slot: Slot::default(),
         eldest: Vec::new(),
     };
-    let mut events = boundaries(ranges, others).into_iter().peekable();
-    while let Some((at, event)) = events.next() {
-        match event {
-            Boundary::Begin(number) => {
+    let mut boundaries = boundaries(ranges, others).into_iter().peekable();
+    while let Some(Boundary { at, kind }) = boundaries.next() {
+        match kind {
+            BoundaryKind::Begin(number) => {
                 let (range, members) = range_and_members(number);
                 active.enter(range, members);
             }
-            Boundary::End(number) => {
+            BoundaryKind::End(number) => {
                 let (range, members) = range_and_members(number);
                 active.leave(range, members);
             }
-            Boundary::BeginOther => active.others += 1,
-            Boundary::EndOther => active.others -= 1,
+            BoundaryKind::BeginOther => active.others += 1,
+            BoundaryKind::EndOther => active.others -= 1,
         }
-        if events.peek().is_some_and(|(next, _)| *next == at) {
+        if boundaries.peek().is_some_and(|next| next.at == at) {
             continue;
         }
         cutter.go_on(at, active.state(reverse_map), active.ages.keys().next().copied())?;
@@ -260,53 +280,72 @@ fn cut(
 }
 
 /// Returns the beginnings and ends of all ranges, in the order of their addresses.
-fn boundaries(ranges: &SharedList<MappedRange>, others: &[SharedBlocks]) -> SpillVec<(u64, Boundary)> {
-    let mut events = SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
+fn boundaries(ranges: &SharedList<MappedRange>, others: &[SharedBlocks]) -> SpillVec<Boundary> {
+    let mut boundaries = SpillVec::with_capacity_in(2 * (ranges.iter().len() + others.len()), ranges.budget());
+    let mut push = |at, kind| boundaries.push(Boundary { at, kind });
     for (number, (range, _)) in (0u32..).zip(ranges.iter()) {
-        events.push((range.block, Boundary::Begin(number)));
-        events.push((range.block + u64::from(range.blocks), Boundary::End(number)));
+        let end = range.block + u64::from(range.blocks);
+        push(range.block, BoundaryKind::Begin(number));
+        push(end, BoundaryKind::End(number));
     }
     for other in others {
-        events.push((other.address / BLOCK_BYTES, Boundary::BeginOther));
-        events.push(((other.address + other.length) / BLOCK_BYTES, Boundary::EndOther));
+        push(other.address / BLOCK_BYTES, BoundaryKind::BeginOther);
+        push((other.address + other.length) / BLOCK_BYTES, BoundaryKind::EndOther);
     }
-    events.sort_unstable();
-    events
+    boundaries.sort_unstable();
+    boundaries
+}
+
+/// A run of blocks that are alike.
+#[derive(Debug, Clone, Copy)]
+struct BlockRun {
+    /// The address of its first block.
+    begin: u64,
+    state: BlockState,
+}
+
+/// The image that is unchanged for longest among those that refer to a block.
+#[derive(Debug, Clone, Copy)]
+struct Eldest {
+    /// The address from which it applies.
+    begin: u64,
+    /// The age rank of the image.
+    rank: usize,
 }
 
 /// Makes extents of runs of blocks that are alike.
 struct Cutter<'a> {
     /// The state hashes of images, by age rank.
-    by_age: &'a [u64],
+    state_hashes: &'a [u64],
     extents: SpillVec<Extent>,
-    /// The current run: the address of its first block, and its properties.
-    open: Option<(u64, BlockState)>,
+    /// The current run.
+    run: Option<BlockRun>,
     /// The first slot of the next extent.
     slot: Slot,
-    /// Blocks are unchanged if one image that refers to them is: the one that is unchanged for longest. This is its age rank for each block
-    /// of the current run, by the address from which it applies.
-    eldest: Vec<(u64, usize)>,
+    /// Blocks are unchanged if one image that refers to them is: the one that is unchanged for longest. These are those images for
+    /// the blocks of the current run, in the order of addresses.
+    eldest: Vec<Eldest>,
 }
 
 impl Cutter<'_> {
     /// Continues at a block: from it on, blocks have these properties, and this is the age rank of the image that is unchanged for longest.
     fn go_on(&mut self, at: u64, state: Option<BlockState>, eldest: Option<usize>) -> Result<()> {
-        if self.open.map(|(_, state)| state) != state {
+        if self.run.map(|run| run.state) != state {
             self.close(at)?;
             self.eldest.clear();
-            self.open = state.map(|state| (at, state));
+            self.run = state.map(|state| BlockRun { begin: at, state });
         }
-        if let Some(age) = eldest
-            && self.eldest.last().is_none_or(|(_, last)| *last != age)
+        if let Some(rank) = eldest
+            && self.eldest.last().is_none_or(|last| last.rank != rank)
         {
-            self.eldest.push((at, age));
+            self.eldest.push(Eldest { begin: at, rank });
         }
         Ok(())
     }
 
     /// Ends the current run before a block, and makes extents of it.
     fn close(&mut self, end: u64) -> Result<()> {
-        let Some((mut from, state)) = self.open.take() else {
+        let Some(BlockRun { begin: mut from, state }) = self.run.take() else {
             return Ok(());
         };
         while from < end {
@@ -336,12 +375,12 @@ impl Cutter<'_> {
     /// Returns the generation of the blocks from `from` to `end`, which tells them from later blocks at the same addresses.
     fn generation(&self, from: u64, end: u64) -> u64 {
         let eldest = &self.eldest;
-        let first = eldest.partition_point(|(begin, _)| *begin <= from).saturating_sub(1);
-        let overlapping = eldest[first..].iter().take_while(|(begin, _)| *begin < end);
-        let overlapping: BTreeSet<usize> = overlapping.map(|(_, age)| *age).collect();
+        let first = eldest.partition_point(|eldest| eldest.begin <= from).saturating_sub(1);
+        let overlapping = eldest[first..].iter().take_while(|eldest| eldest.begin < end);
+        let ranks: BTreeSet<usize> = overlapping.map(|eldest| eldest.rank).collect();
         let mut generation = xxhash_rust::xxh3::Xxh3Default::new();
-        for age in overlapping {
-            generation.update(&self.by_age[age].to_le_bytes());
+        for rank in ranks {
+            generation.update(&self.state_hashes[rank].to_le_bytes());
         }
         generation.digest()
     }
