@@ -122,43 +122,43 @@ macro_rules! place {
 }
 
 number! {
-    /// An image, by its place in the list of images that a run works on.
+    /// An image. The number is its index in the list of images that a run works on.
     ImageId
 }
 place!(ImageId);
 
 number! {
-    /// A machine that images belong to, by its place among those of a run.
+    /// A machine that images belong to. The machines of a run are numbered in the order of their first images.
     MachineId
 }
 place!(MachineId);
 
 number! {
-    /// A set of images, by its place among those of a [`crate::facts::SharedList`].
+    /// A set of images that have items of a [`crate::facts::SharedList`] in common. The number is its index among the sets of that list.
     ImageSetId
 }
 place!(ImageSetId);
 
 number! {
-    /// An extent, by its place in [`crate::facts::Facts::extents`].
+    /// An extent of the pool. The number is its index in [`crate::facts::Facts::extents`].
     ExtentId
 }
 place!(ExtentId);
 
 number! {
-    /// A donor extent, by its place in [`crate::plan::Layout::donors`].
+    /// An extent that a plan writes to a donor. The number is its index in [`crate::plan::Layout::donors`].
     DonorExtentId
 }
 place!(DonorExtentId);
 
 number! {
-    /// A donor that was made, by its place among those of a filesystem.
+    /// A donor that [`crate::fs::Filesystem::create_donor`] made. A filesystem numbers its donors in the order in which it makes them.
     DonorId
 }
 place!(DonorId);
 
 number! {
-    /// A donor file of a plan, by its place in [`crate::plan::ReclaimPlan::donor_files`].
+    /// A donor file that a plan asks for. The number is its index in [`crate::plan::ReclaimPlan::donor_files`].
     DonorFileId
 }
 place!(DonorFileId);
@@ -261,7 +261,7 @@ number! {
 block_number!(StoreBlock);
 
 number! {
-    /// A block of an extent, numbered across all extents of a pool: extent after extent, in the order of their addresses.
+    /// A block of an extent. Slots are numbered across all extents of a pool, in the order of the extents' addresses.
     ///
     /// 32 bits number 16 TiB of distinct extents; a pool with more is refused ([`crate::error::Error::TooLarge`]).
     Slot

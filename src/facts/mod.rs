@@ -294,7 +294,7 @@ pub struct Facts {
     pub proofs: Proofs,
     /// How many slots a block table may hold; a pool with more is sampled.
     pub table_slots_max: usize,
-    /// For each image, the machine that it belongs to; where there is none, each image is on its own.
+    /// The machine that each image belongs to. If the list is empty, each image counts as a machine of its own.
     pub machines: Vec<MachineId>,
     /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.

@@ -148,20 +148,20 @@ impl Pages {
         }
     }
 
-    /// The cell for a place of the file.
+    /// Returns the cell for a place of the file.
     #[inline]
     fn cell(&self, at: usize) -> &AtomicU64 {
         &self.cells[at % (FRAMES * PAGE)]
     }
 
-    /// Keeps the fingerprint of a place.
+    /// Puts the fingerprint of a place into its cell.
     #[inline]
     fn put(&self, at: usize, fingerprint: u32) {
         self.cell(at)
             .store(mark(at) << 32 | u64::from(fingerprint), Ordering::Relaxed);
     }
 
-    /// The fingerprint at a place of the file.
+    /// Returns the fingerprint at a place of the file, and reads its page if the cell has another one.
     #[inline]
     fn get(&self, file: &SpillFile, at: usize) -> u32 {
         let cell = self.cell(at).load(Ordering::Relaxed);
@@ -173,7 +173,7 @@ impl Pages {
         }
     }
 
-    /// Reads the page of a place into memory, and returns the fingerprint at the place.
+    /// Reads the page of a place into the cache, and returns the fingerprint at the place.
     #[cold]
     fn load(&self, file: &SpillFile, at: usize) -> u32 {
         let first = at - at % PAGE;
@@ -188,7 +188,7 @@ impl Pages {
     }
 }
 
-/// What the cell for a place has in its upper half: the number of the page, plus one, since no cell holds anything at first.
+/// Returns the upper half of the cell for a place: the number of the page, plus one, since cells are 0 at first.
 #[inline]
 fn mark(at: usize) -> u64 {
     at as u64 / PAGE as u64 + 1

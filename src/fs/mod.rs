@@ -73,7 +73,7 @@ pub struct HeldRange {
     pub preallocated: bool,
 }
 
-/// A range of an image, and the extent that it refers to.
+/// A range of an image, and the address of the extent that it refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExtentReference {
     /// The address of the extent in bytes.

@@ -63,16 +63,16 @@ impl PlannedPool {
 /// Where slots come from, range by range.
 #[derive(Debug)]
 struct SlotOrigins {
-    /// In the order of the planned pool's slots, which they cover.
+    /// They cover the slots of the planned pool, and are in the order of these.
     runs: SpillVec<SlotOrigin>,
 }
 
-/// A range of slots of the planned pool, and the slots of the pool as it is that it stands for.
+/// A range of slots of the planned pool, and the slots of the present pool whose content it has.
 #[derive(Debug, Clone, Copy)]
 struct SlotOrigin {
     /// First slot in the planned pool.
     new: Slot,
-    /// First slot in the pool as it is.
+    /// First slot in the present pool.
     old: Slot,
     blocks: u32,
 }

@@ -126,7 +126,7 @@ pub fn plan_export(
     Some(planner.plan)
 }
 
-/// Blocks of the store that look like wanted ones.
+/// Consecutive blocks of the store that have the fingerprints of wanted blocks.
 #[derive(Debug, Clone, Copy)]
 struct StoredRun {
     first: StoreBlock,

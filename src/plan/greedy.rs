@@ -149,12 +149,12 @@ struct ReferenceLimits {
     images: Vec<ImageReferences>,
 }
 
-/// How many references an image has.
+/// The number of references that an image has, and its limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct ImageReferences {
-    /// As decided so far.
+    /// The number after what was decided so far.
     now: u64,
-    /// At most.
+    /// The number that the image may have at most.
     max: u64,
 }
 
@@ -638,12 +638,12 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// How many blocks of some runs are found, by what they are.
+/// Counts of the blocks that runs share, by what the blocks become.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct MatchedBlocks {
-    /// Those that become holes.
+    /// Blocks that become holes.
     pub(super) zeros: u32,
-    /// Those that are found in homes.
+    /// Blocks that become references to their homes.
     pub(super) duplicates: u32,
 }
 

@@ -65,9 +65,9 @@ pub enum BlockDestination {
     Kept(Slot),
     /// In a donor extent.
     Donor {
-        /// Which.
+        /// The donor extent.
         extent: DonorExtentId,
-        /// The first block in it.
+        /// First block in the donor extent.
         block: u32,
     },
 }
@@ -105,12 +105,12 @@ struct OpenDonor {
     references: u32,
 }
 
-/// Where the beginning of a range of slots ends up.
+/// The destination of the first blocks of a range of slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resolved {
-    /// For how many blocks that holds.
+    /// The number of blocks that lie there one after the other.
     pub blocks: u32,
-    /// Where the first of them ends up; the others follow it.
+    /// The destination of the first of these blocks.
     pub destination: BlockDestination,
 }
 
@@ -369,7 +369,7 @@ impl Layout {
         }
     }
 
-    /// Where the beginning of a range of live slots ends up.
+    /// Returns the destination of the first blocks of a range of live slots.
     pub fn resolve(&self, facts: &Facts, slots: Range<Slot>) -> Resolved {
         let resolved = |blocks, destination| Resolved { blocks, destination };
         let (mut slot, mut blocks) = (slots.start, slots.end - slots.start);

@@ -157,7 +157,7 @@ pub struct ReclaimPlan {
     pub batches: Vec<Batch>,
     /// Donor files to write, by batch.
     pub donor_files: Vec<DonorFile>,
-    /// For each donor extent, where it is to be.
+    /// The place of each donor extent.
     donor_places: SpillVec<ops::DonorPlace>,
     /// Bytes on disk that will be freed, by reason.
     pub freed: BytesByReason,

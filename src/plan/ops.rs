@@ -24,7 +24,7 @@ pub struct DonorFile {
     pub extents: Vec<DonorExtentId>,
 }
 
-/// Where a donor extent is to be.
+/// The place of a donor extent in a donor file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct DonorPlace {
     /// The donor file that holds it.
@@ -51,14 +51,14 @@ pub enum ShareSource {
     Image {
         /// The image.
         image: ImageId,
-        /// First block in it.
+        /// First block in the image.
         block: u32,
     },
     /// A range of a donor file.
     Donor {
-        /// The file.
+        /// The donor file.
         file: DonorFileId,
-        /// First block in it.
+        /// First block in the donor file.
         block: u32,
     },
     /// No data at all.
@@ -66,7 +66,7 @@ pub enum ShareSource {
 }
 
 impl ShareSource {
-    /// What it is so many blocks further on.
+    /// Returns the source that lies `blocks` blocks further on.
     fn beyond(self, blocks: u32) -> Self {
         match self {
             Self::Image { image, block } => Self::Image {
@@ -205,16 +205,16 @@ impl WorkSpace {
     }
 }
 
-/// What eliminating one extent means.
+/// The elimination of one extent, with its gain and its needs.
 struct Eliminated {
     elimination: Elimination,
-    /// Bytes on disk that it frees, by the reason for which they are freed.
+    /// The bytes on disk that it frees, each with the reason why they are freed.
     freed: Vec<(EliminationReason, u64)>,
-    /// The batch of the last donor that it needs, if any.
+    /// The batch of the last donor that it needs; `None` if it needs no donor.
     batch: Option<u32>,
 }
 
-/// What eliminating one extent frees, why, and when it can be done.
+/// Works out what the elimination of one extent frees, and which batch it belongs to.
 fn eliminate(facts: &Facts, plan: &ReclaimPlan, extent: ExtentId) -> Eliminated {
     let (layout, this) = (&plan.layout, &facts.extents[extent.index()]);
     let runs = layout.runs_of(facts, extent);

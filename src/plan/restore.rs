@@ -268,16 +268,16 @@ pub struct Destination {
     pub staged_bytes: u64,
     /// What stands under the names that images get.
     pub names: BTreeMap<PathBuf, NameState>,
-    /// Images whose machine runs, or would take another file for them after a crash.
+    /// Images whose machine runs, or would replace them by another file after a crash.
     pub signs: Vec<MachineSign>,
 }
 
-/// An image that a machine uses or would use, as a file says.
+/// An image that a machine runs from or would run from, and the file that is the sign of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineSign {
-    /// The image's path, absolute.
+    /// The absolute path of the image.
     pub image: PathBuf,
-    /// The path of the file that says so, absolute.
+    /// The absolute path of the sign.
     pub sign: PathBuf,
 }
 

@@ -5,8 +5,9 @@ use std::marker::PhantomData;
 use crate::fingerprint::Fingerprints;
 use crate::numbers::Number;
 
-/// Blocks by fingerprint, each by its number: its slot in a pool, or its store address. They lie in an open-addressed hash table of
-/// groups; all tags of a group are compared at once. It takes [`BYTES_PER_BLOCK`] of memory for each block.
+/// The blocks that have a fingerprint. A block is known by its number, which is its slot in a pool or its store address. The blocks lie
+/// in an open-addressed hash table of groups; all tags of a group are compared at once. The table takes [`BYTES_PER_BLOCK`] of memory for
+/// each block.
 ///
 /// Where there are more blocks than the table may hold, only a sample of the fingerprints is entered and looked up. A fingerprint
 /// itself decides whether it belongs to the sample, so that of two equal runs the same blocks do; matches grow from those in both
@@ -39,13 +40,13 @@ const CANDIDATES_MAX: usize = 64;
 /// Groups that one search looks at, at most. Guests can choose fingerprints that fill one region of the table.
 const STEPS_MAX: usize = 1024 / GROUP;
 
-/// Of so many blocks, with room for so many in a table, one fingerprint in how many can be looked up.
+/// Returns 1 if a table with room for `blocks_max` of `blocks` blocks has every fingerprint, and n if it has one of n.
 pub(super) fn sampled(blocks: usize, blocks_max: usize) -> u32 {
     1 << sample_bits(blocks, blocks_max)
 }
 
 impl<N: Number> BlockTable<N> {
-    /// An empty table for so many blocks, that holds so many of them at most.
+    /// Makes an empty table for `blocks` blocks, which holds `blocks_max` of them at most.
     pub(super) fn new(blocks: usize, blocks_max: usize) -> Self {
         let sample_bits = sample_bits(blocks, blocks_max);
         let capacity = blocks >> sample_bits;
@@ -76,7 +77,7 @@ impl<N: Number> BlockTable<N> {
         group.checked_sub(self.tags.len()).unwrap_or(group)
     }
 
-    /// How many steps from `home` it is to a group that has a free place; at most [`STEPS_MAX`] less one.
+    /// Returns the number of steps from `home` to the first group that has a free place, which is at most [`STEPS_MAX`] less one.
     fn last_step(&self, home: usize) -> usize {
         let last = STEPS_MAX.min(self.tags.len()) - 1;
         (0..last)
@@ -84,7 +85,7 @@ impl<N: Number> BlockTable<N> {
             .unwrap_or(last)
     }
 
-    /// The blocks entered for a fingerprint, latest first.
+    /// Returns the blocks entered for a fingerprint, latest first.
     pub(super) fn candidates<'a>(&'a self, fingerprint: u32, fingerprints: &'a Fingerprints<N>) -> Candidates<'a, N> {
         let home = self.home(fingerprint);
         let steps = if self.has(fingerprint) {
@@ -105,7 +106,7 @@ impl<N: Number> BlockTable<N> {
         }
     }
 
-    /// Enters a block under its fingerprint, unless that has enough of them.
+    /// Enters a block under its fingerprint, unless enough blocks are entered for it.
     pub(super) fn enter<M: PartialEq>(
         &mut self,
         block: N,
@@ -141,20 +142,21 @@ impl<N: Number> BlockTable<N> {
     }
 }
 
-/// The blocks entered for a fingerprint. Planning spends most of its time here. This is one loop rather than a chain of adapters, since the
-/// code around them decides whether the compiler inlines those.
+/// An iterator over the blocks entered for a fingerprint. Planning spends most of its time here. It is one loop rather than a chain of
+/// adapters, since the code around a chain decides whether the compiler inlines it.
 pub(super) struct Candidates<'a, N> {
     table: &'a BlockTable<N>,
     fingerprints: &'a Fingerprints<N>,
     fingerprint: u32,
     tag: u8,
     home: usize,
-    /// Groups from `home` on that are still to be looked at, the last of them first.
+    /// The number of groups from `home` on that remain to be looked at. The last of them comes first.
     steps: usize,
-    /// The group that is being looked at, and its places with the tag that are left.
+    /// The group that is being looked at.
     group: usize,
+    /// Its places with the tag that remain to be looked at.
     places: Places,
-    /// Candidates that may still be returned.
+    /// The number of candidates that may still be returned.
     left: usize,
 }
 
@@ -181,15 +183,15 @@ impl<N: Number> Iterator for Candidates<'_, N> {
     }
 }
 
-/// The places of a group that have a tag, last first: the upper bit of a byte is set for each.
+/// The places of a group that have a tag, last first. The upper bit of a place's byte is set if the place has the tag.
 struct Places(u128);
 
 impl Places {
     #[inline]
     fn of(tags: &[u8; GROUP], tag: u8) -> Self {
-        /// One in each byte.
+        /// The number 1 in each byte.
         const ONES: u128 = u128::MAX / 255;
-        // A byte of `other` is zero where the tag is; the upper bit of a byte of what is returned is set just there.
+        // A byte of `other` is 0 if the place has the tag. The upper bit of every other byte is set below, and then inverted.
         let other = u128::from_le_bytes(*tags) ^ (ONES * u128::from(tag));
         let low = ONES * 0x7f;
         Self(!(((other & low) + low) | other | low))
@@ -207,7 +209,7 @@ impl Iterator for Places {
     }
 }
 
-/// How many bits of a fingerprint's hash must be zero for `blocks_max` of `blocks` to be in the sample.
+/// Returns how many bits of a fingerprint's hash must be zero so that `blocks_max` of `blocks` blocks are in the sample.
 fn sample_bits(blocks: usize, blocks_max: usize) -> u32 {
     const SAMPLE_BITS_MAX: u32 = 20;
     (0..SAMPLE_BITS_MAX)

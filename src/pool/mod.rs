@@ -346,11 +346,11 @@ struct Search {
     pool: Pool,
 }
 
-/// An image that is a newer state of another, the clean one.
+/// A `-dirty.img` file, and the image that it is a newer state of.
 struct DirtyImage {
     dirty: FileId,
     clean: FileId,
-    /// How many links the clean one has.
+    /// The number of hard links of the clean image.
     clean_links: u64,
 }
 

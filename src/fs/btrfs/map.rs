@@ -213,7 +213,7 @@ struct Reading {
     seen: SpillVec<SeenExtent>,
     /// The number of seen extents from which duplicates are merged.
     merge_at: usize,
-    /// What images map, before all extents are known.
+    /// The references of images, before all extents are known.
     references: Collector<ExtentReference>,
     inline_bytes: u64,
     inline: Vec<ImageId>,
