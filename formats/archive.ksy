@@ -5,7 +5,8 @@ meta:
   license: MIT OR Apache-2.0
   endian: le
 doc: |
-  Specified in words in archive-v1.md. Payloads of PLAN and COMMIT stay bytes here: with encoding 1 they are one zstd frame.
+  Specified in words in archive-v1.md. Payloads of PLAN, LIST and COMMIT stay bytes here: with encoding 1 they are one zstd frame.
+  Bodies with a mask, of sealed records and of unknown kinds stay bytes too.
 seq:
   - id: records
     type: record
@@ -21,10 +22,15 @@ enums:
     7: parity
     8: key
     9: note
+    10: list
+    11: signature
   part:
-    0: images
+    0: planned_images
     1: blocks
-    2: corrections
+    2: final_images
+  list_part:
+    0: records
+    1: images
   encoding:
     0: raw
     1: zstd
@@ -36,7 +42,7 @@ types:
       - id: body
         size: header.body_length
         type:
-          switch-on: header.kind
+          switch-on: "header.mask == 0 and not header.sealed ? header.kind : kind::note"
           cases:
             kind::head: head
             kind::plan: plan
@@ -44,6 +50,7 @@ types:
             kind::index: index
             kind::commit: commit
             kind::tail: tail
+            kind::list: list
   header:
     seq:
       - id: magic
@@ -56,27 +63,42 @@ types:
         valid: 1
       - id: flags
         type: u2
-        doc: Bit 0 critical, bit 1 encrypted (reserved).
+        doc: Bit 0 critical, bit 1 sealed.
         valid:
-          max: 1
-      - id: reserved
-        contents: [0, 0, 0, 0]
+          max: 3
+      - id: suite
+        type: u1
+        doc: Of a sealed record, 1 AES-256-GCM, 2 ChaCha20-Poly1305.
+        valid:
+          expr: "sealed or _ == 0"
+      - id: key
+        type: u1
+        valid:
+          expr: "sealed or _ == 0"
+      - id: mask
+        type: u2
+        doc: 0, or the number of the mask that the body is XORed with.
       - id: archive
         size: 16
       - id: epoch
-        type: u8
+        size: 8
       - id: sequence
         type: u8
       - id: body_length
         type: u8
         valid:
-          max: 33554432
+          max: 34603008
       - id: body_hash
         size: 32
-        doc: BLAKE3 of the body as stored.
+        doc: BLAKE3 of the body without its mask.
       - id: header_hash
         size: 8
         doc: First bytes of BLAKE3 of the 88 bytes before.
+    instances:
+      critical:
+        value: "(flags & 1) == 1"
+      sealed:
+        value: "(flags & 2) == 2"
   head:
     seq:
       - id: major
@@ -105,16 +127,14 @@ types:
         size: 32
   plan:
     seq:
-      - id: commit
-        type: u4
-      - id: part
-        type: u1
-        enum: part
-        valid:
-          in-enum: true
       - id: encoding
         type: u1
         enum: encoding
+        valid:
+          in-enum: true
+      - id: part
+        type: u1
+        enum: part
         valid:
           in-enum: true
       - id: last
@@ -126,13 +146,32 @@ types:
       - id: plain_length
         type: u4
         valid:
+          min: 4
+          max: 4194304
+      - id: payload
+        size-eos: true
+  list:
+    seq:
+      - id: encoding
+        type: u1
+        enum: encoding
+        valid:
+          in-enum: true
+      - id: part
+        type: u1
+        enum: list_part
+        valid:
+          in-enum: true
+      - id: reserved
+        contents: [0, 0]
+      - id: plain_length
+        type: u4
+        valid:
           max: 4194304
       - id: payload
         size-eos: true
   pack:
     seq:
-      - id: table_hash
-        size: 32
       - id: first_block
         type: u8
       - id: num_frames
@@ -140,8 +179,11 @@ types:
         valid:
           min: 1
           max: 8192
-      - id: reserved
-        contents: [0, 0, 0, 0]
+      - id: num_blocks
+        type: u4
+        doc: From its first to its last, gaps included.
+        valid:
+          max: 262144
       - id: table
         type: frame_info
         repeat: expr
@@ -150,11 +192,19 @@ types:
         size: table[_index].stored_length
         repeat: expr
         repeat-expr: num_frames
+      - id: padding
+        size-eos: true
+        doc: Zeros.
   frame_info:
     seq:
+      - id: block
+        type: u4
+        doc: The frame's first block less the pack's.
       - id: stored_length
         type: u4
-      - id: blocks
+        valid:
+          max: 4194304
+      - id: num_blocks
         type: u2
         valid:
           min: 1
@@ -165,7 +215,7 @@ types:
         valid:
           in-enum: true
       - id: reserved
-        contents: [0]
+        contents: [0, 0, 0, 0, 0]
       - id: hash
         size: 32
         doc: BLAKE3 of the stored bytes.
@@ -185,17 +235,47 @@ types:
         repeat-expr: num_hashes
   commit:
     seq:
+      - id: features_read
+        type: u8
+      - id: features_append
+        type: u8
+      - id: number
+        type: u4
+        valid:
+          min: 1
+          max: 4294967294
+      - id: store_end
+        type: u4
+        valid:
+          max: 4294967294
+      - id: previous
+        type: commit_location
+        doc: The COMMIT before it in its lane, or zeros.
+      - id: len_clear
+        type: u4
+        valid:
+          min: 104
+      - id: reserved
+        contents: [0, 0, 0, 0]
+      - id: archive
+        size: 16
+        valid: _parent.header.archive
+      - id: epoch
+        size: 8
+        valid: _parent.header.epoch
+      - id: later_fields
+        size: len_clear - 104
       - id: encoding
         type: u1
         enum: encoding
         valid:
           in-enum: true
-      - id: reserved
+      - id: reserved2
         contents: [0, 0, 0]
       - id: plain_length
         type: u4
         valid:
-          max: 16777216
+          max: 98304
       - id: payload
         size-eos: true
   tail:

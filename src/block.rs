@@ -90,7 +90,12 @@ impl<N: Number> NumberSet<N> {
         let (mut at, end) = (within.start.bare(), within.end.bare());
         std::iter::from_fn(move || {
             while at < end && !self.contains(N::of(at)) {
-                at += 1;
+                // Nothing is in a whole word, or behind the last one.
+                at = match self.words.get(at as usize / 64) {
+                    None => end,
+                    Some(0) => end.min((at | 63).saturating_add(1)),
+                    Some(_) => at + 1,
+                };
             }
             let start = at;
             while at < end && self.contains(N::of(at)) {

@@ -125,6 +125,41 @@ mod tests {
         assert_eq!(found, include_str!("../testdata/cuts-v1.txt").trim());
     }
 
+    /// Cuts as `formats/index-v1.md` says it in words.
+    fn cut_as_specified(fingerprints: &[u32], gear: &[u64]) -> Vec<u16> {
+        let mut stream = Vec::new();
+        for fingerprint in fingerprints {
+            let mut state = u64::from(*fingerprint);
+            (0..8).for_each(|_| stream.extend(split_mix(&mut state).to_le_bytes()));
+        }
+        let (mut start, mut lengths) = (0, Vec::new());
+        while start < stream.len() {
+            let end = (stream.len() - start).min(1024);
+            let mut hash = 0u64;
+            let is_cut = |i: &usize| {
+                hash = (hash << 1).wrapping_add(gear[usize::from(stream[start + i])]);
+                hash & if *i < 256 { 0x0000_0190_0035_3000 } else { 0x1803_5100 } == 0
+            };
+            let length = (64..end).find(is_cut).unwrap_or(end).div_ceil(64);
+            lengths.push(u16::try_from(length).unwrap());
+            start += length * 64;
+        }
+        lengths
+    }
+
+    #[test]
+    fn cuts_are_as_the_format_says() {
+        let gear: Vec<u64> = include_str!("../testdata/gear-v1.txt")
+            .split_whitespace()
+            .map(|number| u64::from_str_radix(number, 16).unwrap())
+            .collect();
+        assert_eq!(gear.len(), 256);
+        for count in [0, 1, 2, 5, 16, 17, 4000] {
+            let stream = &golden_stream()[..count];
+            assert_eq!(cut_as_specified(stream, &gear), lengths(stream), "{count}");
+        }
+    }
+
     proptest! {
         #[test]
         fn chunks_cover_the_stream_within_their_limits(stream in prop::collection::vec(0u32..50, 0..600)) {

@@ -1,6 +1,7 @@
 //! What images hold, as archives record it: the content of each range, and a file's metadata.
 
 use crate::numbers::{Slot, StoreBlock};
+use crate::spill::SpillVec;
 
 /// What a range of an image holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,7 +55,7 @@ impl Run {
 }
 
 /// Appends a run to a list, and merges it with the last run where their contents are contiguous. An empty run is dropped.
-pub fn push_run(runs: &mut Vec<Run>, run: Run) {
+pub fn push_run(runs: &mut SpillVec<Run>, run: Run) {
     if run.blocks > 0 && !runs.last_mut().is_some_and(|last| last.absorb(run)) {
         runs.push(run);
     }

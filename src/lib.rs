@@ -16,13 +16,13 @@
 //! archive     records of archives: what they hold, writing, reading
 //! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
-//! spill       lists of millions of items, in memory up to a budget and in files beyond it
 //! frame       zstd frames that btrfs stores as they are
 //! chunk       content-defined chunks
 //! fingerprint fingerprints of blocks
 //! own_folder  folders that nobody else can write to
 //! monitor     the caller's progress and interruption, as a trait
 //! error       every error, with its kind and its hint
+//! spill       lists of millions of items, in memory up to a budget and in files beyond it
 //! content     what images hold, as archives keep it
 //! codec       numbers and strings as bytes, and back, with limits
 //! shown       names and sizes as people read them

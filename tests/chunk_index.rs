@@ -8,13 +8,12 @@
 )]
 
 use std::ops::Range;
-use std::path::PathBuf;
 
 use vmfold::archive::commit::{Commit, CommitLocation};
 use vmfold::archive::reader::Committed;
 use vmfold::block::{BLOCK_BYTES, SlotSet};
 use vmfold::chunk::{Chunk, Chunker};
-use vmfold::content::{Content, FileTime, KnownSlots};
+use vmfold::content::{Content, KnownSlots};
 use vmfold::facts::Facts;
 use vmfold::fingerprint::FingerprintFunction;
 use vmfold::index::{self, ChunkIndex, MemoryIndex, StoredSlots};
@@ -144,20 +143,15 @@ fn commit(number: u32, hash: u8) -> Committed {
     Committed {
         commit: Commit {
             number: CommitNumber(number),
-            time: FileTime::default(),
-            label: String::new(),
-            root: PathBuf::new(),
-            previous: CommitLocation::default(),
             store_end: StoreBlock(100),
-            images: Vec::new(),
-            records: Vec::new(),
+            ..Commit::default()
         },
         location: CommitLocation {
             offset: 0,
             length: 1,
             body_hash: [hash; 32],
         },
-        salvaged: false,
+        ..Committed::default()
     }
 }
 

@@ -1,9 +1,10 @@
-//! Goal: no bytes make a reader panic, hang or take unbounded memory. Method: a short, repeatable run of what the fuzzers in
-//! `tests/fuzz` do without end (`cargo fuzz run archive` there): golden archives with bytes changed, lengths and counts made hostile, and
-//! all hashes made right again, under an allocator that refuses what exceeds the stated limit.
+//! Goal: no archive makes a reader panic, hang, take unbounded memory, restore a wrong byte or say of what is lost that it is intact.
+//! Method: golden archives that are changed below their hashes, which are made right again, and damaged ones; every verb is run on each, under
+//! an allocator that counts. `VMFOLD_FUZZ_ROUNDS` makes it long. Fuzzers in `tests/fuzz` do the same without end.
 
 #![allow(
     clippy::unwrap_used,
+    clippy::print_stdout,
     missing_docs,
     unsafe_code,
     reason = "a test that cannot go on has failed; an allocator is unsafe by its trait"
@@ -12,15 +13,27 @@
 #[path = "common/mod.rs"]
 mod common;
 #[path = "fuzz/harness.rs"]
+#[allow(dead_code, reason = "fuzzers use another part")]
 mod harness;
+#[path = "fuzz/mutate.rs"]
+mod mutate;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::Random;
-
-/// Bytes that reading an archive of some KiB may take in all: a record of the greatest size, decoded, and what it is made into.
-const LIMIT_BYTES: usize = 256 << 20;
+use harness::{Harness, Verb};
+use vmfold::archive::commit::{Commit, CommitLocation};
+use vmfold::archive::list::{self, ImageSummary, Listed, OtherLane, RecordLocation};
+use vmfold::archive::reader::Archive;
+use vmfold::archive::record::{EpochId, LaneId, RecordKind, hash_of};
+use vmfold::monitor::Silent;
+use vmfold::numbers::{CommitNumber, StoreBlock};
+use vmfold::ops::import::import_in_order;
+use vmfold::ops::verify::verify_store;
+use vmfold::store::MemoryStore;
+use vmfold::testing::raw_archive::{RawArchive, RawRecord};
 
 struct Counting;
 
@@ -51,42 +64,97 @@ static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const GOLDEN: &[u8] = include_bytes!("../testdata/archive-v1.vmfold");
+/// The most bytes that were taken since this was asked last.
+fn peak_bytes() -> usize {
+    static BEFORE: AtomicUsize = AtomicUsize::new(0);
+    let peak = PEAK.load(Ordering::Relaxed);
+    let now = NOW.load(Ordering::Relaxed);
+    PEAK.store(now, Ordering::Relaxed);
+    peak.saturating_sub(BEFORE.swap(now, Ordering::Relaxed))
+}
 
-/// Numbers that decoders must not believe.
-const HOSTILE: [u64; 10] = [
-    0,
-    1,
-    0x7f,
-    0xffff,
-    0x7fff_ffff,
-    0xffff_fffe,
-    0xffff_ffff,
-    1 << 44,
-    u64::MAX / 2,
-    u64::MAX,
-];
+fn golden_archives() -> Vec<Vec<u8>> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata");
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut paths: Vec<_> = entries
+        .filter(|path| path.extension().is_some_and(|end| end == "vmfold"))
+        .collect();
+    paths.sort();
+    paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
+}
 
-fn change(bytes: &mut [u8], random: &mut Random) {
-    let at = usize::try_from(random.below(bytes.len() as u64 - 8)).unwrap();
-    match random.below(6) {
-        0 => bytes[at] ^= 1 << random.below(8),
-        1 => bytes[at] = u8::try_from(random.below(256)).unwrap(),
-        2 => {
-            let number = HOSTILE[usize::try_from(random.below(10)).unwrap()];
-            bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+/// An archive of simulated images, with the same bytes each time.
+fn simulated_archive(folder: &std::path::Path) -> Vec<u8> {
+    let mut archive = RawArchive::read(&harness::simulated_archive(folder));
+    let epochs: Vec<EpochId> = archive.records.iter().map(|record| record.epoch).collect();
+    for record in &mut archive.records {
+        let epoch = epochs.iter().position(|epoch| *epoch == record.epoch).unwrap();
+        (record.lane, record.epoch) = (LaneId([8; 16]), EpochId(epoch as u64));
+        if record.kind == RecordKind::Commit {
+            let commit = Commit::decode(&record.body).unwrap();
+            let fixed = Commit {
+                time: vmfold::content::FileTime::default(),
+                host: "host".into(),
+                lane: record.lane,
+                epoch: record.epoch,
+                ..commit
+            };
+            record.body = fixed.encode().unwrap();
         }
-        3 => {
-            let number = HOSTILE[usize::try_from(random.below(10)).unwrap()];
-            bytes[at..at + 4].copy_from_slice(&number.to_le_bytes()[..4]);
+    }
+    archive.sealed()
+}
+
+fn from_environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap())
+}
+
+/// The verbs that `VMFOLD_FUZZ_VERBS` names, as they are called in [`Verb`]; all of them if it is not set.
+fn verbs() -> Vec<Verb> {
+    let Ok(text) = std::env::var("VMFOLD_FUZZ_VERBS") else {
+        return harness::ALL.to_vec();
+    };
+    let named = |verb: &&Verb| {
+        text.split(',')
+            .any(|name| name.eq_ignore_ascii_case(&format!("{verb:?}")))
+    };
+    harness::ALL.iter().filter(named).copied().collect()
+}
+
+/// A golden archive that is changed.
+struct Base {
+    bytes: Vec<u8>,
+    archive: RawArchive,
+    is_readable: bool,
+}
+
+impl Base {
+    fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            archive: RawArchive::read(&bytes),
+            is_readable: Archive::open(Arc::new(MemoryStore::of(bytes.clone()))).is_ok(),
+            bytes,
         }
-        4 => {
-            let from = usize::try_from(random.below(bytes.len() as u64 - 64)).unwrap();
-            let piece = bytes[from..from + 64].to_vec();
-            let end = (at + 64).min(bytes.len());
-            bytes[at..end].copy_from_slice(&piece[..end - at]);
+    }
+}
+
+fn mutated(bases: &[Base], others: &[RawArchive], random: &mut Random) -> Vec<u8> {
+    // Most of what is made of archives that are refused is refused.
+    let takes_all = random.below(10) == 0;
+    let chosen: Vec<&Base> = bases.iter().filter(|base| base.is_readable || takes_all).collect();
+    let Base { bytes, archive, .. } = chosen[usize::try_from(random.below(chosen.len() as u64)).unwrap()];
+    match random.below(10) {
+        0 => {
+            let mut bytes = bytes.clone();
+            mutate::damage(&mut bytes, random);
+            bytes
         }
-        _ => bytes[at] = 0xff,
+        1 | 2 => {
+            let mut bytes = mutate::sealed(archive, others, random);
+            mutate::damage(&mut bytes, random);
+            bytes
+        }
+        _ => mutate::sealed(archive, others, random),
     }
 }
 
@@ -96,76 +164,409 @@ fn hostile_archives_end_in_errors() {
     let folder = tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())
         .unwrap();
-    let mut random = Random(2026);
-    for round in 0..1000 {
-        let mut bytes = GOLDEN.to_vec();
-        for _ in 0..=random.below(4) {
-            change(&mut bytes, &mut random);
+    let (rounds, first) = (
+        from_environment("VMFOLD_FUZZ_ROUNDS", 60),
+        from_environment("VMFOLD_FUZZ_FIRST", 1),
+    );
+    let mut goldens = golden_archives();
+    goldens.push(simulated_archive(folder.path()));
+    let mut harness = Harness::new(folder.path(), &peak_bytes);
+    for bytes in &goldens {
+        harness.trust(bytes);
+        let problems = harness.check(bytes, &harness::ALL);
+        assert!(problems.is_empty(), "{problems:?}");
+    }
+    let bases: Vec<Base> = goldens.into_iter().map(Base::new).collect();
+    let others: Vec<RawArchive> = bases.iter().map(|base| base.archive.clone()).collect();
+    let (verbs, mut failed) = (verbs(), 0);
+    for round in first..first + rounds {
+        // Each round can be run alone.
+        let bytes = mutated(&bases, &others, &mut Random(round.wrapping_mul(0x9e37)));
+        let problems = harness.check(&bytes, &verbs);
+        if !problems.is_empty() {
+            failed += 1;
+            println!("round {round}: {problems:#?}");
+            if let Some(kept) = std::env::var_os("VMFOLD_FUZZ_KEEP") {
+                let kept = std::path::Path::new(&kept);
+                std::fs::write(kept.join(format!("{round}.vmfold")), &bytes).unwrap();
+                let exported = folder.path().join("exported.vmfold");
+                let _ = std::fs::copy(&exported, kept.join(format!("{round}-exported.vmfold")));
+                let _ = std::fs::remove_file(exported);
+            }
+            assert!(failed < 20, "too many rounds failed");
         }
-        if round % 3 > 0 {
-            harness::seal(&mut bytes);
+    }
+    for (verb, (runs, successes, longest)) in &harness.counts {
+        println!("{verb:?}: {runs} runs, {successes} without an error, the longest took {longest:?}");
+    }
+    assert_eq!(failed, 0);
+}
+
+#[test]
+fn hostile_bodies_end_in_errors() {
+    const LIMIT_BYTES: usize = 256 << 20;
+    let _turn = TURN.lock();
+    let rounds = from_environment("VMFOLD_FUZZ_ROUNDS", 4000);
+    let mut random = Random(from_environment("VMFOLD_FUZZ_FIRST", 2027));
+    let archives: Vec<RawArchive> = golden_archives().iter().map(|bytes| RawArchive::read(bytes)).collect();
+    let records: Vec<_> = archives.iter().flat_map(|archive| &archive.records).collect();
+    for round in 0..rounds {
+        let record = records[usize::try_from(random.below(records.len() as u64)).unwrap()];
+        let mut body = record.body.clone();
+        for _ in 0..=random.below(3) {
+            mutate::change_body(record.kind, &mut body, &mut random);
         }
-        if round % 50 == 0 {
-            bytes.truncate(usize::try_from(random.below(bytes.len() as u64)).unwrap());
-        }
-        let before = NOW.load(Ordering::Relaxed);
-        PEAK.store(before, Ordering::Relaxed);
-        harness::archive(&bytes, folder.path());
-        harness::stream(&bytes);
-        let took = PEAK.load(Ordering::Relaxed).saturating_sub(before);
+        peak_bytes();
+        harness::decoders(&body);
+        harness::stream(&body);
+        let took = peak_bytes();
         assert!(took < LIMIT_BYTES, "round {round} took {took} bytes");
+    }
+}
+
+/// What the runs above found once, made by hand: nothing is wrong with what comes of these any more. Returns whether `verify` calls it intact.
+fn check_by_hand(case: &str, bytes: &[u8]) -> bool {
+    let _turn = TURN.lock();
+    let folder = tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap();
+    let mut harness = Harness::new(folder.path(), &peak_bytes);
+    let problems = harness.check(bytes, &harness::ALL);
+    assert!(problems.is_empty(), "{case}: {problems:?}");
+    let verified = verify_store(Arc::new(MemoryStore::of(bytes.to_vec())), &Silent::default());
+    verified.is_ok_and(|verified| verified.damage.is_empty() && verified.lost.is_empty())
+}
+
+fn simulated() -> RawArchive {
+    let _turn = TURN.lock();
+    let folder = tempfile::tempdir().unwrap();
+    RawArchive::read(&simulated_archive(folder.path()))
+}
+
+/// The places of the records of a kind.
+fn places(archive: &RawArchive, kind: RecordKind) -> Vec<usize> {
+    let records = archive.records.iter().enumerate();
+    records
+        .filter(|(_, record)| record.kind == kind)
+        .map(|(place, _)| place)
+        .collect()
+}
+
+/// Changes what a commit lists, in all copies of its LISTs. Commits are counted from 0.
+fn with_listed(archive: &mut RawArchive, commit: usize, change: impl Fn(&mut Listed, &mut Vec<ImageSummary>)) {
+    let epoch = archive.records[places(archive, RecordKind::Commit)[2 * commit]].epoch;
+    for record in &mut archive.records {
+        if (record.kind, record.epoch) == (RecordKind::List, epoch) {
+            let (mut listed, mut images) = (Listed::default(), Vec::new());
+            list::add_any(&mut listed, &mut images, &record.body, record.lane).unwrap();
+            change(&mut listed, &mut images);
+            record.body = list::encode(&listed, &images, record.lane).unwrap().remove(0).1;
+        }
     }
 }
 
 #[test]
-fn hostile_payloads_end_in_errors() {
-    let _turn = TURN.lock();
-    let mut random = Random(2027);
-    let mut at = 0;
-    let mut bodies: Vec<Vec<u8>> = Vec::new();
-    while at < GOLDEN.len() {
-        let length = usize::try_from(u64::from_le_bytes(GOLDEN[at + 48..at + 56].try_into().unwrap())).unwrap();
-        bodies.push(GOLDEN[at + 96..at + 96 + length].to_vec());
-        at += 96 + length;
-    }
-    // Payloads as they are before compression: there the counts and lengths are.
-    let commit = vmfold::archive::commit::Commit::decode(&bodies[9]).unwrap();
-    let mut raw = commit.encode().unwrap();
-    raw.truncate(200);
-    bodies.push(raw);
-    for plain in raw_payloads(&bodies) {
-        bodies.push(plain);
-    }
-    for round in 0..20_000 {
-        let body = &bodies[usize::try_from(random.below(bodies.len() as u64)).unwrap()];
-        if body.len() < 80 {
-            continue;
+fn images_that_no_list_names_are_not_restored() {
+    let mut archive = simulated();
+    with_listed(&mut archive, 1, |_, images| images.truncate(1));
+    assert!(check_by_hand("an image less", &archive.sealed()));
+}
+
+#[test]
+fn a_pipe_tells_which_of_two_packs_it_took_a_block_from() {
+    let mut archive = simulated();
+    let (pack, index) = (
+        places(&archive, RecordKind::Pack)[1],
+        places(&archive, RecordKind::Index)[1],
+    );
+    let sequence = archive.records[pack].sequence;
+    let other = RawRecord {
+        sequence: 1000,
+        body: mutate::with_first_block_changed(&archive.records[pack].body),
+        ..archive.records[pack].clone()
+    };
+    let dropped = archive.records.remove(index).sequence;
+    archive.records.insert(pack, other);
+    with_listed(&mut archive, 1, |listed, _| {
+        listed.records.retain(|record| record.sequence != dropped);
+        let own = listed
+            .records
+            .iter()
+            .find(|record| record.sequence == sequence)
+            .copied();
+        let added = own.map(|own| RecordLocation {
+            sequence: 1000,
+            blocks: 1,
+            ..own
+        });
+        listed.records.extend(added);
+    });
+    assert!(!check_by_hand("two packs of a block", &archive.sealed()));
+}
+
+#[test]
+fn a_commit_whose_first_copy_has_another_header_is_damage_and_counts() {
+    let mut archive = simulated();
+    let commits = places(&archive, RecordKind::Commit);
+    archive.records[commits[2]].epoch = archive.records[commits[0]].epoch;
+    assert!(!check_by_hand("another epoch", &archive.sealed()));
+}
+
+#[test]
+fn an_export_refers_to_no_block_that_its_index_does_not_prove() {
+    let mut archive = simulated();
+    let index = places(&archive, RecordKind::Index)[1];
+    archive.records[index].body[20] ^= 1;
+    assert!(!check_by_hand("another hash", &archive.sealed()));
+}
+
+#[test]
+fn an_export_to_an_archive_that_lost_some_bytes_keeps_what_it_has() {
+    let archive = simulated();
+    let note = places(&archive, RecordKind::Note)[0];
+    let mut bytes = archive.sealed();
+    let before = RawArchive {
+        records: archive.records[..note].to_vec(),
+        ..archive.clone()
+    };
+    let start = before.sealed().len();
+    bytes.drain(start + 200..start + 3000);
+    assert!(!check_by_hand("bytes less", &bytes));
+}
+
+#[test]
+fn what_only_a_later_commit_lists_is_intact_only_if_the_earlier_one_can_use_it() {
+    let mut archive = simulated();
+    let moved = |record: &RecordLocation| matches!(record.kind, RecordKind::Pack | RecordKind::Index);
+    let mut taken = Vec::new();
+    let list = archive.records[places(&archive, RecordKind::List)[0]].clone();
+    let mut listed = Listed::default();
+    listed.add(&list.body, list.lane).unwrap();
+    taken.extend(listed.records.iter().filter(|record| moved(record)).copied());
+    with_listed(&mut archive, 0, |listed, _| {
+        listed.records.retain(|record| !moved(record));
+    });
+    with_listed(&mut archive, 1, |listed, images| {
+        if images.is_empty() {
+            listed.records.extend(taken.iter().copied());
         }
-        let mut bytes = body.clone();
-        for _ in 0..=random.below(3) {
-            change(&mut bytes, &mut random);
-        }
-        let before = NOW.load(Ordering::Relaxed);
-        PEAK.store(before, Ordering::Relaxed);
-        harness::decoders(&bytes);
-        let took = PEAK.load(Ordering::Relaxed).saturating_sub(before);
-        assert!(took < LIMIT_BYTES, "round {round} took {took} bytes");
+    });
+    assert!(!check_by_hand("listed by the next commit", &archive.sealed()));
+}
+
+#[test]
+fn a_record_behind_the_last_commit_is_lost() {
+    let mut archive = simulated();
+    let (plan, tail) = (places(&archive, RecordKind::Plan)[1], archive.records.len() - 1);
+    archive.records.swap(plan, tail);
+    assert!(!check_by_hand("a PLAN at the end", &archive.sealed()));
+}
+
+/// A genuine commit does not vouch for blocks of another that stands before it in a pipe.
+#[test]
+fn blocks_of_a_forged_commit_are_not_taken_for_those_of_the_next_one() {
+    let genuine = simulated();
+    let mut archive = genuine.clone();
+    let (pack, index) = (
+        places(&archive, RecordKind::Pack)[0],
+        places(&archive, RecordKind::Index)[0],
+    );
+    let body = mutate::with_content_changed(&archive.records[pack].body);
+    archive.records[pack].body = body;
+    archive.records.remove(index);
+    let start = places(&archive, RecordKind::Head)[1];
+    let forged = archive.records[..start].to_vec();
+    let mut bytes = RawArchive {
+        records: forged,
+        ..genuine.clone()
+    }
+    .sealed();
+    let of_genuine = genuine.sealed();
+    let second = places(&genuine, RecordKind::Head)[1];
+    let first = RawArchive {
+        records: genuine.records[..second].to_vec(),
+        ..genuine.clone()
+    };
+    bytes.extend(&of_genuine[first.sealed().len()..]);
+    // A frame is lost, so that no digest can be made.
+    let pack = bytes
+        .windows(8)
+        .rposition(|window| window == 127u64.to_le_bytes())
+        .unwrap();
+    bytes[pack + 70] ^= 1;
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("to");
+    let options = harness::import_options(&to, folder.path(), true);
+    let done = import_in_order(&MemoryStore::of(bytes), &options, &Silent::default());
+    for entry in std::fs::read_dir(&to).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        assert!(!name.contains(".img"), "{name} of {done:?}");
     }
 }
 
-/// Bodies of PLANs and COMMITs again, with their payload stored raw.
-fn raw_payloads(bodies: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    let mut found = Vec::new();
-    for (fixed, encoding) in [(12, 5), (8, 0)] {
-        for body in bodies.iter().filter(|body| body.len() > fixed && body[encoding] == 1) {
-            if let Ok(plain) = zstd::bulk::decompress(&body[fixed..], 1 << 20) {
-                let mut raw = body[..fixed].to_vec();
-                raw[encoding] = 0;
-                raw.extend(plain);
-                found.push(raw);
+/// What an INDEX says of some blocks of a frame is compared with them, though of the others nothing is known yet.
+#[test]
+fn a_frame_of_known_and_unknown_blocks_is_compared_with_what_is_known() {
+    let mut archive = simulated();
+    let (first, pack) = (
+        places(&archive, RecordKind::Pack)[0],
+        places(&archive, RecordKind::Pack)[1],
+    );
+    let sequence = archive.records[pack].sequence;
+    let moved = mutate::with_home(&archive.records[pack].body, StoreBlock(113));
+    archive.records[pack].body = moved;
+    with_listed(&mut archive, 1, |listed, _| {
+        let its = listed.records.iter_mut().filter(|record| record.sequence == sequence);
+        its.for_each(|record| record.first = StoreBlock(113));
+    });
+    let dropped = archive.records.remove(first).sequence;
+    with_listed(&mut archive, 0, |listed, _| {
+        listed.records.retain(|record| record.sequence != dropped);
+    });
+    assert!(!check_by_hand(
+        "a pack at both sides of the end of a commit",
+        &archive.sealed()
+    ));
+}
+
+/// With `--partial` too, an export that did not end is none.
+#[test]
+fn an_epoch_that_never_committed_is_not_restored() {
+    let archive = simulated();
+    let (pack, list) = (
+        places(&archive, RecordKind::Pack)[1],
+        places(&archive, RecordKind::List)[5],
+    );
+    let up_to = |end: usize| {
+        let records = archive.records[..end].to_vec();
+        RawArchive {
+            records,
+            ..archive.clone()
+        }
+        .sealed()
+        .len()
+    };
+    let mut bytes = archive.sealed();
+    bytes[up_to(pack) + 300] ^= 1;
+    bytes.truncate(up_to(list) + 100);
+    assert!(check_by_hand("cut before its COMMIT", &bytes));
+}
+
+/// Another lane's last commit is found, whichever commit of this one names which of them.
+#[test]
+fn all_commits_of_another_lane_are_found() {
+    let golden = RawArchive::read(include_bytes!("../testdata/archive-v1.vmfold"));
+    let (first, second) = (simulated(), golden);
+    let epochs = |archive: &RawArchive| {
+        let start = places(archive, RecordKind::Head)[1];
+        (archive.records[..start].to_vec(), archive.records[start..].to_vec())
+    };
+    let ((x1, x2), (y1, y2)) = (epochs(&first), epochs(&second));
+    let mut both = RawArchive {
+        records: [x1, y1, x2, y2].concat(),
+        keeps_previous: false,
+    };
+    let lane = both.records[0].lane;
+    let own = both.records.last().unwrap().lane;
+    let named_by: Vec<EpochId> = {
+        let commits = places(&both, RecordKind::Commit).into_iter();
+        let own = commits.filter(|place| both.records[*place].lane == own);
+        let mut named: Vec<EpochId> = own.map(|place| both.records[place].epoch).collect();
+        named.dedup();
+        named
+    };
+    // What a LIST says of where COMMITs are changes where they are, until it does not.
+    for _ in 0..8 {
+        let sealed = both.sealed();
+        let placed = RawArchive::read(&sealed);
+        for (number, epoch) in (1..).zip(&named_by) {
+            let mut offset = 0;
+            let mut location = None;
+            for record in &placed.records {
+                let is_it = (record.kind, record.lane) == (RecordKind::Commit, lane)
+                    && Commit::decode(&record.body).is_ok_and(|commit| commit.number.0 == number);
+                if is_it && location.is_none() {
+                    location = Some(CommitLocation {
+                        offset,
+                        length: (96 + record.body.len()) as u64,
+                        body_hash: hash_of(&record.body),
+                    });
+                }
+                offset += (96 + record.body.len()) as u64;
+            }
+            let other = OtherLane {
+                lane,
+                number: CommitNumber(number),
+                location: location.unwrap(),
+            };
+            for record in &mut both.records {
+                let mut listed = Listed::default();
+                if (record.kind, record.epoch) == (RecordKind::List, *epoch)
+                    && listed.add(&record.body, record.lane).is_ok()
+                {
+                    listed.other_lanes = vec![other];
+                    record.body = list::encode(&listed, &[], record.lane).unwrap().remove(0).1;
+                }
             }
         }
     }
-    assert!(!found.is_empty());
-    found
+    let bytes = both.sealed();
+    let archive = Archive::open(Arc::new(MemoryStore::of(bytes.clone()))).unwrap();
+    assert_eq!(archive.commits().len(), 4);
+    assert!(check_by_hand("two lanes", &bytes));
+}
+
+/// What commits list as used is large once it is decompressed.
+#[test]
+fn lists_that_decompress_to_much_take_bounded_memory() {
+    let mut archive = simulated();
+    let start = places(&archive, RecordKind::Head)[1];
+    let epoch = archive.records.split_off(start);
+    let uses = vec![StoreBlock(0)..StoreBlock(0); 300_000];
+    for number in 2..40u32 {
+        let kept = epoch
+            .iter()
+            .filter(|record| !matches!(record.kind, RecordKind::Pack | RecordKind::Index));
+        for record in kept {
+            let mut record = RawRecord {
+                epoch: EpochId(number.into()),
+                sequence: archive.records.len() as u64 + 100,
+                ..record.clone()
+            };
+            if let Ok(mut commit) = Commit::decode(&record.body)
+                && record.kind == RecordKind::Commit
+            {
+                commit.number = CommitNumber(number);
+                commit.epoch = record.epoch;
+                let lists = archive.records.iter().filter(|one| one.kind == RecordKind::List);
+                let own: Vec<u64> = lists
+                    .filter(|one| one.epoch == record.epoch)
+                    .map(|one| one.sequence)
+                    .collect();
+                commit
+                    .lists
+                    .iter_mut()
+                    .zip(&own)
+                    .for_each(|(list, own)| list.sequence = *own);
+                record.body = commit.encode().unwrap();
+            }
+            let mut listed = Listed::default();
+            if record.kind == RecordKind::List && listed.add(&record.body, record.lane).is_ok() {
+                listed.records.clear();
+                listed.uses.clone_from(&uses);
+                record.body = list::encode(&listed, &[], record.lane).unwrap().remove(0).1;
+            }
+            archive.records.push(record);
+        }
+    }
+    let bytes = archive.sealed();
+    let opened = Archive::open(Arc::new(MemoryStore::of(bytes.clone()))).unwrap();
+    assert_eq!(opened.commits().len(), 39);
+    drop(opened);
+    let _turn = TURN.lock();
+    peak_bytes();
+    drop(Archive::open(Arc::new(MemoryStore::of(bytes.clone()))));
+    let _ = verify_store(Arc::new(MemoryStore::of(bytes)), &Silent::default());
+    let took = peak_bytes();
+    assert!(took < 48 << 20, "{took}");
 }

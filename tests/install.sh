@@ -22,3 +22,5 @@ need setfattr attr attr
 need qemu-io qemu-utils qemu-img
 need node nodejs nodejs
 need npm npm npm
+# Debian packs Python without what makes an environment; no command of that name exists, so that it is always installed then.
+python3 -c 'import ensurepip' 2>/dev/null || need python3-with-venv python3-venv python3

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Mounted, can_mount};
-use vmfold::archive::manifest::AnnouncedBlocks;
+use vmfold::archive::announced::AnnouncedBlocks;
 use vmfold::archive::reader::Archive;
 use vmfold::block::{BLOCK_LEN, bytes};
 use vmfold::error::Result;
@@ -66,6 +66,7 @@ fn archive(folder: &Path) -> Archive {
         revisions: Revisions::All,
         archive: ArchivePlace::Pipe,
         level: 3,
+        trusts_archive: false,
         label: String::new(),
     };
     let pool = OpenPool::new(&fs, Some(MemoryIndex::default().open(FingerprintFunction::Crc32c)));
@@ -166,8 +167,8 @@ fn seeds_conform() {
     let commit = archive.commit(None).unwrap();
     let announced = archive.announced(commit).unwrap();
     let mut stored = BTreeMap::new();
-    for pack in archive.packs(StoreBlock(0), commit.commit.store_end) {
-        for located in archive.frames(pack).unwrap() {
+    for pack in archive.packs(commit, StoreBlock(0)..commit.commit.store_end) {
+        for located in archive.frames(&pack.location).unwrap() {
             let content = archive.frame(&located).unwrap();
             stored.extend(range::from(located.frame.first).zip(content.chunks(BLOCK_LEN).map(<[u8]>::to_vec)));
         }
@@ -196,7 +197,7 @@ fn a_restore_takes_what_there_is_from_whatever_seed() {
             to: fs.mount.join(name),
             ..RestoreOptions::default()
         };
-        let mut source = ArchiveSource::open(&archive, None, true, &monitor).unwrap();
+        let mut source = ArchiveSource::open(&archive, None, true, &Budget::default(), &monitor).unwrap();
         let open = |_: &[Range<StoreBlock>], _: &[AnnouncedBlocks]| Ok(Some(make()));
         let restore = Restore::new(&options, Root::look(&options.to).unwrap(), &mut source, &open, &monitor);
         let done = restore.execute().unwrap();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use vmfold::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
 use vmfold::archive::reader::Archive;
-use vmfold::archive::record::{Hash, hash_of};
+use vmfold::archive::record::{Hash, LaneId, hash_of};
 use vmfold::block::{BLOCK_LEN, bytes};
 use vmfold::content::{Content, Metadata, Run};
 use vmfold::error::{Error, Result};
@@ -23,6 +23,7 @@ use vmfold::monitor::Silent;
 use vmfold::numbers::{CommitNumber, StoreBlock};
 use vmfold::plan::restore::{CommitName, Contents, wanted};
 use vmfold::range;
+use vmfold::spill::Budget;
 use vmfold::store::MemoryStore;
 
 const GOLDEN: &[u8] = include_bytes!("../testdata/archive-v1.vmfold");
@@ -54,7 +55,7 @@ impl MemorySource {
                 content: Content::Stored(StoreBlock(next)),
             };
             next += image.blocks();
-            let runs = if run.blocks > 0 { vec![run] } else { Vec::new() };
+            let runs = (run.blocks > 0).then_some(run).into_iter().collect();
             manifest.images.push(ImageRuns { image, runs });
         }
         let contents = Contents {
@@ -90,8 +91,8 @@ impl BlockSource for MemorySource {
     fn path(&self) -> &Path {
         Path::new("memory")
     }
-    fn id(&self) -> [u8; 16] {
-        [7; 16]
+    fn id(&self) -> LaneId {
+        LaneId([7; 16])
     }
     fn work_number(&self) -> CommitNumber {
         CommitNumber(1)
@@ -200,7 +201,7 @@ fn conforms(source: &mut dyn BlockSource, context: &str) -> Sums {
         }
     }
     assert!(offers > 0, "{context}: nothing was offered");
-    assert_ne!(source.id(), [0; 16], "{context}");
+    assert_ne!(source.id(), LaneId::default(), "{context}");
     assert!(!source.has_later_damage(), "{context}");
     assert!(!source.nothing_committed().to_string().is_empty(), "{context}");
     let contents: Arc<Contents> = committed.unwrap_or_else(|| panic!("{context}: nothing was committed"));
@@ -222,10 +223,15 @@ fn conforms(source: &mut dyn BlockSource, context: &str) -> Sums {
         }
         content.resize(usize::try_from(image.image.size).unwrap(), 0);
         let mut has_all = true;
-        let found = digest(&image.runs, &Silent::default(), |first, blocks, digest| {
-            has_all &= hashes.add_to(digest, first, blocks)?;
-            Ok(())
-        });
+        let found = digest(
+            &image.runs,
+            image.image.size,
+            &Silent::default(),
+            |first, blocks, digest| {
+                has_all &= hashes.add_to(digest, first, blocks)?;
+                Ok(())
+            },
+        );
         let mut summaries = contents.summaries.iter();
         if let Some(summary) = summaries.find(|summary| summary.path == image.image.path()) {
             assert!(has_all, "{context}: hashes are there in the end");
@@ -246,6 +252,7 @@ fn pipe_options(commit: Option<&str>, folder: &Path) -> PipeOptions {
         partial: false,
         announces: true,
         folder: folder.to_owned(),
+        budget: Budget::default(),
     }
 }
 
@@ -268,7 +275,7 @@ fn sources_conform() {
     let (archive, folder) = (archive(), tempfile::tempdir().unwrap());
     let store = MemoryStore::of(GOLDEN.to_vec());
     for commit in [None, Some("1"), Some("second"), Some("latest")] {
-        let mut from_file = ArchiveSource::open(&archive, commit, true, &monitor).unwrap();
+        let mut from_file = ArchiveSource::open(&archive, commit, true, &Budget::default(), &monitor).unwrap();
         let mut from_pipe = PipeSource::new(&store, pipe_options(commit, folder.path()), &monitor);
         let one = conforms(&mut from_file, "archive");
         let other = conforms(&mut from_pipe, "pipe");
@@ -287,7 +294,7 @@ fn a_source_hands_over_what_is_asked_for() {
     let (archive, folder) = (archive(), tempfile::tempdir().unwrap());
     let store = MemoryStore::of(GOLDEN.to_vec());
     let mut memory = MemorySource::new(memory_images());
-    let mut from_file = ArchiveSource::open(&archive, None, false, &monitor).unwrap();
+    let mut from_file = ArchiveSource::open(&archive, None, false, &Budget::default(), &monitor).unwrap();
     let mut from_pipe = PipeSource::new(&store, pipe_options(None, folder.path()), &monitor);
     let sources: [&mut dyn BlockSource; 3] = [&mut memory, &mut from_file, &mut from_pipe];
     for source in sources {
@@ -309,7 +316,7 @@ fn a_source_hands_over_what_is_asked_for() {
 fn what_does_not_exist_is_said() {
     let monitor = Silent::default();
     let (archive, folder) = (archive(), tempfile::tempdir().unwrap());
-    let missing = ArchiveSource::open(&archive, Some("third"), false, &monitor)
+    let missing = ArchiveSource::open(&archive, Some("third"), false, &Budget::default(), &monitor)
         .err()
         .unwrap();
     assert!(matches!(missing, Error::NoSuchCommit { .. }), "{missing}");
@@ -340,7 +347,7 @@ fn a_restore_is_the_same_from_each() {
     let monitor = Silent::default();
     let (archive, folder) = (archive(), tempfile::tempdir().unwrap());
     let store = MemoryStore::of(GOLDEN.to_vec());
-    let mut from_file = ArchiveSource::open(&archive, None, true, &monitor).unwrap();
+    let mut from_file = ArchiveSource::open(&archive, None, true, &Budget::default(), &monitor).unwrap();
     let mut from_pipe = PipeSource::new(&store, pipe_options(None, folder.path()), &monitor);
     let sources: [(&str, &mut dyn BlockSource); 2] = [("file", &mut from_file), ("pipe", &mut from_pipe)];
     for (name, source) in sources {

@@ -131,6 +131,7 @@ impl Scene {
             revisions: Revisions::All,
             archive: ArchivePlace::Pipe,
             level: 3,
+            trusts_archive: false,
             label: String::new(),
         };
         export_to(&options, || Ok(store), &Silent::default())

@@ -98,6 +98,7 @@ impl Scene {
             revisions: Revisions::All,
             archive: ArchivePlace::Pipe,
             level: 3,
+            trusts_archive: false,
             label: String::new(),
         };
         export_on(self.pool(), &options, store, &Silent::default())

@@ -3,10 +3,14 @@
 use super::record::{Hash, hash_of};
 use crate::block::BLOCK_BYTES;
 use crate::chunk::{self, Chunker, PARAMETERS};
-use crate::codec::{Decoded, Decoder};
+use crate::codec::{Decoded, Decoder, Malformed};
 
+/// What to say of features that a reader must know and does not.
+pub const UNKNOWN_FEATURES: &str = "it uses features that this version does not know";
 /// Format version, major and minor.
 const MAJOR: u16 = 1;
+/// Bytes of a body at least.
+const BODY_BYTES: usize = 72;
 const MINOR: u16 = 0;
 
 /// What a HEAD says.
@@ -52,16 +56,20 @@ impl Head {
     /// # Errors
     /// Where it is too short, or asks for what this version cannot do.
     pub fn decode(body: &[u8]) -> Decoded<Self> {
+        // What is cut is damaged, whatever it asks for.
+        if body.len() < BODY_BYTES {
+            return Err("it ends too early".into());
+        }
         let mut decoder = Decoder::new(body);
         let (major, _minor) = (decoder.u16()?, decoder.u16()?);
         if major != MAJOR {
-            return Err("it has another version of the format");
+            return Err(Malformed::Unsupported("it has another version of the format"));
         }
         if u64::from(decoder.u32()?) != BLOCK_BYTES {
-            return Err("its blocks are not of 4096 bytes");
+            return Err(Malformed::Unsupported("its blocks are not of 4096 bytes"));
         }
         if decoder.u64()? != 0 {
-            return Err("it uses features that this version does not know");
+            return Err(Malformed::Unsupported(UNKNOWN_FEATURES));
         }
         let features_append = decoder.u64()?;
         let _other = decoder.u64()?;

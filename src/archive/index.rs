@@ -1,12 +1,11 @@
 //! INDEX: the hashes of stored blocks.
 
+use super::limits::INDEX_BLOCKS_MAX;
 use super::manifest::store_block;
 use super::record::Hash;
 use crate::codec::{Decoded, Decoder};
 use crate::numbers::StoreBlock;
 
-/// Blocks that one record covers at most.
-pub const BLOCKS_MAX: usize = 1 << 18;
 /// Bytes before the hashes.
 pub const FIXED_BYTES: u64 = 16;
 /// Bytes of a hash.
@@ -30,8 +29,8 @@ pub fn decode(body: &[u8]) -> Decoded<(StoreBlock, &[Hash])> {
     let first = store_block(decoder.u64()?)?;
     let count = decoder.u32()? as usize;
     decoder.zeros(4)?;
-    if count > BLOCKS_MAX || first.index() + count > StoreBlock::END_MAX.index() {
-        return Err("it covers more blocks than allowed");
+    if count > INDEX_BLOCKS_MAX || first.index() + count > StoreBlock::END_MAX.index() {
+        return Err("it covers more blocks than allowed".into());
     }
     let hashes = decoder.take(count * size_of::<Hash>())?.as_chunks().0;
     decoder.end()?;

@@ -1,50 +1,70 @@
-//! PLAN: the images of a commit, what each of their ranges holds, and the blocks that are about to follow.
+//! PLAN: the images of a commit, and what each of their ranges holds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use super::announced::AnnouncedBlocks;
+use super::attributes;
+pub use super::attributes::file_time;
+use super::limits::{
+    IMAGE_BYTES_MAX, IMAGES_MAX, NAME_BYTES_MAX, NAMES_MAX, PATH_BYTES_MAX, PAYLOAD_BYTES_MAX, RUNS_MAX,
+    STORED_RUNS_BLOCKS_MAX, TEXT_BYTES_MAX, TEXT_OVERHEAD,
+};
+use super::list::ImageSummary;
 use crate::block::BLOCK_BYTES;
-use crate::codec::{Decoded, Decoder, pack_payload, put_string, put_varint, put_zigzag, unpack_payload};
-use crate::content::{Content, FileTime, Metadata, Run, push_run};
-use crate::fingerprint::FingerprintFunction;
+use crate::codec::{
+    CRITICAL, Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint,
+    put_zigzag, skip_entry,
+};
+use crate::content::{Content, Metadata, Run, push_run};
 use crate::numbers::{CommitNumber, StoreBlock};
+use crate::spill::{Budget, SpillVec};
 
-/// Bytes of a payload at most, decoded.
-pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
 /// Bytes after which a writer begins another record: little is lost with one.
 const PAYLOAD_BYTES: usize = 1 << 20;
-/// Blocks that one record announces at most.
-pub const ANNOUNCED_BLOCKS_MAX: usize = 1 << 19;
-/// Runs of a commit at most, its corrections included: 200 MB of memory.
-pub const RUNS_MAX: usize = 1 << 24;
 /// Bytes of an entry at most, its runs aside.
-pub const ENTRY_BYTES_MAX: usize = 1 << 20;
-/// Bytes of an image at most.
-pub const IMAGE_BYTES_MAX: u64 = ((1 << 32) - 1) * BLOCK_BYTES;
-const PATH_BYTES_MAX: usize = 4096;
-const NAME_BYTES_MAX: usize = 255;
-const NAMES_MAX: usize = 1024;
-const XATTR_BYTES_MAX: usize = 64 << 10;
-const XATTRS_MAX: usize = 1024;
-const OWNER_BYTES_MAX: usize = 256;
-/// The bits of a mode that are kept.
-const MODE_MASK: u32 = 0o7777;
-const CHUNK_BLOCKS_MAX: u8 = 16;
-/// What an entry that is no list of runs counts for among [`RUNS_MAX`].
-const ENTRY_RUNS: usize = 64;
+pub const ENTRY_BYTES_MAX: usize = 2 << 20;
+/// Bytes of a payload before its content: the commit's number.
+const NUMBER_BYTES: usize = 4;
 
-/// The part of a PLAN that holds images.
-pub const PART_IMAGES: u8 = 0;
-/// The part of a PLAN that announces blocks.
-pub const PART_BLOCKS: u8 = 1;
-/// The part of a PLAN that holds corrections.
-pub const PART_CORRECTIONS: u8 = 2;
+const TAG_FOLDER: u8 = CRITICAL | 1;
+const TAG_IMAGE: u8 = CRITICAL | 2;
+const TAG_RUNS: u8 = CRITICAL | 3;
 
-const TAG_FOLDER: u8 = 1;
-const TAG_IMAGE: u8 = 2;
-const TAG_RUNS: u8 = 3;
+/// A part of a PLAN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlanPart {
+    /// Images as they were planned, before their blocks.
+    Planned,
+    /// Blocks that follow.
+    Blocks,
+    /// Images as they are.
+    Final,
+}
+
+impl PlanPart {
+    /// Returns its number in the format.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Planned => 0,
+            Self::Blocks => 1,
+            Self::Final => 2,
+        }
+    }
+
+    /// Returns the part with a number.
+    ///
+    /// # Errors
+    /// Says that this version does not know it.
+    pub fn of(number: u8) -> Decoded<Self> {
+        [Self::Planned, Self::Blocks, Self::Final]
+            .into_iter()
+            .find(|part| part.number() == number)
+            .ok_or(Malformed::Unsupported("it has PLANs that this version does not know"))
+    }
+}
 
 /// A folder that images lie in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,88 +89,24 @@ pub struct ArchivedImage {
 }
 
 impl ArchivedImage {
-    /// The name it is called by.
+    /// Returns the name it is called by.
     pub fn path(&self) -> &Path {
         self.names.first().map_or(Path::new(""), PathBuf::as_path)
     }
 
-    /// Its length in blocks, the last of which may be a partial one.
+    /// Returns its length in blocks, the last of which may be a partial one.
     pub fn blocks(&self) -> u32 {
         u32::try_from(self.size.div_ceil(BLOCK_BYTES)).unwrap_or(u32::MAX)
     }
 }
 
-/// An entry of the payload.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ManifestEntry {
-    /// A folder.
-    Folder(ArchivedFolder),
-    /// An image; its runs follow.
-    Image(ArchivedImage),
-    /// Runs of an image.
-    Runs {
-        /// The image's number.
-        image: u32,
-        /// The first block they cover.
-        first_block: u32,
-        /// They follow each other.
-        runs: Vec<Run>,
-    },
-}
-
-/// Chunks of new blocks, and the fingerprints that they were found by.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AnnouncedBlocks {
-    /// Store address of the first.
-    pub first: StoreBlock,
-    /// What the fingerprints are.
-    pub function: FingerprintFunction,
-    /// Blocks of each chunk.
-    pub chunks: Vec<u8>,
-    /// Of each block.
-    pub fingerprints: Vec<u32>,
-}
-
-impl AnnouncedBlocks {
-    /// The address after the last.
-    pub fn end(&self) -> StoreBlock {
-        self.first + u32::try_from(self.fingerprints.len()).unwrap_or(0)
-    }
-}
-
-/// What a PLAN holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PlanPart {
-    /// Folders and images.
-    Images(Vec<ManifestEntry>),
-    /// Blocks that follow.
-    Blocks(AnnouncedBlocks),
-    /// Runs that replace others.
-    Corrections(Vec<ManifestEntry>),
-}
-
-impl PlanPart {
-    /// Its number in the format.
-    pub fn number(&self) -> u8 {
-        match self {
-            Self::Images(_) => PART_IMAGES,
-            Self::Blocks(_) => PART_BLOCKS,
-            Self::Corrections(_) => PART_CORRECTIONS,
-        }
-    }
-}
-
-/// Writes the body of a PLAN.
+/// Returns the body of a PLAN.
 ///
 /// # Errors
-/// Those of zstd.
-pub fn encode(commit: CommitNumber, part: u8, last: bool, payload: &[u8]) -> std::io::Result<Vec<u8>> {
-    let (encoding, stored) = pack_payload(payload)?;
-    let mut out = commit.0.to_le_bytes().to_vec();
-    out.extend([part, encoding, last.into(), 0]);
-    out.extend(u32::try_from(payload.len()).unwrap_or(u32::MAX).to_le_bytes());
-    out.extend(stored);
-    Ok(out)
+/// Returns the error that zstd gave.
+pub fn encode(commit: CommitNumber, part: PlanPart, last: bool, content: &[u8]) -> std::io::Result<Vec<u8>> {
+    let payload = [&commit.0.to_le_bytes()[..], content].concat();
+    payload_body([part.number(), last.into(), 0], &payload)
 }
 
 /// A PLAN.
@@ -158,83 +114,92 @@ pub fn encode(commit: CommitNumber, part: u8, last: bool, payload: &[u8]) -> std
 pub struct PlanRecord {
     /// The number of the commit it is for.
     pub commit: CommitNumber,
-    /// Whether it is the last of its part.
-    pub last: bool,
     /// What it holds.
     pub part: PlanPart,
+    /// Whether it is the last of its part.
+    pub last: bool,
+    payload: Vec<u8>,
 }
 
-/// Reads the body of a PLAN.
-///
-/// # Errors
-/// Where it is not as the format says.
-pub fn decode(body: &[u8]) -> Decoded<PlanRecord> {
-    let mut decoder = Decoder::new(body);
-    let commit = CommitNumber(decoder.u32()?);
-    let (part, encoding) = (decoder.u8()?, decoder.u8()?);
-    let last = match decoder.u8()? {
-        last @ 0..=1 => last == 1,
-        _ => return Err("a flag is neither 0 nor 1"),
-    };
-    decoder.zeros(1)?;
-    let plain_length = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
-    let stored = decoder.take(decoder.left())?;
-    let payload = unpack_payload(encoding, stored, plain_length, PAYLOAD_BYTES_MAX)?;
-    let part = match part {
-        PART_IMAGES => PlanPart::Images(decode_entries(&payload, false)?),
-        PART_BLOCKS => PlanPart::Blocks(decode_announced(&payload)?),
-        PART_CORRECTIONS => PlanPart::Corrections(decode_entries(&payload, true)?),
-        _ => return Err("it is of a part not known"),
-    };
-    Ok(PlanRecord { commit, last, part })
+impl PlanRecord {
+    /// Decodes the body of a PLAN, but for its content.
+    ///
+    /// # Errors
+    /// Returns what is malformed.
+    pub fn decode(body: &[u8]) -> Decoded<Self> {
+        let ([part, last, reserved], payload) = payload_of(body, PAYLOAD_BYTES_MAX)?;
+        if last > 1 || reserved != 0 {
+            return Err("a flag is neither 0 nor 1".into());
+        }
+        let commit = CommitNumber(Decoder::new(&payload).u32()?);
+        Ok(Self {
+            commit,
+            part: PlanPart::of(part)?,
+            last: last == 1,
+            payload,
+        })
+    }
+
+    /// Returns a decoder of its content.
+    pub fn content(&self) -> Decoder<'_> {
+        Decoder::new(self.payload.get(NUMBER_BYTES..).unwrap_or_default())
+    }
+
+    /// Decodes its content where that announces blocks.
+    ///
+    /// # Errors
+    /// Returns what is malformed.
+    pub fn announced(&self) -> Decoded<AnnouncedBlocks> {
+        AnnouncedBlocks::decode(self.content())
+    }
 }
 
-/// Collects entries into payloads of a bearable size.
+/// Collects entries into contents of PLANs of a bearable size.
 #[derive(Debug, Default)]
-pub struct Payloads {
+pub struct PlanContents {
     full: Vec<Vec<u8>>,
     current: Vec<u8>,
 }
 
-impl Payloads {
-    /// Appends an entry; long lists of runs are split.
-    pub fn push(&mut self, entry: &ManifestEntry) {
-        match entry {
-            ManifestEntry::Folder(folder) => {
-                self.current.push(TAG_FOLDER);
-                put_string(&mut self.current, folder.path.as_os_str().as_bytes());
-                put_metadata(&mut self.current, &folder.metadata);
-            }
-            ManifestEntry::Image(image) => {
-                self.current.push(TAG_IMAGE);
-                put_varint(&mut self.current, image.number.into());
-                put_varint(&mut self.current, image.size);
-                put_varint(&mut self.current, image.names.len() as u64);
-                for name in &image.names {
-                    put_string(&mut self.current, name.as_os_str().as_bytes());
-                }
-                put_metadata(&mut self.current, &image.metadata);
-            }
-            ManifestEntry::Runs {
-                image,
-                first_block,
-                runs,
-            } => {
-                /// Runs in an entry: at most ten bytes each for both numbers.
-                const RUNS: usize = 16 << 10;
-                let mut first = *first_block;
-                for runs in runs.chunks(RUNS) {
-                    self.current.push(TAG_RUNS);
-                    put_varint(&mut self.current, (*image).into());
-                    put_varint(&mut self.current, first.into());
-                    put_varint(&mut self.current, runs.len() as u64);
-                    put_runs(&mut self.current, runs);
-                    first += runs.iter().map(|run| run.blocks).sum::<u32>();
-                    self.end_if_full();
-                }
-            }
-        }
+impl PlanContents {
+    /// Appends a folder.
+    pub fn folder(&mut self, folder: &ArchivedFolder) {
+        put_entry(&mut self.current, TAG_FOLDER, |fields| {
+            put_string(fields, folder.path.as_os_str().as_bytes());
+            attributes::put(fields, &folder.metadata);
+        });
         self.end_if_full();
+    }
+
+    /// Appends an image.
+    pub fn image(&mut self, image: &ArchivedImage) {
+        put_entry(&mut self.current, TAG_IMAGE, |fields| {
+            put_varint(fields, image.number.into());
+            put_varint(fields, image.size);
+            put_varint(fields, image.names.len() as u64);
+            for name in &image.names {
+                put_string(fields, name.as_os_str().as_bytes());
+            }
+            attributes::put(fields, &image.metadata);
+        });
+        self.end_if_full();
+    }
+
+    /// Appends runs of an image, which follow each other from `first_block` on. Long lists are split.
+    pub fn runs(&mut self, image: u32, first_block: u32, runs: &[Run]) {
+        /// Runs in an entry: at most ten bytes each for both numbers.
+        const RUNS: usize = 16 << 10;
+        let mut first = first_block;
+        for runs in runs.chunks(RUNS) {
+            put_entry(&mut self.current, TAG_RUNS, |fields| {
+                put_varint(fields, image.into());
+                put_varint(fields, first.into());
+                put_varint(fields, runs.len() as u64);
+                put_runs(fields, runs);
+            });
+            first += runs.iter().map(|run| run.blocks).sum::<u32>();
+            self.end_if_full();
+        }
     }
 
     fn end_if_full(&mut self) {
@@ -243,7 +208,12 @@ impl Payloads {
         }
     }
 
-    /// The payloads.
+    /// Takes the contents that are full. The last one is kept until [`PlanContents::finish`].
+    pub fn take_full(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.full)
+    }
+
+    /// Returns the contents that were not taken yet.
     pub fn finish(mut self) -> Vec<Vec<u8>> {
         if !self.current.is_empty() {
             self.full.push(self.current);
@@ -252,7 +222,7 @@ impl Payloads {
     }
 }
 
-fn put_runs(out: &mut Vec<u8>, runs: &[Run]) {
+fn put_runs(encoded: &mut Vec<u8>, runs: &[Run]) {
     let mut predicted = 0i64;
     for run in runs {
         let kind = match run.content {
@@ -261,205 +231,59 @@ fn put_runs(out: &mut Vec<u8>, runs: &[Run]) {
             Content::Unwritten => 2,
             Content::Stored(_) => 3,
         };
-        put_varint(out, u64::from(run.blocks) << 2 | kind);
+        put_varint(encoded, u64::from(run.blocks) << 2 | kind);
         if let Content::Stored(first) = run.content {
-            put_zigzag(out, i64::from(first.0) - predicted);
+            put_zigzag(encoded, i64::from(first.0) - predicted);
             predicted = i64::from(first.0) + i64::from(run.blocks);
         }
     }
 }
 
-fn put_metadata(out: &mut Vec<u8>, metadata: &Metadata) {
-    for number in [metadata.mode & MODE_MASK, metadata.uid, metadata.gid] {
-        put_varint(out, number.into());
+/// Decodes a run. `predicted` is where the last stored run ended.
+fn run(decoder: &mut Decoder<'_>, predicted: &mut i64) -> Decoded<Run> {
+    let head = decoder.varint()?;
+    let blocks = u32::try_from(head >> 2).map_err(|_| "a run is longer than allowed")?;
+    if blocks == 0 {
+        return Err("a run is empty".into());
     }
-    put_string(out, metadata.user.as_bytes());
-    put_string(out, metadata.group.as_bytes());
-    put_zigzag(out, metadata.mtime.seconds);
-    put_varint(out, metadata.mtime.nanoseconds.into());
-    put_varint(out, metadata.xattrs.len() as u64);
-    for (name, value) in &metadata.xattrs {
-        put_string(out, name);
-        put_string(out, value);
-    }
-}
-
-fn decode_entries(payload: &[u8], only_runs: bool) -> Decoded<Vec<ManifestEntry>> {
-    let mut decoder = Decoder::new(payload);
-    let mut entries = Vec::new();
-    while decoder.left() > 0 {
-        entries.push(match decoder.u8()? {
-            TAG_FOLDER if !only_runs => ManifestEntry::Folder(ArchivedFolder {
-                path: path(&mut decoder)?,
-                metadata: metadata(&mut decoder)?,
-            }),
-            TAG_IMAGE if !only_runs => ManifestEntry::Image(image(&mut decoder)?),
-            TAG_RUNS => runs(&mut decoder)?,
-            _ => return Err("an entry is of a kind not known"),
-        });
-    }
-    Ok(entries)
-}
-
-fn image(decoder: &mut Decoder<'_>) -> Decoded<ArchivedImage> {
-    let (number, size) = (decoder.varint32()?, decoder.varint()?);
-    if size > IMAGE_BYTES_MAX {
-        return Err("an image is larger than allowed");
-    }
-    let count = decoder.count(2)?;
-    if count == 0 || count > NAMES_MAX {
-        return Err("an image has no name, or too many");
-    }
-    let names = (0..count).map(|_| path(decoder)).collect::<Decoded<_>>()?;
-    Ok(ArchivedImage {
-        number,
-        names,
-        size,
-        metadata: metadata(decoder)?,
-    })
-}
-
-fn runs(decoder: &mut Decoder<'_>) -> Decoded<ManifestEntry> {
-    let (image, first_block) = (decoder.varint32()?, decoder.varint32()?);
-    let count = decoder.count(1)?;
-    let mut runs = Vec::with_capacity(count);
-    let (mut predicted, mut end) = (0i64, first_block);
-    for _ in 0..count {
-        let head = decoder.varint()?;
-        let blocks = u32::try_from(head >> 2).map_err(|_| "a run is longer than allowed")?;
-        end = end.checked_add(blocks).ok_or("runs go beyond the largest image")?;
-        if blocks == 0 {
-            return Err("a run is empty");
-        }
-        let content = match head & 3 {
-            0 => Content::Hole,
-            1 => Content::Zeros,
-            2 => Content::Unwritten,
-            _ => {
-                let first = predicted.checked_add(decoder.zigzag()?).unwrap_or(-1);
-                predicted = first.saturating_add(i64::from(blocks));
-                if first < 0 || predicted > i64::from(StoreBlock::END_MAX.0) {
-                    return Err("a run refers to blocks that no store can hold");
-                }
-                Content::Stored(StoreBlock(u32::try_from(first).unwrap_or(u32::MAX)))
+    let content = match head & 3 {
+        0 => Content::Hole,
+        1 => Content::Zeros,
+        2 => Content::Unwritten,
+        _ => {
+            let first = predicted.checked_add(decoder.zigzag()?).unwrap_or(-1);
+            *predicted = first.saturating_add(i64::from(blocks));
+            if first < 0 || *predicted > i64::from(StoreBlock::END_MAX.0) {
+                return Err("a run refers to blocks that no store can hold".into());
             }
-        };
-        runs.push(Run { blocks, content });
-    }
-    Ok(ManifestEntry::Runs {
-        image,
-        first_block,
-        runs,
-    })
+            Content::Stored(StoreBlock(u32::try_from(first).unwrap_or(u32::MAX)))
+        }
+    };
+    Ok(Run { blocks, content })
 }
 
-/// Reads a path and refuses what could lead out of the folder it is restored to.
-fn path(decoder: &mut Decoder<'_>) -> Decoded<PathBuf> {
+/// Decodes a path, and refuses what could lead out of the folder it is restored to.
+pub(super) fn path(decoder: &mut Decoder<'_>) -> Decoded<PathBuf> {
     let bytes = decoder.string(PATH_BYTES_MAX)?;
     if !is_safe(bytes) {
-        return Err("a path is not allowed: absolute, with `..`, or with a NUL");
+        return Err("a path is not allowed: absolute, with `..`, or with a NUL".into());
     }
     Ok(PathBuf::from(OsStr::from_bytes(bytes)))
 }
 
-/// Whether a path stays in the folder it is restored to.
+/// Returns whether a path stays in the folder it is restored to.
 pub fn is_safe(path: &[u8]) -> bool {
     let is_name = |name: &[u8]| !name.is_empty() && name.len() <= NAME_BYTES_MAX && name != b"." && name != b"..";
     !path.contains(&0) && path.len() <= PATH_BYTES_MAX && path.split(|byte| *byte == b'/').all(is_name)
 }
 
-fn metadata(decoder: &mut Decoder<'_>) -> Decoded<Metadata> {
-    let mode = decoder.varint32()?;
-    if mode & !MODE_MASK != 0 {
-        return Err("a mode has bits that are not allowed");
-    }
-    let (uid, gid) = (decoder.varint32()?, decoder.varint32()?);
-    let (user, group) = (decoder.text(OWNER_BYTES_MAX)?, decoder.text(OWNER_BYTES_MAX)?);
-    let mtime = file_time(decoder)?;
-    if mtime.nanoseconds >= 1_000_000_000 {
-        return Err("a time has more than a second of nanoseconds");
-    }
-    let count = decoder.count(2)?;
-    if count > XATTRS_MAX {
-        return Err("there are too many extended attributes");
-    }
-    let mut xattrs = Vec::new();
-    for _ in 0..count {
-        let name = decoder.string(NAME_BYTES_MAX)?.to_vec();
-        if name.is_empty() || name.contains(&0) {
-            return Err("an extended attribute has no proper name");
-        }
-        xattrs.push((name, decoder.string(XATTR_BYTES_MAX)?.to_vec()));
-    }
-    Ok(Metadata {
-        mode,
-        uid,
-        gid,
-        user,
-        group,
-        mtime,
-        xattrs,
-    })
-}
-
-/// Writes the payload that announces blocks.
-pub fn encode_announced(announced: &AnnouncedBlocks) -> Vec<u8> {
-    let mut out = u64::from(announced.first.0).to_le_bytes().to_vec();
-    let function = match announced.function {
-        FingerprintFunction::Crc32c => 0,
-        FingerprintFunction::Xxhash64 => 1,
-    };
-    out.extend([function, 0, 0, 0]);
-    out.extend(u32::try_from(announced.chunks.len()).unwrap_or(u32::MAX).to_le_bytes());
-    out.extend(&announced.chunks);
-    for fingerprint in &announced.fingerprints {
-        out.extend(fingerprint.to_le_bytes());
-    }
-    out
-}
-
-fn decode_announced(payload: &[u8]) -> Decoded<AnnouncedBlocks> {
-    let mut decoder = Decoder::new(payload);
-    let first = store_block(decoder.u64()?)?;
-    let function = match decoder.u8()? {
-        0 => FingerprintFunction::Crc32c,
-        1 => FingerprintFunction::Xxhash64,
-        _ => return Err("its fingerprints are of a kind not known"),
-    };
-    decoder.zeros(3)?;
-    let count = usize::try_from(decoder.u32()?).unwrap_or(usize::MAX);
-    let chunks = decoder.take(count)?.to_vec();
-    if chunks.iter().any(|blocks| *blocks == 0 || *blocks > CHUNK_BLOCKS_MAX) {
-        return Err("a chunk is empty or longer than allowed");
-    }
-    let blocks: usize = chunks.iter().map(|blocks| usize::from(*blocks)).sum();
-    if blocks > ANNOUNCED_BLOCKS_MAX || u64::from(first.0) + blocks as u64 > u64::from(StoreBlock::END_MAX.0) {
-        return Err("it announces more blocks than allowed");
-    }
-    let fingerprints = decoder.take(blocks * 4)?.as_chunks().0;
-    decoder.end()?;
-    Ok(AnnouncedBlocks {
-        first,
-        function,
-        chunks,
-        fingerprints: fingerprints.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect(),
-    })
-}
-
-pub(super) fn file_time(decoder: &mut Decoder<'_>) -> Decoded<FileTime> {
-    Ok(FileTime {
-        seconds: decoder.zigzag()?,
-        nanoseconds: decoder.varint32()?,
-    })
-}
-
-/// A store address that this version can hold.
+/// Decodes a store address that this version can hold.
 pub(super) fn store_block(number: u64) -> Decoded<StoreBlock> {
     u32::try_from(number)
         .ok()
         .map(StoreBlock)
         .filter(|block| *block <= StoreBlock::END_MAX)
-        .ok_or("a store address is larger than allowed")
+        .ok_or_else(|| "a store address is larger than allowed".into())
 }
 
 /// An image and what it holds.
@@ -468,167 +292,234 @@ pub struct ImageRuns {
     /// The image.
     pub image: ArchivedImage,
     /// Its ranges, one after the other, to its end.
-    pub runs: Vec<Run>,
+    pub runs: SpillVec<Run>,
+}
+
+impl ImageRuns {
+    /// Returns whether what a range of it holds is lost.
+    pub fn is_incomplete(&self) -> bool {
+        self.runs.iter().any(|run| run.content == Content::Lost)
+    }
 }
 
 /// The images of a commit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Manifest {
-    /// Folders.
+    /// The folders.
     pub folders: Vec<ArchivedFolder>,
-    /// Images, by number.
+    /// The images.
     pub images: Vec<ImageRuns>,
 }
 
-/// Puts a manifest together from the PLANs of an epoch, in the order they were written; some may be missing.
-#[derive(Debug, Clone, Default)]
+impl Manifest {
+    /// Keeps the images that a COMMIT lists: no others are part of it, and nothing says what they must be.
+    pub fn keep_listed(&mut self, summaries: &[ImageSummary]) {
+        let listed: HashSet<&Path> = summaries.iter().map(|summary| summary.path.as_path()).collect();
+        self.images.retain(|image| listed.contains(image.image.path()));
+    }
+
+    /// Completes images of which something is lost, and those that are not there, with what was planned of them. Whether that is what they
+    /// are, their digests must prove.
+    pub fn complete_from(&mut self, planned: Self) {
+        let places: HashMap<u32, usize> = (self.images.iter().enumerate())
+            .map(|(place, image)| (image.image.number, place))
+            .collect();
+        for image in planned.images {
+            match places.get(&image.image.number) {
+                Some(place) if self.images[*place].is_incomplete() => self.images[*place].runs = image.runs,
+                Some(_) => {}
+                None => self.images.push(image),
+            }
+        }
+        let known: HashSet<PathBuf> = self.folders.iter().map(|folder| folder.path.clone()).collect();
+        let missing = planned
+            .folders
+            .into_iter()
+            .filter(|folder| !known.contains(&folder.path));
+        self.folders.extend(missing);
+    }
+}
+
+/// Puts a manifest together from the PLANs of an epoch that are of one part, in the order they were written; some may be missing.
+#[derive(Debug, Clone)]
 pub struct ManifestBuilder {
     manifest: Manifest,
     places: HashMap<u32, usize>,
-    /// Blocks of each image that its runs cover so far.
+    /// The blocks of each image that its runs cover so far.
     covered: Vec<u32>,
-    corrections: HashMap<u32, Vec<(u32, Run)>>,
-    /// Runs and entries so far.
-    entries: usize,
+    runs: usize,
+    /// The blocks of stored runs so far.
+    stored_blocks: u64,
+    text_bytes: usize,
+    /// Whether there are runs of an image that is not there.
+    has_orphans: bool,
+    budget: Budget,
 }
 
 impl ManifestBuilder {
-    /// Adds what a PLAN says of images.
+    /// Begins a manifest whose runs lie in files where they exceed a budget.
+    pub fn new(budget: &Budget) -> Self {
+        Self {
+            manifest: Manifest::default(),
+            places: HashMap::new(),
+            covered: Vec::new(),
+            runs: 0,
+            stored_blocks: 0,
+            text_bytes: 0,
+            has_orphans: false,
+            budget: budget.clone(),
+        }
+    }
+
+    /// Adds the content of a PLAN.
     ///
     /// # Errors
-    /// Where entries contradict each other.
-    pub fn add(&mut self, part: PlanPart) -> Decoded<()> {
-        let (entries, correcting) = match part {
-            PlanPart::Images(entries) => (entries, false),
-            PlanPart::Corrections(entries) => (entries, true),
-            PlanPart::Blocks(_) => return Ok(()),
-        };
-        for entry in entries {
-            self.entries += match &entry {
-                ManifestEntry::Runs { runs, .. } => runs.len(),
-                // An entry with its names takes as much memory as some runs.
-                ManifestEntry::Folder(_) | ManifestEntry::Image(_) => ENTRY_RUNS,
-            };
-            if self.entries > RUNS_MAX {
-                return Err("it has more runs and images than allowed");
-            }
-            match entry {
-                ManifestEntry::Folder(folder) => self.manifest.folders.push(folder),
-                ManifestEntry::Image(image) => {
-                    if self.places.insert(image.number, self.manifest.images.len()).is_some() {
-                        return Err("two images have one number");
-                    }
-                    self.manifest.images.push(ImageRuns {
-                        image,
-                        runs: Vec::new(),
-                    });
-                    self.covered.push(0);
-                }
-                ManifestEntry::Runs {
-                    image,
-                    first_block,
-                    runs,
-                } if correcting => {
-                    let corrections = self.corrections.entry(image).or_default();
-                    let mut at = first_block;
-                    for run in runs {
-                        corrections.push((at, run));
-                        at = at.checked_add(run.blocks).ok_or("runs go beyond the largest image")?;
-                    }
-                }
-                ManifestEntry::Runs {
-                    image,
-                    first_block,
-                    runs,
-                } => {
-                    // Where the image's own entry was lost, so is this.
-                    let Some(known) = self.places.get(&image) else { continue };
-                    let (image, covered) = (&mut self.manifest.images[*known], &mut self.covered[*known]);
-                    let gap = first_block.checked_sub(*covered).ok_or("runs of an image overlap")?;
-                    let length = checked_length_of(&runs).and_then(|length| first_block.checked_add(length));
-                    *covered = length
-                        .filter(|end| *end <= image.image.blocks())
-                        .ok_or("runs go beyond the end of an image")?;
-                    let lost = Run {
-                        blocks: gap,
-                        content: Content::Lost,
+    /// Returns what is malformed, contradicts what was added before, or exceeds a limit.
+    pub fn add(&mut self, mut content: Decoder<'_>) -> Decoded<()> {
+        while let Some((tag, mut fields)) = next_entry(&mut content)? {
+            // What exceeded a limit takes nothing more, whoever goes on after the error.
+            self.check_limits()?;
+            match tag {
+                TAG_FOLDER => {
+                    self.count_text(fields.left());
+                    let folder = ArchivedFolder {
+                        path: path(&mut fields)?,
+                        metadata: attributes::decode(&mut fields, &mut self.text_bytes)?,
                     };
-                    std::iter::once(lost)
-                        .chain(runs)
-                        .for_each(|run| push_run(&mut image.runs, run));
+                    self.manifest.folders.push(folder);
                 }
+                TAG_IMAGE => self.add_image(&mut fields)?,
+                TAG_RUNS => self.add_runs(&mut fields)?,
+                tag => skip_entry(tag)?,
             }
+            self.check_limits()?;
         }
         Ok(())
     }
 
-    /// The manifest.
+    fn check_limits(&self) -> Decoded<()> {
+        if self.manifest.folders.len() + self.manifest.images.len() > IMAGES_MAX {
+            return Err("it has more images and folders than allowed".into());
+        }
+        if self.text_bytes > TEXT_BYTES_MAX {
+            return Err("it has more names and attributes than allowed".into());
+        }
+        Ok(())
+    }
+
+    fn count_text(&mut self, bytes: usize) {
+        self.text_bytes += bytes.min(PATH_BYTES_MAX) + TEXT_OVERHEAD;
+    }
+
+    fn add_image(&mut self, fields: &mut Decoder<'_>) -> Decoded<()> {
+        let (number, size) = (fields.varint32()?, fields.varint()?);
+        if size > IMAGE_BYTES_MAX {
+            return Err("an image is larger than allowed".into());
+        }
+        let count = fields.count(2)?;
+        if count == 0 || count > NAMES_MAX {
+            return Err("an image has no name, or too many".into());
+        }
+        let mut names = Vec::with_capacity(count);
+        for _ in 0..count {
+            let name = path(fields)?;
+            self.count_text(name.as_os_str().len());
+            names.push(name);
+        }
+        let image = ArchivedImage {
+            number,
+            names,
+            size,
+            metadata: attributes::decode(fields, &mut self.text_bytes)?,
+        };
+        if self.places.insert(number, self.manifest.images.len()).is_some() {
+            return Err("two images have one number".into());
+        }
+        self.manifest.images.push(ImageRuns {
+            image,
+            runs: SpillVec::new_in(&self.budget),
+        });
+        self.covered.push(0);
+        Ok(())
+    }
+
+    fn add_runs(&mut self, fields: &mut Decoder<'_>) -> Decoded<()> {
+        let (number, first_block) = (fields.varint32()?, fields.varint32()?);
+        let count = fields.count(1)?;
+        self.runs += count;
+        if self.runs > RUNS_MAX {
+            return Err("it has more runs than allowed".into());
+        }
+        // Where the image's own entry was lost, so is this.
+        let Some(place) = self.places.get(&number).copied() else {
+            self.has_orphans = true;
+            return Ok(());
+        };
+        let (image, covered) = (&mut self.manifest.images[place], &mut self.covered[place]);
+        let gap = first_block.checked_sub(*covered).ok_or("runs of an image overlap")?;
+        let (mut end, mut predicted) = (first_block, 0);
+        push_run(&mut image.runs, lost(gap));
+        for _ in 0..count {
+            let run = run(fields, &mut predicted)?;
+            end = end
+                .checked_add(run.blocks)
+                .filter(|end| *end <= image.image.blocks())
+                .ok_or("runs go beyond the end of an image")?;
+            if let Content::Stored(_) = run.content {
+                self.stored_blocks += u64::from(run.blocks);
+            }
+            push_run(&mut image.runs, run);
+        }
+        if self.stored_blocks > STORED_RUNS_BLOCKS_MAX {
+            return Err("its images have more blocks than allowed".into());
+        }
+        *covered = end;
+        Ok(())
+    }
+
+    /// Returns whether there are runs of an image that is not there: then a record is missing.
+    pub fn has_orphans(&self) -> bool {
+        self.has_orphans
+    }
+
+    /// Returns the manifest. What no PLAN says of an image is lost.
     ///
     /// # Errors
-    /// Where two images have one name, or what is a folder's name for one is an image's for another.
+    /// Says that two images have one name, or that a folder or an image lies in an image.
     pub fn finish(mut self) -> Decoded<Manifest> {
         for (image, covered) in self.manifest.images.iter_mut().zip(&self.covered) {
-            let lost = Run {
-                blocks: image.image.blocks() - covered,
-                content: Content::Lost,
-            };
-            push_run(&mut image.runs, lost);
-            if let Some(corrections) = self.corrections.get_mut(&image.image.number) {
-                image.runs = correct(&image.runs, corrections)?;
-            }
+            let blocks = image.image.blocks().saturating_sub(*covered);
+            push_run(&mut image.runs, lost(blocks));
         }
-        let mut names: Vec<&Path> = self
-            .manifest
-            .images
-            .iter()
-            .flat_map(|image| &image.image.names)
-            .map(PathBuf::as_path)
-            .collect();
+        let images = self.manifest.images.iter().flat_map(|image| &image.image.names);
+        let mut names: Vec<(&Path, bool)> = images.map(|name| (name.as_path(), false)).collect();
+        names.extend(self.manifest.folders.iter().map(|folder| (folder.path.as_path(), true)));
         names.sort_unstable();
-        // By components, what lies in a folder follows it at once.
-        if names.windows(2).any(|pair| pair[1].starts_with(pair[0])) {
-            return Err("two images have one name, or one lies in the other");
+        // By components, what lies below an image follows it at once, and a folder of its name stands behind it.
+        let mut last_image: Option<&Path> = None;
+        for (name, is_folder) in names {
+            if last_image.is_some_and(|image| name.starts_with(image)) {
+                return Err("two images have one name, or something lies in an image".into());
+            }
+            if !is_folder {
+                last_image = Some(name);
+            }
         }
         Ok(self.manifest)
     }
 }
 
-/// Blocks that runs cover; none if no image is as long.
-fn checked_length_of(runs: &[Run]) -> Option<u32> {
-    runs.iter().try_fold(0u32, |sum, run| sum.checked_add(run.blocks))
-}
-
-/// Runs with some ranges replaced.
-fn correct(runs: &[Run], corrections: &mut [(u32, Run)]) -> Decoded<Vec<Run>> {
-    corrections.sort_by_key(|(at, _)| *at);
-    let mut corrected = Vec::with_capacity(runs.len() + 2 * corrections.len());
-    let mut corrections = corrections.iter().peekable();
-    let (mut at, mut skip) = (0u32, 0u32);
-    for run in runs {
-        // What of this run an earlier correction replaced already.
-        let mut from = skip.min(run.blocks);
-        skip -= from;
-        while let Some((first, correction)) = corrections.next_if(|(first, _)| *first < at + run.blocks) {
-            let keep = first.checked_sub(at + from).ok_or("corrections overlap")?;
-            push_run(&mut corrected, run.part(from, keep));
-            push_run(&mut corrected, *correction);
-            let end = from + keep + correction.blocks;
-            from = end.min(run.blocks);
-            skip = end - from;
-        }
-        push_run(&mut corrected, run.part(from, run.blocks - from));
-        at += run.blocks;
-    }
-    if skip == 0 && corrections.next().is_none() {
-        Ok(corrected)
-    } else {
-        Err("a correction goes beyond the end of an image")
+fn lost(blocks: u32) -> Run {
+    Run {
+        blocks,
+        content: Content::Lost,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::archive::attributes::tests::metadata;
     use proptest::prelude::*;
 
     fn content() -> impl Strategy<Value = Content> {
@@ -640,129 +531,83 @@ mod tests {
         ]
     }
 
-    fn runs() -> impl Strategy<Value = Vec<Run>> {
-        let run = (1u32..1000, content()).prop_map(|(blocks, content)| Run { blocks, content });
-        prop::collection::vec(run, 0..50)
+    fn joined(runs: &[Run]) -> SpillVec<Run> {
+        let mut joined = SpillVec::default();
+        for run in runs {
+            push_run(&mut joined, *run);
+        }
+        joined
     }
 
-    fn metadata() -> impl Strategy<Value = Metadata> {
-        (
-            any::<(u32, u32, i64)>(),
-            0u32..1_000_000_000,
-            "[a-z]{0,8}",
-            any::<Vec<u8>>(),
-        )
-            .prop_map(|((uid, gid, seconds), nanoseconds, user, value)| Metadata {
-                mode: uid & MODE_MASK,
-                uid,
-                gid,
-                user,
-                group: String::new(),
-                mtime: FileTime { seconds, nanoseconds },
-                xattrs: vec![(b"user.x".to_vec(), value)],
-            })
+    fn image(number: u32, names: &[&str], blocks: u64) -> ArchivedImage {
+        ArchivedImage {
+            number,
+            names: names.iter().map(PathBuf::from).collect(),
+            size: blocks * BLOCK_BYTES,
+            metadata: Metadata::default(),
+        }
     }
 
-    proptest! {
-        #[test]
-        fn images_come_back(metadata in metadata(), runs in runs(), size in 0..IMAGE_BYTES_MAX) {
-            let entries = vec![
-                ManifestEntry::Folder(ArchivedFolder { path: "a".into(), metadata: metadata.clone() }),
-                ManifestEntry::Image(ArchivedImage { number: 3, names: vec!["a/b".into(), "a/c".into()], size, metadata }),
-                ManifestEntry::Runs { image: 3, first_block: 5, runs },
-            ];
-            let mut payloads = Payloads::default();
-            for entry in &entries {
-                payloads.push(entry);
-            }
-            let mut found = Vec::new();
-            for payload in payloads.finish() {
-                let PlanRecord { commit, last, part } = decode(&encode(CommitNumber(2), 0, true, &payload).unwrap()).unwrap();
-                prop_assert_eq!((commit, last), (CommitNumber(2), true));
-                let PlanPart::Images(entries) = part else { panic!() };
-                found.extend(entries);
-            }
-            let entries: Vec<_> = entries
-                .into_iter()
-                .filter(|entry| !matches!(entry, ManifestEntry::Runs { runs, .. } if runs.is_empty()))
-                .collect();
-            prop_assert_eq!(found, entries);
+    fn built(contents: &[Vec<u8>]) -> Decoded<Manifest> {
+        let mut builder = ManifestBuilder::new(&Budget::default());
+        for content in contents {
+            builder.add(Decoder::new(content))?;
         }
-
-        #[test]
-        fn blocks_come_back(chunks in prop::collection::vec(1u8..=16, 0..100), first in 0u32..1000) {
-            let blocks: u32 = chunks.iter().map(|n| u32::from(*n)).sum();
-            let announced = AnnouncedBlocks { first: StoreBlock(first), function: FingerprintFunction::Xxhash64, chunks, fingerprints: (0..blocks).collect() };
-            let body = encode(CommitNumber(1), 1, false, &encode_announced(&announced)).unwrap();
-            prop_assert_eq!(decode(&body), Ok(PlanRecord { commit: CommitNumber(1), last: false, part: PlanPart::Blocks(announced) }));
-        }
-
-        #[test]
-        fn nothing_is_too_strange(payload: Vec<u8>, part in 0u8..4, raw: Vec<u8>) {
-            let _ = decode(&encode(CommitNumber(1), part, false, &payload).unwrap());
-            let _ = decode(&raw);
-        }
+        builder.finish()
     }
 
     proptest! {
         #[test]
-        fn corrections_replace_just_their_blocks(runs in runs(), places in prop::collection::btree_map(0u32..3000, 1u32..20, 0..30)) {
-            let each = |runs: &[Run]| -> Vec<Content> {
-                runs.iter().flat_map(|run| (0..run.blocks).map(|n| run.part(n, 1).content)).collect()
-            };
-            let mut expected = each(&runs);
-            let mut joined = Vec::new();
-            for run in &runs {
-                push_run(&mut joined, *run);
-            }
-            let mut corrections = Vec::new();
-            let mut end = 0;
-            for (at, blocks) in places {
-                if at >= end && ((at + blocks) as usize) <= expected.len() {
-                    end = at + blocks;
-                    corrections.push((at, Run { blocks, content: Content::Stored(StoreBlock(at * 7)) }));
-                    for n in 0..blocks {
-                        expected[(at + n) as usize] = Content::Stored(StoreBlock(at * 7 + n));
-                    }
+        fn images_come_back(metadata in metadata(), runs in prop::collection::vec((1u32..1000, content()), 0..50)) {
+            let runs: Vec<Run> = runs.into_iter().map(|(blocks, content)| Run { blocks, content }).collect();
+            let blocks: u64 = runs.iter().map(|run| u64::from(run.blocks)).sum();
+            let folder = ArchivedFolder { path: "a".into(), metadata: metadata.clone() };
+            let image = ArchivedImage { metadata, ..image(3, &["a/b", "a/c"], blocks) };
+            let mut contents = PlanContents::default();
+            contents.folder(&folder);
+            contents.image(&image);
+            contents.runs(3, 0, &runs);
+            let records = contents.finish().into_iter().map(|content| {
+                let record = PlanRecord::decode(&encode(CommitNumber(2), PlanPart::Final, true, &content).unwrap()).unwrap();
+                assert_eq!((record.commit, record.part, record.last), (CommitNumber(2), PlanPart::Final, true));
+                record.content().take(content.len()).unwrap().to_vec()
+            });
+            let manifest = built(&records.collect::<Vec<_>>()).unwrap();
+            prop_assert_eq!(&manifest.folders, &[folder]);
+            prop_assert_eq!(&manifest.images, &[ImageRuns { image, runs: joined(&runs) }]);
+        }
+
+        #[test]
+        fn nothing_is_too_strange(content: Vec<u8>, part in 0u8..4, raw: Vec<u8>) {
+            for body in [payload_body([part, 0, 0], &content).unwrap(), raw] {
+                if let Ok(record) = PlanRecord::decode(&body) {
+                    let _ = record.announced();
+                    let _ = built(&[record.content().take(record.content().left()).unwrap().to_vec()]);
                 }
             }
-            prop_assert_eq!(each(&correct(&joined, &mut corrections).unwrap()), expected);
-        }
-
-        #[test]
-        fn no_corrections_are_too_strange(runs in runs(), corrections in prop::collection::vec((any::<u32>(), 1u32..1000), 0..9)) {
-            let mut corrections: Vec<_> = corrections
-                .into_iter()
-                .map(|(at, blocks)| (at % 60_000, Run { blocks, content: Content::Zeros }))
-                .collect();
-            let _ = correct(&runs, &mut corrections);
         }
     }
 
     #[test]
     fn what_a_lost_plan_said_is_known_to_be_lost() {
-        let image = |number, names: &[&str]| {
-            ManifestEntry::Image(ArchivedImage {
-                number,
-                names: names.iter().map(PathBuf::from).collect(),
-                size: 10 * BLOCK_BYTES,
-                metadata: Metadata::default(),
-            })
-        };
-        let runs = |image, first_block, blocks| ManifestEntry::Runs {
-            image,
-            first_block,
-            runs: vec![Run {
+        let zeros = |blocks| {
+            [Run {
                 blocks,
                 content: Content::Zeros,
-            }],
+            }]
         };
-        let built = |entries: Vec<ManifestEntry>| {
-            let mut builder = ManifestBuilder::default();
-            builder.add(PlanPart::Images(entries))?;
-            builder.finish()
+        let of = |images: &[ArchivedImage], runs: &[(u32, u32, u32)]| {
+            let mut contents = PlanContents::default();
+            for image in images {
+                contents.image(image);
+            }
+            for (number, first, blocks) in runs {
+                contents.runs(*number, *first, &zeros(*blocks));
+            }
+            built(&contents.finish())
         };
-        let found = built(vec![image(1, &["a"]), runs(1, 0, 2), runs(1, 5, 2), runs(2, 0, 1)]).unwrap();
+        let one = image(1, &["a"], 10);
+        let found = of(std::slice::from_ref(&one), &[(1, 0, 2), (1, 5, 2), (2, 0, 1)]).unwrap();
         let blocks: Vec<_> = found.images[0]
             .runs
             .iter()
@@ -770,41 +615,51 @@ mod tests {
             .collect();
         let (zeros, lost) = (Content::Zeros, Content::Lost);
         assert_eq!(blocks, [(2, zeros), (3, lost), (2, zeros), (3, lost)]);
-        assert!(built(vec![image(1, &["a"]), runs(1, 0, 11)]).is_err());
-        assert!(built(vec![image(1, &["a"]), runs(1, 0, 2), runs(1, 1, 2)]).is_err());
-        assert!(built(vec![image(1, &["a"]), image(1, &["b"])]).is_err());
-        assert!(built(vec![image(1, &["a"]), image(2, &["a"])]).is_err());
-        assert!(built(vec![image(1, &["a/b"]), image(2, &["c", "a"])]).is_err());
-        assert!(built(vec![image(1, &["a/b"]), image(2, &["a.c", "a/bc"])]).is_ok());
+        assert!(of(std::slice::from_ref(&one), &[(1, 0, 11)]).is_err());
+        assert!(of(std::slice::from_ref(&one), &[(1, 0, 2), (1, 1, 2)]).is_err());
+        assert!(of(&[one.clone(), image(1, &["b"], 1)], &[]).is_err());
+        assert!(of(&[one, image(2, &["a"], 1)], &[]).is_err());
+        assert!(of(&[image(1, &["a/b"], 1), image(2, &["c", "a"], 1)], &[]).is_err());
+        assert!(of(&[image(1, &["a/b"], 1), image(2, &["a.c", "a/bc"], 1)], &[]).is_ok());
     }
 
-    /// As many as an archive may have, in as many entries: each is looked at once.
+    #[test]
+    fn what_is_lost_is_completed_from_what_was_planned() {
+        let stored = |first| Run {
+            blocks: 4,
+            content: Content::Stored(StoreBlock(first)),
+        };
+        let of = |images: &[(u32, &str, u32, bool)]| {
+            let mut contents = PlanContents::default();
+            for (number, name, first, has_runs) in images {
+                contents.image(&image(*number, &[name], 4));
+                if *has_runs {
+                    contents.runs(*number, 0, &[stored(*first)]);
+                }
+            }
+            built(&contents.finish()).unwrap()
+        };
+        let mut manifest = of(&[(1, "a", 10, true), (2, "b", 20, false)]);
+        assert!(manifest.images[1].is_incomplete());
+        manifest.complete_from(of(&[(1, "a", 50, true), (2, "b", 60, true), (3, "c", 70, true)]));
+        let runs: Vec<Run> = manifest.images.iter().map(|image| image.runs[0]).collect();
+        assert_eq!(runs, [stored(10), stored(60), stored(70)]);
+    }
+
+    /// As many as a manifest may have, in as many entries: each is looked at once.
     #[test]
     fn an_image_may_come_in_very_many_entries() {
         const ENTRIES: u32 = 1 << 20;
-        let image = ManifestEntry::Image(ArchivedImage {
-            number: 1,
-            names: vec!["a".into()],
-            size: u64::from(ENTRIES) * BLOCK_BYTES,
-            metadata: Metadata::default(),
-        });
-        let runs = (0..ENTRIES).map(|first_block| ManifestEntry::Runs {
-            image: 1,
-            first_block,
-            runs: vec![Run {
-                blocks: 1,
-                content: if first_block % 2 == 0 {
-                    Content::Zeros
-                } else {
-                    Content::Hole
-                },
-            }],
-        });
-        let mut builder = ManifestBuilder::default();
-        builder
-            .add(PlanPart::Images(std::iter::once(image).chain(runs).collect()))
-            .unwrap();
-        assert_eq!(builder.finish().unwrap().images[0].runs.len(), ENTRIES as usize);
+        let mut contents = PlanContents::default();
+        contents.image(&image(1, &["a"], ENTRIES.into()));
+        for first in 0..ENTRIES {
+            let content = if first % 2 == 0 { Content::Zeros } else { Content::Hole };
+            contents.runs(1, first, &[Run { blocks: 1, content }]);
+        }
+        assert_eq!(
+            built(&contents.finish()).unwrap().images[0].runs.len(),
+            ENTRIES as usize
+        );
     }
 
     #[test]
@@ -815,24 +670,35 @@ mod tests {
                 content: Content::Stored(StoreBlock(n * 40_000)),
             })
             .collect();
-        let mut payloads = Payloads::default();
-        payloads.push(&ManifestEntry::Runs {
-            image: 0,
-            first_block: 0,
-            runs: runs.clone(),
-        });
-        let mut found = Vec::new();
-        for payload in payloads.finish() {
-            assert!(payload.len() < PAYLOAD_BYTES_MAX);
-            for entry in decode_entries(&payload, true).unwrap() {
-                let ManifestEntry::Runs { first_block, runs, .. } = entry else {
-                    panic!()
-                };
-                assert_eq!(first_block as usize, found.len());
-                found.extend(runs);
-            }
+        let mut contents = PlanContents::default();
+        contents.image(&image(0, &["a"], 100_000));
+        contents.runs(0, 0, &runs);
+        let contents = contents.finish();
+        assert!(
+            contents
+                .iter()
+                .all(|content| content.len() + NUMBER_BYTES < PAYLOAD_BYTES_MAX)
+        );
+        assert_eq!(built(&contents).unwrap().images[0].runs[..], runs[..]);
+    }
+
+    #[test]
+    fn a_manifest_has_limits() {
+        let long = "x/".repeat(2000) + "x";
+        let mut contents = PlanContents::default();
+        for number in 0..20_000 {
+            contents.folder(&ArchivedFolder {
+                path: format!("{number}/{long}").into(),
+                metadata: Metadata::default(),
+            });
         }
-        assert_eq!(found, runs);
+        assert!(built(&contents.finish()).is_err());
+        let mut unknown = Vec::new();
+        put_entry(&mut unknown, 77, |_| ());
+        assert!(built(&[unknown]).is_ok());
+        let mut unknown = Vec::new();
+        put_entry(&mut unknown, CRITICAL | 0x4d, |_| ());
+        assert!(matches!(built(&[unknown]), Err(Malformed::Unsupported(_))));
     }
 
     #[test]

@@ -1,16 +1,23 @@
 //! Archives, as `formats/archive-v1.md` specifies them: records and how they are written and read. Nothing here knows a
 //! filesystem: [`crate::ops`] puts archives and images together.
 //!
-//! `record`, `head`, `manifest`, `pack`, `index` and `commit` are the records; `writer` puts
-//! them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage; `reader` finds them
-//! in a store.
+//! `limits` has every limit of the format. `record`, `head`, `manifest` with `attributes` and `announced`, `pack`, `index`, `list` and `commit`
+//! are the records; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage;
+//! `open`, `salvage` and `reader` find them in a store, and `lane` says which of them hold which blocks.
 
+pub mod announced;
+pub mod attributes;
 pub mod commit;
 pub mod head;
 pub mod index;
+pub mod lane;
+pub mod limits;
+pub mod list;
 pub mod manifest;
+pub mod open;
 pub mod pack;
 pub mod reader;
 pub mod record;
+mod salvage;
 pub mod stream;
 pub mod writer;

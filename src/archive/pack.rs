@@ -1,22 +1,15 @@
 //! PACK: frames of stored blocks, each of which can be decoded alone.
 
-use super::manifest::store_block;
+use super::limits::{FRAME_BLOCKS_MAX, FRAMES_MAX, PACK_BLOCKS_MAX};
 use super::record::{Hash, hash_of};
 use crate::block::BLOCK_LEN;
-use crate::codec::{Decoded, Decoder};
+use crate::codec::{Decoded, Decoder, RAW, ZSTD, unpack};
 use crate::numbers::StoreBlock;
 
-/// Frames in a pack at most.
-const FRAMES_MAX: u32 = 8192;
-/// Blocks in a frame at most.
-pub const FRAME_BLOCKS_MAX: u16 = 1024;
 /// Bytes of a body before its table.
-pub const FIXED_BYTES: usize = 48;
+pub const FIXED_BYTES: usize = 16;
 /// Bytes of a frame's line in the table.
-const LINE_BYTES: usize = 40;
-const HASH_BYTES: usize = 32;
-const RAW: u8 = 0;
-const ZSTD: u8 = 1;
+const LINE_BYTES: usize = 48;
 
 /// A frame as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,7 +17,6 @@ pub struct Frame {
     /// Its blocks.
     pub blocks: u16,
     encoding: u8,
-    /// Its bytes.
     stored: Vec<u8>,
     hash: Hash,
 }
@@ -33,12 +25,14 @@ impl Frame {
     /// Compresses blocks, unless that does not make them smaller.
     ///
     /// # Errors
-    /// Those of zstd.
+    /// Returns the error that zstd gave.
     pub fn compress(plain: &[u8], compressor: &mut zstd::bulk::Compressor<'_>) -> std::io::Result<Self> {
         /// What less than that saves is not worth decompressing.
         const GAIN: usize = 64;
-        let packed = compressor.compress(plain)?;
+        let mut packed = compressor.compress(plain)?;
         let (encoding, stored) = if packed.len() + plain.len() / GAIN < plain.len() {
+            // It was allocated for the worst case, and a pack keeps many.
+            packed.shrink_to_fit();
             (ZSTD, packed)
         } else {
             (RAW, plain.to_vec())
@@ -51,16 +45,38 @@ impl Frame {
         })
     }
 
-    /// Bytes it takes.
+    /// Returns how many bytes it takes.
     pub fn stored_bytes(&self) -> usize {
         self.stored.len()
+    }
+
+    /// Returns how many bytes it takes in memory.
+    #[cfg(test)]
+    pub fn allocated_bytes(&self) -> usize {
+        self.stored.capacity()
+    }
+}
+
+/// A frame and the place of its blocks in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacedFrame {
+    /// The store address of its first block.
+    pub first: StoreBlock,
+    /// The frame.
+    pub frame: Frame,
+}
+
+impl PlacedFrame {
+    /// Returns the store address after its last block.
+    pub fn end(&self) -> StoreBlock {
+        self.first + u32::from(self.frame.blocks)
     }
 }
 
 /// Where a frame is, and what it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameInfo {
-    /// Store address of its first block.
+    /// The store address of its first block.
     pub first: StoreBlock,
     /// Its blocks.
     pub blocks: u16,
@@ -73,98 +89,121 @@ pub struct FrameInfo {
 }
 
 impl FrameInfo {
-    /// Its content.
-    ///
-    /// # Errors
-    /// Where the bytes are not those that were stored.
-    pub fn decode(&self, stored: &[u8]) -> Decoded<Vec<u8>> {
-        if hash_of(stored) != self.hash {
-            return Err("a frame does not match its hash");
-        }
-        let length = usize::from(self.blocks) * BLOCK_LEN;
-        let plain = match self.encoding {
-            RAW => stored.to_vec(),
-            _ => zstd::bulk::decompress(stored, length).map_err(|_| "a frame cannot be decompressed")?,
-        };
-        if plain.len() == length {
-            Ok(plain)
-        } else {
-            Err("a frame has another length than it says")
-        }
+    /// Returns the store address after its last block.
+    pub fn end(&self) -> StoreBlock {
+        self.first + u32::from(self.blocks)
     }
 
-    /// Its bytes in a body.
+    /// Returns its content.
+    ///
+    /// # Errors
+    /// Says that the bytes are not those that were stored, or cannot be decoded.
+    pub fn decode(&self, stored: &[u8]) -> Decoded<Vec<u8>> {
+        if hash_of(stored) != self.hash {
+            return Err("a frame does not match its hash".into());
+        }
+        unpack(self.encoding, stored, usize::from(self.blocks) * BLOCK_LEN)
+    }
+
+    /// Returns its bytes in a body.
+    ///
+    /// # Errors
+    /// Says that it lies beyond the body.
     pub fn slice<'a>(&self, body: &'a [u8]) -> Decoded<&'a [u8]> {
         let start = usize::try_from(self.offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(self.stored_bytes as usize);
-        body.get(start..end).ok_or("a frame lies beyond its pack")
+        Ok(body.get(start..end).ok_or("a frame lies beyond its pack")?)
     }
 }
 
-/// Writes the body of a PACK.
-pub fn encode(first: StoreBlock, frames: &[Frame]) -> Vec<u8> {
-    let data: usize = frames.iter().map(Frame::stored_bytes).sum();
-    let mut out = vec![0; HASH_BYTES];
-    out.reserve(FIXED_BYTES + frames.len() * LINE_BYTES + data);
-    out.extend(u64::from(first.0).to_le_bytes());
-    out.extend(u32::try_from(frames.len()).unwrap_or(u32::MAX).to_le_bytes());
-    out.extend([0; 4]);
-    for frame in frames {
-        out.extend(u32::try_from(frame.stored.len()).unwrap_or(u32::MAX).to_le_bytes());
-        out.extend(frame.blocks.to_le_bytes());
-        out.extend([frame.encoding, 0]);
-        out.extend(frame.hash);
-    }
-    let hash = hash_of(&out[HASH_BYTES..]);
-    out[..HASH_BYTES].copy_from_slice(&hash);
-    for frame in frames {
-        out.extend_from_slice(&frame.stored);
-    }
-    out
+/// What a PACK says of its frames.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackTable {
+    /// The frames, by store address.
+    pub frames: Vec<FrameInfo>,
+    /// The store address of the first, in the lane that wrote it.
+    pub home: StoreBlock,
+    /// Blocks from the first to the last, gaps included.
+    pub blocks: u32,
+    /// BLAKE3 of the table, from which each frame is proved.
+    pub hash: Hash,
+    /// Where the frames end in the body. Only zeros follow.
+    pub end: u64,
 }
 
-/// How many bytes the table of a body takes that begins with these [`FIXED_BYTES`], those included.
+/// Returns the body of a PACK, and its table hash. There is a frame at least, and they are in order.
+pub fn encode(frames: &[PlacedFrame]) -> (Vec<u8>, Hash) {
+    let data: usize = frames.iter().map(|placed| placed.frame.stored_bytes()).sum();
+    let first = frames.first().map_or(StoreBlock(0), |placed| placed.first);
+    let end = frames.last().map_or(first, PlacedFrame::end);
+    let mut body = Vec::with_capacity(FIXED_BYTES + frames.len() * LINE_BYTES + data);
+    body.extend(u64::from(first.0).to_le_bytes());
+    body.extend(u32::try_from(frames.len()).unwrap_or(u32::MAX).to_le_bytes());
+    body.extend((end - first).to_le_bytes());
+    for PlacedFrame { first: block, frame } in frames {
+        body.extend((*block - first).to_le_bytes());
+        body.extend(u32::try_from(frame.stored.len()).unwrap_or(u32::MAX).to_le_bytes());
+        body.extend(frame.blocks.to_le_bytes());
+        body.extend([frame.encoding, 0, 0, 0, 0, 0]);
+        body.extend(frame.hash);
+    }
+    let hash = hash_of(&body);
+    for PlacedFrame { frame, .. } in frames {
+        body.extend_from_slice(&frame.stored);
+    }
+    (body, hash)
+}
+
+/// Returns how many bytes the table of a body takes that begins with these [`FIXED_BYTES`], those included.
 ///
 /// # Errors
-/// Where the count is not allowed.
+/// Says that the count is not allowed.
 pub fn table_bytes(fixed: &[u8]) -> Decoded<usize> {
     let mut decoder = Decoder::new(fixed);
-    decoder.take(HASH_BYTES + 8)?;
-    match decoder.u32()? {
-        count @ 1..=FRAMES_MAX => Ok(FIXED_BYTES + count as usize * LINE_BYTES),
-        _ => Err("it has no frames, or too many"),
+    decoder.take(8)?;
+    match decoder.u32()? as usize {
+        count @ 1..=FRAMES_MAX => Ok(FIXED_BYTES + count * LINE_BYTES),
+        _ => Err("it has no frames, or too many".into()),
     }
 }
 
-/// Reads the table of a PACK whose body has `body_bytes` in all, of which at least the table is given.
+/// Decodes the table of a PACK whose body has `body_bytes` in all, of which at least the table is given. Its frames get store addresses from
+/// `first` on; if that is none, those of the lane that wrote it.
 ///
 /// # Errors
-/// Where it is not as the format says.
-pub fn decode_table(body: &[u8], body_bytes: u64) -> Decoded<Vec<FrameInfo>> {
+/// Returns what is malformed.
+pub fn decode_table(body: &[u8], body_bytes: u64, first: Option<StoreBlock>) -> Decoded<PackTable> {
     let length = table_bytes(body)?;
     let table = body.get(..length).ok_or("it ends too early")?;
-    let (hash, table) = table.split_at(HASH_BYTES);
-    if hash_of(table) != hash {
-        return Err("its table does not match its hash");
-    }
     let mut decoder = Decoder::new(table);
-    let mut first = store_block(decoder.u64()?)?;
+    let home = super::manifest::store_block(decoder.u64()?)?;
     decoder.take(4)?;
-    decoder.zeros(4)?;
+    let span = decoder.u32()?;
+    let first = first.unwrap_or(home);
     let mut offset = length as u64;
     let mut frames = Vec::new();
+    let mut end = 0;
     while decoder.left() > 0 {
-        let stored_bytes = decoder.u32()?;
+        let (block, stored_bytes) = (decoder.u32()?, decoder.u32()?);
         let (blocks, encoding) = (decoder.u16()?, decoder.u8()?);
-        decoder.zeros(1)?;
+        decoder.zeros(5)?;
         if blocks == 0 || blocks > FRAME_BLOCKS_MAX || encoding > ZSTD {
-            return Err("a frame is not as the format says");
+            return Err("a frame is not as the format says".into());
         }
-        if stored_bytes as usize > usize::from(blocks) * BLOCK_LEN {
-            return Err("a frame is longer than what it holds");
+        let plain_bytes = usize::from(blocks) * BLOCK_LEN;
+        if stored_bytes as usize > plain_bytes || (encoding == RAW && stored_bytes as usize != plain_bytes) {
+            return Err("a frame has another length than what it holds".into());
         }
+        if block < end || (frames.is_empty() && block != 0) {
+            return Err("frames of a pack lie in each other".into());
+        }
+        end = block.checked_add(blocks.into()).ok_or(BEYOND)?;
+        first
+            .checked_add(end)
+            .filter(|end| *end <= StoreBlock::END_MAX)
+            .ok_or(BEYOND)?;
         frames.push(FrameInfo {
-            first,
+            first: first + block,
             blocks,
             offset,
             stored_bytes,
@@ -172,15 +211,36 @@ pub fn decode_table(body: &[u8], body_bytes: u64) -> Decoded<Vec<FrameInfo>> {
             hash: decoder.array()?,
         });
         offset += u64::from(stored_bytes);
-        first = first
-            .checked_add(blocks.into())
-            .filter(|end| *end <= StoreBlock::END_MAX)
-            .ok_or("it holds blocks beyond the largest store")?;
     }
-    if offset == body_bytes {
-        Ok(frames)
-    } else {
-        Err("its frames do not fill it")
+    if end > PACK_BLOCKS_MAX {
+        return Err("it has more blocks than allowed".into());
+    }
+    if end != span {
+        return Err("its frames hold other blocks than it says".into());
+    }
+    if offset > body_bytes {
+        return Err("its frames lie beyond its end".into());
+    }
+    Ok(PackTable {
+        frames,
+        home,
+        blocks: span,
+        hash: hash_of(table),
+        end: offset,
+    })
+}
+
+const BEYOND: &str = "it holds blocks beyond the largest store";
+
+/// Checks what stands behind the frames in a whole body.
+///
+/// # Errors
+/// Says that it is not zeros.
+pub fn check_padding(body: &[u8], table: &PackTable) -> Decoded<()> {
+    let end = usize::try_from(table.end).unwrap_or(usize::MAX);
+    match body.get(end..) {
+        Some(padding) if padding.iter().all(|byte| *byte == 0) => Ok(()),
+        _ => Err("what follows its frames is not zeros".into()),
     }
 }
 
@@ -196,15 +256,21 @@ mod tests {
             vec![7; BLOCK_LEN],
         ];
         let mut compressor = zstd::bulk::Compressor::new(3).unwrap();
-        let frames: Vec<Frame> = plain
-            .iter()
-            .map(|plain| Frame::compress(plain, &mut compressor).unwrap())
+        // The last one lies behind a gap of five blocks.
+        let frames: Vec<PlacedFrame> = (plain.iter().zip([10, 13, 20]))
+            .map(|(plain, first)| PlacedFrame {
+                first: StoreBlock(first),
+                frame: Frame::compress(plain, &mut compressor).unwrap(),
+            })
             .collect();
         assert_eq!(
-            frames.iter().map(|frame| frame.encoding).collect::<Vec<_>>(),
+            frames.iter().map(|placed| placed.frame.encoding).collect::<Vec<_>>(),
             [ZSTD, RAW, ZSTD]
         );
-        (encode(StoreBlock(10), &frames), plain)
+        let (mut body, hash) = encode(&frames);
+        assert_eq!(decode_table(&body, body.len() as u64, None).unwrap().hash, hash);
+        body.extend([0; 5]);
+        (body, plain)
     }
 
     trait TakeVec {
@@ -222,7 +288,10 @@ mod tests {
     #[test]
     fn packs_come_back() {
         let (body, plain) = some_pack();
-        let frames = decode_table(&body, body.len() as u64).unwrap();
+        let table = decode_table(&body, body.len() as u64, Some(StoreBlock(100))).unwrap();
+        assert_eq!((table.home, table.blocks), (StoreBlock(10), 11));
+        assert_eq!(check_padding(&body, &table), Ok(()));
+        let frames = table.frames;
         let found: Vec<_> = frames
             .iter()
             .map(|frame| frame.decode(frame.slice(&body).unwrap()).unwrap())
@@ -230,7 +299,7 @@ mod tests {
         assert_eq!(found, plain);
         assert_eq!(
             frames.iter().map(|frame| frame.first).collect::<Vec<_>>(),
-            [10, 13, 15].map(StoreBlock)
+            [100, 103, 110].map(StoreBlock)
         );
     }
 
@@ -240,18 +309,20 @@ mod tests {
             let (mut body, plain) = some_pack();
             let at = at.index(body.len());
             body[at] ^= flip;
-            // Either the table is refused, or exactly the frame that was hit.
-            if let Ok(frames) = decode_table(&body, body.len() as u64) {
-                let good = frames.iter().zip(&plain).filter(|(frame, plain)| {
+            // Either the table is refused or has another hash, or the frame that was hit is refused, or the padding is.
+            let genuine = decode_table(&some_pack().0, body.len() as u64, None).unwrap();
+            if let Ok(table) = decode_table(&body, body.len() as u64, None) && table.hash == genuine.hash {
+                let good = table.frames.iter().zip(&plain).filter(|(frame, plain)| {
                     frame.slice(&body).and_then(|stored| frame.decode(stored)).as_ref() == Ok(*plain)
                 });
-                prop_assert_eq!(good.count(), plain.len() - 1);
+                let bad = plain.len() - good.count() + usize::from(check_padding(&body, &table).is_err());
+                prop_assert_eq!(bad, 1);
             }
         }
 
         #[test]
         fn nothing_is_too_strange(body: Vec<u8>, length: u64) {
-            let _ = decode_table(&body, length);
+            let _ = decode_table(&body, length, None);
         }
     }
 }

@@ -1,42 +1,53 @@
-//! Reads an archive that lies in a store: its commits, manifests, frames and hashes. Where its end or its directories are damaged, it is
-//! searched from the beginning.
+//! Reads an archive that lies in a store: its commits, manifests, frames and hashes. What is not where it should be is found by its hash.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use super::commit::{Commit, CommitLocation, RecordLocation, decode_tail};
-use super::head::Head;
+use super::announced::AnnouncedBlocks;
+use super::commit::{Commit, CommitLocation, decode_tail};
 use super::index;
-use super::manifest::{self, AnnouncedBlocks, Manifest, ManifestBuilder, PlanPart};
-use super::pack::{self, FrameInfo};
-use super::record::{BadHeader, HEADER_BYTES, Hash, MAGIC, RecordHeader, RecordKind, hash_of};
-use super::stream::{Stream, StreamEvent};
+use super::lane::{LaneStore, ListedRecord};
+use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordLocation};
+use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
+use super::open::{self, Opened, Searched};
+use super::pack::{self, FrameInfo, PackTable};
+use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, hash_of};
 use super::writer::EpochBase;
-use crate::block::ByteRange;
-use crate::codec::Decoded;
-use crate::content::FileTime;
+use crate::block::{BLOCK_LEN, ByteRange};
+use crate::codec::Malformed;
+use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::range;
-use crate::store::{Store, StoreReader};
+use crate::spill::Budget;
+use crate::store::Store;
 
-const TOO_MANY_BLOCKS: &str = "a commit has more blocks than the archive can hold";
+/// What to say of runs whose image is not there though no record is missing.
+pub const ORPHANS: &str = "it has runs of an image that is not there";
 
 /// A commit and where it is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Committed {
     /// What it says. Of an epoch whose COMMIT is lost: what could be found out.
     pub commit: Commit,
     /// Where it is.
     pub location: CommitLocation,
+    /// Its lane.
+    pub lane: LaneId,
+    /// The epoch that made it.
+    pub epoch: EpochId,
+    /// What it lists, but for its images.
+    pub listed: Listed,
     /// Whether its COMMIT is lost, and only what its records say is known.
     pub salvaged: bool,
+    /// Whether a later commit says that its images are no longer asked for.
+    pub is_forgotten: bool,
 }
 
 impl Committed {
-    /// The name it can be asked for by: the first digits of its hash.
+    /// Returns the name it can be asked for by: the first digits of its hash.
     pub fn id(&self) -> String {
         self.location.body_hash[..4]
             .iter()
@@ -51,491 +62,505 @@ pub struct Damage {
     pub range: ByteRange,
     /// What.
     pub problem: String,
+    /// The hash that the body of the damaged record should have, if its header is whole.
+    pub body_hash: Option<Hash>,
+}
+
+impl Damage {
+    /// Makes one of a place of which nothing is known.
+    pub fn at(range: ByteRange, problem: impl Into<String>) -> Self {
+        Self {
+            range,
+            problem: problem.into(),
+            body_hash: None,
+        }
+    }
 }
 
 /// A frame, and where it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LocatedFrame {
-    /// Where its bytes begin, in bytes from the archive's beginning.
+    /// Where its bytes begin, in bytes from the file's beginning.
     pub offset: u64,
     /// What its PACK says of it.
     pub frame: FrameInfo,
+    /// The header of its PACK.
+    header: RecordHeader,
 }
 
-/// An archive.
+/// The hash of a block, and who says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProvedHash {
+    /// The hash that the newest INDEX has.
+    pub hash: Hash,
+    /// The first commit that lists an INDEX of the block.
+    pub since: CommitNumber,
+    /// Whether another INDEX has another hash.
+    pub is_disputed: bool,
+}
+
+/// Reads records from a store, and proves them by their hashes.
 #[derive(Debug)]
-pub struct Archive {
+pub struct RecordReader {
     store: Arc<dyn Store>,
     length: u64,
-    head: Head,
-    id: [u8; 16],
-    commits: Vec<Committed>,
-    /// PACKs, by store address.
-    packs: Vec<RecordLocation>,
-    /// INDEXes, by store address.
-    indexes: Vec<RecordLocation>,
-    /// Behind the last commit's TAIL.
-    end: (u64, u64),
-    /// Whole records by the hash of their body, once the archive had to be searched.
-    searched: OnceLock<Searched>,
 }
 
-/// What a search from the beginning found.
-#[derive(Debug, Default)]
-struct Searched {
-    records: Vec<(RecordHeader, u64)>,
-    by_hash: HashMap<Hash, u64>,
-    damage: Vec<Damage>,
-}
+impl RecordReader {
+    /// Returns the store.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
 
-impl Archive {
-    /// Opens an archive.
+    /// Returns its path.
+    pub fn path(&self) -> &Path {
+        self.store.path()
+    }
+
+    /// Returns its length in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Reads a header.
     ///
     /// # Errors
-    /// If it is none, has no commit left, or needs a later version.
-    pub fn open(store: Arc<dyn Store>) -> Result<Self> {
-        let archive = Self::open_any(store)?;
-        if archive.commits.is_empty() {
-            let problem = if archive.damage().is_empty() {
-                "it has no commit: the export that wrote it did not end"
-            } else {
-                "none of its commits is intact"
-            };
-            return Err(Error::damaged(archive.path(), 0, archive.length, problem));
-        }
-        Ok(archive)
+    /// [`Error::Damaged`], [`Error::Unsupported`], or the error of reading.
+    pub fn header_at(&self, offset: u64) -> Result<RecordHeader> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.read_exact(offset, &mut bytes)?;
+        RecordHeader::decode(&bytes).map_err(|problem| self.malformed(offset, problem))
     }
 
-    /// The same, but an archive without a commit is none the worse.
+    /// Reads a body, without its mask.
     ///
     /// # Errors
-    /// If it is no archive, or needs a later version.
-    pub fn open_any(store: Arc<dyn Store>) -> Result<Self> {
-        let failed = |error| Error::io("look at", store.path())(error);
-        let length = store.length().map_err(failed)?;
-        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
-        Self::of(store, length)
+    /// [`Error::Damaged`] where it does not match its hash, or the error of reading.
+    pub fn body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
+        let start = offset + HEADER_BYTES as u64;
+        if header.body_bytes > self.length.saturating_sub(start) {
+            return Err(self.problem(offset, "it ends in the middle of a record"));
+        }
+        let mut body = vec![0; usize::try_from(header.body_bytes).unwrap_or(usize::MAX)];
+        self.read_exact(start, &mut body)?;
+        header.apply_mask(0, &mut body);
+        if hash_of(&body) != header.body_hash {
+            return Err(self.problem(offset, "a record does not match its hash"));
+        }
+        Ok(body)
     }
 
-    fn of(store: Arc<dyn Store>, length: u64) -> Result<Self> {
-        let mut archive = Self {
-            store,
-            length,
-            head: Head::current(),
-            id: [0; 16],
-            commits: Vec::new(),
-            packs: Vec::new(),
-            indexes: Vec::new(),
-            end: (0, 0),
-            searched: OnceLock::new(),
+    /// Reads a body where it should be, or, if it is not there, where a search found it.
+    /// What stands from `end` on is not looked at: it may be what an export left, and the next one cuts it off.
+    ///
+    /// # Errors
+    /// As for [`RecordReader::body_of`].
+    pub fn body_by_hash(
+        &self,
+        kind: RecordKind,
+        offset: u64,
+        body_hash: &Hash,
+        (searched, end): (Option<&Searched>, u64),
+    ) -> Result<Vec<u8>> {
+        let read = |offset| {
+            if offset >= end {
+                return Err(self.problem(offset, BEHIND));
+            }
+            let header = self.header_at(offset)?;
+            if header.body_hash != *body_hash || header.kind != kind {
+                return Err(self.problem(offset, "another record stands in its place"));
+            }
+            self.body_of(offset, &header)
         };
-        match archive.open_from_tail() {
-            Ok(()) => {}
-            Err(error @ Error::Unsupported { .. }) => return Err(error),
-            Err(_) => archive.open_by_searching()?,
-        }
-        let mut located: Vec<RecordLocation> = archive
-            .commits
-            .iter()
-            .flat_map(|committed| committed.commit.records.iter().copied())
-            .collect();
-        located.sort_by_key(|location| location.first);
-        archive.packs = located
-            .iter()
-            .filter(|one| one.kind == RecordKind::Pack)
-            .copied()
-            .collect();
-        archive.indexes = located
-            .iter()
-            .filter(|one| one.kind == RecordKind::Index)
-            .copied()
-            .collect();
-        Ok(archive)
-    }
-
-    /// From the TAIL along the chain of commits.
-    fn open_from_tail(&mut self) -> Result<()> {
-        let first = self.header_at(0)?;
-        if first.kind != RecordKind::Head {
-            return Err(self.problem(0, "it does not begin with a HEAD"));
-        }
-        self.id = first.archive;
-        let body = self.body_of(0, &first)?;
-        self.head = Head::decode(&body).map_err(|problem| self.unsupported(problem))?;
-        let tail_length = HEADER_BYTES as u64 + RecordKind::Tail.body_bytes_max();
-        let at = self
-            .length
-            .checked_sub(tail_length)
-            .ok_or_else(|| self.problem(0, "it is too short"))?;
-        let tail = self.header_at(at)?;
-        if tail.kind != RecordKind::Tail || tail.archive != self.id {
-            return Err(self.problem(at, "it does not end with its TAIL"));
-        }
-        let mut next = decode_tail(&self.body_of(at, &tail)?).map_err(|problem| self.problem(at, problem))?;
-        self.end = (self.length, tail.sequence + 1);
-        while next.length > 0 {
-            let header = self.header_at(next.offset)?;
-            if next.length != HEADER_BYTES as u64 + header.body_bytes {
-                return Err(self.problem(next.offset, "a COMMIT has another length than it should have"));
-            }
-            if header.kind != RecordKind::Commit || header.body_hash != next.body_hash || header.archive != self.id {
-                return Err(self.problem(next.offset, "a COMMIT is not where it should be"));
-            }
-            let commit = Commit::decode(&self.body_of(next.offset, &header)?)
-                .map_err(|problem| self.problem(next.offset, problem))?;
-            let previous = commit.previous;
-            // Each begins before the one that follows it, so that this ends.
-            if previous.length > 0 && previous.offset >= next.offset {
-                return Err(self.problem(next.offset, "the chain of commits leads in a circle"));
-            }
-            if !self.can_hold(commit.store_end) {
-                return Err(self.problem(next.offset, TOO_MANY_BLOCKS));
-            }
-            let span = commit.span().map_err(|problem| self.problem(next.offset, problem))?;
-            if span.end > next.offset {
-                return Err(self.problem(next.offset, "a record lies behind its COMMIT"));
-            }
-            self.commits.push(Committed {
-                commit,
-                location: next,
-                salvaged: false,
-            });
-            next = previous;
-        }
-        self.commits.reverse();
-        if (1u32..).zip(&self.commits).any(|(n, one)| one.commit.number.0 != n) || self.commits.is_empty() {
-            return Err(self.problem(0, "its commits are not all there"));
-        }
-        Ok(())
-    }
-
-    /// From the beginning, record by record.
-    fn open_by_searching(&mut self) -> Result<()> {
-        self.commits.clear();
-        let searched = self.searched()?;
-        let Some((first, _)) = searched.records.first() else {
-            return Err(self.nothing_intact());
+        let error = match read(offset) {
+            Err(error @ Error::Damaged { .. }) => error,
+            other => return other,
         };
-        let id = first.archive;
-        let (mut commits, mut refused) = (Vec::new(), Vec::new());
-        let (mut end, mut head) = ((0, 0), None);
-        for (header, offset) in searched.records.iter().filter(|(header, _)| header.archive == id) {
-            match header.kind {
-                RecordKind::Head => {
-                    let decoded = Head::decode(&self.body_of(*offset, header)?);
-                    head = Some(decoded.map_err(|problem| self.unsupported(problem))?);
-                }
-                RecordKind::Commit => {
-                    let location = CommitLocation {
-                        offset: *offset,
-                        length: HEADER_BYTES as u64 + header.body_bytes,
-                        body_hash: header.body_hash,
-                    };
-                    match self.decode_commit(&self.body_of(*offset, header)?, location) {
-                        Ok(found) => {
-                            end = (location.offset + location.length, header.sequence + 1);
-                            commits.push(found);
-                        }
-                        Err(problem) => refused.push((location, problem)),
-                    }
-                }
-                RecordKind::Tail if end.0 == *offset => {
-                    end = (offset + HEADER_BYTES as u64 + header.body_bytes, header.sequence + 1);
-                }
-                _ => {}
-            }
+        match searched.and_then(|searched| searched.place_of(body_hash)) {
+            Some(found) if found != offset => read(found),
+            _ => Err(error),
         }
-        commits.sort_by_key(|(committed, _)| committed.commit.number);
-        // One that stands there twice counts once.
-        commits.dedup_by_key(|(committed, _)| committed.commit.number);
-        let mut before = 0;
-        commits.retain(|(committed, span)| {
-            let follows = before <= span.start;
-            if follows {
-                before = span.end;
-            } else {
-                refused.push((committed.location, "a commit takes records of another for its own"));
-            }
-            follows
-        });
-        self.id = id;
-        self.head = head.unwrap_or_else(Head::current);
-        self.commits = commits.into_iter().map(|(committed, _)| committed).collect();
-        self.end = end;
-        if let Some(searched) = self.searched.get_mut() {
-            let refused = refused.into_iter().map(|(location, problem)| Damage {
-                range: ByteRange {
-                    start: location.offset,
-                    length: location.length,
-                },
-                problem: problem.to_owned(),
-            });
-            searched.damage.extend(refused);
-        }
-        Ok(())
     }
 
-    /// What to say of a store in which no record is intact.
-    fn nothing_intact(&self) -> Error {
+    /// Reads bytes as they are stored.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] where there are less, or the error of reading.
+    pub fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        if offset.saturating_add(buffer.len() as u64) > self.length {
+            return Err(self.problem(offset, "it ends too early"));
+        }
+        match self.store.read_exact_at(offset, buffer) {
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Err(self.problem(offset, "it ends too early"))
+            }
+            other => other.map_err(Error::io_at("read", self.path(), offset, buffer.len() as u64)),
+        }
+    }
+
+    /// Returns the error of a record that is damaged.
+    pub fn problem(&self, offset: u64, problem: &str) -> Error {
+        let length = self.length.saturating_sub(offset).min(HEADER_BYTES as u64);
+        Error::damaged(self.path(), offset, length, problem)
+    }
+
+    /// Returns the error of a record that cannot be decoded.
+    pub fn malformed(&self, offset: u64, malformed: Malformed) -> Error {
+        match malformed {
+            Malformed::Damaged(problem) => self.problem(offset, problem),
+            Malformed::Unsupported(problem) => self.unsupported(problem),
+        }
+    }
+
+    /// Returns the error of an archive that needs what this version does not know.
+    pub fn unsupported(&self, problem: &'static str) -> Error {
+        Error::Unsupported {
+            path: self.path().to_owned(),
+            problem,
+        }
+    }
+
+    /// Returns the error of a store in which no record is intact.
+    pub fn nothing_intact(&self) -> Error {
         let mut start = [0; MAGIC.len()];
-        if self.read_at(0, &mut start).is_ok() && start == MAGIC {
+        if self.read_exact(0, &mut start).is_ok() && start == MAGIC {
             return Error::damaged(self.path(), 0, self.length, "none of its records is intact");
         }
         Error::NotAnArchive {
             path: self.path().to_owned(),
         }
     }
+}
 
-    /// A COMMIT that makes sense, with the bytes of the archive that its records span.
-    fn decode_commit(&self, body: &[u8], location: CommitLocation) -> Decoded<(Committed, Range<u64>)> {
-        let commit = Commit::decode(body)?;
-        let span = commit.span()?;
-        if !self.can_hold(commit.store_end) {
-            return Err(TOO_MANY_BLOCKS);
-        }
-        let committed = Committed {
-            commit,
-            location,
-            salvaged: false,
-        };
-        Ok((committed, span))
-    }
+/// An archive.
+#[derive(Debug)]
+pub struct Archive {
+    reader: RecordReader,
+    opened: Opened,
+    commits: Vec<Committed>,
+    /// Commits whose images are no longer asked for. Later ones may need their records.
+    forgotten: Vec<Committed>,
+    lanes: BTreeMap<LaneId, LaneStore>,
+    /// What a search from the beginning found, once there was need of one.
+    searched: OnceLock<Searched>,
+    /// Where records end that belong to commits.
+    records_end: u64,
+}
 
-    /// Adds what can be told of exports whose COMMIT is lost: of those that end with all of their corrections.
+const BEHIND: &str = "a record stands behind the last COMMIT";
+
+impl Archive {
+    /// Opens an archive.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Says that it is none, has no commit left, or needs a later version.
+    pub fn open(store: Arc<dyn Store>) -> Result<Self> {
+        let archive = Self::open_any(store)?;
+        if archive.commits().is_empty() {
+            let problem = if archive.damage().is_empty() {
+                "it has no commit: the export that wrote it did not end"
+            } else {
+                "none of its commits is intact"
+            };
+            return Err(Error::damaged(archive.path(), 0, archive.length(), problem));
+        }
+        Ok(archive)
+    }
+
+    /// Opens an archive, which may have no commit.
+    ///
+    /// # Errors
+    /// Says that it is none, or needs a later version.
+    pub fn open_any(store: Arc<dyn Store>) -> Result<Self> {
+        let failed = |error| Error::io("look at", store.path())(error);
+        let length = store.length().map_err(failed)?;
+        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
+        let reader = RecordReader { store, length };
+        let searched = OnceLock::new();
+        let mut opened = match open::from_tail(&reader) {
+            Err(Error::Damaged { .. }) => {
+                let found = open::search(&reader)?;
+                let opened = open::from_search(&reader, &found)?;
+                searched.get_or_init(|| found);
+                opened
+            }
+            other => other?,
+        };
+        let lanes = lanes_of(&opened.commits).map_err(|problem| reader.malformed(0, problem))?;
+        let commits = std::mem::take(&mut opened.commits);
+        let (forgotten, commits) = commits.into_iter().partition(|one| one.is_forgotten);
+        Ok(Self {
+            records_end: opened.end.offset,
+            reader,
+            opened,
+            commits,
+            forgotten,
+            lanes,
+            searched,
+        })
+    }
+
+    /// Returns whether something stands behind the last commit, and is nothing but what an export left that did not end. Then nothing tells
+    /// that there ever was another commit.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn has_leftovers_only(&self) -> Result<bool> {
+        let has_any = self.opened.end.offset < self.length() && !self.commits.is_empty();
+        Ok(has_any && self.ends_in_leftovers_only()?)
+    }
+
+    /// Adds what can be told of exports whose COMMIT is lost: of those whose final images are all there. What an export left that did not end is
+    /// taken for one only where there is nothing else.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
     pub fn salvage(&mut self) -> Result<()> {
-        let mut epochs: HashMap<u64, Vec<(RecordHeader, u64)>> = HashMap::new();
-        for (header, offset) in &self.searched()?.records {
-            if header.archive == self.id {
-                epochs.entry(header.epoch).or_default().push((*header, *offset));
-            }
-        }
-        let known: HashSet<u64> = self
-            .commits
-            .iter()
-            .filter_map(|committed| self.epoch_of(&committed.location))
-            .collect();
-        let mut numbers: HashSet<CommitNumber> = self.commits.iter().map(|committed| committed.commit.number).collect();
-        let mut found = Vec::new();
-        for (epoch, records) in epochs {
-            if !known.contains(&epoch)
-                && let Some(committed) = self.salvage_epoch(records)?
-            {
-                found.push(committed);
-            }
-        }
+        self.records_end = u64::MAX;
+        let known = self.all_commits().map(|one| one.epoch).collect();
+        let has_commits = self.all_commits().next().is_some();
+        let end = if has_commits && self.ends_in_leftovers_only()? {
+            self.opened.end.offset
+        } else {
+            self.length()
+        };
+        let found = super::salvage::salvage(&self.reader, self.searched()?, &known, end)?;
+        let mut numbers: HashSet<(LaneId, CommitNumber)> =
+            self.all_commits().map(|one| (one.lane, one.commit.number)).collect();
+        let last = self.last_of_main().map(|last| (last.lane, last.commit.number));
         for committed in found {
-            for location in &committed.commit.records {
-                let list = match location.kind {
-                    RecordKind::Pack => &mut self.packs,
-                    RecordKind::Index => &mut self.indexes,
-                    _ => continue,
-                };
-                list.push(*location);
-            }
-            if numbers.insert(committed.commit.number) {
+            // An epoch that stands before the last commit comes before it, whatever number it says.
+            let is_behind = committed.location.offset >= self.opened.end.offset;
+            let comes_after =
+                last.is_some_and(|(lane, number)| lane == committed.lane && committed.commit.number > number);
+            if (is_behind || !comes_after) && numbers.insert((committed.lane, committed.commit.number)) {
                 self.commits.push(committed);
             }
         }
-        self.commits.sort_by_key(|committed| committed.commit.number);
-        self.packs.sort_by_key(|location| location.first);
-        self.indexes.sort_by_key(|location| location.first);
+        let main = self.opened.main;
+        self.commits
+            .sort_by_key(|one| (one.lane == main, one.lane, one.commit.number));
+        let all: Vec<Committed> = self.all_commits().cloned().collect();
+        self.lanes = lanes_of(&all).map_err(|problem| self.reader.malformed(0, problem))?;
         Ok(())
     }
 
-    /// Whether so many blocks can be in an archive of this length: each frame takes a line of its PACK's table.
-    fn can_hold(&self, blocks: StoreBlock) -> bool {
-        const LINE_BYTES: u64 = 40;
-        self.length / LINE_BYTES >= u64::from(blocks.0) / u64::from(pack::FRAME_BLOCKS_MAX)
-    }
-
-    fn epoch_of(&self, commit: &CommitLocation) -> Option<u64> {
-        self.header_at(commit.offset).ok().map(|header| header.epoch)
-    }
-
-    /// What the records of an epoch without COMMIT say. None if its corrections may be incomplete: a block could be taken
-    /// for another.
-    fn salvage_epoch(&self, mut records: Vec<(RecordHeader, u64)>) -> Result<Option<Committed>> {
-        records.sort_by_key(|(header, _)| header.sequence);
-        records.dedup_by_key(|(header, _)| header.sequence);
-        let mut commit = Commit {
-            number: CommitNumber::default(),
-            time: FileTime::default(),
-            label: String::new(),
-            root: PathBuf::new(),
-            previous: CommitLocation::default(),
-            store_end: StoreBlock(0),
-            images: Vec::new(),
-            records: Vec::new(),
-        };
-        let (mut corrected, mut before) = (false, None);
-        for (header, offset) in &records {
-            let body = self.body_of(*offset, header)?;
-            let mut location = location_of(header, *offset);
-            match header.kind {
-                RecordKind::Plan => {
-                    let Ok(plan) = manifest::decode(&body) else { continue };
-                    commit.number = plan.commit;
-                    location.part = plan.part.number();
-                    if let PlanPart::Corrections(_) = plan.part {
-                        let follows = before.is_some_and(|before| before + 1 == header.sequence);
-                        corrected = plan.last && follows;
-                        if !follows {
-                            return Ok(None);
-                        }
-                    }
-                    if let PlanPart::Blocks(announced) = plan.part {
-                        location.first = announced.first;
-                        location.blocks = u32::try_from(announced.fingerprints.len()).unwrap_or(u32::MAX);
-                    }
-                }
-                RecordKind::Pack => {
-                    let Ok(frames) = pack::decode_table(&body, header.body_bytes) else {
-                        continue;
-                    };
-                    location.first = frames.first().map_or(StoreBlock(0), |frame| frame.first);
-                    location.blocks = frames.iter().map(|frame| u32::from(frame.blocks)).sum();
-                }
-                RecordKind::Index => {
-                    let Ok((first, hashes)) = index::decode(&body) else {
-                        continue;
-                    };
-                    location.first = first;
-                    location.blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
-                }
-                _ => {}
-            }
-            before = Some(header.sequence);
-            commit.store_end = commit.store_end.max(location.first + location.blocks);
-            commit.records.push(location);
-        }
-        let is_numbered = commit.number.is_allowed();
-        Ok((corrected && is_numbered).then(|| Committed {
-            commit,
-            location: CommitLocation::default(),
-            salvaged: true,
-        }))
+    fn all_commits(&self) -> impl Iterator<Item = &Committed> + Clone {
+        self.forgotten.iter().chain(&self.commits)
     }
 
     fn searched(&self) -> Result<&Searched> {
         if self.searched.get().is_none() {
-            let searched = self.search()?;
+            let searched = open::search(&self.reader)?;
             return Ok(self.searched.get_or_init(|| searched));
         }
         Ok(self.searched.get_or_init(Searched::default))
     }
 
-    fn search(&self) -> Result<Searched> {
-        let mut searched = Searched::default();
-        let mut stream = Stream::new(StoreReader::new(&*self.store, 0), 0);
-        while let Some(event) = stream.next_event().map_err(Error::io("read", self.path()))? {
-            match event {
-                StreamEvent::Record { header, offset, .. } => {
-                    searched.by_hash.entry(header.body_hash).or_insert(offset);
-                    searched.records.push((header, offset));
-                }
-                StreamEvent::Damage { range, problem, .. } => searched.damage.push(Damage {
-                    range,
-                    problem: problem.to_owned(),
-                }),
-                StreamEvent::Unsupported(problem) => return Err(self.unsupported(problem)),
-            }
-        }
-        Ok(searched)
-    }
-
-    /// Its path.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
-        self.store.path()
+        self.reader.path()
     }
 
-    /// Its identity.
-    pub fn id(&self) -> [u8; 16] {
-        self.id
+    /// Returns the lane of the commit that stands last.
+    pub fn id(&self) -> LaneId {
+        self.opened.main
     }
 
-    /// Its length in bytes.
+    /// Returns its length in bytes.
     pub fn length(&self) -> u64 {
-        self.length
+        self.reader.length()
     }
 
-    /// What the HEAD says.
-    pub fn head(&self) -> &Head {
-        &self.head
+    /// Returns whether a writer of this version may append.
+    pub fn may_append(&self) -> bool {
+        self.opened.may_append
     }
 
-    /// The commits, in order.
+    /// Returns the commits that are not forgotten, by lane and number. The one that stands last in the archive is the last.
     pub fn commits(&self) -> &[Committed] {
         &self.commits
     }
 
-    /// The places that a search found damaged; none if the archive did not have to be searched.
-    pub fn damage(&self) -> &[Damage] {
-        self.searched.get().map_or(&[], |searched| &searched.damage)
+    /// Returns the commits that are forgotten.
+    pub fn forgotten(&self) -> &[Committed] {
+        &self.forgotten
+    }
+
+    /// Returns the COMMITs and TAILs that belong to no commit of the archive, once it was searched.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn stray_commits(&self) -> Result<Vec<Damage>> {
+        let known: HashMap<Hash, (LaneId, EpochId)> = self
+            .all_commits()
+            .map(|one| (one.location.body_hash, (one.lane, one.epoch)))
+            .collect();
+        let mut stray = Vec::new();
+        let records = self.searched()?.records.iter();
+        for (header, offset) in records.filter(|(_, offset)| *offset < self.opened.end.offset) {
+            let is_led_to = match header.kind {
+                RecordKind::Commit => known.get(&header.body_hash) == Some(&(header.lane, header.epoch)),
+                RecordKind::Tail => {
+                    let named = decode_tail(&self.reader.body_of(*offset, header)?);
+                    named.is_ok_and(|location| known.contains_key(&location.body_hash))
+                }
+                _ => true,
+            };
+            if !is_led_to {
+                let range = ByteRange {
+                    start: *offset,
+                    length: HEADER_BYTES as u64 + header.body_bytes,
+                };
+                let problem = format!("nothing leads to a {}, or it leads to none", header.kind.name());
+                stray.push(Damage::at(range, problem));
+            }
+        }
+        Ok(stray)
+    }
+
+    /// Returns the commits of the lane that a writer goes on with, in order.
+    pub fn main_commits(&self) -> &[Committed] {
+        let main = self.opened.main;
+        let first = self.commits.iter().position(|one| one.lane == main);
+        first.map_or(&[], |first| &self.commits[first..])
+    }
+
+    /// Returns the last commit of the lane that a writer goes on with, forgotten or not.
+    pub fn last_of_main(&self) -> Option<&Committed> {
+        let own = self
+            .all_commits()
+            .filter(|one| one.lane == self.opened.main && !one.salvaged);
+        own.max_by_key(|one| one.commit.number)
+    }
+
+    /// Returns the places that are known to be damaged. Only a search finds all of them: see [`Archive::look_for_damage`].
+    pub fn damage(&self) -> Vec<Damage> {
+        let searched = self.searched.get().map_or(&[][..], |searched| &searched.damage);
+        let dead = self.dead_packs();
+        let is_dead = |damage: &&Damage| damage.body_hash.is_some_and(|hash| dead.contains(&hash));
+        let all = searched.iter().chain(&self.opened.damage);
+        all.filter(|damage| !is_dead(damage)).cloned().collect()
     }
 
     /// Searches the archive for damage, if that was not done yet.
     ///
     /// # Errors
-    /// Those of reading.
-    pub fn look_for_damage(&self) -> Result<&[Damage]> {
-        Ok(&self.searched()?.damage)
+    /// Returns the error of reading.
+    pub fn look_for_damage(&self) -> Result<Vec<Damage>> {
+        self.searched()?;
+        Ok(self.damage())
     }
 
-    /// Where a next epoch goes on.
+    /// The hashes of the PACKs of dead addresses, which need not be there.
+    fn dead_packs(&self) -> HashSet<Hash> {
+        let listed = self
+            .all_commits()
+            .flat_map(|one| one.listed.records.iter().map(move |record| (one, record)));
+        let packs = listed.filter(|(_, record)| record.kind == RecordKind::Pack);
+        let dead = packs.filter(|(committed, record)| self.is_dead(committed, &(record.first..record.end())));
+        dead.map(|(_, record)| record.body_hash).collect()
+    }
+
+    /// Returns whether no PACK need hold the store addresses of a range, in the lane of a commit.
+    pub fn is_dead(&self, committed: &Committed, range: &Range<StoreBlock>) -> bool {
+        self.lanes.get(&committed.lane).is_some_and(|lane| lane.is_dead(range))
+    }
+
+    /// Returns whether a record stands at its very beginning, and what has no commit is of one epoch. Otherwise it may be a file that holds an
+    /// archive.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn begins_with_record(&self) -> Result<bool> {
+        let is_whole = match self.reader.header_at(0) {
+            Ok(_) => true,
+            Err(Error::Damaged { .. }) => false,
+            Err(error) => return Err(error),
+        };
+        let Some(searched) = self.searched.get().filter(|_| self.last_of_main().is_none()) else {
+            return Ok(is_whole);
+        };
+        let mut epochs = searched.records.iter().map(|(header, _)| (header.lane, header.epoch));
+        let first = epochs.next();
+        let is_one_epoch = epochs.all(|epoch| Some(epoch) == first);
+        Ok(is_one_epoch && (is_whole || self.begins_with_torn_head(searched)?))
+    }
+
+    /// Whether the first records of the first export were not on disk when the power went, and what followed them was.
+    fn begins_with_torn_head(&self, searched: &Searched) -> Result<bool> {
+        /// Where more is missing, it is rather the image of a disk, which was named by mistake.
+        const ZEROS_MAX: u64 = 1 << 20;
+        let first = searched.records.first().map_or(u64::MAX, |(_, offset)| *offset);
+        let range = ByteRange {
+            start: 0,
+            length: first,
+        };
+        Ok(first <= ZEROS_MAX && open::are_zeros(&self.reader, range)?)
+    }
+
+    /// Returns where a next epoch goes on.
     pub fn base(&self) -> EpochBase {
-        let last = self.commits.last();
+        let last = self.last_of_main();
         EpochBase {
-            archive: self.id,
+            lane: self.opened.main,
             last_number: last.map_or_else(CommitNumber::default, |last| last.commit.number),
             last: last.map_or_else(CommitLocation::default, |last| last.location),
-            sequence: self.end.1,
-            length: self.end.0,
+            sequence: self.opened.end.sequence,
+            length: self.opened.end.offset,
+            records: self.opened.end.records,
             store_end: last.map_or(StoreBlock(0), |last| last.commit.store_end),
         }
     }
 
-    /// Whether what stands behind the last commit is nothing but the beginning of an epoch that did not end.
-    ///
-    /// # Errors
-    /// Those of reading.
-    pub fn ends_in_leftovers_only(&self) -> Result<bool> {
-        let mut stream = Stream::new(StoreReader::new(&*self.store, self.end.0), self.end.0);
-        let mut sequence = self.end.1;
-        let mut broken = false;
-        while let Some(event) = stream.next_event().map_err(Error::io("read", self.path()))? {
-            let follows = match event {
-                StreamEvent::Record { header, .. } => {
-                    let follows = header.archive == self.id && header.sequence == sequence;
-                    sequence += 1;
-                    follows && header.kind != RecordKind::Commit && header.kind != RecordKind::Tail
-                }
-                // A torn record is the last thing there.
-                StreamEvent::Damage { header, .. } => {
-                    let last = !broken;
-                    broken = true;
-                    last && header.is_none_or(|header| header.kind != RecordKind::Commit)
-                }
-                StreamEvent::Unsupported(_) => false,
-            };
-            if !follows || (broken && stream.offset() < self.length) {
-                return Ok(false);
+    /// Returns other lanes as a next commit lists them: the last commit of each.
+    pub fn other_lanes(&self) -> Vec<super::list::OtherLane> {
+        let mut last: BTreeMap<LaneId, &Committed> = BTreeMap::new();
+        for committed in self.all_commits().filter(|one| one.lane != self.opened.main) {
+            let known = last.entry(committed.lane).or_insert(committed);
+            if known.commit.number < committed.commit.number {
+                *known = committed;
             }
         }
-        Ok(true)
+        let named = last.into_iter().map(|(lane, committed)| super::list::OtherLane {
+            lane,
+            number: committed.commit.number,
+            location: committed.location,
+        });
+        named.collect()
     }
 
-    /// The commit that `name` means: its number, its label, the first digits of its hash, or the last one if there is none;
-    /// `latest` is the last one, `previous` the one before.
+    /// Returns whether the TAIL of the last commit is there.
+    pub fn has_tail(&self) -> bool {
+        self.opened.end.has_tail
+    }
+
+    /// Returns whether the archive ends as an export that ended leaves it. Otherwise it was cut off, or an export did not end.
+    pub fn is_ended(&self) -> bool {
+        self.has_tail() && self.opened.end.offset == self.length()
+    }
+
+    /// Returns whether what stands behind the last commit is nothing but the beginning of an epoch that did not end.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn ends_in_leftovers_only(&self) -> Result<bool> {
+        open::ends_in_leftovers_only(&self.reader, self.opened.end)
+    }
+
+    /// Returns the commit that `name` means: its number, its label, the first digits of its hash, or the last one if there is none;
+    /// `latest` is the last one, `previous` the one before in its lane.
     ///
     /// # Errors
     /// [`Error::NoSuchCommit`], or [`Error::Damaged`] where it may have been there.
     pub fn commit(&self, name: Option<&str>) -> Result<&Committed> {
         let found = match name {
             None | Some("latest") => self.commits.last(),
-            Some("previous") => self.commits.iter().nth_back(1),
+            Some("previous") => {
+                let mut newest = self.commits.iter().rev();
+                let lane = newest.next().map(|last| last.lane);
+                newest.next().filter(|one| Some(one.lane) == lane)
+            }
             Some(name) => find_commit(&self.commits, name),
         };
         found.ok_or_else(|| {
@@ -554,236 +579,367 @@ impl Archive {
         })
     }
 
-    /// The manifest of a commit, and the places where records of it are damaged.
+    /// Reads the images that a commit lists, and the places where LISTs of it are damaged.
     ///
     /// # Errors
-    /// Where what is intact contradicts itself.
-    pub fn manifest(&self, committed: &Committed) -> Result<(Manifest, Vec<Damage>)> {
-        let (mut builder, mut damage) = (ManifestBuilder::default(), Vec::new());
-        for location in plans(committed).filter(|location| location.part != manifest::PART_BLOCKS) {
-            match self.plan(location) {
-                Ok(part) => builder
-                    .add(part)
-                    .map_err(|problem| self.problem(location.offset, problem))?,
-                Err(Error::Damaged { range, problem, .. }) => damage.push(Damage {
-                    range: range.unwrap_or(range_of(location)),
-                    problem,
-                }),
+    /// Returns the error of reading, or [`Error::Unsupported`].
+    pub fn images(&self, committed: &Committed) -> Result<(Vec<ImageSummary>, Vec<Damage>)> {
+        let (mut images, mut damage) = (Vec::new(), Vec::new());
+        for list in committed.commit.lists.iter().filter(|list| list.part == PART_IMAGES) {
+            let body = self.body_of_hash(RecordKind::List, list.offset, &list.body_hash);
+            let added = body.and_then(|body| {
+                list::add_images(&mut images, &body).map_err(|problem| self.reader.malformed(list.offset, problem))
+            });
+            let place = ByteRange {
+                start: list.offset,
+                length: list.length,
+            };
+            note_damage(added, place, &mut damage)?;
+        }
+        Ok((images, damage))
+    }
+
+    /// Reads the manifest of a commit, and the places where records of it are damaged. Where there are any, its images are as they were
+    /// planned, and only those count whose digest is right.
+    ///
+    /// # Errors
+    /// Says that what is intact contradicts itself; returns the error of reading, or [`Error::Unsupported`].
+    pub fn manifest(&self, committed: &Committed, budget: &Budget) -> Result<(Manifest, Vec<Damage>)> {
+        let mut damage = Vec::new();
+        let mut manifest = self.manifest_of(committed, PlanPart::Final, budget, &mut damage)?;
+        if !damage.is_empty() {
+            // What is damaged there is only a help.
+            let planned = self.manifest_of(committed, PlanPart::Planned, budget, &mut Vec::new());
+            match planned {
+                Ok(planned) => manifest.complete_from(planned),
+                Err(Error::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        let manifest = builder
-            .finish()
-            .map_err(|problem| self.problem(committed.location.offset, problem))?;
         let end = committed.commit.store_end;
-        let beyond = |run: &crate::content::Run| matches!(run.content, crate::content::Content::Stored(first) if first.checked_add(run.blocks).is_none_or(|last| last > end));
+        let beyond = |run: &crate::content::Run| matches!(run.content, Content::Stored(first) if first.checked_add(run.blocks).is_none_or(|last| last > end));
         if manifest.images.iter().flat_map(|image| &image.runs).any(beyond) {
-            return Err(self.problem(committed.location.offset, "a run refers to blocks that are not there"));
+            return Err(self
+                .reader
+                .problem(committed.location.offset, "a run refers to blocks that are not there"));
         }
         Ok((manifest, damage))
     }
 
-    /// What is announced of the blocks of a commit's epoch. What is damaged is left out: it is only a help.
+    fn manifest_of(
+        &self,
+        committed: &Committed,
+        part: PlanPart,
+        budget: &Budget,
+        damage: &mut Vec<Damage>,
+    ) -> Result<Manifest> {
+        let mut builder = ManifestBuilder::new(budget);
+        let known_damage = damage.len();
+        for location in plans(committed, part) {
+            let added = self.plan(committed, location, part).and_then(|plan| {
+                let added = builder.add(plan.content());
+                added.map_err(|problem| in_record(self.reader.malformed(location.offset, problem), location))
+            });
+            note_damage(added, range_of(location), damage)?;
+        }
+        if builder.has_orphans() && damage.len() == known_damage {
+            let place = ByteRange {
+                start: committed.location.offset,
+                length: committed.location.length,
+            };
+            damage.push(Damage::at(place, ORPHANS));
+        }
+        builder
+            .finish()
+            .map_err(|problem| self.reader.malformed(committed.location.offset, problem))
+    }
+
+    /// Reads what is announced of the blocks of a commit's epoch. What is damaged is left out: it is only a help.
     ///
     /// # Errors
-    /// Those of reading.
+    /// Returns the error of reading.
     pub fn announced(&self, committed: &Committed) -> Result<Vec<AnnouncedBlocks>> {
         let mut found = Vec::new();
-        for location in plans(committed).filter(|location| location.part == manifest::PART_BLOCKS) {
-            match self.plan(location) {
-                Ok(PlanPart::Blocks(announced)) => found.push(announced),
-                Ok(_) | Err(Error::Damaged { .. }) => {}
+        for location in plans(committed, PlanPart::Blocks) {
+            let announced = self.plan(committed, location, PlanPart::Blocks).and_then(|plan| {
+                let announced = plan.announced();
+                announced.map_err(|problem| self.reader.malformed(location.offset, problem))
+            });
+            match announced {
+                Ok(announced) => found.push(announced),
+                Err(Error::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(found)
     }
 
-    fn plan(&self, location: &RecordLocation) -> Result<PlanPart> {
+    fn plan(&self, committed: &Committed, location: &RecordLocation, part: PlanPart) -> Result<PlanRecord> {
         let body = self.body(location)?;
-        let plan = manifest::decode(&body).map_err(|problem| self.problem(location.offset, problem))?;
-        if plan.part.number() != location.part {
-            return Err(self.problem(location.offset, "a PLAN is of another part than its COMMIT says"));
+        let plan = PlanRecord::decode(&body).map_err(|problem| self.reader.malformed(location.offset, problem))?;
+        if plan.part != part {
+            return Err(self
+                .reader
+                .problem(location.offset, "a PLAN is of another part than its COMMIT says"));
         }
-        Ok(plan.part)
+        if plan.commit != committed.commit.number {
+            return Err(self.reader.problem(location.offset, "a PLAN is of another commit"));
+        }
+        Ok(plan)
     }
 
-    /// The PACKs that hold any of the store's addresses `first..end`, in order.
-    pub fn packs(&self, first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &RecordLocation> {
-        overlapping(&self.packs, first, end)
+    /// Returns the PACKs of a commit's lane that have store addresses of a range, the newest first. Those of later commits serve only
+    /// blocks that an INDEX of the commit proves: see [`ListedRecord::commit`].
+    pub fn packs(&self, committed: &Committed, wanted: Range<StoreBlock>) -> Vec<&ListedRecord> {
+        self.lanes
+            .get(&committed.lane)
+            .map_or_else(Vec::new, |lane| lane.packs(wanted))
     }
 
-    /// The frames of a PACK.
+    /// Reads the frames of a PACK, which its commit proves.
     ///
     /// # Errors
-    /// [`Error::Damaged`] among others.
+    /// [`Error::Damaged`], or the error of reading.
     pub fn frames(&self, pack: &RecordLocation) -> Result<Vec<LocatedFrame>> {
+        let reader = &self.reader;
         let read = |offset: u64| -> Result<Vec<LocatedFrame>> {
-            let header = self.header_at(offset)?;
-            if header.body_hash != pack.body_hash {
-                return Err(self.problem(offset, "another record stands in its place"));
+            let header = reader.header_at(offset)?;
+            if header.body_hash != pack.body_hash || header.kind != RecordKind::Pack {
+                return Err(reader.problem(offset, "another record stands in its place"));
             }
             let body = offset + HEADER_BYTES as u64;
-            let mut fixed = [0; pack::FIXED_BYTES];
-            self.read_at(body, &mut fixed)?;
-            let length = pack::table_bytes(&fixed).map_err(|problem| self.problem(offset, problem))?;
-            let mut table = vec![0; length];
-            self.read_at(body, &mut table)?;
-            let frames =
-                pack::decode_table(&table, header.body_bytes).map_err(|problem| self.problem(offset, problem))?;
-            let (first, blocks) = (
-                frames.first().map(|frame| frame.first),
-                frames.iter().map(|frame| u32::from(frame.blocks)).sum::<u32>(),
-            );
-            if first != Some(pack.first) || blocks != pack.blocks {
-                return Err(self.problem(offset, "a PACK holds other blocks than its COMMIT says"));
+            let masked = |length: usize| {
+                let mut part = vec![0; length];
+                reader.read_exact(body, &mut part)?;
+                header.apply_mask(0, &mut part);
+                Ok(part)
+            };
+            let fixed = masked(pack::FIXED_BYTES)?;
+            let length = pack::table_bytes(&fixed).map_err(|problem| reader.malformed(offset, problem))?;
+            let table = pack::decode_table(&masked(length)?, header.body_bytes, Some(pack.first))
+                .map_err(|problem| reader.malformed(offset, problem))?;
+            if table.hash != pack.table_hash || table.blocks != pack.blocks {
+                return Err(reader.problem(offset, "a PACK is not the one that its COMMIT lists"));
             }
-            let located = frames.into_iter().map(|frame| LocatedFrame {
+            let located = table.frames.into_iter().map(|frame| LocatedFrame {
                 offset: body + frame.offset,
                 frame,
+                header,
             });
             Ok(located.collect())
         };
         self.with_search(pack, read)
     }
 
-    /// The content of a frame.
+    /// Reads all of a PACK, and returns its body and its table, if it is intact.
     ///
     /// # Errors
-    /// [`Error::Damaged`] among others.
-    pub fn frame(&self, located: &LocatedFrame) -> Result<Vec<u8>> {
-        let LocatedFrame { offset, frame } = located;
-        let mut stored = vec![0; frame.stored_bytes as usize];
-        self.read_at(*offset, &mut stored)?;
-        frame
-            .decode(&stored)
-            .map_err(|problem| Error::damaged(self.path(), *offset, frame.stored_bytes.into(), problem))
+    /// [`Error::Damaged`], or the error of reading.
+    pub fn whole_pack(&self, pack: &RecordLocation) -> Result<(Vec<u8>, PackTable)> {
+        let body = self.body(pack)?;
+        let malformed = |problem| in_record(self.reader.malformed(pack.offset, problem), pack);
+        let table = pack::decode_table(&body, body.len() as u64, Some(pack.first)).map_err(malformed)?;
+        if table.hash != pack.table_hash || table.blocks != pack.blocks {
+            return Err(malformed("a PACK is not the one that its COMMIT lists".into()));
+        }
+        pack::check_padding(&body, &table).map_err(malformed)?;
+        Ok((body, table))
     }
 
-    /// The hashes of the blocks from `first` to `end`, as far as INDEXes have them intact.
+    /// Reads all of a PACK, and returns the store addresses at which it holds what the INDEXes of a commit say. A frame in which they say
+    /// something else of a block is no use: import takes frames as a whole.
     ///
     /// # Errors
-    /// Those of reading.
-    pub fn hashes(&self, first: StoreBlock, end: StoreBlock) -> Result<Vec<Option<Hash>>> {
-        let mut hashes = vec![None; (end - first) as usize];
-        for location in overlapping(&self.indexes, first, end) {
-            let body = match self.body(location) {
+    /// [`Error::Damaged`], or the error of reading.
+    pub fn held_by(&self, committed: &Committed, pack: &RecordLocation) -> Result<Vec<Range<StoreBlock>>> {
+        let (body, table) = self.whole_pack(pack)?;
+        let hashes = self.hashes(committed, pack.first..pack.end())?;
+        let mut held = Vec::new();
+        for frame in &table.frames {
+            let decoded = frame.slice(&body).and_then(|stored| frame.decode(stored));
+            let content = decoded.map_err(|problem| in_record(self.reader.malformed(pack.offset, problem), pack))?;
+            let expected = &hashes[(frame.first - pack.first) as usize..];
+            let pairs = || content.chunks_exact(BLOCK_LEN).zip(expected);
+            if pairs().all(|(block, expected)| expected.is_none_or(|expected| expected == hash_of(block))) {
+                let is_known = pairs().map(|(_, expected)| expected.is_some());
+                held.extend(range::where_true(range::from(frame.first).zip(is_known)));
+            }
+        }
+        Ok(range::joined(held))
+    }
+
+    /// Reads the content of a frame.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], or the error of reading.
+    pub fn frame(&self, located: &LocatedFrame) -> Result<Vec<u8>> {
+        let LocatedFrame { offset, frame, header } = located;
+        let mut stored = vec![0; frame.stored_bytes as usize];
+        self.reader.read_exact(*offset, &mut stored)?;
+        header.apply_mask(frame.offset, &mut stored);
+        frame.decode(&stored).map_err(|malformed| {
+            let problem = malformed.problem();
+            Error::damaged(self.path(), *offset, frame.stored_bytes.into(), problem)
+        })
+    }
+
+    /// Reads the hashes of the blocks of a range of a commit's lane, as far as INDEXes that the commit proves have them intact.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn hashes(&self, committed: &Committed, wanted: Range<StoreBlock>) -> Result<Vec<Option<Hash>>> {
+        let mut hashes = vec![None; range::length(&wanted) as usize];
+        self.each_hash(committed, wanted, |place, hash, _| {
+            hashes[place].get_or_insert(*hash);
+        })?;
+        Ok(hashes)
+    }
+
+    /// Reads the same hashes, and which commit is the first that proves each.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn proved_hashes(&self, committed: &Committed, wanted: Range<StoreBlock>) -> Result<Vec<Option<ProvedHash>>> {
+        let mut proved: Vec<Option<ProvedHash>> = vec![None; range::length(&wanted) as usize];
+        self.each_hash(committed, wanted, |place, hash, since| {
+            let known = proved[place].get_or_insert(ProvedHash {
+                hash: *hash,
+                since,
+                is_disputed: false,
+            });
+            known.since = since;
+            known.is_disputed |= known.hash != *hash;
+        })?;
+        Ok(proved)
+    }
+
+    /// Calls something with each hash that INDEXes have of blocks of a range, which a commit proves: with the block's place in the range,
+    /// and the commit that lists the INDEX. The newest INDEX comes first.
+    fn each_hash(
+        &self,
+        committed: &Committed,
+        wanted: Range<StoreBlock>,
+        mut call: impl FnMut(usize, &Hash, CommitNumber),
+    ) -> Result<()> {
+        let Some(lane) = self.lanes.get(&committed.lane) else {
+            return Ok(());
+        };
+        let indexes = lane.indexes(wanted.clone());
+        for listed in indexes
+            .into_iter()
+            .filter(|listed| listed.commit <= committed.commit.number)
+        {
+            let body = match self.body(&listed.location) {
                 Ok(body) => body,
                 Err(Error::Damaged { .. }) => continue,
                 Err(error) => return Err(error),
             };
-            let Ok((its_first, found)) = index::decode(&body) else {
+            let Ok((_, found)) = index::decode(&body) else {
                 continue;
             };
-            for (block, hash) in range::from(its_first)
-                .zip(found)
-                .filter(|(block, _)| (first..end).contains(block))
-            {
-                hashes[(block - first) as usize] = Some(*hash);
+            // It stands where its COMMIT says.
+            for (block, hash) in range::from(listed.location.first).zip(found) {
+                if wanted.contains(&block) {
+                    call((block - wanted.start) as usize, hash, listed.commit);
+                }
             }
         }
-        Ok(hashes)
+        Ok(())
     }
 
-    /// The body of a record that a COMMIT names.
+    /// Reads the store addresses that a commit lists as used, a list.
     ///
     /// # Errors
-    /// [`Error::Damaged`] among others.
+    /// [`Error::Damaged`], or the error of reading.
+    pub fn uses(&self, committed: &Committed) -> Result<Vec<Range<StoreBlock>>> {
+        let mut uses = Vec::new();
+        for list in committed.commit.lists.iter().filter(|list| list.part == PART_RECORDS) {
+            let mut listed = Listed::default();
+            let added = listed.add(
+                &self.body_of_hash(RecordKind::List, list.offset, &list.body_hash)?,
+                committed.lane,
+            );
+            added.map_err(|problem| self.reader.malformed(list.offset, problem))?;
+            uses.append(&mut listed.uses);
+        }
+        Ok(range::joined(uses))
+    }
+
+    /// Reads the body of a record that a COMMIT lists.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], or the error of reading.
     pub fn body(&self, location: &RecordLocation) -> Result<Vec<u8>> {
-        self.with_search(location, |offset| {
-            let header = self.header_at(offset)?;
-            if header.body_hash != location.body_hash || header.kind != location.kind {
-                return Err(self.problem(offset, "another record stands in its place"));
-            }
-            self.body_of(offset, &header)
-        })
+        let body = self.body_of_hash(location.kind, location.offset, &location.body_hash);
+        body.map_err(|error| in_record(error, location))
+    }
+
+    fn body_of_hash(&self, kind: RecordKind, offset: u64, hash: &Hash) -> Result<Vec<u8>> {
+        let end = self.records_end;
+        match self.reader.body_by_hash(kind, offset, hash, (None, end)) {
+            Err(Error::Damaged { .. }) => self
+                .reader
+                .body_by_hash(kind, offset, hash, (Some(self.searched()?), end)),
+            other => other,
+        }
     }
 
     /// Reads a record where it should be or, if it is not there, where a search finds it.
     fn with_search<T>(&self, location: &RecordLocation, read: impl Fn(u64) -> Result<T>) -> Result<T> {
+        let read = |offset| {
+            if offset < self.records_end {
+                read(offset)
+            } else {
+                Err(self.reader.problem(offset, BEHIND))
+            }
+        };
         let error = match read(location.offset) {
             Err(error @ Error::Damaged { .. }) => error,
             other => return other,
         };
-        match self.searched()?.by_hash.get(&location.body_hash) {
-            Some(offset) if *offset != location.offset => read(*offset),
-            _ => Err(match error {
-                Error::Damaged { problem, .. } => Error::Damaged {
-                    path: self.path().to_owned(),
-                    range: Some(range_of(location)),
-                    problem: format!("{} record: {problem}", location.kind.name()),
-                },
-                other => other,
-            }),
-        }
-    }
-
-    fn header_at(&self, offset: u64) -> Result<RecordHeader> {
-        let mut bytes = [0; HEADER_BYTES];
-        self.read_at(offset, &mut bytes)?;
-        RecordHeader::decode(&bytes).map_err(|bad| match bad {
-            BadHeader::Damaged(problem) => Error::damaged(self.path(), offset, HEADER_BYTES as u64, problem),
-            BadHeader::Unsupported(problem) => self.unsupported(problem),
-        })
-    }
-
-    fn body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
-        let start = offset + HEADER_BYTES as u64;
-        if header.body_bytes > self.length.saturating_sub(start) {
-            return Err(self.problem(offset, "it ends in the middle of a record"));
-        }
-        let mut body = vec![0; usize::try_from(header.body_bytes).unwrap_or(usize::MAX)];
-        self.read_at(start, &mut body)?;
-        if hash_of(&body) != header.body_hash {
-            return Err(self.problem(offset, "a record does not match its hash"));
-        }
-        Ok(body)
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        if offset.saturating_add(buffer.len() as u64) > self.length {
-            return Err(self.problem(offset, "it ends too early"));
-        }
-        match self.store.read_exact_at(offset, buffer) {
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                Err(self.problem(offset, "it ends too early"))
-            }
-            other => other.map_err(Error::io_at("read", self.path(), offset, buffer.len() as u64)),
-        }
-    }
-
-    fn problem(&self, offset: u64, problem: &str) -> Error {
-        Error::damaged(
-            self.path(),
-            offset,
-            self.length.saturating_sub(offset).min(HEADER_BYTES as u64),
-            problem,
-        )
-    }
-
-    fn unsupported(&self, problem: &'static str) -> Error {
-        Error::Unsupported {
-            path: self.path().to_owned(),
-            problem,
+        let searched = self.searched()?;
+        let broken = searched.broken.get(&location.body_hash).copied();
+        let places = [searched.place_of(&location.body_hash), broken];
+        match places.into_iter().flatten().find(|offset| *offset != location.offset) {
+            Some(offset) => read(offset),
+            None => Err(in_record(error, location)),
         }
     }
 }
 
-/// Where a record is, and nothing of what it holds.
-fn location_of(header: &RecordHeader, offset: u64) -> RecordLocation {
-    RecordLocation {
-        kind: header.kind,
-        part: 0,
-        sequence: header.sequence,
-        offset,
-        length: HEADER_BYTES as u64 + header.body_bytes,
-        first: StoreBlock(0),
-        blocks: 0,
-        body_hash: header.body_hash,
+fn lanes_of(commits: &[Committed]) -> std::result::Result<BTreeMap<LaneId, LaneStore>, Malformed> {
+    let mut lanes: BTreeMap<LaneId, Vec<&Committed>> = BTreeMap::new();
+    for committed in commits {
+        lanes.entry(committed.lane).or_default().push(committed);
+    }
+    let stores = lanes.into_iter().map(|(lane, own)| Ok((lane, LaneStore::new(&own)?)));
+    stores.collect()
+}
+
+/// Damage of a record as damage of its place in the archive.
+fn in_record(error: Error, location: &RecordLocation) -> Error {
+    match error {
+        Error::Damaged { path, problem, .. } => Error::Damaged {
+            path,
+            range: Some(range_of(location)),
+            problem: format!("{} record: {problem}", location.kind.name()),
+        },
+        other => other,
     }
 }
 
-/// Where a record stands.
+/// Notes damage; any other error is returned.
+fn note_damage(done: Result<()>, otherwise: ByteRange, damage: &mut Vec<Damage>) -> Result<()> {
+    match done {
+        Err(Error::Damaged { range, problem, .. }) => {
+            damage.push(Damage::at(range.unwrap_or(otherwise), problem));
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Returns where a record stands.
 pub fn range_of(location: &RecordLocation) -> ByteRange {
     ByteRange {
         start: location.offset,
@@ -791,24 +947,21 @@ pub fn range_of(location: &RecordLocation) -> ByteRange {
     }
 }
 
-fn plans(committed: &Committed) -> impl Iterator<Item = &RecordLocation> {
-    committed
-        .commit
-        .records
-        .iter()
-        .filter(|location| location.kind == RecordKind::Plan)
+/// Returns the damage of a COMMIT.
+pub fn damage_of(location: &CommitLocation, problem: String) -> Damage {
+    let range = ByteRange {
+        start: location.offset,
+        length: location.length,
+    };
+    Damage::at(range, problem)
 }
 
-fn overlapping(sorted: &[RecordLocation], first: StoreBlock, end: StoreBlock) -> impl Iterator<Item = &RecordLocation> {
-    // A hostile archive may have records that overlap; then this starts too late, and blocks are missing.
-    let from = sorted.partition_point(|location| location.first + location.blocks <= first);
-    sorted[from..]
-        .iter()
-        .take_while(move |location| location.first < end)
-        .filter(move |location| location.first + location.blocks > first)
+fn plans(committed: &Committed, part: PlanPart) -> impl Iterator<Item = &RecordLocation> {
+    let is_it = move |record: &&RecordLocation| record.kind == RecordKind::Plan && record.part == part.number();
+    committed.listed.records.iter().filter(is_it)
 }
 
-/// The commit that a name means: its number, its label, or the first digits of its hash; of several, the last.
+/// Returns the commit that a name means: its number, its label, or the first digits of its hash; of several, the last.
 pub fn find_commit<'a>(commits: &'a [Committed], name: &str) -> Option<&'a Committed> {
     /// Fewer digits could be meant as a number.
     const DIGITS_MIN: usize = 4;

@@ -1,34 +1,44 @@
-//! Records: the header that each part of an archive begins with.
+//! Records: the header that each part of an archive begins with, and the mask of its body.
 
-use crate::codec::{Decoded, Decoder};
+use crate::codec::{Decoded, Decoder, Malformed};
 
-/// What a record begins with.
+/// The bytes that a record begins with.
 pub const MAGIC: [u8; 8] = *b"\x89vmfold\n";
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 96;
 /// The version of this format, in every header.
 const VERSION: u8 = 1;
 const FLAG_CRITICAL: u16 = 1;
-const FLAG_ENCRYPTED: u16 = 2;
-/// Numbers of records are below: what is counted on from one of them never overflows.
+const FLAG_SEALED: u16 = 2;
+/// Numbers of records are below this: counting on from one of them never overflows.
 pub const SEQUENCES: u64 = 1 << 63;
 /// Bytes of the header that its own hash covers.
 const HASHED_BYTES: usize = 88;
+/// The part of a header that a mask depends on.
+const MASK_SEED: std::ops::Range<usize> = 14..48;
 
-/// BLAKE3, whole.
+/// A BLAKE3 hash of 32 bytes.
 pub type Hash = [u8; 32];
 
-/// BLAKE3 of some bytes.
+/// Returns BLAKE3 of some bytes.
 pub fn hash_of(bytes: &[u8]) -> Hash {
     *blake3::hash(bytes).as_bytes()
 }
+
+/// The identity of a lane: the commits of one writer, each of which follows the one before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LaneId(pub [u8; 16]);
+
+/// The identity of an epoch: the records that one export writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EpochId(pub u64);
 
 /// What a record holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RecordKind {
     /// What a reader must know.
     Head,
-    /// Manifests and what follows.
+    /// Images and their runs, and blocks that follow.
     Plan,
     /// Frames.
     Pack,
@@ -36,72 +46,95 @@ pub enum RecordKind {
     Index,
     /// What belongs together.
     Commit,
-    /// Where the last commit is.
+    /// Where the last COMMIT is.
     Tail,
-    /// A kind that this version does not know and may skip.
+    /// Anything, which a reader skips.
+    Note,
+    /// What a COMMIT lists.
+    List,
+    /// A kind that this version does not know.
     Other(u8),
 }
 
+/// A row of the format's table of kinds.
+struct KindRow {
+    kind: RecordKind,
+    number: u8,
+    name: &'static str,
+    is_critical: bool,
+    body_bytes_max: u64,
+}
+
+const KINDS: [KindRow; 8] = {
+    const fn row(kind: RecordKind, number: u8, name: &'static str, is_critical: bool, body_bytes_max: u64) -> KindRow {
+        KindRow {
+            kind,
+            number,
+            name,
+            is_critical,
+            body_bytes_max,
+        }
+    }
+    [
+        row(RecordKind::Head, 1, "HEAD", true, 4 << 10),
+        row(RecordKind::Plan, 2, "PLAN", true, 5 << 20),
+        row(RecordKind::Pack, 3, "PACK", true, 33 << 20),
+        row(RecordKind::Index, 4, "INDEX", false, 9 << 20),
+        row(RecordKind::Commit, 5, "COMMIT", true, 128 << 10),
+        row(RecordKind::Tail, 6, "TAIL", false, 96),
+        row(RecordKind::Note, 9, "NOTE", false, 64 << 10),
+        row(RecordKind::List, 10, "LIST", true, 5 << 20),
+    ]
+};
+/// Bytes of the body of a kind that this version does not know. A reader holds one record in memory, whatever it is.
+const OTHER_BYTES_MAX: u64 = 33 << 20;
+
 impl RecordKind {
     /// Every kind that this version writes.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Head,
         Self::Plan,
         Self::Pack,
         Self::Index,
         Self::Commit,
         Self::Tail,
+        Self::Note,
+        Self::List,
     ];
 
-    /// Its number in the format.
+    fn row(self) -> Option<&'static KindRow> {
+        KINDS.iter().find(|row| row.kind == self)
+    }
+
+    /// Returns its number in the format.
     pub fn number(self) -> u8 {
         match self {
-            Self::Head => 1,
-            Self::Plan => 2,
-            Self::Pack => 3,
-            Self::Index => 4,
-            Self::Commit => 5,
-            Self::Tail => 6,
             Self::Other(number) => number,
+            known => known.row().map_or(0, |row| row.number),
         }
     }
 
-    pub(super) fn of(number: u8) -> Self {
-        Self::ALL
-            .into_iter()
-            .find(|kind| kind.number() == number)
-            .unwrap_or(Self::Other(number))
+    /// Returns the kind with a number.
+    pub fn of(number: u8) -> Self {
+        KINDS
+            .iter()
+            .find(|row| row.number == number)
+            .map_or(Self::Other(number), |row| row.kind)
     }
 
-    /// Its name in the format.
+    /// Returns its name in the format.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Head => "HEAD",
-            Self::Plan => "PLAN",
-            Self::Pack => "PACK",
-            Self::Index => "INDEX",
-            Self::Commit => "COMMIT",
-            Self::Tail => "TAIL",
-            Self::Other(_) => "unknown",
-        }
+        self.row().map_or("unknown", |row| row.name)
     }
 
-    /// Bytes of its body at most.
+    /// Returns how many bytes its body has at most.
     pub fn body_bytes_max(self) -> u64 {
-        match self {
-            Self::Head => 64 << 10,
-            Self::Plan => 5 << 20,
-            Self::Pack => 32 << 20,
-            Self::Index => 16 << 20,
-            Self::Commit => 17 << 20,
-            Self::Tail => 96,
-            // A reader holds one record in memory, whatever it is.
-            Self::Other(_) => 64 << 20,
-        }
+        self.row().map_or(OTHER_BYTES_MAX, |row| row.body_bytes_max)
     }
 
-    fn is_critical(self) -> bool {
-        matches!(self, Self::Head | Self::Plan | Self::Pack | Self::Commit)
+    /// Returns whether a reader that does not know it must refuse.
+    pub fn is_critical(self) -> bool {
+        self.row().is_some_and(|row| row.is_critical)
     }
 }
 
@@ -110,164 +143,228 @@ impl RecordKind {
 pub struct RecordHeader {
     /// What the record holds.
     pub kind: RecordKind,
-    /// The archive it belongs to.
-    pub archive: [u8; 16],
+    /// The number of the body's mask; 0 if it has none.
+    pub mask: u16,
+    /// The lane it belongs to.
+    pub lane: LaneId,
     /// The export that wrote it.
-    pub epoch: u64,
-    /// Its number in the archive.
+    pub epoch: EpochId,
+    /// Its number in the lane.
     pub sequence: u64,
     /// Bytes of its body.
     pub body_bytes: u64,
-    /// BLAKE3 of its body.
+    /// BLAKE3 of its body without the mask. So a copy under another number stays the same record.
     pub body_hash: Hash,
 }
 
-/// What is wrong with a header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BadHeader {
-    /// It is none, or is damaged.
-    Damaged(&'static str),
-    /// It is whole, and this version must not go on.
-    Unsupported(&'static str),
-}
-
 impl RecordHeader {
-    /// The header of a record with this body.
-    pub fn of(kind: RecordKind, archive: [u8; 16], epoch: u64, sequence: u64, body: &[u8]) -> Self {
-        Self {
+    /// Makes the header of a record, and masks its body if that holds the magic.
+    ///
+    /// # Errors
+    /// Fails if no mask hides the magic, which does not happen by chance.
+    pub fn seal(kind: RecordKind, lane: LaneId, epoch: EpochId, sequence: u64, body: &mut [u8]) -> Decoded<Self> {
+        let mut header = Self {
             kind,
-            archive,
+            mask: 0,
+            lane,
             epoch,
             sequence,
             body_bytes: body.len() as u64,
             body_hash: hash_of(body),
+        };
+        while find_magic(body).is_some() {
+            header.apply_mask(0, body);
+            header.mask = header
+                .mask
+                .checked_add(1)
+                .ok_or("no mask hides the magic in a record")?;
+            header.apply_mask(0, body);
+        }
+        Ok(header)
+    }
+
+    /// Masks a part of the body that begins `from` bytes behind the header, or takes its mask off.
+    pub fn apply_mask(&self, from: u64, part: &mut [u8]) {
+        if self.mask == 0 {
+            return;
+        }
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.encode()[MASK_SEED]);
+        let mut stream = hasher.finalize_xof();
+        stream.set_position(from);
+        let mut mask = [0; 4096];
+        for piece in part.chunks_mut(mask.len()) {
+            let mask = &mut mask[..piece.len()];
+            stream.fill(mask);
+            piece.iter_mut().zip(mask).for_each(|(byte, mask)| *byte ^= *mask);
         }
     }
 
-    /// Its bytes.
+    /// Returns its bytes.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut out = Vec::with_capacity(HEADER_BYTES);
-        out.extend(MAGIC);
-        out.extend([self.kind.number(), VERSION]);
+        let mut encoded = Vec::with_capacity(HEADER_BYTES);
+        encoded.extend(MAGIC);
+        encoded.extend([self.kind.number(), VERSION]);
         let flags = if self.kind.is_critical() { FLAG_CRITICAL } else { 0 };
-        out.extend(flags.to_le_bytes());
-        out.extend([0; 4]);
-        out.extend(self.archive);
-        out.extend(self.epoch.to_le_bytes());
-        out.extend(self.sequence.to_le_bytes());
-        out.extend(self.body_bytes.to_le_bytes());
-        out.extend(self.body_hash);
-        let hash = hash_of(&out);
+        encoded.extend(flags.to_le_bytes());
+        encoded.extend([0; 2]);
+        encoded.extend(self.mask.to_le_bytes());
+        encoded.extend(self.lane.0);
+        encoded.extend(self.epoch.0.to_le_bytes());
+        encoded.extend(self.sequence.to_le_bytes());
+        encoded.extend(self.body_bytes.to_le_bytes());
+        encoded.extend(self.body_hash);
+        let hash = hash_of(&encoded);
         let mut header = [0; HEADER_BYTES];
-        header[..HASHED_BYTES].copy_from_slice(&out);
+        header[..HASHED_BYTES].copy_from_slice(&encoded);
         header[HASHED_BYTES..].copy_from_slice(&hash[..HEADER_BYTES - HASHED_BYTES]);
         header
     }
 
-    /// Reads a header.
+    /// Decodes a header.
     ///
     /// # Errors
-    /// Where it is damaged, or of a version or kind that must not be skipped.
-    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, BadHeader> {
+    /// Returns what is damaged, or what this version does not know and must not skip.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Decoded<Self> {
         let (hashed, hash) = bytes.split_at(HASHED_BYTES);
         if !bytes.starts_with(&MAGIC) {
-            return Err(BadHeader::Damaged("there is no record header"));
+            return Err("there is no record header".into());
         }
         if hash_of(hashed)[..hash.len()] != *hash {
-            return Err(BadHeader::Damaged("a record header does not match its hash"));
+            return Err("a record header does not match its hash".into());
         }
-        let fields = || -> Decoded<(Self, u8, u16)> {
-            let mut decoder = Decoder::new(&hashed[MAGIC.len()..]);
-            let (kind, version, flags) = (RecordKind::of(decoder.u8()?), decoder.u8()?, decoder.u16()?);
-            decoder.take(4)?;
-            let header = Self {
-                kind,
-                archive: decoder.array()?,
-                epoch: decoder.u64()?,
-                sequence: decoder.u64()?,
-                body_bytes: decoder.u64()?,
-                body_hash: decoder.array()?,
-            };
-            Ok((header, version, flags))
-        };
-        let (header, version, flags) = fields().map_err(BadHeader::Damaged)?;
+        let mut decoder = Decoder::new(&hashed[MAGIC.len()..]);
+        let (kind, version, flags) = (RecordKind::of(decoder.u8()?), decoder.u8()?, decoder.u16()?);
         if version != VERSION {
-            return Err(BadHeader::Unsupported("it has another version of the format"));
+            return Err(Malformed::Unsupported("it has another version of the format"));
         }
-        if flags & FLAG_ENCRYPTED != 0 {
-            return Err(BadHeader::Unsupported(
-                "it is encrypted, which this version cannot read",
+        if flags & FLAG_SEALED != 0 {
+            return Err(Malformed::Unsupported("it is sealed, which this version cannot read"));
+        }
+        if flags & !FLAG_CRITICAL != 0 {
+            return Err(Malformed::Unsupported(
+                "it has records with flags that this version does not know",
             ));
         }
-        let is_known = !matches!(header.kind, RecordKind::Other(_));
-        if !is_known && flags & FLAG_CRITICAL != 0 {
-            return Err(BadHeader::Unsupported(
+        if matches!(kind, RecordKind::Other(_)) && flags & FLAG_CRITICAL != 0 {
+            return Err(Malformed::Unsupported(
                 "it has records of a kind that this version does not know",
             ));
         }
-        if header.body_bytes > header.kind.body_bytes_max() {
-            return Err(BadHeader::Damaged("a record is longer than allowed"));
+        decoder.zeros(2)?;
+        let header = Self {
+            kind,
+            mask: decoder.u16()?,
+            lane: LaneId(decoder.array()?),
+            epoch: EpochId(decoder.u64()?),
+            sequence: decoder.u64()?,
+            body_bytes: decoder.u64()?,
+            body_hash: decoder.array()?,
+        };
+        if !matches!(kind, RecordKind::Other(_)) && (flags & FLAG_CRITICAL != 0) != kind.is_critical() {
+            return Err("a record has a flag that its kind does not have".into());
+        }
+        if header.body_bytes > kind.body_bytes_max() {
+            return Err("a record is longer than allowed".into());
         }
         if header.sequence >= SEQUENCES {
-            return Err(BadHeader::Damaged("a record has a number larger than allowed"));
+            return Err("a record has a number larger than allowed".into());
         }
         Ok(header)
     }
+}
+
+/// Returns where the magic begins first.
+pub fn find_magic(bytes: &[u8]) -> Option<usize> {
+    memchr::memmem::find(bytes, &MAGIC)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn header(kind: RecordKind, sequence: u64, body: &[u8]) -> RecordHeader {
+        RecordHeader::seal(kind, LaneId([7; 16]), EpochId(3), sequence, &mut body.to_vec()).unwrap()
+    }
+
+    fn with_right_hash(mut bytes: [u8; HEADER_BYTES]) -> [u8; HEADER_BYTES] {
+        let hash = hash_of(&bytes[..HASHED_BYTES]);
+        bytes[HASHED_BYTES..].copy_from_slice(&hash[..8]);
+        bytes
+    }
+
     #[test]
     fn headers_come_back_and_no_bit_may_flip() {
         for kind in RecordKind::ALL {
-            let header = RecordHeader::of(kind, [7; 16], 3, 4, b"body");
+            let header = header(kind, 4, b"body");
             let bytes = header.encode();
             assert_eq!(RecordHeader::decode(&bytes), Ok(header));
+            assert_eq!(RecordKind::of(kind.number()), kind);
             for bit in 0..bytes.len() * 8 {
                 let mut bad = bytes;
                 bad[bit / 8] ^= 1 << (bit % 8);
-                assert!(matches!(RecordHeader::decode(&bad), Err(BadHeader::Damaged(_))));
+                assert!(matches!(RecordHeader::decode(&bad), Err(Malformed::Damaged(_))));
             }
         }
     }
 
     #[test]
     fn unknown_kinds_are_skipped_or_refused() {
-        let seal = |mut bytes: [u8; HEADER_BYTES]| {
-            let hash = hash_of(&bytes[..HASHED_BYTES]);
-            bytes[HASHED_BYTES..].copy_from_slice(&hash[..8]);
-            bytes
-        };
-        let mut bytes = RecordHeader::of(RecordKind::Other(9), [0; 16], 0, 0, b"").encode();
+        let bytes = header(RecordKind::Other(30), 0, b"").encode();
         assert!(RecordHeader::decode(&bytes).is_ok());
-        bytes[10] = 1;
-        assert!(matches!(
-            RecordHeader::decode(&seal(bytes)),
-            Err(BadHeader::Unsupported(_))
-        ));
-        bytes[10] = 2;
-        assert!(matches!(
-            RecordHeader::decode(&seal(bytes)),
-            Err(BadHeader::Unsupported(_))
-        ));
+        for (at, bit, unsupported) in [
+            (10, 1, true),
+            (10, 2, true),
+            (11, 1, true),
+            (9, 2, true),
+            (12, 1, false),
+        ] {
+            let mut other = bytes;
+            other[at] ^= bit;
+            let error = RecordHeader::decode(&with_right_hash(other)).unwrap_err();
+            assert_eq!(
+                matches!(error, Malformed::Unsupported(_)),
+                unsupported,
+                "{at}: {error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_in_headers_have_limits() {
         for (kind, longer) in [
             (RecordKind::Tail, 97),
-            (RecordKind::Other(9), (64 << 20) + 1),
-            (RecordKind::Other(9), u64::MAX),
+            (RecordKind::Other(30), OTHER_BYTES_MAX + 1),
+            (RecordKind::Other(30), u64::MAX),
         ] {
-            let mut long = RecordHeader::of(kind, [0; 16], 0, 0, b"");
+            let mut long = header(kind, 0, b"");
             long.body_bytes = longer;
             assert!(matches!(
                 RecordHeader::decode(&long.encode()),
-                Err(BadHeader::Damaged(_))
+                Err(Malformed::Damaged(_))
             ));
         }
-        let last = RecordHeader::of(RecordKind::Tail, [0; 16], 0, u64::MAX, b"");
+        let last = header(RecordKind::Tail, u64::MAX, b"");
         assert!(matches!(
             RecordHeader::decode(&last.encode()),
-            Err(BadHeader::Damaged(_))
+            Err(Malformed::Damaged(_))
         ));
+    }
+
+    #[test]
+    fn no_body_holds_the_magic() {
+        let inner = header(RecordKind::Head, 0, b"").encode();
+        let plain = [&[1; 5000][..], &inner, &[2; 100]].concat();
+        let mut stored = plain.clone();
+        let header = RecordHeader::seal(RecordKind::Pack, LaneId([7; 16]), EpochId(3), 9, &mut stored).unwrap();
+        assert_eq!((header.mask, find_magic(&stored)), (1, None));
+        assert_eq!(header.body_hash, hash_of(&plain));
+        for range in [0..plain.len(), 10..20, 4090..4100, 4999..5150] {
+            let mut part = stored[range.clone()].to_vec();
+            header.apply_mask(range.start as u64, &mut part);
+            assert_eq!(part, plain[range]);
+        }
+        assert_eq!(find_magic(&plain), Some(5000));
+        assert_eq!(find_magic(&plain[..5007]), None);
     }
 }

@@ -1,31 +1,47 @@
-//! Writes records one after the other.
+//! Writes records one after the other, and checks each with the decoders and limits of a reader.
 
 use std::io;
 use std::sync::Arc;
 
-use super::commit::{Commit, CommitLocation, RecordLocation, encode_tail};
+use super::announced::AnnouncedBlocks;
+use super::commit::{Commit, CommitLocation, ListLocation, encode_tail};
 use super::head::Head;
-use super::record::{HEADER_BYTES, RecordHeader, RecordKind, SEQUENCES};
+use super::index;
+use super::limits::{LISTS_MAX, RECORDS_MAX};
+use super::list::{self, ImageSummary, Listed, RecordLocation};
+use super::manifest::{self, ManifestBuilder, PlanPart, PlanRecord};
+use super::pack::{self, PlacedFrame};
+use super::reader::Committed;
+use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SEQUENCES};
+use crate::codec::Malformed;
+use crate::content::Content;
 use crate::numbers::{CommitNumber, StoreBlock};
+use crate::spill::Budget;
 use crate::store::Store;
 
 /// Bytes of a body that is written together with its header.
 const AT_ONCE_BYTES_MAX: usize = 16 << 20;
+/// Bytes between the two copies of a COMMIT at least: one bad sector does not take both.
+const COPY_DISTANCE: usize = 4 << 10;
+/// Bytes behind a COMMIT that its epoch has beside copies: the NOTE and the TAIL.
+pub const COPIES_BYTES: u64 = (3 * HEADER_BYTES + 96 + COPY_DISTANCE) as u64;
 
 /// What a new epoch continues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EpochBase {
-    /// The archive.
-    pub archive: [u8; 16],
+    /// The lane.
+    pub lane: LaneId,
     /// The number of its last commit.
     pub last_number: CommitNumber,
     /// Where that is.
     pub last: CommitLocation,
     /// The next record's number.
     pub sequence: u64,
-    /// Bytes so far.
+    /// Bytes of the file so far.
     pub length: u64,
-    /// Blocks of the store so far.
+    /// Records of the file so far.
+    pub records: usize,
+    /// The end of the lane's store so far.
     pub store_end: StoreBlock,
 }
 
@@ -34,18 +50,24 @@ pub struct EpochBase {
 pub struct ArchiveWriter {
     store: Arc<dyn Store>,
     base: EpochBase,
-    epoch: u64,
+    epoch: EpochId,
     sequence: u64,
     offset: u64,
     records: Vec<RecordLocation>,
+    /// What a reader makes of the final images.
+    images: ManifestBuilder,
+}
+
+fn too_large(problem: Malformed) -> io::Error {
+    io::Error::other(format!("a reader would refuse it: {}", problem.problem()))
 }
 
 impl ArchiveWriter {
     /// Begins an epoch, with its HEAD.
     ///
     /// # Errors
-    /// Those of writing.
-    pub fn begin(store: Arc<dyn Store>, base: EpochBase, epoch: u64) -> io::Result<Self> {
+    /// Returns the error of the store, or says that the archive has used up the numbers of its commits.
+    pub fn begin(store: Arc<dyn Store>, base: EpochBase, epoch: EpochId, budget: &Budget) -> io::Result<Self> {
         if base.last_number >= CommitNumber::LAST {
             return Err(io::Error::other("the archive has used up the numbers of its commits"));
         }
@@ -56,104 +78,232 @@ impl ArchiveWriter {
             sequence: base.sequence,
             offset: base.length,
             records: Vec::new(),
+            images: ManifestBuilder::new(budget),
         };
-        writer.put(RecordKind::Head, 0, (StoreBlock(0), 0), &Head::current().encode())?;
+        writer.put(RecordKind::Head, Head::current().encode(), |_| ())?;
         Ok(writer)
     }
 
-    /// The number of the commit that this epoch makes.
+    /// Returns the number of the commit that this epoch makes.
     pub fn commit_number(&self) -> CommitNumber {
         // A reader refuses a commit with the last number.
         self.base.last_number.next()
     }
 
-    /// Bytes written in this epoch.
+    /// Returns how many bytes were written in this epoch.
     pub fn written_bytes(&self) -> u64 {
         self.offset - self.base.length
     }
 
-    /// Writes a record; `store` is the first store address and the count of what it is about.
+    /// Writes a PLAN of images. `last` says that it is the last one of its part.
     ///
     /// # Errors
-    /// Those of writing, or a body longer than the format allows.
-    pub fn put(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> io::Result<()> {
-        let location = self.write(kind, part, store, body)?;
+    /// Returns the error of the store, or says what a reader would refuse.
+    pub fn put_images(&mut self, part: PlanPart, last: bool, content: &[u8]) -> io::Result<()> {
+        let body = manifest::encode(self.commit_number(), part, last, content)?;
+        let decoded = PlanRecord::decode(&body).map_err(too_large)?;
+        if part == PlanPart::Final {
+            self.images.add(decoded.content()).map_err(too_large)?;
+        }
+        self.put(RecordKind::Plan, body, |location| location.part = part.number())
+    }
+
+    /// Writes a PLAN that announces blocks.
+    ///
+    /// # Errors
+    /// Returns the error of the store, or says what a reader would refuse.
+    pub fn put_announced(&mut self, announced: &AnnouncedBlocks) -> io::Result<()> {
+        let mut content = Vec::new();
+        announced.put(&mut content);
+        let body = manifest::encode(self.commit_number(), PlanPart::Blocks, false, &content)?;
+        let decoded = PlanRecord::decode(&body).and_then(|record| record.announced());
+        decoded.map_err(too_large)?;
+        self.put(RecordKind::Plan, body, |location| {
+            location.part = PlanPart::Blocks.number();
+            location.first = announced.first;
+            location.blocks = announced.end() - announced.first;
+        })
+    }
+
+    /// Writes a PACK of some frames, which are in order; none if there are none.
+    ///
+    /// # Errors
+    /// Returns the error of the store, or says what a reader would refuse.
+    pub fn put_pack(&mut self, frames: &[PlacedFrame]) -> io::Result<()> {
+        let Some(first) = frames.first().map(|placed| placed.first) else {
+            return Ok(());
+        };
+        let (body, table_hash) = pack::encode(frames);
+        let table = pack::decode_table(&body, body.len() as u64, None).map_err(too_large)?;
+        if (table.hash, table.home) != (table_hash, first) {
+            return Err(too_large("a PACK is not what it should be".into()));
+        }
+        self.put(RecordKind::Pack, body, |location| {
+            location.first = first;
+            location.blocks = table.blocks;
+            location.table_hash = table_hash;
+        })
+    }
+
+    /// Writes an INDEX of the blocks from `first` on.
+    ///
+    /// # Errors
+    /// Returns the error of the store, or says what a reader would refuse.
+    pub fn put_index(&mut self, first: StoreBlock, hashes: &[Hash]) -> io::Result<()> {
+        let body = index::encode(first, hashes);
+        index::decode(&body).map_err(too_large)?;
+        self.put(RecordKind::Index, body, |location| {
+            location.first = first;
+            location.blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
+        })
+    }
+
+    fn put(&mut self, kind: RecordKind, body: Vec<u8>, describe: impl FnOnce(&mut RecordLocation)) -> io::Result<()> {
+        let mut location = self.write(kind, body)?;
+        describe(&mut location);
         self.records.push(location);
         Ok(())
     }
 
-    fn write(
-        &mut self,
-        kind: RecordKind,
-        part: u8,
-        store: (StoreBlock, u32),
-        body: &[u8],
-    ) -> io::Result<RecordLocation> {
-        if body.len() as u64 > kind.body_bytes_max() {
-            return Err(io::Error::other(format!(
-                "a {} record would be longer than the format allows",
-                kind.name()
-            )));
+    fn write(&mut self, kind: RecordKind, mut body: Vec<u8>) -> io::Result<RecordLocation> {
+        let header =
+            RecordHeader::seal(kind, self.base.lane, self.epoch, self.sequence, &mut body).map_err(too_large)?;
+        RecordHeader::decode(&header.encode()).map_err(too_large)?;
+        if self.sequence >= SEQUENCES || self.base.records + self.records.len() + 2 * LISTS_MAX >= RECORDS_MAX {
+            return Err(io::Error::other("the archive would have more records than allowed"));
         }
-        if self.sequence >= SEQUENCES {
-            return Err(io::Error::other("the archive has used up the numbers of its records"));
-        }
-        let header = RecordHeader::of(kind, self.base.archive, self.epoch, self.sequence, body);
         if body.len() > AT_ONCE_BYTES_MAX {
             self.store.append(&header.encode())?;
-            self.store.append(body)?;
+            self.store.append(&body)?;
         } else {
-            // In one call, so that whoever is killed leaves no COMMIT without its body.
-            self.store.append(&[&header.encode()[..], body].concat())?;
+            self.store.append(&[&header.encode()[..], &body].concat())?;
         }
         let location = RecordLocation {
             kind,
-            part,
+            part: 0,
+            lane: self.base.lane,
             sequence: self.sequence,
             offset: self.offset,
             length: HEADER_BYTES as u64 + body.len() as u64,
-            first: store.0,
-            blocks: store.1,
+            first: StoreBlock(0),
+            blocks: 0,
             body_hash: header.body_hash,
+            table_hash: [0; 32],
         };
         self.sequence += 1;
         self.offset += location.length;
         Ok(location)
     }
 
-    /// Ends the epoch. `commit` lacks its number, what it follows, and its records. Everything is on disk before the COMMIT is
-    /// written, and the COMMIT when this returns. Returns what a next epoch would continue.
+    /// Ends the epoch. `commit` lacks its number, what it follows, and what it lists; `listed` lacks its records. Everything that the COMMIT
+    /// lists is on disk before it is written, and the COMMIT when this returns. Returns what a next epoch would continue, and what was
+    /// committed.
     ///
     /// # Errors
-    /// Those of writing.
-    pub fn finish(mut self, mut commit: Commit) -> io::Result<(EpochBase, Commit)> {
-        self.store.settle()?;
+    /// Returns the error of the store, or says what a reader would refuse.
+    pub fn finish(
+        mut self,
+        mut commit: Commit,
+        mut listed: Listed,
+        images: &[ImageSummary],
+    ) -> io::Result<(EpochBase, Committed)> {
         commit.number = self.commit_number();
         commit.previous = self.base.last;
-        commit.records = std::mem::take(&mut self.records);
+        (commit.lane, commit.epoch) = (self.base.lane, self.epoch);
+        listed.records = std::mem::take(&mut self.records);
+        self.check_images(images, commit.store_end)?;
+        let bodies = list::encode(&listed, images, self.base.lane)?;
+        check_lists(&bodies, &listed, images, self.base.lane)?;
+        for (part, body) in &bodies {
+            let location = self.write(RecordKind::List, body.clone())?;
+            commit.lists.push(ListLocation {
+                part: *part,
+                sequence: location.sequence,
+                offset: location.offset,
+                length: location.length,
+                body_hash: location.body_hash,
+            });
+        }
         let body = commit.encode()?;
-        // Nothing is called done that a reader would refuse.
-        if Commit::decode(&body).as_ref() != Ok(&commit) || commit.span().is_err() {
+        if Commit::decode(&body).as_ref() != Ok(&commit) {
             return Err(io::Error::other(
-                "the commit has more images, longer names or a longer label than the format allows",
+                "the commit has a longer label or more lists than the format allows",
             ));
         }
-        let location = self.write(RecordKind::Commit, 0, (StoreBlock(0), 0), &body)?;
+        self.store.settle()?;
+        let location = self.write(RecordKind::Commit, body.clone())?;
+        self.store.settle()?;
+        for (_, list) in bodies {
+            self.write(RecordKind::List, list)?;
+        }
+        self.write(RecordKind::Note, vec![0; COPY_DISTANCE])?;
+        self.write(RecordKind::Commit, body)?;
         let last = CommitLocation {
             offset: location.offset,
             length: location.length,
             body_hash: location.body_hash,
         };
-        self.write(RecordKind::Tail, 0, (StoreBlock(0), 0), &encode_tail(&last))?;
+        self.write(RecordKind::Tail, encode_tail(&last))?;
         self.store.settle()?;
         let base = EpochBase {
-            archive: self.base.archive,
+            lane: self.base.lane,
             last_number: commit.number,
             last,
             sequence: self.sequence,
             length: self.offset,
+            records: self.base.records + usize::try_from(self.sequence - self.base.sequence).unwrap_or(0),
             store_end: commit.store_end,
         };
-        Ok((base, commit))
+        let committed = Committed {
+            commit,
+            location: last,
+            lane: self.base.lane,
+            epoch: self.epoch,
+            listed,
+            ..Committed::default()
+        };
+        Ok((base, committed))
+    }
+
+    /// Checks that the final images are what a reader takes, and are all there.
+    fn check_images(&mut self, images: &[ImageSummary], store_end: StoreBlock) -> io::Result<()> {
+        let empty = ManifestBuilder::new(&Budget::default());
+        let manifest = std::mem::replace(&mut self.images, empty).finish().map_err(too_large)?;
+        let summaries = list::by_number(images);
+        let is_there = |image: &manifest::ImageRuns| {
+            let summary = summaries.get(&image.image.number);
+            summary.is_none_or(|summary| summary.path == image.image.path() && summary.size == image.image.size)
+        };
+        let is_stored = |image: &manifest::ImageRuns| {
+            image.runs.iter().all(|run| match run.content {
+                Content::Stored(first) => first.checked_add(run.blocks).is_some_and(|end| end <= store_end),
+                Content::Lost => false,
+                _ => true,
+            })
+        };
+        let listed = manifest
+            .images
+            .iter()
+            .filter(|image| summaries.contains_key(&image.image.number));
+        if listed.count() != images.len() || !manifest.images.iter().all(|image| is_there(image) && is_stored(image)) {
+            return Err(too_large("the images are not all there".into()));
+        }
+        Ok(())
+    }
+}
+
+fn check_lists(bodies: &[(u8, Vec<u8>)], listed: &Listed, images: &[ImageSummary], lane: LaneId) -> io::Result<()> {
+    let (mut read, mut summaries) = (Listed::default(), Vec::new());
+    for (part, body) in bodies {
+        match *part {
+            list::PART_RECORDS => read.add(body, lane),
+            _ => list::add_images(&mut summaries, body),
+        }
+        .map_err(too_large)?;
+    }
+    if read == *listed && summaries == images && bodies.len() <= LISTS_MAX {
+        Ok(())
+    } else {
+        Err(too_large("what a COMMIT lists is not what it should be".into()))
     }
 }

@@ -387,6 +387,13 @@ pub(super) struct Export {
     /// `list`, `import` and `diff` find the commit by it. Of several with one label they take the last.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub(super) label: String,
+    /// Refer to what the archive holds without reading it first
+    ///
+    /// An export that adds to an archive reads the packs that the images have blocks in common with, and stores blocks anew
+    /// whose pack is damaged. That takes as long as reading these packs. With this option, it believes the archive: where it is
+    /// damaged, the new commit is too, and `verify` tells.
+    #[arg(long)]
+    pub(super) trust_archive: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -370,6 +370,7 @@ impl args::Export {
             revisions: self.revisions,
             archive: archive_place(&self.archive),
             level: self.level,
+            trusts_archive: self.trust_archive,
             label: self.label.clone(),
         })
     }

@@ -6,10 +6,11 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 
 use super::hashes::{HashLog, StoredHashes};
-use crate::archive::index;
-use crate::archive::manifest::{self, AnnouncedBlocks};
-use crate::archive::pack::{self, Frame};
-use crate::archive::record::{Hash, RecordKind, hash_of};
+use crate::archive::announced::AnnouncedBlocks;
+use crate::archive::limits::{FRAMES_MAX, PACK_BLOCKS_MAX};
+use crate::archive::manifest::{PlanContents, PlanPart};
+use crate::archive::pack::{Frame, PlacedFrame};
+use crate::archive::record::{Hash, hash_of};
 use crate::archive::writer::ArchiveWriter;
 use crate::block::{BLOCK_LEN, bytes};
 use crate::chunk::Chunker;
@@ -21,7 +22,7 @@ use crate::monitor::Monitor;
 use crate::numbers::{ImageId, Slot, StoreBlock};
 use crate::plan::export::{ExportPiece, ExportPlan, ExportSource};
 use crate::range;
-use crate::spill::SpillVec;
+use crate::spill::{Budget, SpillVec};
 
 /// Bytes of images that are read as one batch. Meanwhile the batch before it is compressed, and the one before that is written.
 const BATCH_BYTES: u64 = 8 << 20;
@@ -33,6 +34,9 @@ const READ_BLOCKS: u32 = 256;
 const FRAME_BYTES: usize = 1 << 20;
 /// Compressed bytes after which a PACK ends. A PACK of corrected blocks ends after as many uncompressed bytes.
 const PACK_BYTES: usize = 8 << 20;
+/// Frames after which a PACK ends, however small they are: then it covers a GiB of blocks.
+const PACK_FRAMES: usize = 1024;
+const _: () = assert!(PACK_FRAMES <= FRAMES_MAX);
 /// Blocks that an INDEX covers. The last one may cover fewer.
 const INDEX_BLOCKS: u32 = 1 << 16;
 /// Corrected blocks whose hashes are kept in memory, so that equal ones are stored once. Later ones may be stored more than once.
@@ -42,7 +46,7 @@ const CORRECTIONS_REMEMBERED: usize = 1 << 16;
 #[derive(Debug)]
 pub struct ExportOutcome {
     /// Ranges of slots whose blocks are not those that the plan supposed, with what they are instead. They are in the order of slots.
-    pub corrections: Vec<ExportPiece>,
+    pub corrections: SpillVec<ExportPiece>,
     /// The first block of each image whose data lies in metadata.
     pub inline: Vec<InlineBlock>,
     /// Hashes of all new blocks, including corrected ones and inline ones.
@@ -306,7 +310,7 @@ struct Assembler<'a> {
     /// Hashes of the new blocks that the plan has, as far as they were read.
     log: HashLog,
     corrected: CorrectedBlocks,
-    corrections: Vec<ExportPiece>,
+    corrections: SpillVec<ExportPiece>,
     /// The blocks of the frame that is being filled.
     frame: Vec<u8>,
     /// Frames that are full, not compressed yet.
@@ -322,8 +326,8 @@ impl<'a> Assembler<'a> {
         Self {
             plan,
             log,
-            corrected: CorrectedBlocks::new(plan.end, function),
-            corrections: Vec::new(),
+            corrected: CorrectedBlocks::new(plan.end, function, plan.pieces.budget()),
+            corrections: SpillVec::new_in(plan.pieces.budget()),
             frame: Vec::new(),
             ready: Vec::new(),
             chunks: plan.chunks.iter(),
@@ -504,9 +508,9 @@ struct CorrectedBlocks {
     /// The store address of the first of them.
     first: StoreBlock,
     /// The hash of each.
-    hashes: Vec<Hash>,
+    hashes: SpillVec<Hash>,
     /// The fingerprint of each.
-    fingerprints: Vec<u32>,
+    fingerprints: SpillVec<u32>,
     /// The addresses of the first [`CORRECTIONS_REMEMBERED`] of them, by hash.
     known: HashMap<Hash, StoreBlock>,
     /// The content of those that are not written yet.
@@ -516,12 +520,12 @@ struct CorrectedBlocks {
 }
 
 impl CorrectedBlocks {
-    fn new(first: StoreBlock, function: FingerprintFunction) -> Self {
+    fn new(first: StoreBlock, function: FingerprintFunction, budget: &Budget) -> Self {
         Self {
             function,
             first,
-            hashes: Vec::new(),
-            fingerprints: Vec::new(),
+            hashes: SpillVec::new_in(budget),
+            fingerprints: SpillVec::new_in(budget),
             known: HashMap::new(),
             content: Vec::new(),
             written_end: first,
@@ -553,15 +557,13 @@ impl CorrectedBlocks {
             return Ok(());
         }
         let plain: Vec<Vec<u8>> = self.content.chunks(FRAME_BYTES).map(<[u8]>::to_vec).collect();
-        let frames = compress(level, &plain).map_err(records.failed)?;
-        let blocks = u32::try_from(self.content.len() / BLOCK_LEN).unwrap_or(u32::MAX);
-        records.put(
-            RecordKind::Pack,
-            0,
-            (self.written_end, blocks),
-            &pack::encode(self.written_end, &frames),
-        )?;
-        self.written_end += blocks;
+        let mut placed = Vec::with_capacity(plain.len());
+        for frame in compress(level, &plain).map_err(records.failed)? {
+            let first = self.written_end;
+            self.written_end += u32::from(frame.blocks);
+            placed.push(PlacedFrame { first, frame });
+        }
+        records.put_frames(&placed)?;
         self.content.clear();
         Ok(())
     }
@@ -586,7 +588,7 @@ impl CorrectedBlocks {
             records,
         )?;
         for (number, hashes) in (0u32..).zip(self.hashes.chunks(INDEX_BLOCKS as usize)) {
-            put_index(self.first + number * INDEX_BLOCKS, hashes, records)?;
+            records.put_index(self.first + number * INDEX_BLOCKS, hashes)?;
         }
         Ok(())
     }
@@ -601,28 +603,40 @@ pub struct RecordWriter<'a> {
 }
 
 impl RecordWriter<'_> {
-    /// Writes a record. Its body is about the blocks `store`: the first store address and their count.
+    /// Writes the PLAN records of images that are full. With `all` it writes whatever there is, and ends the part.
     ///
     /// # Errors
-    /// What `failed` makes of an error of [`ArchiveWriter::put`].
-    pub fn put(&mut self, kind: RecordKind, part: u8, store: (StoreBlock, u32), body: &[u8]) -> Result<()> {
-        self.writer.put(kind, part, store, body).map_err(self.failed)
+    /// What `failed` makes of an error of [`ArchiveWriter::put_images`].
+    pub fn put_images(&mut self, part: PlanPart, contents: &mut PlanContents, all: bool) -> Result<()> {
+        let mut full = if all {
+            std::mem::take(contents).finish()
+        } else {
+            contents.take_full()
+        };
+        if all && full.is_empty() {
+            full.push(Vec::new());
+        }
+        let count = full.len();
+        for (number, content) in (1..).zip(full) {
+            let last = all && number == count;
+            self.writer.put_images(part, last, &content).map_err(self.failed)?;
+        }
+        Ok(())
     }
 
-    /// Writes a PLAN record. `last` says that it is the last one of its part.
-    ///
-    /// # Errors
-    /// What `failed` makes of an error of [`ArchiveWriter::put`] or of zstd.
-    pub fn put_plan(&mut self, part: u8, last: bool, store: (StoreBlock, u32), payload: &[u8]) -> Result<()> {
-        let body = manifest::encode(self.writer.commit_number(), part, last, payload).map_err(self.failed)?;
-        self.put(RecordKind::Plan, part, store, &body)
+    fn put_frames(&mut self, frames: &[PlacedFrame]) -> Result<()> {
+        self.writer.put_pack(frames).map_err(self.failed)
+    }
+
+    fn put_index(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<()> {
+        self.writer.put_index(first, hashes).map_err(self.failed)
     }
 }
 
 /// Writes PLAN records that announce new blocks, from `first` on: the lengths of their chunks, and their fingerprints.
 ///
 /// # Errors
-/// Those of [`RecordWriter::put_plan`].
+/// What `failed` makes of an error of [`ArchiveWriter::put_announced`].
 pub fn announce(
     function: FingerprintFunction,
     mut first: StoreBlock,
@@ -647,17 +661,10 @@ pub fn announce(
             chunks: chunks.to_vec(),
             fingerprints: fingerprints(first, blocks),
         };
-        let payload = manifest::encode_announced(&announced);
-        records.put_plan(manifest::PART_BLOCKS, false, (first, blocks), &payload)?;
+        records.writer.put_announced(&announced).map_err(records.failed)?;
         first += blocks;
     }
     Ok(())
-}
-
-/// Writes an INDEX record with the hashes of the blocks from `first` on.
-fn put_index(first: StoreBlock, hashes: &[Hash], records: &mut RecordWriter<'_>) -> Result<()> {
-    let blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
-    records.put(RecordKind::Index, 0, (first, blocks), &index::encode(first, hashes))
 }
 
 /// Compresses frames on all cores.
@@ -677,12 +684,12 @@ fn compress(level: i32, frames: &[Vec<u8>]) -> std::io::Result<Vec<Frame>> {
 /// Writes compressed frames as PACK records, and the hashes of their blocks as INDEX records.
 struct PackWriter {
     /// The frames of the PACK that is being filled.
-    frames: Vec<Frame>,
+    frames: Vec<PlacedFrame>,
     /// The compressed bytes of these frames.
     stored_bytes: usize,
-    /// The store address of the first block of the PACK that is being filled.
-    first: StoreBlock,
-    /// The store address after its last block.
+    /// The store address after the last block that is in a PACK.
+    packed_end: StoreBlock,
+    /// The store address after the last block of the frames.
     end: StoreBlock,
     /// The store address after the last block that an INDEX covers.
     indexed_end: StoreBlock,
@@ -693,7 +700,7 @@ impl PackWriter {
         Self {
             frames: Vec::new(),
             stored_bytes: 0,
-            first,
+            packed_end: first,
             end: first,
             indexed_end: first,
         }
@@ -702,14 +709,18 @@ impl PackWriter {
     /// Adds frames, and writes each PACK that is full and each INDEX whose blocks are all in a PACK.
     fn add(&mut self, frames: Vec<Frame>, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
         for frame in frames {
+            if (self.end - self.packed_end) + u32::from(frame.blocks) > PACK_BLOCKS_MAX {
+                self.end_pack(records)?;
+            }
             self.stored_bytes += frame.stored_bytes();
+            let first = self.end;
             self.end += u32::from(frame.blocks);
-            self.frames.push(frame);
-            if self.stored_bytes >= PACK_BYTES {
+            self.frames.push(PlacedFrame { first, frame });
+            if self.stored_bytes >= PACK_BYTES || self.frames.len() >= PACK_FRAMES {
                 self.end_pack(records)?;
             }
         }
-        while self.first - self.indexed_end >= INDEX_BLOCKS {
+        while self.packed_end - self.indexed_end >= INDEX_BLOCKS {
             self.put_index(INDEX_BLOCKS, log, records)?;
         }
         Ok(())
@@ -717,19 +728,16 @@ impl PackWriter {
 
     /// Writes the PACK that is being filled, if it has any frames.
     fn end_pack(&mut self, records: &mut RecordWriter<'_>) -> Result<()> {
-        if !self.frames.is_empty() {
-            let body = pack::encode(self.first, &self.frames);
-            records.put(RecordKind::Pack, 0, (self.first, self.end - self.first), &body)?;
-            self.frames.clear();
-            self.stored_bytes = 0;
-            self.first = self.end;
-        }
+        records.put_frames(&self.frames)?;
+        self.frames.clear();
+        self.stored_bytes = 0;
+        self.packed_end = self.end;
         Ok(())
     }
 
     /// Writes an INDEX for the next blocks.
     fn put_index(&mut self, blocks: u32, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
-        put_index(self.indexed_end, &log.read(self.indexed_end, blocks)?, records)?;
+        records.put_index(self.indexed_end, &log.read(self.indexed_end, blocks)?)?;
         self.indexed_end += blocks;
         Ok(())
     }
@@ -741,5 +749,121 @@ impl PackWriter {
             self.put_index(INDEX_BLOCKS.min(self.end - self.indexed_end), log, records)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::Path;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::archive::record::{HEADER_BYTES, RecordHeader, RecordKind, find_magic};
+    use crate::archive::writer::EpochBase;
+    use crate::archive::{pack, record::EpochId};
+    use crate::store::Store;
+
+    /// A store that keeps nothing but the headers of records, and what PACKs say of themselves.
+    #[derive(Debug, Default)]
+    struct Headers {
+        packs: Mutex<Vec<(u32, u32)>>,
+        index_blocks: Mutex<Vec<u64>>,
+    }
+
+    impl Store for Headers {
+        fn path(&self) -> &Path {
+            Path::new("headers")
+        }
+
+        fn length(&self) -> io::Result<Option<u64>> {
+            Ok(Some(0))
+        }
+
+        fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<usize> {
+            Ok(0)
+        }
+
+        fn append(&self, bytes: &[u8]) -> io::Result<()> {
+            if find_magic(bytes) != Some(0) {
+                return Ok(());
+            }
+            let header = RecordHeader::decode(bytes.first_chunk().unwrap()).unwrap();
+            match header.kind {
+                RecordKind::Pack => {
+                    let body = &bytes[HEADER_BYTES..];
+                    let table = pack::decode_table(body, header.body_bytes, None).unwrap();
+                    self.packs
+                        .lock()
+                        .unwrap()
+                        .push((u32::try_from(table.frames.len()).unwrap(), table.blocks));
+                }
+                RecordKind::Index => self.index_blocks.lock().unwrap().push(header.body_bytes / 32),
+                _ => {}
+            }
+            Ok(())
+        }
+
+        fn settle(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn truncate(&self, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Packs so many equal frames of so many blocks of zeros, and returns the frames and blocks of each PACK.
+    fn packed(frames: u32, blocks: u32) -> Vec<(u32, u32)> {
+        let store = Arc::new(Headers::default());
+        let begun = ArchiveWriter::begin(
+            Arc::clone(&store) as _,
+            EpochBase::default(),
+            EpochId(1),
+            &Budget::default(),
+        );
+        let mut writer = begun.unwrap();
+        let failed = |error: io::Error| Error::io("write to", Path::new("headers"))(error);
+        let mut records = RecordWriter {
+            writer: &mut writer,
+            failed: &failed,
+        };
+        let mut compressor = zstd::bulk::Compressor::new(3).unwrap();
+        let frame = Frame::compress(&vec![0; blocks as usize * BLOCK_LEN], &mut compressor).unwrap();
+        let mut log = HashLog::new(StoreBlock(0), std::env::temp_dir());
+        let hashes = vec![[7; 32]; blocks as usize];
+        let mut packer = PackWriter::new(StoreBlock(0));
+        for _ in 0..frames {
+            log.extend(&hashes).unwrap();
+            packer.add(vec![frame.clone()], &log, &mut records).unwrap();
+            assert!(
+                packer.frames.len() <= PACK_FRAMES,
+                "a PACK has as many frames as it may"
+            );
+        }
+        packer.finish(&log, &mut records).unwrap();
+        let index_blocks = store.index_blocks.lock().unwrap();
+        assert!(index_blocks.iter().all(|blocks| *blocks <= u64::from(INDEX_BLOCKS) + 1));
+        store.packs.lock().unwrap().clone()
+    }
+
+    #[test]
+    fn packs_keep_their_limits_however_well_frames_are_compressed() {
+        // 12 GiB in frames of a usual size, and frames of one block.
+        for (frames, blocks) in [(12 << 10, 256), (11_000, 272), (10_752, 1), (700, 1024)] {
+            let packs = packed(frames, blocks);
+            assert_eq!(packs.iter().map(|(_, blocks)| blocks).sum::<u32>(), frames * blocks);
+            for pack in packs {
+                let is_allowed = pack.0 as usize <= FRAMES_MAX && pack.1 <= PACK_BLOCKS_MAX;
+                assert!(is_allowed, "{frames} frames of {blocks} blocks: {pack:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_frame_keeps_what_it_holds() {
+        let mut compressor = zstd::bulk::Compressor::new(3).unwrap();
+        let frame = Frame::compress(&vec![0; FRAME_BYTES], &mut compressor).unwrap();
+        assert!(frame.allocated_bytes() < 4096, "{}", frame.allocated_bytes());
     }
 }

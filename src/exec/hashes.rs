@@ -1,15 +1,20 @@
 //! Hashes of the blocks of a store, by store address. Those of earlier commits are read from the archive. Those of the commit that is
 //! being written or read are collected as they come. Also digests of images, which are made of these hashes.
 
+use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
-use crate::archive::reader::Archive;
-use crate::archive::record::Hash;
+use crate::archive::reader::{Archive, Committed};
+use crate::archive::record::{Hash, hash_of};
+use crate::block::BLOCK_LEN;
 use crate::content::{Content, Run};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
+use crate::range;
 use crate::sys::spill::SpillFile;
 
 /// Hashes that a [`HashLog`] keeps in memory: 32 MiB, for 4 GiB of distinct blocks. Older ones go to an unnamed file.
@@ -92,13 +97,16 @@ impl HashLog {
     }
 }
 
-/// The hashes of the blocks of an archive. They are read page by page, and the pages that were used last stay in memory.
+/// The hashes of the blocks that a commit of an archive can refer to. They are read page by page, and the pages that were used last stay in
+/// memory.
 #[derive(Debug)]
 pub struct StoredHashes<'a> {
-    archive: Option<&'a Archive>,
+    commit: Option<(&'a Archive, &'a Committed)>,
     end: StoreBlock,
     /// Pages in memory, each with the store address of its first block. The page that was used last comes last.
     pages: Vec<(StoreBlock, Vec<Option<Hash>>)>,
+    /// Hashes that no INDEX has any more, made of the blocks.
+    remade: HashMap<StoreBlock, Hash>,
 }
 
 impl<'a> StoredHashes<'a> {
@@ -106,19 +114,38 @@ impl<'a> StoredHashes<'a> {
     const PAGE_BLOCKS: u32 = 1 << 16;
     /// Pages that are kept in memory.
     const PAGES_MAX: usize = 8;
+    /// Hashes made of blocks that are kept: 64 MiB with what a map takes.
+    const REMADE_MAX: usize = 1 << 20;
 
-    /// The hashes of an archive's blocks before `end`. Without an archive there are none.
-    pub fn new(archive: Option<&'a Archive>, end: StoreBlock) -> Self {
+    /// The hashes of a commit's blocks before `end`. Without a commit there are none.
+    pub fn new(commit: Option<(&'a Archive, &'a Committed)>, end: StoreBlock) -> Self {
         Self {
-            archive,
+            commit,
             end,
             pages: Vec::new(),
+            remade: HashMap::new(),
         }
     }
 
     /// The store address after the last block.
     pub fn end(&self) -> StoreBlock {
         self.end
+    }
+
+    /// Remembers hashes that were made of blocks which their commit proves. Where there are too many, they stay unknown.
+    pub fn remember(&mut self, hashes: impl IntoIterator<Item = (StoreBlock, Hash)>) {
+        for (block, hash) in hashes {
+            if self.remade.len() >= Self::REMADE_MAX {
+                return;
+            }
+            self.remade.insert(block, hash);
+            let first = page_of(block);
+            if let Some((_, page)) = self.pages.iter_mut().find(|(page, _)| *page == first)
+                && let Some(known) = page.get_mut((block - first) as usize)
+            {
+                known.get_or_insert(hash);
+            }
+        }
     }
 
     /// The hash of a block. It is `None` if the archive has lost it, or if there is no such block.
@@ -131,15 +158,20 @@ impl<'a> StoredHashes<'a> {
 
     /// The hashes from a block on to the end of its page. There are none from `end` on.
     fn page_from(&mut self, block: StoreBlock) -> Result<&[Option<Hash>]> {
-        let Some(archive) = self.archive.filter(|_| block < self.end) else {
+        let Some((archive, committed)) = self.commit.filter(|_| block < self.end) else {
             return Ok(&[]);
         };
-        let first = StoreBlock(block.0 - block.0 % Self::PAGE_BLOCKS);
+        let first = page_of(block);
         if let Some(place) = self.pages.iter().position(|(page, _)| *page == first) {
             self.pages[place..].rotate_left(1);
         } else {
             let end = self.end.min(first.saturating_add(Self::PAGE_BLOCKS));
-            let page = archive.hashes(first, end)?;
+            let mut page = archive.hashes(committed, first..end)?;
+            if !self.remade.is_empty() {
+                for (block, known) in range::from(first).zip(&mut page).filter(|(_, known)| known.is_none()) {
+                    *known = self.remade.get(&block).copied();
+                }
+            }
             if self.pages.len() >= Self::PAGES_MAX {
                 self.pages.remove(0);
             }
@@ -147,6 +179,33 @@ impl<'a> StoredHashes<'a> {
         }
         let page = self.pages.last().map(|(_, page)| &page[..]).unwrap_or_default();
         Ok(page.get((block - first) as usize..).unwrap_or_default())
+    }
+
+    /// Returns the ranges of a list of which the archive has lost a hash, page by page.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the archive cannot be read.
+    pub fn lost(&mut self, wanted: &[Range<StoreBlock>]) -> Result<Vec<Range<StoreBlock>>> {
+        let mut lost = Vec::new();
+        for range in wanted {
+            let mut at = range.start;
+            while at < range.end {
+                let left = range.end - at;
+                let hashes = self.page_from(at)?;
+                let count = u32::try_from(hashes.len()).unwrap_or(u32::MAX).min(left);
+                let missing =
+                    range::where_true(range::from(at).zip(hashes[..count as usize].iter().map(Option::is_none)));
+                for range in missing {
+                    range::push(&mut lost, range);
+                }
+                if count == 0 {
+                    range::push(&mut lost, at..range.end);
+                    break;
+                }
+                at += count;
+            }
+        }
+        Ok(lost)
     }
 
     /// Adds the hashes of a range of blocks to a digest. Returns whether the archive has all of them. If it does not, the digest is of no
@@ -164,7 +223,7 @@ impl<'a> StoredHashes<'a> {
             }
             for hash in &hashes[..count as usize] {
                 match hash {
-                    Some(hash) => digest.update(hash)?,
+                    Some(hash) => digest.update(std::slice::from_ref(hash))?,
                     None => has_all = false,
                 }
             }
@@ -175,12 +234,17 @@ impl<'a> StoredHashes<'a> {
     }
 }
 
-/// The digest of an image with these runs. `stored` adds the hashes of a range of the store to it.
+fn page_of(block: StoreBlock) -> StoreBlock {
+    StoreBlock(block.0 - block.0 % StoredHashes::PAGE_BLOCKS)
+}
+
+/// The digest of an image of `size` bytes with these runs. `stored` adds the hashes of a range of the store to it.
 ///
 /// # Errors
 /// Those of `stored`; [`Error::Interrupted`].
 pub fn digest(
     runs: &[Run],
+    size: u64,
     monitor: &dyn Monitor,
     mut stored: impl FnMut(StoreBlock, u32, &mut Digest<'_>) -> Result<()>,
 ) -> Result<Hash> {
@@ -188,26 +252,33 @@ pub fn digest(
     for run in runs {
         match run.content {
             Content::Stored(first) => stored(first, run.blocks, &mut digest)?,
-            _ => digest.zeros(run.blocks)?,
+            _ => digest.zeros(run.blocks),
         }
     }
-    Ok(digest.finish())
+    Ok(digest.finish(size))
 }
 
-/// Makes the digest of an image: the BLAKE3 hash of the hashes of its blocks, in their order. Blocks that read as zeros have a hash of
-/// zeros. Hashes are collected to large pieces, which BLAKE3 hashes several times as fast as single ones.
+/// The hash of a block of zeros, which an archive may hold like any other.
+pub fn zero_hash() -> Hash {
+    static ZEROS: LazyLock<Hash> = LazyLock::new(|| hash_of(&[0; BLOCK_LEN]));
+    *ZEROS
+}
+
+/// Makes the digest of an image, as the format defines it (`formats/archive-v1.md`, LIST). It depends on the content alone, and takes no time
+/// for zeros. Items are collected to large pieces, which BLAKE3 hashes several times as fast as single ones.
 #[expect(missing_debug_implementations, reason = "a monitor has none")]
 pub struct Digest<'a> {
     hasher: blake3::Hasher,
-    /// Hashes that are not in the hasher yet.
+    /// Items that are not in the hasher yet.
     pending: Vec<u8>,
-    /// A piece of zeros, which is empty until it is needed.
-    zeros: Vec<u8>,
+    /// The blocks of zeros at the end so far.
+    zeros: u64,
+    zero_hash: Hash,
     monitor: &'a dyn Monitor,
 }
 
 impl<'a> Digest<'a> {
-    /// Bytes of hashes that go into the hasher at a time. All cores hash them together.
+    /// Bytes of items that go into the hasher at a time. All cores hash them together.
     const PIECE_BYTES: usize = 4 << 20;
 
     /// Begins the digest of an image, without blocks so far.
@@ -215,24 +286,46 @@ impl<'a> Digest<'a> {
         Self {
             hasher: blake3::Hasher::new(),
             pending: Vec::new(),
-            zeros: Vec::new(),
+            zeros: 0,
+            zero_hash: zero_hash(),
             monitor,
         }
     }
 
-    /// Adds hashes, given as bytes.
+    /// Adds the hashes of blocks that are stored.
     ///
     /// # Errors
     /// [`Error::Interrupted`].
-    pub fn update(&mut self, hashes: &[u8]) -> Result<()> {
-        self.pending.extend_from_slice(hashes);
+    pub fn update(&mut self, hashes: &[Hash]) -> Result<()> {
+        for hash in hashes {
+            if *hash == self.zero_hash {
+                self.zeros += 1;
+            } else {
+                self.end_zeros();
+                self.pending.extend_from_slice(hash);
+            }
+        }
         if self.pending.len() >= Self::PIECE_BYTES {
             self.hash_pending()?;
         }
         Ok(())
     }
 
-    /// Moves the pending hashes to the hasher.
+    /// Adds blocks that read as zeros.
+    pub fn zeros(&mut self, blocks: u32) {
+        self.zeros += u64::from(blocks);
+    }
+
+    /// Adds the item of the zeros so far.
+    fn end_zeros(&mut self) {
+        if self.zeros > 0 {
+            self.pending.extend_from_slice(&[0; HASH_BYTES - 8]);
+            self.pending.extend(self.zeros.to_le_bytes());
+            self.zeros = 0;
+        }
+    }
+
+    /// Moves the pending items to the hasher.
     fn hash_pending(&mut self) -> Result<()> {
         if self.monitor.interrupted() {
             return Err(Error::Interrupted);
@@ -242,33 +335,11 @@ impl<'a> Digest<'a> {
         Ok(())
     }
 
-    /// Adds blocks that read as zeros.
-    ///
-    /// # Errors
-    /// [`Error::Interrupted`].
-    pub fn zeros(&mut self, blocks: u32) -> Result<()> {
-        let mut left = u64::from(blocks) * HASH_BYTES as u64;
-        if left < Self::PIECE_BYTES as u64 {
-            let length = self.pending.len() + usize::try_from(left).unwrap_or(0);
-            self.pending.resize(length, 0);
-            return self.update(&[]);
-        }
-        self.hash_pending()?;
-        self.zeros.resize(Self::PIECE_BYTES, 0);
-        while left > 0 {
-            if self.monitor.interrupted() {
-                return Err(Error::Interrupted);
-            }
-            let part = usize::try_from(left).unwrap_or(usize::MAX).min(Self::PIECE_BYTES);
-            self.hasher.update_rayon(&self.zeros[..part]);
-            left -= part as u64;
-        }
-        Ok(())
-    }
-
-    /// Returns the digest of all blocks that were added.
-    pub fn finish(mut self) -> Hash {
+    /// Returns the digest of all blocks that were added, as those of an image of `size` bytes.
+    pub fn finish(mut self, size: u64) -> Hash {
+        self.end_zeros();
         self.hasher.update(&self.pending);
+        self.hasher.update(&size.to_le_bytes());
         *self.hasher.finalize().as_bytes()
     }
 }
@@ -303,18 +374,49 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_is_the_same_in_pieces_of_any_size() {
+    fn a_digest_depends_on_content_alone() {
         let monitor = Silent::default();
-        let (mut digest, mut plain) = (Digest::new(&monitor), blake3::Hasher::new());
-        for (n, zeros) in [0u32, 1, 7, 1 << 17, (1 << 17) + 3, 5].into_iter().enumerate() {
-            let hashes = vec![u8::try_from(n).unwrap() + 1; 32 * n * 1000];
-            digest.update(&hashes).unwrap();
-            digest.zeros(zeros).unwrap();
-            plain.update(&hashes);
-            plain.update(&vec![0; 32 * zeros as usize]);
-        }
-        assert_eq!(digest.finish(), *plain.finalize().as_bytes());
+        let of = |parts: &[(u8, u32)]| {
+            let mut digest = Digest::new(&monitor);
+            for (number, blocks) in parts {
+                match number {
+                    0 => digest.zeros(*blocks),
+                    1 => digest
+                        .update(&vec![hash_of(&[0; BLOCK_LEN]); *blocks as usize])
+                        .unwrap(),
+                    number => digest.update(&vec![[*number; 32]; *blocks as usize]).unwrap(),
+                }
+            }
+            digest.finish(9)
+        };
+        let mut plain = blake3::Hasher::new();
+        plain.update(&vec![7; 32 * 300_000]);
+        plain.update(&[&[0; 24][..], &(u64::from(u32::MAX) + 5).to_le_bytes()].concat());
+        plain.update(&[[8; 32], [9; 32]].concat());
+        plain.update(&9u64.to_le_bytes());
+        let expected = *plain.finalize().as_bytes();
+        assert_eq!(
+            of(&[
+                (7, 200_000),
+                (7, 100_000),
+                (0, u32::MAX),
+                (1, 3),
+                (0, 2),
+                (8, 1),
+                (9, 1)
+            ]),
+            expected
+        );
+        assert_eq!(
+            of(&[(7, 300_000), (1, 2), (0, u32::MAX), (1, 3), (8, 1), (9, 1)]),
+            expected
+        );
+        assert_ne!(of(&[(7, 300_000), (0, u32::MAX), (1, 4), (8, 1), (9, 1)]), expected);
         monitor.stop();
-        assert!(matches!(Digest::new(&monitor).zeros(u32::MAX), Err(Error::Interrupted)));
+        let mut stopped = Digest::new(&monitor);
+        assert!(matches!(
+            stopped.update(&vec![[7; 32]; 1 << 18]),
+            Err(Error::Interrupted)
+        ));
     }
 }

@@ -15,9 +15,8 @@ use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
 use crate::content::{Content, Run};
 use crate::error::{Error, Result};
-use crate::exec::hashes::StoredHashes;
+use crate::exec::hashes::{StoredHashes, zero_hash};
 use crate::monitor::Monitor;
-use crate::numbers::StoreBlock;
 use crate::pool::{self, FoundImage};
 use crate::report::{Change, Diffed, DiffedImage};
 use crate::store::FileStore;
@@ -61,8 +60,8 @@ pub fn diff(path: &Path, commit: Option<&str>, with: &ComparedWith, monitor: &dy
 
 /// The images of a commit, by their paths. A damaged manifest is an error, since its images may be incomplete.
 fn manifest_of(archive: &Archive, committed: &Committed) -> Result<BTreeMap<PathBuf, ImageRuns>> {
-    let (manifest, damage) = archive.manifest(committed)?;
-    if let Some(Damage { range, problem }) = damage.first() {
+    let (manifest, damage) = archive.manifest(committed, &super::runs_budget(None))?;
+    if let Some(Damage { range, problem, .. }) = damage.first() {
         return Err(Error::damaged(
             archive.path(),
             range.start,
@@ -88,14 +87,13 @@ fn diff_commits(
     monitor: &dyn Monitor,
 ) -> Result<Vec<DiffedImage>> {
     monitor.phase("Comparing", 0);
+    let hashes = |committed| StoredHashes::new(Some((archive, committed)), committed.commit.store_end);
+    let mut hashes = HashesOfBoth {
+        first: hashes(first),
+        second: hashes(second),
+        has_one_store: first.lane == second.lane,
+    };
     let (first, second) = (manifest_of(archive, first)?, manifest_of(archive, second)?);
-    let end = archive
-        .commits()
-        .iter()
-        .map(|committed| committed.commit.store_end)
-        .max()
-        .unwrap_or(StoreBlock(0));
-    let mut hashes = StoredHashes::new(Some(archive), end);
     let paths: BTreeSet<&PathBuf> = first.keys().chain(second.keys()).collect();
     let mut images = Vec::new();
     for path in paths {
@@ -112,25 +110,34 @@ fn diff_commits(
     Ok(images)
 }
 
+/// The hashes of the blocks of two commits.
+struct HashesOfBoth<'a> {
+    first: StoredHashes<'a>,
+    second: StoredHashes<'a>,
+    /// Whether the commits are of one lane, so that a store address is the same block in both.
+    has_one_store: bool,
+}
+
 /// Compares an image with the image of the same path in another commit.
 fn diff_images(
     archive: &Archive,
     first: &ImageRuns,
     second: &ImageRuns,
-    hashes: &mut StoredHashes<'_>,
+    hashes: &mut HashesOfBoth<'_>,
     monitor: &dyn Monitor,
 ) -> Result<DifferingRanges> {
     let mut ranges = DifferingRanges::new(first.image.size, second.image.size);
     let is_stored = |content| matches!(content, Content::Stored(_));
     for (first_block, blocks, (first, second)) in side_by_side(&first.runs, &second.runs) {
-        if first == second || (!is_stored(first) && !is_stored(second)) {
+        if (first == second && hashes.has_one_store) || (!is_stored(first) && !is_stored(second)) {
             continue;
         }
         for skipped in 0..blocks {
             if skipped % CHECK_EVERY_BLOCKS == 0 && monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            if hash_at(first, skipped, hashes, archive)? != hash_at(second, skipped, hashes, archive)? {
+            let first_hash = hash_at(first, skipped, &mut hashes.first, archive)?;
+            if first_hash != hash_at(second, skipped, &mut hashes.second, archive)? {
                 ranges.add(bytes(first_block + skipped), BLOCK_BYTES);
             }
         }
@@ -138,17 +145,18 @@ fn diff_images(
     Ok(ranges)
 }
 
-/// The hash of the block that is `skipped` blocks behind the first one of a run. It is `None` for zeros.
+/// The hash of the block that is `skipped` blocks behind the first one of a run. It is `None` for zeros, stored ones too.
 fn hash_at(content: Content, skipped: u32, hashes: &mut StoredHashes<'_>, archive: &Archive) -> Result<Option<Hash>> {
     let Content::Stored(first) = content else {
         return Ok(None);
     };
     let hash = hashes.get(first + skipped)?;
-    hash.map(Some).ok_or_else(|| Error::Damaged {
-        path: archive.path().to_owned(),
-        range: None,
-        problem: "hashes of its blocks are lost".into(),
-    })
+    hash.map(|hash| Some(hash).filter(|hash| *hash != zero_hash()))
+        .ok_or_else(|| Error::Damaged {
+            path: archive.path().to_owned(),
+            range: None,
+            problem: "hashes of its blocks are lost".into(),
+        })
 }
 
 /// Two lists of runs, cut at the same blocks: the first block of each part, its length in blocks, and its content in both lists. It ends
@@ -221,7 +229,7 @@ fn diff_file(
         .open(OFlags::RDONLY | OFlags::NONBLOCK)
         .map_err(Error::io("open", path))?;
     let size = file.metadata().map_err(Error::io("look at", path))?.len();
-    let mut hashes = StoredHashes::new(Some(archive), committed.commit.store_end);
+    let mut hashes = StoredHashes::new(Some((archive, committed)), committed.commit.store_end);
     let mut ranges = DifferingRanges::new(image.image.size, size);
     let mut at = 0u32;
     let mut buffer = Vec::new();

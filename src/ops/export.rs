@@ -1,31 +1,36 @@
 //! `export`: writes images and revisions to an archive, each distinct block once.
 
+mod images;
+mod open_archive;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use self::images::{Summarizer, corrected, put_images, with_inline};
+use self::open_archive::{OpenArchive, random};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
-use crate::archive::commit::{Commit, CommitLocation, ImageSummary};
-use crate::archive::head::Head;
-use crate::archive::manifest::{
-    self, ArchivedFolder, ArchivedImage, ManifestEntry, PART_BLOCKS, PART_CORRECTIONS, PART_IMAGES, Payloads,
-};
+use crate::archive::commit::Commit;
+use crate::archive::limits::{LABEL_BYTES_MAX, RUNS_MAX};
+use crate::archive::list::{ImageSummary, Listed};
+use crate::archive::manifest::{self, ArchivedFolder, ArchivedImage, PlanPart};
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::{HEADER_BYTES, MAGIC};
+use crate::archive::record::{EpochId, LaneId};
 use crate::archive::writer::{ArchiveWriter, EpochBase};
-use crate::block::{BLOCK_BYTES, NumberSet, bytes};
-use crate::content::{Content, FileTime, Run, push_run};
+use crate::block::{BLOCK_BYTES, bytes};
+use crate::content::FileTime;
 use crate::error::{Error, Result};
-use crate::exec::export::{ExportOutcome, ExportSettings, InlineBlock, RecordWriter, announce, store_blocks};
-use crate::exec::hashes::{HashLog, StoredHashes, digest};
+use crate::exec::export::{ExportOutcome, ExportSettings, RecordWriter, announce, store_blocks};
+use crate::exec::hashes::{HashLog, StoredHashes};
 use crate::fs::{Filesystem, Purpose, attributes, images};
 use crate::index::{ChunkIndex, StoredSlots};
 use crate::monitor::Monitor;
-use crate::numbers::{CommitNumber, ImageId, Slot, StoreBlock};
-use crate::plan::export::{self, ExportPiece, ExportPlan, ExportSource, plan_export};
-use crate::pool::{FoundImage, NamedPath, Revision, patterns, revision_of};
+use crate::numbers::{ImageId, StoreBlock};
+use crate::plan::export::{self, ExportPiece, ExportPlan, plan_export, too_fragmented};
+use crate::pool::{FoundImage, NamedPath, Revision, Skip, Skipped, patterns, revision_of};
 use crate::range;
 use crate::report::Exported;
 use crate::spill::SpillVec;
@@ -56,6 +61,8 @@ pub struct ExportOptions {
     pub archive: ArchivePlace,
     /// The compression level of zstd.
     pub level: i32,
+    /// Whether what the archive holds is referred to without being read first.
+    pub trusts_archive: bool,
     /// The label of the commit, which may be empty.
     pub label: String,
 }
@@ -100,6 +107,11 @@ pub fn export_to(
     open: impl FnOnce() -> Result<Arc<dyn Store>>,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
+    if options.label.len() > LABEL_BYTES_MAX {
+        return Err(Error::Usage(format!(
+            "the label is longer than {LABEL_BYTES_MAX} bytes"
+        )));
+    }
     let mut found = discover(&options.scope, monitor)?;
     let mut origin = ImageOrigins {
         root: common_folder(found.named.iter().map(|named| named.root.as_path())),
@@ -118,7 +130,7 @@ pub fn export_to(
     let mut opened = OpenArchive::new(open()?)?;
     let result = open_pool(found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
         let pool = OpenPool::of(&*fs, skipped, scope, monitor);
-        write(pool, &origin, options, &mut opened, monitor)
+        write(RUNS_MAX, pool, (&origin, options), &mut opened, monitor)
     });
     if result.is_err() {
         opened.undo(monitor);
@@ -136,13 +148,27 @@ pub fn export_on(
     store: Arc<dyn Store>,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
+    export_within(RUNS_MAX, pool, options, store, monitor)
+}
+
+/// Exports as [`export_on`] does, with at most `runs_max` runs in the commit. Images that would be too many are left out, by name.
+///
+/// # Errors
+/// Those of [`export()`].
+pub fn export_within(
+    runs_max: usize,
+    pool: OpenPool<'_>,
+    options: &ExportOptions,
+    store: Arc<dyn Store>,
+    monitor: &dyn Monitor,
+) -> Result<Exported> {
     let folders = images(pool.fs).filter_map(|image| image.path.parent());
     let origin = ImageOrigins {
         root: common_folder(folders),
         ..ImageOrigins::default()
     };
     let mut opened = OpenArchive::new(store)?;
-    let result = write(pool, &origin, options, &mut opened, monitor);
+    let result = write(runs_max, pool, (&origin, options), &mut opened, monitor);
     if result.is_err() {
         opened.undo(monitor);
     }
@@ -151,9 +177,9 @@ pub fn export_on(
 
 /// Surveys the pool and exports it to an archive that is open.
 fn write(
+    runs_max: usize,
     pool: OpenPool<'_>,
-    origin: &ImageOrigins,
-    options: &ExportOptions,
+    (origin, options): (&ImageOrigins, &ExportOptions),
     opened: &mut OpenArchive,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
@@ -163,6 +189,7 @@ fn write(
         return Err(Error::Interrupted);
     }
     let exporter = Exporter {
+        runs_max,
         options,
         fs,
         survey: &survey,
@@ -229,100 +256,10 @@ fn choose(images: Vec<FoundImage>, options: &ExportOptions, root: &Path) -> Resu
     Ok(chosen)
 }
 
-/// The archive that is written to.
-struct OpenArchive {
-    store: Arc<dyn Store>,
-    /// The archive as it is read. It is `None` if there is no commit in it yet.
-    archive: Option<Archive>,
-    /// The end of the archive, which the export continues.
-    base: EpochBase,
-}
-
-impl OpenArchive {
-    /// Opens the archive in a store, and removes from its end what an export that did not end left there.
-    fn new(store: Arc<dyn Store>) -> Result<Self> {
-        let path = store.path().to_owned();
-        let failed = Error::io("write to", &path);
-        let mut opened = Self {
-            store: Arc::clone(&store),
-            archive: None,
-            base: EpochBase {
-                archive: random()?,
-                ..EpochBase::default()
-            },
-        };
-        let length = store.length().map_err(Error::io("look at", &path))?.unwrap_or(0);
-        if length == 0 {
-            return Ok(opened);
-        }
-        if is_torn_beginning(&*store, length).map_err(Error::io("read", &path))? {
-            store.truncate(0).map_err(failed)?;
-            return Ok(opened);
-        }
-        let archive = Archive::open_any(store)?;
-        if !archive.head().may_append() {
-            return Err(Error::Unsupported {
-                path: path.clone(),
-                problem: "it was made by another version, which cuts chunks in another way or knows more features",
-            });
-        }
-        opened.base = archive.base();
-        if opened.base.length < archive.length() {
-            if !archive.ends_in_leftovers_only()? {
-                let length = archive.length() - opened.base.length;
-                let problem = "what follows its last intact commit is not just an export that did not end";
-                return Err(Error::damaged(&path, opened.base.length, length, problem));
-            }
-            opened.store.truncate(opened.base.length).map_err(failed)?;
-        }
-        opened.archive = (!archive.commits().is_empty()).then_some(archive);
-        Ok(opened)
-    }
-
-    /// Truncates the archive to its last commit. What an export wrote after it is of no use without a commit.
-    fn undo(&self, monitor: &dyn Monitor) {
-        match self.store.truncate(self.base.length) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
-            Err(error) => monitor.note(&format!("What was written so far could not be taken back: {error}")),
-        }
-    }
-}
-
-/// Whether a store holds nothing but the beginning of an archive's first record. That is what an export leaves that was killed at once.
-fn is_torn_beginning(store: &dyn Store, length: u64) -> std::io::Result<bool> {
-    let record_bytes = HEADER_BYTES as u64 + Head::current().encode().len() as u64;
-    if length == 0 || length >= record_bytes {
-        return Ok(false);
-    }
-    let mut start = [0; MAGIC.len()];
-    let count = MAGIC.len().min(usize::try_from(length).unwrap_or(MAGIC.len()));
-    store.read_exact_at(0, &mut start[..count])?;
-    Ok(MAGIC.starts_with(&start[..count]))
-}
-
-/// Random bytes of the kernel.
-fn random<const N: usize>() -> Result<[u8; N]> {
-    let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-            .map_err(Error::io("get random bytes from", Path::new("/dev/urandom")))?;
-    }
-    Ok(bytes)
-}
-
-/// The runs of an image. If its data lies in metadata, its first block is put into them.
-fn with_inline(mut runs: Vec<Run>, place: usize, outcome: &ExportOutcome) -> Vec<Run> {
-    let image = ImageId::at(place);
-    if let Some(inline) = outcome.inline.iter().find(|inline| inline.image == image) {
-        replace_first(&mut runs, inline.block);
-    }
-    runs
-}
-
 /// One export, from the plan to the commit.
 struct Exporter<'a> {
+    /// The most runs that the commit may have.
+    runs_max: usize,
     options: &'a ExportOptions,
     fs: &'a dyn Filesystem,
     survey: &'a Survey,
@@ -341,61 +278,96 @@ impl Exporter<'_> {
             Some(_) => fs.checksum_digests(facts)?,
             None => SpillVec::default(),
         };
-        let plan = self.plan(opened, index, &digests)?;
-        let first_new = plan.first_new;
+        let plan = self.plan_without_lost(opened, index, &digests)?;
         let (folders, images) = self.images()?;
-        let epoch = u64::from_le_bytes(random()?);
-        let mut writer = ArchiveWriter::begin(Arc::clone(&opened.store), opened.base, epoch).map_err(failed)?;
+        let runs_of = |place: usize, pieces: &[ExportPiece]| {
+            export::runs_of(facts, pieces, ImageId::at(place), images[place].blocks())
+        };
+        let mut left_out = self.too_many_runs(images.len(), |place| runs_of(place, &plan.pieces).len());
+        let epoch = EpochId(u64::from_le_bytes(random()?));
+        opened.begin(self.monitor)?;
+        let store = Arc::clone(&opened.store);
+        let mut writer = ArchiveWriter::begin(store, opened.base, epoch, facts.budget()).map_err(failed)?;
         let mut records = RecordWriter {
             writer: &mut writer,
             failed: &failed,
         };
-        let runs_of = |place: usize, pieces: &[ExportPiece]| {
-            export::runs_of(facts, pieces, ImageId::at(place), images[place].blocks())
-        };
-        put_images(&folders, &images, |place| runs_of(place, &plan.pieces), &mut records)?;
-        announce(
-            fs.function(),
-            plan.first_new,
-            &plan.chunks,
-            |first, blocks| plan.fingerprints.range(first..first + blocks),
-            &mut records,
-        )?;
-        let old_hashes = |archive| StoredHashes::new(archive, first_new);
-        let archive = opened.archive.as_ref();
-        let log = HashLog::new(first_new, self.options.scope.index.clone());
+        let entries = (&folders[..], &images[..]);
+        let planned = |place| runs_of(place, &plan.pieces);
+        put_images(PlanPart::Planned, entries, &left_out, planned, &mut records)?;
+        let fingerprints = |first, blocks| plan.fingerprints.range(first..first + blocks);
+        announce(fs.function(), plan.first_new, &plan.chunks, fingerprints, &mut records)?;
+        let old_hashes = || StoredHashes::new(opened.last(), plan.first_new);
+        let log = HashLog::new(plan.first_new, self.options.scope.index.clone());
         let outcome = store_blocks(
             (fs, facts),
             &plan,
             self.settings(),
-            (old_hashes(archive), log),
+            (old_hashes(), log),
             &mut records,
             self.monitor,
         )?;
         self.check_unchanged()?;
         let pieces = corrected(&plan, &outcome.corrections);
-        self.put_corrections(&outcome, &mut records)?;
-        self.monitor.phase("Committing", 0);
-        let summaries = summaries(
-            &images,
-            |place| with_inline(runs_of(place, &pieces), place, &outcome),
-            &outcome.hashes,
-            (&mut old_hashes(archive), &path),
-            self.monitor,
-        )?;
-        let store_end = outcome.hashes.end();
-        let commit = self.commit(summaries, store_end);
-        let old_base = opened.base;
-        let (base, commit) = writer.finish(commit).map_err(failed)?;
-        let committed = Committed {
-            commit,
-            location: base.last,
-            salvaged: false,
+        let last_runs = |place| with_inline(runs_of(place, &pieces), place, &outcome);
+        let kept_runs = |place| {
+            if left_out.contains(&place) {
+                0
+            } else {
+                last_runs(place).len()
+            }
         };
+        let mut too_many = self.too_many_runs(images.len(), kept_runs);
+        left_out.append(&mut too_many);
+        put_images(PlanPart::Final, entries, &left_out, last_runs, &mut records)?;
+        self.monitor.phase("Committing", 0);
+        let summarizer = Summarizer::new(&outcome.hashes, old_hashes(), &path, self.monitor);
+        let (summaries, uses) = summarizer.all(&images, &left_out, last_runs)?;
+        let listed = Listed {
+            uses,
+            other_lanes: opened.archive.as_ref().map_or_else(Vec::new, Archive::other_lanes),
+            ..Listed::default()
+        };
+        let commit = self.commit(outcome.hashes.end());
+        let (base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;
         // The archive has the commit: an error that follows does not undo it.
-        opened.base = base;
-        self.remember(index, (&base.archive, &committed), &digests, &pieces);
-        Ok(self.exported(path, &committed, (old_base, base), &plan, &outcome))
+        let old_base = std::mem::replace(&mut opened.base, base);
+        self.remember(index, (base.lane, &committed), &digests, &pieces);
+        let mut exported = self.exported(path, (&committed, &summaries), (old_base, base), &plan, &outcome);
+        let fragmented = |place| Skipped::new(fs.path(ImageId::at(place)), Skip::TooFragmented);
+        exported.skipped.extend(left_out.into_iter().map(fragmented));
+        Ok(exported)
+    }
+
+    /// The images that the commit leaves out because it would have too many runs, given how many each has.
+    fn too_many_runs(&self, images: usize, runs: impl Fn(usize) -> usize) -> BTreeSet<usize> {
+        let counts: Vec<usize> = (0..images).map(runs).collect();
+        too_fragmented(&counts, self.runs_max)
+    }
+
+    /// Plans which blocks are new, until none of those that the plan refers to is lost.
+    fn plan_without_lost(
+        &self,
+        opened: &OpenArchive,
+        index: Option<&dyn ChunkIndex>,
+        digests: &[Option<u128>],
+    ) -> Result<ExportPlan> {
+        let (mut checked, mut lost) = (Vec::new(), Vec::new());
+        loop {
+            let plan = self.plan(opened, index, digests, &lost)?;
+            let unchecked = range::without(&plan.used_before(), &checked);
+            let found = opened.lost(&unchecked, self.options.trusts_archive, self.monitor)?;
+            if found.is_empty() {
+                return Ok(plan);
+            }
+            let blocks = range::count(&found);
+            self.monitor.note(&format!(
+                "The archive is damaged: {} that it has lost are stored anew; vmfold verify says what else is lost",
+                crate::shown::size(blocks.saturating_mul(BLOCK_BYTES))
+            ));
+            checked = range::joined(checked.into_iter().chain(unchecked));
+            lost = range::joined(lost.into_iter().chain(found));
+        }
     }
 
     /// The index, if there is one and the archive can be appended to later. No later export meets an archive that went to a pipe.
@@ -408,7 +380,7 @@ impl Exporter<'_> {
     fn remember(
         &self,
         index: Option<&dyn ChunkIndex>,
-        (archive, committed): (&[u8; 16], &Committed),
+        (lane, committed): (LaneId, &Committed),
         digests: &[Option<u128>],
         pieces: &[ExportPiece],
     ) {
@@ -420,7 +392,7 @@ impl Exporter<'_> {
             is_news: piece.source.is_read(),
         });
         let facts = &self.survey.facts;
-        if let Err(error) = index.remember_stored(archive, committed, facts, digests, &mut known) {
+        if let Err(error) = index.remember_stored(&lane.0, committed, facts, digests, &mut known) {
             self.monitor.note(&crate::error::describe(&error));
         }
     }
@@ -429,12 +401,11 @@ impl Exporter<'_> {
     fn exported(
         &self,
         path: PathBuf,
-        committed: &Committed,
+        (committed, images): (&Committed, &[ImageSummary]),
         (old_base, new_base): (EpochBase, EpochBase),
         plan: &ExportPlan,
         outcome: &ExportOutcome,
     ) -> Exported {
-        let images = &committed.commit.images;
         let known = plan.pieces.iter().filter(|piece| !piece.source.is_read());
         Exported {
             archive: path,
@@ -459,12 +430,13 @@ impl Exporter<'_> {
         opened: &OpenArchive,
         index: Option<&dyn ChunkIndex>,
         digests: &[Option<u128>],
+        lost: &[Range<StoreBlock>],
     ) -> Result<ExportPlan> {
         let (fs, facts) = (self.fs, &self.survey.facts);
         self.monitor.phase("Planning", 0);
         let known = match (index, &opened.archive) {
             (Some(index), Some(archive)) => index
-                .stored(&archive.id(), archive.commits(), facts, digests)
+                .stored(&archive.id().0, archive.main_commits(), facts, digests)
                 .unwrap_or_else(|error| {
                     // The index is a cache: without it, every extent is read.
                     self.monitor.note(&crate::error::describe(&error));
@@ -476,14 +448,14 @@ impl Exporter<'_> {
         let end_max = first_new.checked_add(facts.slots()).ok_or(Error::TooLarge)?;
         let mut fingerprints = facts.fingerprints.alike(end_max.index());
         if let Some(archive) = &opened.archive {
-            for committed in archive.commits() {
+            for committed in archive.main_commits() {
                 let parts = archive.announced(committed)?.into_iter();
                 for announced in parts.filter(|part| part.function == fs.function() && part.end() <= first_new) {
                     fingerprints.write(announced.first, &announced.fingerprints);
                 }
             }
         }
-        plan_export(facts, &known, first_new, fingerprints).ok_or(Error::TooLarge)
+        plan_export(facts, &known, first_new, fingerprints, lost).ok_or(Error::TooLarge)
     }
 
     /// The settings for [`store_blocks`].
@@ -495,17 +467,17 @@ impl Exporter<'_> {
         }
     }
 
-    /// A commit of these images. [`ArchiveWriter::finish`] sets its number, its predecessor and its records.
-    fn commit(&self, images: Vec<ImageSummary>, store_end: StoreBlock) -> Commit {
+    /// A commit, to which [`ArchiveWriter::finish`] adds its number, its predecessor and its lists.
+    fn commit(&self, store_end: StoreBlock) -> Commit {
+        let name = rustix::system::uname();
         Commit {
-            number: CommitNumber::default(),
             time: now(),
             label: self.options.label.clone(),
             root: self.origin.root.clone(),
-            previous: CommitLocation::default(),
+            host: name.nodename().to_string_lossy().into_owned(),
+            writer: concat!("vmfold ", env!("CARGO_PKG_VERSION")).into(),
             store_end,
-            images,
-            records: Vec::new(),
+            ..Commit::default()
         }
     }
 
@@ -583,189 +555,6 @@ impl Exporter<'_> {
             beneath::Folder::open(&self.origin.root)?.folder(relative)
         })
     }
-
-    /// Writes the runs of images whose blocks are not those that the plan supposed. Without any, it writes a record without entries.
-    fn put_corrections(&self, outcome: &ExportOutcome, records: &mut RecordWriter<'_>) -> Result<()> {
-        let facts = &self.survey.facts;
-        let mut payloads = Payloads::default();
-        if !outcome.corrections.is_empty() {
-            let pieces = outcome.corrections.iter().map(|piece| (piece.slot, piece));
-            let by_slot: BTreeMap<Slot, &ExportPiece> = pieces.collect();
-            let images = ImageId::first(self.fs.image_count());
-            let mappings = images.flat_map(|image| {
-                facts
-                    .mappings_of(image)
-                    .into_iter()
-                    .map(move |mapping| (image, mapping))
-            });
-            for (image, mapping) in mappings.filter(|(_, mapping)| !mapping.preallocated) {
-                for (slot, piece) in by_slot.range(mapping.slots()) {
-                    payloads.push(&ManifestEntry::Runs {
-                        image: image.0,
-                        first_block: mapping.file_block + (*slot - mapping.slot),
-                        runs: vec![Run {
-                            blocks: 1,
-                            content: piece.content_at(*slot),
-                        }],
-                    });
-                }
-            }
-        }
-        for InlineBlock { image, block } in &outcome.inline {
-            let content = block.map_or(Content::Zeros, Content::Stored);
-            payloads.push(&ManifestEntry::Runs {
-                image: image.0,
-                first_block: 0,
-                runs: vec![Run { blocks: 1, content }],
-            });
-        }
-        put_payloads(PART_CORRECTIONS, payloads, records)
-    }
-}
-
-/// Writes the PLAN records that describe folders and images, with the runs of each image as they are planned.
-fn put_images(
-    folders: &[ArchivedFolder],
-    images: &[ArchivedImage],
-    runs: impl Fn(usize) -> Vec<Run>,
-    records: &mut RecordWriter<'_>,
-) -> Result<()> {
-    let mut payloads = Payloads::default();
-    for folder in folders {
-        payloads.push(&ManifestEntry::Folder(folder.clone()));
-    }
-    let mut runs_count = 0;
-    for (place, image) in images.iter().enumerate() {
-        let runs = runs(place);
-        runs_count += runs.len();
-        if runs_count > manifest::RUNS_MAX / 2 {
-            return Err(Error::Usage(
-                "the images are too fragmented for one commit: export them in several".into(),
-            ));
-        }
-        payloads.push(&ManifestEntry::Image(image.clone()));
-        payloads.push(&ManifestEntry::Runs {
-            image: image.number,
-            first_block: 0,
-            runs,
-        });
-    }
-    put_payloads(PART_IMAGES, payloads, records)
-}
-
-/// Writes one PLAN record for each payload, and one without entries if there is none.
-fn put_payloads(part: u8, payloads: Payloads, records: &mut RecordWriter<'_>) -> Result<()> {
-    let mut payloads = payloads.finish();
-    if payloads.is_empty() {
-        payloads.push(Vec::new());
-    }
-    let count = payloads.len();
-    for (number, payload) in (1..).zip(payloads) {
-        records.put_plan(part, number == count, (StoreBlock(0), 0), &payload)?;
-    }
-    debug_assert_ne!(part, PART_BLOCKS);
-    Ok(())
-}
-
-/// The plan's pieces, with corrections in the place of what the plan supposed.
-fn corrected(plan: &ExportPlan, corrections: &[ExportPiece]) -> SpillVec<ExportPiece> {
-    let mut corrections = corrections.iter().peekable();
-    let mut pieces = SpillVec::with_capacity_in(plan.pieces.len(), plan.pieces.budget());
-    for piece in &plan.pieces {
-        let mut at = piece.slot;
-        let part = |from: Slot, to: Slot| ExportPiece {
-            slot: from,
-            blocks: to - from,
-            source: match (piece.source, piece.content_at(from)) {
-                (ExportSource::Known(_), Content::Stored(first)) => ExportSource::Known(first),
-                (ExportSource::Same(_), Content::Stored(first)) => ExportSource::Same(first),
-                (ExportSource::New(_), Content::Stored(first)) => ExportSource::New(first),
-                (other, _) => other,
-            },
-        };
-        while let Some(correction) = corrections.next_if(|correction| correction.slot < piece.end()) {
-            if correction.slot > at {
-                pieces.push(part(at, correction.slot));
-            }
-            pieces.push(*correction);
-            at = correction.end();
-        }
-        if at < piece.end() {
-            pieces.push(part(at, piece.end()));
-        }
-    }
-    pieces
-}
-
-/// Replaces the first block in the runs of an image by a block of the store, or by zeros.
-fn replace_first(runs: &mut Vec<Run>, block: Option<StoreBlock>) {
-    let content = block.map_or(Content::Zeros, Content::Stored);
-    let mut replaced = vec![Run { blocks: 1, content }];
-    let mut rest = runs.iter();
-    if let Some(first) = rest.next() {
-        push_run(
-            &mut replaced,
-            first.part(1.min(first.blocks), first.blocks.saturating_sub(1)),
-        );
-    }
-    rest.for_each(|run| push_run(&mut replaced, *run));
-    *runs = replaced;
-}
-
-/// The summary of each image for the COMMIT: how much data it has, how much of that is new to the archive, and its digest.
-fn summaries(
-    images: &[ArchivedImage],
-    runs: impl Fn(usize) -> Vec<Run>,
-    log: &HashLog,
-    (old_hashes, archive): (&mut StoredHashes<'_>, &Path),
-    monitor: &dyn Monitor,
-) -> Result<Vec<ImageSummary>> {
-    /// Hashes that are read at a time, because a run may be as long as the image.
-    const PART_BLOCKS: u32 = 1 << 16;
-    let first_new = old_hashes.end();
-    let mut counted = NumberSet::new((log.end() - first_new) as usize);
-    let mut summaries = Vec::new();
-    for (place, image) in images.iter().enumerate() {
-        let (mut data_blocks, mut new_blocks) = (0u64, 0u64);
-        let runs = runs(place);
-        for run in &runs {
-            let Content::Stored(first) = run.content else {
-                continue;
-            };
-            data_blocks += u64::from(run.blocks);
-            for block in range::each(first.max(first_new)..first + run.blocks) {
-                if !counted.contains(block - first_new) {
-                    counted.insert(block - first_new);
-                    new_blocks += 1;
-                }
-            }
-        }
-        let digest = digest(&runs, monitor, |first, blocks, digest| {
-            let old_blocks = first_new.saturating_sub(first).min(blocks);
-            if !old_hashes.add_to(digest, first, old_blocks)? {
-                return Err(Error::Damaged {
-                    path: archive.to_owned(),
-                    range: None,
-                    problem: "hashes of blocks that its images refer to are lost".into(),
-                });
-            }
-            let mut at = first + old_blocks;
-            while at < first + blocks {
-                let part = PART_BLOCKS.min(first + blocks - at);
-                digest.update(log.read(at, part)?.as_flattened())?;
-                at += part;
-            }
-            Ok(())
-        })?;
-        summaries.push(ImageSummary {
-            path: image.path().to_owned(),
-            size: image.size,
-            data_blocks,
-            new_blocks,
-            digest,
-        });
-    }
-    Ok(summaries)
 }
 
 /// The time of the system's clock.

@@ -62,11 +62,12 @@ pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn
     } else {
         Archive::open(store)?
     };
-    if options.restore.partial {
+    if options.restore.partial && !archive.has_leftovers_only()? {
         archive.salvage()?;
     }
     let announces = seeds::are_possible(options);
-    let mut source = ArchiveSource::open(&archive, options.commit.as_deref(), announces, monitor)?;
+    let budget = super::runs_budget(Some(&options.index));
+    let mut source = ArchiveSource::open(&archive, options.commit.as_deref(), announces, &budget, monitor)?;
     restore(&mut source, options, monitor)
 }
 
@@ -80,6 +81,7 @@ pub fn import_in_order(store: &dyn Store, options: &ImportOptions, monitor: &dyn
         partial: options.restore.partial,
         announces: seeds::are_possible(options),
         folder: options.restore.to.clone(),
+        budget: super::runs_budget(Some(&options.index)),
     };
     let mut source = PipeSource::new(store, pipe_options, monitor);
     let imported = restore(&mut source, options, monitor)?;

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use crate::archive::reader::{Archive, Committed};
+use crate::archive::reader::{Archive, Committed, Damage};
+use crate::archive::writer::COPIES_BYTES;
 use crate::block::BLOCK_BYTES;
 use crate::content::FileTime;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::numbers::StoreBlock;
 use crate::report::{Listed, ListedCommit, ListedImage};
 use crate::store::FileStore;
@@ -16,53 +17,65 @@ use crate::store::FileStore;
 /// Those of [`FileStore::open`], [`Archive::open`] and [`Archive::commit`].
 pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
     let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
-    let commits: Vec<&Committed> = match commit {
-        Some(name) => vec![archive.commit(Some(name))?],
-        None => archive.commits().iter().collect(),
+    let all = archive.commits();
+    let places = match commit {
+        Some(name) => {
+            let wanted = archive.commit(Some(name))?;
+            let place = all.iter().position(|one| std::ptr::eq(one, wanted)).unwrap_or(0);
+            place..place + 1
+        }
+        None => 0..all.len(),
     };
     Ok(Listed {
         archive: path.to_owned(),
         archive_bytes: archive.length(),
-        shows_images: commits.len() == 1,
-        commits: commits
-            .into_iter()
-            .map(|committed| listed(&archive, committed))
-            .collect(),
+        shows_images: places.len() == 1,
+        // Commits are ordered by lane and number.
+        commits: places
+            .map(|place| listed(&archive, &all[place], place.checked_sub(1).map(|before| &all[before])))
+            .collect::<Result<_>>()?,
     })
 }
 
 /// What a commit holds, and what it added to the archive.
-fn listed(archive: &Archive, committed: &Committed) -> ListedCommit {
+fn listed(archive: &Archive, committed: &Committed, before: Option<&Committed>) -> Result<ListedCommit> {
     let commit = &committed.commit;
-    let commits = archive.commits();
-    let first_new = commits
-        .binary_search_by_key(&commit.number.previous(), |committed| committed.commit.number)
-        .map_or(StoreBlock(0), |place| commits[place].commit.store_end);
-    let images = commit.images.iter().map(|image| ListedImage {
+    let is_before = |one: &&Committed| one.lane == committed.lane && one.commit.number == commit.number.previous();
+    let first_new = before
+        .filter(is_before)
+        .map_or(StoreBlock(0), |one| one.commit.store_end);
+    let (summaries, damage) = archive.images(committed)?;
+    if let Some(Damage { range, problem, .. }) = damage.into_iter().next() {
+        return Err(Error::damaged(archive.path(), range.start, range.length, problem));
+    }
+    let images = summaries.iter().map(|image| ListedImage {
         path: image.path.clone(),
         size: image.size,
         data_bytes: image.data_blocks.saturating_mul(BLOCK_BYTES),
         added_bytes: image.new_blocks.saturating_mul(BLOCK_BYTES),
     });
-    ListedCommit {
+    Ok(ListedCommit {
         number: commit.number,
         id: committed.id(),
         time: time(commit.time),
         label: commit.label.clone(),
         root: commit.root.clone(),
-        logical_bytes: commit
-            .images
-            .iter()
-            .map(|image| image.size)
-            .fold(0, u64::saturating_add),
+        logical_bytes: summaries.iter().map(|image| image.size).fold(0, u64::saturating_add),
         added_bytes: u64::from(commit.store_end.saturating_sub(first_new)) * BLOCK_BYTES,
-        stored_bytes: commit
-            .records
-            .iter()
-            .map(|record| record.length)
-            .fold(committed.location.length, u64::saturating_add),
+        stored_bytes: stored_bytes(committed),
         images: images.collect(),
-    }
+    })
+}
+
+/// Bytes that a commit takes in the archive: its records, and what it lists twice.
+fn stored_bytes(committed: &Committed) -> u64 {
+    let records = committed.listed.records.iter().map(|record| record.length);
+    let lists = committed.commit.lists.iter().map(|list| list.length);
+    let twice = lists
+        .chain([committed.location.length])
+        .fold(0, u64::saturating_add)
+        .saturating_mul(2);
+    records.fold(twice.saturating_add(COPIES_BYTES), u64::saturating_add)
 }
 
 /// A time in UTC, to the second.

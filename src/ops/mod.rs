@@ -96,6 +96,21 @@ impl<'a> OpenPool<'a> {
     }
 }
 
+/// Memory for the runs of an archive's images. What is more of them lies in a file in `folder`; without one, where temporary files outlast
+/// memory.
+fn runs_budget(folder: Option<&Path>) -> Budget {
+    const BYTES: usize = 64 << 20;
+    let folder = folder.map_or_else(
+        || {
+            Some(PathBuf::from("/var/tmp"))
+                .filter(|folder| folder.is_dir())
+                .unwrap_or_else(std::env::temp_dir)
+        },
+        Path::to_owned,
+    );
+    Budget::new(BYTES, folder)
+}
+
 /// What is known of a pool after its extent maps and fingerprints were read.
 struct Survey {
     facts: Facts,

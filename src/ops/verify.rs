@@ -1,25 +1,31 @@
 //! `verify`: checks every hash of an archive, and every reference of every manifest.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::archive::commit::{RecordLocation, by_path};
-use crate::archive::manifest::ImageRuns;
-use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, range_of};
-use crate::archive::record::{RecordKind, hash_of};
+use crate::archive::head::Head;
+use crate::archive::index;
+use crate::archive::lane::ListedRecord;
+use crate::archive::list::{RecordLocation, by_path};
+use crate::archive::manifest::{ImageRuns, ManifestBuilder, PlanPart, PlanRecord};
+use crate::archive::pack::FrameInfo;
+use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, ORPHANS, ProvedHash, range_of};
+use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
+use crate::codec::{Decoded, Malformed};
 use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
 use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, StoreBlock};
-use crate::plan::restore::{lost_ranges, wanted};
+use crate::plan::restore::lost_ranges;
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
+use crate::spill::Budget;
 use crate::store::{FileStore, Store};
 
 /// Verifies an archive.
@@ -38,117 +44,337 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
 pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
-    let path = path.as_path();
     let mut archive = Archive::open_any(store)?;
-    let mut damage: Vec<Damage> = archive.look_for_damage()?.to_vec();
+    let mut damage: Vec<Damage> = archive.look_for_damage()?;
+    damage.append(&mut archive.stray_commits()?);
     let end = archive.base().length;
     // Records behind the last commit that an export left which did not end are not part of the archive.
     let leftover_bytes = archive.length() - end;
-    let has_leftovers_only = leftover_bytes > 0 && !archive.commits().is_empty() && archive.ends_in_leftovers_only()?;
+    let has_leftovers_only = archive.has_leftovers_only()?;
     if has_leftovers_only {
         damage.retain(|damage| damage.range.start < end);
     } else {
         archive.salvage()?;
     }
-    let store_end = archive
-        .commits()
-        .iter()
-        .map(|committed| committed.commit.store_end)
-        .max()
-        .unwrap_or(StoreBlock(0));
-    let (lost_blocks, decoded_blocks) = check_packs(&archive, store_end, &mut damage, monitor)?;
     let mut result = Verified {
-        archive: path.to_owned(),
+        archive: path,
         archive_bytes: archive.length(),
         commits: archive.commits().len() as u64,
-        verified_bytes: decoded_blocks * bytes(1),
+        is_ended: archive.is_ended(),
         leftover_bytes: if has_leftovers_only { leftover_bytes } else { 0 },
         ..Verified::default()
     };
+    let mut verifier = Verifier {
+        archive: &archive,
+        damage,
+        stores: HashMap::new(),
+        budget: super::runs_budget(None),
+        monitor,
+    };
+    result.verified_bytes = verifier.check_packs()? * bytes(1);
     monitor.phase("Verifying manifests", 0);
-    let mut last_number = 0u64;
     for committed in archive.commits() {
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        if committed.salvaged || u64::from(committed.commit.number.0) != last_number + 1 {
-            damage.push(Damage {
-                range: ByteRange::default(),
-                problem: format!("the COMMIT of commit {} is lost", last_number + 1),
-            });
+        if committed.salvaged {
+            let problem = format!("the COMMIT of commit {} is lost", committed.commit.number);
+            verifier.damage.push(Damage::at(ByteRange::default(), problem));
         }
-        last_number = u64::from(committed.commit.number.0);
-        check_records(&archive, committed, &mut damage)?;
-        check_commit(&archive, committed, &lost_blocks, (&mut damage, &mut result), monitor)?;
+        verifier.check_records(committed)?;
+        verifier.check_commit(committed, &mut result)?;
     }
+    for forgotten in archive.forgotten() {
+        let (_, mut damage) = archive.images(forgotten)?;
+        verifier.damage.append(&mut damage);
+    }
+    verifier.damage.append(&mut archive.stray_commits()?);
     if archive.commits().is_empty() {
-        damage.push(Damage {
-            range: ByteRange {
-                start: 0,
-                length: archive.length(),
-            },
-            problem: "none of its commits is intact".into(),
-        });
+        let all = ByteRange {
+            start: 0,
+            length: archive.length(),
+        };
+        verifier.damage.push(Damage::at(all, "none of its commits is intact"));
     }
-    result.damage = places_of(damage);
+    result.damage = places_of(verifier.damage);
     Ok(result)
 }
 
-/// Checks all PACKs. Returns the ranges of the store that are lost, ascending and disjoint, and the number of blocks that were decoded.
-fn check_packs(
-    archive: &Archive,
-    store_end: StoreBlock,
-    damage: &mut Vec<Damage>,
-    monitor: &dyn Monitor,
-) -> Result<(Vec<Range<StoreBlock>>, u64)> {
-    let packs: Vec<&RecordLocation> = archive.packs(StoreBlock(0), store_end).collect();
-    let all_bytes = packs
-        .iter()
-        .fold(0, |sum: u64, pack| sum.saturating_add(bytes(pack.blocks)));
-    monitor.phase("Verifying blocks", all_bytes);
-    let check = |pack: &&RecordLocation| {
-        if monitor.interrupted() {
-            return Err(Error::Interrupted);
-        }
-        let checked = check_pack(archive, pack);
-        monitor.advance(bytes(pack.blocks));
-        checked
-    };
-    let checked: Vec<Result<CheckedPack>> = packs.par_iter().map(check).collect();
-    let (mut lost, mut decoded_blocks) = (Vec::new(), 0u64);
-    for checked in checked {
-        let mut checked = checked?;
-        decoded_blocks += u64::from(checked.decoded_blocks);
-        lost.append(&mut checked.lost);
-        damage.append(&mut checked.damage);
-    }
-    lost.extend(range::without(
-        std::slice::from_ref(&(StoreBlock(0)..store_end)),
-        &held(&packs),
-    ));
-    Ok((range::joined(lost), decoded_blocks))
+/// What PACKs were found to hold of a lane's store.
+#[derive(Default)]
+struct CheckedStore {
+    /// Blocks that are intact, each with the first commit that it is proved for.
+    held: Vec<(CommitNumber, Range<StoreBlock>)>,
+    /// Hashes of blocks that no INDEX has any more.
+    remade: BTreeMap<StoreBlock, Hash>,
 }
 
-/// Reads all records of a commit and compares their hashes, except for PACKs, which [`check_packs`] reads.
-fn check_records(archive: &Archive, committed: &Committed, damage: &mut Vec<Damage>) -> Result<()> {
-    let records = committed.commit.records.iter();
-    for location in records.filter(|location| location.kind != RecordKind::Pack) {
-        match archive.body(location) {
-            Ok(_) => {}
-            Err(Error::Damaged { range, problem, .. }) => damage.push(Damage {
-                range: range.unwrap_or(range_of(location)),
-                problem,
-            }),
-            Err(error) => return Err(error),
+impl CheckedStore {
+    /// The blocks of the store that a commit cannot get, a list.
+    fn lost_for(&self, committed: &Committed) -> Vec<Range<StoreBlock>> {
+        let held = self.held.iter().filter(|(from, _)| *from <= committed.commit.number);
+        let held = range::joined(held.map(|(_, range)| range.clone()));
+        range::without(
+            std::slice::from_ref(&(StoreBlock(0)..committed.commit.store_end)),
+            &held,
+        )
+    }
+}
+
+/// A verification in the making.
+struct Verifier<'a> {
+    archive: &'a Archive,
+    damage: Vec<Damage>,
+    stores: HashMap<LaneId, CheckedStore>,
+    budget: Budget,
+    monitor: &'a dyn Monitor,
+}
+
+impl Verifier<'_> {
+    /// Notes damage; any other error ends the verification.
+    fn note(&mut self, error: Error, otherwise: ByteRange) -> Result<()> {
+        match error {
+            Error::Damaged { range, problem, .. } => {
+                self.damage.push(Damage::at(range.unwrap_or(otherwise), problem));
+                Ok(())
+            }
+            other => Err(other),
         }
     }
-    Ok(())
+
+    /// Checks all PACKs. Returns how many blocks are what was stored.
+    fn check_packs(&mut self) -> Result<u64> {
+        let archive = self.archive;
+        // The last commit of a lane reaches all PACKs of it.
+        let lanes: BTreeMap<LaneId, &Committed> = archive.commits().iter().map(|one| (one.lane, one)).collect();
+        let of_lane = |last: &'_ &Committed| archive.packs(last, StoreBlock(0)..StoreBlock::END_MAX);
+        let all: Vec<(&Committed, &ListedRecord)> = lanes
+            .values()
+            .flat_map(|last| of_lane(last).into_iter().map(|pack| (*last, pack)))
+            .collect();
+        let all_bytes = all
+            .iter()
+            .fold(0, |sum: u64, (_, pack)| sum.saturating_add(bytes(pack.location.blocks)));
+        self.monitor.phase("Verifying blocks", all_bytes);
+        let check = |(last, pack): &(&Committed, &ListedRecord)| {
+            if self.monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            let checked = check_pack(archive, last, pack);
+            self.monitor.advance(bytes(pack.location.blocks));
+            checked
+        };
+        let checked: Vec<Result<CheckedPack>> = all.par_iter().map(check).collect();
+        let (mut blocks, mut damaged) = (0, Vec::new());
+        let mut intact: HashMap<LaneId, Vec<Range<StoreBlock>>> = HashMap::new();
+        for ((last, pack), checked) in all.into_iter().zip(checked) {
+            let mut checked = checked?;
+            blocks += checked.blocks;
+            self.damage.append(&mut checked.contradictions);
+            if checked.damage.is_empty() {
+                let held = checked.held.iter().filter(|(from, _)| *from == CommitNumber::FIRST);
+                let intact = intact.entry(last.lane).or_default();
+                intact.extend(held.map(|(_, range)| range.clone()));
+            } else {
+                damaged.push((last, pack, std::mem::take(&mut checked.damage)));
+            }
+            let store = self.stores.entry(last.lane).or_default();
+            store.held.append(&mut checked.held);
+            for (block, hash) in checked.remade {
+                if *store.remade.entry(block).or_insert(hash) != hash {
+                    let problem = format!("block {block} of the store is another one than in another PACK");
+                    self.damage.push(Damage::at(range_of(&pack.location), problem));
+                }
+            }
+        }
+        self.note_needed(damaged, intact);
+        Ok(blocks)
+    }
+
+    /// Notes the damage of PACKs, unless each address of the PACK is dead or in another one, of those that are intact.
+    fn note_needed(
+        &mut self,
+        damaged: Vec<(&Committed, &ListedRecord, Vec<Damage>)>,
+        intact: HashMap<LaneId, Vec<Range<StoreBlock>>>,
+    ) {
+        let intact = intact.into_iter().map(|(lane, held)| (lane, range::joined(held)));
+        let intact: HashMap<LaneId, Vec<Range<StoreBlock>>> = intact.collect();
+        let mut replaced = HashSet::new();
+        for (last, pack, mut damage) in damaged {
+            let held = intact.get(&last.lane).map_or(&[][..], Vec::as_slice);
+            let missing = range::without(&[pack.location.first..pack.location.end()], held);
+            if missing.iter().all(|range| self.archive.is_dead(last, range)) {
+                replaced.insert(Some(pack.location.body_hash));
+            } else {
+                self.damage.append(&mut damage);
+            }
+        }
+        self.damage
+            .retain(|damage| damage.body_hash.is_none() || !replaced.contains(&damage.body_hash));
+    }
+
+    /// Reads and decodes the records of a commit. PACKs have been read.
+    fn check_records(&mut self, committed: &Committed) -> Result<()> {
+        let mut planned = ManifestBuilder::new(&self.budget);
+        let records = committed.listed.records.iter();
+        for location in records.filter(|location| location.kind != RecordKind::Pack) {
+            let checked = self.archive.body(location).and_then(|body| {
+                check_body(&body, location, committed.commit.number, &mut planned)
+                    .map_err(|malformed| self.malformed(location, malformed))
+            });
+            if let Err(error) = checked {
+                self.note(error, range_of(location))?;
+            }
+        }
+        let heads = committed
+            .listed
+            .records
+            .iter()
+            .filter(|one| one.kind == RecordKind::Head);
+        let place = ByteRange {
+            start: committed.location.offset,
+            length: committed.location.length,
+        };
+        if heads.count() != 1 && !committed.salvaged {
+            self.damage.push(Damage::at(place, "it does not list one HEAD"));
+        }
+        let has_orphans = planned.has_orphans();
+        let finished = planned
+            .finish()
+            .and_then(|_| if has_orphans { Err(ORPHANS.into()) } else { Ok(()) });
+        if let Err(malformed) = finished {
+            self.damage
+                .push(Damage::at(place, format!("planned images: {}", malformed.problem())));
+        }
+        Ok(())
+    }
+
+    fn malformed(&self, location: &RecordLocation, malformed: Malformed) -> Error {
+        let path = self.archive.path().to_owned();
+        match malformed {
+            Malformed::Unsupported(problem) => Error::Unsupported { path, problem },
+            Malformed::Damaged(problem) => Error::Damaged {
+                path,
+                range: Some(range_of(location)),
+                problem: format!("{} record: {problem}", location.kind.name()),
+            },
+        }
+    }
+
+    /// Checks that each image of a commit can be restored, and says what of it cannot.
+    fn check_commit(&mut self, committed: &Committed, result: &mut Verified) -> Result<()> {
+        let (archive, number) = (self.archive, committed.commit.number);
+        let (summaries, mut damage) = archive.images(committed)?;
+        let manifest = match archive.manifest(committed, &self.budget) {
+            Ok((manifest, mut found)) => {
+                damage.append(&mut found);
+                manifest
+            }
+            Err(error) => {
+                self.note(error, ByteRange::default())?;
+                let lost = summaries.into_iter().map(|image| whole(number, image.path, image.size));
+                result.lost.extend(lost);
+                return Ok(());
+            }
+        };
+        let doubtful = !damage.is_empty();
+        self.damage.append(&mut damage);
+        let store = self.stores.entry(committed.lane).or_default();
+        let lost_blocks = store.lost_for(committed);
+        let mut hashes = StoredHashes::new(Some((archive, committed)), committed.commit.store_end);
+        hashes.remember(store.remade.iter().map(|(block, hash)| (*block, *hash)));
+        let by_path = by_path(&summaries);
+        let uses = if committed.salvaged {
+            Vec::new()
+        } else {
+            archive.uses(committed)?
+        };
+        let mut listed: HashSet<&Path> = HashSet::new();
+        for image in &manifest.images {
+            if self.monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            let path = image.image.path();
+            let summary = by_path.get(path);
+            // What no COMMIT lists is not part of it, unless that is not known.
+            if summary.is_none() && !committed.salvaged && !doubtful {
+                continue;
+            }
+            result.images += 1;
+            listed.insert(path);
+            let mut has_all = !image.is_incomplete();
+            let found = digest(&image.runs, image.image.size, self.monitor, |first, blocks, digest| {
+                has_all &= hashes.add_to(digest, first, blocks)?;
+                Ok(())
+            })?;
+            let differs = summary.is_some_and(|summary| {
+                summary.digest != found || summary.size != image.image.size || summary.number != image.image.number
+            });
+            let is_mixed_up = (has_all && differs) || (!has_all && doubtful);
+            let lost = lost_of(image, is_mixed_up, &lost_blocks);
+            result.lost.extend(lost.map(|lost| LostIn { commit: number, lost }));
+            if !committed.salvaged && !is_used(image, &uses) {
+                let problem = format!("`{}` has blocks that its COMMIT does not list as used", path.display());
+                self.damage.push(Damage::at(ByteRange::default(), problem));
+            }
+        }
+        let missing = summaries
+            .iter()
+            .filter(|summary| !listed.contains(summary.path.as_path()));
+        result
+            .lost
+            .extend(missing.map(|summary| whole(number, summary.path.clone(), summary.size)));
+        Ok(())
+    }
+}
+
+/// Whether all blocks that an image refers to are among those that its commit lists as used: a collector keeps no others.
+fn is_used(image: &ImageRuns, uses: &[Range<StoreBlock>]) -> bool {
+    image.runs.iter().all(|run| match run.content {
+        Content::Stored(first) => {
+            let blocks = first..first.saturating_add(run.blocks);
+            range::count(&range::overlap(uses, blocks)) == u64::from(run.blocks)
+        }
+        _ => true,
+    })
+}
+
+/// Decodes the body of a record.
+fn check_body(
+    body: &[u8],
+    location: &RecordLocation,
+    commit: CommitNumber,
+    planned: &mut ManifestBuilder,
+) -> Decoded<()> {
+    match location.kind {
+        RecordKind::Head => Head::decode(body).map(|_| ()),
+        RecordKind::Plan => {
+            let plan = PlanRecord::decode(body)?;
+            if plan.part.number() != location.part {
+                return Err("it is of another part than its COMMIT says".into());
+            }
+            if plan.commit != commit {
+                return Err("it is of another commit".into());
+            }
+            match plan.part {
+                PlanPart::Planned => planned.add(plan.content()),
+                PlanPart::Blocks => plan.announced().map(|_| ()),
+                // Reading the manifest decodes it.
+                PlanPart::Final => Ok(()),
+            }
+        }
+        RecordKind::Index => match index::decode(body)? {
+            (_, hashes) if hashes.len() == location.blocks as usize => Ok(()),
+            _ => Err("it has other blocks than its COMMIT says".into()),
+        },
+        _ => Ok(()),
+    }
 }
 
 /// The damaged places in the order of the archive, each once.
 fn places_of(damage: Vec<Damage>) -> Vec<DamagedPlace> {
     let mut places: BTreeMap<(u64, u64), String> = BTreeMap::new();
-    for Damage { range, problem } in damage {
+    for Damage { range, problem, .. } in damage {
         places.entry((range.start, range.length)).or_insert(problem);
     }
     let places = places.into_iter().map(|((start, length), problem)| DamagedPlace {
@@ -158,151 +384,125 @@ fn places_of(damage: Vec<Damage>) -> Vec<DamagedPlace> {
     places.collect()
 }
 
-/// The ranges of the store that some PACKs hold, ascending.
-fn held(packs: &[&RecordLocation]) -> Vec<Range<StoreBlock>> {
-    let mut held: Vec<_> = packs.iter().map(|pack| pack.first..pack.first + pack.blocks).collect();
-    held.sort_unstable_by_key(|range| range.start);
-    held
+/// Decodes every frame of a pack and compares every block with its hash.
+fn check_pack(archive: &Archive, last: &Committed, pack: &ListedRecord) -> Result<CheckedPack> {
+    let location = &pack.location;
+    let mut checked = CheckedPack::new(pack);
+    checked.expected = archive.proved_hashes(last, location.first..location.end())?;
+    match archive.whole_pack(location) {
+        Ok((body, table)) => {
+            let start = location.offset + HEADER_BYTES as u64;
+            for frame in table.frames {
+                let content = frame.slice(&body).and_then(|stored| frame.decode(stored));
+                let offset = start.saturating_add(frame.offset);
+                match content {
+                    Ok(content) => checked.compare(&frame, offset, &content),
+                    Err(malformed) => checked.damaged(&frame, offset, malformed.problem()),
+                }
+            }
+        }
+        Err(error) => {
+            checked.note(error, range_of(location))?;
+            // Each frame is proved by itself, so that what is intact of the PACK counts.
+            match archive.frames(location) {
+                Ok(frames) => {
+                    for located in frames {
+                        let LocatedFrame { offset, frame, .. } = located;
+                        match archive.frame(&located) {
+                            Ok(content) => checked.compare(&frame, offset, &content),
+                            Err(error) => checked.note(error, place_of(&frame, offset))?,
+                        }
+                    }
+                }
+                Err(error) => checked.note(error, range_of(location))?,
+            }
+        }
+    }
+    // All that was found is kept until the last PACK was read.
+    checked.expected = Vec::new();
+    Ok(checked)
 }
 
-/// What a check of a PACK found.
-#[derive(Default)]
+fn place_of(frame: &FrameInfo, offset: u64) -> ByteRange {
+    ByteRange {
+        start: offset,
+        length: frame.stored_bytes.into(),
+    }
+}
+
+/// What was found of a PACK.
 struct CheckedPack {
-    /// The number of blocks whose frame could be decoded.
-    decoded_blocks: u32,
-    /// The blocks that are lost.
-    lost: Vec<Range<StoreBlock>>,
+    pack: ListedRecord,
+    /// The hashes that INDEXes have of its blocks, gaps included.
+    expected: Vec<Option<ProvedHash>>,
+    /// Blocks that are what was stored.
+    blocks: u64,
+    held: Vec<(CommitNumber, Range<StoreBlock>)>,
+    remade: Vec<(StoreBlock, Hash)>,
+    /// What of it cannot be read: no damage if other PACKs hold it.
     damage: Vec<Damage>,
+    /// What of it is not what an INDEX says.
+    contradictions: Vec<Damage>,
 }
 
 impl CheckedPack {
-    /// Notes [`Error::Damaged`], at `place` unless the error says where, and that blocks are lost. It returns any other error, which ends the
-    /// verification.
-    fn note(&mut self, error: Error, place: ByteRange, lost: Range<StoreBlock>) -> Result<()> {
+    fn new(pack: &ListedRecord) -> Self {
+        Self {
+            pack: *pack,
+            expected: Vec::new(),
+            blocks: 0,
+            held: Vec::new(),
+            remade: Vec::new(),
+            damage: Vec::new(),
+            contradictions: Vec::new(),
+        }
+    }
+
+    /// Notes damage; any other error ends the verification.
+    fn note(&mut self, error: Error, otherwise: ByteRange) -> Result<()> {
         match error {
             Error::Damaged { range, problem, .. } => {
-                self.damage.push(Damage {
-                    range: range.unwrap_or(place),
-                    problem,
-                });
-                self.lost.push(lost);
+                self.damage.push(Damage::at(range.unwrap_or(otherwise), problem));
                 Ok(())
             }
             other => Err(other),
         }
     }
-}
 
-/// Decodes every frame of a PACK and compares every block with its hash.
-fn check_pack(archive: &Archive, pack: &RecordLocation) -> Result<CheckedPack> {
-    /// Blocks whose hashes are read together. A frame has fewer.
-    const HASHES_AT_ONCE: u32 = 1 << 13;
-    let mut checked = CheckedPack::default();
-    let pack_blocks = pack.first..pack.first + pack.blocks;
-    let frames = match archive.frames(pack) {
-        Ok(frames) => frames,
-        Err(error) => {
-            checked.note(error, range_of(pack), pack_blocks)?;
-            return Ok(checked);
+    fn damaged(&mut self, frame: &FrameInfo, offset: u64, problem: &str) {
+        self.damage.push(Damage::at(place_of(frame, offset), problem));
+    }
+
+    /// Compares the blocks of a frame with their hashes. If one is another, the whole frame is lost: import takes frames as a whole.
+    fn compare(&mut self, frame: &FrameInfo, offset: u64, content: &[u8]) {
+        let first = (frame.first - self.pack.location.first) as usize;
+        let expected = self.expected.get(first..).unwrap_or_default();
+        let hashes: Vec<Hash> = content.chunks_exact(BLOCK_LEN).map(hash_of).collect();
+        let blocks = || range::from(frame.first).zip(&hashes).zip(expected);
+        let is_other = |hash: &Hash, proved: &ProvedHash| proved.hash != *hash || proved.is_disputed;
+        let wrong = blocks().filter(|((_, hash), expected)| expected.is_some_and(|proved| is_other(hash, &proved)));
+        let problem = |block| format!("block {block} of the store is not the one that the INDEX says");
+        let place = place_of(frame, offset);
+        let mut wrong: Vec<Damage> = wrong.map(|((block, _), _)| Damage::at(place, problem(block))).collect();
+        if !wrong.is_empty() {
+            self.contradictions.append(&mut wrong);
+            return;
         }
-    };
-    let (mut hashed, mut hashes) = (pack_blocks.start..pack_blocks.start, Vec::new());
-    for located in frames {
-        let LocatedFrame { offset, frame } = located;
-        let blocks = frame.first..frame.first + u32::from(frame.blocks);
-        let place = ByteRange {
-            start: offset,
-            length: frame.stored_bytes.into(),
-        };
-        let content = match archive.frame(&located) {
-            Ok(content) => content,
-            Err(error) => {
-                checked.note(error, place, blocks)?;
-                continue;
-            }
-        };
-        checked.decoded_blocks += u32::from(frame.blocks);
-        if blocks.end > hashed.end {
-            hashed = blocks.start..pack_blocks.end.min(blocks.start.saturating_add(HASHES_AT_ONCE));
-            hashes = archive.hashes(hashed.start, hashed.end)?;
-        }
-        let expected = &hashes[(blocks.start - hashed.start) as usize..];
-        for ((block, content), expected) in range::each(blocks).zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
-            if expected.is_some_and(|expected| expected != hash_of(content)) {
-                let problem = format!("block {block} of the store is not the one that the INDEX says");
-                checked.damage.push(Damage { range: place, problem });
-                checked.lost.push(block..block + 1);
+        for ((block, hash), expected) in blocks() {
+            let proved_for = if let Some(proved) = expected {
+                // Commits before that of the PACK take from it what their INDEXes prove.
+                self.pack.commit.min(proved.since)
+            } else {
+                self.remade.push((block, *hash));
+                self.pack.commit
+            };
+            self.blocks += 1;
+            match self.held.last_mut() {
+                Some((from, range)) if *from == proved_for && range.end == block => range.end = block + 1,
+                _ => self.held.push((proved_for, block..block + 1)),
             }
         }
     }
-    Ok(checked)
-}
-
-/// Checks whether each image of a commit can be restored, and adds to the result the ranges that cannot.
-fn check_commit(
-    archive: &Archive,
-    committed: &Committed,
-    lost: &[Range<StoreBlock>],
-    (damage, result): (&mut Vec<Damage>, &mut Verified),
-    monitor: &dyn Monitor,
-) -> Result<()> {
-    let commit = &committed.commit;
-    let (manifest, mut manifest_damage) = match archive.manifest(committed) {
-        Ok(manifest) => manifest,
-        Err(Error::Damaged { range, problem, .. }) => {
-            damage.push(Damage {
-                range: range.unwrap_or_default(),
-                problem,
-            });
-            let lost = commit
-                .images
-                .iter()
-                .map(|image| whole(commit.number, image.path.clone(), image.size));
-            result.lost.extend(lost);
-            return Ok(());
-        }
-        Err(error) => return Err(error),
-    };
-    let is_doubtful = !manifest_damage.is_empty();
-    damage.append(&mut manifest_damage);
-    let mut hashes = StoredHashes::new(Some(archive), commit.store_end);
-    let summaries = by_path(&commit.images);
-    let mut listed: HashSet<&Path> = HashSet::new();
-    for image in &manifest.images {
-        if monitor.interrupted() {
-            return Err(Error::Interrupted);
-        }
-        result.images += 1;
-        let path = image.image.path();
-        listed.insert(path);
-        let mut has_all = !image.runs.iter().any(|run| run.content == Content::Lost);
-        let image_digest = digest(&image.runs, monitor, |first, blocks, digest| {
-            has_all &= hashes.add_to(digest, first, blocks)?;
-            Ok(())
-        })?;
-        let summary = summaries.get(path);
-        let differs = summary.is_some_and(|summary| summary.digest != image_digest || summary.size != image.image.size);
-        let is_mixed_up = (has_all && differs) || (!has_all && is_doubtful);
-        let lost = lost_of(image, is_mixed_up, lost);
-        result.lost.extend(lost.map(|lost| LostIn {
-            commit: commit.number,
-            lost,
-        }));
-    }
-    for summary in &commit.images {
-        if !listed.contains(summary.path.as_path()) {
-            result
-                .lost
-                .push(whole(commit.number, summary.path.clone(), summary.size));
-        }
-    }
-    // Blocks that no PACK holds are among the lost ones, and a manifest that refers to blocks beyond the store's end is refused.
-    debug_assert!(
-        wanted(manifest.images.iter().flat_map(|image| &image.runs))
-            .last()
-            .is_none_or(|range| range.end <= commit.store_end)
-    );
-    Ok(())
 }
 
 /// The ranges of an image that are lost, if any are. If the records of the image contradict each other (`is_mixed_up`), the whole image

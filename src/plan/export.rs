@@ -2,7 +2,11 @@
 //!
 //! Fingerprints propose; whoever carries the plan out hashes every block that it reads, and stores what was taken for another.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
 use super::table::BlockTable;
+use crate::block::NumberSet;
 use crate::chunk::Chunker;
 use crate::content::{Content, KnownSlots, Run, push_run};
 use crate::facts::Facts;
@@ -87,14 +91,85 @@ pub struct ExportPlan {
     pub fingerprints: Fingerprints<StoreBlock>,
 }
 
+/// Blocks of a granule, in which addresses that are used are counted together.
+const GRANULE_BLOCKS: u32 = 1024;
+
+/// Store addresses that some images refer to, a granule at a time. It takes half a megabyte at most.
+#[derive(Debug, Clone)]
+pub struct UsedBlocks {
+    granules: NumberSet<u32>,
+    end: StoreBlock,
+}
+
+impl UsedBlocks {
+    /// Begins without any, for a store that ends at `end`.
+    pub fn new(end: StoreBlock) -> Self {
+        Self {
+            granules: NumberSet::new(end.index() / GRANULE_BLOCKS as usize + 1),
+            end,
+        }
+    }
+
+    /// Adds a range; what lies beyond the end is left out.
+    pub fn add(&mut self, range: Range<StoreBlock>) {
+        let end = range.end.min(self.end);
+        if range.start < end {
+            (range.start.0 / GRANULE_BLOCKS..=(end.0 - 1) / GRANULE_BLOCKS)
+                .for_each(|granule| self.granules.insert(granule));
+        }
+    }
+
+    /// Returns the ranges, a list. Each may hold more than was added.
+    pub fn ranges(&self) -> Vec<Range<StoreBlock>> {
+        let count = self.end.0.div_ceil(GRANULE_BLOCKS);
+        let used = range::where_true((0..count).map(|granule| (granule, self.granules.contains(granule))));
+        let as_blocks = used.into_iter().map(|granules| {
+            let end = granules.end.saturating_mul(GRANULE_BLOCKS).min(self.end.0);
+            StoreBlock(granules.start * GRANULE_BLOCKS)..StoreBlock(end)
+        });
+        as_blocks.collect()
+    }
+}
+
+impl ExportPlan {
+    /// Returns the addresses of earlier commits that the plan refers to, or more.
+    pub fn used_before(&self) -> Vec<Range<StoreBlock>> {
+        let mut used = UsedBlocks::new(self.first_new);
+        for piece in &self.pieces {
+            if let ExportSource::Known(first) | ExportSource::Same(first) = piece.source {
+                used.add(first..first + piece.blocks);
+            }
+        }
+        used.ranges()
+    }
+}
+
+/// Chooses the images that a commit leaves out so that it has at most `most` runs, given how many each has: those with the most runs. So one
+/// image that its machine has broken into pieces does not keep others from being exported.
+pub fn too_fragmented(runs: &[usize], most: usize) -> BTreeSet<usize> {
+    let mut left_out = BTreeSet::new();
+    let mut total: usize = runs.iter().sum();
+    let mut by_runs: Vec<usize> = (0..runs.len()).collect();
+    by_runs.sort_by_key(|place| std::cmp::Reverse(runs[*place]));
+    for place in by_runs {
+        if total <= most {
+            break;
+        }
+        total -= runs[place];
+        left_out.insert(place);
+    }
+    left_out
+}
+
 /// Plans an export. `known` are pieces of extents that the archive has, in order; `stored` holds the fingerprints of the
-/// `first_new` blocks that are in the store already, with room for all slots behind them. None if the store would be larger
-/// than allowed.
+/// `first_new` blocks that are in the store already, with room for all slots behind them. Addresses of `lost`, a list, are not referred to.
+/// None if the store would be larger than allowed.
 pub fn plan_export(
     facts: &Facts,
     known: &[KnownSlots],
     first_new: StoreBlock,
     stored: Fingerprints<StoreBlock>,
+    lost: &[Range<StoreBlock>],
 ) -> Option<ExportPlan> {
     let mut planner = Planner {
         facts,
@@ -107,14 +182,20 @@ pub fn plan_export(
             fingerprints: stored,
         },
         chunker: Chunker::default(),
+        lost,
     };
-    for block in range::each(StoreBlock(0)..first_new) {
+    let stored = range::without(std::slice::from_ref(&(StoreBlock(0)..first_new)), lost);
+    for block in stored.into_iter().flat_map(range::each) {
         let fingerprint = planner.plan.fingerprints.get(block);
         planner
             .table
             .enter(block, fingerprint, &planner.plan.fingerprints, |_| ());
     }
-    let mut known = known.iter().peekable();
+    let is_there = |piece: &&KnownSlots| match piece.content {
+        Content::Stored(first) => range::overlap(lost, first..first + piece.blocks).is_empty(),
+        _ => true,
+    };
+    let mut known = known.iter().filter(is_there).peekable();
     let live = facts.extents.iter().flat_map(|extent| facts.live_runs(extent.slots()));
     for live in live {
         let mut at = live.start;
@@ -138,6 +219,8 @@ struct Planner<'a> {
     table: BlockTable<StoreBlock>,
     plan: ExportPlan,
     chunker: Chunker,
+    /// Addresses that must not be referred to, a list.
+    lost: &'a [Range<StoreBlock>],
 }
 
 impl Planner<'_> {
@@ -218,13 +301,19 @@ impl Planner<'_> {
         }
     }
 
+    /// Where the blocks end that may be referred to from `first` on.
+    fn usable_end(&self, first: StoreBlock) -> StoreBlock {
+        let at = self.lost.partition_point(|range| range.end <= first);
+        self.lost.get(at).map_or(self.plan.end, |range| range.start.max(first))
+    }
+
     /// The longest range of the store with these fingerprints; of several, the one that follows.
     fn longest(&self, wanted: &[u32], follows: Option<StoreBlock>) -> Option<StoredRun> {
         /// Blocks compared to choose between candidates; the chosen one is followed to its end.
         const LOOK: usize = 256;
         let stored = &self.plan.fingerprints;
         let length = |first: StoreBlock, limit: usize| {
-            let pairs = range::each(first..self.plan.end).zip(&wanted[..limit.min(wanted.len())]);
+            let pairs = range::each(first..self.usable_end(first)).zip(&wanted[..limit.min(wanted.len())]);
             pairs.take_while(|(block, one)| stored.get(*block) == **one).count()
         };
         let mut best: Option<StoredRun> = None;
@@ -254,12 +343,12 @@ fn as_blocks(count: usize) -> u32 {
 }
 
 /// What each range of an image of so many blocks holds, given what the slots of its pool are.
-pub fn runs_of(facts: &Facts, pieces: &[ExportPiece], image: ImageId, blocks: u32) -> Vec<Run> {
+pub fn runs_of(facts: &Facts, pieces: &[ExportPiece], image: ImageId, blocks: u32) -> SpillVec<Run> {
     let hole = |blocks| Run {
         blocks,
         content: Content::Hole,
     };
-    let mut runs = Vec::new();
+    let mut runs = SpillVec::new_in(facts.budget());
     let mut at = 0;
     for mapping in facts.mappings_of(image) {
         push_run(&mut runs, hole(mapping.file_block.saturating_sub(at)));
@@ -329,7 +418,7 @@ mod tests {
                     Some(KnownSlots { slot, blocks: 1, content: Content::Stored(StoreBlock(as_blocks(at))) })
                 })
                 .collect();
-            let plan = plan_export(&facts, &known, StoreBlock(first_new), fingerprints(&stored, &facts)).unwrap();
+            let plan = plan_export(&facts, &known, StoreBlock(first_new), fingerprints(&stored, &facts), &[]).unwrap();
             let (mut slot, mut next, mut new) = (Slot(0), first_new, std::collections::HashSet::new());
             for piece in &plan.pieces {
                 prop_assert_eq!(piece.slot, slot);
@@ -372,10 +461,53 @@ mod tests {
     fn long_runs_are_one_piece() {
         let one: Vec<u32> = (1..2000).collect();
         let facts = facts(&[one.clone(), one]);
-        let plan = plan_export(&facts, &[], StoreBlock(0), fingerprints(&[], &facts)).unwrap();
+        let plan = plan_export(&facts, &[], StoreBlock(0), fingerprints(&[], &facts), &[]).unwrap();
         assert_eq!(
             plan.pieces.iter().map(|piece| piece.source).collect::<Vec<_>>(),
             [ExportSource::New(StoreBlock(0)), ExportSource::Same(StoreBlock(0))]
         );
+    }
+
+    #[test]
+    fn lost_blocks_are_stored_anew() {
+        let one: Vec<u32> = (1..100).collect();
+        let facts = facts(std::slice::from_ref(&one));
+        let known = [KnownSlots {
+            slot: facts.extents[0].slots().start,
+            blocks: 30,
+            content: Content::Stored(StoreBlock(0)),
+        }];
+        let lost = [StoreBlock(20)..StoreBlock(40)];
+        let plan = plan_export(&facts, &known, StoreBlock(99), fingerprints(&one, &facts), &lost).unwrap();
+        let sources: Vec<_> = plan.pieces.iter().map(|piece| (piece.blocks, piece.source)).collect();
+        let (same, new) = (ExportSource::Same, ExportSource::New);
+        assert_eq!(
+            sources,
+            [
+                (20, same(StoreBlock(0))),
+                (20, new(StoreBlock(99))),
+                (59, same(StoreBlock(40)))
+            ]
+        );
+        assert_eq!(plan.used_before(), [StoreBlock(0)..StoreBlock(99)]);
+    }
+
+    #[test]
+    fn used_blocks_are_counted_by_granules() {
+        let mut used = UsedBlocks::new(StoreBlock(5000));
+        for (first, end) in [(1, 2), (1023, 1025), (4099, 4100), (4999, 9000), (6000, 7000), (3, 3)] {
+            used.add(StoreBlock(first)..StoreBlock(end));
+        }
+        assert_eq!(
+            used.ranges(),
+            [StoreBlock(0)..StoreBlock(2048), StoreBlock(4096)..StoreBlock(5000)]
+        );
+    }
+
+    #[test]
+    fn the_most_fragmented_images_are_left_out() {
+        assert!(too_fragmented(&[5, 7, 3], 15).is_empty());
+        assert_eq!(too_fragmented(&[5, 7, 3], 14), BTreeSet::from([1]));
+        assert_eq!(too_fragmented(&[5, 7, 3], 4), BTreeSet::from([0, 1]));
     }
 }

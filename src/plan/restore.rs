@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::METADATA_BYTES_PER_REFERENCE;
 use super::seeds::SeedMatch;
-use crate::archive::commit::ImageSummary;
+use crate::archive::list::ImageSummary;
 use crate::archive::manifest::{ImageRuns, Manifest};
 use crate::archive::record::Hash;
 use crate::block::{ByteRange, bytes};
@@ -547,7 +547,7 @@ mod tests {
                     size: bytes(blocks + 2),
                     metadata: Metadata::default(),
                 },
-                runs: vec![hole, stored],
+                runs: [hole, stored].into_iter().collect(),
             });
         }
         Contents {
@@ -585,6 +585,7 @@ mod tests {
         let mut contents = contents(&[(&["a.img"], 1)]);
         contents.summaries = ["a.img", "b.img"]
             .map(|path| ImageSummary {
+                number: 0,
                 path: path.into(),
                 size: 5,
                 data_blocks: 0,

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::table::BlockTable;
-use crate::archive::manifest::AnnouncedBlocks;
+use crate::archive::announced::AnnouncedBlocks;
 use crate::chunk::weak_id;
 use crate::facts::Facts;
 use crate::fingerprint::Fingerprints;

@@ -162,6 +162,8 @@ pub enum Skip {
     OtherFilesystem,
     /// The image has more blocks than 32 bits can number.
     TooLarge,
+    /// The image is in more pieces than an archive takes.
+    TooFragmented,
     /// The image could not be opened or read.
     Unreadable,
 }
@@ -186,6 +188,7 @@ impl Skip {
             Self::Changed => "changed meanwhile",
             Self::OtherFilesystem => "on another filesystem",
             Self::TooLarge => "too large",
+            Self::TooFragmented => "too fragmented",
             Self::Unreadable => "unreadable",
         }
     }
@@ -211,6 +214,7 @@ impl Skip {
             Self::Changed => "it changed during the run",
             Self::OtherFilesystem => "on another filesystem: run once for each",
             Self::TooLarge => "images of 16 TiB and more are left alone",
+            Self::TooFragmented => "in more pieces than an archive takes: export it alone, or copy it first",
             Self::Unreadable => "what of it cannot be read stays as it is",
         }
     }

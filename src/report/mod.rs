@@ -388,6 +388,8 @@ pub struct Verified {
     pub verified_bytes: u64,
     /// Bytes that an export which did not end left behind the last commit.
     pub leftover_bytes: u64,
+    /// Whether it ends as an export that ended leaves it. Otherwise it may have been cut off.
+    pub is_ended: bool,
     /// The damaged places.
     pub damage: Vec<DamagedPlace>,
     /// Images that cannot be restored as a whole for it.

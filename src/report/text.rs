@@ -209,6 +209,11 @@ impl Display for Verified {
                 "An export that did not end left {} behind the last commit: the next one removes it",
                 size(self.leftover_bytes)
             )?;
+        } else if !self.is_ended {
+            writeln!(
+                f,
+                "It does not end with its last commit: an export did not end, or it was cut off"
+            )?;
         }
         writeln!(
             f,
@@ -219,7 +224,7 @@ impl Display for Verified {
             size(self.archive_bytes),
             match (self.damage.is_empty(), self.lost.is_empty()) {
                 (true, true) => "all intact",
-                (false, true) => "damaged, but every image can be restored",
+                (false, true) if self.commits > 0 => "damaged, but every image can be restored",
                 _ => "damaged",
             }
         )

@@ -2,4 +2,5 @@
 
 pub mod faulty_filesystem;
 pub mod faulty_store;
+pub mod raw_archive;
 pub mod simulated;

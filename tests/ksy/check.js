@@ -8,6 +8,7 @@ const Compiler = require('kaitai-struct-compiler');
 const KaitaiStream = require('kaitai-struct/KaitaiStream');
 
 const HEADER_BYTES = 96;
+const BLOCK_BYTES = 4096;
 
 function must(holds, what) {
   if (!holds) throw new Error(what);
@@ -23,25 +24,41 @@ async function load(ksy) {
   return module.exports.VmfoldArchive || module.exports;
 }
 
+function checkPack(pack, n) {
+  let end = 0;
+  for (const { block, numBlocks, storedLength, encoding } of pack.table) {
+    must(block >= end, `frames of record ${n} overlap`);
+    must(encoding === 1 ? storedLength <= numBlocks * BLOCK_BYTES : storedLength === numBlocks * BLOCK_BYTES, `a frame of record ${n} has a wrong length`);
+    end = block + numBlocks;
+  }
+  must(pack.table[0].block === 0 && pack.numBlocks === end, `frames of record ${n} do not fill it`);
+  must(pack.padding.every((byte) => byte === 0), `the padding of record ${n} is not zeros`);
+}
+
 function check(Archive, path) {
   const bytes = fs.readFileSync(path);
   const stream = new KaitaiStream(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
   const { records } = new Archive(stream);
   const commits = [];
+  const sequences = {};
   let offset = 0;
   records.forEach((record, n) => {
     const { header, body } = record;
-    const name = Archive.Kind[header.kind];
+    const name = Archive.Kind[header.kind] || header.kind;
     const length = HEADER_BYTES + header.bodyLength;
-    console.log(`${offset} ${name} ${header.bodyLength}`);
-    must(header.sequence === n, `record ${n} has the number ${header.sequence}`);
-    must(Buffer.from(header.archive).equals(Buffer.from(records[0].header.archive)), `record ${n} is of another archive`);
-    if (name === 'COMMIT') commits.push({ offset, length });
-    if (name === 'PACK' || name === 'INDEX' || name === 'TAIL') must(body._io.isEof(), `record ${n} has bytes behind its content`);
+    const lane = Buffer.from(header.archive).toString('hex');
+    const parsed = body && body._io;
+    console.log(`${offset} ${name} ${header.bodyLength}${parsed ? '' : ' not described'}`);
+    must(!(header.sequence <= sequences[lane]), `record ${n} has the number ${header.sequence}`);
+    sequences[lane] = header.sequence;
+    if (name === 'COMMIT') commits.push({ length, hash: Buffer.from(header.bodyHash) });
+    if (parsed && name !== 'HEAD') must(body._io.isEof(), `record ${n} has bytes behind its content`);
+    if (parsed && name === 'PACK') checkPack(body, n);
     if (name === 'TAIL') {
       const last = commits[commits.length - 1];
       for (const copy of body.copies) {
-        must(last && copy.offset === last.offset && copy.length === last.length, `record ${n} does not point to the last COMMIT`);
+        const same = last && copy.length === last.length && Buffer.from(copy.bodyHash).equals(last.hash);
+        must(same, `record ${n} does not point to the last COMMIT`);
       }
     }
     offset += length;

@@ -1,14 +1,16 @@
 //! An archive that can be read at any offset, as a source. It offers one commit, and reads only those frames that have missing blocks.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
-use crate::archive::commit::RecordLocation;
-use crate::archive::manifest::AnnouncedBlocks;
+use crate::archive::announced::AnnouncedBlocks;
+use crate::archive::lane::ListedRecord;
 use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame};
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::{Hash, LaneId, hash_of};
+use crate::archive::writer::COPIES_BYTES;
 use crate::block::BLOCK_LEN;
 use crate::error::{Error, Result, describe};
 use crate::exec::hashes::{Digest, StoredHashes};
@@ -16,6 +18,8 @@ use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{CommitName, Contents};
 use crate::range;
+use crate::shown::size;
+use crate::spill::Budget;
 
 /// Blocks after which a batch of frames is handed over.
 const BATCH_BLOCKS: u32 = 4096;
@@ -42,19 +46,34 @@ impl<'a> ArchiveSource<'a> {
     /// # Errors
     /// [`Error::NoSuchCommit`]; [`Error::Damaged`] if the manifest is damaged and no image is left in it; [`Error::Io`] if the archive cannot
     /// be read.
-    pub fn open(archive: &'a Archive, commit: Option<&str>, announces: bool, monitor: &'a dyn Monitor) -> Result<Self> {
+    pub fn open(
+        archive: &'a Archive,
+        commit: Option<&str>,
+        announces: bool,
+        budget: &Budget,
+        monitor: &'a dyn Monitor,
+    ) -> Result<Self> {
         let committed = archive.commit(commit)?;
         if committed.salvaged {
             monitor.note("The COMMIT of what is restored is lost: its images are as the rest of the archive has them");
         }
-        let (manifest, damage) = archive.manifest(committed)?;
-        for Damage { range, problem } in archive.damage().iter().chain(&damage) {
+        let (mut manifest, mut damage) = archive.manifest(committed, budget)?;
+        let (summaries, mut lost_lists) = archive.images(committed)?;
+        if lost_lists.is_empty() && !committed.salvaged {
+            manifest.keep_listed(&summaries);
+        }
+        damage.append(&mut lost_lists);
+        for Damage { range, problem, .. } in archive.damage().iter().chain(&damage) {
             monitor.note(&format!("The archive is damaged at {range}: {problem}"));
         }
-        let summaries = &committed.commit.images;
-        if let Some(Damage { range, problem }) = damage.first()
-            && manifest.images.is_empty()
-            && summaries.is_empty()
+        if !archive.is_ended() && archive.damage().is_empty() {
+            monitor.note(&format!(
+                "The archive does not end with a commit ({} follow the last one): an export did not end, or it was cut off",
+                size(archive.length() - archive.base().length)
+            ));
+        }
+        if let Some(Damage { range, problem, .. }) = damage.first()
+            && (manifest.images.is_empty() || summaries.is_empty())
         {
             return Err(Error::damaged(
                 archive.path(),
@@ -65,7 +84,7 @@ impl<'a> ArchiveSource<'a> {
         }
         let contents = Contents {
             manifest,
-            summaries: summaries.clone(),
+            summaries,
             commit: Some(CommitName {
                 number: committed.commit.number,
                 id: committed.id(),
@@ -79,7 +98,10 @@ impl<'a> ArchiveSource<'a> {
             is_latest: commit.is_none_or(|name| name == "latest"),
             contents: Arc::new(contents),
             is_offered: false,
-            hashes: ArchiveHashes(StoredHashes::new(Some(archive), committed.commit.store_end)),
+            hashes: ArchiveHashes(StoredHashes::new(
+                Some((archive, committed)),
+                committed.commit.store_end,
+            )),
             announces,
             monitor,
         })
@@ -93,7 +115,12 @@ impl<'a> ArchiveSource<'a> {
             return Ok(announced);
         }
         let mut left = u64::from(self.committed.commit.store_end.0);
-        for committed in self.archive.commits() {
+        let own = self
+            .archive
+            .commits()
+            .iter()
+            .filter(|one| one.lane == self.committed.lane);
+        for committed in own {
             for part in self.archive.announced(committed)? {
                 let blocks = part.fingerprints.len() as u64;
                 if blocks <= left {
@@ -105,49 +132,99 @@ impl<'a> ArchiveSource<'a> {
         Ok(announced)
     }
 
-    /// Hands a batch of frames over, and empties it. Frames that are damaged are noted and left out.
-    fn hand_over(&mut self, batch: &mut Vec<LocatedFrame>, sink: &mut dyn BlockSink) -> Result<()> {
+    /// Returns where the commit ends, which is the last one: with its TAIL or, if that is damaged, where that must have been. What a commit has
+    /// behind its COMMIT are copies and what keeps them apart.
+    fn end(&self) -> u64 {
+        let Committed { commit, location, .. } = self.committed;
+        let known = self.archive.base().length;
+        if self.archive.has_tail() {
+            return known;
+        }
+        let lists = commit.lists.iter().map(|list| list.length);
+        let copies = lists.fold(COPIES_BYTES.saturating_add(location.length), u64::saturating_add);
+        known.max(location.offset.saturating_add(location.length).saturating_add(copies))
+    }
+
+    /// Hands a batch of frames over, and empties it. Frames that are damaged are noted and left out. Those that a later commit lists serve
+    /// only where an INDEX of this commit proves each block.
+    fn hand_over(&mut self, batch: &mut Vec<(CommitNumber, LocatedFrame)>, sink: &mut dyn BlockSink) -> Result<()> {
+        let remade: Mutex<Vec<(StoreBlock, Hash)>> = Mutex::new(Vec::new());
         let mut frames = Vec::with_capacity(batch.len());
-        for located in batch.drain(..) {
-            let frame = located.frame;
-            let blocks = frame.first..frame.first + u32::from(frame.blocks);
+        for (commit, located) in batch.drain(..) {
+            let blocks = located.frame.first..located.frame.end();
             let expected = range::each(blocks.clone()).map(|block| self.hashes.get(block));
             let expected: Vec<Option<Hash>> = expected.collect::<Result<_>>()?;
-            let archive = self.archive;
+            if commit > self.committed.commit.number && expected.iter().any(Option::is_none) {
+                continue;
+            }
+            let (archive, remade) = (self.archive, &remade);
             frames.push(SourceFrame {
                 blocks,
-                content: Box::new(move || content_of(archive, &located, &expected)),
+                content: Box::new(move || content_of(archive, &located, &expected, remade)),
             });
         }
         for (_, error) in sink.take(&frames)? {
             self.monitor.note(&describe(&error));
         }
+        drop(frames);
+        self.hashes.0.remember(remade.into_inner().unwrap_or_default());
         Ok(())
+    }
+
+    /// The PACK records that hold blocks of some ranges, each once: those that the commit proves in the order of their blocks, and then those
+    /// of later commits.
+    fn packs(&self, wanted: &[Range<StoreBlock>]) -> Vec<&'a ListedRecord> {
+        let archive = self.archive;
+        let mut packs: Vec<&ListedRecord> = wanted
+            .iter()
+            .flat_map(|range| archive.packs(self.committed, range.clone()))
+            .collect();
+        let order = |pack: &&ListedRecord| {
+            let is_later = pack.commit > self.committed.commit.number;
+            (
+                is_later,
+                pack.location.first,
+                Reverse(pack.commit),
+                pack.location.sequence,
+            )
+        };
+        packs.sort_by_key(order);
+        packs.dedup_by_key(|pack| std::ptr::from_ref(*pack));
+        packs
     }
 }
 
-/// Reads the content of a frame, and compares each block with the hash that the INDEX has for it, if it has one.
-fn content_of(archive: &Archive, located: &LocatedFrame, expected: &[Option<Hash>]) -> Result<Vec<u8>> {
+/// Reads the content of a frame, and compares each block with the hash that the INDEX has for it. Where it has none, the hash is added to
+/// `remade`.
+fn content_of(
+    archive: &Archive,
+    located: &LocatedFrame,
+    expected: &[Option<Hash>],
+    remade: &Mutex<Vec<(StoreBlock, Hash)>>,
+) -> Result<Vec<u8>> {
     let content = archive.frame(located)?;
-    for (block, expected) in content.chunks_exact(BLOCK_LEN).zip(expected) {
-        if expected.is_some_and(|expected| expected != hash_of(block)) {
-            let problem = "a block is not the one that the INDEX says";
-            return Err(Error::damaged(
-                archive.path(),
-                located.offset,
-                located.frame.stored_bytes.into(),
-                problem,
-            ));
+    let first = located.frame.first;
+    for ((block, content), expected) in range::from(first).zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
+        let hash = hash_of(content);
+        match expected {
+            Some(expected) if *expected != hash => {
+                let problem = "a block is not the one that the INDEX says";
+                return Err(Error::damaged(
+                    archive.path(),
+                    located.offset,
+                    located.frame.stored_bytes.into(),
+                    problem,
+                ));
+            }
+            Some(_) => {}
+            None => {
+                if let Ok(mut remade) = remade.lock() {
+                    remade.push((block, hash));
+                }
+            }
         }
     }
     Ok(content)
-}
-
-/// The PACK records that hold blocks of some ranges, which are in ascending order. Each PACK comes once.
-fn packs_of<'a>(archive: &'a Archive, ranges: &'a [Range<StoreBlock>]) -> impl Iterator<Item = &'a RecordLocation> {
-    let mut last = None;
-    let packs = ranges.iter().flat_map(|range| archive.packs(range.start, range.end));
-    packs.filter(move |pack| last.replace(pack.sequence) != Some(pack.sequence))
 }
 
 impl BlockSource for ArchiveSource<'_> {
@@ -155,8 +232,8 @@ impl BlockSource for ArchiveSource<'_> {
         self.archive.path()
     }
 
-    fn id(&self) -> [u8; 16] {
-        self.archive.id()
+    fn id(&self) -> LaneId {
+        self.committed.lane
     }
 
     fn work_number(&self) -> CommitNumber {
@@ -176,9 +253,15 @@ impl BlockSource for ArchiveSource<'_> {
 
     fn deliver(&mut self, wanted: &[Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered> {
         let missing: Vec<Range<StoreBlock>> = wanted.iter().flat_map(|range| sink.missing(range.clone())).collect();
-        let (mut batch, mut blocks) = (Vec::new(), 0);
-        for pack in packs_of(self.archive, &missing) {
-            let frames = match self.archive.frames(pack) {
+        let (mut batch, mut blocks, mut batch_end) = (Vec::new(), 0, StoreBlock(0));
+        for pack in self.packs(&missing) {
+            // Of blocks that lie in two PACKs, the second is asked only for what the first did not bring.
+            if pack.location.first < batch_end {
+                self.hand_over(&mut batch, sink)?;
+                blocks = 0;
+            }
+            batch_end = batch_end.max(pack.location.end());
+            let frames = match self.archive.frames(&pack.location) {
                 Ok(frames) => frames,
                 Err(error @ Error::Damaged { .. }) => {
                     self.monitor.note(&describe(&error));
@@ -187,15 +270,11 @@ impl BlockSource for ArchiveSource<'_> {
                 Err(error) => return Err(error),
             };
             for located in frames {
-                let frame = located.frame;
-                if sink
-                    .missing(frame.first..frame.first + u32::from(frame.blocks))
-                    .is_empty()
-                {
+                if sink.missing(located.frame.first..located.frame.end()).is_empty() {
                     continue;
                 }
-                blocks += u32::from(frame.blocks);
-                batch.push(located);
+                blocks += u32::from(located.frame.blocks);
+                batch.push((pack.commit, located));
                 if blocks >= BATCH_BLOCKS {
                     self.hand_over(&mut batch, sink)?;
                     blocks = 0;
@@ -225,11 +304,12 @@ impl BlockSource for ArchiveSource<'_> {
     }
 
     fn has_later_damage(&self) -> bool {
-        /// Bytes of a TAIL record. A lost epoch with its COMMIT takes more.
-        const TAIL_BYTES: u64 = 192;
-        let end = self.committed.location.offset + self.committed.location.length;
-        let is_later = |damage: &Damage| damage.range.start >= end && damage.range.length > TAIL_BYTES;
-        self.is_latest && !self.committed.salvaged && self.archive.damage().iter().any(is_later)
+        let is_later = |damage: &Damage| damage.range.start.saturating_add(damage.range.length) > self.end();
+        self.is_latest
+            && !self.committed.salvaged
+            && self.archive.damage().iter().any(is_later)
+            // What cannot be read may be anything.
+            && !self.archive.ends_in_leftovers_only().unwrap_or(false)
     }
 }
 

@@ -29,14 +29,15 @@ use self::folder::Root;
 use self::images::{Losses, RestoreSite, make_images};
 use self::seed::{PROVED_BLOCKS, Seed};
 use self::sink::StagingSink;
-use self::source::{BlockSource, Offer};
+use self::source::{BlockHashes, BlockSource, Offer};
 use self::staging::{Journal, Staging};
-use crate::archive::commit::by_path;
-use crate::archive::manifest::AnnouncedBlocks;
-use crate::block::bytes;
+use crate::archive::announced::AnnouncedBlocks;
+use crate::archive::list::by_path;
+use crate::archive::record::hash_of;
+use crate::block::{BLOCK_LEN, bytes};
 use crate::content::Content;
 use crate::error::{Error, Result};
-use crate::exec::hashes::digest;
+use crate::exec::hashes::{Digest, digest};
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::plan::restore::{
@@ -219,7 +220,7 @@ impl<'a> Restore<'a> {
 
     /// The path of the work folder for this commit of the archive. It holds the staging file and the journal.
     fn work_folder(&self) -> PathBuf {
-        let tag = hex(&self.source.id());
+        let tag = hex(&self.source.id().0);
         let name = format!(".vmfold-import-{}-{}", &tag[..8], self.source.work_number());
         self.options.to.join(name)
     }
@@ -327,10 +328,10 @@ impl<'a> Restore<'a> {
     ) -> Result<bool> {
         let PreparedRestore { plan, known_end } = planned;
         let end = plan.wanted.last().map_or(StoreBlock(0), |range| range.end);
-        staging.make_room(end)?;
         self.monitor.phase("Restoring blocks", plan.bytes.distinct_bytes);
         let knows_hashes = self.source.knows_hashes();
         if knows_hashes {
+            staging.make_room(end)?;
             self.resume(end, staging, restored)?;
             if let Some(seed) = &self.seed {
                 for seeded in &plan.seeded {
@@ -386,7 +387,7 @@ impl<'a> Restore<'a> {
                     .into(),
             ));
         }
-        let mixed_up = self.mixed_up(&plan)?;
+        let mixed_up = self.mixed_up(&plan, staging)?;
         let mut losses = Losses {
             blocks,
             left_out: mixed_up,
@@ -435,30 +436,70 @@ impl<'a> Restore<'a> {
         })
     }
 
-    /// The chosen images whose manifest, corrections and hashes contradict each other, by their places in the manifest. If hashes are missing,
-    /// an image is taken to be well, unless corrections may be lost.
-    fn mixed_up(&mut self, plan: &RestorePlan) -> Result<BTreeSet<usize>> {
+    /// The chosen images whose manifest, corrections and hashes contradict each other, by their places in the manifest. Hashes that the source
+    /// does not have are made of the blocks. If blocks are missing, an image is taken to be well, unless corrections may be lost.
+    fn mixed_up(&mut self, plan: &RestorePlan, staging: &Staging) -> Result<BTreeSet<usize>> {
         let mut mixed_up = BTreeSet::new();
         let summaries = by_path(&plan.contents.summaries);
+        let is_doubtful = plan.contents.doubtful || self.source.has_unproved_blocks();
         for restored in &plan.images {
             let image = plan.runs_of(restored);
             let Some(summary) = summaries.get(image.image.path()) else {
+                // The LIST that may have it is lost: whether it is part of the commit, and what it must be, is not known. Sources that have
+                // no digests at all have none of any image.
+                if !self.options.partial && !plan.contents.summaries.is_empty() {
+                    mixed_up.insert(restored.image);
+                }
                 continue;
             };
             let has_gaps = image.runs.iter().any(|run| run.content == Content::Lost);
             let mut has_all = true;
             let hashes = self.source.hashes();
-            let image_digest = digest(&image.runs, self.monitor, |first, blocks, digest| {
+            let mut image_digest = digest(&image.runs, image.image.size, self.monitor, |first, blocks, digest| {
                 has_all &= hashes.add_to(digest, first, blocks)?;
                 Ok(())
             })?;
+            if !has_all && !has_gaps {
+                has_all = true;
+                image_digest = digest(&image.runs, image.image.size, self.monitor, |first, blocks, digest| {
+                    has_all = has_all && add_staged(digest, first..first.saturating_add(blocks), hashes, staging)?;
+                    Ok(())
+                })?;
+            }
             let is_wrong = has_all && !has_gaps && (image_digest != summary.digest || image.image.size != summary.size);
-            if is_wrong || (plan.contents.doubtful && (!has_all || has_gaps)) {
+            if is_wrong || (is_doubtful && (!has_all || has_gaps)) {
                 mixed_up.insert(restored.image);
             }
         }
         Ok(mixed_up)
     }
+}
+
+/// Adds the hashes of a range of blocks to a digest: those that a source has, and otherwise those of what is staged. Returns whether there are
+/// all of them.
+fn add_staged(
+    digest: &mut Digest<'_>,
+    wanted: Range<StoreBlock>,
+    hashes: &mut dyn BlockHashes,
+    staging: &Staging,
+) -> Result<bool> {
+    for part in range::parts(wanted, PROVED_BLOCKS) {
+        let mut staged = vec![None; (part.end - part.start) as usize];
+        for present in staging.present(part.clone()) {
+            let mut content = vec![0; (present.end - present.start) as usize * BLOCK_LEN];
+            staging.read(present.start, &mut content)?;
+            let made = staged[(present.start - part.start) as usize..].iter_mut();
+            made.zip(content.chunks_exact(BLOCK_LEN))
+                .for_each(|(staged, block)| *staged = Some(hash_of(block)));
+        }
+        for (block, staged) in range::each(part).zip(staged) {
+            match staged.map_or_else(|| hashes.get(block), |hash| Ok(Some(hash)))? {
+                Some(hash) => digest.update(&[hash])?,
+                None => return Ok(false),
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Logs the plan, image by image.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::source::BlockHashes;
 use super::staging::Staging;
-use crate::archive::manifest::AnnouncedBlocks;
+use crate::archive::announced::AnnouncedBlocks;
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, NumberSet, bytes};
 use crate::error::{Error, Result};

@@ -8,8 +8,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::archive::manifest::AnnouncedBlocks;
-use crate::archive::record::Hash;
+use crate::archive::announced::AnnouncedBlocks;
+use crate::archive::record::{Hash, LaneId};
 use crate::error::{Error, Result};
 use crate::exec::hashes::Digest;
 use crate::numbers::{CommitNumber, StoreBlock};
@@ -86,7 +86,7 @@ pub trait BlockSource {
     fn path(&self) -> &Path;
 
     /// The identifier of the archive. It is zeros until something of the archive was read.
-    fn id(&self) -> [u8; 16];
+    fn id(&self) -> LaneId;
 
     /// The number of a commit, which is part of the work folder's name. An interrupted restore of the same commit goes on in that folder.
     fn work_number(&self) -> CommitNumber;
@@ -113,6 +113,11 @@ pub trait BlockSource {
 
     /// The error that tells why there is nothing to restore, once there are no more offers.
     fn nothing_committed(&self) -> Error;
+
+    /// Whether blocks were handed over that nothing proves to be those of the commit. Then digests must prove each image.
+    fn has_unproved_blocks(&self) -> bool {
+        false
+    }
 
     /// Whether the archive is damaged behind the commit that was delivered last, so that a later commit may be lost.
     fn has_later_damage(&self) -> bool;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use super::ImportOptions;
-use crate::archive::manifest::AnnouncedBlocks;
+use crate::archive::announced::AnnouncedBlocks;
 use crate::error::{Error, Result, describe};
 use crate::exec::restore::OpenSeed;
 use crate::exec::restore::seed::{PoolSeed, Seed};

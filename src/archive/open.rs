@@ -1,0 +1,650 @@
+//! Finds the commits of an archive: from its TAIL along the chains of commits or, where anything of that is damaged, by searching it.
+
+use std::io::Read;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use super::commit::{Commit, CommitLocation, decode_tail};
+use super::head::Head;
+use super::limits::RECORDS_MAX;
+use super::list::{Listed, OtherLane, PART_RECORDS};
+use super::reader::{Committed, Damage, RecordReader, damage_of};
+use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
+use super::stream::{Stream, StreamEvent};
+use crate::block::ByteRange;
+use crate::codec::{Decoded, Malformed};
+use crate::error::{Error, Result};
+use crate::numbers::{CommitNumber, StoreBlock};
+use crate::store::StoreReader;
+
+/// Zeros at the beginning or the end of a record by which it may be a write that did not end.
+const ZEROS: usize = 8;
+/// Bytes that are compared with zeros at a time.
+const SEARCH_BYTES: usize = 64 << 10;
+
+/// The commits of an archive, and where they end.
+#[derive(Debug)]
+pub struct Opened {
+    /// By lane, the main one last, and then by number.
+    pub commits: Vec<Committed>,
+    /// The lane of the commit that stands last.
+    pub main: LaneId,
+    /// Where the last commit ends.
+    pub end: End,
+    /// Whether a writer of this version may append.
+    pub may_append: bool,
+    /// What is wrong with COMMITs and what they list.
+    pub damage: Vec<Damage>,
+}
+
+/// Where the last commit ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct End {
+    /// Bytes of the file up to there.
+    pub offset: u64,
+    /// The number of the next record of the main lane.
+    pub sequence: u64,
+    /// Records of the file up to there, at least.
+    pub records: usize,
+    /// Whether a TAIL stands there, so that nothing of the commit is missing.
+    pub has_tail: bool,
+}
+
+/// What a search from the beginning found.
+#[derive(Debug, Default)]
+pub struct Searched {
+    /// Whole records, in the order they stand.
+    pub records: Vec<(RecordHeader, u64)>,
+    /// The records by the hashes of their bodies, and those of one hash in the order they stand. A map would take eight times as much.
+    by_hash: Vec<u32>,
+    /// Where records begin whose header is whole and whose body is not, by the hashes that the bodies should have.
+    pub broken: HashMap<Hash, u64>,
+    /// What is no record.
+    pub damage: Vec<Damage>,
+}
+
+/// Reads all of an archive.
+///
+/// # Errors
+/// Returns the error of reading; [`Error::Unsupported`]; or says that there are more records than allowed.
+pub fn search(reader: &RecordReader) -> Result<Searched> {
+    let mut searched = Searched::default();
+    let mut stream = Stream::new(StoreReader::new(reader.store(), 0).take(reader.length()), 0);
+    // The epoch whose COMMIT came, and zeros since then.
+    let (mut committed, mut zeros) = (None, None);
+    while let Some(event) = stream.next_event().map_err(Error::io("read", reader.path()))? {
+        match event {
+            StreamEvent::Record { header, offset, .. } => {
+                // Of a commit's copies, those that were not on disk when the power went are zeros.
+                searched
+                    .damage
+                    .extend(zeros.take().filter(|_| committed != Some(header.epoch)));
+                if header.kind == RecordKind::Commit {
+                    committed = Some(header.epoch);
+                } else if committed != Some(header.epoch) {
+                    committed = None;
+                }
+                searched.records.push((header, offset));
+            }
+            StreamEvent::Damage { range, problem, header } => {
+                let damage = Damage {
+                    range,
+                    problem: problem.to_owned(),
+                    body_hash: header.map(|header| header.body_hash),
+                };
+                if let Some(header) = header.filter(|_| searched.broken.len() < RECORDS_MAX) {
+                    searched.broken.entry(header.body_hash).or_insert(range.start);
+                }
+                if header.is_none() && committed.is_some() && are_zeros(reader, range)? {
+                    zeros = Some(damage);
+                } else {
+                    searched.note(damage);
+                }
+            }
+            StreamEvent::Unsupported(problem) => return Err(reader.unsupported(problem)),
+        }
+        if searched.records.len() > RECORDS_MAX {
+            return Err(reader.problem(stream.offset(), "it has more records than allowed"));
+        }
+    }
+    searched.damage.extend(zeros);
+    let Searched { records, by_hash, .. } = &mut searched;
+    by_hash.extend(0..u32::try_from(records.len()).unwrap_or(u32::MAX));
+    by_hash.sort_unstable_by_key(|place| (records[*place as usize].0.body_hash, *place));
+    Ok(searched)
+}
+
+impl Searched {
+    /// Returns where the first whole record with a body of this hash begins.
+    pub fn place_of(&self, body_hash: &Hash) -> Option<u64> {
+        let hash_at = |place: &u32| self.records[*place as usize].0.body_hash;
+        let at = self.by_hash.partition_point(|place| hash_at(place) < *body_hash);
+        let place = self.by_hash.get(at).filter(|place| hash_at(place) == *body_hash)?;
+        Some(self.records[*place as usize].1)
+    }
+
+    /// Notes damage. Beyond a number of places that nobody reads, it is one place.
+    fn note(&mut self, damage: Damage) {
+        const PLACES_MAX: usize = 10_000;
+        let count = self.damage.len();
+        match self.damage.last_mut() {
+            Some(last) if count >= PLACES_MAX => {
+                last.range.length = (damage.range.start + damage.range.length).saturating_sub(last.range.start);
+                last.body_hash = None;
+                "very many places are damaged".clone_into(&mut last.problem);
+            }
+            _ => self.damage.push(damage),
+        }
+    }
+}
+
+/// Returns whether a range holds nothing but zeros.
+///
+/// # Errors
+/// Returns the error of reading.
+pub fn are_zeros(reader: &RecordReader, range: ByteRange) -> Result<bool> {
+    let mut buffer = vec![0; SEARCH_BYTES];
+    let (mut at, end) = (range.start, range.start + range.length);
+    while at < end {
+        let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(SEARCH_BYTES);
+        let part = &mut buffer[..length];
+        reader.read_exact(at, part)?;
+        if part.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        at += length as u64;
+    }
+    Ok(true)
+}
+
+/// Opens from the TAIL.
+///
+/// # Errors
+/// Says what is damaged, so that the archive has to be searched; [`Error::Unsupported`]; the error of reading.
+pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
+    let tail_bytes = HEADER_BYTES as u64 + RecordKind::Tail.body_bytes_max();
+    let at = reader
+        .length()
+        .checked_sub(tail_bytes)
+        .ok_or_else(|| reader.problem(0, "it is too short"))?;
+    let tail = reader.header_at(at)?;
+    if tail.kind != RecordKind::Tail {
+        return Err(reader.problem(at, "it does not end with a TAIL"));
+    }
+    let last = decode_tail(&reader.body_of(at, &tail)?).map_err(|problem| reader.malformed(at, problem))?;
+    // A TAIL that does not stand behind its COMMIT is of an earlier end of the archive.
+    let copy = at
+        .checked_sub(last.length)
+        .ok_or_else(|| reader.problem(at, "its TAIL names no COMMIT"))?;
+    let header = reader.header_at(copy)?;
+    if header.kind != RecordKind::Commit || (header.lane, header.epoch) != (tail.lane, tail.epoch) {
+        return Err(reader.problem(copy, "its TAIL does not stand behind a COMMIT"));
+    }
+    let mut chains = Chains::new(reader);
+    chains.follow(CommitLocation { offset: copy, ..last }, last.offset, tail.lane)?;
+    let mut lanes_done = HashSet::from([tail.lane]);
+    while let Some((lane, other)) = chains.other_lanes.pop_first() {
+        if lanes_done.insert(lane) {
+            chains.follow(other.location, other.location.offset, lane)?;
+        }
+    }
+    chains.check_named()?;
+    let Chains {
+        mut commits,
+        may_append,
+        records,
+        ..
+    } = chains;
+    commits.sort_by_key(|one| (one.lane == tail.lane, one.lane, one.commit.number));
+    mark_forgotten(&mut commits);
+    Ok(Opened {
+        commits,
+        main: tail.lane,
+        end: End {
+            offset: reader.length(),
+            sequence: tail.sequence + 1,
+            records,
+            has_tail: true,
+        },
+        may_append,
+        damage: Vec::new(),
+    })
+}
+
+/// Follows chains of commits, each of which begins in the file before the one that follows it.
+struct Chains<'a> {
+    reader: &'a RecordReader,
+    commits: Vec<Committed>,
+    /// Lanes that are to be followed, each from the greatest number that was named so far.
+    other_lanes: BTreeMap<LaneId, OtherLane>,
+    may_append: bool,
+    records: usize,
+    listed: ListedTotal,
+}
+
+/// What all commits of a file list so far.
+#[derive(Default)]
+struct ListedTotal {
+    records: usize,
+    forgotten: usize,
+    dead: usize,
+    /// The bodies of records and LISTs.
+    bodies: HashSet<Hash>,
+    /// Bytes of records whose bodies others have too.
+    repeated_bytes: u64,
+}
+
+impl ListedTotal {
+    /// Checks whether another commit may list so much. A record that is listed, and a commit that is forgotten, has a hash in a LIST, which
+    /// no compression makes shorter: so what is kept of them in memory is bounded by the length of the file.
+    fn check(&self, listed: &Listed, length: u64) -> Decoded<()> {
+        let hashed_max = usize::try_from(length / size_of::<Hash>() as u64).unwrap_or(usize::MAX);
+        let records = self.records + listed.records.len();
+        let forgotten = self.forgotten + listed.forgotten.len();
+        if records.max(forgotten) > hashed_max.min(RECORDS_MAX) || self.dead + listed.dead.len() > RECORDS_MAX {
+            return Err("its commits list more than allowed".into());
+        }
+        Ok(())
+    }
+
+    /// Adds what a commit lists. It lists nothing twice, and what several commits list, which HEADs and LISTs may be, takes no more than the
+    /// whole file: a small archive could otherwise have one record read a million times.
+    fn add(&mut self, commit: &Commit, listed: &Listed, length: u64) -> Decoded<()> {
+        self.records += listed.records.len();
+        self.forgotten += listed.forgotten.len();
+        self.dead += listed.dead.len();
+        let records = listed.records.iter().map(|record| (record.body_hash, record.length));
+        let lists = commit.lists.iter().map(|list| (list.body_hash, list.length));
+        let mut own = HashSet::new();
+        for (body, bytes) in records.chain(lists) {
+            if !own.insert(body) {
+                return Err("a commit lists a record twice".into());
+            }
+            if !self.bodies.insert(body) {
+                self.repeated_bytes = self.repeated_bytes.saturating_add(bytes);
+            }
+        }
+        if self.repeated_bytes > length {
+            return Err("its commits list the same records".into());
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Chains<'a> {
+    fn new(reader: &'a RecordReader) -> Self {
+        Self {
+            reader,
+            commits: Vec::new(),
+            other_lanes: BTreeMap::new(),
+            may_append: true,
+            records: 0,
+            listed: ListedTotal::default(),
+        }
+    }
+
+    /// Checks that each COMMIT of another lane that is named was met.
+    fn check_named(&self) -> Result<()> {
+        let met: HashSet<Hash> = self.commits.iter().map(|one| one.location.body_hash).collect();
+        match named_in_other_lanes(&self.commits).find(|named| !met.contains(&named.body_hash)) {
+            Some(named) => Err(self
+                .reader
+                .problem(named.offset, "a COMMIT of another lane is not where it should be")),
+            None => Ok(()),
+        }
+    }
+
+    /// Follows a lane. The COMMIT is read from `location`; `hint` is where its first copy stands.
+    fn follow(&mut self, location: CommitLocation, hint: u64, lane: LaneId) -> Result<()> {
+        let reader = self.reader;
+        let (mut next, mut hint) = (location, hint);
+        let mut follower: Option<u32> = None;
+        loop {
+            let header = reader.header_at(next.offset)?;
+            if (header.kind, header.lane, header.body_hash) != (RecordKind::Commit, lane, next.body_hash)
+                || next.length != HEADER_BYTES as u64 + header.body_bytes
+            {
+                return Err(reader.problem(next.offset, "a COMMIT is not where it should be"));
+            }
+            let body = reader.body_of(next.offset, &header)?;
+            let commit = commit_of(&body, &header).map_err(|problem| reader.malformed(next.offset, problem))?;
+            if follower.is_some_and(|number| number != commit.number.0 + 1) {
+                return Err(reader.problem(next.offset, "a COMMIT has another number than it should have"));
+            }
+            let previous = commit.previous;
+            if !previous.is_none() && previous.offset >= hint {
+                return Err(reader.problem(next.offset, "the chain of commits leads in a circle"));
+            }
+            let committed = Committed {
+                location: CommitLocation { offset: hint, ..next },
+                ..committed(reader, commit, &header, (None, reader.length()), &mut self.listed)?
+            };
+            self.may_append &= check_head(reader, &committed, (None, reader.length()))?;
+            self.records += committed.listed.records.len() + 2 * committed.commit.lists.len() + 4;
+            for other in &committed.listed.other_lanes {
+                let known = self.other_lanes.entry(other.lane).or_insert(*other);
+                if known.number < other.number {
+                    *known = *other;
+                }
+            }
+            follower = Some(committed.commit.number.0);
+            self.commits.push(committed);
+            if previous.is_none() {
+                return Ok(());
+            }
+            (next, hint) = (previous, previous.offset);
+        }
+    }
+}
+
+/// Returns the COMMITs of other lanes that some commits name.
+fn named_in_other_lanes(commits: &[Committed]) -> impl Iterator<Item = &CommitLocation> {
+    commits
+        .iter()
+        .flat_map(|one| &one.listed.other_lanes)
+        .map(|other| &other.location)
+}
+
+/// Decodes a COMMIT, which proves the lane and the epoch of its header.
+fn commit_of(body: &[u8], header: &RecordHeader) -> Decoded<Commit> {
+    let commit = Commit::decode(body)?;
+    if (commit.lane, commit.epoch) == (header.lane, header.epoch) {
+        Ok(commit)
+    } else {
+        Err("a COMMIT has the header of another record".into())
+    }
+}
+
+/// Reads what a COMMIT lists, but for its images.
+fn committed(
+    reader: &RecordReader,
+    commit: Commit,
+    header: &RecordHeader,
+    searched: (Option<&Searched>, u64),
+    total: &mut ListedTotal,
+) -> Result<Committed> {
+    let mut listed = Listed::default();
+    for list in commit.lists.iter().filter(|list| list.part == PART_RECORDS) {
+        let body = reader.body_by_hash(RecordKind::List, list.offset, &list.body_hash, searched)?;
+        let added = listed
+            .add(&body, header.lane)
+            .and_then(|()| total.check(&listed, reader.length()));
+        added.map_err(|problem| reader.malformed(list.offset, problem))?;
+    }
+    total
+        .add(&commit, &listed, reader.length())
+        .map_err(|problem| reader.malformed(0, problem))?;
+    let previous = &commit.previous;
+    if previous.offset.checked_add(previous.length).is_none() {
+        return Err(reader.problem(0, "a COMMIT lies beyond the archive's end"));
+    }
+    if !can_hold(reader.length(), commit.store_end, &listed) {
+        return Err(reader.problem(0, "a commit has more blocks than the archive can hold"));
+    }
+    let beyond = |end: StoreBlock| end > commit.store_end;
+    let ends = listed.records.iter().map(super::list::RecordLocation::end);
+    if ends.chain(listed.uses.iter().map(|range| range.end)).any(beyond) {
+        return Err(reader.problem(0, "a commit lists blocks beyond the end of its store"));
+    }
+    // They take more memory than all else, and only verifying needs them.
+    listed.uses = Vec::new();
+    Ok(Committed {
+        commit,
+        location: CommitLocation::default(),
+        lane: header.lane,
+        epoch: header.epoch,
+        listed,
+        ..Committed::default()
+    })
+}
+
+/// Whether so many blocks can be in an archive of this length: each frame takes a line of its PACK's table. Dead addresses take none.
+fn can_hold(length: u64, store_end: StoreBlock, listed: &Listed) -> bool {
+    const LINE_BYTES: u64 = 48;
+    let dead = crate::range::count(&crate::range::joined(listed.dead.iter().cloned()));
+    length / LINE_BYTES >= u64::from(store_end.0).saturating_sub(dead) / u64::from(super::limits::FRAME_BLOCKS_MAX)
+}
+
+/// Checks the HEADs of a commit's epoch. Returns whether this version may append. One that is damaged says nothing.
+fn check_head(reader: &RecordReader, committed: &Committed, searched: (Option<&Searched>, u64)) -> Result<bool> {
+    let mut may_append = committed.commit.features_append == 0;
+    for head in committed
+        .listed
+        .records
+        .iter()
+        .filter(|record| record.kind == RecordKind::Head)
+    {
+        match reader.body_by_hash(RecordKind::Head, head.offset, &head.body_hash, searched) {
+            Ok(body) => match Head::decode(&body) {
+                Ok(head) => may_append &= head.may_append(),
+                Err(Malformed::Unsupported(problem)) => return Err(reader.unsupported(problem)),
+                Err(problem) => return Err(reader.malformed(head.offset, problem)),
+            },
+            Err(error @ Error::Damaged { .. }) if searched.0.is_none() => return Err(error),
+            Err(Error::Damaged { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(may_append)
+}
+
+fn mark_forgotten(commits: &mut [Committed]) {
+    let forgotten: HashSet<(LaneId, Hash)> = commits
+        .iter()
+        .flat_map(|one| one.listed.forgotten.iter().map(|hash| (one.lane, *hash)))
+        .collect();
+    for committed in commits {
+        committed.is_forgotten = forgotten.contains(&(committed.lane, committed.location.body_hash));
+    }
+}
+
+/// Opens by what a search found.
+///
+/// # Errors
+/// [`Error::Unsupported`]; the error of reading; [`Error::NotAnArchive`] or [`Error::Damaged`] where no record is intact.
+pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened> {
+    if searched.records.is_empty() {
+        return Err(reader.nothing_intact());
+    }
+    let is_end = |(header, _): &&(RecordHeader, u64)| matches!(header.kind, RecordKind::Commit | RecordKind::Tail);
+    let end = searched.records.iter().rfind(is_end).map_or(0, |(_, offset)| *offset);
+    let mut found: BTreeMap<LaneId, Vec<Committed>> = BTreeMap::new();
+    let (mut damage, mut seen, mut total) = (Vec::new(), HashSet::new(), ListedTotal::default());
+    let mut main = searched.records[0].0.lane;
+    for (header, offset) in searched
+        .records
+        .iter()
+        .filter(|(header, _)| header.kind == RecordKind::Commit)
+    {
+        main = header.lane;
+        // A COMMIT that stands there twice counts once.
+        if seen.contains(&header.body_hash) {
+            continue;
+        }
+        let location = CommitLocation {
+            offset: *offset,
+            length: HEADER_BYTES as u64 + header.body_bytes,
+            body_hash: header.body_hash,
+        };
+        let body = reader.body_of(*offset, header)?;
+        let decoded = commit_of(&body, header).map_err(|problem| reader.malformed(*offset, problem));
+        if decoded.is_ok() {
+            seen.insert(header.body_hash);
+        }
+        match decoded.and_then(|commit| committed(reader, commit, header, (Some(searched), end), &mut total)) {
+            Ok(one) => found
+                .entry(header.lane)
+                .or_default()
+                .push(Committed { location, ..one }),
+            Err(Error::Damaged { problem, .. }) => damage.push(damage_of(&location, problem)),
+            Err(error) => return Err(error),
+        }
+    }
+    let mut commits = Vec::new();
+    for (_, lane) in found {
+        commits.append(&mut chain_of(lane, &mut damage));
+    }
+    commits.sort_by_key(|one| (one.lane == main, one.lane, one.commit.number));
+    mark_forgotten(&mut commits);
+    let lost = named_in_other_lanes(&commits).filter(|named| !seen.contains(&named.body_hash));
+    damage.extend(lost.map(|named| damage_of(named, "a COMMIT of another lane is lost".into())));
+    let mut may_append = true;
+    for committed in &commits {
+        may_append &= check_head(reader, committed, (Some(searched), end))?;
+    }
+    Ok(Opened {
+        end: end_of(searched, &commits, main),
+        commits,
+        main,
+        may_append,
+        damage,
+    })
+}
+
+/// Of the commits of a lane those that count: the one with the greatest number and what it follows, and again from where the chain is broken.
+fn chain_of(mut commits: Vec<Committed>, damage: &mut Vec<Damage>) -> Vec<Committed> {
+    // Of two with one number, the one that stands later is tried first.
+    commits.sort_by_key(|one| (one.commit.number, one.location.offset));
+    let mut left: HashSet<Hash> = commits.iter().map(|one| one.location.body_hash).collect();
+    let mut chain: Vec<Committed> = Vec::new();
+    let mut wanted = None;
+    while let Some(committed) = commits.pop() {
+        left.remove(&committed.location.body_hash);
+        let is_wanted = wanted.is_none_or(|hash| hash == committed.location.body_hash);
+        let is_below = chain
+            .last()
+            .is_none_or(|last| committed.commit.number < last.commit.number);
+        let is_there = wanted.is_some_and(|hash| left.contains(&hash));
+        if !is_below || (!is_wanted && is_there) {
+            damage.push(damage_of(
+                &committed.location,
+                "a COMMIT is none of those that the last one follows".into(),
+            ));
+            continue;
+        }
+        if !is_wanted && let Some(last) = chain.last() {
+            let problem = format!("the COMMIT of commit {} is lost", last.commit.number.previous());
+            damage.push(damage_of(&last.commit.previous, problem));
+        }
+        let is_next = |last: &Committed| last.commit.number == committed.commit.number.next();
+        if is_wanted && chain.last().is_some_and(|last| !is_next(last)) {
+            damage.push(damage_of(
+                &committed.location,
+                "the COMMIT after it has another number than it should have".into(),
+            ));
+        }
+        wanted = Some(committed.commit.previous.body_hash);
+        chain.push(committed);
+    }
+    if let Some(last) = chain.last().filter(|last| last.commit.number > CommitNumber::FIRST) {
+        let problem = format!("the COMMIT of commit {} is lost", last.commit.number.previous());
+        damage.push(damage_of(&last.commit.previous, problem));
+    }
+    chain.reverse();
+    let mut counts = Vec::with_capacity(chain.len());
+    let mut end = 0;
+    for committed in &chain {
+        let is_behind = committed.location.offset >= end;
+        counts.push(is_behind);
+        if is_behind {
+            end = committed.location.offset + committed.location.length;
+        } else {
+            let problem = "a COMMIT stands before the one it follows";
+            damage.push(damage_of(&committed.location, problem.into()));
+        }
+    }
+    let mut counts = counts.into_iter();
+    chain.retain(|_| counts.next().unwrap_or(false));
+    chain
+}
+
+/// Where the last of some commits ends: behind its copies and its TAIL.
+fn end_of(searched: &Searched, commits: &[Committed], main: LaneId) -> End {
+    let hashes: HashSet<Hash> = commits.iter().map(|one| one.location.body_hash).collect();
+    let epochs: HashSet<EpochId> = commits.iter().map(|one| one.epoch).collect();
+    let mut end = End::default();
+    let mut sequence = 0;
+    for (place, (header, offset)) in searched.records.iter().enumerate() {
+        let after = offset + HEADER_BYTES as u64 + header.body_bytes;
+        if header.lane == main {
+            sequence = header.sequence + 1;
+        }
+        let is_end = match header.kind {
+            RecordKind::Commit => hashes.contains(&header.body_hash),
+            RecordKind::Tail => epochs.contains(&header.epoch),
+            _ => false,
+        };
+        if is_end {
+            end = End {
+                offset: after,
+                sequence,
+                records: place + 1,
+                has_tail: header.kind == RecordKind::Tail,
+            };
+        }
+    }
+    end
+}
+
+/// Whether what stands behind the last commit is nothing but what an export left that did not end: no COMMIT and no TAIL is among it.
+///
+/// # Errors
+/// Returns the error of reading.
+pub fn ends_in_leftovers_only(reader: &RecordReader, end: End) -> Result<bool> {
+    let mut stream = Stream::new(
+        StoreReader::new(reader.store(), end.offset).take(reader.length().saturating_sub(end.offset)),
+        end.offset,
+    );
+    while let Some(event) = stream.next_event().map_err(Error::io("read", reader.path()))? {
+        let is_evidence = |kind| matches!(kind, RecordKind::Commit | RecordKind::Tail);
+        let may_be_left = match event {
+            StreamEvent::Record { header, .. } => !is_evidence(header.kind),
+            StreamEvent::Damage { header, range, .. } => {
+                let is_other = header.is_some_and(|header| !is_evidence(header.kind));
+                is_other || is_torn(reader, range, header)?
+            }
+            StreamEvent::Unsupported(_) => false,
+        };
+        if !may_be_left {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a range in which there is no whole record may be a write that did not end: it is cut by the end of the file, or begins or ends with
+/// zeros.
+fn is_torn(reader: &RecordReader, range: ByteRange, header: Option<RecordHeader>) -> Result<bool> {
+    let end = range.start + range.length;
+    let wanted = header.map_or(0, |header| header.body_bytes) + HEADER_BYTES as u64;
+    if end >= reader.length() && range.length < wanted {
+        return Ok(true);
+    }
+    let mut start = [1; ZEROS];
+    reader.read_exact(range.start, &mut start[..bytes_up_to(range.start, end)])?;
+    if start == [0; ZEROS] {
+        return Ok(true);
+    }
+    // A tear may lie within the last bytes: then zeros go on behind them, or the file ends there.
+    let last = end.min(range.start + wanted);
+    let from = last.saturating_sub(ZEROS as u64).max(range.start);
+    let (mut before, mut after) = ([1; ZEROS], [1; ZEROS]);
+    let (count_before, count_after) = (bytes_up_to(from, last), bytes_up_to(last, reader.length()));
+    reader.read_exact(from, &mut before[..count_before])?;
+    reader.read_exact(last, &mut after[..count_after])?;
+    let zeros_before = before[..count_before]
+        .iter()
+        .rev()
+        .take_while(|byte| **byte == 0)
+        .count();
+    let zeros_after = after[..count_after].iter().take_while(|byte| **byte == 0).count();
+    let is_at_end = last + zeros_after as u64 == reader.length();
+    Ok(zeros_before > 0 && (zeros_before + zeros_after >= ZEROS || is_at_end))
+}
+
+/// Bytes between two offsets, as many as are looked at.
+fn bytes_up_to(from: u64, to: u64) -> usize {
+    usize::try_from(to.saturating_sub(from))
+        .unwrap_or(usize::MAX)
+        .min(ZEROS)
+}

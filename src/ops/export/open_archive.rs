@@ -1,0 +1,231 @@
+//! The archive that an export goes on with.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::archive::head::Head;
+use crate::archive::lane::ListedRecord;
+use crate::archive::reader::{Archive, Committed};
+use crate::archive::record::{HEADER_BYTES, LaneId, MAGIC, RecordHeader, hash_of};
+use crate::archive::writer::EpochBase;
+use crate::error::{Error, Result};
+use crate::exec::hashes::StoredHashes;
+use crate::monitor::Monitor;
+use crate::numbers::StoreBlock;
+use crate::range;
+use crate::store::Store;
+
+/// The archive that is written to.
+pub(super) struct OpenArchive {
+    pub(super) store: Arc<dyn Store>,
+    /// The archive as it is read. It is `None` if there is no commit in it yet.
+    pub(super) archive: Option<Archive>,
+    /// The end of the archive, which the export continues.
+    pub(super) base: EpochBase,
+    /// Bytes behind it that an export left which did not end.
+    leftover_bytes: u64,
+    /// Whether anything was written or cut off.
+    is_changed: bool,
+}
+
+impl OpenArchive {
+    /// Opens the archive in a store, and removes from its end what an export that did not end left there.
+    pub(super) fn new(store: Arc<dyn Store>) -> Result<Self> {
+        let path = store.path().to_owned();
+        let mut opened = Self {
+            store: Arc::clone(&store),
+            archive: None,
+            base: EpochBase {
+                lane: LaneId(random()?),
+                ..EpochBase::default()
+            },
+            leftover_bytes: 0,
+            is_changed: false,
+        };
+        let length = store.length().map_err(Error::io("look at", &path))?.unwrap_or(0);
+        if length == 0 {
+            return Ok(opened);
+        }
+        if is_torn_beginning(&*store, length).map_err(Error::io("read", &path))? {
+            opened.leftover_bytes = length;
+            return Ok(opened);
+        }
+        let archive = Archive::open_any(store)?;
+        if !archive.may_append() {
+            return Err(Error::Unsupported {
+                path: path.clone(),
+                problem: "it was made by another version, which cuts chunks in another way or knows more features",
+            });
+        }
+        // A disk image that holds an archive is none, whatever it holds.
+        if !archive.begins_with_record()? {
+            let problem = "it does not begin with a record: copy what is intact of it by import and export";
+            return Err(Error::damaged(&path, 0, archive.length(), problem));
+        }
+        opened.base = archive.base();
+        opened.leftover_bytes = archive.length() - opened.base.length;
+        if opened.leftover_bytes > 0 && !archive.ends_in_leftovers_only()? {
+            let problem = "what follows its last intact commit is not just an export that did not end";
+            return Err(Error::damaged(
+                &path,
+                opened.base.length,
+                opened.leftover_bytes,
+                problem,
+            ));
+        }
+        opened.archive = archive.last_of_main().is_some().then_some(archive);
+        Ok(opened)
+    }
+
+    /// Returns the commit that an export goes on from, with its archive.
+    pub(super) fn last(&self) -> Option<(&Archive, &Committed)> {
+        let archive = self.archive.as_ref()?;
+        Some((archive, archive.last_of_main()?))
+    }
+
+    /// Returns which of some store addresses are lost: those without a hash, and those of PACKs that are damaged, all of which are read unless
+    /// the archive is trusted. Whoever refers to them would not get them back.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the archive cannot be read; [`Error::Interrupted`].
+    pub(super) fn lost(
+        &self,
+        wanted: &[Range<StoreBlock>],
+        is_trusted: bool,
+        monitor: &dyn Monitor,
+    ) -> Result<Vec<Range<StoreBlock>>> {
+        let Some((archive, last)) = self.last() else {
+            return Ok(Vec::new());
+        };
+        let mut lost = StoredHashes::new(Some((archive, last)), last.commit.store_end).lost(wanted)?;
+        if !is_trusted {
+            lost.extend(range::without(wanted, &held(archive, last, wanted, monitor)?));
+        }
+        Ok(range::joined(lost))
+    }
+
+    /// Cuts off what an export left that did not end. From here on, the archive is written to.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if that fails.
+    pub(super) fn begin(&mut self, monitor: &dyn Monitor) -> Result<()> {
+        self.is_changed = true;
+        if self.leftover_bytes > 0 {
+            monitor.note(&format!(
+                "Removes {} behind the last commit, which an export left that did not end",
+                crate::shown::size(self.leftover_bytes)
+            ));
+            let cut = self.store.truncate(self.base.length);
+            cut.map_err(Error::io("write to", self.store.path()))?;
+        }
+        Ok(())
+    }
+
+    /// Truncates the archive to its last commit, if it was written to. What an export wrote after it is of no use without a commit.
+    pub(super) fn undo(&self, monitor: &dyn Monitor) {
+        if !self.is_changed {
+            return;
+        }
+        match self.store.truncate(self.base.length) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
+            Err(error) => monitor.note(&format!("What was written so far could not be taken back: {error}")),
+        }
+    }
+}
+
+/// Reads the PACKs that have some store addresses. Returns the addresses that those of them hold which are intact, a list.
+fn held(
+    archive: &Archive,
+    last: &Committed,
+    wanted: &[Range<StoreBlock>],
+    monitor: &dyn Monitor,
+) -> Result<Vec<Range<StoreBlock>>> {
+    let mut packs: BTreeMap<StoreBlock, Vec<&ListedRecord>> = BTreeMap::new();
+    for pack in wanted.iter().flat_map(|range| archive.packs(last, range.clone())) {
+        let known = packs.entry(pack.location.first).or_default();
+        if !known.contains(&pack) {
+            known.push(pack);
+        }
+    }
+    let packs: Vec<&ListedRecord> = packs.into_values().flatten().collect();
+    monitor.phase(
+        "Checking the archive",
+        packs.iter().map(|pack| pack.location.length).sum(),
+    );
+    let intact: Vec<Result<Vec<Range<StoreBlock>>>> = packs
+        .par_iter()
+        .map(|pack| {
+            if monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            let intact = archive.held_by(last, &pack.location);
+            monitor.advance(pack.location.length);
+            match intact {
+                Err(Error::Damaged { .. }) => Ok(Vec::new()),
+                other => other,
+            }
+        })
+        .collect();
+    let mut held = Vec::new();
+    for intact in intact {
+        held.extend(intact?);
+    }
+    Ok(range::joined(held))
+}
+
+/// Whether a store holds nothing but a part of an archive's first record, and zeros in the place of the rest. That is what an export leaves
+/// that was killed at once.
+fn is_torn_beginning(store: &dyn Store, length: u64) -> std::io::Result<bool> {
+    /// A longer file of zeros is rather the image of a disk, which was named by mistake.
+    const ZEROS_MAX: u64 = 1 << 20;
+    let body = Head::current().encode();
+    let record_bytes = HEADER_BYTES + body.len();
+    if length > ZEROS_MAX {
+        return Ok(false);
+    }
+    let mut start = vec![0; record_bytes.min(usize::try_from(length).unwrap_or(usize::MAX))];
+    store.read_exact_at(0, &mut start)?;
+    if start.len() < record_bytes && start.starts_with(&MAGIC) {
+        return Ok(true);
+    }
+    let is_whole = start.first_chunk().is_some_and(|header| {
+        let header = RecordHeader::decode(header);
+        header.is_ok_and(|header| header.body_hash == hash_of(&start[HEADER_BYTES..]))
+    });
+    // Its magic and its body are known. What is not there of them is zeros.
+    let known = MAGIC.iter().zip(0..).chain(body.iter().zip(HEADER_BYTES..));
+    let is_torn = |(byte, at): (&u8, usize)| start.get(at).is_none_or(|found| *found == 0 || found == byte);
+    Ok(!is_whole && known.into_iter().all(is_torn) && are_zeros(store, start.len() as u64, length)?)
+}
+
+/// Whether a store holds nothing but zeros from one offset to another.
+fn are_zeros(store: &dyn Store, from: u64, to: u64) -> std::io::Result<bool> {
+    const PART_BYTES: usize = 1 << 20;
+    let mut part = vec![0; PART_BYTES];
+    let mut at = from;
+    while at < to {
+        let length = usize::try_from(to - at).unwrap_or(usize::MAX).min(PART_BYTES);
+        store.read_exact_at(at, &mut part[..length])?;
+        if part[..length].iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        at += length as u64;
+    }
+    Ok(true)
+}
+
+/// Random bytes of the kernel.
+pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+            .map_err(Error::io("get random bytes from", Path::new("/dev/urandom")))?;
+    }
+    Ok(bytes)
+}
