@@ -18,7 +18,7 @@ use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
 use vmfold::ops::ArchivePlace;
-use vmfold::ops::import::{ImportOptions, import, import_in_order};
+use vmfold::ops::import::{ImportOptions, import, import_from, import_in_order};
 use vmfold::ops::list::list;
 use vmfold::ops::verify::{verify, verify_store};
 use vmfold::report::Imported;
@@ -155,6 +155,25 @@ fn what_must_not_be_skipped_is_refused_by_name() {
         }
         assert!(!to.exists() || hashes_of(&to).is_empty(), "{name}: nothing is restored");
     }
+}
+
+#[test]
+fn a_copy_serves_where_frames_of_a_pack_are_damaged() {
+    let mut bytes = std::fs::read(path_of("plain")).unwrap();
+    let start = bytes.windows(9).position(|part| part == b"\x89vmfold\n\x03").unwrap();
+    let end = start + 96 + usize::try_from(u64::from_le_bytes(bytes[start + 48..][..8].try_into().unwrap())).unwrap();
+    let mut damaged = bytes[start..end].to_vec();
+    let last = damaged.len() - 1000;
+    damaged[last] ^= 1;
+    bytes.splice(start..start, damaged);
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("to");
+    let done = import_from(
+        Arc::new(MemoryStore::of(bytes)),
+        &options("plain", "1", &to),
+        &Silent::default(),
+    );
+    check("a damaged copy in front", done, &to, &expected("plain")[&1]);
 }
 
 /// Also where it is in what nobody reads, as in the padding of a PACK.

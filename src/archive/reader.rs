@@ -768,19 +768,32 @@ impl Archive {
         Ok(range::joined(held))
     }
 
-    /// Reads the content of a frame.
+    /// Reads the content of a frame. If it is damaged where it should be, another copy of its PACK serves, if a search finds one.
     ///
     /// # Errors
     /// [`Error::Damaged`], or the error of reading.
     pub fn frame(&self, located: &LocatedFrame) -> Result<Vec<u8>> {
         let LocatedFrame { offset, frame, header } = located;
-        let mut stored = vec![0; frame.stored_bytes as usize];
-        self.reader.read_exact(*offset, &mut stored)?;
-        header.apply_mask(frame.offset, &mut stored);
-        frame.decode(&stored).map_err(|malformed| {
-            let problem = malformed.problem();
-            Error::damaged(self.path(), *offset, frame.stored_bytes.into(), problem)
-        })
+        let read = |offset: u64, header: &RecordHeader| {
+            let mut stored = vec![0; frame.stored_bytes as usize];
+            self.reader.read_exact(offset, &mut stored)?;
+            header.apply_mask(frame.offset, &mut stored);
+            frame.decode(&stored).map_err(|malformed| {
+                let problem = malformed.problem();
+                Error::damaged(self.path(), offset, frame.stored_bytes.into(), problem)
+            })
+        };
+        let error = match read(*offset, header) {
+            Err(error @ Error::Damaged { .. }) => error,
+            other => return other,
+        };
+        match self.searched()?.place_of(&header.body_hash) {
+            Some(place) if place < self.records_end => read(
+                place + HEADER_BYTES as u64 + frame.offset,
+                &self.reader.header_at(place)?,
+            ),
+            _ => Err(error),
+        }
     }
 
     /// Reads the hashes of the blocks of a range of a commit's lane, as far as INDEXes that the commit proves have them intact.
