@@ -145,7 +145,8 @@ class Archive:
         if not self.latest or not self.reach([self.latest]):
             for (kind, _), why in self.refused.items():
                 refuse(kind in (COMMIT, TAIL), why)
-            self.reach([its for kind, its in [*self.found, *self.broken] if kind == COMMIT] + [*filter(None, self.tails)])
+            whole = [key for key, places in self.broken.items() if any(self.header(at).end <= self.size for at in places)]
+            self.reach([its for kind, its in [*self.found, *whole] if kind == COMMIT] + [*filter(None, self.tails)])
         self.choose()
         self.check_end()
         must(self.commits, "no COMMIT is found")

@@ -22,6 +22,8 @@ def with_vmfold(vmfold, path):
     text = done.stderr.decode("utf-8", "replace")
     if done.returncode == 1 and "cannot be used" in text:
         return "refused", set(), text
+    if done.returncode == 2 and "is not an archive" in text:
+        return "damaged", None, text
     verdict = {0: "intact", 4: "damaged"}.get(done.returncode)
     assert verdict, (done.returncode, text)
     said = json.loads(done.stdout) if done.stdout else None
