@@ -131,17 +131,6 @@ struct Verifier<'a> {
 }
 
 impl Verifier<'_> {
-    /// Notes damage; any other error ends the verification.
-    fn note(&mut self, error: Error, otherwise: ByteRange) -> Result<()> {
-        match error {
-            Error::Damaged { range, problem, .. } => {
-                self.damage.push(Damage::at(range.unwrap_or(otherwise), problem));
-                Ok(())
-            }
-            other => Err(other),
-        }
-    }
-
     /// Checks all PACKs. Returns how many blocks are what was stored.
     fn check_packs(&mut self) -> Result<u64> {
         let archive = self.archive;
@@ -223,7 +212,7 @@ impl Verifier<'_> {
                     .map_err(|malformed| self.malformed(location, malformed))
             });
             if let Err(error) = checked {
-                self.note(error, range_of(location))?;
+                note(&mut self.damage, error, range_of(location))?;
             }
         }
         let heads = committed
@@ -271,7 +260,7 @@ impl Verifier<'_> {
                 manifest
             }
             Err(error) => {
-                self.note(error, ByteRange::default())?;
+                note(&mut self.damage, error, ByteRange::default())?;
                 let lost = summaries.into_iter().map(|image| whole(number, image.path, image.size));
                 result.lost.extend(lost);
                 return Ok(());
@@ -402,7 +391,7 @@ fn check_pack(archive: &Archive, last: &Committed, pack: &ListedRecord) -> Resul
             }
         }
         Err(error) => {
-            checked.note(error, range_of(location))?;
+            note(&mut checked.damage, error, range_of(location))?;
             // Each frame is proved by itself, so that what is intact of the PACK counts.
             match archive.frames(location) {
                 Ok(frames) => {
@@ -410,17 +399,28 @@ fn check_pack(archive: &Archive, last: &Committed, pack: &ListedRecord) -> Resul
                         let LocatedFrame { offset, frame, .. } = located;
                         match archive.frame(&located) {
                             Ok(content) => checked.compare(&frame, offset, &content),
-                            Err(error) => checked.note(error, place_of(&frame, offset))?,
+                            Err(error) => note(&mut checked.damage, error, place_of(&frame, offset))?,
                         }
                     }
                 }
-                Err(error) => checked.note(error, range_of(location))?,
+                Err(error) => note(&mut checked.damage, error, range_of(location))?,
             }
         }
     }
     // All that was found is kept until the last PACK was read.
     checked.expected = Vec::new();
     Ok(checked)
+}
+
+/// Notes damage; any other error ends the verification.
+fn note(damage: &mut Vec<Damage>, error: Error, otherwise: ByteRange) -> Result<()> {
+    match error {
+        Error::Damaged { range, problem, .. } => {
+            damage.push(Damage::at(range.unwrap_or(otherwise), problem));
+            Ok(())
+        }
+        other => Err(other),
+    }
 }
 
 fn place_of(frame: &FrameInfo, offset: u64) -> ByteRange {
@@ -455,17 +455,6 @@ impl CheckedPack {
             remade: Vec::new(),
             damage: Vec::new(),
             contradictions: Vec::new(),
-        }
-    }
-
-    /// Notes damage; any other error ends the verification.
-    fn note(&mut self, error: Error, otherwise: ByteRange) -> Result<()> {
-        match error {
-            Error::Damaged { range, problem, .. } => {
-                self.damage.push(Damage::at(range.unwrap_or(otherwise), problem));
-                Ok(())
-            }
-            other => Err(other),
         }
     }
 
