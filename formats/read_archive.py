@@ -140,15 +140,21 @@ class Archive:
         must(blake3(body).digest() == body_hash, "the archive changes")
         return body
 
+    def check_refused(self):
+        """Where not all commits may be known, a COMMIT or TAIL that is refused may be the last."""
+        for (kind, _), why in self.refused.items():
+            refuse(kind in (COMMIT, TAIL), why)
+
     def open(self):
         self.search()
         if not self.latest or not self.reach([self.latest]):
-            for (kind, _), why in self.refused.items():
-                refuse(kind in (COMMIT, TAIL), why)
+            self.check_refused()
             whole = [key for key, places in self.broken.items() if any(self.header(at).end <= self.size for at in places)]
             self.reach([its for kind, its in [*self.found, *whole] if kind == COMMIT] + [*filter(None, self.tails)])
         self.choose()
         self.check_end()
+        for why in () if self.commits else self.refused.values():
+            refuse(True, why)
         must(self.commits, "no COMMIT is found")
         for lane in {one.lane for one in self.commits}:
             self.stores[lane], _ = (Store([one for one in self.commits if one.lane == lane], kind) for kind in (PACK, INDEX))
@@ -392,6 +398,7 @@ class Archive:
 
     def verify_rest(self):
         """Checks copies, and what lies between records."""
+        self.check_refused()
         forgotten, chosen = {commit.epoch for commit in self.commits if commit.forgotten}, {commit.hash for commit in self.commits}
         for first, end in self.gaps:
             if first < self.end:

@@ -9,7 +9,7 @@ use super::head::Head;
 use super::limits::RECORDS_MAX;
 use super::list::{Listed, OtherLane, PART_RECORDS};
 use super::reader::{Committed, Damage, RecordReader, damage_of};
-use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
+use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, UnsupportedRecord};
 use super::stream::{Stream, StreamEvent};
 use crate::block::ByteRange;
 use crate::codec::{Decoded, Malformed};
@@ -59,6 +59,8 @@ pub struct Searched {
     by_hash: Vec<u32>,
     /// Where records begin whose header is whole and whose body is not, by the hashes that the bodies should have.
     pub broken: HashMap<Hash, u64>,
+    /// Records that must be refused where they are needed, in the order of their kinds and the hashes of their bodies.
+    pub unsupported: Vec<UnsupportedRecord>,
     /// What is no record.
     pub damage: Vec<Damage>,
 }
@@ -66,7 +68,7 @@ pub struct Searched {
 /// Reads all of an archive.
 ///
 /// # Errors
-/// Returns the error of reading; [`Error::Unsupported`]; or says that there are more records than allowed.
+/// Returns the error of reading, or says that there are more records than allowed.
 pub fn search(reader: &RecordReader) -> Result<Searched> {
     let mut searched = Searched::default();
     let mut stream = Stream::new(StoreReader::new(reader.store(), 0).take(reader.length()), 0);
@@ -101,13 +103,14 @@ pub fn search(reader: &RecordReader) -> Result<Searched> {
                     searched.note(damage);
                 }
             }
-            StreamEvent::Unsupported(problem) => return Err(reader.unsupported(problem)),
+            StreamEvent::Unsupported(record) => searched.unsupported.push(record),
         }
-        if searched.records.len() > RECORDS_MAX {
+        if searched.records.len() + searched.unsupported.len() > RECORDS_MAX {
             return Err(reader.problem(stream.offset(), "it has more records than allowed"));
         }
     }
     searched.damage.extend(zeros);
+    searched.unsupported.sort_by_key(|record| key_of(&record.header));
     let Searched { records, by_hash, .. } = &mut searched;
     by_hash.extend(0..u32::try_from(records.len()).unwrap_or(u32::MAX));
     by_hash.sort_unstable_by_key(|place| (records[*place as usize].0.body_hash, *place));
@@ -123,6 +126,33 @@ impl Searched {
         Some(self.records[*place as usize].1)
     }
 
+    /// Fails if what was looked for is a record that must be refused.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check_supported(&self, reader: &RecordReader, kind: RecordKind, body_hash: &Hash) -> Result<()> {
+        let found = self
+            .unsupported
+            .binary_search_by_key(&(kind, *body_hash), |record| key_of(&record.header));
+        found.map_or(Ok(()), |place| Err(reader.unsupported(self.unsupported[place].problem)))
+    }
+
+    /// Fails if a record must be refused that tells which commits there are.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check_commits_supported(&self, reader: &RecordReader) -> Result<()> {
+        refuse_first(reader, &self.unsupported, tells_of_commit)
+    }
+
+    /// Fails if any record must be refused.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn check_any_supported(&self, reader: &RecordReader) -> Result<()> {
+        refuse_first(reader, &self.unsupported, |_| true)
+    }
+
     /// Notes damage. Beyond a number of places that nobody reads, it is one place.
     fn note(&mut self, damage: Damage) {
         const PLACES_MAX: usize = 10_000;
@@ -136,6 +166,25 @@ impl Searched {
             _ => self.damage.push(damage),
         }
     }
+}
+
+/// What a record is looked for by.
+fn key_of(header: &RecordHeader) -> (RecordKind, Hash) {
+    (header.kind, header.body_hash)
+}
+
+fn refuse_first(
+    reader: &RecordReader,
+    records: &[UnsupportedRecord],
+    is_needed: impl Fn(RecordKind) -> bool,
+) -> Result<()> {
+    let first = records.iter().find(|record| is_needed(record.header.kind));
+    first.map_or(Ok(()), |record| Err(reader.unsupported(record.problem)))
+}
+
+/// Whether a record of a kind tells that there was a commit.
+fn tells_of_commit(kind: RecordKind) -> bool {
+    matches!(kind, RecordKind::Commit | RecordKind::Tail)
 }
 
 /// Returns whether a range holds nothing but zeros.
@@ -176,8 +225,8 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
     let copy = at
         .checked_sub(last.length)
         .ok_or_else(|| reader.problem(at, "its TAIL names no COMMIT"))?;
-    let header = reader.header_at(copy)?;
-    if header.kind != RecordKind::Commit || (header.lane, header.epoch) != (tail.lane, tail.epoch) {
+    let header = reader.header_of(copy, RecordKind::Commit, &last.body_hash)?;
+    if (header.lane, header.epoch) != (tail.lane, tail.epoch) {
         return Err(reader.problem(copy, "its TAIL does not stand behind a COMMIT"));
     }
     let mut chains = Chains::new(reader);
@@ -300,10 +349,8 @@ impl<'a> Chains<'a> {
         let (mut next, mut hint) = (location, hint);
         let mut follower: Option<u32> = None;
         loop {
-            let header = reader.header_at(next.offset)?;
-            if (header.kind, header.lane, header.body_hash) != (RecordKind::Commit, lane, next.body_hash)
-                || next.length != HEADER_BYTES as u64 + header.body_bytes
-            {
+            let header = reader.header_of(next.offset, RecordKind::Commit, &next.body_hash)?;
+            if header.lane != lane || next.length != HEADER_BYTES as u64 + header.body_bytes {
                 return Err(reader.problem(next.offset, "a COMMIT is not where it should be"));
             }
             let body = reader.body_of(next.offset, &header)?;
@@ -443,10 +490,12 @@ fn mark_forgotten(commits: &mut [Committed]) {
 /// # Errors
 /// [`Error::Unsupported`]; the error of reading; [`Error::NotAnArchive`] or [`Error::Damaged`] where no record is intact.
 pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened> {
+    searched.check_commits_supported(reader)?;
     if searched.records.is_empty() {
+        searched.check_any_supported(reader)?;
         return Err(reader.nothing_intact());
     }
-    let is_end = |(header, _): &&(RecordHeader, u64)| matches!(header.kind, RecordKind::Commit | RecordKind::Tail);
+    let is_end = |(header, _): &&(RecordHeader, u64)| tells_of_commit(header.kind);
     let end = searched.records.iter().rfind(is_end).map_or(0, |(_, offset)| *offset);
     let mut found: BTreeMap<LaneId, Vec<Committed>> = BTreeMap::new();
     let (mut damage, mut seen, mut total) = (Vec::new(), HashSet::new(), ListedTotal::default());
@@ -596,14 +645,13 @@ pub fn ends_in_leftovers_only(reader: &RecordReader, end: End) -> Result<bool> {
         end.offset,
     );
     while let Some(event) = stream.next_event().map_err(Error::io("read", reader.path()))? {
-        let is_evidence = |kind| matches!(kind, RecordKind::Commit | RecordKind::Tail);
         let may_be_left = match event {
-            StreamEvent::Record { header, .. } => !is_evidence(header.kind),
+            StreamEvent::Record { header, .. } => !tells_of_commit(header.kind),
             StreamEvent::Damage { header, range, .. } => {
-                let is_other = header.is_some_and(|header| !is_evidence(header.kind));
+                let is_other = header.is_some_and(|header| !tells_of_commit(header.kind));
                 is_other || is_torn(reader, range, header)?
             }
-            StreamEvent::Unsupported(_) => false,
+            StreamEvent::Unsupported(record) => !tells_of_commit(record.header.kind),
         };
         if !may_be_left {
             return Ok(false);

@@ -13,7 +13,7 @@ use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordL
 use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use super::open::{self, Opened, Searched};
 use super::pack::{self, FrameInfo, PackTable};
-use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, hash_of};
+use super::record::{DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, hash_of};
 use super::writer::EpochBase;
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::codec::Malformed;
@@ -127,9 +127,29 @@ impl RecordReader {
     /// # Errors
     /// [`Error::Damaged`], [`Error::Unsupported`], or the error of reading.
     pub fn header_at(&self, offset: u64) -> Result<RecordHeader> {
+        match self.any_header_at(offset)? {
+            DecodedHeader::Known(header) => Ok(header),
+            DecodedHeader::Unsupported(record) => Err(self.unsupported(record.problem)),
+        }
+    }
+
+    fn any_header_at(&self, offset: u64) -> Result<DecodedHeader> {
         let mut bytes = [0; HEADER_BYTES];
         self.read_exact(offset, &mut bytes)?;
-        RecordHeader::decode(&bytes).map_err(|problem| self.malformed(offset, problem))
+        RecordHeader::decode_any(&bytes).map_err(|problem| self.malformed(offset, problem))
+    }
+
+    /// Reads the header of a record that should be at a place.
+    ///
+    /// # Errors
+    /// As for [`RecordReader::header_at`]; another record is damage, whatever it is.
+    pub fn header_of(&self, offset: u64, kind: RecordKind, body_hash: &Hash) -> Result<RecordHeader> {
+        let is_it = |header: &RecordHeader| (header.kind, header.body_hash) == (kind, *body_hash);
+        match self.any_header_at(offset)? {
+            DecodedHeader::Known(header) if is_it(&header) => Ok(header),
+            DecodedHeader::Unsupported(record) if is_it(&record.header) => Err(self.unsupported(record.problem)),
+            _ => Err(self.problem(offset, "another record stands in its place")),
+        }
     }
 
     /// Reads a body, without its mask.
@@ -166,19 +186,16 @@ impl RecordReader {
             if offset >= end {
                 return Err(self.problem(offset, BEHIND));
             }
-            let header = self.header_at(offset)?;
-            if header.body_hash != *body_hash || header.kind != kind {
-                return Err(self.problem(offset, "another record stands in its place"));
-            }
-            self.body_of(offset, &header)
+            self.body_of(offset, &self.header_of(offset, kind, body_hash)?)
         };
         let error = match read(offset) {
             Err(error @ Error::Damaged { .. }) => error,
             other => return other,
         };
-        match searched.and_then(|searched| searched.place_of(body_hash)) {
+        let Some(searched) = searched else { return Err(error) };
+        match searched.place_of(body_hash) {
             Some(found) if found != offset => read(found),
-            _ => Err(error),
+            _ => searched.check_supported(self, kind, body_hash).and(Err(error)),
         }
     }
 
@@ -257,6 +274,7 @@ impl Archive {
     pub fn open(store: Arc<dyn Store>) -> Result<Self> {
         let archive = Self::open_any(store)?;
         if archive.commits().is_empty() {
+            archive.searched()?.check_any_supported(&archive.reader)?;
             let problem = if archive.damage().is_empty() {
                 "it has no commit: the export that wrote it did not end"
             } else {
@@ -390,8 +408,9 @@ impl Archive {
     /// Returns the COMMITs and TAILs that belong to no commit of the archive, once it was searched.
     ///
     /// # Errors
-    /// Returns the error of reading.
+    /// [`Error::Unsupported`], or the error of reading.
     pub fn stray_commits(&self) -> Result<Vec<Damage>> {
+        self.searched()?.check_commits_supported(&self.reader)?;
         let known: HashMap<Hash, (LaneId, EpochId)> = self
             .all_commits()
             .map(|one| (one.location.body_hash, (one.lane, one.epoch)))
@@ -703,10 +722,7 @@ impl Archive {
     pub fn frames(&self, pack: &RecordLocation) -> Result<Vec<LocatedFrame>> {
         let reader = &self.reader;
         let read = |offset: u64| -> Result<Vec<LocatedFrame>> {
-            let header = reader.header_at(offset)?;
-            if header.body_hash != pack.body_hash || header.kind != RecordKind::Pack {
-                return Err(reader.problem(offset, "another record stands in its place"));
-            }
+            let header = reader.header_of(offset, RecordKind::Pack, &pack.body_hash)?;
             let body = offset + HEADER_BYTES as u64;
             let masked = |length: usize| {
                 let mut part = vec![0; length];
@@ -911,6 +927,7 @@ impl Archive {
             other => return other,
         };
         let searched = self.searched()?;
+        searched.check_supported(&self.reader, location.kind, &location.body_hash)?;
         let broken = searched.broken.get(&location.body_hash).copied();
         let places = [searched.place_of(&location.body_hash), broken];
         match places.into_iter().flatten().find(|offset| *offset != location.offset) {

@@ -221,11 +221,22 @@ impl RecordHeader {
         header
     }
 
-    /// Decodes a header.
+    /// Decodes the header of a record that is used.
     ///
     /// # Errors
     /// Returns what is damaged, or what this version does not know and must not skip.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Decoded<Self> {
+        match Self::decode_any(bytes)? {
+            DecodedHeader::Known(header) => Ok(header),
+            DecodedHeader::Unsupported(record) => Err(Malformed::Unsupported(record.problem)),
+        }
+    }
+
+    /// Decodes a header of which it is not known whether the record is needed.
+    ///
+    /// # Errors
+    /// Returns what is damaged.
+    pub fn decode_any(bytes: &[u8; HEADER_BYTES]) -> Decoded<DecodedHeader> {
         let (hashed, hash) = bytes.split_at(HASHED_BYTES);
         if !bytes.starts_with(&MAGIC) {
             return Err("there is no record header".into());
@@ -235,23 +246,7 @@ impl RecordHeader {
         }
         let mut decoder = Decoder::new(&hashed[MAGIC.len()..]);
         let (kind, version, flags) = (RecordKind::of(decoder.u8()?), decoder.u8()?, decoder.u16()?);
-        if version != VERSION {
-            return Err(Malformed::Unsupported("it has another version of the format"));
-        }
-        if flags & FLAG_SEALED != 0 {
-            return Err(Malformed::Unsupported("it is sealed, which this version cannot read"));
-        }
-        if flags & !FLAG_CRITICAL != 0 {
-            return Err(Malformed::Unsupported(
-                "it has records with flags that this version does not know",
-            ));
-        }
-        if matches!(kind, RecordKind::Other(_)) && flags & FLAG_CRITICAL != 0 {
-            return Err(Malformed::Unsupported(
-                "it has records of a kind that this version does not know",
-            ));
-        }
-        decoder.zeros(2)?;
+        let reserved: [u8; 2] = decoder.array()?;
         let header = Self {
             kind,
             mask: decoder.u16()?,
@@ -261,6 +256,12 @@ impl RecordHeader {
             body_bytes: decoder.u64()?,
             body_hash: decoder.array()?,
         };
+        if let Some(problem) = header.unsupported(version, flags) {
+            return Ok(DecodedHeader::Unsupported(UnsupportedRecord { header, problem }));
+        }
+        if reserved != [0; 2] {
+            return Err("reserved bytes of a record header are not zero".into());
+        }
         if !matches!(kind, RecordKind::Other(_)) && (flags & FLAG_CRITICAL != 0) != kind.is_critical() {
             return Err("a record has a flag that its kind does not have".into());
         }
@@ -270,8 +271,41 @@ impl RecordHeader {
         if header.sequence >= SEQUENCES {
             return Err("a record has a number larger than allowed".into());
         }
-        Ok(header)
+        Ok(DecodedHeader::Known(header))
     }
+
+    /// Returns why a record must not be used.
+    fn unsupported(&self, version: u8, flags: u16) -> Option<&'static str> {
+        if version != VERSION {
+            Some("it has another version of the format")
+        } else if flags & FLAG_SEALED != 0 {
+            Some("it is sealed, which this version cannot read")
+        } else if flags & !FLAG_CRITICAL != 0 {
+            Some("it has records with flags that this version does not know")
+        } else if matches!(self.kind, RecordKind::Other(_)) && flags & FLAG_CRITICAL != 0 {
+            Some("it has records of a kind that this version does not know")
+        } else {
+            None
+        }
+    }
+}
+
+/// A header whose own hash is right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DecodedHeader {
+    /// It is one that this version knows.
+    Known(RecordHeader),
+    /// Its record must be refused where it is needed.
+    Unsupported(UnsupportedRecord),
+}
+
+/// A record that this version does not know and must not use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnsupportedRecord {
+    /// Its header. Nothing in it has been checked, and in another version the fields may mean something else.
+    pub header: RecordHeader,
+    /// Why it must not be used.
+    pub problem: &'static str,
 }
 
 /// Returns where the magic begins first.

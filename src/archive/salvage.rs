@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::commit::{Commit, CommitLocation, ListLocation};
+use super::head::Head;
 use super::index;
 use super::list::{self, Listed, RecordLocation};
 use super::manifest::{PlanPart, PlanRecord};
@@ -10,12 +11,13 @@ use super::open::Searched;
 use super::pack;
 use super::reader::{Committed, RecordReader};
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
+use crate::codec::Malformed;
 use crate::error::Result;
 use crate::numbers::StoreBlock;
 
 /// Returns what can be told of epochs that are not `known`: of those whose final images are all there. An epoch at the end of an archive counts
 /// only if something tells that it was committed: a TAIL, a later epoch, or damage behind it. Records from `end` on are those of an export that
-/// did not end.
+/// did not end. An epoch is left out if it has something that this version does not know and must not skip.
 ///
 /// # Errors
 /// Returns the error of reading.
@@ -41,8 +43,16 @@ pub(super) fn salvage(
         .map(|damage| damage.range.start)
         .max()
         .unwrap_or(0);
+    let unsupported: HashSet<(LaneId, EpochId)> = searched
+        .unsupported
+        .iter()
+        .map(|record| (record.header.lane, record.header.epoch))
+        .collect();
     let mut found = Vec::new();
     for ((lane, epoch), records) in epochs {
+        if unsupported.contains(&(lane, epoch)) {
+            continue;
+        }
         let end = records.last().map_or(0, |(_, offset)| *offset);
         let has_tail = records.iter().any(|(header, _)| header.kind == RecordKind::Tail);
         if !has_tail && last_record <= end && last_damage <= end {
@@ -66,7 +76,11 @@ fn salvage_epoch(
     records.dedup_by_key(|(header, _)| header.sequence);
     let mut found = Salvaged::default();
     for (header, offset) in &records {
-        found.add(header, &reader.body_of(*offset, header)?, *offset);
+        let body = reader.body_of(*offset, header)?;
+        if header.kind == RecordKind::Head && matches!(Head::decode(&body), Err(Malformed::Unsupported(_))) {
+            return Ok(None);
+        }
+        found.add(header, &body, *offset);
     }
     // Its LIST says more: where PACKs of other lanes stand.
     let listed = if found.from_lists.records.is_empty() {

@@ -2,9 +2,8 @@
 
 use std::io::{self, Read};
 
-use super::record::{HEADER_BYTES, MAGIC, RecordHeader, find_magic, hash_of};
+use super::record::{DecodedHeader, HEADER_BYTES, MAGIC, RecordHeader, UnsupportedRecord, find_magic, hash_of};
 use crate::block::ByteRange;
-use crate::codec::Malformed;
 
 /// Bytes asked for at a time while looking for a record.
 const SEARCH_BYTES: usize = 64 << 10;
@@ -32,8 +31,8 @@ pub enum StreamEvent {
         /// The header of the record that was there, if that is whole.
         header: Option<RecordHeader>,
     },
-    /// A whole record that must not be skipped and is not understood.
-    Unsupported(&'static str),
+    /// A record that must be refused where it is needed. Its end is not known: what comes next is behind it.
+    Unsupported(UnsupportedRecord),
 }
 
 /// A stream of records. It holds one record at a time in memory, twice, of at most 33 MiB.
@@ -131,10 +130,14 @@ impl<R: Read> Stream<R> {
         let Some(bytes) = self.available().first_chunk::<HEADER_BYTES>() else {
             return self.skip("the archive ends in the middle of a record", None).map(Some);
         };
-        let header = match RecordHeader::decode(bytes) {
-            Ok(header) => header,
-            Err(Malformed::Unsupported(problem)) => return Ok(Some(StreamEvent::Unsupported(problem))),
-            Err(Malformed::Damaged(problem)) => return self.skip(problem, None).map(Some),
+        let header = match RecordHeader::decode_any(bytes) {
+            Ok(DecodedHeader::Known(header)) => header,
+            Ok(DecodedHeader::Unsupported(record)) => {
+                self.has_records = true;
+                self.skip(record.problem, None)?;
+                return Ok(Some(StreamEvent::Unsupported(record)));
+            }
+            Err(malformed) => return self.skip(malformed.problem(), None).map(Some),
         };
         let offset = self.offset();
         let length = record_bytes(&header);
@@ -223,7 +226,7 @@ mod tests {
             match event {
                 StreamEvent::Record { header, .. } => whole.push(header.sequence),
                 StreamEvent::Damage { range, .. } => damaged += range.length,
-                StreamEvent::Unsupported(problem) => panic!("{problem}"),
+                StreamEvent::Unsupported(record) => panic!("{}", record.problem),
             }
         }
         (whole, damaged)

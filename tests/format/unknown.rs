@@ -2,14 +2,14 @@
 
 use vmfold::archive::commit::{Commit, CommitLocation, encode_tail};
 use vmfold::archive::list::{self, Listed, PART_RECORDS, RecordLocation};
-use vmfold::archive::record::{EpochId, HEADER_BYTES, RecordHeader, RecordKind};
+use vmfold::archive::record::{EpochId, HEADER_BYTES, RecordHeader, RecordKind, hash_of};
 use vmfold::codec::{payload_body, payload_of, put_entry, put_varint};
 use vmfold::error::Error;
 use vmfold::ops::list::list as list_archive;
 use vmfold::store::MemoryStore;
 use vmfold::testing::raw_archive::{RawArchive, RawRecord};
 
-use crate::scene::{Placed, Scene, WAYS, last_of, records, restore, scratch, two_commits, verify, with};
+use crate::scene::{Placed, Scene, WAYS, Way, last_of, records, restore, scratch, two_commits, verify, with};
 
 /// Every verb must refuse it by the reason that it is not known, and appending must leave it as it is.
 fn check_refused(case: &str, bytes: &[u8]) {
@@ -175,20 +175,75 @@ fn what_must_be_known_is_refused_in_every_epoch() {
         &with_last(&bytes, RecordKind::List, |body| entry(body, 0xff)),
     );
     let head = last_of(&bytes, RecordKind::Head);
-    let critical = RecordHeader::seal(
-        RecordKind::Other(77),
-        head.header.lane,
-        head.header.epoch,
-        1 << 20,
-        &mut [],
+    check_refused(
+        "a record that COMMIT needs",
+        &with(
+            &bytes,
+            head.range.start..head.range.start + HEADER_BYTES,
+            &with_flags(&head.header, FLAGS_UNKNOWN),
+        ),
     );
-    let mut critical = critical.unwrap().encode();
-    critical[10] |= 1;
-    let hash = vmfold::archive::record::hash_of(&critical[..HEADER_BYTES - 8]);
-    critical[HEADER_BYTES - 8..].copy_from_slice(&hash[..8]);
-    // A record that nothing leads to is met where an archive is read in order, and where it is searched.
-    let bytes = with(&bytes, head.range.end..head.range.end, &critical);
-    check_refused("a critical record", &bytes);
+}
+
+/// Flags of a critical record, with one that is not known.
+const FLAGS_UNKNOWN: u8 = 0x11;
+
+/// A header with other flags, and the hash that fits.
+fn with_flags(header: &RecordHeader, flags: u8) -> [u8; HEADER_BYTES] {
+    let mut bytes = header.encode();
+    bytes[10] = flags;
+    let hash = hash_of(&bytes[..HEADER_BYTES - 8]);
+    bytes[HEADER_BYTES - 8..].copy_from_slice(&hash[..8]);
+    bytes
+}
+
+/// A record that no COMMIT leads to keeps nobody from what there is, who does not read it: not even where the archive must be searched.
+#[test]
+fn what_nothing_leads_to_is_refused_from_a_pipe_only() {
+    let (bytes, [_, expected]) = two_commits();
+    let head = last_of(&bytes, RecordKind::Head);
+    let stray = RecordHeader {
+        sequence: 1 << 20,
+        body_bytes: 0,
+        body_hash: hash_of(&[]),
+        ..head.header
+    };
+    // Nothing behind it is where lists say, so that the archive is searched.
+    let bytes = with(
+        &bytes,
+        head.range.end..head.range.end,
+        &with_flags(&stray, FLAGS_UNKNOWN),
+    );
+    let restored = restore(&bytes, Way::File, None, false);
+    assert!(
+        restored.is_whole() && restored.content == expected,
+        "{:?}",
+        restored.done
+    );
+    let restored = restore(&bytes, Way::Pipe, None, false);
+    assert!(matches!(restored.done, Err(Error::Unsupported { .. })));
+    let verified = verify(&bytes).unwrap();
+    assert!(verified.lost.is_empty() && verified.damage.is_empty(), "{verified:?}");
+    let scene = Scene::new();
+    let restored = restore(&scene.export(&bytes), Way::File, None, false);
+    assert!(restored.is_whole() && restored.content == scene.content());
+}
+
+/// Where the last COMMIT is not known, a COMMIT or TAIL that must be refused may be it.
+#[test]
+fn a_commit_that_is_not_known_is_refused() {
+    let (bytes, _) = two_commits();
+    let copies = records(&bytes)
+        .into_iter()
+        .filter(|record| record.header.kind == RecordKind::Commit);
+    let (mut sealed, mut behind) = (bytes.clone(), Vec::new());
+    for copy in copies.skip(2) {
+        let header = with_flags(&copy.header, FLAGS_UNKNOWN);
+        sealed = with(&sealed, copy.range.start..copy.range.start + HEADER_BYTES, &header);
+        behind = [&bytes[..], &header, &copy.body].concat();
+    }
+    check_refused("the last COMMIT", &sealed);
+    check_refused("a COMMIT behind the TAIL", &behind);
 }
 
 #[test]

@@ -244,10 +244,10 @@ impl<'a> PipeSource<'a> {
                     self.epoch.doubtful |= header.is_none_or(|header| header.kind == RecordKind::Plan);
                     self.note_damage(range.start, range.length, problem)?;
                 }
-                Some(StreamEvent::Unsupported(problem)) => {
+                Some(StreamEvent::Unsupported(record)) => {
                     return Err(Error::Unsupported {
                         path: self.path.clone(),
-                        problem,
+                        problem: record.problem,
                     });
                 }
             }
