@@ -24,7 +24,7 @@ RECORDS = {0x81: ("listed records", "BBBvvvvvh"), 0x82: ("forgotten commits", "h
 IMAGES = {0x81: ("images and folders", "vvvvhp")}
 PLANS = {0x81: ("images and folders", "p"), 0x82: ("images and folders", "vvv", U32, 2**44 - BLOCK, 65535), 0x83: ("", "vvv")}
 ATTRIBUTES = {1: ("", "v", 0o7777), 2: ("", "vvss", U32, U32, 256, 256), 3: ("", "zv", U64, 10**9 - 1), 4: ("", "sr", 255, 64 * KIB),
-              5: ("", "Ir"), 6: ("", "Ir"), 7: ("", ""), 8: ("", "sr", 255, 64 * KIB)}
+              5: ("", "r"), 6: ("", "r"), 7: ("", ""), 8: ("", "sr", 255, 64 * KIB)}
 PACK_BLOCKS = 2**18
 FIXED = {"B": 1, "H": 2, "I": 4, "Q": 8, "h": 32, "l": 16}
 Entry = collections.namedtuple("Entry", "kind part sequence first end hash table_hash number")
@@ -211,7 +211,6 @@ class Plan:
             self.kept(data.data)
             several = tag not in ATTRIBUTES or tag in (4, 8)
             must(several and values[:1] != [b""] or not several and tag not in result, "an attribute stands twice, or has no name")
-            must(tag not in (5, 6) or values[0] == 2 and len(values[1]) % 8 == 0, "an access list is of another version, or cut")
             result[tag] = values
         return result
 

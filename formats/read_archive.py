@@ -171,7 +171,8 @@ class Archive:
         """What stands behind the last intact COMMIT or TAIL is no part of the archive, and damage only if it may have been a commit."""
         if self.end < self.size:
             self.notes.append(f"what stands behind byte {self.end} is not part of the archive: an export was interrupted, or it was cut")
-        for at, _ in self.gaps:
+        malformed = [at for places in self.broken.values() for at in places if self.header(at).malformed]
+        for at in [at for at, _ in self.gaps] + malformed:
             data = self.read(at, 96) if self.end <= at <= self.size - 96 else ZEROS
             if data[:8] != bytes(8) != data[-8:]:
                 self.harm(f"the header at byte {at}, behind the last intact COMMIT or TAIL, is damaged")
@@ -233,8 +234,9 @@ class Archive:
                 must(fields.get("I") == [commit.number], "it is of another commit")
                 for one in fields.entries(PLANS, "an entry of a PLAN", plan.budget):
                     plan.add(*one)
-            except Damaged as error:
+            except (Damaged, Unsupported) as error:
                 plan.whole = False
+                refuse(isinstance(error, Unsupported) and not commit.forgotten, error)
                 if not commit.forgotten:
                     self.harm(f"commit {commit.number}: PLAN: {error}")
         return plan
@@ -404,7 +406,7 @@ class Archive:
             if first < self.end:
                 self.harm(f"bytes {first} to {end} are in no record")
         for header in (self.header(at) for places in self.broken.values() for at in places if at < self.end):
-            if header.key not in self.spared and not (header.epoch in forgotten and header.kind in (HEAD, PLAN, INDEX)):
+            if header.malformed or header.key not in self.spared and not (header.epoch in forgotten and header.kind in (HEAD, PLAN, INDEX)):
                 self.harm(f"{name(header.kind)} at byte {header.at} does not match its hash, or is malformed")
         for body_hash in [its for kind, its in self.found if kind == COMMIT] + self.tails:
             if body_hash not in chosen:
@@ -426,8 +428,8 @@ def place(archive, commit, root, image, digest):
     for path in others:
         os.link(first, path)
     # The group bits beside a list are its mask: without the list, the group keeps what its own entry allows.
-    _, entries = image.attributes.get(5, (2, b""))
-    allowed = [allowed << 3 & 0o070 for tag, allowed, _ in struct.iter_unpack("<HHI", entries) if tag == 4]
+    entries = image.attributes.get(5, [b""])[0][4:]
+    allowed = [allowed << 3 & 0o070 for tag, allowed, _ in struct.iter_unpack("<HHI", entries[: len(entries) // 8 * 8]) if tag == 4]
     for mode in image.attributes.get(1, ()):
         os.chmod(first, mode & (0o707 | allowed[0] if allowed else 0o777))
 

@@ -20,21 +20,34 @@ pub fn encode(first: StoreBlock, hashes: &[Hash]) -> Vec<u8> {
     out
 }
 
-/// Reads the body of an INDEX.
+/// Reads the body of an INDEX, which stands in its lane's store where it says.
 ///
 /// # Errors
 /// Where it is not as the format says.
 pub fn decode(body: &[u8]) -> Decoded<(StoreBlock, &[Hash])> {
+    let hashes = hashes(body)?;
+    let first = store_block(Decoder::new(body).u64()?)?;
+    if first.index() + hashes.len() > StoreBlock::END_MAX.index() {
+        return Err("it covers more blocks than allowed".into());
+    }
+    Ok((first, hashes))
+}
+
+/// Reads the hashes of an INDEX that stands where its COMMIT says, wherever it says itself.
+///
+/// # Errors
+/// Where it is not as the format says.
+pub fn hashes(body: &[u8]) -> Decoded<&[Hash]> {
     let mut decoder = Decoder::new(body);
-    let first = store_block(decoder.u64()?)?;
+    decoder.u64()?;
     let count = decoder.u32()? as usize;
     decoder.zeros(4)?;
-    if count > INDEX_BLOCKS_MAX || first.index() + count > StoreBlock::END_MAX.index() {
+    if count > INDEX_BLOCKS_MAX {
         return Err("it covers more blocks than allowed".into());
     }
     let hashes = decoder.take(count * size_of::<Hash>())?.as_chunks().0;
     decoder.end()?;
-    Ok((first, hashes))
+    Ok(hashes)
 }
 
 #[cfg(test)]

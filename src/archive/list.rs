@@ -11,7 +11,7 @@ use super::limits::{
     IMAGES_MAX, OTHER_LANES_MAX, PAYLOAD_BYTES_MAX, RECORDS_MAX, TEXT_BYTES_MAX, TEXT_OVERHEAD, USES_MAX,
 };
 use super::manifest::{PlanPart, path, store_block};
-use super::record::{Hash, LaneId, RecordKind};
+use super::record::{Hash, LaneId, RecordKind, SEQUENCES};
 use crate::codec::{
     CRITICAL, Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint,
     skip_entry,
@@ -300,19 +300,7 @@ fn payload_part(body: &[u8], wanted: u8) -> Decoded<Vec<u8>> {
 
 fn record(fields: &mut Decoder<'_>, lane: LaneId) -> Decoded<RecordLocation> {
     let (kind, flags, part) = (RecordKind::of(fields.u8()?), fields.u8()?, fields.u8()?);
-    if matches!(kind, RecordKind::Other(_)) && flags & FLAG_CRITICAL != 0 {
-        return Err(Malformed::Unsupported(
-            "it has records of a kind that this version does not know",
-        ));
-    }
-    if kind == RecordKind::Plan {
-        PlanPart::of(part)?;
-    }
-    if flags & !(FLAG_CRITICAL | FLAG_OTHER_LANE) != 0 {
-        return Err(Malformed::Unsupported(
-            "it has records with flags that this version does not know",
-        ));
-    }
+    check_kind(kind, flags, part)?;
     let mut location = RecordLocation {
         kind,
         part,
@@ -326,6 +314,9 @@ fn record(fields: &mut Decoder<'_>, lane: LaneId) -> Decoded<RecordLocation> {
         table_hash: [0; 32],
     };
     end_of(location.first, location.blocks)?;
+    if location.sequence >= SEQUENCES {
+        return Err("a record has a number larger than allowed".into());
+    }
     if location.offset.checked_add(location.length).is_none() {
         return Err("a record lies beyond the archive's end".into());
     }
@@ -334,8 +325,37 @@ fn record(fields: &mut Decoder<'_>, lane: LaneId) -> Decoded<RecordLocation> {
     }
     if flags & FLAG_OTHER_LANE != 0 {
         location.lane = LaneId(fields.array()?);
+        if location.lane == lane || !kind.has_addresses() {
+            return Err("a record of another lane is none".into());
+        }
     }
     Ok(location)
+}
+
+/// Checks whether a COMMIT may list a record of a kind with such flags, as a part of a PLAN.
+fn check_kind(kind: RecordKind, flags: u8, part: u8) -> Decoded<()> {
+    let is_critical = flags & FLAG_CRITICAL != 0;
+    if matches!(kind, RecordKind::Other(_)) && is_critical {
+        return Err(Malformed::Unsupported(
+            "it has records of a kind that this version does not know",
+        ));
+    }
+    if flags & !(FLAG_CRITICAL | FLAG_OTHER_LANE) != 0 {
+        return Err(Malformed::Unsupported(
+            "it has records with flags that this version does not know",
+        ));
+    }
+    if kind == RecordKind::Plan {
+        PlanPart::of(part)?;
+    }
+    let is_named_elsewhere = matches!(
+        kind,
+        RecordKind::Commit | RecordKind::Tail | RecordKind::Note | RecordKind::List
+    );
+    if is_named_elsewhere || is_critical != kind.is_critical() || (part != 0 && kind != RecordKind::Plan) {
+        return Err("a LIST names a record that it should not, or not as it should".into());
+    }
+    Ok(())
 }
 
 /// Adds what a LIST has, whatever its part. Returns the part.
@@ -406,12 +426,13 @@ mod tests {
             uses in prop::collection::vec((0u32..1000, 1u32..1000), 0..20),
         ) {
             let records = records.into_iter().map(|(kind, number, blocks, is_other)| {
-                let kind = RecordKind::ALL[usize::from(kind) % RecordKind::ALL.len()];
+                let kinds = [RecordKind::Head, RecordKind::Plan, RecordKind::Pack, RecordKind::Index, RecordKind::Other(99)];
+                let kind = kinds[usize::from(kind) % kinds.len()];
                 RecordLocation {
                     kind,
-                    part: 1,
-                    lane: if is_other { LaneId([2; 16]) } else { LANE },
-                    sequence: number,
+                    part: if kind == RecordKind::Plan { 1 } else { 0 },
+                    lane: if is_other && kind.has_addresses() { LaneId([2; 16]) } else { LANE },
+                    sequence: number / 2,
                     offset: number / 2,
                     length: 100,
                     first: StoreBlock(7),

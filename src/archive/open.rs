@@ -92,7 +92,7 @@ pub fn search(reader: &RecordReader) -> Result<Searched> {
                 let damage = Damage {
                     range,
                     problem: problem.to_owned(),
-                    body_hash: header.map(|header| header.body_hash),
+                    header,
                 };
                 if let Some(header) = header.filter(|_| searched.broken.len() < RECORDS_MAX) {
                     searched.broken.entry(header.body_hash).or_insert(range.start);
@@ -160,7 +160,7 @@ impl Searched {
         match self.damage.last_mut() {
             Some(last) if count >= PLACES_MAX => {
                 last.range.length = (damage.range.start + damage.range.length).saturating_sub(last.range.start);
-                last.body_hash = None;
+                last.header = None;
                 "very many places are damaged".clone_into(&mut last.problem);
             }
             _ => self.damage.push(damage),
@@ -347,7 +347,7 @@ impl<'a> Chains<'a> {
     fn follow(&mut self, location: CommitLocation, hint: u64, lane: LaneId) -> Result<()> {
         let reader = self.reader;
         let (mut next, mut hint) = (location, hint);
-        let mut follower: Option<u32> = None;
+        let mut follower: Option<ChainPlace> = None;
         loop {
             let header = reader.header_of(next.offset, RecordKind::Commit, &next.body_hash)?;
             if header.lane != lane || next.length != HEADER_BYTES as u64 + header.body_bytes {
@@ -355,8 +355,8 @@ impl<'a> Chains<'a> {
             }
             let body = reader.body_of(next.offset, &header)?;
             let commit = commit_of(&body, &header).map_err(|problem| reader.malformed(next.offset, problem))?;
-            if follower.is_some_and(|number| number != commit.number.0 + 1) {
-                return Err(reader.problem(next.offset, "a COMMIT has another number than it should have"));
+            if follower.is_some_and(|next| !ChainPlace::of(&commit).is_followed_by(next)) {
+                return Err(reader.problem(next.offset, &format!("the COMMIT after it {FOLLOWS_NOT}")));
             }
             let previous = commit.previous;
             if !previous.is_none() && previous.offset >= hint {
@@ -374,7 +374,7 @@ impl<'a> Chains<'a> {
                     *known = *other;
                 }
             }
-            follower = Some(committed.commit.number.0);
+            follower = Some(ChainPlace::of(&committed.commit));
             self.commits.push(committed);
             if previous.is_none() {
                 return Ok(());
@@ -429,7 +429,8 @@ fn committed(
         return Err(reader.problem(0, "a commit has more blocks than the archive can hold"));
     }
     let beyond = |end: StoreBlock| end > commit.store_end;
-    let ends = listed.records.iter().map(super::list::RecordLocation::end);
+    let placed = listed.records.iter().filter(|record| record.kind.has_addresses());
+    let ends = placed.map(super::list::RecordLocation::end);
     if ends.chain(listed.uses.iter().map(|range| range.end)).any(beyond) {
         return Err(reader.problem(0, "a commit lists blocks beyond the end of its store"));
     }
@@ -499,6 +500,8 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
     let end = searched.records.iter().rfind(is_end).map_or(0, |(_, offset)| *offset);
     let mut found: BTreeMap<LaneId, Vec<Committed>> = BTreeMap::new();
     let (mut damage, mut seen, mut total) = (Vec::new(), HashSet::new(), ListedTotal::default());
+    // Where the last copy of each COMMIT stands.
+    let mut copies: HashMap<Hash, u64> = HashMap::new();
     let mut main = searched.records[0].0.lane;
     for (header, offset) in searched
         .records
@@ -506,6 +509,7 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
         .filter(|(header, _)| header.kind == RecordKind::Commit)
     {
         main = header.lane;
+        copies.insert(header.body_hash, *offset);
         // A COMMIT that stands there twice counts once.
         if seen.contains(&header.body_hash) {
             continue;
@@ -531,7 +535,7 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
     }
     let mut commits = Vec::new();
     for (_, lane) in found {
-        commits.append(&mut chain_of(lane, &mut damage));
+        commits.append(&mut chain_of(lane, &copies, &mut damage));
     }
     commits.sort_by_key(|one| (one.lane == main, one.lane, one.commit.number));
     mark_forgotten(&mut commits);
@@ -550,61 +554,70 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
     })
 }
 
-/// Of the commits of a lane those that count: the one with the greatest number and what it follows, and again from where the chain is broken.
-fn chain_of(mut commits: Vec<Committed>, damage: &mut Vec<Damage>) -> Vec<Committed> {
-    // Of two with one number, the one that stands later is tried first.
-    commits.sort_by_key(|one| (one.commit.number, one.location.offset));
-    let mut left: HashSet<Hash> = commits.iter().map(|one| one.location.body_hash).collect();
+/// Of the commits of a lane those that count: the one with the greatest number and what it follows. Where that chain is broken, it goes on with
+/// the greatest number below.
+fn chain_of(mut commits: Vec<Committed>, copies: &HashMap<Hash, u64>, damage: &mut Vec<Damage>) -> Vec<Committed> {
+    // Of two with one number, the one whose last copy stands later is tried first.
+    commits.sort_by_key(|one| (one.commit.number, copies.get(&one.location.body_hash).copied()));
+    let mut left: HashMap<Hash, ChainPlace> = commits
+        .iter()
+        .map(|one| (one.location.body_hash, ChainPlace::of(&one.commit)))
+        .collect();
     let mut chain: Vec<Committed> = Vec::new();
     let mut wanted = None;
     while let Some(committed) = commits.pop() {
         left.remove(&committed.location.body_hash);
-        let is_wanted = wanted.is_none_or(|hash| hash == committed.location.body_hash);
-        let is_below = chain
-            .last()
-            .is_none_or(|last| committed.commit.number < last.commit.number);
-        let is_there = wanted.is_some_and(|hash| left.contains(&hash));
-        if !is_below || (!is_wanted && is_there) {
+        let is_next = match (wanted, chain.last()) {
+            (Some(hash), _) => hash == committed.location.body_hash,
+            (None, Some(last)) => committed.commit.number < last.commit.number,
+            (None, None) => true,
+        };
+        if !is_next {
             damage.push(damage_of(
                 &committed.location,
                 "a COMMIT is none of those that the last one follows".into(),
             ));
             continue;
         }
-        if !is_wanted && let Some(last) = chain.last() {
-            let problem = format!("the COMMIT of commit {} is lost", last.commit.number.previous());
-            damage.push(damage_of(&last.commit.previous, problem));
+        let previous = &committed.commit.previous;
+        let found = left.get(&previous.body_hash);
+        wanted = found
+            .filter(|before| before.is_followed_by(ChainPlace::of(&committed.commit)))
+            .map(|_| previous.body_hash);
+        if wanted.is_none() && committed.commit.number > CommitNumber::FIRST {
+            let problem = if found.is_some() {
+                format!("commit {} {FOLLOWS_NOT}", committed.commit.number)
+            } else {
+                format!("the COMMIT of commit {} is lost", committed.commit.number.previous())
+            };
+            damage.push(damage_of(previous, problem));
         }
-        let is_next = |last: &Committed| last.commit.number == committed.commit.number.next();
-        if is_wanted && chain.last().is_some_and(|last| !is_next(last)) {
-            damage.push(damage_of(
-                &committed.location,
-                "the COMMIT after it has another number than it should have".into(),
-            ));
-        }
-        wanted = Some(committed.commit.previous.body_hash);
         chain.push(committed);
     }
-    if let Some(last) = chain.last().filter(|last| last.commit.number > CommitNumber::FIRST) {
-        let problem = format!("the COMMIT of commit {} is lost", last.commit.number.previous());
-        damage.push(damage_of(&last.commit.previous, problem));
-    }
     chain.reverse();
-    let mut counts = Vec::with_capacity(chain.len());
-    let mut end = 0;
-    for committed in &chain {
-        let is_behind = committed.location.offset >= end;
-        counts.push(is_behind);
-        if is_behind {
-            end = committed.location.offset + committed.location.length;
-        } else {
-            let problem = "a COMMIT stands before the one it follows";
-            damage.push(damage_of(&committed.location, problem.into()));
+    chain
+}
+
+const FOLLOWS_NOT: &str = "does not follow the one that it says it does";
+
+/// What tells whether a commit can be the one before another.
+#[derive(Debug, Clone, Copy)]
+struct ChainPlace {
+    number: CommitNumber,
+    store_end: StoreBlock,
+}
+
+impl ChainPlace {
+    fn of(commit: &Commit) -> Self {
+        Self {
+            number: commit.number,
+            store_end: commit.store_end,
         }
     }
-    let mut counts = counts.into_iter();
-    chain.retain(|_| counts.next().unwrap_or(false));
-    chain
+
+    fn is_followed_by(self, next: Self) -> bool {
+        self.number.next() == next.number && self.store_end <= next.store_end
+    }
 }
 
 /// Where the last of some commits ends: behind its copies and its TAIL.

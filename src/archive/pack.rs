@@ -1,6 +1,7 @@
 //! PACK: frames of stored blocks, each of which can be decoded alone.
 
 use super::limits::{FRAME_BLOCKS_MAX, FRAMES_MAX, PACK_BLOCKS_MAX};
+use super::manifest::store_block;
 use super::record::{Hash, hash_of};
 use crate::block::BLOCK_LEN;
 use crate::codec::{Decoded, Decoder, RAW, ZSTD, unpack};
@@ -121,8 +122,8 @@ impl FrameInfo {
 pub struct PackTable {
     /// The frames, by store address.
     pub frames: Vec<FrameInfo>,
-    /// The store address of the first, in the lane that wrote it.
-    pub home: StoreBlock,
+    /// The store address of the first: in the lane that asks for it, or in the one that wrote it.
+    pub first: StoreBlock,
     /// Blocks from the first to the last, gaps included.
     pub blocks: u32,
     /// BLAKE3 of the table, from which each frame is proved.
@@ -176,10 +177,10 @@ pub fn decode_table(body: &[u8], body_bytes: u64, first: Option<StoreBlock>) -> 
     let length = table_bytes(body)?;
     let table = body.get(..length).ok_or("it ends too early")?;
     let mut decoder = Decoder::new(table);
-    let home = super::manifest::store_block(decoder.u64()?)?;
+    let home = decoder.u64()?;
     decoder.take(4)?;
     let span = decoder.u32()?;
-    let first = first.unwrap_or(home);
+    let first = first.map_or_else(|| store_block(home), Ok)?;
     let mut offset = length as u64;
     let mut frames = Vec::new();
     let mut end = 0;
@@ -223,7 +224,7 @@ pub fn decode_table(body: &[u8], body_bytes: u64, first: Option<StoreBlock>) -> 
     }
     Ok(PackTable {
         frames,
-        home,
+        first,
         blocks: span,
         hash: hash_of(table),
         end: offset,
@@ -289,7 +290,7 @@ mod tests {
     fn packs_come_back() {
         let (body, plain) = some_pack();
         let table = decode_table(&body, body.len() as u64, Some(StoreBlock(100))).unwrap();
-        assert_eq!((table.home, table.blocks), (StoreBlock(10), 11));
+        assert_eq!((table.first, table.blocks), (StoreBlock(100), 11));
         assert_eq!(check_padding(&body, &table), Ok(()));
         let frames = table.frames;
         let found: Vec<_> = frames

@@ -62,8 +62,8 @@ pub struct Damage {
     pub range: ByteRange,
     /// What.
     pub problem: String,
-    /// The hash that the body of the damaged record should have, if its header is whole.
-    pub body_hash: Option<Hash>,
+    /// The header of the damaged record, if that is whole.
+    pub header: Option<RecordHeader>,
 }
 
 impl Damage {
@@ -72,7 +72,7 @@ impl Damage {
         Self {
             range,
             problem: problem.into(),
-            body_hash: None,
+            header: None,
         }
     }
 }
@@ -457,9 +457,14 @@ impl Archive {
     pub fn damage(&self) -> Vec<Damage> {
         let searched = self.searched.get().map_or(&[][..], |searched| &searched.damage);
         let dead = self.dead_packs();
-        let is_dead = |damage: &&Damage| damage.body_hash.is_some_and(|hash| dead.contains(&hash));
+        let forgotten: HashSet<(LaneId, EpochId)> = self.forgotten.iter().map(|one| (one.lane, one.epoch)).collect();
+        let may_be_missing = |header: &RecordHeader| match header.kind {
+            RecordKind::Head | RecordKind::Plan | RecordKind::Index => forgotten.contains(&(header.lane, header.epoch)),
+            _ => dead.contains(&header.body_hash),
+        };
         let all = searched.iter().chain(&self.opened.damage);
-        all.filter(|damage| !is_dead(damage)).cloned().collect()
+        let counts = all.filter(|damage| !damage.header.as_ref().is_some_and(may_be_missing));
+        counts.cloned().collect()
     }
 
     /// Searches the archive for damage, if that was not done yet.
@@ -863,10 +868,9 @@ impl Archive {
                 Err(Error::Damaged { .. }) => continue,
                 Err(error) => return Err(error),
             };
-            let Ok((_, found)) = index::decode(&body) else {
+            let Ok(found) = index::hashes(&body) else {
                 continue;
             };
-            // It stands where its COMMIT says.
             for (block, hash) in range::from(listed.location.first).zip(found) {
                 if wanted.contains(&block) {
                     call((block - wanted.start) as usize, hash, listed.commit);

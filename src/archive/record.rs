@@ -52,7 +52,7 @@ pub enum RecordKind {
     Note,
     /// What a COMMIT lists.
     List,
-    /// A kind that this version does not know.
+    /// A kind that this version does not know, or that is reserved.
     Other(u8),
 }
 
@@ -65,7 +65,7 @@ struct KindRow {
     body_bytes_max: u64,
 }
 
-const KINDS: [KindRow; 8] = {
+const KINDS: [KindRow; 11] = {
     const fn row(kind: RecordKind, number: u8, name: &'static str, is_critical: bool, body_bytes_max: u64) -> KindRow {
         KindRow {
             kind,
@@ -82,8 +82,11 @@ const KINDS: [KindRow; 8] = {
         row(RecordKind::Index, 4, "INDEX", false, 9 << 20),
         row(RecordKind::Commit, 5, "COMMIT", true, 128 << 10),
         row(RecordKind::Tail, 6, "TAIL", false, 96),
+        row(RecordKind::Other(7), 7, "PARITY", false, 33 << 20),
+        row(RecordKind::Other(8), 8, "KEY", true, 64 << 10),
         row(RecordKind::Note, 9, "NOTE", false, 64 << 10),
         row(RecordKind::List, 10, "LIST", true, 5 << 20),
+        row(RecordKind::Other(11), 11, "SIGNATURE", false, 4 << 10),
     ]
 };
 /// Bytes of the body of a kind that this version does not know. A reader holds one record in memory, whatever it is.
@@ -130,6 +133,11 @@ impl RecordKind {
     /// Returns how many bytes its body has at most.
     pub fn body_bytes_max(self) -> u64 {
         self.row().map_or(OTHER_BYTES_MAX, |row| row.body_bytes_max)
+    }
+
+    /// Returns whether a record of it has addresses of a lane's store.
+    pub fn has_addresses(self) -> bool {
+        matches!(self, Self::Pack | Self::Index)
     }
 
     /// Returns whether a reader that does not know it must refuse.
@@ -262,7 +270,7 @@ impl RecordHeader {
         if reserved != [0; 2] {
             return Err("reserved bytes of a record header are not zero".into());
         }
-        if !matches!(kind, RecordKind::Other(_)) && (flags & FLAG_CRITICAL != 0) != kind.is_critical() {
+        if kind.row().is_some() && (flags & FLAG_CRITICAL != 0) != kind.is_critical() {
             return Err("a record has a flag that its kind does not have".into());
         }
         if header.body_bytes > kind.body_bytes_max() {

@@ -152,7 +152,7 @@ impl Salvaged {
                 let Ok(table) = pack::decode_table(body, header.body_bytes, None) else {
                     return;
                 };
-                location.first = table.home;
+                location.first = table.first;
                 location.blocks = table.blocks;
                 location.table_hash = table.hash;
             }
@@ -177,7 +177,10 @@ impl Salvaged {
 }
 
 fn list_of(body: &[u8], location: RecordLocation, lane: LaneId, listed: &mut Listed) -> Option<ListLocation> {
-    let part = list::add_any(listed, &mut Vec::new(), body, lane).ok()?;
+    // Of a LIST that cannot be decoded to its end, nothing is believed.
+    let mut own = Listed::default();
+    let part = list::add_any(&mut own, &mut Vec::new(), body, lane).ok()?;
+    listed.append(&mut own);
     Some(ListLocation {
         part,
         sequence: location.sequence,

@@ -135,7 +135,7 @@ impl ArchiveWriter {
         };
         let (body, table_hash) = pack::encode(frames);
         let table = pack::decode_table(&body, body.len() as u64, None).map_err(too_large)?;
-        if (table.hash, table.home) != (table_hash, first) {
+        if (table.hash, table.first) != (table_hash, first) {
             return Err(too_large("a PACK is not what it should be".into()));
         }
         self.put(RecordKind::Pack, body, |location| {

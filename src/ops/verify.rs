@@ -193,13 +193,13 @@ impl Verifier<'_> {
             let held = intact.get(&last.lane).map_or(&[][..], Vec::as_slice);
             let missing = range::without(&[pack.location.first..pack.location.end()], held);
             if missing.iter().all(|range| self.archive.is_dead(last, range)) {
-                replaced.insert(Some(pack.location.body_hash));
+                replaced.insert(pack.location.body_hash);
             } else {
                 self.damage.append(&mut damage);
             }
         }
         self.damage
-            .retain(|damage| damage.body_hash.is_none() || !replaced.contains(&damage.body_hash));
+            .retain(|damage| damage.header.is_none_or(|header| !replaced.contains(&header.body_hash)));
     }
 
     /// Reads and decodes the records of a commit. PACKs have been read.
@@ -352,8 +352,8 @@ fn check_body(
                 PlanPart::Final => Ok(()),
             }
         }
-        RecordKind::Index => match index::decode(body)? {
-            (_, hashes) if hashes.len() == location.blocks as usize => Ok(()),
+        RecordKind::Index => match index::hashes(body)? {
+            hashes if hashes.len() == location.blocks as usize => Ok(()),
             _ => Err("it has other blocks than its COMMIT says".into()),
         },
         _ => Ok(()),

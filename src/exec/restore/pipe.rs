@@ -369,12 +369,12 @@ impl<'a> PipeSource<'a> {
         let malformed = |problem: Malformed| record.malformed(&path, problem);
         let table = pack::decode_table(&record.body, record.body.len() as u64, None).map_err(malformed)?;
         pack::check_padding(&record.body, &table).map_err(malformed)?;
-        if table.home.saturating_add(table.blocks) > self.end_max() {
+        if table.first.saturating_add(table.blocks) > self.end_max() {
             return Err(malformed("it has blocks beyond what the archive can hold".into()));
         }
         let content = CameContent {
             part: 0,
-            first: table.home,
+            first: table.first,
             blocks: table.blocks,
             table_hash: table.hash,
         };
