@@ -2,7 +2,7 @@
 
 It was written from archive-v1.md alone, is a part of read_archive.py, and knows nothing of files. It needs `zstandard` from PyPI.
 """
-import collections, itertools, struct, sys
+import bisect, collections, itertools, struct, sys
 from array import array
 try:
     import zstandard
@@ -27,7 +27,7 @@ ATTRIBUTES = {1: ("", "v", 0o7777), 2: ("", "vvss", U32, U32, 256, 256), 3: ("",
               5: ("", "r"), 6: ("", "r"), 7: ("", ""), 8: ("", "sr", 255, 64 * KIB)}
 PACK_BLOCKS = 2**18
 FIXED = {"B": 1, "H": 2, "I": 4, "Q": 8, "h": 32, "l": 16}
-Entry = collections.namedtuple("Entry", "kind part sequence first end hash table_hash number")
+Entry = collections.namedtuple("Entry", "kind part sequence length first end hash table_hash number")
 # Of each run of an image, lengths has blocks << 2 | kind, and addresses its first store address.
 Image = collections.namedtuple("Image", "size blocks names attributes lengths addresses covered")
 
@@ -132,6 +132,20 @@ def payload(kind, body, *named):
     return Cursor(zstd(body[8:], length) if encoding else body[8:])
 
 
+class Ranges:
+    """Ranges of addresses, which are given as numbers: the first address in the upper half, the end in the lower one."""
+
+    def __init__(self, ranges):
+        ranges = sorted(ranges)
+        self.starts = array("Q", (one >> 32 for one in ranges))
+        self.ends = array("Q", itertools.accumulate((one & U32 for one in ranges), max))
+
+    def until(self, address):
+        """How far all addresses from this one are in ranges that begin before it; the address itself if it is in none."""
+        at = bisect.bisect(self.starts, address) - 1
+        return max(address, self.ends[at]) if at >= 0 else address
+
+
 class Commit:
     """What COMMIT and its LISTs of records say."""
 
@@ -163,7 +177,7 @@ class Commit:
         elif tag == 5:
             self.others.append(values[-1])
 
-    def listed_record(self, fields, kind, flags, part, sequence, _at, _length, first, blocks, body_hash):
+    def listed_record(self, fields, kind, flags, part, sequence, _at, length, first, blocks, body_hash):
         known, critical, stores = kind in (HEAD, PLAN, PACK, INDEX), KINDS.get(kind, ("", 0))[1], kind in (PACK, INDEX)
         refuse(flags > 3 or not known and flags & 1 or kind == PLAN and part > 2, f"a listed {name(kind)}, flags {flags:#x}, part {part}")
         must(kind not in (COMMIT, TAIL, NOTE, LIST) and sequence < 2**63, "a LIST names a record that it should not")
@@ -171,9 +185,9 @@ class Commit:
         table_hash = fields.take(32) if kind == PACK else None
         must(not flags & 2 or stores and fields.take(16) != self.lane, "a record of another lane is none")
         must(not stores or first + blocks <= self.store_end and (kind == PACK) <= blocks <= PACK_BLOCKS, "wrong addresses are listed")
-        must(body_hash not in self.records, "a record is listed twice")
+        must(body_hash not in self.records and body_hash not in (one[-1] for one in self.lists), "a record is listed twice")
         first, end = (first, first + blocks) if stores else (0, 0)
-        self.records[body_hash] = Entry(kind, part, sequence, first, end, body_hash, table_hash, self.number)
+        self.records[body_hash] = Entry(kind, part, sequence, length, first, end, body_hash, table_hash, self.number)
 
 
 class Plan:

@@ -8,7 +8,7 @@ Exit codes: 0 all that was read is intact; 1 another error; 2 usage; 3 the archi
 import argparse, bisect, collections, contextlib, functools, itertools, json, os, re, signal, struct, sys
 from array import array
 from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KINDS, LIST, MIB, PACK, PLAN, PLANS, RECORDS, TAIL, U32, U64
-from archive_payloads import Budget, Commit, Damaged, Plan, Unsupported, must, name, payload, refuse, zstd
+from archive_payloads import Budget, Commit, Damaged, Plan, Ranges, Unsupported, must, name, payload, refuse, zstd
 try:
     from blake3 import blake3
 except ImportError as missing:
@@ -18,20 +18,6 @@ MAGIC, ZEROS, ZERO_HASH = b"\x89vmfold\n", bytes(BLOCK), blake3(bytes(BLOCK)).di
 COPIES_TRIED, CACHED_FRAMES, CACHED_TABLES, USES = 16, 16, 32, 2**22
 Header = collections.namedtuple("Header", "at end key kind lane epoch mask refused malformed")
 Frame = collections.namedtuple("Frame", "first end at stored encoding hash")
-
-
-class Ranges:
-    """Ranges of addresses, which are given as numbers: the first address in the upper half, the end in the lower one."""
-
-    def __init__(self, ranges):
-        ranges = sorted(ranges)
-        self.starts = array("Q", (one >> 32 for one in ranges))
-        self.ends = array("Q", itertools.accumulate((one & U32 for one in ranges), max))
-
-    def until(self, address):
-        """How far all addresses from this one are in ranges that begin before it; the address itself if it is in none."""
-        at = bisect.bisect(self.starts, address) - 1
-        return max(address, self.ends[at]) if at >= 0 else address
 
 
 class Store:
@@ -132,11 +118,12 @@ class Archive:
     def is_zeros(self, first, end):
         return not any(self.read(at, min(MIB, end - at)).strip(b"\0") for at in range(first, end, MIB))
 
-    def record(self, kind, body_hash):
-        """The body of a record that is intact."""
+    def record(self, kind, body_hash, length=None):
+        """The body of a record that is intact, and as long as what leads to it tells."""
         refuse((kind, body_hash) in self.refused, self.refused.get((kind, body_hash)))
         must((kind, body_hash) in self.found, f"{name(kind)} {body_hash.hex()[:16]} is lost")
         body = self.part(self.header(self.found[kind, body_hash][0]))
+        must(length in (None, len(body) + 96), f"{name(kind)} {body_hash.hex()[:16]} has another length")
         must(blake3(body).digest() == body_hash, "the archive changes")
         return body
 
@@ -162,7 +149,7 @@ class Archive:
             heads = [entry for entry in commit.records.values() if entry.kind == HEAD]
             with self.guard(f"commit {commit.number}", commit.forgotten):
                 must(len(heads) == 1, f"it lists {len(heads)} HEADs")
-                body = self.record(HEAD, heads[0].hash)
+                body = self.record(HEAD, heads[0].hash, heads[0].length)
                 must(len(body) >= 72, "its HEAD is cut")
                 major, _, block, features = struct.unpack_from("<HHIQ", body)
                 refuse(major != 1 or block != BLOCK or features, f"major {major}, blocks of {block} bytes, features {features:#x}")
@@ -173,12 +160,17 @@ class Archive:
             self.notes.append(f"what stands behind byte {self.end} is not part of the archive: an export was interrupted, or it was cut")
         malformed = [at for places in self.broken.values() for at in places if self.header(at).malformed]
         for at in [at for at, _ in self.gaps] + malformed:
-            data = self.read(at, 96) if self.end <= at <= self.size - 96 else ZEROS
-            if data[:8] != bytes(8) != data[-8:]:
+            if self.end <= at <= self.size - 96 and not self.is_torn(at, at + 96):
                 self.harm(f"the header at byte {at}, behind the last intact COMMIT or TAIL, is damaged")
         for header in (self.header(at) for (kind, _), places in self.broken.items() for at in places if kind in (COMMIT, TAIL)):
-            if self.end <= header.at and header.end <= self.size and any(self.read(header.end - 8, 8)):
+            if self.end <= header.at and header.end <= self.size and not self.is_torn(header.at, header.end):
                 self.harm(f"a {name(header.kind)} behind the last that is intact is damaged")
+
+    def is_torn(self, at, end):
+        """Whether a write may have ended there: in zeros that go on behind it, or to the end of the file."""
+        before, after = self.read(end - 8, 8), self.read(end, min(8, self.size - end))
+        zeros, behind = 8 - len(before.rstrip(b"\0")), len(after) - len(after.lstrip(b"\0"))
+        return self.read(at, 8) == bytes(8) or zeros and (zeros + behind >= 8 or end + behind == self.size)
 
     def reach(self, queue):
         """Loads these commits and all that they name. Says whether none is missing."""
@@ -195,9 +187,9 @@ class Archive:
 
     def lists(self, commit, part, known, do, budget):
         """Does something for each entry of a commit's LISTs. What is wrong ends its LIST, and is damage."""
-        for body_hash in (one[-1] for one in commit.lists if one[0] == part):
+        for length, body_hash in (one[-2:] for one in commit.lists if one[0] == part):
             with self.guard(f"commit {commit.number}: LIST"):
-                for one in payload(LIST, self.record(LIST, body_hash), part, 0, 0).entries(known, "an entry of a LIST", budget):
+                for one in payload(LIST, self.record(LIST, body_hash, length), part, 0, 0).entries(known, "an entry of a LIST", budget):
                     do(*one)
 
     def choose(self):
@@ -230,7 +222,7 @@ class Archive:
         plan, entries = Plan(commit.store_end), [entry for entry in commit.records.values() if (entry.kind, entry.part) == (PLAN, part)]
         for left, entry in zip(reversed(range(len(entries))), sorted(entries, key=lambda one: one.sequence)):
             try:
-                fields = payload(PLAN, self.record(PLAN, entry.hash), part, not left, 0)
+                fields = payload(PLAN, self.record(PLAN, entry.hash, entry.length), part, not left, 0)
                 must(fields.get("I") == [commit.number], "it is of another commit")
                 for one in fields.entries(PLANS, "an entry of a PLAN", plan.budget):
                     plan.add(*one)
@@ -245,7 +237,7 @@ class Archive:
         """Blocks that PLANs announce are only a help; what makes no sense there is damage all the same."""
         for entry in (one for one in commit.records.values() if (one.kind, one.part) == (PLAN, 1)):
             with self.guard(f"commit {commit.number}: PLAN"):
-                body = self.record(PLAN, entry.hash)
+                body = self.record(PLAN, entry.hash, entry.length)
                 fields = payload(PLAN, body, 1, body[2] & 1, 0)
                 number, first, function, *zeros, count = fields.get("IQBBBBI")
                 chunks = fields.take(count)
@@ -297,7 +289,7 @@ class Archive:
         """Headers of the records that are a PACK, or what is left of it."""
         refuse((PACK, entry.hash) in self.refused, self.refused.get((PACK, entry.hash)))
         those = [*self.found.get((PACK, entry.hash), ()), *self.broken.get((PACK, entry.hash), ())]
-        return [header for header in map(self.header, those[:COPIES_TRIED]) if not header.malformed]
+        return [one for one in map(self.header, those[:COPIES_TRIED]) if not one.malformed and one.end - one.at == entry.length]
 
     def table(self, entry):
         """The frames of a PACK, whose table is proved by its hash. The rest of the PACK need not be there."""
@@ -368,7 +360,7 @@ class Archive:
         if broken:
             return broken
         try:
-            body = self.record(entry.kind, entry.hash)
+            body = self.record(entry.kind, entry.hash, entry.length)
         except Damaged:
             return [(entry.first, entry.end)]
         if entry.kind == PACK:

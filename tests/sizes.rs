@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Output;
 
-use common::{Mounted, Random, can_mount, sh};
+use common::{Mounted, Random, can_mount, sh, state_of};
 use serde_json::Value;
 
 const TIB_16: u64 = 16 << 40;
@@ -93,6 +93,41 @@ fn check(fs: &Mounted) {
     assert!(
         fs.mount.join("empty").metadata().map_or(0, |archive| archive.len()) != 0 || !fs.mount.join("empty").exists()
     );
+}
+
+/// Goal: what a dry run promises is what is freed where an image ends within a block. Method: a second image has the bytes of the first and
+/// goes on with zeros, so that its block is equal to a last, partial one, with which the kernel shares no other; a third has what follows.
+fn check_partial_blocks(fs: &Mounted) {
+    let (odd, more) = (Random(92).data(1_000_001), Random(93).data(1 << 20));
+    let mut longer = odd.clone();
+    longer.resize(1 << 20, 0);
+    longer.extend(&more);
+    for (name, content) in [("a.img", &odd), ("b.img", &longer), ("c.img", &more)] {
+        std::fs::write(fs.pool().join(name), content).unwrap();
+    }
+    sh(&format!("sync -f {}", fs.mount.display()));
+    let before = state_of(&fs.pool());
+    let planned = json(&fs.vmfold("--json reclaim --dry-run"));
+    let output = fs.vmfold("--json reclaim");
+    let done = json(&output);
+    assert_eq!(output.status.code(), Some(0), "{done}");
+    assert!(done["done"]["freed_bytes"].as_u64().unwrap() >= 1 << 20, "{done}");
+    assert_eq!(
+        done["done"]["freed_bytes"], planned["planned"]["freed_bytes"],
+        "{planned} {done}"
+    );
+    assert_eq!(state_of(&fs.pool()), before);
+    let second = json(&fs.vmfold("--json reclaim"));
+    assert_eq!(second["planned"]["freed_bytes"], 0, "{second}");
+    assert_eq!(second["done"]["freed_bytes"], 0, "{second}");
+}
+
+#[test]
+fn images_that_end_within_a_block() {
+    if can_mount() {
+        check_partial_blocks(&Mounted::btrfs());
+        check_partial_blocks(&Mounted::new("mkfs.xfs -q -m reflink=1,rmapbt=1", "", 512));
+    }
 }
 
 #[test]

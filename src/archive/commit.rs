@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use super::limits::{COMMIT_PAYLOAD_BYTES_MAX, LABEL_BYTES_MAX, LISTS_MAX};
 use super::list::PART_IMAGES;
 use super::manifest::{file_time, store_block};
-use super::record::{EpochId, Hash, LaneId};
+use super::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord};
+use crate::block::ByteRange;
 use crate::codec::{
     Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_string, put_varint, put_zigzag, skip_entry,
 };
@@ -32,6 +33,26 @@ pub struct ListLocation {
     pub body_hash: Hash,
 }
 
+impl ListLocation {
+    /// Returns what it is looked for by.
+    pub fn sought(&self) -> SoughtRecord {
+        SoughtRecord {
+            kind: RecordKind::List,
+            offset: self.offset,
+            length: self.length,
+            body_hash: self.body_hash,
+        }
+    }
+
+    /// Returns where it should be.
+    pub fn range(&self) -> ByteRange {
+        ByteRange {
+            start: self.offset,
+            length: self.length,
+        }
+    }
+}
+
 /// Where a COMMIT is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CommitLocation {
@@ -47,6 +68,49 @@ impl CommitLocation {
     /// Returns whether it means no commit.
     pub fn is_none(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Returns what it is looked for by.
+    pub fn sought(&self) -> SoughtRecord {
+        SoughtRecord {
+            kind: RecordKind::Commit,
+            offset: self.offset,
+            length: self.length,
+            body_hash: self.body_hash,
+        }
+    }
+
+    /// Returns where it should be.
+    pub fn range(&self) -> ByteRange {
+        ByteRange {
+            start: self.offset,
+            length: self.length,
+        }
+    }
+}
+
+/// What tells whether a commit can be the one before another.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ChainPlace {
+    number: CommitNumber,
+    store_end: StoreBlock,
+}
+
+/// What is wrong with a commit that says it follows another and cannot.
+pub const FOLLOWS_NOT: &str = "does not follow the one that it says it does";
+
+impl ChainPlace {
+    /// Returns that of a commit.
+    pub fn of(commit: &Commit) -> Self {
+        Self {
+            number: commit.number,
+            store_end: commit.store_end,
+        }
+    }
+
+    /// Returns whether a commit can be the one after it: numbers go up by one, and the end of the store does not go down.
+    pub fn is_followed_by(self, next: Self) -> bool {
+        self.number.next() == next.number && self.store_end <= next.store_end
     }
 }
 
@@ -80,6 +144,19 @@ pub struct Commit {
 }
 
 impl Commit {
+    /// Decodes the body of a record, which proves the lane and the epoch of its header.
+    ///
+    /// # Errors
+    /// Returns what is malformed, or what this version does not know and must not skip.
+    pub fn decode_of(body: &[u8], header: &RecordHeader) -> Decoded<Self> {
+        let commit = Self::decode(body)?;
+        if (commit.lane, commit.epoch) == (header.lane, header.epoch) {
+            Ok(commit)
+        } else {
+            Err("a COMMIT has the header of another record".into())
+        }
+    }
+
     /// Returns the body.
     ///
     /// # Errors

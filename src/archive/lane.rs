@@ -3,8 +3,9 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::limits::LAYERS_MAX;
+use super::limits::{FRAME_BLOCKS_MAX, LAYERS_MAX};
 use super::list::RecordLocation;
+use super::pack;
 use super::reader::Committed;
 use super::record::RecordKind;
 use crate::codec::Decoded;
@@ -30,11 +31,12 @@ pub struct LaneStore {
 }
 
 impl LaneStore {
-    /// Puts together what commits of one lane list.
+    /// Puts together what commits of one lane list, in a file of a length in bytes.
     ///
     /// # Errors
-    /// Says that an address has more records than allowed.
-    pub fn new(commits: &[&Committed]) -> Decoded<Self> {
+    /// Says that an address has more records than allowed, that a PACK is listed twice, or that there are more addresses than the file can
+    /// hold: what is kept of each takes memory.
+    pub fn new(commits: &[&Committed], length: u64) -> Decoded<Self> {
         let mut bodies = HashSet::new();
         let placed = |record: &&RecordLocation| record.kind == RecordKind::Pack;
         let all = commits.iter().flat_map(|committed| &committed.listed.records);
@@ -52,10 +54,16 @@ impl LaneStore {
             });
             Layers::new(listed.collect())
         };
+        let dead = range::joined(commits.iter().flat_map(|committed| committed.listed.dead.clone()));
+        let store_end = commits.iter().map(|committed| committed.commit.store_end).max();
+        let alive = u64::from(store_end.unwrap_or_default().0).saturating_sub(range::count(&dead));
+        if alive / u64::from(FRAME_BLOCKS_MAX) > length / pack::LINE_BYTES as u64 {
+            return Err("its commits have more blocks than the archive can hold".into());
+        }
         Ok(Self {
             packs: of(RecordKind::Pack)?,
             indexes: of(RecordKind::Index)?,
-            dead: range::joined(commits.iter().flat_map(|committed| committed.listed.dead.clone())),
+            dead,
         })
     }
 
@@ -69,7 +77,7 @@ impl LaneStore {
         self.indexes.overlapping(wanted)
     }
 
-    /// Returns the addresses of a range that may be without PACK.
+    /// Returns whether no PACK need hold any address of a range.
     pub fn is_dead(&self, wanted: &Range<StoreBlock>) -> bool {
         wanted.is_empty() || range::overlap(&self.dead, wanted.clone()) == [wanted.clone()]
     }

@@ -11,7 +11,7 @@ use super::limits::{
     IMAGES_MAX, OTHER_LANES_MAX, PAYLOAD_BYTES_MAX, RECORDS_MAX, TEXT_BYTES_MAX, TEXT_OVERHEAD, USES_MAX,
 };
 use super::manifest::{PlanPart, path, store_block};
-use super::record::{Hash, LaneId, RecordKind, SEQUENCES};
+use super::record::{Hash, LaneId, RecordKind, SEQUENCES, SoughtRecord};
 use crate::codec::{
     CRITICAL, Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint,
     skip_entry,
@@ -62,6 +62,16 @@ pub struct RecordLocation {
 }
 
 impl RecordLocation {
+    /// Returns what it is looked for by.
+    pub fn sought(&self) -> SoughtRecord {
+        SoughtRecord {
+            kind: self.kind,
+            offset: self.offset,
+            length: self.length,
+            body_hash: self.body_hash,
+        }
+    }
+
     /// Returns the store address after its last.
     pub fn end(&self) -> StoreBlock {
         self.first + self.blocks
@@ -226,6 +236,21 @@ impl Payloads {
 }
 
 impl Listed {
+    /// Checks that nothing lies behind the end of the lane's store.
+    ///
+    /// # Errors
+    /// Says that something does.
+    pub fn check_below(&self, store_end: StoreBlock) -> Decoded<()> {
+        let placed = self.records.iter().filter(|record| record.kind.has_addresses());
+        let mut ends = placed
+            .map(RecordLocation::end)
+            .chain(self.uses.iter().map(|range| range.end));
+        if ends.any(|end| end > store_end) {
+            return Err("a commit lists blocks beyond the end of its store".into());
+        }
+        Ok(())
+    }
+
     /// Adds what another has.
     pub fn append(&mut self, other: &mut Self) {
         self.records.append(&mut other.records);

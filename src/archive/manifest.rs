@@ -12,7 +12,7 @@ use super::limits::{
     IMAGE_BYTES_MAX, IMAGES_MAX, NAME_BYTES_MAX, NAMES_MAX, PATH_BYTES_MAX, PAYLOAD_BYTES_MAX, RUNS_MAX,
     STORED_RUNS_BLOCKS_MAX, TEXT_BYTES_MAX, TEXT_OVERHEAD,
 };
-use super::list::ImageSummary;
+use super::list::{ImageSummary, by_number};
 use crate::block::BLOCK_BYTES;
 use crate::codec::{
     CRITICAL, Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint,
@@ -296,6 +296,14 @@ pub struct ImageRuns {
 }
 
 impl ImageRuns {
+    /// Returns whether all of its blocks lie below the end of the store.
+    pub fn is_below(&self, store_end: StoreBlock) -> bool {
+        self.runs.iter().all(|run| match run.content {
+            Content::Stored(first) => first.checked_add(run.blocks).is_some_and(|end| end <= store_end),
+            _ => true,
+        })
+    }
+
     /// Returns whether what a range of it holds is lost.
     pub fn is_incomplete(&self) -> bool {
         self.runs.iter().any(|run| run.content == Content::Lost)
@@ -318,6 +326,51 @@ impl Manifest {
         self.images.retain(|image| listed.contains(image.image.path()));
     }
 
+    /// Keeps the images whose number, size and first name are those that a COMMIT lists, and whose blocks lie below the end of the store.
+    pub fn keep_as_listed(&mut self, summaries: &[ImageSummary], store_end: StoreBlock) {
+        let listed = by_number(summaries);
+        self.images.retain(|image| {
+            let is_listed = listed.get(&image.image.number).is_some_and(|summary| {
+                (summary.size, summary.path.as_path()) == (image.image.size, image.image.path())
+            });
+            is_listed && image.is_below(store_end)
+        });
+    }
+
+    /// Checks that the blocks of all images lie below the end of the store.
+    ///
+    /// # Errors
+    /// Says that some do not.
+    pub fn check_below(&self, store_end: StoreBlock) -> Decoded<()> {
+        if self.images.iter().all(|image| image.is_below(store_end)) {
+            Ok(())
+        } else {
+            Err("a run refers to blocks that are not there".into())
+        }
+    }
+
+    /// Checks that images and folders can stand beside each other.
+    ///
+    /// # Errors
+    /// Says that two images have one name, or that a folder or an image lies in an image.
+    pub fn check_names(&self) -> Decoded<()> {
+        let images = self.images.iter().flat_map(|image| &image.image.names);
+        let mut names: Vec<(&Path, bool)> = images.map(|name| (name.as_path(), false)).collect();
+        names.extend(self.folders.iter().map(|folder| (folder.path.as_path(), true)));
+        names.sort_unstable();
+        // By components, what lies below an image follows it at once, and a folder of its name stands behind it.
+        let mut last_image: Option<&Path> = None;
+        for (name, is_folder) in names {
+            if last_image.is_some_and(|image| name.starts_with(image)) {
+                return Err("two images have one name, or something lies in an image".into());
+            }
+            if !is_folder {
+                last_image = Some(name);
+            }
+        }
+        Ok(())
+    }
+
     /// Completes images of which something is lost, and those that are not there, with what was planned of them. Whether that is what they
     /// are, their digests must prove.
     pub fn complete_from(&mut self, planned: Self) {
@@ -326,7 +379,11 @@ impl Manifest {
             .collect();
         for image in planned.images {
             match places.get(&image.image.number) {
-                Some(place) if self.images[*place].is_incomplete() => self.images[*place].runs = image.runs,
+                Some(place) if self.images[*place].is_incomplete() => {
+                    if self.images[*place].image.size == image.image.size {
+                        self.images[*place].runs = image.runs;
+                    }
+                }
                 Some(_) => {}
                 None => self.images.push(image),
             }
@@ -381,9 +438,10 @@ impl ManifestBuilder {
             self.check_limits()?;
             match tag {
                 TAG_FOLDER => {
-                    self.count_text(fields.left());
+                    let path = path(&mut fields)?;
+                    self.count_text(path.as_os_str().len());
                     let folder = ArchivedFolder {
-                        path: path(&mut fields)?,
+                        path,
                         metadata: attributes::decode(&mut fields, &mut self.text_bytes)?,
                     };
                     self.manifest.folders.push(folder);
@@ -408,7 +466,7 @@ impl ManifestBuilder {
     }
 
     fn count_text(&mut self, bytes: usize) {
-        self.text_bytes += bytes.min(PATH_BYTES_MAX) + TEXT_OVERHEAD;
+        self.text_bytes += bytes + TEXT_OVERHEAD;
     }
 
     fn add_image(&mut self, fields: &mut Decoder<'_>) -> Decoded<()> {
@@ -491,20 +549,7 @@ impl ManifestBuilder {
             let blocks = image.image.blocks().saturating_sub(*covered);
             push_run(&mut image.runs, lost(blocks));
         }
-        let images = self.manifest.images.iter().flat_map(|image| &image.image.names);
-        let mut names: Vec<(&Path, bool)> = images.map(|name| (name.as_path(), false)).collect();
-        names.extend(self.manifest.folders.iter().map(|folder| (folder.path.as_path(), true)));
-        names.sort_unstable();
-        // By components, what lies below an image follows it at once, and a folder of its name stands behind it.
-        let mut last_image: Option<&Path> = None;
-        for (name, is_folder) in names {
-            if last_image.is_some_and(|image| name.starts_with(image)) {
-                return Err("two images have one name, or something lies in an image".into());
-            }
-            if !is_folder {
-                last_image = Some(name);
-            }
-        }
+        self.manifest.check_names()?;
         Ok(self.manifest)
     }
 }

@@ -4,17 +4,17 @@ use std::io::Read;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::commit::{Commit, CommitLocation, decode_tail};
+use super::commit::{ChainPlace, Commit, CommitLocation, FOLLOWS_NOT, decode_tail};
 use super::head::Head;
-use super::limits::RECORDS_MAX;
+use super::limits::{OTHER_LANES_MAX, RECORDS_MAX};
 use super::list::{Listed, OtherLane, PART_RECORDS};
 use super::reader::{Committed, Damage, RecordReader, damage_of};
-use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, UnsupportedRecord};
+use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord, UnsupportedRecord};
 use super::stream::{Stream, StreamEvent};
 use crate::block::ByteRange;
 use crate::codec::{Decoded, Malformed};
 use crate::error::{Error, Result};
-use crate::numbers::{CommitNumber, StoreBlock};
+use crate::numbers::CommitNumber;
 use crate::store::StoreReader;
 
 /// Zeros at the beginning or the end of a record by which it may be a write that did not end.
@@ -55,10 +55,10 @@ pub struct End {
 pub struct Searched {
     /// Whole records, in the order they stand.
     pub records: Vec<(RecordHeader, u64)>,
-    /// The records by the hashes of their bodies, and those of one hash in the order they stand. A map would take eight times as much.
+    /// The records by their kinds and the hashes of their bodies, and those of one hash in the order they stand. A map would take eight times as much.
     by_hash: Vec<u32>,
-    /// Where records begin whose header is whole and whose body is not, by the hashes that the bodies should have.
-    pub broken: HashMap<Hash, u64>,
+    /// Where records begin whose header is whole and whose body is not, by their kinds and the hashes that the bodies should have.
+    pub broken: HashMap<(RecordKind, Hash), u64>,
     /// Records that must be refused where they are needed, in the order of their kinds and the hashes of their bodies.
     pub unsupported: Vec<UnsupportedRecord>,
     /// What is no record.
@@ -95,7 +95,7 @@ pub fn search(reader: &RecordReader) -> Result<Searched> {
                     header,
                 };
                 if let Some(header) = header.filter(|_| searched.broken.len() < RECORDS_MAX) {
-                    searched.broken.entry(header.body_hash).or_insert(range.start);
+                    searched.broken.entry(key_of(&header)).or_insert(range.start);
                 }
                 if header.is_none() && committed.is_some() && are_zeros(reader, range)? {
                     zeros = Some(damage);
@@ -113,16 +113,17 @@ pub fn search(reader: &RecordReader) -> Result<Searched> {
     searched.unsupported.sort_by_key(|record| key_of(&record.header));
     let Searched { records, by_hash, .. } = &mut searched;
     by_hash.extend(0..u32::try_from(records.len()).unwrap_or(u32::MAX));
-    by_hash.sort_unstable_by_key(|place| (records[*place as usize].0.body_hash, *place));
+    by_hash.sort_unstable_by_key(|place| (key_of(&records[*place as usize].0), *place));
     Ok(searched)
 }
 
 impl Searched {
-    /// Returns where the first whole record with a body of this hash begins.
-    pub fn place_of(&self, body_hash: &Hash) -> Option<u64> {
-        let hash_at = |place: &u32| self.records[*place as usize].0.body_hash;
-        let at = self.by_hash.partition_point(|place| hash_at(place) < *body_hash);
-        let place = self.by_hash.get(at).filter(|place| hash_at(place) == *body_hash)?;
+    /// Returns where the first whole record of a kind with a body of a hash begins.
+    pub fn place_of(&self, kind: RecordKind, body_hash: &Hash) -> Option<u64> {
+        let key_at = |place: &u32| key_of(&self.records[*place as usize].0);
+        let wanted = (kind, *body_hash);
+        let at = self.by_hash.partition_point(|place| key_at(place) < wanted);
+        let place = self.by_hash.get(at).filter(|place| key_at(place) == wanted)?;
         Some(self.records[*place as usize].1)
     }
 
@@ -130,10 +131,11 @@ impl Searched {
     ///
     /// # Errors
     /// [`Error::Unsupported`].
-    pub fn check_supported(&self, reader: &RecordReader, kind: RecordKind, body_hash: &Hash) -> Result<()> {
+    pub fn check_supported(&self, reader: &RecordReader, sought: &SoughtRecord) -> Result<()> {
+        let wanted = (sought.kind, sought.body_hash);
         let found = self
             .unsupported
-            .binary_search_by_key(&(kind, *body_hash), |record| key_of(&record.header));
+            .binary_search_by_key(&wanted, |record| key_of(&record.header));
         found.map_or(Ok(()), |place| Err(reader.unsupported(self.unsupported[place].problem)))
     }
 
@@ -225,7 +227,7 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
     let copy = at
         .checked_sub(last.length)
         .ok_or_else(|| reader.problem(at, "its TAIL names no COMMIT"))?;
-    let header = reader.header_of(copy, RecordKind::Commit, &last.body_hash)?;
+    let header = reader.header_of(copy, &last.sought())?;
     if (header.lane, header.epoch) != (tail.lane, tail.epoch) {
         return Err(reader.problem(copy, "its TAIL does not stand behind a COMMIT"));
     }
@@ -273,20 +275,22 @@ struct Chains<'a> {
 
 /// What all commits of a file list so far.
 #[derive(Default)]
-struct ListedTotal {
+pub(super) struct ListedTotal {
     records: usize,
     forgotten: usize,
     dead: usize,
     /// The bodies of records and LISTs.
     bodies: HashSet<Hash>,
-    /// Bytes of records whose bodies others have too.
+    /// Bytes of records of a lane whose bodies other commits list too.
     repeated_bytes: u64,
+    /// Bytes of records that lanes have of others, but for the first lane that has each.
+    shared_bytes: u64,
 }
 
 impl ListedTotal {
     /// Checks whether another commit may list so much. A record that is listed, and a commit that is forgotten, has a hash in a LIST, which
     /// no compression makes shorter: so what is kept of them in memory is bounded by the length of the file.
-    fn check(&self, listed: &Listed, length: u64) -> Decoded<()> {
+    pub(super) fn check(&self, listed: &Listed, length: u64) -> Decoded<()> {
         let hashed_max = usize::try_from(length / size_of::<Hash>() as u64).unwrap_or(usize::MAX);
         let records = self.records + listed.records.len();
         let forgotten = self.forgotten + listed.forgotten.len();
@@ -296,24 +300,37 @@ impl ListedTotal {
         Ok(())
     }
 
-    /// Adds what a commit lists. It lists nothing twice, and what several commits list, which HEADs and LISTs may be, takes no more than the
-    /// whole file: a small archive could otherwise have one record read a million times.
-    fn add(&mut self, commit: &Commit, listed: &Listed, length: u64) -> Decoded<()> {
+    /// Counts what LISTs say.
+    pub(super) fn count(&mut self, listed: &Listed) {
         self.records += listed.records.len();
         self.forgotten += listed.forgotten.len();
         self.dead += listed.dead.len();
-        let records = listed.records.iter().map(|record| (record.body_hash, record.length));
-        let lists = commit.lists.iter().map(|list| (list.body_hash, list.length));
+    }
+
+    /// Adds what a commit lists. It lists nothing twice, and what several commits list, which HEADs and LISTs may be, takes no more than the
+    /// whole file: a small archive could otherwise have one record read a million times. What lanes share, each of them may have once.
+    fn add(&mut self, commit: &Commit, listed: &Listed, length: u64) -> Decoded<()> {
+        self.count(listed);
+        let records = listed
+            .records
+            .iter()
+            .map(|record| (record.body_hash, record.length, record.lane == commit.lane));
+        let lists = commit.lists.iter().map(|list| (list.body_hash, list.length, true));
         let mut own = HashSet::new();
-        for (body, bytes) in records.chain(lists) {
+        for (body, bytes, is_own) in records.chain(lists) {
             if !own.insert(body) {
                 return Err("a commit lists a record twice".into());
             }
             if !self.bodies.insert(body) {
-                self.repeated_bytes = self.repeated_bytes.saturating_add(bytes);
+                let total = if is_own {
+                    &mut self.repeated_bytes
+                } else {
+                    &mut self.shared_bytes
+                };
+                *total = total.saturating_add(bytes);
             }
         }
-        if self.repeated_bytes > length {
+        if self.repeated_bytes > length || self.shared_bytes / OTHER_LANES_MAX as u64 > length {
             return Err("its commits list the same records".into());
         }
         Ok(())
@@ -349,12 +366,12 @@ impl<'a> Chains<'a> {
         let (mut next, mut hint) = (location, hint);
         let mut follower: Option<ChainPlace> = None;
         loop {
-            let header = reader.header_of(next.offset, RecordKind::Commit, &next.body_hash)?;
-            if header.lane != lane || next.length != HEADER_BYTES as u64 + header.body_bytes {
+            let header = reader.header_of(next.offset, &next.sought())?;
+            if header.lane != lane {
                 return Err(reader.problem(next.offset, "a COMMIT is not where it should be"));
             }
             let body = reader.body_of(next.offset, &header)?;
-            let commit = commit_of(&body, &header).map_err(|problem| reader.malformed(next.offset, problem))?;
+            let commit = Commit::decode_of(&body, &header).map_err(|problem| reader.malformed(next.offset, problem))?;
             if follower.is_some_and(|next| !ChainPlace::of(&commit).is_followed_by(next)) {
                 return Err(reader.problem(next.offset, &format!("the COMMIT after it {FOLLOWS_NOT}")));
             }
@@ -392,16 +409,6 @@ fn named_in_other_lanes(commits: &[Committed]) -> impl Iterator<Item = &CommitLo
         .map(|other| &other.location)
 }
 
-/// Decodes a COMMIT, which proves the lane and the epoch of its header.
-fn commit_of(body: &[u8], header: &RecordHeader) -> Decoded<Commit> {
-    let commit = Commit::decode(body)?;
-    if (commit.lane, commit.epoch) == (header.lane, header.epoch) {
-        Ok(commit)
-    } else {
-        Err("a COMMIT has the header of another record".into())
-    }
-}
-
 /// Reads what a COMMIT lists, but for its images.
 fn committed(
     reader: &RecordReader,
@@ -412,7 +419,7 @@ fn committed(
 ) -> Result<Committed> {
     let mut listed = Listed::default();
     for list in commit.lists.iter().filter(|list| list.part == PART_RECORDS) {
-        let body = reader.body_by_hash(RecordKind::List, list.offset, &list.body_hash, searched)?;
+        let body = reader.body_by_hash(&list.sought(), searched)?;
         let added = listed
             .add(&body, header.lane)
             .and_then(|()| total.check(&listed, reader.length()));
@@ -425,15 +432,9 @@ fn committed(
     if previous.offset.checked_add(previous.length).is_none() {
         return Err(reader.problem(0, "a COMMIT lies beyond the archive's end"));
     }
-    if !can_hold(reader.length(), commit.store_end, &listed) {
-        return Err(reader.problem(0, "a commit has more blocks than the archive can hold"));
-    }
-    let beyond = |end: StoreBlock| end > commit.store_end;
-    let placed = listed.records.iter().filter(|record| record.kind.has_addresses());
-    let ends = placed.map(super::list::RecordLocation::end);
-    if ends.chain(listed.uses.iter().map(|range| range.end)).any(beyond) {
-        return Err(reader.problem(0, "a commit lists blocks beyond the end of its store"));
-    }
+    listed
+        .check_below(commit.store_end)
+        .map_err(|problem| reader.malformed(0, problem))?;
     // They take more memory than all else, and only verifying needs them.
     listed.uses = Vec::new();
     Ok(Committed {
@@ -446,13 +447,6 @@ fn committed(
     })
 }
 
-/// Whether so many blocks can be in an archive of this length: each frame takes a line of its PACK's table. Dead addresses take none.
-fn can_hold(length: u64, store_end: StoreBlock, listed: &Listed) -> bool {
-    const LINE_BYTES: u64 = 48;
-    let dead = crate::range::count(&crate::range::joined(listed.dead.iter().cloned()));
-    length / LINE_BYTES >= u64::from(store_end.0).saturating_sub(dead) / u64::from(super::limits::FRAME_BLOCKS_MAX)
-}
-
 /// Checks the HEADs of a commit's epoch. Returns whether this version may append. One that is damaged says nothing.
 fn check_head(reader: &RecordReader, committed: &Committed, searched: (Option<&Searched>, u64)) -> Result<bool> {
     let mut may_append = committed.commit.features_append == 0;
@@ -462,7 +456,7 @@ fn check_head(reader: &RecordReader, committed: &Committed, searched: (Option<&S
         .iter()
         .filter(|record| record.kind == RecordKind::Head)
     {
-        match reader.body_by_hash(RecordKind::Head, head.offset, &head.body_hash, searched) {
+        match reader.body_by_hash(&head.sought(), searched) {
             Ok(body) => match Head::decode(&body) {
                 Ok(head) => may_append &= head.may_append(),
                 Err(Malformed::Unsupported(problem)) => return Err(reader.unsupported(problem)),
@@ -508,10 +502,10 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
         .iter()
         .filter(|(header, _)| header.kind == RecordKind::Commit)
     {
-        main = header.lane;
         copies.insert(header.body_hash, *offset);
         // A COMMIT that stands there twice counts once.
         if seen.contains(&header.body_hash) {
+            main = header.lane;
             continue;
         }
         let location = CommitLocation {
@@ -520,9 +514,10 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
             body_hash: header.body_hash,
         };
         let body = reader.body_of(*offset, header)?;
-        let decoded = commit_of(&body, header).map_err(|problem| reader.malformed(*offset, problem));
+        let decoded = Commit::decode_of(&body, header).map_err(|problem| reader.malformed(*offset, problem));
         if decoded.is_ok() {
             seen.insert(header.body_hash);
+            main = header.lane;
         }
         match decoded.and_then(|commit| committed(reader, commit, header, (Some(searched), end), &mut total)) {
             Ok(one) => found
@@ -596,28 +591,6 @@ fn chain_of(mut commits: Vec<Committed>, copies: &HashMap<Hash, u64>, damage: &m
     }
     chain.reverse();
     chain
-}
-
-const FOLLOWS_NOT: &str = "does not follow the one that it says it does";
-
-/// What tells whether a commit can be the one before another.
-#[derive(Debug, Clone, Copy)]
-struct ChainPlace {
-    number: CommitNumber,
-    store_end: StoreBlock,
-}
-
-impl ChainPlace {
-    fn of(commit: &Commit) -> Self {
-        Self {
-            number: commit.number,
-            store_end: commit.store_end,
-        }
-    }
-
-    fn is_followed_by(self, next: Self) -> bool {
-        self.number.next() == next.number && self.store_end <= next.store_end
-    }
 }
 
 /// Where the last of some commits ends: behind its copies and its TAIL.

@@ -10,7 +10,8 @@ use crate::numbers::StoreBlock;
 /// Bytes of a body before its table.
 pub const FIXED_BYTES: usize = 16;
 /// Bytes of a frame's line in the table.
-const LINE_BYTES: usize = 48;
+/// Bytes of a line of the table, of which each frame has one.
+pub const LINE_BYTES: usize = 48;
 
 /// A frame as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]

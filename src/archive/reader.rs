@@ -13,19 +13,21 @@ use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordL
 use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use super::open::{self, Opened, Searched};
 use super::pack::{self, FrameInfo, PackTable};
-use super::record::{DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, hash_of};
+use super::record::{
+    DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, SoughtRecord, find_magic,
+    hash_of,
+};
 use super::writer::EpochBase;
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::codec::Malformed;
-use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::range;
 use crate::spill::Budget;
 use crate::store::Store;
 
-/// What to say of runs whose image is not there though no record is missing.
-pub const ORPHANS: &str = "it has runs of an image that is not there";
+/// What to say where no record is missing, and runs or images are.
+pub const MISSING_RUNS: &str = "its images and runs do not fit together, or lie behind its store";
 
 /// A commit and where it is.
 #[derive(Debug, Clone, Default)]
@@ -143,11 +145,10 @@ impl RecordReader {
     ///
     /// # Errors
     /// As for [`RecordReader::header_at`]; another record is damage, whatever it is.
-    pub fn header_of(&self, offset: u64, kind: RecordKind, body_hash: &Hash) -> Result<RecordHeader> {
-        let is_it = |header: &RecordHeader| (header.kind, header.body_hash) == (kind, *body_hash);
+    pub fn header_of(&self, offset: u64, sought: &SoughtRecord) -> Result<RecordHeader> {
         match self.any_header_at(offset)? {
-            DecodedHeader::Known(header) if is_it(&header) => Ok(header),
-            DecodedHeader::Unsupported(record) if is_it(&record.header) => Err(self.unsupported(record.problem)),
+            DecodedHeader::Known(header) if sought.is(&header) => Ok(header),
+            DecodedHeader::Unsupported(record) if sought.is(&record.header) => Err(self.unsupported(record.problem)),
             _ => Err(self.problem(offset, "another record stands in its place")),
         }
     }
@@ -163,6 +164,9 @@ impl RecordReader {
         }
         let mut body = vec![0; usize::try_from(header.body_bytes).unwrap_or(usize::MAX)];
         self.read_exact(start, &mut body)?;
+        if find_magic(&body).is_some() {
+            return Err(self.problem(offset, "a record holds the beginning of another"));
+        }
         header.apply_mask(0, &mut body);
         if hash_of(&body) != header.body_hash {
             return Err(self.problem(offset, "a record does not match its hash"));
@@ -175,27 +179,21 @@ impl RecordReader {
     ///
     /// # Errors
     /// As for [`RecordReader::body_of`].
-    pub fn body_by_hash(
-        &self,
-        kind: RecordKind,
-        offset: u64,
-        body_hash: &Hash,
-        (searched, end): (Option<&Searched>, u64),
-    ) -> Result<Vec<u8>> {
+    pub fn body_by_hash(&self, sought: &SoughtRecord, (searched, end): (Option<&Searched>, u64)) -> Result<Vec<u8>> {
         let read = |offset| {
             if offset >= end {
                 return Err(self.problem(offset, BEHIND));
             }
-            self.body_of(offset, &self.header_of(offset, kind, body_hash)?)
+            self.body_of(offset, &self.header_of(offset, sought)?)
         };
-        let error = match read(offset) {
+        let error = match read(sought.offset) {
             Err(error @ Error::Damaged { .. }) => error,
             other => return other,
         };
         let Some(searched) = searched else { return Err(error) };
-        match searched.place_of(body_hash) {
-            Some(found) if found != offset => read(found),
-            _ => searched.check_supported(self, kind, body_hash).and(Err(error)),
+        match searched.place_of(sought.kind, &sought.body_hash) {
+            Some(found) if found != sought.offset => read(found),
+            _ => searched.check_supported(self, sought).and(Err(error)),
         }
     }
 
@@ -304,7 +302,7 @@ impl Archive {
             }
             other => other?,
         };
-        let lanes = lanes_of(&opened.commits).map_err(|problem| reader.malformed(0, problem))?;
+        let lanes = lanes_of(&opened.commits, length).map_err(|problem| reader.malformed(0, problem))?;
         let commits = std::mem::take(&mut opened.commits);
         let (forgotten, commits) = commits.into_iter().partition(|one| one.is_forgotten);
         Ok(Self {
@@ -359,7 +357,7 @@ impl Archive {
         self.commits
             .sort_by_key(|one| (one.lane == main, one.lane, one.commit.number));
         let all: Vec<Committed> = self.all_commits().cloned().collect();
-        self.lanes = lanes_of(&all).map_err(|problem| self.reader.malformed(0, problem))?;
+        self.lanes = lanes_of(&all, self.length()).map_err(|problem| self.reader.malformed(0, problem))?;
         Ok(())
     }
 
@@ -610,15 +608,11 @@ impl Archive {
     pub fn images(&self, committed: &Committed) -> Result<(Vec<ImageSummary>, Vec<Damage>)> {
         let (mut images, mut damage) = (Vec::new(), Vec::new());
         for list in committed.commit.lists.iter().filter(|list| list.part == PART_IMAGES) {
-            let body = self.body_of_hash(RecordKind::List, list.offset, &list.body_hash);
+            let body = self.body_of_sought(&list.sought());
             let added = body.and_then(|body| {
                 list::add_images(&mut images, &body).map_err(|problem| self.reader.malformed(list.offset, problem))
             });
-            let place = ByteRange {
-                start: list.offset,
-                length: list.length,
-            };
-            note_damage(added, place, &mut damage)?;
+            note_damage(added, list.range(), &mut damage)?;
         }
         Ok((images, damage))
     }
@@ -632,21 +626,27 @@ impl Archive {
         let mut damage = Vec::new();
         let mut manifest = self.manifest_of(committed, PlanPart::Final, budget, &mut damage)?;
         if !damage.is_empty() {
+            let (summaries, lost_lists) = self.images(committed)?;
+            let keep_listed = |manifest: &mut Manifest| {
+                if lost_lists.is_empty() && !committed.salvaged {
+                    manifest.keep_as_listed(&summaries, committed.commit.store_end);
+                }
+            };
+            keep_listed(&mut manifest);
             // What is damaged there is only a help.
-            let planned = self.manifest_of(committed, PlanPart::Planned, budget, &mut Vec::new());
-            match planned {
-                Ok(planned) => manifest.complete_from(planned),
+            match self.manifest_of(committed, PlanPart::Planned, budget, &mut Vec::new()) {
+                Ok(mut planned) => {
+                    keep_listed(&mut planned);
+                    manifest.complete_from(planned);
+                }
                 Err(Error::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        let end = committed.commit.store_end;
-        let beyond = |run: &crate::content::Run| matches!(run.content, Content::Stored(first) if first.checked_add(run.blocks).is_none_or(|last| last > end));
-        if manifest.images.iter().flat_map(|image| &image.runs).any(beyond) {
-            return Err(self
-                .reader
-                .problem(committed.location.offset, "a run refers to blocks that are not there"));
-        }
+        let checked = manifest
+            .check_names()
+            .and_then(|()| manifest.check_below(committed.commit.store_end));
+        checked.map_err(|problem| in_commit(self.reader.malformed(0, problem), &committed.location))?;
         Ok((manifest, damage))
     }
 
@@ -666,16 +666,19 @@ impl Archive {
             });
             note_damage(added, range_of(location), damage)?;
         }
-        if builder.has_orphans() && damage.len() == known_damage {
-            let place = ByteRange {
-                start: committed.location.offset,
-                length: committed.location.length,
-            };
-            damage.push(Damage::at(place, ORPHANS));
+        let has_orphans = builder.has_orphans();
+        let built = builder.finish();
+        let is_lossy = |manifest: &Manifest| {
+            let end = committed.commit.store_end;
+            manifest
+                .images
+                .iter()
+                .any(|image| image.is_incomplete() || !image.is_below(end))
+        };
+        if damage.len() == known_damage && (has_orphans || built.as_ref().is_ok_and(is_lossy)) {
+            damage.push(Damage::at(committed.location.range(), MISSING_RUNS));
         }
-        builder
-            .finish()
-            .map_err(|problem| self.reader.malformed(committed.location.offset, problem))
+        built.map_err(|problem| in_commit(self.reader.malformed(0, problem), &committed.location))
     }
 
     /// Reads what is announced of the blocks of a commit's epoch. What is damaged is left out: it is only a help.
@@ -727,7 +730,7 @@ impl Archive {
     pub fn frames(&self, pack: &RecordLocation) -> Result<Vec<LocatedFrame>> {
         let reader = &self.reader;
         let read = |offset: u64| -> Result<Vec<LocatedFrame>> {
-            let header = reader.header_of(offset, RecordKind::Pack, &pack.body_hash)?;
+            let header = reader.header_of(offset, &pack.sought())?;
             let body = offset + HEADER_BYTES as u64;
             let masked = |length: usize| {
                 let mut part = vec![0; length];
@@ -808,7 +811,7 @@ impl Archive {
             Err(error @ Error::Damaged { .. }) => error,
             other => return other,
         };
-        match self.searched()?.place_of(&header.body_hash) {
+        match self.searched()?.place_of(header.kind, &header.body_hash) {
             Some(place) if place < self.records_end => read(
                 place + HEADER_BYTES as u64 + frame.offset,
                 &self.reader.header_at(place)?,
@@ -868,10 +871,14 @@ impl Archive {
                 Err(Error::Damaged { .. }) => continue,
                 Err(error) => return Err(error),
             };
-            let Ok(found) = index::hashes(&body) else {
+            let blocks = listed.location.first..listed.location.end();
+            let Some(found) = index::hashes(&body)
+                .ok()
+                .filter(|found| found.len() == range::length(&blocks) as usize)
+            else {
                 continue;
             };
-            for (block, hash) in range::from(listed.location.first).zip(found) {
+            for (block, hash) in range::each(blocks).zip(found) {
                 if wanted.contains(&block) {
                     call((block - wanted.start) as usize, hash, listed.commit);
                 }
@@ -888,10 +895,7 @@ impl Archive {
         let mut uses = Vec::new();
         for list in committed.commit.lists.iter().filter(|list| list.part == PART_RECORDS) {
             let mut listed = Listed::default();
-            let added = listed.add(
-                &self.body_of_hash(RecordKind::List, list.offset, &list.body_hash)?,
-                committed.lane,
-            );
+            let added = listed.add(&self.body_of_sought(&list.sought())?, committed.lane);
             added.map_err(|problem| self.reader.malformed(list.offset, problem))?;
             uses.append(&mut listed.uses);
         }
@@ -903,16 +907,14 @@ impl Archive {
     /// # Errors
     /// [`Error::Damaged`], or the error of reading.
     pub fn body(&self, location: &RecordLocation) -> Result<Vec<u8>> {
-        let body = self.body_of_hash(location.kind, location.offset, &location.body_hash);
+        let body = self.body_of_sought(&location.sought());
         body.map_err(|error| in_record(error, location))
     }
 
-    fn body_of_hash(&self, kind: RecordKind, offset: u64, hash: &Hash) -> Result<Vec<u8>> {
+    fn body_of_sought(&self, sought: &SoughtRecord) -> Result<Vec<u8>> {
         let end = self.records_end;
-        match self.reader.body_by_hash(kind, offset, hash, (None, end)) {
-            Err(Error::Damaged { .. }) => self
-                .reader
-                .body_by_hash(kind, offset, hash, (Some(self.searched()?), end)),
+        match self.reader.body_by_hash(sought, (None, end)) {
+            Err(Error::Damaged { .. }) => self.reader.body_by_hash(sought, (Some(self.searched()?), end)),
             other => other,
         }
     }
@@ -931,9 +933,9 @@ impl Archive {
             other => return other,
         };
         let searched = self.searched()?;
-        searched.check_supported(&self.reader, location.kind, &location.body_hash)?;
-        let broken = searched.broken.get(&location.body_hash).copied();
-        let places = [searched.place_of(&location.body_hash), broken];
+        searched.check_supported(&self.reader, &location.sought())?;
+        let broken = searched.broken.get(&(location.kind, location.body_hash)).copied();
+        let places = [searched.place_of(location.kind, &location.body_hash), broken];
         match places.into_iter().flatten().find(|offset| *offset != location.offset) {
             Some(offset) => read(offset),
             None => Err(in_record(error, location)),
@@ -941,12 +943,14 @@ impl Archive {
     }
 }
 
-fn lanes_of(commits: &[Committed]) -> std::result::Result<BTreeMap<LaneId, LaneStore>, Malformed> {
+fn lanes_of(commits: &[Committed], length: u64) -> std::result::Result<BTreeMap<LaneId, LaneStore>, Malformed> {
     let mut lanes: BTreeMap<LaneId, Vec<&Committed>> = BTreeMap::new();
     for committed in commits {
         lanes.entry(committed.lane).or_default().push(committed);
     }
-    let stores = lanes.into_iter().map(|(lane, own)| Ok((lane, LaneStore::new(&own)?)));
+    let stores = lanes
+        .into_iter()
+        .map(|(lane, own)| Ok((lane, LaneStore::new(&own, length)?)));
     stores.collect()
 }
 
@@ -962,8 +966,23 @@ fn in_record(error: Error, location: &RecordLocation) -> Error {
     }
 }
 
+/// Damage of what several records say as damage of their COMMIT.
+fn in_commit(error: Error, location: &CommitLocation) -> Error {
+    match error {
+        Error::Damaged { path, problem, .. } => Error::Damaged {
+            path,
+            range: Some(location.range()),
+            problem,
+        },
+        other => other,
+    }
+}
+
 /// Notes damage; any other error is returned.
-fn note_damage(done: Result<()>, otherwise: ByteRange, damage: &mut Vec<Damage>) -> Result<()> {
+///
+/// # Errors
+/// Returns the error.
+pub fn note_damage(done: Result<()>, otherwise: ByteRange, damage: &mut Vec<Damage>) -> Result<()> {
     match done {
         Err(Error::Damaged { range, problem, .. }) => {
             damage.push(Damage::at(range.unwrap_or(otherwise), problem));
@@ -983,16 +1002,15 @@ pub fn range_of(location: &RecordLocation) -> ByteRange {
 
 /// Returns the damage of a COMMIT.
 pub fn damage_of(location: &CommitLocation, problem: String) -> Damage {
-    let range = ByteRange {
-        start: location.offset,
-        length: location.length,
-    };
-    Damage::at(range, problem)
+    Damage::at(location.range(), problem)
 }
 
-fn plans(committed: &Committed, part: PlanPart) -> impl Iterator<Item = &RecordLocation> {
-    let is_it = move |record: &&RecordLocation| record.kind == RecordKind::Plan && record.part == part.number();
-    committed.listed.records.iter().filter(is_it)
+/// The PLANs of a part in the order of their numbers, which is that in which they were written.
+fn plans(committed: &Committed, part: PlanPart) -> Vec<&RecordLocation> {
+    let is_it = |record: &&RecordLocation| record.kind == RecordKind::Plan && record.part == part.number();
+    let mut plans: Vec<&RecordLocation> = committed.listed.records.iter().filter(is_it).collect();
+    plans.sort_by_key(|location| location.sequence);
+    plans
 }
 
 /// Returns the commit that a name means: its number, its label, or the first digits of its hash; of several, the last.

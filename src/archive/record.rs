@@ -298,6 +298,28 @@ impl RecordHeader {
     }
 }
 
+/// A record that something leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SoughtRecord {
+    /// What it holds.
+    pub kind: RecordKind,
+    /// Where it should begin, in bytes from the beginning of the file. A hint.
+    pub offset: u64,
+    /// Bytes, header included. One that is longer could be read more often than the file's length allows.
+    pub length: u64,
+    /// BLAKE3 of its body, which is its identity.
+    pub body_hash: Hash,
+}
+
+impl SoughtRecord {
+    /// Returns whether a header is that of the record.
+    pub fn is(&self, header: &RecordHeader) -> bool {
+        header.kind == self.kind
+            && header.body_hash == self.body_hash
+            && header.body_bytes.checked_add(HEADER_BYTES as u64) == Some(self.length)
+    }
+}
+
 /// A header whose own hash is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DecodedHeader {

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, HashSet};
 use super::commit::{Commit, CommitLocation, ListLocation};
 use super::head::Head;
 use super::index;
+use super::limits::LISTS_MAX;
 use super::list::{self, Listed, RecordLocation};
 use super::manifest::{PlanPart, PlanRecord};
-use super::open::Searched;
+use super::open::{ListedTotal, Searched};
 use super::pack;
 use super::reader::{Committed, RecordReader};
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
@@ -48,7 +49,7 @@ pub(super) fn salvage(
         .iter()
         .map(|record| (record.header.lane, record.header.epoch))
         .collect();
-    let mut found = Vec::new();
+    let (mut found, mut total) = (Vec::new(), ListedTotal::default());
     for ((lane, epoch), records) in epochs {
         if unsupported.contains(&(lane, epoch)) {
             continue;
@@ -58,7 +59,7 @@ pub(super) fn salvage(
         if !has_tail && last_record <= end && last_damage <= end {
             continue;
         }
-        if let Some(committed) = salvage_epoch(reader, lane, epoch, records)? {
+        if let Some(committed) = salvage_epoch(reader, lane, epoch, records, &mut total)? {
             found.push(committed);
         }
     }
@@ -71,6 +72,7 @@ fn salvage_epoch(
     lane: LaneId,
     epoch: EpochId,
     mut records: Vec<(RecordHeader, u64)>,
+    total: &mut ListedTotal,
 ) -> Result<Option<Committed>> {
     records.sort_by_key(|(header, _)| header.sequence);
     records.dedup_by_key(|(header, _)| header.sequence);
@@ -80,7 +82,11 @@ fn salvage_epoch(
         if header.kind == RecordKind::Head && matches!(Head::decode(&body), Err(Malformed::Unsupported(_))) {
             return Ok(None);
         }
-        found.add(header, &body, *offset);
+        if header.kind == RecordKind::List {
+            found.add_list(header, &body, *offset, (total, reader.length()));
+        } else {
+            found.add(header, &body, *offset);
+        }
     }
     // Its LIST says more: where PACKs of other lanes stand.
     let listed = if found.from_lists.records.is_empty() {
@@ -163,31 +169,38 @@ impl Salvaged {
                 location.first = first;
                 location.blocks = u32::try_from(hashes.len()).unwrap_or(u32::MAX);
             }
-            RecordKind::List => {
-                if self.lists_seen.insert(header.body_hash) {
-                    let list = list_of(body, location, header.lane, &mut self.from_lists);
-                    self.commit.lists.extend(list);
-                }
-                return;
-            }
             _ => return,
         }
         self.listed.records.push(location);
     }
-}
 
-fn list_of(body: &[u8], location: RecordLocation, lane: LaneId, listed: &mut Listed) -> Option<ListLocation> {
-    // Of a LIST that cannot be decoded to its end, nothing is believed.
-    let mut own = Listed::default();
-    let part = list::add_any(&mut own, &mut Vec::new(), body, lane).ok()?;
-    listed.append(&mut own);
-    Some(ListLocation {
-        part,
-        sequence: location.sequence,
-        offset: location.offset,
-        length: location.length,
-        body_hash: location.body_hash,
-    })
+    /// Adds a LIST. Of one that cannot be decoded to its end, or has more than commits of a file of `length` bytes may list, nothing is
+    /// believed.
+    fn add_list(&mut self, header: &RecordHeader, body: &[u8], offset: u64, (total, length): (&mut ListedTotal, u64)) {
+        self.before = Some(header.sequence);
+        if self.commit.lists.len() >= LISTS_MAX || !self.lists_seen.insert(header.body_hash) {
+            return;
+        }
+        let mut listed = Listed::default();
+        let Ok(part) = list::add_any(&mut listed, &mut Vec::new(), body, header.lane) else {
+            return;
+        };
+        // What is salvaged is not asked which addresses it uses.
+        listed.uses = Vec::new();
+        if total.check(&listed, length).is_err() {
+            return;
+        }
+        total.count(&listed);
+        self.from_lists.append(&mut listed);
+        let location = location_of(header, offset);
+        self.commit.lists.push(ListLocation {
+            part,
+            sequence: location.sequence,
+            offset: location.offset,
+            length: location.length,
+            body_hash: location.body_hash,
+        });
+    }
 }
 
 /// Where a record is, and nothing of what it holds.

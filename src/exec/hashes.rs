@@ -107,6 +107,8 @@ pub struct StoredHashes<'a> {
     pages: Vec<(StoreBlock, Vec<Option<Hash>>)>,
     /// Hashes that no INDEX has any more, made of the blocks.
     remade: HashMap<StoreBlock, Hash>,
+    /// Such hashes that were made before, in the order of the blocks.
+    made: &'a [(StoreBlock, Hash)],
 }
 
 impl<'a> StoredHashes<'a> {
@@ -124,7 +126,15 @@ impl<'a> StoredHashes<'a> {
             end,
             pages: Vec::new(),
             remade: HashMap::new(),
+            made: &[],
         }
+    }
+
+    /// Uses hashes that were made of blocks, in the order of the blocks, where no INDEX has one.
+    #[must_use]
+    pub fn with_made(mut self, made: &'a [(StoreBlock, Hash)]) -> Self {
+        self.made = made;
+        self
     }
 
     /// The store address after the last block.
@@ -167,6 +177,10 @@ impl<'a> StoredHashes<'a> {
         } else {
             let end = self.end.min(first.saturating_add(Self::PAGE_BLOCKS));
             let mut page = archive.hashes(committed, first..end)?;
+            let from = self.made.partition_point(|(block, _)| *block < first);
+            for (block, hash) in self.made[from..].iter().take_while(|(block, _)| *block < end) {
+                page[(*block - first) as usize].get_or_insert(*hash);
+            }
             if !self.remade.is_empty() {
                 for (block, known) in range::from(first).zip(&mut page).filter(|(_, known)| known.is_none()) {
                     *known = self.remade.get(&block).copied();

@@ -3,6 +3,7 @@
 mod packed;
 mod shared;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 pub(crate) use packed::{PackedExtents, PackedMappings};
@@ -299,6 +300,9 @@ pub struct Facts {
     /// Whether the filesystem frees each block on its own (XFS), not only extents as a whole (btrfs): then extents are only ranges
     /// of blocks that are alike in what may be done with them, and what of one is found elsewhere goes without the rest.
     pub frees_blocks: bool,
+    /// The last block of each image whose size is not a multiple of 4 KiB. `FIDEDUPERANGE` shares such a block only with the last block of
+    /// another file, so that what lies there is no home for anything else.
+    pub partial_blocks: BTreeMap<ImageId, u32>,
     /// For each range of slots that an image reaches, a mapping to read it through; in the order of slots, without overlap.
     cover: SpillVec<Cover>,
 }
@@ -347,6 +351,7 @@ impl Facts {
             table_slots_max: usize::MAX,
             machines: Vec::new(),
             frees_blocks: false,
+            partial_blocks: BTreeMap::new(),
             zero_fingerprint,
             proofs,
             cover: SpillVec::default(),
@@ -380,6 +385,20 @@ impl Facts {
         cover.shrink_to_fit();
         self.first_mapping = first_mapping;
         self.cover = cover;
+    }
+
+    /// Returns the slots that hold the last, partial block of an image.
+    pub fn partial_slots(&self) -> BTreeSet<Slot> {
+        if self.partial_blocks.is_empty() {
+            return BTreeSet::new();
+        }
+        let all = self.mappings_in(0..self.mappings.list.len());
+        let partial = all.flat_map(|(mapping, images)| {
+            let of = |image| self.partial_blocks.get(image)?.checked_sub(mapping.file_block);
+            let inside = images.iter().filter_map(of).filter(|block| *block < mapping.blocks);
+            inside.map(|block| mapping.slot + block)
+        });
+        partial.collect()
     }
 
     /// The budget that its lists and those that follow from it are made from. It is that of the extents.

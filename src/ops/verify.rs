@@ -13,7 +13,9 @@ use crate::archive::lane::ListedRecord;
 use crate::archive::list::{RecordLocation, by_path};
 use crate::archive::manifest::{ImageRuns, ManifestBuilder, PlanPart, PlanRecord};
 use crate::archive::pack::FrameInfo;
-use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, ORPHANS, ProvedHash, range_of};
+use crate::archive::reader::{
+    Archive, Committed, Damage, LocatedFrame, MISSING_RUNS, ProvedHash, note_damage, range_of,
+};
 use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::codec::{Decoded, Malformed};
@@ -25,7 +27,7 @@ use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::lost_ranges;
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
-use crate::spill::Budget;
+use crate::spill::{Budget, SpillVec};
 use crate::store::{FileStore, Store};
 
 /// Verifies an archive.
@@ -101,15 +103,35 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
 }
 
 /// What PACKs were found to hold of a lane's store.
-#[derive(Default)]
 struct CheckedStore {
     /// Blocks that are intact, each with the first commit that it is proved for.
     held: Vec<(CommitNumber, Range<StoreBlock>)>,
-    /// Hashes of blocks that no INDEX has any more.
-    remade: BTreeMap<StoreBlock, Hash>,
+    /// Hashes that were made of blocks which no INDEX proves for all commits that may use them, in the order of the blocks once all PACKs
+    /// were read. What they are is proved by the digests of images.
+    remade: SpillVec<(StoreBlock, Hash)>,
 }
 
 impl CheckedStore {
+    fn new(budget: &Budget) -> Self {
+        Self {
+            held: Vec::new(),
+            remade: SpillVec::new_in(budget),
+        }
+    }
+
+    /// Puts what was made of blocks in order. Returns the blocks that are others in another PACK.
+    fn sort_remade(&mut self) -> Vec<StoreBlock> {
+        self.remade.sort_by_key(|(block, _)| *block);
+        let pairs = self
+            .remade
+            .windows(2)
+            .filter(|pair| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1);
+        let mut disputed: Vec<StoreBlock> = pairs.map(|pair| pair[0].0).take(DISPUTED_MAX).collect();
+        disputed.dedup();
+        self.remade.dedup_by_key(|(block, _)| *block);
+        disputed
+    }
+
     /// The blocks of the store that a commit cannot get, a list.
     fn lost_for(&self, committed: &Committed) -> Vec<Range<StoreBlock>> {
         let held = self.held.iter().filter(|(from, _)| *from <= committed.commit.number);
@@ -120,6 +142,9 @@ impl CheckedStore {
         )
     }
 }
+
+/// Blocks of which it is said that PACKs have different ones.
+const DISPUTED_MAX: usize = 1000;
 
 /// A verification in the making.
 struct Verifier<'a> {
@@ -145,15 +170,21 @@ impl Verifier<'_> {
             .iter()
             .fold(0, |sum: u64, (_, pack)| sum.saturating_add(bytes(pack.location.blocks)));
         self.monitor.phase("Verifying blocks", all_bytes);
-        let check = |(last, pack): &(&Committed, &ListedRecord)| {
+        let known = archive.commits().iter().chain(archive.forgotten());
+        let mut ends: HashMap<LaneId, StoreEnds> = HashMap::new();
+        for committed in known {
+            let of_lane = ends.entry(committed.lane).or_default();
+            of_lane.insert(committed.commit.number, committed.commit.store_end);
+        }
+        let checked = all.par_iter().map(|(last, pack)| {
             if self.monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            let checked = check_pack(archive, last, pack);
+            let checked = check_pack(archive, last, CheckedPack::new(pack, &ends[&last.lane], &self.budget));
             self.monitor.advance(bytes(pack.location.blocks));
             checked
-        };
-        let checked: Vec<Result<CheckedPack>> = all.par_iter().map(check).collect();
+        });
+        let checked: Vec<Result<CheckedPack<'_>>> = checked.collect();
         let (mut blocks, mut damaged) = (0, Vec::new());
         let mut intact: HashMap<LaneId, Vec<Range<StoreBlock>>> = HashMap::new();
         for ((last, pack), checked) in all.into_iter().zip(checked) {
@@ -167,16 +198,20 @@ impl Verifier<'_> {
             } else {
                 damaged.push((last, pack, std::mem::take(&mut checked.damage)));
             }
-            let store = self.stores.entry(last.lane).or_default();
+            let store = self
+                .stores
+                .entry(last.lane)
+                .or_insert_with(|| CheckedStore::new(&self.budget));
             store.held.append(&mut checked.held);
-            for (block, hash) in checked.remade {
-                if *store.remade.entry(block).or_insert(hash) != hash {
-                    let problem = format!("block {block} of the store is another one than in another PACK");
-                    self.damage.push(Damage::at(range_of(&pack.location), problem));
-                }
-            }
+            store.remade.extend(checked.remade);
         }
         self.note_needed(damaged, intact);
+        for store in self.stores.values_mut() {
+            for block in store.sort_remade() {
+                let problem = format!("block {block} of the store is another one than in another PACK");
+                self.damage.push(Damage::at(ByteRange::default(), problem));
+            }
+        }
         Ok(blocks)
     }
 
@@ -211,26 +246,21 @@ impl Verifier<'_> {
                 check_body(&body, location, committed.commit.number, &mut planned)
                     .map_err(|malformed| self.malformed(location, malformed))
             });
-            if let Err(error) = checked {
-                note(&mut self.damage, error, range_of(location))?;
-            }
+            note_damage(checked, range_of(location), &mut self.damage)?;
         }
         let heads = committed
             .listed
             .records
             .iter()
             .filter(|one| one.kind == RecordKind::Head);
-        let place = ByteRange {
-            start: committed.location.offset,
-            length: committed.location.length,
-        };
+        let place = committed.location.range();
         if heads.count() != 1 && !committed.salvaged {
             self.damage.push(Damage::at(place, "it does not list one HEAD"));
         }
         let has_orphans = planned.has_orphans();
         let finished = planned
             .finish()
-            .and_then(|_| if has_orphans { Err(ORPHANS.into()) } else { Ok(()) });
+            .and_then(|_| if has_orphans { Err(MISSING_RUNS.into()) } else { Ok(()) });
         if let Err(malformed) = finished {
             self.damage
                 .push(Damage::at(place, format!("planned images: {}", malformed.problem())));
@@ -260,7 +290,7 @@ impl Verifier<'_> {
                 manifest
             }
             Err(error) => {
-                note(&mut self.damage, error, ByteRange::default())?;
+                note_damage(Err(error), ByteRange::default(), &mut self.damage)?;
                 let lost = summaries.into_iter().map(|image| whole(number, image.path, image.size));
                 result.lost.extend(lost);
                 return Ok(());
@@ -268,10 +298,15 @@ impl Verifier<'_> {
         };
         let doubtful = !damage.is_empty();
         self.damage.append(&mut damage);
-        let store = self.stores.entry(committed.lane).or_default();
+        let store = self
+            .stores
+            .entry(committed.lane)
+            .or_insert_with(|| CheckedStore::new(&self.budget));
         let lost_blocks = store.lost_for(committed);
-        let mut hashes = StoredHashes::new(Some((archive, committed)), committed.commit.store_end);
-        hashes.remember(store.remade.iter().map(|(block, hash)| (*block, *hash)));
+        let made = range::where_true(store.remade.iter().map(|(block, _)| (*block, true)));
+        let lost_to_digests = range::without(&lost_blocks, &made);
+        let mut hashes =
+            StoredHashes::new(Some((archive, committed)), committed.commit.store_end).with_made(&store.remade);
         let by_path = by_path(&summaries);
         let uses = if committed.salvaged {
             Vec::new()
@@ -300,9 +335,14 @@ impl Verifier<'_> {
                 summary.digest != found || summary.size != image.image.size || summary.number != image.image.number
             });
             let is_mixed_up = (has_all && differs) || (!has_all && doubtful);
-            let lost = lost_of(image, is_mixed_up, &lost_blocks);
+            let is_proved = has_all && summary.is_some() && !differs;
+            let lost = lost_of(
+                image,
+                is_mixed_up,
+                if is_proved { &lost_to_digests } else { &lost_blocks },
+            );
             result.lost.extend(lost.map(|lost| LostIn { commit: number, lost }));
-            if !committed.salvaged && !is_used(image, &uses) {
+            if !uses.is_empty() && !is_used(image, &uses) {
                 let problem = format!("`{}` has blocks that its COMMIT does not list as used", path.display());
                 self.damage.push(Damage::at(ByteRange::default(), problem));
             }
@@ -374,9 +414,8 @@ fn places_of(damage: Vec<Damage>) -> Vec<DamagedPlace> {
 }
 
 /// Decodes every frame of a pack and compares every block with its hash.
-fn check_pack(archive: &Archive, last: &Committed, pack: &ListedRecord) -> Result<CheckedPack> {
-    let location = &pack.location;
-    let mut checked = CheckedPack::new(pack);
+fn check_pack<'a>(archive: &Archive, last: &Committed, mut checked: CheckedPack<'a>) -> Result<CheckedPack<'a>> {
+    let location = &checked.pack.location;
     checked.expected = archive.proved_hashes(last, location.first..location.end())?;
     match archive.whole_pack(location) {
         Ok((body, table)) => {
@@ -391,7 +430,7 @@ fn check_pack(archive: &Archive, last: &Committed, pack: &ListedRecord) -> Resul
             }
         }
         Err(error) => {
-            note(&mut checked.damage, error, range_of(location))?;
+            note_damage(Err(error), range_of(location), &mut checked.damage)?;
             // Each frame is proved by itself, so that what is intact of the PACK counts.
             match archive.frames(location) {
                 Ok(frames) => {
@@ -399,28 +438,17 @@ fn check_pack(archive: &Archive, last: &Committed, pack: &ListedRecord) -> Resul
                         let LocatedFrame { offset, frame, .. } = located;
                         match archive.frame(&located) {
                             Ok(content) => checked.compare(&frame, offset, &content),
-                            Err(error) => note(&mut checked.damage, error, place_of(&frame, offset))?,
+                            Err(error) => note_damage(Err(error), place_of(&frame, offset), &mut checked.damage)?,
                         }
                     }
                 }
-                Err(error) => note(&mut checked.damage, error, range_of(location))?,
+                Err(error) => note_damage(Err(error), range_of(location), &mut checked.damage)?,
             }
         }
     }
     // All that was found is kept until the last PACK was read.
     checked.expected = Vec::new();
     Ok(checked)
-}
-
-/// Notes damage; any other error ends the verification.
-fn note(damage: &mut Vec<Damage>, error: Error, otherwise: ByteRange) -> Result<()> {
-    match error {
-        Error::Damaged { range, problem, .. } => {
-            damage.push(Damage::at(range.unwrap_or(otherwise), problem));
-            Ok(())
-        }
-        other => Err(other),
-    }
 }
 
 fn place_of(frame: &FrameInfo, offset: u64) -> ByteRange {
@@ -430,29 +458,34 @@ fn place_of(frame: &FrameInfo, offset: u64) -> ByteRange {
     }
 }
 
+/// The ends of a lane's store after its commits.
+type StoreEnds = BTreeMap<CommitNumber, StoreBlock>;
+
 /// What was found of a PACK.
-struct CheckedPack {
-    pack: ListedRecord,
+struct CheckedPack<'a> {
+    pack: &'a ListedRecord,
+    ends: &'a StoreEnds,
     /// The hashes that INDEXes have of its blocks, gaps included.
     expected: Vec<Option<ProvedHash>>,
     /// Blocks that are what was stored.
     blocks: u64,
     held: Vec<(CommitNumber, Range<StoreBlock>)>,
-    remade: Vec<(StoreBlock, Hash)>,
+    remade: SpillVec<(StoreBlock, Hash)>,
     /// What of it cannot be read: no damage if other PACKs hold it.
     damage: Vec<Damage>,
     /// What of it is not what an INDEX says.
     contradictions: Vec<Damage>,
 }
 
-impl CheckedPack {
-    fn new(pack: &ListedRecord) -> Self {
+impl<'a> CheckedPack<'a> {
+    fn new(pack: &'a ListedRecord, ends: &'a StoreEnds, budget: &Budget) -> Self {
         Self {
-            pack: *pack,
+            pack,
+            ends,
             expected: Vec::new(),
             blocks: 0,
             held: Vec::new(),
-            remade: Vec::new(),
+            remade: SpillVec::new_in(budget),
             damage: Vec::new(),
             contradictions: Vec::new(),
         }
@@ -478,13 +511,12 @@ impl CheckedPack {
             return;
         }
         for ((block, hash), expected) in blocks() {
-            let proved_for = if let Some(proved) = expected {
-                // Commits before that of the PACK take from it what their INDEXes prove.
-                self.pack.commit.min(proved.since)
-            } else {
+            // Commits before that of the PACK take from it what their INDEXes prove, or the digests of their images.
+            let proved_for = expected.map_or(self.pack.commit, |proved| self.pack.commit.min(proved.since));
+            let end_before = self.ends.range(..proved_for).next_back().map(|(_, end)| *end);
+            if expected.is_none() || end_before.is_some_and(|end| block < end) {
                 self.remade.push((block, *hash));
-                self.pack.commit
-            };
+            }
             self.blocks += 1;
             match self.held.last_mut() {
                 Some((from, range)) if *from == proved_for && range.end == block => range.end = block + 1,

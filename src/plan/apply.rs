@@ -267,6 +267,7 @@ pub fn apply(facts: &mut Facts, layout: &Layout) -> PlannedPool {
     after.fingerprints = file.unwrap_or_else(|| Fingerprints::in_memory(after.slots() as usize));
     after.table_slots_max = facts.table_slots_max;
     after.machines.clone_from(&facts.machines);
+    after.partial_blocks.clone_from(&facts.partial_blocks);
     for SlotOrigin { new, old, blocks } in origin.runs.iter().copied() {
         after
             .fingerprints

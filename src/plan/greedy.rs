@@ -2,7 +2,7 @@
 //! content stays where it is for the rest of the pass.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use super::layout::{DedupRun, DedupTarget};
@@ -124,6 +124,8 @@ struct Pass<'a> {
     table: BlockTable<Slot>,
     /// Homes: live slots of extents that stay, and slots that are left over from extents that go.
     homes: SlotSet,
+    /// Slots that are no homes, whatever extent they are in.
+    partial: BTreeSet<Slot>,
     limits: ReferenceLimits,
     current: CurrentExtent,
     found: Decisions,
@@ -230,6 +232,7 @@ impl<'a> Pass<'a> {
             ask,
             table: BlockTable::new(slots, facts.table_slots_max),
             homes: SlotSet::new(slots),
+            partial: facts.partial_slots(),
             limits: ReferenceLimits::new(facts, options),
             current: CurrentExtent::default(),
             found: Decisions::new_in(facts.budget()),
@@ -276,7 +279,8 @@ impl<'a> Pass<'a> {
             *self.found.pinned.entry(why).or_default() += frees;
         }
         for run in facts.live_runs(this.slots()) {
-            self.homes.insert_range(run);
+            self.homes.insert_range(run.clone());
+            self.partial.range(run).for_each(|slot| self.homes.remove(*slot));
         }
         // Blocks that are left over are in the table already.
         for run in &found.runs {
@@ -1058,6 +1062,21 @@ mod tests {
         assert_eq!(pass.current.steps_left.get(), 8 * STEPS_PER_BLOCK - 8);
         pass.current.steps_left.set(0);
         assert_eq!(longest(&pass), None);
+    }
+
+    /// The kernel shares the last, partial block of a file only with the last block of another.
+    #[test]
+    fn a_partial_block_is_no_home() {
+        let mut pool = Pool::of("A abcdefgh\nB abcdefgh\none A\ntwo B");
+        pool.facts.extents[0].pinned = Some(PinReason::UnalignedTail);
+        pool.facts.partial_blocks = [(ImageId(0), 7)].into();
+        let options = PlanOptions::default();
+        let mut pass = Pass::new(&pool.facts, &options, true);
+        pass.look_at(ExtentId(0), false);
+        let homes: Vec<bool> = range::each(Slot::range(0..8))
+            .map(|slot| pass.homes.contains(slot))
+            .collect();
+        assert_eq!(homes, [true, true, true, true, true, true, true, false]);
     }
 
     #[test]

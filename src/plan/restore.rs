@@ -98,7 +98,8 @@ pub struct Selected {
     pub missing: Vec<PathBuf>,
 }
 
-/// Chooses images by patterns; none means all, and one that means a folder means everything in it.
+/// Chooses images by patterns; none means all, and one that means a folder means everything in it. Of an image with several names, only those
+/// are restored that match.
 ///
 /// # Errors
 /// [`Error::Usage`] if a pattern makes no sense, or no image matches.
@@ -110,15 +111,15 @@ pub fn select(contents: &Contents, only: &[String]) -> Result<Selected> {
     let set = patterns(&all)?;
     let takes = |path: &Path| only.is_empty() || set.is_match(path);
     let images = &contents.manifest.images;
-    let chosen = images
-        .iter()
-        .enumerate()
-        .filter(|(_, one)| one.image.names.iter().any(|name| takes(name)));
-    let chosen = chosen.map(|(place, one)| RestoredImage {
-        image: place,
-        path: one.image.path().to_owned(),
-        names: one.image.names.clone(),
-        size: one.image.size,
+    let chosen = images.iter().enumerate().filter_map(|(place, one)| {
+        // A name that was not asked for could stand for another file.
+        let names: Vec<PathBuf> = one.image.names.iter().filter(|name| takes(name)).cloned().collect();
+        (!names.is_empty()).then(|| RestoredImage {
+            image: place,
+            path: one.image.path().to_owned(),
+            names,
+            size: one.image.size,
+        })
     });
     let known: BTreeSet<&Path> = images.iter().map(|one| one.image.path()).collect();
     let paths = contents.summaries.iter().map(|summary| summary.path.as_path());
@@ -165,14 +166,15 @@ pub fn revisions_to_name(contents: &Contents, images: &[RestoredImage]) -> Resul
     let mut order = Vec::new();
     for (at, restored) in images.iter().enumerate() {
         let image = &contents.manifest.images[restored.image].image;
-        let (of, number, time) = match revision_of(image.path()) {
+        let path = restored.names.first().map_or(image.path(), PathBuf::as_path);
+        let (of, number, time) = match revision_of(path) {
             Some(Revision { image, number, time }) => (image, number, time),
-            None => (image.path().to_owned(), None, time_of(image.metadata.mtime.seconds)),
+            None => (path.to_owned(), None, time_of(image.metadata.mtime.seconds)),
         };
         if of.extension().is_none_or(|extension| extension != "img") {
             return Err(Error::Usage(format!(
                 "--as-revision names revisions of .img files, and `{}` is none",
-                shown(image.path())
+                shown(path)
             )));
         }
         order.push(RevisionToName { of, number, time, at });
@@ -562,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_chooses_images_by_any_of_their_names_and_folders_as_a_whole() {
+    fn a_pattern_chooses_names_and_folders_as_a_whole() {
         let contents = contents(&[
             (&["a/root.img", "b/root.img"], 1),
             (&["a/private.img"], 1),
@@ -573,7 +575,7 @@ mod tests {
             select(&contents, &only)
         };
         assert_eq!(select(&[]).unwrap().images.len(), 3);
-        assert_eq!(names(&select(&["b/"]).unwrap()), ["a/root.img", "b/root.img"]);
+        assert_eq!(names(&select(&["b/"]).unwrap()), ["b/root.img"]);
         assert_eq!(select(&["a"]).unwrap().images.len(), 2);
         assert_eq!(names(&select(&["c.img"]).unwrap()), ["c.img"]);
         assert!(matches!(select(&["d"]), Err(Error::Usage(_))));

@@ -98,10 +98,10 @@ impl<'a> ArchiveSource<'a> {
             is_latest: commit.is_none_or(|name| name == "latest"),
             contents: Arc::new(contents),
             is_offered: false,
-            hashes: ArchiveHashes(StoredHashes::new(
-                Some((archive, committed)),
-                committed.commit.store_end,
-            )),
+            hashes: ArchiveHashes {
+                stored: StoredHashes::new(Some((archive, committed)), committed.commit.store_end),
+                has_unproved: false,
+            },
             announces,
             monitor,
         })
@@ -145,8 +145,8 @@ impl<'a> ArchiveSource<'a> {
         known.max(location.offset.saturating_add(location.length).saturating_add(copies))
     }
 
-    /// Hands a batch of frames over, and empties it. Frames that are damaged are noted and left out. Those that a later commit lists serve
-    /// only where an INDEX of this commit proves each block.
+    /// Hands a batch of frames over, and empties it. Frames that are damaged are noted and left out. Of those that a later commit lists, what
+    /// no INDEX of this commit proves must be proved by the digests of images.
     fn hand_over(&mut self, batch: &mut Vec<(CommitNumber, LocatedFrame)>, sink: &mut dyn BlockSink) -> Result<()> {
         let remade: Mutex<Vec<(StoreBlock, Hash)>> = Mutex::new(Vec::new());
         let mut frames = Vec::with_capacity(batch.len());
@@ -154,9 +154,7 @@ impl<'a> ArchiveSource<'a> {
             let blocks = located.frame.first..located.frame.end();
             let expected = range::each(blocks.clone()).map(|block| self.hashes.get(block));
             let expected: Vec<Option<Hash>> = expected.collect::<Result<_>>()?;
-            if commit > self.committed.commit.number && expected.iter().any(Option::is_none) {
-                continue;
-            }
+            self.hashes.has_unproved |= commit > self.committed.commit.number && expected.iter().any(Option::is_none);
             let (archive, remade) = (self.archive, &remade);
             frames.push(SourceFrame {
                 blocks,
@@ -167,7 +165,7 @@ impl<'a> ArchiveSource<'a> {
             self.monitor.note(&describe(&error));
         }
         drop(frames);
-        self.hashes.0.remember(remade.into_inner().unwrap_or_default());
+        self.hashes.stored.remember(remade.into_inner().unwrap_or_default());
         Ok(())
     }
 
@@ -303,6 +301,10 @@ impl BlockSource for ArchiveSource<'_> {
         }
     }
 
+    fn has_unproved_blocks(&self) -> bool {
+        self.hashes.has_unproved
+    }
+
     fn has_later_damage(&self) -> bool {
         let is_later = |damage: &Damage| damage.range.start.saturating_add(damage.range.length) > self.end();
         self.is_latest
@@ -314,14 +316,18 @@ impl BlockSource for ArchiveSource<'_> {
 }
 
 /// The hashes that the archive has.
-struct ArchiveHashes<'a>(StoredHashes<'a>);
+struct ArchiveHashes<'a> {
+    stored: StoredHashes<'a>,
+    /// Whether blocks were handed over that only digests can prove.
+    has_unproved: bool,
+}
 
 impl BlockHashes for ArchiveHashes<'_> {
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
-        self.0.get(block)
+        self.stored.get(block)
     }
 
     fn add_to(&mut self, digest: &mut Digest<'_>, first: StoreBlock, blocks: u32) -> Result<bool> {
-        self.0.add_to(digest, first, blocks)
+        self.stored.add_to(digest, first, blocks)
     }
 }

@@ -466,7 +466,10 @@ impl<'a> Restore<'a> {
                     Ok(())
                 })?;
             }
-            let is_wrong = has_all && !has_gaps && (image_digest != summary.digest || image.image.size != summary.size);
+            let is_other = image_digest != summary.digest
+                || image.image.size != summary.size
+                || image.image.number != summary.number;
+            let is_wrong = has_all && !has_gaps && is_other;
             if is_wrong || (is_doubtful && (!has_all || has_gaps)) {
                 mixed_up.insert(restored.image);
             }

@@ -1,5 +1,5 @@
 //! An archive that is read once and in order, as a source. Images are offered when the first PACK of their epoch comes. Every block is handed
-//! over as it comes, and the hashes that follow prove it. Memory holds the manifest of one epoch and one record.
+//! over as it comes, and the hashes that follow prove it. Memory holds the manifest of one epoch, one record, and hashes of at most 2^20 blocks.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use crate::archive::announced::AnnouncedBlocks;
-use crate::archive::commit::{Commit, CommitLocation};
+use crate::archive::commit::{ChainPlace, Commit, CommitLocation, FOLLOWS_NOT};
 use crate::archive::head::Head;
 use crate::archive::index;
 use crate::archive::limits::{
@@ -36,6 +36,8 @@ use crate::store::{Store, StoreReader};
 const ANNOUNCED_BLOCKS_MAX: usize = 1 << 26;
 /// Frames of a PACK that are handed over together.
 const FRAMES_AT_ONCE: usize = 8;
+/// Hashes made of blocks that wait for their INDEX: 32 MiB.
+const MADE_BLOCKS_MAX: usize = 1 << 20;
 /// Hashes that are read together from the log.
 const HASHES_AT_ONCE: u32 = 1024;
 
@@ -74,6 +76,8 @@ pub struct PipeSource<'a> {
     is_damaged: bool,
     /// The COMMIT that came last, if all that it lists came: 0 for none.
     last_commit: Hash,
+    /// Its place in the chain of commits.
+    last_place: ChainPlace,
     /// Whether blocks came that no COMMIT lists, or only one that the commit after it does not follow.
     has_unproved: bool,
     /// Whether anything was damaged since the commit that was delivered last.
@@ -105,6 +109,8 @@ impl ReadRecord {
 /// What the records of an epoch said so far.
 struct Epoch {
     id: Option<EpochId>,
+    /// The commit that its PLANs are for.
+    planned_for: Option<CommitNumber>,
     /// Images as they were planned.
     planned: ManifestBuilder,
     /// Images as they are.
@@ -115,26 +121,26 @@ struct Epoch {
     announced_blocks: usize,
     /// The store address after the last block that was announced.
     announced_end: StoreBlock,
-    /// Records of kinds that a COMMIT lists, by their numbers: the hash of the body, and where a PACK put its blocks.
+    /// Records of kinds that a COMMIT lists, by their numbers.
     came: BTreeMap<u64, CameRecord>,
-    /// LISTs, by the hashes of their bodies, each with its length, header included, and its part.
-    lists: HashMap<Hash, (u64, u8, Listed, Vec<ImageSummary>)>,
+    /// LISTs, by the hashes of their bodies.
+    lists: HashMap<Hash, CameList>,
     /// How much these have.
-    listed: ListedTotal,
+    listed: CameTotal,
     /// Whether a PLAN may be damaged.
     doubtful: bool,
 }
 
 /// How much all LISTs of an epoch have. A COMMIT may list as much.
 #[derive(Default)]
-struct ListedTotal {
+struct CameTotal {
     records: usize,
     uses: usize,
     images: usize,
     text_bytes: usize,
 }
 
-impl ListedTotal {
+impl CameTotal {
     fn add(&mut self, listed: &Listed, images: &[ImageSummary]) -> Decoded<()> {
         self.records += listed.records.len() + listed.forgotten.len() + listed.dead.len();
         self.uses += listed.uses.len();
@@ -150,6 +156,15 @@ impl ListedTotal {
         }
         Ok(())
     }
+}
+
+/// A LIST that came.
+struct CameList {
+    /// Bytes, header included.
+    length: u64,
+    part: u8,
+    listed: Listed,
+    images: Vec<ImageSummary>,
 }
 
 /// A record that came, to be compared with what its COMMIT lists.
@@ -189,9 +204,11 @@ impl<'a> PipeSource<'a> {
                 log: HashLog::new(StoreBlock(0), options.folder.clone()),
                 unknown: Vec::new(),
                 made: BTreeMap::new(),
+                made_blocks: 0,
                 received: 0,
             },
             last_commit: [0; 32],
+            last_place: ChainPlace::default(),
             has_unproved: false,
             is_damaged: false,
             is_damaged_since: false,
@@ -303,6 +320,9 @@ impl<'a> PipeSource<'a> {
             }
             RecordKind::Plan => {
                 let plan = PlanRecord::decode(&record.body).map_err(malformed)?;
+                if *epoch.planned_for.get_or_insert(plan.commit) != plan.commit {
+                    return Err(malformed("PLANs of two commits are in one epoch".into()));
+                }
                 match plan.part {
                     PlanPart::Blocks => {
                         epoch.announce(plan.announced().map_err(malformed)?, self.options.announces);
@@ -407,8 +427,7 @@ impl<'a> PipeSource<'a> {
     fn end_max(&self) -> StoreBlock {
         /// 64 MiB of bits, for 2 TiB: of large archives most may be dead.
         const ALWAYS: u64 = 1 << 29;
-        const LINE_BYTES: u64 = 48;
-        let held = self.stream.offset() / LINE_BYTES * u64::from(FRAME_BLOCKS_MAX);
+        let held = self.stream.offset() / pack::LINE_BYTES as u64 * u64::from(FRAME_BLOCKS_MAX);
         StoreBlock(u32::try_from(held.max(ALWAYS)).unwrap_or(u32::MAX))
     }
 
@@ -419,8 +438,13 @@ impl<'a> PipeSource<'a> {
         // Until it shows that what came is what it lists.
         let has_unproved = std::mem::replace(&mut self.has_unproved, true);
         let before = std::mem::take(&mut self.last_commit);
-        let commit = Commit::decode(&record.body).map_err(malformed)?;
+        let commit = Commit::decode_of(&record.body, &record.header).map_err(malformed)?;
+        let place_before = std::mem::replace(&mut self.last_place, ChainPlace::of(&commit));
         let (listed, summaries) = self.epoch.listed(&commit).map_err(malformed)?;
+        listed.check_below(commit.store_end).map_err(malformed)?;
+        if self.epoch.planned_for.is_some_and(|number| number != commit.number) {
+            return Err(malformed("a PLAN is of another commit".into()));
+        }
         let missing = self.epoch.compare(&listed, record.header.lane).map_err(malformed)?;
         let mut epoch = std::mem::replace(
             &mut self.epoch,
@@ -432,11 +456,14 @@ impl<'a> PipeSource<'a> {
             self.note_damage(missing.offset, missing.length, &problem)?;
         }
         self.last_commit = record.header.body_hash;
-        if commit.previous.body_hash == before {
-            self.has_unproved = has_unproved;
-        } else {
+        if commit.previous.body_hash != before {
             let problem = "the COMMIT that this one follows did not come";
             self.note_damage(record.offset, record.header.body_bytes, problem)?;
+        } else if before != [0; 32] && !place_before.is_followed_by(ChainPlace::of(&commit)) {
+            let problem = format!("a COMMIT {FOLLOWS_NOT}");
+            self.note_damage(record.offset, record.header.body_bytes, &problem)?;
+        } else {
+            self.has_unproved = has_unproved;
         }
         Ok((commit, listed, summaries, epoch))
     }
@@ -448,7 +475,7 @@ impl<'a> PipeSource<'a> {
         let (commit, listed, summaries, epoch) = self.check_commit(record)?;
         self.hashes.fill_up_to(commit.store_end)?;
         let doubtful = epoch.doubtful;
-        let mut manifest = epoch.into_manifest().map_err(malformed)?;
+        let mut manifest = epoch.into_manifest(&summaries, commit.store_end).map_err(malformed)?;
         manifest.keep_listed(&summaries);
         let committed = Committed {
             commit,
@@ -494,6 +521,7 @@ impl Epoch {
     fn new(id: Option<EpochId>, budget: &Budget) -> Self {
         Self {
             id,
+            planned_for: None,
             planned: ManifestBuilder::new(budget),
             last: ManifestBuilder::new(budget),
             announced: Vec::new(),
@@ -501,7 +529,7 @@ impl Epoch {
             announced_end: StoreBlock(0),
             came: BTreeMap::new(),
             lists: HashMap::new(),
-            listed: ListedTotal::default(),
+            listed: CameTotal::default(),
             doubtful: false,
         }
     }
@@ -520,13 +548,17 @@ impl Epoch {
     }
 
     /// The images as they are; as they were planned, where records are lost.
-    fn into_manifest(self) -> Decoded<Manifest> {
+    fn into_manifest(self, summaries: &[ImageSummary], store_end: StoreBlock) -> Decoded<Manifest> {
         let mut manifest = self.last.finish()?;
         if self.doubtful
-            && let Ok(planned) = self.planned.finish()
+            && let Ok(mut planned) = self.planned.finish()
         {
+            manifest.keep_as_listed(summaries, store_end);
+            planned.keep_as_listed(summaries, store_end);
             manifest.complete_from(planned);
+            manifest.check_names()?;
         }
+        manifest.check_below(store_end)?;
         Ok(manifest)
     }
 
@@ -556,7 +588,12 @@ impl Epoch {
             let part = list::add_any(&mut listed, &mut images, &record.body, record.header.lane)?;
             self.listed.add(&listed, &images)?;
             let length = record.header.body_bytes + HEADER_BYTES as u64;
-            place.insert((length, part, listed, images));
+            place.insert(CameList {
+                length,
+                part,
+                listed,
+                images,
+            });
         }
         Ok(())
     }
@@ -565,15 +602,15 @@ impl Epoch {
     fn listed(&mut self, commit: &Commit) -> Decoded<(Listed, Vec<ImageSummary>)> {
         let (mut listed, mut images) = (Listed::default(), Vec::new());
         for list in &commit.lists {
-            let (length, part, mut its, mut its_images) = self
+            let mut came = self
                 .lists
                 .remove(&list.body_hash)
                 .ok_or("a LIST that its COMMIT names did not come")?;
-            if (length, part) != (list.length, list.part) {
+            if (came.length, came.part) != (list.length, list.part) {
                 return Err("a LIST came that is not the one that its COMMIT names".into());
             }
-            listed.append(&mut its);
-            images.append(&mut its_images);
+            listed.append(&mut came.listed);
+            images.append(&mut came.images);
         }
         Ok((listed, images))
     }
@@ -585,9 +622,14 @@ impl Epoch {
     fn compare(&mut self, listed: &Listed, lane: LaneId) -> Decoded<Option<list::RecordLocation>> {
         let mut missing = None;
         for record in &listed.records {
-            match self.came.remove(&record.sequence) {
-                Some(came) if record.lane == lane => {
-                    let is_placed = matches!(record.kind, RecordKind::Pack | RecordKind::Index);
+            let came = if record.lane == lane {
+                self.came.remove(&record.sequence)
+            } else {
+                None
+            };
+            match came {
+                Some(came) => {
+                    let is_placed = record.kind.has_addresses();
                     let content = CameContent {
                         part: record.part,
                         first: if is_placed { record.first } else { StoreBlock(0) },
@@ -731,19 +773,26 @@ struct PipeHashes {
     unknown: Vec<Range<StoreBlock>>,
     /// The hashes of the blocks of frames, by the first block of each.
     made: BTreeMap<StoreBlock, Vec<Hash>>,
+    /// How many hashes these are.
+    made_blocks: usize,
     /// Blocks that came.
     received: u64,
 }
 
 impl PipeHashes {
     /// Remembers hashes of the blocks of frames, but only of those that were `taken`, a list: in place of the others stand blocks that came
-    /// before them.
+    /// before them. Beyond [`MADE_BLOCKS_MAX`] they stay unknown, and what they would prove is read back.
     fn remember(&mut self, made: Vec<(StoreBlock, Vec<Hash>)>, taken: &[Range<StoreBlock>]) {
         for (first, hashes) in made {
             let end = first + u32::try_from(hashes.len()).unwrap_or(u32::MAX);
             for range in range::overlap(taken, first..end) {
-                let its = (range.start - first) as usize..(range.end - first) as usize;
-                self.made.insert(range.start, hashes[its].to_vec());
+                let its = &hashes[(range.start - first) as usize..(range.end - first) as usize];
+                if self.made_blocks + its.len() > MADE_BLOCKS_MAX {
+                    return;
+                }
+                let replaced = self.made.insert(range.start, its.to_vec());
+                self.made_blocks += its.len();
+                self.made_blocks -= replaced.map_or(0, |hashes| hashes.len());
             }
         }
     }
@@ -772,6 +821,7 @@ impl PipeHashes {
         let end = self.log.end();
         self.made
             .retain(|first, hashes| *first + u32::try_from(hashes.len()).unwrap_or(u32::MAX) > end);
+        self.made_blocks = self.made.values().map(Vec::len).sum();
         Ok(Ok(unproved))
     }
 

@@ -355,6 +355,7 @@ impl Btrfs {
         let mappings = mappings(reading.references.finish(), &extents);
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
+        facts.partial_blocks = self.opened.partial_blocks();
         Ok(PoolMap {
             beyond: beyond_ends(&facts, reading.beyond),
             facts,

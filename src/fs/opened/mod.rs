@@ -110,6 +110,15 @@ impl Opened {
         Ok((opened_images, opened.skipped))
     }
 
+    /// Returns the last block of each image whose size is not a multiple of 4 KiB.
+    pub(super) fn partial_blocks(&self) -> BTreeMap<ImageId, u32> {
+        let numbered = ImageId::numbered(&self.images);
+        let odd = numbered.filter(|(_, image)| !image.known.size.is_multiple_of(BLOCK_BYTES));
+        let last =
+            odd.filter_map(|(number, image)| Some((number, u32::try_from(image.known.size / BLOCK_BYTES).ok()?)));
+        last.collect()
+    }
+
     /// Returns an image by its number.
     pub(super) fn image(&self, image: ImageId) -> &OpenImage {
         &self.images[image.index()]

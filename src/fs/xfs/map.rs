@@ -440,6 +440,7 @@ impl Xfs {
         });
         let mut facts = Facts::new(extents, mappings, self.function().of_zeros());
         facts.machines = self.opened.images.iter().map(|image| image.machine).collect();
+        facts.partial_blocks = self.opened.partial_blocks();
         facts.frees_blocks = true;
         Ok(PoolMap {
             facts,

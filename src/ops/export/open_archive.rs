@@ -153,10 +153,8 @@ fn held(
         }
     }
     let packs: Vec<&ListedRecord> = packs.into_values().flatten().collect();
-    monitor.phase(
-        "Checking the archive",
-        packs.iter().map(|pack| pack.location.length).sum(),
-    );
+    let lengths = packs.iter().map(|pack| pack.location.length);
+    monitor.phase("Checking the archive", lengths.fold(0, u64::saturating_add));
     let intact: Vec<Result<Vec<Range<StoreBlock>>>> = packs
         .par_iter()
         .map(|pack| {
