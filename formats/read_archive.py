@@ -208,9 +208,6 @@ class Archive:
         for commit in self.commits:
             commit.forgotten = (commit.lane, commit.hash) in forgotten
         self.commits.sort(key=lambda one: (one.hash == self.latest, one.at))
-        lists = [one[-1] for commit in self.commits for one in commit.lists if one[0] == 0]
-        if len(lists) != len(set(lists)):
-            self.harm("a LIST of records is listed twice")
 
     def listed_images(self, commit):
         listing = Plan(commit.store_end)
@@ -220,9 +217,10 @@ class Archive:
     def plan(self, commit, part):
         """All images and folders of a part of the plan."""
         plan, entries = Plan(commit.store_end), [entry for entry in commit.records.values() if (entry.kind, entry.part) == (PLAN, part)]
-        for left, entry in zip(reversed(range(len(entries))), sorted(entries, key=lambda one: one.sequence)):
+        for entry in sorted(entries, key=lambda one: one.sequence):
             try:
-                fields = payload(PLAN, self.record(PLAN, entry.hash, entry.length), part, not left, 0)
+                body = self.record(PLAN, entry.hash, entry.length)
+                fields = payload(PLAN, body, part, body[2] & 1, 0)
                 must(fields.get("I") == [commit.number], "it is of another commit")
                 for one in fields.entries(PLANS, "an entry of a PLAN", plan.budget):
                     plan.add(*one)

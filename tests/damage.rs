@@ -609,6 +609,13 @@ fn commits_that_contradict_themselves_are_damage() {
             }),
         ),
         (
+            "an INDEX that has more than it is listed for",
+            with_list(|listed| {
+                let mut indexes = listed.records.iter_mut();
+                indexes.find(|record| record.kind == RecordKind::Index).unwrap().blocks -= 1;
+            }),
+        ),
+        (
             "blocks that are not listed as used",
             with_list(|listed| listed.uses[0].start = listed.uses[0].end - 1),
         ),

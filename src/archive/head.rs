@@ -7,11 +7,12 @@ use crate::codec::{Decoded, Decoder, Malformed};
 
 /// What to say of features that a reader must know and does not.
 pub const UNKNOWN_FEATURES: &str = "it uses features that this version does not know";
-/// Format version, major and minor.
+/// The version of what a HEAD says: what an older reader must know changes this number.
 const MAJOR: u16 = 1;
+/// What an older reader may ignore changes this one.
+const MINOR: u16 = 0;
 /// Bytes of a body at least.
 const BODY_BYTES: usize = 72;
-const MINOR: u16 = 0;
 
 /// What a HEAD says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! The limits of `formats/archive-v1.md`, all in one place. Readers refuse what exceeds them; writers keep them.
+//! The limits of what records of `formats/archive-v1.md` hold; those of records themselves are in `record`. Readers refuse what exceeds them; writers keep them.
 
 use crate::block::BLOCK_BYTES;
 

@@ -455,7 +455,7 @@ mod tests {
                 let kind = kinds[usize::from(kind) % kinds.len()];
                 RecordLocation {
                     kind,
-                    part: if kind == RecordKind::Plan { 1 } else { 0 },
+                    part: u8::from(kind == RecordKind::Plan),
                     lane: if is_other && kind.has_addresses() { LaneId([2; 16]) } else { LANE },
                     sequence: number / 2,
                     offset: number / 2,

@@ -1,7 +1,7 @@
 //! Archives, as `formats/archive-v1.md` specifies them: records and how they are written and read. Nothing here knows a
 //! filesystem: [`crate::ops`] puts archives and images together.
 //!
-//! `limits` has every limit of the format. `record`, `head`, `manifest` with `attributes` and `announced`, `pack`, `index`, `list` and `commit`
+//! `limits` has the limits of what records hold, and `record` those of records. `record`, `head`, `manifest` with `attributes` and `announced`, `pack`, `index`, `list` and `commit`
 //! are the records; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage;
 //! `open`, `salvage` and `reader` find them in a store, and `lane` says which of them hold which blocks.
 

@@ -454,7 +454,8 @@ pub(super) struct Import {
     pub(super) archive: PathBuf,
     /// Images to restore, by pattern or folder; all if none is named
     ///
-    /// The names are those that `list` shows. A folder stands for everything in it.
+    /// The names are those that `list` shows. A folder stands for everything in it. Of an image
+    /// with several names, those are restored that match.
     #[arg(value_name = "GLOB")]
     pub(super) only: Vec<String>,
     /// Folder to restore to; it is made if it does not exist

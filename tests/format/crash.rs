@@ -1,4 +1,4 @@
-// Line 6: a kill at any write, and damage, cost no commit that is intact, and the next export goes on.
+// Goal: a kill at any write, and damage, cost no commit that is intact, and the next export goes on.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-// Line 3: an image that holds an archive cannot take over the archive that holds the image.
+// Goal: an image that holds an archive cannot take over the archive that holds the image.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-// Line 2: writers keep the limits of readers, and say success of nothing that no reader takes.
+// Goal: writers keep the limits of readers, and say success of nothing that no reader takes.
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;

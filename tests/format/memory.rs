@@ -1,4 +1,4 @@
-// Line 5: a small archive takes no more memory than the limits of the format allow, whatever it says.
+// Goal: a small archive takes no more memory than the limits of the format allow, whatever it says.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use vmfold::codec::{payload_body, put_entry, put_string, put_varint};
 use vmfold::numbers::CommitNumber;
 use vmfold::testing::raw_archive::RawArchive;
 
-use crate::scene::{last_of, scratch, two_commits, with};
+use crate::scene::{last_of, records, scratch, two_commits, with};
 
 /// Address space for a whole process: all limits together, lists that lie in files, what an allocator keeps, and threads.
 const LIMIT_KIB: u64 = 1536 << 10;
@@ -102,11 +102,52 @@ fn with_lists(lists: u8) -> Vec<u8> {
     with(&bytes, head.range.end..head.range.end, &more)
 }
 
+/// An archive whose last epoch has LISTs of many used ranges and of many records, and no COMMIT: what is salvaged of it is bounded too.
+fn with_lists_and_no_commit(lists: u8) -> Vec<u8> {
+    let (bytes, _) = two_commits();
+    let last = last_of(&bytes, RecordKind::Tail).header.epoch;
+    let mut uses = Vec::new();
+    put_entry(&mut uses, 4, |fields| {
+        put_varint(fields, 1 << 20);
+        fields.extend(std::iter::repeat_n([0, 1], 1 << 20).flatten());
+    });
+    let mut listed = Vec::new();
+    while listed.len() < (4 << 20) - 100 {
+        put_entry(&mut listed, 0x81, |fields| {
+            fields.extend([4, 0, 0, 1, 0, 0, 0, 0]);
+            fields.extend([7; 32]);
+        });
+    }
+    let mut more = Vec::new();
+    for number in 0..lists {
+        for entries in [&mut uses, &mut listed] {
+            // Each has another body.
+            let end = entries.len() - 1;
+            entries[end] = number % 0x80;
+            let mut record = last_of(&bytes, RecordKind::Head);
+            record.header.kind = RecordKind::List;
+            record.header.sequence = (1 << 20) + 2 * u64::from(number) + entries.len() as u64 % 2;
+            more.extend(record.with_body(payload_body([0, 0, 0], entries).unwrap()));
+        }
+    }
+    let kept = records(&bytes).into_iter().filter(|record| {
+        let is_commit = matches!(record.header.kind, RecordKind::Commit | RecordKind::List);
+        record.header.epoch != last || !is_commit
+    });
+    let mut archive: Vec<u8> = Vec::new();
+    for record in kept {
+        archive.extend(&bytes[record.range.clone()]);
+        if record.header.epoch == last && record.header.kind == RecordKind::Head {
+            archive.extend(&more);
+        }
+    }
+    archive
+}
+
 fn cases() -> Vec<(&'static str, Vec<u8>)> {
-    let path = |number: u32, encoded: &mut Vec<u8>| {
+    let path = |_: u32, encoded: &mut Vec<u8>| {
         put_string(encoded, &[b'x'; 255]);
         put_varint(encoded, 0);
-        assert!(number < u32::MAX);
     };
     let runs = |number: u32, encoded: &mut Vec<u8>| {
         const COUNT: u32 = 1 << 16;
@@ -145,6 +186,7 @@ fn cases() -> Vec<(&'static str, Vec<u8>)> {
         ("folders", archive_of(&full_of(24, FOLDER, path))),
         ("runs", archive_of(&fragmented)),
         ("LISTs", with_lists(200)),
+        ("LISTs without COMMIT", with_lists_and_no_commit(100)),
         (
             "a NOTE that is too long",
             with_record(RecordKind::Note, 1 << 20, &vec![0; 1 << 20]),

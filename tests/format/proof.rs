@@ -1,4 +1,4 @@
-// Line 1: a commit vouches for all that a reader uses.
+// Goal: a commit vouches for all that a reader uses.
 
 use vmfold::archive::index;
 use vmfold::archive::list::{self, Listed};

@@ -1,9 +1,9 @@
-// Line 4: what a reader must know and does not is refused, in whatever epoch it stands.
+// Goal: what a reader must know and does not is refused, in whatever epoch it stands.
 
 use vmfold::archive::commit::{Commit, CommitLocation, encode_tail};
 use vmfold::archive::list::{self, Listed, PART_RECORDS, RecordLocation};
 use vmfold::archive::record::{EpochId, HEADER_BYTES, RecordHeader, RecordKind, hash_of};
-use vmfold::codec::{payload_body, payload_of, put_entry, put_varint};
+use vmfold::codec::{Decoder, next_entry, payload_body, payload_of, put_entry, put_varint};
 use vmfold::error::Error;
 use vmfold::ops::list::list as list_archive;
 use vmfold::store::MemoryStore;
@@ -246,6 +246,20 @@ fn a_commit_that_is_not_known_is_refused() {
     check_refused("a COMMIT behind the TAIL", &behind);
 }
 
+/// Takes what a LIST tells of uses out of it.
+fn forget_uses(body: &mut Vec<u8>) {
+    const TAG_USES: u8 = 4;
+    let (kind, payload) = payload_of(body, 1 << 22).unwrap();
+    let (mut decoder, mut kept) = (Decoder::new(&payload), Vec::new());
+    while let Some((tag, mut fields)) = next_entry(&mut decoder).unwrap() {
+        if tag != TAG_USES || kind[0] != PART_RECORDS {
+            let its = fields.take(fields.left()).unwrap();
+            put_entry(&mut kept, tag, |entry| entry.extend(its));
+        }
+    }
+    *body = payload_body(kind, &kept).unwrap();
+}
+
 #[test]
 fn what_may_be_skipped_is_skipped() {
     let (bytes, [_, expected]) = two_commits();
@@ -264,6 +278,7 @@ fn what_may_be_skipped_is_skipped() {
             with_last(&bytes, RecordKind::Head, |body| body.extend([1; 9])),
         ),
         ("a record that COMMIT names", with_unknown_record(&bytes)),
+        ("no uses", with_last(&bytes, RecordKind::List, forget_uses)),
         ("an entry of a LIST", with_last(&bytes, RecordKind::List, entry)),
         (
             "an entry of a PLAN",
@@ -283,7 +298,11 @@ fn what_may_be_skipped_is_skipped() {
                 restored.done
             );
         }
-        assert!(verify(&bytes).unwrap().lost.is_empty(), "{case}");
+        let verified = verify(&bytes).unwrap();
+        assert!(
+            verified.lost.is_empty() && verified.damage.is_empty(),
+            "{case}: {verified:?}"
+        );
     }
 }
 

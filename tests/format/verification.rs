@@ -1,4 +1,4 @@
-// Line 7: verification finds what is wrong though all hashes of records are right.
+// Goal: verification finds what is wrong though all hashes of records are right.
 
 use vmfold::archive::commit::Commit;
 use vmfold::archive::list::{self, ImageSummary, Listed, PART_RECORDS, RecordLocation};
