@@ -428,6 +428,13 @@ impl ManifestBuilder {
         }
     }
 
+    /// Takes what was added, and begins anew.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        let anew = Self::new(&self.budget);
+        std::mem::replace(self, anew)
+    }
+
     /// Adds the content of a PLAN.
     ///
     /// # Errors

@@ -2,12 +2,14 @@
 //! filesystem: [`crate::ops`] puts archives and images together.
 //!
 //! `limits` has the limits of what records hold, and `record` those of records. `record`, `head`, `manifest` with `attributes` and `announced`, `pack`, `index`, `list` and `commit`
-//! are the records; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage;
+//! are the records; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage,
+//! and `epoch` keeps what they say;
 //! `open`, `salvage` and `reader` find them in a store, and `lane` says which of them hold which blocks.
 
 pub mod announced;
 pub mod attributes;
 pub mod commit;
+pub mod epoch;
 pub mod head;
 pub mod index;
 pub mod lane;

@@ -232,7 +232,11 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
         return Err(reader.problem(copy, "its TAIL does not stand behind a COMMIT"));
     }
     let mut chains = Chains::new(reader);
-    chains.follow(CommitLocation { offset: copy, ..last }, last.offset, tail.lane)?;
+    // What follows the commit leads to a copy that is intact.
+    let first = reader.header_of(last.offset, &last.sought());
+    let is_intact = first.and_then(|header| reader.body_of(last.offset, &header)).is_ok();
+    let hint = if is_intact { last.offset } else { copy };
+    chains.follow(CommitLocation { offset: copy, ..last }, hint, tail.lane)?;
     let mut lanes_done = HashSet::from([tail.lane]);
     while let Some((lane, other)) = chains.other_lanes.pop_first() {
         if lanes_done.insert(lane) {

@@ -6,6 +6,7 @@ use vmfold::archive::pack::{self, Frame, PlacedFrame};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{HEADER_BYTES, RecordHeader, RecordKind, hash_of};
 use vmfold::block::BLOCK_LEN;
+use vmfold::error::Error;
 use vmfold::numbers::StoreBlock;
 use vmfold::store::MemoryStore;
 use vmfold::testing::raw_archive::{RawArchive, RawRecord};
@@ -195,5 +196,29 @@ fn a_pipe_brings_what_its_commit_lists_and_nothing_else() {
         assert!(!restored.is_whole(), "{case}: nobody noticed");
         let partial = restore(bytes, Way::Pipe, None, true);
         check_bytes(&partial, &expected, case);
+    }
+}
+
+/// What is damaged at the beginning of an epoch belongs to that epoch, and not to the one before it.
+#[test]
+fn an_epoch_whose_beginning_is_damaged_is_told_as_damage() {
+    let (bytes, _) = two_commits();
+    let last = last_of(&bytes, RecordKind::Head).header.epoch;
+    for headers in [false, true] {
+        let mut damaged = bytes.clone();
+        for record in records(&bytes)
+            .iter()
+            .filter(|record| record.header.epoch == last)
+            .take(2)
+        {
+            let at = record.range.start + if headers { 20 } else { HEADER_BYTES + 20 };
+            damaged[at] ^= 1;
+        }
+        let restored = restore(&damaged, Way::Pipe, None, true);
+        let is_told = match &restored.done {
+            Ok(done) => !done.lost.is_empty(),
+            Err(error) => matches!(error, Error::Damaged { .. }),
+        };
+        assert!(is_told, "{headers}: {:?}", restored.done);
     }
 }

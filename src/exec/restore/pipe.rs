@@ -1,25 +1,18 @@
 //! An archive that is read once and in order, as a source. Images are offered when the first PACK of their epoch comes. Every block is handed
 //! over as it comes, and the hashes that follow prove it. Memory holds the manifest of one epoch, one record, and hashes of at most 2^20 blocks.
 
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
-use crate::archive::announced::AnnouncedBlocks;
-use crate::archive::commit::{ChainPlace, Commit, CommitLocation, FOLLOWS_NOT};
-use crate::archive::head::Head;
-use crate::archive::index;
-use crate::archive::limits::{
-    FRAME_BLOCKS_MAX, IMAGES_MAX, LISTS_MAX, RECORDS_MAX, TEXT_BYTES_MAX, TEXT_OVERHEAD, USES_MAX,
-};
-use crate::archive::list::{self, ImageSummary, Listed};
-use crate::archive::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
+use crate::archive::commit::{ChainPlace, CommitLocation, FOLLOWS_NOT};
+use crate::archive::epoch::{EndedEpoch, Epoch, ProvedBlocks};
+use crate::archive::limits::FRAME_BLOCKS_MAX;
 use crate::archive::pack::{self, FrameInfo};
 use crate::archive::reader::{Committed, find_commit};
-use crate::archive::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, hash_of};
+use crate::archive::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, hash_of};
 use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::codec::{Decoded, Malformed};
@@ -32,8 +25,6 @@ use crate::range;
 use crate::spill::Budget;
 use crate::store::{Store, StoreReader};
 
-/// Blocks that seeds are searched for: 256 MiB of fingerprints, for 256 GiB of blocks. Those of later PLAN records are not searched for.
-const ANNOUNCED_BLOCKS_MAX: usize = 1 << 26;
 /// Frames of a PACK that are handed over together.
 const FRAMES_AT_ONCE: usize = 8;
 /// Hashes made of blocks that wait for their INDEX: 32 MiB.
@@ -65,6 +56,8 @@ pub struct PipeSource<'a> {
     lane: Option<LaneId>,
     /// The epoch that the last record belongs to.
     epoch: Epoch,
+    /// What was damaged since the last whole header, so that it is not known which epoch it belonged to.
+    lost_before: Option<ByteRange>,
     /// The epoch whose images were offered last.
     offered: Option<EpochId>,
     /// A record that was read and is not used yet.
@@ -106,89 +99,6 @@ impl ReadRecord {
     }
 }
 
-/// What the records of an epoch said so far.
-struct Epoch {
-    id: Option<EpochId>,
-    /// The commit that its PLANs are for.
-    planned_for: Option<CommitNumber>,
-    /// Images as they were planned.
-    planned: ManifestBuilder,
-    /// Images as they are.
-    last: ManifestBuilder,
-    /// Fingerprints of the blocks, [`ANNOUNCED_BLOCKS_MAX`] at most, if anyone uses them.
-    announced: Vec<AnnouncedBlocks>,
-    /// The number of blocks that were announced.
-    announced_blocks: usize,
-    /// The store address after the last block that was announced.
-    announced_end: StoreBlock,
-    /// Records of kinds that a COMMIT lists, by their numbers.
-    came: BTreeMap<u64, CameRecord>,
-    /// LISTs, by the hashes of their bodies.
-    lists: HashMap<Hash, CameList>,
-    /// How much these have.
-    listed: CameTotal,
-    /// Whether a PLAN may be damaged.
-    doubtful: bool,
-}
-
-/// How much all LISTs of an epoch have. A COMMIT may list as much.
-#[derive(Default)]
-struct CameTotal {
-    records: usize,
-    uses: usize,
-    images: usize,
-    text_bytes: usize,
-}
-
-impl CameTotal {
-    fn add(&mut self, listed: &Listed, images: &[ImageSummary]) -> Decoded<()> {
-        self.records += listed.records.len() + listed.forgotten.len() + listed.dead.len();
-        self.uses += listed.uses.len();
-        self.images += images.len();
-        let text_of = |image: &ImageSummary| image.path.as_os_str().len() + TEXT_OVERHEAD;
-        self.text_bytes += images.iter().map(text_of).sum::<usize>();
-        if self.records > RECORDS_MAX
-            || self.uses > USES_MAX
-            || self.images > IMAGES_MAX
-            || self.text_bytes > TEXT_BYTES_MAX
-        {
-            return Err("its LISTs have more than allowed".into());
-        }
-        Ok(())
-    }
-}
-
-/// A LIST that came.
-struct CameList {
-    /// Bytes, header included.
-    length: u64,
-    part: u8,
-    listed: Listed,
-    images: Vec<ImageSummary>,
-}
-
-/// A record that came, to be compared with what its COMMIT lists.
-struct CameRecord {
-    kind: RecordKind,
-    /// Bytes, header included.
-    length: u64,
-    body_hash: Hash,
-    content: CameContent,
-}
-
-/// What a record that came holds, as a COMMIT lists it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct CameContent {
-    /// The part of a PLAN.
-    part: u8,
-    /// The store address that the blocks of a PACK or an INDEX were taken for.
-    first: StoreBlock,
-    /// Its blocks.
-    blocks: u32,
-    /// The hash of a PACK's table.
-    table_hash: Hash,
-}
-
 impl<'a> PipeSource<'a> {
     /// Makes a source of a store, which is read from its beginning on.
     pub fn new(store: &'a dyn Store, options: PipeOptions, monitor: &'a dyn Monitor) -> Self {
@@ -196,7 +106,8 @@ impl<'a> PipeSource<'a> {
             stream: Stream::new(StoreReader::new(store, 0), 0),
             path: store.path().to_owned(),
             lane: None,
-            epoch: Epoch::new(None, &options.budget),
+            epoch: Epoch::new(None, options.announces, &options.budget),
+            lost_before: None,
             offered: None,
             pending: None,
             last_kind: None,
@@ -251,14 +162,16 @@ impl<'a> PipeSource<'a> {
                             problem: "it has several lanes, which can only be restored from a file",
                         });
                     }
-                    if Some(header.epoch) != self.epoch.id {
-                        self.has_unproved |= self.epoch.has_packs();
-                        self.epoch = Epoch::new(Some(header.epoch), &self.options.budget);
-                    }
+                    self.go_on_with(header.epoch);
                     return Ok(Some(ReadRecord { header, offset, body }));
                 }
                 Some(StreamEvent::Damage { range, problem, header }) => {
-                    self.epoch.doubtful |= header.is_none_or(|header| header.kind == RecordKind::Plan);
+                    if let Some(header) = header {
+                        self.go_on_with(header.epoch);
+                    } else {
+                        self.lost_before = Some(range);
+                    }
+                    self.epoch.lose(header.as_ref());
                     self.note_damage(range.start, range.length, problem)?;
                 }
                 Some(StreamEvent::Unsupported(record)) => {
@@ -268,6 +181,19 @@ impl<'a> PipeSource<'a> {
                     });
                 }
             }
+        }
+    }
+
+    /// Begins another epoch, unless it is the one that records came of. What was lost before its first record may have been part of it.
+    fn go_on_with(&mut self, epoch: EpochId) {
+        let lost_before = self.lost_before.take();
+        if Some(epoch) == self.epoch.id() {
+            return;
+        }
+        self.has_unproved |= self.epoch.has_packs();
+        self.epoch = Epoch::new(Some(epoch), self.options.announces, &self.options.budget);
+        if lost_before.is_some() {
+            self.epoch.lose(None);
         }
     }
 
@@ -309,57 +235,23 @@ impl<'a> PipeSource<'a> {
     }
 
     /// Takes what a record says that is neither a PACK nor a COMMIT.
-    fn take(&mut self, record: &ReadRecord, mut sink: Option<&mut dyn BlockSink>) -> Result<()> {
+    fn take(&mut self, record: &ReadRecord, sink: Option<&mut dyn BlockSink>) -> Result<()> {
         let path = self.path.clone();
         let malformed = |problem: Malformed| record.malformed(&path, problem);
-        let epoch = &mut self.epoch;
-        match record.header.kind {
-            RecordKind::Head => {
-                Head::decode(&record.body).map_err(malformed)?;
-                epoch.note(record, CameContent::default()).map_err(malformed)?;
+        let proved = self.epoch.take(&record.header, &record.body).map_err(malformed)?;
+        let Some(ProvedBlocks { first, hashes }) = proved else {
+            return Ok(());
+        };
+        let unproved = self.hashes.add(first, hashes)?;
+        self.has_unproved |= unproved.is_err();
+        let unproved = unproved.map_err(malformed)?;
+        let Some(sink) = sink else { return Ok(()) };
+        for range in &unproved {
+            let hashes = &hashes[(range.start - first) as usize..(range.end - first) as usize];
+            if !sink.prove(range.start, hashes)? {
+                self.has_unproved = true;
+                return Err(malformed("a block is not the one that the INDEX says".into()));
             }
-            RecordKind::Plan => {
-                let plan = PlanRecord::decode(&record.body).map_err(malformed)?;
-                if *epoch.planned_for.get_or_insert(plan.commit) != plan.commit {
-                    return Err(malformed("PLANs of two commits are in one epoch".into()));
-                }
-                match plan.part {
-                    PlanPart::Blocks => {
-                        epoch.announce(plan.announced().map_err(malformed)?, self.options.announces);
-                    }
-                    PlanPart::Planned => epoch.planned.add(plan.content()).map_err(malformed)?,
-                    PlanPart::Final => epoch.last.add(plan.content()).map_err(malformed)?,
-                }
-                let content = CameContent {
-                    part: plan.part.number(),
-                    ..CameContent::default()
-                };
-                epoch.note(record, content).map_err(malformed)?;
-            }
-            RecordKind::Index => {
-                let (first, hashes) = index::decode(&record.body).map_err(malformed)?;
-                let content = CameContent {
-                    first,
-                    blocks: u32::try_from(hashes.len()).unwrap_or(u32::MAX),
-                    ..CameContent::default()
-                };
-                epoch.note(record, content).map_err(malformed)?;
-                let unproved = self.hashes.add(first, hashes)?;
-                self.has_unproved |= unproved.is_err();
-                let unproved = unproved.map_err(malformed)?;
-                for range in &unproved {
-                    let hashes = &hashes[(range.start - first) as usize..(range.end - first) as usize];
-                    if let Some(sink) = sink.as_deref_mut()
-                        && !sink.prove(range.start, hashes)?
-                    {
-                        self.has_unproved = true;
-                        return Err(malformed("a block is not the one that the INDEX says".into()));
-                    }
-                }
-            }
-            RecordKind::List => epoch.take_list(record).map_err(malformed)?,
-            // PACKs and COMMITs have methods of their own. All other records say nothing of images.
-            _ => {}
         }
         Ok(())
     }
@@ -367,19 +259,20 @@ impl<'a> PipeSource<'a> {
     /// The offer of the current epoch, whose first PACK or COMMIT is this record.
     fn offer_of(&self, record: &ReadRecord) -> Result<Option<Offer>> {
         let malformed = |problem: Malformed| record.malformed(&self.path, problem);
-        let manifest = self.epoch.planned.clone().finish().map_err(malformed)?;
-        if manifest.images.is_empty() && self.epoch.doubtful {
+        let manifest = self.epoch.planned().map_err(malformed)?;
+        if manifest.images.is_empty() && self.epoch.is_doubtful() {
             return Err(malformed("what says which images its blocks are for is lost".into()));
         }
         let contents = Contents {
             manifest,
-            doubtful: self.epoch.doubtful,
+            doubtful: self.epoch.is_doubtful(),
             ..Contents::default()
         };
+        let (announced, known_end) = self.epoch.announced();
         Ok(Some(Offer {
             contents: Arc::new(contents),
-            announced: self.epoch.announced.clone(),
-            known_end: self.epoch.announced_end,
+            announced: announced.to_vec(),
+            known_end,
         }))
     }
 
@@ -387,18 +280,9 @@ impl<'a> PipeSource<'a> {
     fn take_pack(&mut self, record: &ReadRecord, sink: &mut dyn BlockSink) -> Result<()> {
         let path = self.path.clone();
         let malformed = |problem: Malformed| record.malformed(&path, problem);
-        let table = pack::decode_table(&record.body, record.body.len() as u64, None).map_err(malformed)?;
-        pack::check_padding(&record.body, &table).map_err(malformed)?;
-        if table.first.saturating_add(table.blocks) > self.end_max() {
-            return Err(malformed("it has blocks beyond what the archive can hold".into()));
-        }
-        let content = CameContent {
-            part: 0,
-            first: table.first,
-            blocks: table.blocks,
-            table_hash: table.hash,
-        };
-        self.epoch.note(record, content).map_err(malformed)?;
+        let end_max = self.end_max();
+        let table = self.epoch.take_pack(&record.header, &record.body, end_max);
+        let table = table.map_err(malformed)?;
         let mut first_error = None;
         let made: Mutex<Vec<(StoreBlock, Vec<Hash>)>> = Mutex::new(Vec::new());
         let mut taken: Vec<Range<StoreBlock>> = Vec::new();
@@ -432,51 +316,46 @@ impl<'a> PipeSource<'a> {
     }
 
     /// What a COMMIT says, once what came is compared with what it lists and with the commit that it follows; and the epoch that it ends.
-    fn check_commit(&mut self, record: &ReadRecord) -> Result<(Commit, Listed, Vec<ImageSummary>, Epoch)> {
+    fn check_commit(&mut self, record: &ReadRecord) -> Result<EndedEpoch> {
         let path = self.path.clone();
         let malformed = |problem: Malformed| record.malformed(&path, problem);
         // Until it shows that what came is what it lists.
         let has_unproved = std::mem::replace(&mut self.has_unproved, true);
         let before = std::mem::take(&mut self.last_commit);
-        let commit = Commit::decode_of(&record.body, &record.header).map_err(malformed)?;
-        let place_before = std::mem::replace(&mut self.last_place, ChainPlace::of(&commit));
-        let (listed, summaries) = self.epoch.listed(&commit).map_err(malformed)?;
-        listed.check_below(commit.store_end).map_err(malformed)?;
-        if self.epoch.planned_for.is_some_and(|number| number != commit.number) {
-            return Err(malformed("a PLAN is of another commit".into()));
-        }
-        let missing = self.epoch.compare(&listed, record.header.lane).map_err(malformed)?;
-        let mut epoch = std::mem::replace(
-            &mut self.epoch,
-            Epoch::new(Some(record.header.epoch), &self.options.budget),
-        );
-        if let Some(missing) = missing {
-            epoch.doubtful |= missing.kind == RecordKind::Plan;
+        let ended = self.epoch.end(&record.header, &record.body).map_err(malformed)?;
+        self.epoch = Epoch::new(Some(record.header.epoch), self.options.announces, &self.options.budget);
+        let place_before = std::mem::replace(&mut self.last_place, ChainPlace::of(&ended.commit));
+        if let Some(missing) = &ended.missing {
             let problem = format!("a {} record that its COMMIT lists did not come", missing.kind.name());
             self.note_damage(missing.offset, missing.length, &problem)?;
         }
         self.last_commit = record.header.body_hash;
-        if commit.previous.body_hash != before {
+        if ended.commit.previous.body_hash != before {
             let problem = "the COMMIT that this one follows did not come";
             self.note_damage(record.offset, record.header.body_bytes, problem)?;
-        } else if before != [0; 32] && !place_before.is_followed_by(ChainPlace::of(&commit)) {
+        } else if before != [0; 32] && !place_before.is_followed_by(ChainPlace::of(&ended.commit)) {
             let problem = format!("a COMMIT {FOLLOWS_NOT}");
             self.note_damage(record.offset, record.header.body_bytes, &problem)?;
         } else {
             self.has_unproved = has_unproved;
         }
-        Ok((commit, listed, summaries, epoch))
+        Ok(ended)
     }
 
     /// The end of the offer by its COMMIT, which says whether its commit is the one that was asked for.
     fn take_commit(&mut self, record: &ReadRecord) -> Result<Option<Delivered>> {
         let path = self.path.clone();
         let malformed = |problem: Malformed| record.malformed(&path, problem);
-        let (commit, listed, summaries, epoch) = self.check_commit(record)?;
+        let EndedEpoch {
+            commit,
+            listed,
+            summaries,
+            manifest,
+            doubtful,
+            missing: _,
+        } = self.check_commit(record)?;
         self.hashes.fill_up_to(commit.store_end)?;
-        let doubtful = epoch.doubtful;
-        let mut manifest = epoch.into_manifest(&summaries, commit.store_end).map_err(malformed)?;
-        manifest.keep_listed(&summaries);
+        let manifest = manifest.map_err(malformed)?;
         let committed = Committed {
             commit,
             location: CommitLocation {
@@ -514,142 +393,6 @@ impl<'a> PipeSource<'a> {
             committed: Some(Arc::new(contents)),
             is_last,
         }))
-    }
-}
-
-impl Epoch {
-    fn new(id: Option<EpochId>, budget: &Budget) -> Self {
-        Self {
-            id,
-            planned_for: None,
-            planned: ManifestBuilder::new(budget),
-            last: ManifestBuilder::new(budget),
-            announced: Vec::new(),
-            announced_blocks: 0,
-            announced_end: StoreBlock(0),
-            came: BTreeMap::new(),
-            lists: HashMap::new(),
-            listed: CameTotal::default(),
-            doubtful: false,
-        }
-    }
-
-    fn has_packs(&self) -> bool {
-        self.came.values().any(|came| came.kind == RecordKind::Pack)
-    }
-
-    /// Counts announced blocks. Their fingerprints are kept if `keeps` says so and there is room for them.
-    fn announce(&mut self, announced: AnnouncedBlocks, keeps: bool) {
-        self.announced_end = self.announced_end.max(announced.end());
-        self.announced_blocks += announced.fingerprints.len();
-        if keeps && self.announced_blocks <= ANNOUNCED_BLOCKS_MAX {
-            self.announced.push(announced);
-        }
-    }
-
-    /// The images as they are; as they were planned, where records are lost.
-    fn into_manifest(self, summaries: &[ImageSummary], store_end: StoreBlock) -> Decoded<Manifest> {
-        let mut manifest = self.last.finish()?;
-        if self.doubtful
-            && let Ok(mut planned) = self.planned.finish()
-        {
-            manifest.keep_as_listed(summaries, store_end);
-            planned.keep_as_listed(summaries, store_end);
-            manifest.complete_from(planned);
-            manifest.check_names()?;
-        }
-        manifest.check_below(store_end)?;
-        Ok(manifest)
-    }
-
-    /// Notes a record that its COMMIT should list.
-    fn note(&mut self, record: &ReadRecord, content: CameContent) -> Decoded<()> {
-        let came = CameRecord {
-            kind: record.header.kind,
-            length: record.header.body_bytes + HEADER_BYTES as u64,
-            body_hash: record.header.body_hash,
-            content,
-        };
-        if self.came.len() >= RECORDS_MAX {
-            return Err("an epoch has more records than allowed".into());
-        }
-        if self.came.insert(record.header.sequence, came).is_some() {
-            return Err("two records have one number".into());
-        }
-        Ok(())
-    }
-
-    fn take_list(&mut self, record: &ReadRecord) -> Decoded<()> {
-        if self.lists.len() >= LISTS_MAX {
-            return Err("it has more LISTs than allowed".into());
-        }
-        if let Entry::Vacant(place) = self.lists.entry(record.header.body_hash) {
-            let (mut listed, mut images) = (Listed::default(), Vec::new());
-            let part = list::add_any(&mut listed, &mut images, &record.body, record.header.lane)?;
-            self.listed.add(&listed, &images)?;
-            let length = record.header.body_bytes + HEADER_BYTES as u64;
-            place.insert(CameList {
-                length,
-                part,
-                listed,
-                images,
-            });
-        }
-        Ok(())
-    }
-
-    /// What a COMMIT lists.
-    fn listed(&mut self, commit: &Commit) -> Decoded<(Listed, Vec<ImageSummary>)> {
-        let (mut listed, mut images) = (Listed::default(), Vec::new());
-        for list in &commit.lists {
-            let mut came = self
-                .lists
-                .remove(&list.body_hash)
-                .ok_or("a LIST that its COMMIT names did not come")?;
-            if (came.length, came.part) != (list.length, list.part) {
-                return Err("a LIST came that is not the one that its COMMIT names".into());
-            }
-            listed.append(&mut came.listed);
-            images.append(&mut came.images);
-        }
-        Ok((listed, images))
-    }
-
-    /// Compares what a COMMIT lists with what came. Returns a record that did not come, if there is one.
-    ///
-    /// # Errors
-    /// Says that something came that the COMMIT does not list: it may have been used, and is not what was committed.
-    fn compare(&mut self, listed: &Listed, lane: LaneId) -> Decoded<Option<list::RecordLocation>> {
-        let mut missing = None;
-        for record in &listed.records {
-            let came = if record.lane == lane {
-                self.came.remove(&record.sequence)
-            } else {
-                None
-            };
-            match came {
-                Some(came) => {
-                    let is_placed = record.kind.has_addresses();
-                    let content = CameContent {
-                        part: record.part,
-                        first: if is_placed { record.first } else { StoreBlock(0) },
-                        blocks: if is_placed { record.blocks } else { 0 },
-                        table_hash: record.table_hash,
-                    };
-                    let what = (record.kind, record.length, record.body_hash);
-                    if (came.kind, came.length, came.body_hash) != what || came.content != content {
-                        return Err("a record came that is not the one that its COMMIT lists".into());
-                    }
-                }
-                _ if matches!(record.kind, RecordKind::Other(_) | RecordKind::Note) => {}
-                _ => missing = Some(*record),
-            }
-        }
-        if self.came.is_empty() {
-            Ok(missing)
-        } else {
-            Err("a record came that its COMMIT does not list".into())
-        }
     }
 }
 
