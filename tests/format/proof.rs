@@ -216,7 +216,7 @@ fn an_epoch_whose_beginning_is_damaged_is_told_as_damage() {
         }
         let restored = restore(&damaged, Way::Pipe, None, true);
         let is_told = match &restored.done {
-            Ok(done) => !done.lost.is_empty(),
+            Ok(done) => done.later_damage || !done.lost.is_empty(),
             Err(error) => matches!(error, Error::Damaged { .. }),
         };
         assert!(is_told, "{headers}: {:?}", restored.done);
