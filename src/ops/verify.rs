@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use crate::archive::head::Head;
 use crate::archive::index;
 use crate::archive::lane::ListedRecord;
-use crate::archive::list::{RecordLocation, by_path};
-use crate::archive::manifest::{ImageRuns, ManifestBuilder, PlanPart, PlanRecord};
+use crate::archive::list::{ImageSummary, RecordLocation, by_path};
+use crate::archive::manifest::{ImageRuns, Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{
     Archive, Committed, Damage, LocatedFrame, MISSING_RUNS, ProvedHash, note_damage, range_of,
@@ -280,22 +280,35 @@ impl Verifier<'_> {
         }
     }
 
+    /// Reads the manifest of a commit, and where it is damaged. It is `None` if it cannot be read: then all images of the commit are lost.
+    fn manifest_of(
+        &mut self,
+        committed: &Committed,
+        summaries: &[ImageSummary],
+        result: &mut Verified,
+    ) -> Result<Option<(Manifest, Vec<Damage>)>> {
+        match self.archive.manifest(committed, &self.budget) {
+            Ok(read) => Ok(Some(read)),
+            Err(error) => {
+                note_damage(Err(error), ByteRange::default(), &mut self.damage)?;
+                let number = committed.commit.number;
+                let lost = summaries
+                    .iter()
+                    .map(|image| whole(number, image.path.clone(), image.size));
+                result.lost.extend(lost);
+                Ok(None)
+            }
+        }
+    }
+
     /// Checks that each image of a commit can be restored, and says what of it cannot.
     fn check_commit(&mut self, committed: &Committed, result: &mut Verified) -> Result<()> {
         let (archive, number) = (self.archive, committed.commit.number);
         let (summaries, mut damage) = archive.images(committed)?;
-        let manifest = match archive.manifest(committed, &self.budget) {
-            Ok((manifest, mut found)) => {
-                damage.append(&mut found);
-                manifest
-            }
-            Err(error) => {
-                note_damage(Err(error), ByteRange::default(), &mut self.damage)?;
-                let lost = summaries.into_iter().map(|image| whole(number, image.path, image.size));
-                result.lost.extend(lost);
-                return Ok(());
-            }
+        let Some((manifest, mut found)) = self.manifest_of(committed, &summaries, result)? else {
+            return Ok(());
         };
+        damage.append(&mut found);
         let doubtful = !damage.is_empty();
         self.damage.append(&mut damage);
         let store = self
