@@ -15,6 +15,7 @@ except ImportError as missing:
     sys.exit(f"read_archive.py needs {missing.name}: pip install blake3 zstandard")
 
 MAGIC, ZEROS, ZERO_HASH = b"\x89vmfold\n", bytes(BLOCK), blake3(bytes(BLOCK)).digest()
+TAIL_ZEROS = "its last block is not zeros behind its end"
 COPIES_TRIED, CACHED_FRAMES, CACHED_TABLES, USES = 16, 16, 32, 2**22
 Header = collections.namedtuple("Header", "at end key kind lane epoch mask refused malformed")
 Frame = collections.namedtuple("Frame", "first end at stored encoding hash")
@@ -345,6 +346,7 @@ class Archive:
                     zeros, before = (zeros + 1, 0) if block_hash == ZERO_HASH else (0, zeros)
                     if not zeros:
                         hasher.update((bytes(24) + struct.pack("<Q", before) if before else b"") + block_hash)
+                        must((at + 1) * BLOCK <= image.size or not any(data[number * BLOCK + image.size % BLOCK : (number + 1) * BLOCK]), TAIL_ZEROS)
                         write(data[number * BLOCK : (number + 1) * BLOCK][: image.size - at * BLOCK], at * BLOCK)
                     at += 1
             zeros, at = (zeros, at) if stored else (zeros + (length >> 2), at + (length >> 2))

@@ -26,12 +26,16 @@ use common::Random;
 use harness::{Harness, Verb};
 use vmfold::archive::commit::{Commit, CommitLocation};
 use vmfold::archive::list::{self, ImageSummary, Listed, OtherLane, RecordLocation};
+use vmfold::archive::manifest::{self, ImageRuns, ManifestBuilder, PlanContents, PlanPart, PlanRecord};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{EpochId, LaneId, RecordKind, hash_of};
+use vmfold::block::bytes;
+use vmfold::content::{Content, Run};
 use vmfold::monitor::Silent;
 use vmfold::numbers::{CommitNumber, StoreBlock};
 use vmfold::ops::import::import_in_order;
 use vmfold::ops::verify::verify_store;
+use vmfold::spill::Budget;
 use vmfold::store::MemoryStore;
 use vmfold::testing::raw_archive::{RawArchive, RawRecord};
 
@@ -353,6 +357,31 @@ fn what_only_a_later_commit_lists_is_intact_only_if_the_earlier_one_can_use_it()
     });
     // The digests of the earlier commit's images prove what these hold.
     assert!(check_by_hand("listed by the next commit", &archive.sealed()));
+}
+
+/// What an image's last block holds behind its end is zeros: no file that is restored could have anything else there.
+#[test]
+fn an_image_with_something_behind_its_end_is_lost() {
+    let mut archive = simulated();
+    for place in places(&archive, RecordKind::Plan) {
+        let plan = PlanRecord::decode(&archive.records[place].body).unwrap();
+        let mut builder = ManifestBuilder::new(&Budget::default());
+        if plan.part == PlanPart::Blocks || builder.add(plan.content()).is_err() {
+            continue;
+        }
+        let (manifest, mut contents) = (builder.finish().unwrap(), PlanContents::default());
+        for ImageRuns { mut image, runs } in manifest.images {
+            // Behind its last block that is stored there is a hole.
+            let runs: Vec<Run> = runs.into_iter().filter(|run| run.content != Content::Hole).collect();
+            image.size = bytes(runs.iter().map(|run| run.blocks).sum()) - 100;
+            contents.image(&image);
+            contents.runs(image.number, 0, &runs);
+        }
+        let content = contents.finish().remove(0);
+        archive.records[place].body = manifest::encode(plan.commit, plan.part, plan.last, &content).unwrap();
+    }
+    mutate::with_right_digests(&mut archive);
+    assert!(!check_by_hand("something behind the end", &archive.sealed()));
 }
 
 #[test]

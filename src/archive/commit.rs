@@ -8,7 +8,6 @@ use super::limits::{COMMIT_PAYLOAD_BYTES_MAX, LABEL_BYTES_MAX, LISTS_MAX};
 use super::list::PART_IMAGES;
 use super::manifest::{file_time, store_block};
 use super::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord};
-use crate::block::ByteRange;
 use crate::codec::{
     Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_string, put_varint, put_zigzag, skip_entry,
 };
@@ -43,14 +42,6 @@ impl ListLocation {
             body_hash: self.body_hash,
         }
     }
-
-    /// Returns where it should be.
-    pub fn range(&self) -> ByteRange {
-        ByteRange {
-            start: self.offset,
-            length: self.length,
-        }
-    }
 }
 
 /// Where a COMMIT is.
@@ -77,14 +68,6 @@ impl CommitLocation {
             offset: self.offset,
             length: self.length,
             body_hash: self.body_hash,
-        }
-    }
-
-    /// Returns where it should be.
-    pub fn range(&self) -> ByteRange {
-        ByteRange {
-            start: self.offset,
-            length: self.length,
         }
     }
 }

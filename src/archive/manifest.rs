@@ -304,6 +304,19 @@ impl ImageRuns {
         })
     }
 
+    /// Returns the store address of its last block and how many bytes of that belong to it, if it is stored and the image ends within it. What
+    /// such a block holds behind the end is zeros.
+    pub fn partial_block(&self) -> Option<(StoreBlock, usize)> {
+        let bytes = usize::try_from(self.image.size % BLOCK_BYTES)
+            .ok()
+            .filter(|bytes| *bytes > 0)?;
+        let last = self.runs.last()?;
+        match last.content {
+            Content::Stored(first) => Some((first + (last.blocks - 1), bytes)),
+            _ => None,
+        }
+    }
+
     /// Returns whether what a range of it holds is lost.
     pub fn is_incomplete(&self) -> bool {
         self.runs.iter().any(|run| run.content == Content::Lost)

@@ -612,7 +612,7 @@ impl Archive {
             let added = body.and_then(|body| {
                 list::add_images(&mut images, &body).map_err(|problem| self.reader.malformed(list.offset, problem))
             });
-            note_damage(added, list.range(), &mut damage)?;
+            note_damage(added, list.sought().range(), &mut damage)?;
         }
         Ok((images, damage))
     }
@@ -664,7 +664,7 @@ impl Archive {
                 let added = builder.add(plan.content());
                 added.map_err(|problem| in_record(self.reader.malformed(location.offset, problem), location))
             });
-            note_damage(added, range_of(location), damage)?;
+            note_damage(added, location.sought().range(), damage)?;
         }
         let has_orphans = builder.has_orphans();
         let built = builder.finish();
@@ -676,7 +676,7 @@ impl Archive {
                 .any(|image| image.is_incomplete() || !image.is_below(end))
         };
         if damage.len() == known_damage && (has_orphans || built.as_ref().is_ok_and(is_lossy)) {
-            damage.push(Damage::at(committed.location.range(), MISSING_RUNS));
+            damage.push(Damage::at(committed.location.sought().range(), MISSING_RUNS));
         }
         built.map_err(|problem| in_commit(self.reader.malformed(0, problem), &committed.location))
     }
@@ -820,6 +820,30 @@ impl Archive {
         }
     }
 
+    /// Reads a block of a commit's lane from the first PACK that has it intact.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn block(&self, committed: &Committed, block: StoreBlock) -> Result<Option<Vec<u8>>> {
+        for pack in self.packs(committed, block..block + 1) {
+            let read = || -> Result<Option<Vec<u8>>> {
+                let frames = self.frames(&pack.location)?;
+                let has = |located: &&LocatedFrame| (located.frame.first..located.frame.end()).contains(&block);
+                let Some(located) = frames.iter().find(has) else {
+                    return Ok(None);
+                };
+                let content = self.frame(located)?;
+                let at = (block - located.frame.first) as usize * BLOCK_LEN;
+                Ok(Some(content[at..at + BLOCK_LEN].to_vec()))
+            };
+            match read() {
+                Ok(None) | Err(Error::Damaged { .. }) => {}
+                other => return other,
+            }
+        }
+        Ok(None)
+    }
+
     /// Reads the hashes of the blocks of a range of a commit's lane, as far as INDEXes that the commit proves have them intact.
     ///
     /// # Errors
@@ -959,7 +983,7 @@ fn in_record(error: Error, location: &RecordLocation) -> Error {
     match error {
         Error::Damaged { path, problem, .. } => Error::Damaged {
             path,
-            range: Some(range_of(location)),
+            range: Some(location.sought().range()),
             problem: format!("{} record: {problem}", location.kind.name()),
         },
         other => other,
@@ -971,7 +995,7 @@ fn in_commit(error: Error, location: &CommitLocation) -> Error {
     match error {
         Error::Damaged { path, problem, .. } => Error::Damaged {
             path,
-            range: Some(location.range()),
+            range: Some(location.sought().range()),
             problem,
         },
         other => other,
@@ -992,17 +1016,9 @@ pub fn note_damage(done: Result<()>, otherwise: ByteRange, damage: &mut Vec<Dama
     }
 }
 
-/// Returns where a record stands.
-pub fn range_of(location: &RecordLocation) -> ByteRange {
-    ByteRange {
-        start: location.offset,
-        length: location.length,
-    }
-}
-
 /// Returns the damage of a COMMIT.
 pub fn damage_of(location: &CommitLocation, problem: String) -> Damage {
-    Damage::at(location.range(), problem)
+    Damage::at(location.sought().range(), problem)
 }
 
 /// The PLANs of a part in the order of their numbers, which is that in which they were written.

@@ -1,5 +1,6 @@
 //! Records: the header that each part of an archive begins with, and the mask of its body.
 
+use crate::block::ByteRange;
 use crate::codec::{Decoded, Decoder, Malformed};
 
 /// The bytes that a record begins with.
@@ -312,6 +313,14 @@ pub struct SoughtRecord {
 }
 
 impl SoughtRecord {
+    /// Returns where it should be.
+    pub fn range(&self) -> ByteRange {
+        ByteRange {
+            start: self.offset,
+            length: self.length,
+        }
+    }
+
     /// Returns whether a header is that of the record.
     pub fn is(&self, header: &RecordHeader) -> bool {
         header.kind == self.kind

@@ -13,9 +13,7 @@ use crate::archive::lane::ListedRecord;
 use crate::archive::list::{ImageSummary, RecordLocation, by_path};
 use crate::archive::manifest::{ImageRuns, Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use crate::archive::pack::FrameInfo;
-use crate::archive::reader::{
-    Archive, Committed, Damage, LocatedFrame, MISSING_RUNS, ProvedHash, note_damage, range_of,
-};
+use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, MISSING_RUNS, ProvedHash, note_damage};
 use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordKind, hash_of};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::codec::{Decoded, Malformed};
@@ -246,14 +244,14 @@ impl Verifier<'_> {
                 check_body(&body, location, committed.commit.number, &mut planned)
                     .map_err(|malformed| self.malformed(location, malformed))
             });
-            note_damage(checked, range_of(location), &mut self.damage)?;
+            note_damage(checked, location.sought().range(), &mut self.damage)?;
         }
         let heads = committed
             .listed
             .records
             .iter()
             .filter(|one| one.kind == RecordKind::Head);
-        let place = committed.location.range();
+        let place = committed.location.sought().range();
         if heads.count() != 1 && !committed.salvaged {
             self.damage.push(Damage::at(place, "it does not list one HEAD"));
         }
@@ -274,7 +272,7 @@ impl Verifier<'_> {
             Malformed::Unsupported(problem) => Error::Unsupported { path, problem },
             Malformed::Damaged(problem) => Error::Damaged {
                 path,
-                range: Some(range_of(location)),
+                range: Some(location.sought().range()),
                 problem: format!("{} record: {problem}", location.kind.name()),
             },
         }
@@ -347,7 +345,8 @@ impl Verifier<'_> {
             let differs = summary.is_some_and(|summary| {
                 summary.digest != found || summary.size != image.image.size || summary.number != image.image.number
             });
-            let is_mixed_up = (has_all && differs) || (!has_all && doubtful);
+            let is_mixed_up =
+                (has_all && differs) || (!has_all && doubtful) || !ends_in_zeros(archive, committed, image)?;
             let is_proved = has_all && summary.is_some() && !differs;
             let lost = lost_of(
                 image,
@@ -368,6 +367,15 @@ impl Verifier<'_> {
             .extend(missing.map(|summary| whole(number, summary.path.clone(), summary.size)));
         Ok(())
     }
+}
+
+/// Whether what an image's last block holds behind its end is zeros, as far as that is there.
+fn ends_in_zeros(archive: &Archive, committed: &Committed, image: &ImageRuns) -> Result<bool> {
+    let Some((block, from)) = image.partial_block() else {
+        return Ok(true);
+    };
+    let content = archive.block(committed, block)?;
+    Ok(content.is_none_or(|content| content[from..].iter().all(|byte| *byte == 0)))
 }
 
 /// Whether all blocks that an image refers to are among those that its commit lists as used: a collector keeps no others.
@@ -443,7 +451,7 @@ fn check_pack<'a>(archive: &Archive, last: &Committed, mut checked: CheckedPack<
             }
         }
         Err(error) => {
-            note_damage(Err(error), range_of(location), &mut checked.damage)?;
+            note_damage(Err(error), location.sought().range(), &mut checked.damage)?;
             // Each frame is proved by itself, so that what is intact of the PACK counts.
             match archive.frames(location) {
                 Ok(frames) => {
@@ -455,7 +463,7 @@ fn check_pack<'a>(archive: &Archive, last: &Committed, mut checked: CheckedPack<
                         }
                     }
                 }
-                Err(error) => note_damage(Err(error), range_of(location), &mut checked.damage)?,
+                Err(error) => note_damage(Err(error), location.sought().range(), &mut checked.damage)?,
             }
         }
     }

@@ -520,7 +520,7 @@ fn change_entry(archive: &mut RawArchive, record: (LaneId, u64), change: impl Fn
 
 /// Makes the digests of LISTs those of what the images hold, as far as that can be told: so that an archive that is not what it was is
 /// taken for intact.
-fn with_right_digests(archive: &mut RawArchive) {
+pub(crate) fn with_right_digests(archive: &mut RawArchive) {
     let Ok(opened) = Archive::open_any(Arc::new(MemoryStore::of(archive.sealed()))) else {
         return;
     };

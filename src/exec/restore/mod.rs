@@ -33,6 +33,7 @@ use self::source::{BlockHashes, BlockSource, Offer};
 use self::staging::{Journal, Staging};
 use crate::archive::announced::AnnouncedBlocks;
 use crate::archive::list::by_path;
+use crate::archive::manifest::ImageRuns;
 use crate::archive::record::hash_of;
 use crate::block::{BLOCK_LEN, bytes};
 use crate::content::Content;
@@ -470,7 +471,7 @@ impl<'a> Restore<'a> {
                 || image.image.size != summary.size
                 || image.image.number != summary.number;
             let is_wrong = has_all && !has_gaps && is_other;
-            if is_wrong || (is_doubtful && (!has_all || has_gaps)) {
+            if is_wrong || !ends_in_zeros(image, staging)? || (is_doubtful && (!has_all || has_gaps)) {
                 mixed_up.insert(restored.image);
             }
         }
@@ -503,6 +504,16 @@ fn add_staged(
         }
     }
     Ok(true)
+}
+
+/// Whether what an image's last block holds behind its end is zeros, as far as that is staged.
+fn ends_in_zeros(image: &ImageRuns, staging: &Staging) -> Result<bool> {
+    let Some((block, from)) = image.partial_block().filter(|(block, _)| staging.has(*block)) else {
+        return Ok(true);
+    };
+    let mut content = [0; BLOCK_LEN];
+    staging.read(block, &mut content)?;
+    Ok(content[from..].iter().all(|byte| *byte == 0))
 }
 
 /// Logs the plan, image by image.
