@@ -2,12 +2,7 @@
 //! limits of readers; an image cannot pass for the archive that holds it; what a reader does not know is refused in every epoch; memory is
 //! bounded; a kill at any write, and damage, cost no commit that is intact; verification finds what it should. Method: archives of a simulated
 //! pool, written, cut, torn, changed and sealed again, and read from a file and from a pipe.
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    missing_docs,
-    reason = "a test that cannot go on has failed; measurements are printed"
-)]
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on has failed")]
 
 mod common;
 
@@ -37,6 +32,3 @@ mod verification;
 
 #[path = "format/memory.rs"]
 mod memory;
-
-#[path = "format/measure.rs"]
-mod measure;

@@ -1,4 +1,13 @@
-// Figures, which are printed and not checked: cargo test --release --test format measure -- --ignored --nocapture
+//! Opening and reading archives of many images and runs, and exporting what takes next to nothing: `cargo bench --bench format`. Prints the
+//! times, and the greatest memory of the process. Nothing here decides a test.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    dead_code,
+    missing_docs,
+    reason = "a benchmark that prints, and has what it needs in common with tests"
+)]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,8 +20,20 @@ use vmfold::ops::list::list;
 use vmfold::spill::Budget;
 use vmfold::store::MemoryStore;
 
-use crate::scene::{Scene, WAYS, restore, scratch, verify};
-use crate::writing::{image, written};
+use scene::{Scene, WAYS, restore, scratch, verify};
+use writing::{image, written};
+
+#[path = "../format/scene.rs"]
+mod scene;
+
+#[path = "../format/writing.rs"]
+mod writing;
+
+fn main() {
+    opening_an_archive_of_a_million_runs();
+    reading_takes_time_in_proportion();
+    exporting_what_takes_next_to_nothing();
+}
 
 /// Images whose runs are blocks of the store and holes in turn.
 fn images(count: u32, runs: u32) -> Vec<(ArchivedImage, Vec<Run>)> {
@@ -39,8 +60,6 @@ fn timed<T>(work: impl FnOnce() -> T) -> (Duration, T) {
     (start.elapsed(), done)
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn opening_an_archive_of_a_million_runs() {
     for (count, runs) in [(1, 1_000_000), (100, 10_000)] {
         let bytes = written(&images(count, runs), &[1, 2], |_| ());
@@ -56,8 +75,6 @@ fn opening_an_archive_of_a_million_runs() {
     }
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn reading_takes_time_in_proportion() {
     let folder = scratch();
     let path = folder.path().join("a.vmfold");
@@ -71,8 +88,6 @@ fn reading_takes_time_in_proportion() {
     }
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn exporting_what_takes_next_to_nothing() {
     const GIB: u64 = 1 << 18;
     for gib in [1, 2, 4] {
