@@ -52,19 +52,29 @@ fn unknown(facts: &Facts) -> Facts {
 
 /// Enters a pool, of which nothing is known yet, but for some extents.
 fn enter(open: Open<'_>, facts: &Facts, forgotten: &[u32]) {
+    enter_with(open, facts, &[], forgotten);
+}
+
+/// Enters a pool whose extents have these digests.
+fn enter_with(open: Open<'_>, facts: &Facts, digests: &[Option<u128>], forgotten: &[u32]) {
     let mut index = open();
     index.keep_plain();
     let mut found = SlotSet::new(facts.slots() as usize);
-    index.look_up(&mut unknown(facts), &mut found).unwrap();
+    index.look_up(&mut unknown(facts), digests, &mut found).unwrap();
     index.forget(&mut forgotten.iter().copied().map(ExtentId));
-    index.update(facts).unwrap();
+    index.update(facts, digests).unwrap();
     assert!(index.is_usable());
 }
 
 /// Which slots of a pool an index knows; it must know them as they are.
 fn known(open: Open<'_>, facts: &Facts) -> Vec<Slot> {
+    known_with(open, facts, &[])
+}
+
+/// Which slots of a pool whose extents have these digests an index knows.
+fn known_with(open: Open<'_>, facts: &Facts, digests: &[Option<u128>]) -> Vec<Slot> {
     let (mut looked_up, mut found) = (unknown(facts), SlotSet::new(facts.slots() as usize));
-    open().look_up(&mut looked_up, &mut found).unwrap();
+    open().look_up(&mut looked_up, digests, &mut found).unwrap();
     let slots: Vec<Slot> = range::each(facts.all_slots())
         .filter(|slot| found.contains(*slot))
         .collect();
@@ -91,7 +101,7 @@ fn fingerprints_come_back(open: Open<'_>) {
     let mut found = SlotSet::new(partly.slots() as usize);
     found.insert(Slot(3));
     let before = partly.fingerprints.get(Slot(3));
-    open().look_up(&mut partly, &mut found).unwrap();
+    open().look_up(&mut partly, &[], &mut found).unwrap();
     assert_eq!(partly.fingerprints.get(Slot(3)), before);
     assert_eq!(partly.fingerprints.get(Slot(4)), facts.fingerprints.get(Slot(4)));
 }
@@ -117,13 +127,41 @@ fn another_extent_is_not_taken_for_one(open: Open<'_>) {
     );
 }
 
+fn other_checksums_are_those_of_another_extent(open: Open<'_>) {
+    let facts = pool(&[0..8, 8..16, 16..24], 7, 1);
+    let digests = [Some(1), Some(2), None];
+    enter_with(open, &facts, &digests, &[]);
+    assert_eq!(known_with(open, &facts, &digests).len(), 24);
+    let kept = |digests: &[Option<u128>]| {
+        let slots = known_with(open, &facts, digests);
+        slots
+            .iter()
+            .map(|slot| slot.0 / 8)
+            .collect::<std::collections::BTreeSet<u32>>()
+    };
+    assert_eq!(kept(&[Some(1), Some(9), None]), [0, 2].into());
+    assert_eq!(kept(&[None, Some(2), Some(3)]), [1].into());
+    assert_eq!(kept(&[]), [2].into());
+    // The extent of a copy takes the place of the other one.
+    let copy = pool(&[0..8, 8..16, 16..24], 7, 300);
+    let digests = [Some(1), Some(9), None];
+    enter_with(open, &copy, &digests, &[0, 2]);
+    let own: Vec<Slot> = (8..16).map(Slot).collect();
+    let mut looked_up = unknown(&copy);
+    let mut found = SlotSet::new(24);
+    open().look_up(&mut looked_up, &digests, &mut found).unwrap();
+    for slot in own {
+        assert_eq!(looked_up.fingerprints.get(slot), copy.fingerprints.get(slot));
+    }
+}
+
 fn chunks_are_found_by_their_ids(open: Open<'_>) {
     let (one, other) = (pool(&[0..64], 7, 1), pool(&[100..164], 7, 5000));
     let mut index = open();
     // Fingerprints that the filesystem has are not remembered, chunks are.
     for facts in [&one, &other] {
         index.forget(&mut std::iter::empty());
-        index.update(facts).unwrap();
+        index.update(facts, &[]).unwrap();
     }
     drop(index);
     assert!(known(open, &one).is_empty());
@@ -193,9 +231,10 @@ fn what_archives_hold_is_known_for_that_very_commit(open: Open<'_>) {
 
 #[test]
 fn indexes_conform() {
-    let checks: [fn(Open<'_>); 4] = [
+    let checks: [fn(Open<'_>); 5] = [
         fingerprints_come_back,
         another_extent_is_not_taken_for_one,
+        other_checksums_are_those_of_another_extent,
         chunks_are_found_by_their_ids,
         what_archives_hold_is_known_for_that_very_commit,
     ];

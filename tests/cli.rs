@@ -126,7 +126,7 @@ fn reclaim_report_scan_and_status() {
             [folder]/index/[uuid]
               3 extents, 14.0 MiB of blocks, 0 B of them with fingerprints that had to be read
               802 chunks, about 384 different
-              [size] on disk (extents-v1-crc32c-1-4-16-cuts-v1)
+              [size] on disk (extents-v2-crc32c-1-4-16-cuts-v1)
             --- stderr
             --- exit 0
         "#);

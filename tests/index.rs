@@ -134,8 +134,8 @@ fn a_large_index_ends_when_its_disk_is_full() {
             let mut index = index.unwrap();
             index.keep_plain();
             let mut known = SlotSet::new(facts.slots() as usize);
-            index.look_up(&mut facts, &mut known).unwrap();
-            let failed = index.update(&facts).is_err();
+            index.look_up(&mut facts, &[], &mut known).unwrap();
+            let failed = index.update(&facts, &[]).is_err();
             drop(index);
             ended.send(failed).unwrap();
         });

@@ -290,6 +290,36 @@ fn cut_off(arguments: [&str; 6], seed: u64, times: u32) {
 }
 
 #[test]
+fn what_the_index_knows_of_a_copy_of_the_filesystem_is_not_believed() {
+    if !can_mount() {
+        return;
+    }
+    let nest = Nest::new();
+    let pristine = nest.pristine(70);
+    sh(&format!("rm {}/*", pristine.pool().display()));
+    unmount(&pristine.mount);
+    // Both copies write compressed extents at the same addresses in the same generation. Only those of the second hold duplicates.
+    for (seeds, frees) in [([1, 2], false), ([3, 3], true)] {
+        let copy = nest.copy(&pristine, "other");
+        copy.mount();
+        sh(&format!(
+            "mount -o remount,compress-force=zstd {}",
+            copy.mount.display()
+        ));
+        for (name, seed) in ["a.img", "b.img"].into_iter().zip(seeds) {
+            let mut random = Random(seed);
+            let blocks = (0..512).flat_map(|_| random.next().to_le_bytes().repeat(512));
+            std::fs::write(copy.pool().join(name), blocks.collect::<Vec<u8>>()).unwrap();
+        }
+        let (state, used) = (copy.state(), copy.used());
+        copy.run(&["reclaim", "pool"]);
+        assert_eq!(copy.state(), state);
+        assert_eq!(copy.used() < used, frees, "{} of {used}", copy.used());
+        copy.check_and_remove();
+    }
+}
+
+#[test]
 fn export_and_import_cut_off_30_times() {
     if !can_mount() {
         return;

@@ -85,7 +85,11 @@ pub fn fingerprint(
         index.keep_plain();
     }
     let known_before = count(facts, &known);
-    if let Some(Err(error)) = index.as_mut().map(|index| index.look_up(facts, &mut known)) {
+    let digests = match &index {
+        Some(_) => digests_for_index(fs, facts)?,
+        None => SpillVec::new_in(facts.budget()),
+    };
+    if let Some(Err(error)) = index.as_mut().map(|index| index.look_up(facts, &digests, &mut known)) {
         monitor.note(&describe(&error));
     }
     counts.from_index = bytes(count(facts, &known) - known_before);
@@ -112,11 +116,26 @@ pub fn fingerprint(
                 .iter()
                 .map(|unreadable: &Unreadable| facts.extent_of(unreadable.slots.start)),
         );
-        if let Err(error) = index.update(facts) {
+        if let Err(error) = index.update(facts, &digests) {
             monitor.note(&describe(&error));
         }
     }
     Ok((counts, unreadable))
+}
+
+/// Whether the index remembers fingerprints of any of these extents.
+fn is_any_remembered(fs: &dyn Filesystem, facts: &Facts) -> bool {
+    let is_compressed = |extent: &Extent| extent.class.compression != Compression::None;
+    !fs.has_usable_checksums() || facts.extents.iter().any(is_compressed)
+}
+
+/// Returns the digests of extents that the index asks for; none, to save reading checksums again, if it remembers no fingerprints.
+fn digests_for_index(fs: &dyn Filesystem, facts: &Facts) -> Result<SpillVec<Option<u128>>> {
+    if is_any_remembered(fs, facts) {
+        fs.checksum_digests(facts)
+    } else {
+        Ok(SpillVec::new_in(facts.budget()))
+    }
 }
 
 /// Slots of an extent that lie side by side in an image.
@@ -135,13 +154,13 @@ struct PlacedSlots {
 /// # Errors
 /// Those of [`ChunkIndex::look_up`] and [`ChunkIndex::update`].
 pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &mut dyn ChunkIndex) -> Result<()> {
-    let is_compressed = |extent: &Extent| extent.class.compression != Compression::None;
-    if fs.has_usable_checksums() && !after.extents.iter().any(is_compressed) {
+    if !is_any_remembered(fs, after) {
         return Ok(());
     }
+    let digests = digests_for_index(fs, after)?;
     let mut known = SlotSet::new(after.slots() as usize);
     after.fingerprints = before.fingerprints.alike(after.slots() as usize);
-    index.look_up(after, &mut known)?;
+    index.look_up(after, &digests, &mut known)?;
     let unchanged: Vec<bool> = ImageId::first(fs.image_count())
         .map(|image| fs.is_unchanged(image))
         .collect();
@@ -179,7 +198,7 @@ pub fn remember(fs: &dyn Filesystem, before: &Facts, after: &mut Facts, index: &
     }
     after.fingerprints = fingerprints;
     index.forget(&mut unknown.into_iter());
-    index.update(after)
+    index.update(after, &digests)
 }
 
 /// Calls `visit` with the slots of each part of a range of an image, and with the number of blocks before the part. Returns false, with the

@@ -3,8 +3,8 @@
 //! Fingerprints spare the next run reading. Chunks are looked up across runs and pools, for archives; a reclaim does not look them up,
 //! since its block table covers its whole pool.
 //!
-//! Its format is specified in `formats/index-v1.md`. The key of an entry is an extent's address *and* the transaction that wrote it, so
-//! that it is never taken for a later extent at the same address. Every record has a hash of its own. A damaged index is removed and filled
+//! Its format is specified in `formats/index-v2.md`. An entry has an extent's address, the transaction that wrote it, and a digest
+//! of its checksums, so that it is never taken for a later extent at the same address, nor for one on a copy of the filesystem. Every record has a hash of its own. A damaged index is removed and filled
 //! again; deleting it costs time and nothing else.
 //!
 //! Verbs use [`ChunkIndex`] and do not know whether it is in sled or in memory. To store it elsewhere, implement `tables::Tables`, and run
@@ -51,21 +51,25 @@ pub trait ChunkIndex: Debug + Send + Sync {
     /// Makes the index remember fingerprints of uncompressed extents too.
     fn keep_plain(&mut self);
 
-    /// Fills in the fingerprints that are remembered and whose slots are not in `known` yet, and adds their slots.
+    /// Fills in the fingerprints that are remembered and whose slots are not in `known` yet, and adds their slots. `digests` has the
+    /// checksum digest of each extent ([`crate::fs::Filesystem::checksum_digests`]): what is remembered of an extent with another digest
+    /// is not believed, since it comes from a copy of the filesystem, or from before a power cut that took back its last transactions. It
+    /// may be empty where no fingerprints are remembered.
     ///
     /// # Errors
     /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be read.
-    fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()>;
+    fn look_up(&mut self, facts: &mut Facts, digests: &[Option<u128>], known: &mut SlotSet) -> Result<()>;
 
     /// Leaves extents out of the next [`ChunkIndex::update`], because what was read of them may not be what they hold.
     fn forget(&mut self, extents: &mut dyn Iterator<Item = ExtentId>);
 
     /// Adds the extents that are not remembered yet, and removes entries of earlier extents that overlap them. Other entries stay, since
-    /// they may belong to images that this run does not cover.
+    /// they may belong to images that this run does not cover. `digests` has the checksum digest of each extent, as for
+    /// [`ChunkIndex::look_up`].
     ///
     /// # Errors
     /// Returns [`crate::error::Error::Index`] or [`crate::error::Error::Io`] if the index cannot be read or written.
-    fn update(&mut self, facts: &Facts) -> Result<()>;
+    fn update(&mut self, facts: &Facts, digests: &[Option<u128>]) -> Result<()>;
 
     /// Returns the addresses of extents with a chunk for whose weak id `is_wanted` is true.
     ///

@@ -1,5 +1,5 @@
 //! Records of the index. A record has the extents that begin in one segment of the address space. The format is specified in
-//! `formats/index-v1.md`.
+//! `formats/index-v2.md`.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use crate::chunk::{Chunk, Chunker};
 use crate::facts::{Compression, Facts};
 
 /// Version of the record format, which is part of the table's name.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// What the index remembers of an extent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -17,6 +17,8 @@ pub(super) struct ExtentRecord {
     /// Its size on disk in bytes.
     pub(super) disk_bytes: u64,
     pub(super) blocks: u32,
+    /// The digest of its checksums. It is kept with fingerprints only, and only where the filesystem has checksums.
+    pub(super) digest: Option<u128>,
     /// The ranges of its blocks that images reached when it was entered. Chunks were cut within each.
     pub(super) live: Vec<Range<u32>>,
     /// The fingerprints of those blocks, if they had to be computed; none where the filesystem has checksums.
@@ -25,8 +27,14 @@ pub(super) struct ExtentRecord {
 }
 
 impl ExtentRecord {
-    /// Makes the record of an extent.
-    pub(super) fn of(facts: &Facts, place: usize, keep_plain: bool, chunker: &mut Chunker) -> Self {
+    /// Makes the record of an extent. `digest` is the digest of its checksums.
+    pub(super) fn of(
+        facts: &Facts,
+        place: usize,
+        digest: Option<u128>,
+        keep_plain: bool,
+        chunker: &mut Chunker,
+    ) -> Self {
         let extent = &facts.extents[place];
         let first = extent.first_slot;
         let mut entry = Self {
@@ -38,11 +46,12 @@ impl ExtentRecord {
         };
         // Where the filesystem has checksums, reading them is faster than reading the index. Data without checksums is overwritten in
         // place, so that address and generation do not identify its content.
-        let is_computed = extent.class.checksummed && (keep_plain || extent.class.compression != Compression::None);
+        let has_computed = extent.class.checksummed && (keep_plain || extent.class.compression != Compression::None);
+        entry.digest = digest.filter(|_| has_computed);
         for run in facts.live_runs(extent.slots()) {
             let fingerprints = facts.fingerprints.range(run.clone());
             chunker.cut(&fingerprints, |chunk| entry.chunks.push(chunk));
-            if is_computed {
+            if has_computed {
                 entry.computed.extend(fingerprints);
             }
             entry.live.push(run.start - first..run.end - first);
@@ -55,12 +64,17 @@ impl ExtentRecord {
         self.address.saturating_add(self.disk_bytes)
     }
 
+    /// Whether fingerprints are remembered.
+    pub(super) fn has_fingerprints(&self) -> bool {
+        !self.computed.is_empty()
+    }
+
     /// Returns the remembered fingerprints of each live range of blocks.
     pub(super) fn fingerprints(&self) -> impl Iterator<Item = (Range<u32>, &[u32])> {
         let mut rest = &self.computed[..];
         self.live
             .iter()
-            .filter(|_| !self.computed.is_empty())
+            .filter(|_| self.has_fingerprints())
             .map_while(move |run| {
                 let (fingerprints, after) = rest.split_at_checked(run.len())?;
                 rest = after;
@@ -88,6 +102,7 @@ pub(super) fn encode(entries: &[ExtentRecord]) -> Vec<u8> {
         record.extend(entry.generation.to_le_bytes());
         record.extend(entry.disk_bytes.to_le_bytes());
         record.extend(entry.blocks.to_le_bytes());
+        record.extend(entry.digest.unwrap_or(0).to_le_bytes());
         record.extend(count(entry.live.len()));
         for run in &entry.live {
             record.extend(run.start.to_le_bytes());
@@ -118,9 +133,10 @@ pub(super) fn decode(record: &[u8]) -> Option<Vec<ExtentRecord>> {
     let mut reader = Reader(payload);
     let count = reader.u32()?;
     // BOUND: every count is checked against the bytes that are left before anything is allocated for it.
-    let mut entries = Vec::with_capacity(reader.at_most(count, 40)?);
+    let mut entries = Vec::with_capacity(reader.at_most(count, 56)?);
     for _ in 0..count {
         let (address, generation, disk_bytes, blocks) = (reader.u64()?, reader.u64()?, reader.u64()?, reader.u32()?);
+        let digest = Some(reader.u128()?).filter(|digest| *digest != 0);
         let (mut live, mut last) = (Vec::new(), 0);
         for _ in 0..reader.u32()? {
             let run = reader.u32()?..reader.u32()?;
@@ -151,6 +167,7 @@ pub(super) fn decode(record: &[u8]) -> Option<Vec<ExtentRecord>> {
             generation,
             disk_bytes,
             blocks,
+            digest,
             live,
             computed,
             chunks,
@@ -180,6 +197,10 @@ impl Reader<'_> {
         self.take().map(u64::from_le_bytes)
     }
 
+    fn u128(&mut self) -> Option<u128> {
+        self.take().map(u128::from_le_bytes)
+    }
+
     fn at_most(&self, count: u32, bytes_each: usize) -> Option<usize> {
         (count as usize <= self.0.len() / bytes_each).then_some(count as usize)
     }
@@ -192,12 +213,13 @@ mod tests {
 
     fn entry() -> impl Strategy<Value = ExtentRecord> {
         let chunks = prop::collection::vec((any::<u16>(), any::<u64>()), 0..5);
-        (any::<u32>(), any::<u64>(), 1u32..50, any::<bool>(), chunks).prop_map(
-            |(address, generation, blocks, computed, chunks)| ExtentRecord {
+        (any::<u32>(), any::<u64>(), 1u32..50, any::<bool>(), 0u128..9, chunks).prop_map(
+            |(address, generation, blocks, computed, digest, chunks)| ExtentRecord {
                 address: address.into(),
                 generation,
                 disk_bytes: u64::from(blocks) * 4096,
                 blocks,
+                digest: Some(digest).filter(|digest| *digest != 0),
                 live: std::iter::once(0..blocks).collect(),
                 computed: if computed { (0..blocks).collect() } else { Vec::new() },
                 chunks: chunks

@@ -99,7 +99,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         self.keep_plain = true;
     }
 
-    fn look_up(&mut self, facts: &mut Facts, known: &mut SlotSet) -> Result<()> {
+    fn look_up(&mut self, facts: &mut Facts, digests: &[Option<u128>], known: &mut SlotSet) -> Result<()> {
         self.current = SpillVec::of_in(false, facts.extents.len(), facts.budget());
         let mut at = 0;
         while at < facts.extents.len() {
@@ -115,7 +115,8 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
                 let Some(entry) = entries.get(&(extent.address, extent.generation)) else {
                     continue;
                 };
-                if entry.blocks != extent.blocks || !extent.class.checksummed {
+                let is_another = entry.has_fingerprints() && entry.digest != digest_at(digests, place);
+                if is_another || entry.blocks != extent.blocks || !extent.class.checksummed {
                     continue;
                 }
                 let first = extent.first_slot;
@@ -150,7 +151,7 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         }
     }
 
-    fn update(&mut self, facts: &Facts) -> Result<()> {
+    fn update(&mut self, facts: &Facts, digests: &[Option<u128>]) -> Result<()> {
         let segment_of = |extent: &Extent| extent.address / SEGMENT_BYTES;
         let mut chunker = Chunker::default();
         let mut next = 0;
@@ -170,7 +171,10 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
             // The entries are in the order of their addresses, and do not overlap.
             let new = changed.iter();
             let new: Vec<ExtentRecord> = new
-                .map(|place| ExtentRecord::of(facts, *place, self.keep_plain, &mut chunker))
+                .map(|place| {
+                    let digest = digest_at(digests, *place);
+                    ExtentRecord::of(facts, *place, digest, self.keep_plain, &mut chunker)
+                })
                 .collect();
             entries.retain(|old| {
                 let after = new.partition_point(|new| new.end() <= old.address);
@@ -266,6 +270,11 @@ impl<T: Tables> ChunkIndex for Recorded<T> {
         put(batch)?;
         self.tables.flush().map_err(|problem| self.error(problem))
     }
+}
+
+/// Returns the digest of an extent's checksums; `None` without digests too.
+fn digest_at(digests: &[Option<u128>], place: usize) -> Option<u128> {
+    digests.get(place).copied().flatten()
 }
 
 pub(super) fn error_of(folder: &Path, problem: Problem) -> Error {

@@ -1,7 +1,7 @@
 //! What an archive holds of a filesystem's extents, so that an export need not read unchanged extents. It is a cache like the rest: an
 //! entry counts only for the same extent with the same checksums, and for an archive that has the same commit.
 //!
-//! The format is specified in `formats/index-v1.md`.
+//! The format is specified in `formats/index-v2.md`.
 
 use crate::archive::reader::Committed;
 use crate::codec::{Decoded, Decoder};

@@ -201,8 +201,10 @@ mod tests {
             let slots: u32 = places.iter().map(|place| place.end - place.start).sum();
             let mut facts = one_image(places.iter().cloned(), 1);
             facts.fingerprints = (0..slots).collect::<Vec<_>>().into();
-            index.look_up(&mut facts, &mut SlotSet::new(slots as usize)).unwrap();
-            index.update(&facts).unwrap();
+            index
+                .look_up(&mut facts, &[], &mut SlotSet::new(slots as usize))
+                .unwrap();
+            index.update(&facts, &[]).unwrap();
             let entries = index.read(0).unwrap().into_iter();
             entries.map(|entry| entry.address / BLOCK_BYTES).collect::<Vec<_>>()
         };
@@ -224,12 +226,12 @@ mod tests {
             let mut index = open();
             index.keep_plain();
             let mut facts = facts(all.clone());
-            index.look_up(&mut facts, &mut known()).unwrap();
-            index.update(&facts).unwrap();
+            index.look_up(&mut facts, &[], &mut known()).unwrap();
+            index.update(&facts, &[]).unwrap();
         }
         let mut found = facts(vec![0; all.len()]);
         let mut known = known();
-        open().look_up(&mut found, &mut known).unwrap();
+        open().look_up(&mut found, &[], &mut known).unwrap();
         assert!(range::each(found.all_slots()).all(|slot| known.contains(slot)));
         assert_eq!(found.fingerprints.range(found.all_slots()), all);
     }
