@@ -140,10 +140,35 @@ class Ranges:
         self.starts = array("Q", (one >> 32 for one in ranges))
         self.ends = array("Q", itertools.accumulate((one & U32 for one in ranges), max))
 
+    def count(self):
+        """How many addresses lie in the ranges."""
+        return sum(max(0, end - max(start, before)) for start, end, before in zip(self.starts, self.ends, [0, *self.ends]))
+
     def until(self, address):
         """How far all addresses from this one are in ranges that begin before it; the address itself if it is in none."""
         at = bisect.bisect(self.starts, address) - 1
         return max(address, self.ends[at]) if at >= 0 else address
+
+
+class Store:
+    """Which PACKs, or which INDEXes, of a lane hold an address. Their ranges are cut where one of them begins or ends."""
+
+    def __init__(self, commits, kind):
+        self.starts, self.held, begins, held = array("Q"), [], collections.defaultdict(list), []
+        for entry in (entry for commit in commits for entry in commit.records.values() if entry.kind == kind and entry.first < entry.end):
+            begins[entry.first].append(entry)
+            begins.setdefault(entry.end, [])
+        for at in sorted(begins):
+            held = [entry for entry in held if entry.end > at] + begins[at]
+            Budget().spend("records that hold an address", len(held))
+            self.starts.append(at)
+            self.held.append(held)
+        self.dead = Ranges(one for commit in commits for one in commit.dead)
+
+    def holders(self, address, number):
+        """The newest one first of those that a commit proves, and then what later commits list."""
+        at = bisect.bisect(self.starts, address) - 1
+        return sorted(self.held[at] if at >= 0 else (), key=lambda entry: (entry.number > number, -entry.number))
 
 
 class Commit:

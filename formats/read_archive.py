@@ -7,8 +7,8 @@ Exit codes: 0 all that was read is intact; 1 another error; 2 usage; 3 the archi
 """
 import argparse, bisect, collections, contextlib, functools, itertools, json, os, re, signal, struct, sys
 from array import array
-from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KINDS, LIST, MIB, PACK, PLAN, PLANS, RECORDS, TAIL, U32, U64
-from archive_payloads import Budget, Commit, Damaged, Plan, Ranges, Unsupported, must, name, payload, refuse, zstd
+from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KINDS, LIST, MIB, NOTE, PACK, PLAN, PLANS, RECORDS, TAIL, U32, U64
+from archive_payloads import Budget, Commit, Damaged, Plan, Ranges, Store, Unsupported, must, name, payload, refuse, zstd
 try:
     from blake3 import blake3
 except ImportError as missing:
@@ -19,27 +19,6 @@ TAIL_ZEROS = "its last block is not zeros behind its end"
 COPIES_TRIED, CACHED_FRAMES, CACHED_TABLES, USES = 16, 16, 32, 2**22
 Header = collections.namedtuple("Header", "at end key kind lane epoch mask refused malformed")
 Frame = collections.namedtuple("Frame", "first end at stored encoding hash")
-
-
-class Store:
-    """Which PACKs, or which INDEXes, of a lane hold an address. Their ranges are cut where one of them begins or ends."""
-
-    def __init__(self, commits, kind):
-        self.starts, self.held, begins, held = array("Q"), [], collections.defaultdict(list), []
-        for entry in (entry for commit in commits for entry in commit.records.values() if entry.kind == kind and entry.first < entry.end):
-            begins[entry.first].append(entry)
-            begins.setdefault(entry.end, [])
-        for at in sorted(begins):
-            held = [entry for entry in held if entry.end > at] + begins[at]
-            Budget().spend("records that hold an address", len(held))
-            self.starts.append(at)
-            self.held.append(held)
-        self.dead = Ranges(one for commit in commits for one in commit.dead)
-
-    def holders(self, address, number):
-        """The newest one first of those that a commit proves, and then what later commits list."""
-        at = bisect.bisect(self.starts, address) - 1
-        return sorted(self.held[at] if at >= 0 else (), key=lambda entry: (entry.number > number, -entry.number))
 
 
 class Archive:
@@ -122,8 +101,9 @@ class Archive:
     def record(self, kind, body_hash, length=None):
         """The body of a record that is intact, and as long as what leads to it tells."""
         refuse((kind, body_hash) in self.refused, self.refused.get((kind, body_hash)))
-        must((kind, body_hash) in self.found, f"{name(kind)} {body_hash.hex()[:16]} is lost")
-        body = self.part(self.header(self.found[kind, body_hash][0]))
+        first = min(self.found.get((kind, body_hash), [self.end]))
+        must(first < self.end, f"{name(kind)} {body_hash.hex()[:16]} is lost")
+        body = self.part(self.header(first))
         must(length in (None, len(body) + 96), f"{name(kind)} {body_hash.hex()[:16]} has another length")
         must(blake3(body).digest() == body_hash, "the archive changes")
         return body
@@ -137,7 +117,8 @@ class Archive:
         self.search()
         if not self.latest or not self.reach([self.latest]):
             self.check_refused()
-            whole = [key for key, places in self.broken.items() if any(self.header(at).end <= self.size for at in places)]
+            broken = ((key, self.header(at)) for key, places in self.broken.items() for at in places)
+            whole = [key for key, its in broken if its.at < self.end or its.end <= self.size and not self.is_torn(its.at, its.end)]
             self.reach([its for kind, its in [*self.found, *whole] if kind == COMMIT] + [*filter(None, self.tails)])
         self.choose()
         self.check_end()
@@ -145,7 +126,10 @@ class Archive:
             refuse(True, why)
         must(self.commits, "no COMMIT is found")
         for lane in {one.lane for one in self.commits}:
-            self.stores[lane], _ = (Store([one for one in self.commits if one.lane == lane], kind) for kind in (PACK, INDEX))
+            commits = [one for one in self.commits if one.lane == lane]
+            self.stores[lane], _ = (Store(commits, kind) for kind in (PACK, INDEX))
+            alive = max(one.store_end for one in commits) - self.stores[lane].dead.count()
+            must(alive // 1024 <= self.size // 48, "its commits have more blocks than the archive can hold")
         for commit in self.commits:
             heads = [entry for entry in commit.records.values() if entry.kind == HEAD]
             with self.guard(f"commit {commit.number}", commit.forgotten):
@@ -378,7 +362,7 @@ class Archive:
             self.plan(commit, 0)
             self.check_announced(commit)
         for entry in commit.records.values():
-            excused = commit.forgotten and entry.kind in (HEAD, PLAN, INDEX)
+            excused = commit.forgotten and entry.kind != PACK
             with self.guard(f"commit {commit.number}: {name(entry.kind)} {entry.hash.hex()[:16]}", excused):
                 for first, end in self.lost(commit, entry):
                     must(first < end, "it is lost")
@@ -398,8 +382,11 @@ class Archive:
             if first < self.end:
                 self.harm(f"bytes {first} to {end} are in no record")
         for header in (self.header(at) for places in self.broken.values() for at in places if at < self.end):
-            if header.malformed or header.key not in self.spared and not (header.epoch in forgotten and header.kind in (HEAD, PLAN, INDEX)):
+            if header.malformed or header.key not in self.spared and not (header.epoch in forgotten and header.kind not in (PACK, LIST, COMMIT, TAIL, NOTE)):
                 self.harm(f"{name(header.kind)} at byte {header.at} does not match its hash, or is malformed")
+        for commit in self.commits:
+            if any((self.header(at).lane, self.header(at).epoch) != (commit.lane, commit.epoch) for at in self.found[COMMIT, commit.hash]):
+                self.harm(f"COMMIT {commit.id[:16]} has the header of another record")
         for body_hash in [its for kind, its in self.found if kind == COMMIT] + self.tails:
             if body_hash not in chosen:
                 self.harm("nothing leads to a COMMIT, or a TAIL to none")

@@ -142,6 +142,14 @@ impl Scratch {
     }
 }
 
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            common::readers::agree_on_archives_below(self.folder.path());
+        }
+    }
+}
+
 fn number(document: &Value, keys: &[&str]) -> u64 {
     let found = keys.iter().fold(document, |document, key| &document[*key]);
     found.as_u64().unwrap_or_else(|| panic!("{keys:?} in {document}"))

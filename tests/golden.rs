@@ -1,11 +1,8 @@
 //! Goal: every archive that the format allows is read, and what this version must not read is refused by name. Method: golden archives
 //! that were written from the specification alone (`tests/format/make_archives.py`), with what they hold.
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    missing_docs,
-    reason = "a test that cannot go on has failed"
-)]
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on has failed")]
+
+mod common;
 
 use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
@@ -195,35 +192,12 @@ fn a_flipped_byte_is_told_wherever_it_is() {
 /// intact for it.
 #[test]
 fn the_independent_reader_agrees() {
-    let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = tempfile::tempdir().unwrap();
-    let run = |program: &Path, arguments: &[&str]| {
-        let output = Command::new(program)
-            .args(arguments)
-            .env("TMPDIR", folder.path())
-            .output();
-        output.is_ok_and(|output| {
-            let text = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
-            println!("{}: {text}", arguments.join(" "));
-            output.status.success()
-        })
-    };
-    let venv = folder.path().join("venv");
-    let python = venv.join("bin/python");
-    let packages = ["-m", "pip", "install", "--quiet", "blake3==1.0.11", "zstandard==0.25.0"];
-    if !run(Path::new("python3"), &["-m", "venv", venv.to_str().unwrap()]) || !run(&python, &packages) {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "Python has no venv, or its packages are not reached"
-        );
-        println!("NOT RUN: Python has no venv, or its packages are not reached");
-        return;
+    for (script, arguments) in [
+        ("check.py", vec!["300", "1"]),
+        ("differential.py", vec![env!("CARGO_BIN_EXE_vmfold"), "300", "1"]),
+    ] {
+        if let Some((is_right, text)) = common::readers::python(script, &arguments) {
+            assert!(is_right, "{script}: {text}");
+        }
     }
-    let script = |name: &str| checkout.join("tests/format").join(name).to_str().unwrap().to_owned();
-    assert!(run(&python, &[&script("check.py"), "300", "1"]), "check.py");
-    let differential = [&script("differential.py"), env!("CARGO_BIN_EXE_vmfold"), "300", "1"];
-    assert!(
-        run(&python, &differential),
-        "what one reader finds intact, the other does"
-    );
 }

@@ -2,40 +2,23 @@
 //! archives with what comes of it; damaged ones are refused. `forgotten` is not among them: a PACK of it is zeros, as the specification
 //! allows, and the description has no word for what may be missing.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    missing_docs,
-    reason = "a test that cannot go on has failed"
-)]
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on has failed")]
+
+mod common;
 
 use std::path::Path;
-use std::process::{Command, Output};
 
-fn run(folder: &Path, program: &str, arguments: &[&str]) -> std::io::Result<Output> {
-    Command::new(program).args(arguments).current_dir(folder).output()
-}
+use common::readers::described;
 
 #[test]
 fn the_description_fits_the_golden_archives() {
     let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().unwrap();
-    if run(folder.path(), "npm", &["--version"]).is_err() || run(folder.path(), "node", &["--version"]).is_err() {
-        assert!(std::env::var_os("CI").is_none(), "node and npm are not installed");
-        println!("NOT RUN: node and npm are not installed");
+    let Some((is_described, text)) = described(&[]) else {
         return;
-    }
-    for name in ["package.json", "package-lock.json", "check.js"] {
-        std::fs::copy(checkout.join("tests/ksy").join(name), folder.path().join(name)).unwrap();
-    }
-    let text = |output: &Output| String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
-    let installed = run(folder.path(), "npm", &["ci", "--no-audit", "--no-fund", "--silent"]).unwrap();
-    assert!(installed.status.success(), "{}", text(&installed));
-    let description = checkout.join("formats/archive.ksy");
-    let check = |archive: &Path| {
-        let arguments = ["check.js", description.to_str().unwrap(), archive.to_str().unwrap()];
-        run(folder.path(), "node", &arguments).unwrap()
     };
+    assert!(is_described, "{text}");
+    let check = |archive: &Path| described(&[archive]).unwrap();
     for name in [
         "plain",
         "lanes",
@@ -45,9 +28,9 @@ fn the_description_fits_the_golden_archives() {
         "critical-kind",
         "critical-sealed",
     ] {
-        let read = check(&checkout.join(format!("testdata/archive-v1-{name}.vmfold")));
-        assert!(read.status.success(), "{name}: {}", text(&read));
-        assert!(text(&read).contains("COMMIT"), "{name}: {}", text(&read));
+        let (is_described, text) = check(&checkout.join(format!("testdata/archive-v1-{name}.vmfold")));
+        assert!(is_described, "{name}: {text}");
+        assert!(text.contains("COMMIT"), "{name}: {text}");
     }
     let golden = checkout.join("testdata/archive-v1-plain.vmfold");
     let bytes = std::fs::read(&golden).unwrap();
@@ -60,7 +43,7 @@ fn the_description_fits_the_golden_archives() {
     ] {
         let path = folder.path().join("damaged.vmfold");
         std::fs::write(&path, damaged).unwrap();
-        let read = check(&path);
-        assert!(!read.status.success(), "{}", text(&read));
+        let (is_described, text) = check(&path);
+        assert!(!is_described, "{text}");
     }
 }

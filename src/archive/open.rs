@@ -655,7 +655,7 @@ pub fn ends_in_leftovers_only(reader: &RecordReader, end: End) -> Result<bool> {
 fn is_torn(reader: &RecordReader, range: ByteRange, header: Option<RecordHeader>) -> Result<bool> {
     let end = range.start + range.length;
     let wanted = header.map_or(0, |header| header.body_bytes) + HEADER_BYTES as u64;
-    if end >= reader.length() && range.length < wanted {
+    if range.start.saturating_add(wanted) > reader.length() {
         return Ok(true);
     }
     let mut start = [1; ZEROS];

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use super::announced::AnnouncedBlocks;
-use super::commit::{Commit, CommitLocation, decode_tail};
+use super::commit::{Commit, CommitLocation, ListLocation, decode_tail};
 use super::index;
 use super::lane::{LaneStore, ListedRecord};
 use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordLocation};
@@ -415,7 +415,7 @@ impl Archive {
             .collect();
         let mut stray = Vec::new();
         let records = self.searched()?.records.iter();
-        for (header, offset) in records.filter(|(_, offset)| *offset < self.opened.end.offset) {
+        for (header, offset) in records {
             let is_led_to = match header.kind {
                 RecordKind::Commit => known.get(&header.body_hash) == Some(&(header.lane, header.epoch)),
                 RecordKind::Tail => {
@@ -434,6 +434,19 @@ impl Archive {
             }
         }
         Ok(stray)
+    }
+
+    /// Fails if a commit lists a record of which a copy must be refused.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]; the error of reading.
+    pub fn check_listed_supported(&self) -> Result<()> {
+        let searched = self.searched()?;
+        let mut listed = self.all_commits().flat_map(|one| {
+            let records = one.listed.records.iter().map(RecordLocation::sought);
+            records.chain(one.commit.lists.iter().map(ListLocation::sought))
+        });
+        listed.try_for_each(|sought| searched.check_supported(&self.reader, &sought))
     }
 
     /// Returns the commits of the lane that a writer goes on with, in order.
@@ -457,8 +470,10 @@ impl Archive {
         let dead = self.dead_packs();
         let forgotten: HashSet<(LaneId, EpochId)> = self.forgotten.iter().map(|one| (one.lane, one.epoch)).collect();
         let may_be_missing = |header: &RecordHeader| match header.kind {
-            RecordKind::Head | RecordKind::Plan | RecordKind::Index => forgotten.contains(&(header.lane, header.epoch)),
-            _ => dead.contains(&header.body_hash),
+            RecordKind::Pack => dead.contains(&header.body_hash),
+            RecordKind::List | RecordKind::Commit | RecordKind::Tail | RecordKind::Note => false,
+            // What a forgotten commit lists.
+            _ => forgotten.contains(&(header.lane, header.epoch)),
         };
         let all = searched.iter().chain(&self.opened.damage);
         let counts = all.filter(|damage| !damage.header.as_ref().is_some_and(may_be_missing));

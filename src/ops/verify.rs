@@ -45,6 +45,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
     let mut archive = Archive::open_any(store)?;
+    archive.check_listed_supported()?;
     let mut damage: Vec<Damage> = archive.look_for_damage()?;
     damage.append(&mut archive.stray_commits()?);
     let end = archive.base().length;
@@ -68,6 +69,7 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         archive: &archive,
         damage,
         stores: HashMap::new(),
+        intact: HashMap::new(),
         budget: super::runs_budget(None),
         monitor,
     };
@@ -149,6 +151,8 @@ struct Verifier<'a> {
     archive: &'a Archive,
     damage: Vec<Damage>,
     stores: HashMap<LaneId, CheckedStore>,
+    /// The addresses that intact PACKs of a lane hold, each with the number of the commit that lists the PACK.
+    intact: HashMap<LaneId, Vec<(CommitNumber, Range<StoreBlock>)>>,
     budget: Budget,
     monitor: &'a dyn Monitor,
 }
@@ -184,15 +188,14 @@ impl Verifier<'_> {
         });
         let checked: Vec<Result<CheckedPack<'_>>> = checked.collect();
         let (mut blocks, mut damaged) = (0, Vec::new());
-        let mut intact: HashMap<LaneId, Vec<Range<StoreBlock>>> = HashMap::new();
         for ((last, pack), checked) in all.into_iter().zip(checked) {
             let mut checked = checked?;
             blocks += checked.blocks;
             self.damage.append(&mut checked.contradictions);
             if checked.damage.is_empty() {
-                let held = checked.held.iter().filter(|(from, _)| *from == CommitNumber::FIRST);
-                let intact = intact.entry(last.lane).or_default();
-                intact.extend(held.map(|(_, range)| range.clone()));
+                // Whether it serves the commit that lists the other PACK, the digests of its images tell.
+                let intact = self.intact.entry(last.lane).or_default();
+                intact.extend(checked.held.iter().map(|(_, range)| (pack.commit, range.clone())));
             } else {
                 damaged.push((last, pack, std::mem::take(&mut checked.damage)));
             }
@@ -203,7 +206,7 @@ impl Verifier<'_> {
             store.held.append(&mut checked.held);
             store.remade.extend(checked.remade);
         }
-        self.note_needed(damaged, intact);
+        self.note_needed(damaged);
         for store in self.stores.values_mut() {
             for block in store.sort_remade() {
                 let problem = format!("block {block} of the store is another one than in another PACK");
@@ -214,38 +217,62 @@ impl Verifier<'_> {
     }
 
     /// Notes the damage of PACKs, unless each address of the PACK is dead or in another one, of those that are intact.
-    fn note_needed(
-        &mut self,
-        damaged: Vec<(&Committed, &ListedRecord, Vec<Damage>)>,
-        intact: HashMap<LaneId, Vec<Range<StoreBlock>>>,
-    ) {
-        let intact = intact.into_iter().map(|(lane, held)| (lane, range::joined(held)));
-        let intact: HashMap<LaneId, Vec<Range<StoreBlock>>> = intact.collect();
+    fn note_needed(&mut self, damaged: Vec<(&Committed, &ListedRecord, Vec<Damage>)>) {
+        let lanes = self.intact.iter().map(|(lane, held)| {
+            let ranges = held.iter().map(|(_, range)| range.clone());
+            (*lane, range::joined(ranges))
+        });
+        let lanes: HashMap<LaneId, Vec<Range<StoreBlock>>> = lanes.collect();
         let mut replaced = HashSet::new();
         for (last, pack, mut damage) in damaged {
-            let held = intact.get(&last.lane).map_or(&[][..], Vec::as_slice);
-            let missing = range::without(&[pack.location.first..pack.location.end()], held);
-            if missing.iter().all(|range| self.archive.is_dead(last, range)) {
+            let held = lanes.get(&last.lane).map_or(&[][..], Vec::as_slice);
+            if self.may_be_missing(last, &pack.location, held) {
                 replaced.insert(pack.location.body_hash);
             } else {
                 self.damage.append(&mut damage);
             }
         }
+        self.forget_damage_of(&replaced);
+    }
+
+    /// Whether each address of a record is dead or in `held`, which is a list.
+    fn may_be_missing(&self, committed: &Committed, record: &RecordLocation, held: &[Range<StoreBlock>]) -> bool {
+        let missing = range::without(&[record.first..record.end()], held);
+        missing.iter().all(|range| self.archive.is_dead(committed, range))
+    }
+
+    /// Whether each address of an INDEX is dead or in an intact PACK of another commit.
+    fn index_may_be_missing(&self, committed: &Committed, index: &RecordLocation) -> bool {
+        let intact = self.intact.get(&committed.lane).map_or(&[][..], Vec::as_slice);
+        let others = intact.iter().filter(|(number, _)| *number != committed.commit.number);
+        self.may_be_missing(committed, index, &range::joined(others.map(|(_, range)| range.clone())))
+    }
+
+    /// Takes back the damage of records that may be missing.
+    fn forget_damage_of(&mut self, records: &HashSet<Hash>) {
         self.damage
-            .retain(|damage| damage.header.is_none_or(|header| !replaced.contains(&header.body_hash)));
+            .retain(|damage| damage.header.is_none_or(|header| !records.contains(&header.body_hash)));
     }
 
     /// Reads and decodes the records of a commit. PACKs have been read.
     fn check_records(&mut self, committed: &Committed) -> Result<()> {
         let mut planned = ManifestBuilder::new(&self.budget);
         let records = committed.listed.records.iter();
+        let mut spared = HashSet::new();
         for location in records.filter(|location| location.kind != RecordKind::Pack) {
-            let checked = self.archive.body(location).and_then(|body| {
+            let body = self.archive.body(location);
+            let is_missing = location.kind == RecordKind::Index && matches!(body, Err(Error::Damaged { .. }));
+            if is_missing && self.index_may_be_missing(committed, location) {
+                spared.insert(location.body_hash);
+                continue;
+            }
+            let checked = body.and_then(|body| {
                 check_body(&body, location, committed.commit.number, &mut planned)
                     .map_err(|malformed| self.malformed(location, malformed))
             });
             note_damage(checked, location.sought().range(), &mut self.damage)?;
         }
+        self.forget_damage_of(&spared);
         let heads = committed
             .listed
             .records
@@ -256,9 +283,12 @@ impl Verifier<'_> {
             self.damage.push(Damage::at(place, "it does not list one HEAD"));
         }
         let has_orphans = planned.has_orphans();
-        let finished = planned
-            .finish()
-            .and_then(|_| if has_orphans { Err(MISSING_RUNS.into()) } else { Ok(()) });
+        let finished = planned.finish().and_then(|planned| match committed.salvaged {
+            _ if has_orphans => Err(MISSING_RUNS.into()),
+            // What the store held after such a commit is not known.
+            true => Ok(()),
+            false => planned.check_below(committed.commit.store_end),
+        });
         if let Err(malformed) = finished {
             self.damage
                 .push(Damage::at(place, format!("planned images: {}", malformed.problem())));

@@ -23,6 +23,9 @@ use vmfold::store::MemoryStore;
 use scene::{Scene, WAYS, restore, scratch, verify};
 use writing::{image, written};
 
+#[path = "../common/mod.rs"]
+mod common;
+
 #[path = "../format/scene.rs"]
 mod scene;
 

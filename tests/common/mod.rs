@@ -7,6 +7,8 @@
     reason = "each test binary uses a part"
 )]
 
+pub mod readers;
+
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -173,6 +175,9 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        if !std::thread::panicking() {
+            readers::agree_on_archives_below(&self.mount);
+        }
         // A test that failed may leave it mounted; one that called `check` has not.
         let _ = Command::new("umount").arg("-q").arg(&self.mount).output();
     }

@@ -126,6 +126,7 @@ impl Scene {
     pub(crate) fn export(&self, before: &[u8]) -> Vec<u8> {
         let store = Arc::new(MemoryStore::of(before.to_vec()));
         self.export_to(Arc::clone(&store) as _, false).unwrap();
+        std::fs::write(self.folder.path().join("last.vmfold"), store.to_vec()).unwrap();
         store.to_vec()
     }
 
@@ -139,6 +140,14 @@ impl Scene {
             )
         });
         named.collect()
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            crate::common::readers::agree_on_archives_below(self.folder.path());
+        }
     }
 }
 
