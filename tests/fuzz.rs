@@ -546,6 +546,39 @@ fn all_commits_of_another_lane_are_found() {
     assert!(check_by_hand("two lanes", &bytes));
 }
 
+/// A COMMIT that another one names is lost, also where it should stand behind the last one: an export that did not end has left no such name.
+#[test]
+fn a_named_commit_that_should_stand_behind_the_last_one_is_lost() {
+    let mut archive = RawArchive::read(include_bytes!("../testdata/archive-v1.vmfold"));
+    let last = archive.records.last().unwrap().epoch;
+    let other = OtherLane {
+        lane: simulated().records[0].lane,
+        number: CommitNumber(1),
+        location: CommitLocation {
+            offset: archive.sealed().len() as u64 + 1000,
+            length: 332,
+            body_hash: [7; 32],
+        },
+    };
+    for record in archive.records.iter_mut().filter(|record| record.epoch == last) {
+        let mut listed = Listed::default();
+        if record.kind == RecordKind::List && listed.add(&record.body, record.lane).is_ok() {
+            listed.other_lanes = vec![other];
+            record.body = list::encode(&listed, &[], record.lane).unwrap().remove(0).1;
+        }
+    }
+    let mut bytes = archive.sealed();
+    bytes.extend_from_within(..50);
+    let verified = verify_store(Arc::new(MemoryStore::of(bytes)), &Silent::default()).unwrap();
+    assert!(
+        verified
+            .damage
+            .iter()
+            .any(|damage| damage.problem.contains("another lane")),
+        "{verified:?}"
+    );
+}
+
 /// What commits list as used is large once it is decompressed.
 #[test]
 fn lists_that_decompress_to_much_take_bounded_memory() {

@@ -577,12 +577,15 @@ impl Archive {
         self.has_tail() && self.opened.end.offset == self.length()
     }
 
-    /// Returns whether what stands behind the last commit is nothing but the beginning of an epoch that did not end.
+    /// Returns whether what stands behind the last commit is nothing but the beginning of an epoch that did not end. It is more where a
+    /// commit names a COMMIT that should stand there.
     ///
     /// # Errors
     /// Returns the error of reading.
     pub fn ends_in_leftovers_only(&self) -> Result<bool> {
-        open::ends_in_leftovers_only(&self.reader, self.opened.end)
+        let end = self.opened.end;
+        let is_named = self.opened.damage.iter().any(|lost| lost.range.start >= end.offset);
+        Ok(!is_named && open::ends_in_leftovers_only(&self.reader, end)?)
     }
 
     /// Returns the commit that `name` means: its number, its label, the first digits of its hash, or the last one if there is none;
