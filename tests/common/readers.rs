@@ -1,5 +1,6 @@
 //! The independent readers of archives, and what they make of every archive that a test leaves.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -83,7 +84,7 @@ fn readers() -> Option<&'static Readers> {
 }
 
 /// Runs a script of `tests/format` by Python. Returns what it printed, and whether it ended well; `None` where it cannot run.
-pub fn python(script: &str, arguments: &[&str]) -> Option<(bool, String)> {
+pub fn python(script: &str, arguments: &[&OsStr]) -> Option<(bool, String)> {
     let mut command = Command::new(&readers()?.python);
     // Python would keep what it compiled in the checkout.
     command
@@ -118,15 +119,29 @@ pub fn agree_on_archives_below(folder: &Path) {
     if archives.is_empty() {
         return;
     }
-    let names: Vec<&str> = archives.iter().map(|path| path.to_str().unwrap()).collect();
-    let arguments = [&[env!("CARGO_BIN_EXE_vmfold"), "--over"][..], &names].concat();
+    let arguments = [OsStr::new(env!("CARGO_BIN_EXE_vmfold")), OsStr::new("--over")];
+    let arguments: Vec<&OsStr> = arguments
+        .into_iter()
+        .chain(archives.iter().map(|path| path.as_os_str()))
+        .collect();
     let Some((agree, text)) = python("differential.py", &arguments) else {
         return;
     };
     assert!(agree, "{text}");
     // The description has no word for damage.
-    let intact = |path: &&PathBuf| text.lines().any(|line| line.strip_suffix(": intact") == path.to_str());
-    let intact: Vec<&Path> = archives.iter().filter(intact).map(PathBuf::as_path).collect();
+    let is_intact = |number: usize| text.lines().any(|line| line == format!("{number}: intact"));
+    let numbered = archives.iter().enumerate();
+    // Node takes names as text.
+    let links = tempfile::tempdir().unwrap();
+    let intact: Vec<PathBuf> = numbered
+        .filter(|(number, _)| is_intact(*number))
+        .map(|(number, path)| {
+            let link = links.path().join(number.to_string());
+            std::os::unix::fs::symlink(path, &link).unwrap();
+            link
+        })
+        .collect();
+    let intact: Vec<&Path> = intact.iter().map(PathBuf::as_path).collect();
     let (is_right, text) = described(&intact).unwrap();
     assert!(is_right, "{text}");
 }
