@@ -105,8 +105,9 @@ pub fn described(archives: &[&Path]) -> Option<(bool, String)> {
     Some(run(command.args(archives)))
 }
 
-/// Has both readers verify each archive below a folder: they must agree on whether it is intact, and on what is lost.
-pub fn agree_on_archives_below(folder: &Path) {
+/// Has both readers verify each archive below a folder: they must agree on whether it is intact, and on what is lost. Returns those that are
+/// intact.
+pub fn agree_on_archives_below(folder: &Path) -> Vec<PathBuf> {
     let files = walkdir::WalkDir::new(folder)
         .max_depth(2)
         .into_iter()
@@ -117,7 +118,7 @@ pub fn agree_on_archives_below(folder: &Path) {
         .map(walkdir::DirEntry::into_path)
         .collect();
     if archives.is_empty() {
-        return;
+        return archives;
     }
     let arguments = [OsStr::new(env!("CARGO_BIN_EXE_vmfold")), OsStr::new("--over")];
     let arguments: Vec<&OsStr> = arguments
@@ -125,23 +126,30 @@ pub fn agree_on_archives_below(folder: &Path) {
         .chain(archives.iter().map(|path| path.as_os_str()))
         .collect();
     let Some((agree, text)) = python("differential.py", &arguments) else {
-        return;
+        return Vec::new();
     };
     assert!(agree, "{text}");
-    // The description has no word for damage.
     let is_intact = |number: usize| text.lines().any(|line| line == format!("{number}: intact"));
-    let numbered = archives.iter().enumerate();
+    let numbered = archives.into_iter().enumerate();
+    numbered
+        .filter(|(number, _)| is_intact(*number))
+        .map(|(_, path)| path)
+        .collect()
+}
+
+/// Has both readers verify each archive below a folder, which vmfold wrote alone. What is intact is as `formats/archive.ksy` describes it: it
+/// has no word for damage.
+pub fn check_archives_below(folder: &Path) {
     // Node takes names as text.
     let links = tempfile::tempdir().unwrap();
-    let intact: Vec<PathBuf> = numbered
-        .filter(|(number, _)| is_intact(*number))
-        .map(|(number, path)| {
-            let link = links.path().join(number.to_string());
-            std::os::unix::fs::symlink(path, &link).unwrap();
-            link
-        })
-        .collect();
+    let mut intact = Vec::new();
+    for (number, path) in agree_on_archives_below(folder).iter().enumerate() {
+        let link = links.path().join(number.to_string());
+        std::os::unix::fs::symlink(path, &link).unwrap();
+        intact.push(link);
+    }
     let intact: Vec<&Path> = intact.iter().map(PathBuf::as_path).collect();
-    let (is_right, text) = described(&intact).unwrap();
-    assert!(is_right, "{text}");
+    if let Some((is_right, text)) = described(&intact).filter(|_| !intact.is_empty()) {
+        assert!(is_right, "{text}");
+    }
 }
