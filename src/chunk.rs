@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(found, include_str!("../testdata/cuts-v1.txt").trim());
     }
 
-    /// Cuts as `formats/index-v2.md` says it in words.
+    /// Cuts as `formats/cutting-v1.md` says it in words.
     fn cut_as_specified(fingerprints: &[u32], gear: &[u64]) -> Vec<u16> {
         let mut stream = Vec::new();
         for fingerprint in fingerprints {

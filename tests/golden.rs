@@ -5,7 +5,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -197,9 +196,7 @@ fn the_independent_reader_agrees() {
         ("check.py", vec!["300", "1"]),
         ("differential.py", vec![env!("CARGO_BIN_EXE_vmfold"), "300", "1"]),
     ] {
-        if let Some((is_right, text)) =
-            common::readers::python(script, &arguments.iter().map(OsStr::new).collect::<Vec<_>>())
-        {
+        if let Some((is_right, text)) = common::readers::python(script, &arguments) {
             assert!(is_right, "{script}: {text}");
         }
     }

@@ -151,8 +151,8 @@ struct Verifier<'a> {
     archive: &'a Archive,
     damage: Vec<Damage>,
     stores: HashMap<LaneId, CheckedStore>,
-    /// The addresses that intact PACKs of a lane hold, each with the number of the commit that lists the PACK.
-    intact: HashMap<LaneId, Vec<(CommitNumber, Range<StoreBlock>)>>,
+    /// The addresses that each intact PACK holds in a lane, a list.
+    intact: HashMap<(LaneId, Hash), Vec<Range<StoreBlock>>>,
     budget: Budget,
     monitor: &'a dyn Monitor,
 }
@@ -194,8 +194,8 @@ impl Verifier<'_> {
             self.damage.append(&mut checked.contradictions);
             if checked.damage.is_empty() {
                 // Whether it serves the commit that lists the other PACK, the digests of its images tell.
-                let intact = self.intact.entry(last.lane).or_default();
-                intact.extend(checked.held.iter().map(|(_, range)| (pack.commit, range.clone())));
+                let held = range::joined(checked.held.iter().map(|(_, range)| range.clone()));
+                self.intact.insert((last.lane, pack.location.body_hash), held);
             } else {
                 damaged.push((last, pack, std::mem::take(&mut checked.damage)));
             }
@@ -218,15 +218,9 @@ impl Verifier<'_> {
 
     /// Notes the damage of PACKs, unless each address of the PACK is dead or in another one, of those that are intact.
     fn note_needed(&mut self, damaged: Vec<(&Committed, &ListedRecord, Vec<Damage>)>) {
-        let lanes = self.intact.iter().map(|(lane, held)| {
-            let ranges = held.iter().map(|(_, range)| range.clone());
-            (*lane, range::joined(ranges))
-        });
-        let lanes: HashMap<LaneId, Vec<Range<StoreBlock>>> = lanes.collect();
         let mut replaced = HashSet::new();
         for (last, pack, mut damage) in damaged {
-            let held = lanes.get(&last.lane).map_or(&[][..], Vec::as_slice);
-            if self.may_be_missing(last, &pack.location, held) {
+            if self.may_be_missing(last, &pack.location, |_| true) {
                 replaced.insert(pack.location.body_hash);
             } else {
                 self.damage.append(&mut damage);
@@ -235,17 +229,21 @@ impl Verifier<'_> {
         self.forget_damage_of(&replaced);
     }
 
-    /// Whether each address of a record is dead or in `held`, which is a list.
-    fn may_be_missing(&self, committed: &Committed, record: &RecordLocation, held: &[Range<StoreBlock>]) -> bool {
-        let missing = range::without(&[record.first..record.end()], held);
+    /// Whether each address of a record is dead, or in an intact PACK of the commit's lane that may serve in its place.
+    fn may_be_missing(
+        &self,
+        committed: &Committed,
+        record: &RecordLocation,
+        may_serve: impl Fn(&ListedRecord) -> bool,
+    ) -> bool {
+        let wanted = record.first..record.end();
+        let packs = self.archive.packs(committed, wanted.clone()).into_iter();
+        let held = packs
+            .filter(|pack| may_serve(pack))
+            .filter_map(|pack| self.intact.get(&(committed.lane, pack.location.body_hash)))
+            .flat_map(|held| range::overlap(held, wanted.clone()));
+        let missing = range::without(std::slice::from_ref(&wanted), &range::joined(held));
         missing.iter().all(|range| self.archive.is_dead(committed, range))
-    }
-
-    /// Whether each address of an INDEX is dead or in an intact PACK of another commit.
-    fn index_may_be_missing(&self, committed: &Committed, index: &RecordLocation) -> bool {
-        let intact = self.intact.get(&committed.lane).map_or(&[][..], Vec::as_slice);
-        let others = intact.iter().filter(|(number, _)| *number != committed.commit.number);
-        self.may_be_missing(committed, index, &range::joined(others.map(|(_, range)| range.clone())))
     }
 
     /// Takes back the damage of records that may be missing.
@@ -262,7 +260,8 @@ impl Verifier<'_> {
         for location in records.filter(|location| location.kind != RecordKind::Pack) {
             let body = self.archive.body(location);
             let is_missing = location.kind == RecordKind::Index && matches!(body, Err(Error::Damaged { .. }));
-            if is_missing && self.index_may_be_missing(committed, location) {
+            let is_of_another = |pack: &ListedRecord| pack.commit != committed.commit.number;
+            if is_missing && self.may_be_missing(committed, location, is_of_another) {
                 spared.insert(location.body_hash);
                 continue;
             }

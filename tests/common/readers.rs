@@ -84,7 +84,7 @@ fn readers() -> Option<&'static Readers> {
 }
 
 /// Runs a script of `tests/format` by Python. Returns what it printed, and whether it ended well; `None` where it cannot run.
-pub fn python(script: &str, arguments: &[&OsStr]) -> Option<(bool, String)> {
+pub fn python(script: &str, arguments: &[impl AsRef<OsStr>]) -> Option<(bool, String)> {
     let mut command = Command::new(&readers()?.python);
     // Python would keep what it compiled in the checkout.
     command
