@@ -271,6 +271,33 @@ pub enum Error {
         /// The feature, as the rest of the message.
         problem: &'static str,
     },
+    /// A backup that another program made does not hold what was written to it.
+    #[error(
+        "the backup `{}` is damaged at {range}{}{}: {problem}",
+        shown(path),
+        if *decompressed { " after decompression" } else { "" },
+        volume.as_ref().map(|volume| format!(", in `{}`", shown(volume))).unwrap_or_default()
+    )]
+    DamagedBackup {
+        /// The backup.
+        path: PathBuf,
+        /// The range of the backup that is wrong, or where it was read to.
+        range: ByteRange,
+        /// Whether the range is one of what decompressing the backup gives.
+        decompressed: bool,
+        /// The volume that is damaged, if it is known.
+        volume: Option<PathBuf>,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A backup that another program made is of a kind that is not read, or exceeds a limit.
+    #[error("the backup `{}` cannot be read: {problem}", shown(path))]
+    RefusedBackup {
+        /// The backup.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
     /// An archive does not have the commit that was asked for.
     #[error("the archive `{}` has no commit `{commit}`", shown(path))]
     NoSuchCommit {
@@ -465,8 +492,9 @@ impl Error {
             | Self::Kernel { .. }
             | Self::NotRoot
             | Self::TooLarge
-            | Self::Unsupported { .. } => ErrorKind::Refused,
-            Self::Damaged { .. } => ErrorKind::Damaged,
+            | Self::Unsupported { .. }
+            | Self::RefusedBackup { .. } => ErrorKind::Refused,
+            Self::Damaged { .. } | Self::DamagedBackup { .. } => ErrorKind::Damaged,
             Self::NoSpace { .. } | Self::Grows { .. } | Self::DoesNotFit { .. } | Self::Reserve { .. } => {
                 ErrorKind::NoSpace
             }
@@ -525,7 +553,10 @@ impl Error {
             Self::InUse { .. } => "shut its machine down, or restore to another folder",
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
-            Self::Interrupted | Self::Usage(_) => return None,
+            Self::DamagedBackup { .. } => {
+                "vmfold import --partial restores the volumes that came whole before the damage"
+            }
+            Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } => return None,
         })
     }
 }
@@ -584,6 +615,23 @@ mod tests {
             Error::NotRoot,
             Error::TooLarge,
             with(|path| Error::Unsupported { path, problem: "" }),
+            with(|path| Error::RefusedBackup {
+                path,
+                problem: String::new(),
+            }),
+        ]
+    }
+
+    fn of_damage() -> Vec<Error> {
+        vec![
+            Error::damaged(Path::new("a"), 0, 1, ""),
+            with(|path| Error::DamagedBackup {
+                path,
+                range: ByteRange { start: 0, length: 1 },
+                decompressed: false,
+                volume: None,
+                problem: String::new(),
+            }),
         ]
     }
 
@@ -643,7 +691,7 @@ mod tests {
             (ErrorKind::InUse, in_use),
             (ErrorKind::Busy, busy),
             (ErrorKind::Refused, of_refusal()),
-            (ErrorKind::Damaged, vec![Error::damaged(Path::new("a"), 0, 1, "")]),
+            (ErrorKind::Damaged, of_damage()),
             (ErrorKind::NoSpace, of_space()),
             (ErrorKind::Interrupted, vec![Error::Interrupted]),
             (ErrorKind::Io, of_system()),

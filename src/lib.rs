@@ -13,6 +13,7 @@
 //! index       what earlier runs learnt, in sled or in memory; a cache
 //! fs          what a filesystem can do, behind one trait: btrfs, XFS, and plain ones that share nothing
 //! pool        which files are images, and why one is left alone
+//! foreign     backups that other programs made: what they hold, reading
 //! archive     records of archives: what they hold, writing, reading
 //! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
@@ -48,6 +49,7 @@ pub mod error;
 pub mod exec;
 pub mod facts;
 pub mod fingerprint;
+pub mod foreign;
 pub mod frame;
 pub mod fs;
 pub mod index;

@@ -610,7 +610,7 @@ fn help_and_usage() {
       reclaim  Share what images have in common, and free the rest
       report   Show what each image holds, and what deleting it would free
       export   Write images and revisions to an archive, each distinct block once
-      import   Restore images from an archive, sharing what they have in common
+      import   Restore images from an archive or another backup, sharing what they have in common
       list     Show the commits and images of an archive
       verify   Check every hash and reference of an archive
       diff     Show what differs between two commits, or between one and images on disk

@@ -19,6 +19,11 @@ need mkfs.ext4 e2fsprogs e2fsprogs
 need losetup mount util-linux
 need setpriv util-linux util-linux
 need setfattr attr attr
+need zstd zstd zstd
+need bzip2 bzip2 bzip2
+need xz xz-utils xz
+need lz4 lz4 lz4
+need lzop lzop lzop
 need qemu-io qemu-utils qemu-img
 need node nodejs nodejs
 need npm npm npm

@@ -20,7 +20,7 @@ use vmfold::exec::fingerprints::{allocate, fingerprint};
 use vmfold::exec::restore::archive::ArchiveSource;
 use vmfold::exec::restore::folder::Root;
 use vmfold::exec::restore::seed::{PoolSeed, Seed};
-use vmfold::exec::restore::{Restore, RestoreOptions};
+use vmfold::exec::restore::{Restore, RestoreOptions, Sought};
 use vmfold::fingerprint::FingerprintFunction;
 use vmfold::fs::Filesystem;
 use vmfold::index::MemoryIndex;
@@ -113,6 +113,15 @@ impl Seed for MemorySeed {
         found.collect()
     }
 
+    fn find_content(&self, first: StoreBlock, content: &[u8]) -> Vec<SeedMatch> {
+        let blocks = range::from(first).zip(content.chunks(BLOCK_LEN));
+        let found = blocks.filter_map(|(first, block)| {
+            let slot = Slot(u32::try_from(self.0.iter().position(|own| own == block)?).unwrap());
+            Some(SeedMatch { first, blocks: 1, slot })
+        });
+        found.collect()
+    }
+
     fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>> {
         Ok(self.0[slot.index()..(slot + blocks).index()].concat())
     }
@@ -158,6 +167,23 @@ fn conforms(seed: &dyn Seed, announced: &[AnnouncedBlocks], stored: &BTreeMap<St
     );
     assert_eq!(seed.find(&all, &[]), []);
     assert_eq!(seed.find(&[], announced), []);
+    // Blocks are found by their content too, wherever they are to go, and others are not.
+    let other = vec![0x5a; BLOCK_LEN];
+    let content = [stored.values().flatten().copied().collect(), other].concat();
+    let first = StoreBlock(1000);
+    let mut found = Vec::new();
+    for one in seed.find_content(first, &content) {
+        let from = (one.first - first) as usize * BLOCK_LEN;
+        let its = seed.content(one.slot, one.blocks).unwrap();
+        assert!(its == content[from..from + its.len()], "{context}");
+        found.extend(range::each(one.range()));
+    }
+    assert_eq!(
+        found,
+        range::from(first).take(stored.len()).collect::<Vec<_>>(),
+        "{context}"
+    );
+    assert_eq!(seed.find_content(first, &[]), []);
 }
 
 #[test]
@@ -198,7 +224,7 @@ fn a_restore_takes_what_there_is_from_whatever_seed() {
             ..RestoreOptions::default()
         };
         let mut source = ArchiveSource::open(&archive, None, true, &Budget::default(), &monitor).unwrap();
-        let open = |_: &[Range<StoreBlock>], _: &[AnnouncedBlocks]| Ok(Some(make()));
+        let open = |_: Sought<'_>| Ok(Some(make()));
         let restore = Restore::new(&options, Root::look(&options.to).unwrap(), &mut source, &open, &monitor);
         let done = restore.execute().unwrap();
         let restored = done.restored.unwrap();

@@ -1,5 +1,5 @@
 //! Goal: whatever a restore takes blocks from, it is told of images in the same way and gets the same blocks. Method: one suite that all
-//! sources pass, an archive that is read anywhere, one that comes through a pipe, and images in memory; and restores from each of them.
+//! sources pass, an archive that is read anywhere, one that comes through a pipe, and a backup of another kind; and restores from each of them.
 #![allow(clippy::unwrap_used, missing_docs, reason = "tests")]
 
 use std::collections::BTreeMap;
@@ -7,21 +7,22 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmfold::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{Hash, LaneId, hash_of};
 use vmfold::block::{BLOCK_LEN, bytes};
-use vmfold::content::{Content, Metadata, Run};
+use vmfold::content::Content;
 use vmfold::error::{Error, Result};
-use vmfold::exec::hashes::{Digest, digest};
+use vmfold::exec::hashes::digest;
 use vmfold::exec::restore::archive::ArchiveSource;
+use vmfold::exec::restore::backup::{BackupOptions, BackupSource};
 use vmfold::exec::restore::folder::Root;
 use vmfold::exec::restore::pipe::{PipeOptions, PipeSource};
-use vmfold::exec::restore::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
+use vmfold::exec::restore::source::{BlockSink, BlockSource, SourceFrame};
 use vmfold::exec::restore::{Restore, RestoreOptions, RestoreOutcome};
+use vmfold::foreign::{Backup, Event, Volume};
 use vmfold::monitor::Silent;
-use vmfold::numbers::{CommitNumber, StoreBlock};
-use vmfold::plan::restore::{CommitName, Contents, wanted};
+use vmfold::numbers::StoreBlock;
+use vmfold::plan::restore::{Contents, wanted};
 use vmfold::range;
 use vmfold::spill::Budget;
 use vmfold::store::MemoryStore;
@@ -29,116 +30,70 @@ use vmfold::store::MemoryStore;
 const GOLDEN: &[u8] = include_bytes!("../testdata/archive-v1.vmfold");
 const GOLDEN_SUMS: &str = include_str!("../testdata/archive-v1.sha256");
 
-/// Images in memory, as a reader of other tools' backups would offer them: it numbers the blocks as they come, and knows no hashes.
-struct MemorySource {
+/// Images in memory, as a reader of others' backups tells them: in pieces of odd lengths, the last first, and of two images in turn.
+struct MemoryBackup {
     images: Vec<(&'static str, Vec<u8>)>,
-    contents: Arc<Contents>,
-    is_offered: bool,
-    hashes: NoHashes,
+    /// What is to come, the first last.
+    events: Vec<(Event, Vec<u8>)>,
 }
 
-impl MemorySource {
+impl MemoryBackup {
     fn new(images: Vec<(&'static str, Vec<u8>)>) -> Self {
-        let (mut next, mut manifest) = (0, Manifest::default());
-        for (number, (name, content)) in (0u32..).zip(&images) {
-            let image = ArchivedImage {
-                number,
-                names: vec![PathBuf::from(name)],
-                size: content.len() as u64,
-                metadata: Metadata {
-                    mode: 0o600,
-                    ..Metadata::default()
-                },
-            };
-            let run = Run {
-                blocks: image.blocks(),
-                content: Content::Stored(StoreBlock(next)),
-            };
-            next += image.blocks();
-            let runs = (run.blocks > 0).then_some(run).into_iter().collect();
-            manifest.images.push(ImageRuns { image, runs });
-        }
-        let contents = Contents {
-            manifest,
-            commit: Some(CommitName {
-                number: CommitNumber(1),
-                id: "memory".into(),
-                hash: [1; 32],
-            }),
-            ..Contents::default()
-        };
-        Self {
+        let mut backup = Self {
             images,
-            contents: Arc::new(contents),
-            is_offered: false,
-            hashes: NoHashes,
-        }
-    }
-}
-
-struct NoHashes;
-
-impl BlockHashes for NoHashes {
-    fn get(&mut self, _: StoreBlock) -> Result<Option<Hash>> {
-        Ok(None)
-    }
-    fn add_to(&mut self, _: &mut Digest<'_>, _: StoreBlock, _: u32) -> Result<bool> {
-        Ok(false)
-    }
-}
-
-impl BlockSource for MemorySource {
-    fn path(&self) -> &Path {
-        Path::new("memory")
-    }
-    fn id(&self) -> LaneId {
-        LaneId([7; 16])
-    }
-    fn work_number(&self) -> CommitNumber {
-        CommitNumber(1)
-    }
-    fn offer(&mut self) -> Result<Option<Offer>> {
-        let offer = Offer {
-            contents: Arc::clone(&self.contents),
-            announced: Vec::new(),
-            known_end: StoreBlock(u32::MAX),
+            events: Vec::new(),
         };
-        Ok((!std::mem::replace(&mut self.is_offered, true)).then_some(offer))
-    }
-    fn deliver(&mut self, _: &[Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered> {
-        let mut first = 0;
-        for (_, content) in &self.images {
-            for piece in content.chunks(3 * BLOCK_LEN) {
-                let blocks = u32::try_from(piece.len().div_ceil(BLOCK_LEN)).unwrap();
-                let frame = SourceFrame {
-                    blocks: StoreBlock::range(first..first + blocks),
-                    content: Box::new(move || {
-                        let mut whole = piece.to_vec();
-                        whole.resize(blocks as usize * BLOCK_LEN, 0);
-                        Ok(whole)
-                    }),
-                };
-                first += blocks;
-                assert!(sink.take(&[frame])?.is_empty());
+        let count = backup.images.len();
+        for volumes in [0..count - 1, count - 1..count] {
+            for volume in volumes.clone() {
+                let path = PathBuf::from(backup.images[volume].0);
+                let (size, time) = (None, None);
+                backup
+                    .events
+                    .push((Event::Volume(Volume { path, size, time }), Vec::new()));
+            }
+            let pieces = volumes.clone().flat_map(|volume| {
+                let pieces = backup.images[volume].1.chunks(3001).enumerate();
+                pieces.map(move |(at, piece)| (at, volume, piece.to_vec()))
+            });
+            let mut pieces: Vec<(usize, usize, Vec<u8>)> = pieces.collect();
+            pieces.sort_by_key(|(at, volume, _)| (std::cmp::Reverse(*at), *volume));
+            for (at, volume, piece) in pieces {
+                let offset = at as u64 * 3001;
+                backup.events.push((Event::Data { volume, offset }, piece));
+            }
+            for volume in volumes {
+                let size = backup.images[volume].1.len() as u64;
+                backup.events.push((Event::End { volume, size }, Vec::new()));
             }
         }
-        Ok(Delivered {
-            committed: Some(Arc::clone(&self.contents)),
-            is_last: true,
-        })
+        backup.events.reverse();
+        backup
     }
-    fn hashes(&mut self) -> &mut dyn BlockHashes {
-        &mut self.hashes
+}
+
+impl Backup for MemoryBackup {
+    fn kind(&self) -> &'static str {
+        "images in memory"
     }
-    fn knows_hashes(&self) -> bool {
-        false
+    fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
+        Ok(self.events.pop().map(|(event, content)| {
+            *buffer = content;
+            event
+        }))
     }
-    fn nothing_committed(&self) -> Error {
-        Error::NotAnArchive { path: "memory".into() }
-    }
-    fn has_later_damage(&self) -> bool {
-        false
-    }
+}
+
+/// A backup as a source.
+fn backup_source<'a>(backup: MemoryBackup, folder: &Path, monitor: &'a Silent) -> BackupSource<'a> {
+    let options = BackupOptions {
+        takes: Box::new(|_| true),
+        partial: false,
+        id: LaneId([7; 16]),
+        folder: folder.to_owned(),
+        budget: Budget::default(),
+    };
+    BackupSource::new(Box::new(backup), Path::new("memory"), options, monitor)
 }
 
 /// Keeps what it takes.
@@ -282,7 +237,10 @@ fn sources_conform() {
         assert_eq!(one.len(), 3);
         assert_eq!(one, other, "{commit:?}");
     }
-    let sums = conforms(&mut MemorySource::new(memory_images()), "memory");
+    let sums = conforms(
+        &mut backup_source(MemoryBackup::new(memory_images()), folder.path(), &monitor),
+        "memory",
+    );
     for (name, content) in memory_images() {
         assert_eq!(sums[Path::new(name)], blake3::hash(&content), "{name}");
     }
@@ -293,17 +251,17 @@ fn a_source_hands_over_what_is_asked_for() {
     let monitor = Silent::default();
     let (archive, folder) = (archive(), tempfile::tempdir().unwrap());
     let store = MemoryStore::of(GOLDEN.to_vec());
-    let mut memory = MemorySource::new(memory_images());
+    let mut memory = backup_source(MemoryBackup::new(memory_images()), folder.path(), &monitor);
     let mut from_file = ArchiveSource::open(&archive, None, false, &Budget::default(), &monitor).unwrap();
     let mut from_pipe = PipeSource::new(&store, pipe_options(None, folder.path()), &monitor);
     let sources: [&mut dyn BlockSource; 3] = [&mut memory, &mut from_file, &mut from_pipe];
     for source in sources {
-        source.offer().unwrap().unwrap();
+        let wanted = [1..3, 5..6].map(StoreBlock::range);
         let mut kept = Kept {
-            wanted: [1..3, 5..6].map(StoreBlock::range).to_vec(),
+            wanted: wanted.to_vec(),
             ..Kept::default()
         };
-        source.deliver(&[1..3, 5..6].map(StoreBlock::range), &mut kept).unwrap();
+        while source.offer().unwrap().is_some() && !source.deliver(&wanted, &mut kept).unwrap().is_last {}
         assert!(
             [1, 2, 5]
                 .iter()
@@ -336,7 +294,7 @@ fn restore(source: &mut dyn BlockSource, to: &Path) -> Result<RestoreOutcome> {
         ..RestoreOptions::default()
     };
     let monitor = Silent::default();
-    let mut restore = Restore::new(&options, Root::look(to)?, source, &|_, _| Ok(None), &monitor);
+    let mut restore = Restore::new(&options, Root::look(to)?, source, &|_| Ok(None), &monitor);
     restore.plan()?;
     assert!(!to.exists(), "a plan makes nothing");
     restore.execute()
@@ -371,7 +329,11 @@ fn a_restore_is_the_same_from_each() {
         assert_eq!(files, GOLDEN_SUMS.lines().count(), "{name}: nothing else is left");
     }
     let to = folder.path().join("memory");
-    let outcome = restore(&mut MemorySource::new(memory_images()), &to).unwrap();
+    let outcome = restore(
+        &mut backup_source(MemoryBackup::new(memory_images()), folder.path(), &monitor),
+        &to,
+    )
+    .unwrap();
     let written: u64 = memory_images()
         .iter()
         .map(|(_, content)| bytes(u32::try_from(content.len().div_ceil(BLOCK_LEN)).unwrap()))

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
 use vmfold::ops::{ArchivePlace, Scope};
 use vmfold::report::{Exported, Imported, Verified};
-use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, Store};
+use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, PeekedStore, Store, StoreReader};
 use vmfold::testing::faulty_store::{FaultyStore, StoreCall, StoreFault};
 
 /// What every store that is read anywhere and appended to does. It is empty at first.
@@ -95,6 +95,32 @@ fn pipes_are_read_once_and_in_order() {
     unsupported(input.read_at(9, &mut buffer).map(drop));
     assert_eq!(input.read_at(8, &mut buffer).unwrap(), 3);
     assert_eq!(input.read_at(11, &mut buffer).unwrap(), 0);
+}
+
+#[test]
+fn the_first_bytes_of_a_pipe_can_be_read_again() {
+    for length in [0, 5, 4096, 10_000] {
+        let all: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let (read, mut write) = std::io::pipe().unwrap();
+        let silent = Silent::default();
+        let input = InputPipe::of(File::from(OwnedFd::from(read)), &silent);
+        std::thread::scope(|scope| {
+            let bytes = &all;
+            scope.spawn(move || {
+                // The head comes in more than one piece.
+                for part in bytes.chunks(3000) {
+                    write.write_all(part).unwrap();
+                }
+                drop(write);
+            });
+            let peeked = PeekedStore::new(&input).unwrap();
+            assert_eq!(peeked.head(), &all[..all.len().min(4096)]);
+            let mut found = Vec::new();
+            StoreReader::new(&peeked, 0).read_to_end(&mut found).unwrap();
+            assert!(found == all, "{length}");
+            assert_eq!(peeked.append(b"x").unwrap_err().kind(), ErrorKind::Unsupported);
+        });
+    }
 }
 
 /// Every fault that is tried at every call.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 26] = [
+const ORDER: [&str; 27] = [
     "sys",
     "numbers",
     "block",
@@ -23,6 +23,7 @@ const ORDER: [&str; 26] = [
     "facts",
     "store",
     "archive",
+    "foreign",
     "pool",
     "fs",
     "index",

@@ -91,7 +91,7 @@ pub(super) enum Command {
     /// meanwhile makes the export fail, by name, and the archive stays as it was. Names in the archive are relative to
     /// the folder that was named.
     Export(Export),
-    /// Restore images from an archive, sharing what they have in common
+    /// Restore images from an archive or another backup, sharing what they have in common
     ///
     /// An import writes each distinct block once, and makes the images from these by sharing, so that a disk needs room
     /// for the distinct blocks only. Where the filesystem cannot share, images become plain sparse files. What does not
@@ -447,9 +447,14 @@ pub(super) struct Diff {
 #[derive(Debug, clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Import {
-    /// Archive file; `-` for standard input
+    /// Archive file, or a backup that another program made; `-` for standard input
     ///
-    /// A pipe is read once and in order.
+    /// A pipe is read once and in order. Backups are archives of Proxmox VE (.vma) and compressed raw images. Both may
+    /// be compressed by gzip, bzip2, xz, zstd, lz4 or lzop. What a backup is shows in its content, whatever its name. It
+    /// is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
+    /// the images that came whole before are restored, and the exit code is 1. An image has the name of its volume, is
+    /// readable by its owner alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long
+    /// it should be: if it was compressed in several parts and some are missing, what is there is restored.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Images to restore, by pattern or folder; all if none is named

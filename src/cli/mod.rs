@@ -147,9 +147,12 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
         }),
         Command::Export(command) => run_export(command, json, terminal),
         Command::Import(command) => {
-            let result = import(&command.options(), terminal)?;
+            let mut result = import(&command.options(), terminal)?;
             terminal.finish();
             print("import", &result, json)?;
+            if let Some(error) = result.failed.take() {
+                return Err(error);
+            }
             Ok(exit_of_archive(result.lost.is_empty() && !result.later_damage))
         }
         Command::List(command) => {

@@ -1,4 +1,5 @@
-//! `import`: restores images from an archive. They share blocks with each other and with images on the disk.
+//! `import`: restores images from an archive, or from a backup that another program made. They share blocks with each other and with images on
+//! the disk.
 
 mod seeds;
 
@@ -7,15 +8,19 @@ use std::sync::Arc;
 
 use super::ArchivePlace;
 use crate::archive::reader::Archive;
+use crate::archive::record::{LaneId, hash_of};
 use crate::error::{Error, Result};
 use crate::exec::restore::archive::ArchiveSource;
+use crate::exec::restore::backup::{BackupOptions, BackupSource};
 use crate::exec::restore::folder::Root;
 use crate::exec::restore::pipe::{PipeOptions, PipeSource};
 use crate::exec::restore::source::BlockSource;
 use crate::exec::restore::{Restore, RestoreOptions};
+use crate::foreign::{self, Limits};
 use crate::monitor::Monitor;
+use crate::plan::restore::chooser;
 use crate::report::Imported;
-use crate::store::{FileStore, InputPipe, Store};
+use crate::store::{FileStore, InputPipe, PeekedStore, Store};
 
 /// What is imported, where to, and how.
 #[derive(Debug, Clone)]
@@ -43,12 +48,56 @@ pub struct ImportOptions {
 /// [`RestoreOptions::resume`].
 pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     match &options.archive {
-        ArchivePlace::File(path) => import_from(Arc::new(FileStore::open(path)?), options, monitor),
+        ArchivePlace::File(path) => {
+            let store = FileStore::open(path)?;
+            let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
+            if foreign::is_backup(peeked.head()) {
+                return import_backup(&peeked, options, monitor);
+            }
+            drop(peeked);
+            import_from(Arc::new(store), options, monitor)
+        }
         ArchivePlace::Pipe => {
-            let pipe = InputPipe::new(monitor).map_err(Error::io("read", Path::new("stdin")))?;
-            import_in_order(&pipe, options, monitor)
+            let path = Path::new("stdin");
+            let pipe = InputPipe::new(monitor).map_err(Error::io("read", path))?;
+            let peeked = PeekedStore::new(&pipe).map_err(|error| {
+                if monitor.interrupted() {
+                    Error::Interrupted
+                } else {
+                    Error::io("read", path)(error)
+                }
+            })?;
+            if foreign::is_backup(peeked.head()) {
+                return import_backup(&peeked, options, monitor);
+            }
+            import_in_order(&peeked, options, monitor)
         }
     }
+}
+
+/// Imports from a backup that another program made, and that is read in order. [`ImportOptions::archive`] is not used.
+///
+/// # Errors
+/// [`Error::Usage`] if a commit is named; [`Error::DamagedBackup`] and [`Error::RefusedBackup`]; those of [`import`].
+pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
+    if options.commit.is_some() {
+        let problem = "--commit names a commit of an archive, and this is a backup that another program made";
+        return Err(Error::Usage(problem.into()));
+    }
+    let backup = foreign::open(store, Limits::default(), monitor)?;
+    let hash = hash_of(store.head());
+    let mut id = LaneId::default();
+    let length = id.0.len();
+    id.0.copy_from_slice(&hash[..length]);
+    let backup_options = BackupOptions {
+        takes: Box::new(chooser(&options.restore.only)?),
+        partial: options.restore.partial,
+        id,
+        folder: options.restore.to.clone(),
+        budget: super::runs_budget(Some(&options.index)),
+    };
+    let mut source = BackupSource::new(backup, store.path(), backup_options, monitor);
+    restore(&mut source, options, monitor)
 }
 
 /// Imports from a store that can be read at any offset. [`ImportOptions::archive`] is not used.

@@ -24,7 +24,7 @@ use crate::range;
 use crate::shown::shown;
 
 /// Bytes that a restore leaves free for the filesystem's own needs.
-const RESERVE_BYTES: u64 = 16 << 20;
+pub const RESERVE_BYTES: u64 = 16 << 20;
 /// What the names of images end with that are restored in part.
 const PARTIAL: &str = ".vmfold-partial";
 /// Bytes of a name at most (`NAME_MAX` of linux/limits.h).
@@ -54,6 +54,10 @@ pub struct Contents {
     pub commit: Option<CommitName>,
     /// Whether something that says what images hold is damaged.
     pub doubtful: bool,
+    /// What they come from, if that is a backup that another program made.
+    pub kind: Option<&'static str>,
+    /// Whether more images may follow, and more of what these hold.
+    pub grows: bool,
 }
 
 /// An image that is restored.
@@ -104,12 +108,7 @@ pub struct Selected {
 /// # Errors
 /// [`Error::Usage`] if a pattern makes no sense, or no image matches.
 pub fn select(contents: &Contents, only: &[String]) -> Result<Selected> {
-    let trimmed = only.iter().map(|pattern| pattern.trim_end_matches('/'));
-    let all: Vec<String> = trimmed
-        .flat_map(|pattern| [pattern.to_owned(), format!("{pattern}/**")])
-        .collect();
-    let set = patterns(&all)?;
-    let takes = |path: &Path| only.is_empty() || set.is_match(path);
+    let takes = chooser(only)?;
     let images = &contents.manifest.images;
     let chosen = images.iter().enumerate().filter_map(|(place, one)| {
         // A name that was not asked for could stand for another file.
@@ -128,12 +127,26 @@ pub fn select(contents: &Contents, only: &[String]) -> Result<Selected> {
         images: chosen.collect(),
         missing: missing.map(Path::to_owned).collect(),
     };
-    if selected.images.is_empty() && selected.missing.is_empty() {
-        return Err(Error::Usage(
-            "no image of this commit matches: vmfold list shows what there is".into(),
-        ));
+    if selected.images.is_empty() && selected.missing.is_empty() && !contents.grows {
+        let whole = if contents.kind.is_some() { "backup" } else { "commit" };
+        return Err(Error::Usage(format!(
+            "no image of this {whole} matches: vmfold list shows what there is"
+        )));
     }
     Ok(selected)
+}
+
+/// What tells whether patterns choose a path, as [`select`] does.
+///
+/// # Errors
+/// [`Error::Usage`] if a pattern makes no sense.
+pub fn chooser(only: &[String]) -> Result<impl Fn(&Path) -> bool + use<>> {
+    let trimmed = only.iter().map(|pattern| pattern.trim_end_matches('/'));
+    let all: Vec<String> = trimmed
+        .flat_map(|pattern| [pattern.to_owned(), format!("{pattern}/**")])
+        .collect();
+    let (set, takes_all) = (patterns(&all)?, only.is_empty());
+    Ok(move |path: &Path| takes_all || set.is_match(path))
 }
 
 /// An image that is to become a revision of another name.
@@ -370,6 +383,19 @@ impl RestorePlan {
             seeded,
             bytes,
         }
+    }
+
+    /// The plan where so many bytes of its blocks are on the disk already, and it is not known which.
+    #[must_use]
+    pub fn with_seeded_bytes(mut self, seeded_bytes: u64) -> Self {
+        let bytes = &mut self.bytes;
+        bytes.seeded_bytes = seeded_bytes.min(bytes.distinct_bytes);
+        let written_bytes = bytes.distinct_bytes - bytes.seeded_bytes;
+        bytes.needed_bytes = bytes
+            .needed_bytes
+            .saturating_sub(bytes.new_bytes.saturating_sub(written_bytes));
+        bytes.new_bytes = written_bytes;
+        self
     }
 
     /// What the manifest says of an image.

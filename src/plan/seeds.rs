@@ -9,7 +9,6 @@ use super::table::BlockTable;
 use crate::archive::announced::AnnouncedBlocks;
 use crate::chunk::weak_id;
 use crate::facts::Facts;
-use crate::fingerprint::Fingerprints;
 use crate::numbers::{Slot, StoreBlock};
 use crate::range;
 
@@ -32,22 +31,33 @@ impl SeedMatch {
     }
 }
 
-/// Looks for wanted blocks in seeds, by fingerprint. `fingerprints` are those of the store, of which `known` says which are.
+/// The blocks of seeds, by fingerprint.
+#[derive(Debug)]
+pub struct SeedTable(BlockTable<Slot>);
+
+impl SeedTable {
+    /// Enters all blocks that seeds map.
+    pub fn new(facts: &Facts) -> Self {
+        let mut table = BlockTable::new(facts.slots() as usize, facts.table_slots_max);
+        for extent in &facts.extents {
+            for run in facts.live_runs(extent.slots()) {
+                for (slot, fingerprint) in range::each(run.clone()).zip(facts.fingerprints.range(run)) {
+                    table.enter(slot, fingerprint, &facts.fingerprints, |slot| facts.machine_of(slot));
+                }
+            }
+        }
+        Self(table)
+    }
+}
+
+/// Looks for wanted blocks in seeds, whose blocks are in a table. `fingerprint_of` is that of a block of the store, as far as it is known.
 /// Whoever carries it out proves each block.
 pub fn find_seeds(
     facts: &Facts,
+    SeedTable(table): &SeedTable,
     wanted: &[Range<StoreBlock>],
-    fingerprints: &Fingerprints<StoreBlock>,
-    known: impl Fn(StoreBlock) -> bool,
+    fingerprint_of: impl Fn(StoreBlock) -> Option<u32>,
 ) -> Vec<SeedMatch> {
-    let mut table = BlockTable::new(facts.slots() as usize, facts.table_slots_max);
-    for extent in &facts.extents {
-        for run in facts.live_runs(extent.slots()) {
-            for (slot, fingerprint) in range::each(run.clone()).zip(facts.fingerprints.range(run)) {
-                table.enter(slot, fingerprint, &facts.fingerprints, |slot| facts.machine_of(slot));
-            }
-        }
-    }
     // A match ends with its live run: no image reaches the blocks behind it.
     let live_end = |slot: Slot| {
         let extent = &facts.extents[facts.extent_of(slot).index()];
@@ -63,14 +73,13 @@ pub fn find_seeds(
         while at < range.end {
             let length = |slot: Slot| {
                 let limit = (live_end(slot) - slot).min(range.end - at);
-                let pairs = (0..limit)
-                    .take_while(|n| known(at + *n) && fingerprints.get(at + *n) == facts.fingerprints.get(slot + *n));
+                let pairs =
+                    (0..limit).take_while(|n| fingerprint_of(at + *n) == Some(facts.fingerprints.get(slot + *n)));
                 u32::try_from(pairs.count()).unwrap_or(u32::MAX)
             };
-            let candidates: Vec<Slot> = if known(at) {
-                table.candidates(fingerprints.get(at), &facts.fingerprints).collect()
-            } else {
-                Vec::new()
+            let candidates: Vec<Slot> = match fingerprint_of(at) {
+                Some(fingerprint) => table.candidates(fingerprint, &facts.fingerprints).collect(),
+                None => Vec::new(),
             };
             let follow = follows
                 .take()

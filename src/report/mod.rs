@@ -249,9 +249,12 @@ pub struct Imported {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]
     pub archive: PathBuf,
+    /// What it is, if another program made it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
     /// The number of the commit.
     pub commit: CommitNumber,
-    /// The name of the commit: the first digits of its hash.
+    /// The name of the commit: the first digits of its hash. For a backup that another program made, those of a hash of all that it holds.
     pub id: String,
     /// The folder that was restored to.
     #[serde(serialize_with = "crate::shown::serialize")]
@@ -269,14 +272,25 @@ pub struct Imported {
     pub lost: Vec<LostImage>,
     /// Whether the archive is damaged behind this commit, so that a later one may be lost.
     pub later_damage: bool,
+    /// Images that were not restored for lack of space, as far as they are known.
+    #[serde(
+        serialize_with = "crate::shown::serialize_all",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub left_out: Vec<PathBuf>,
+    /// The error that stopped the restore, after which only images that were whole before it were restored.
+    #[serde(skip)]
+    pub failed: Option<Error>,
 }
 
 impl Imported {
     /// The report on a restore from an archive to a folder.
     pub fn of(archive: PathBuf, to: PathBuf, outcome: RestoreOutcome) -> Self {
         let commit = outcome.plan.contents.commit.as_ref();
+        let stopped = outcome.stopped.map(|stopped| (stopped.error, stopped.left_out)).unzip();
         Self {
             archive,
+            kind: outcome.plan.contents.kind,
             commit: commit.map_or_else(CommitNumber::default, |commit| commit.number),
             id: commit.map(|commit| commit.id.clone()).unwrap_or_default(),
             to,
@@ -286,6 +300,8 @@ impl Imported {
             done: outcome.restored,
             lost: outcome.lost,
             later_damage: outcome.later_damage,
+            failed: stopped.0,
+            left_out: stopped.1.unwrap_or_default(),
         }
     }
 

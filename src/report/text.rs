@@ -111,12 +111,13 @@ impl Display for LostImage {
 impl Display for Imported {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         let planned = &self.planned;
+        match self.kind {
+            Some(kind) => write!(f, "`{}`, {kind}", shown(&self.archive))?,
+            None => write!(f, "Commit {} ({}) of `{}`", self.commit, self.id, shown(&self.archive))?,
+        }
         writeln!(
             f,
-            "Commit {} ({}) of `{}`: {} images, {} of data in {}",
-            self.commit,
-            self.id,
-            shown(&self.archive),
+            ": {} images, {} of data in {}",
             planned.images,
             size(planned.data_bytes),
             size(planned.logical_bytes)
@@ -131,9 +132,14 @@ impl Display for Imported {
             size(planned.free_bytes)
         )?;
         if self.later_damage {
-            writeln!(f, "The archive is damaged behind this commit: a later one may be lost")?;
+            f.write_str(match self.kind {
+                Some(_) => "The backup is damaged: what came behind the damage is lost\n",
+                None => "The archive is damaged behind this commit: a later one may be lost\n",
+            })?;
         }
         self.lost.iter().try_for_each(|lost| write!(f, "{lost}"))?;
+        let mut left_out = self.left_out.iter();
+        left_out.try_for_each(|path| writeln!(f, "Left out for lack of space: `{}`", shown(path)))?;
         if self.done.is_none() && !self.lost.is_empty() {
             writeln!(f, "Nothing was restored: --partial restores what is intact")?;
         }

@@ -4,6 +4,7 @@
 
 mod file;
 mod memory;
+mod peeked;
 mod pipe;
 
 use std::fmt::Debug;
@@ -12,6 +13,7 @@ use std::path::Path;
 
 pub use file::FileStore;
 pub use memory::MemoryStore;
+pub use peeked::PeekedStore;
 pub use pipe::{InputPipe, OutputPipe};
 
 /// A sequence of bytes that can be read at any offset and only grows, except that the remains of a failed append are cut off.

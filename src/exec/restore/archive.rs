@@ -91,6 +91,7 @@ impl<'a> ArchiveSource<'a> {
                 hash: committed.location.body_hash,
             }),
             doubtful: !damage.is_empty(),
+            ..Contents::default()
         };
         Ok(Self {
             archive,

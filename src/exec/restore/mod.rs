@@ -5,6 +5,7 @@
 //! Blocks come from a [`source::BlockSource`], or from a [`seed::Seed`] if the disk holds them already.
 
 pub mod archive;
+pub mod backup;
 mod destination;
 pub mod fill;
 pub mod folder;
@@ -28,8 +29,8 @@ use self::destination::Interrupted;
 use self::folder::Root;
 use self::images::{Losses, RestoreSite, make_images};
 use self::seed::{PROVED_BLOCKS, Seed};
-use self::sink::StagingSink;
-use self::source::{BlockHashes, BlockSource, Offer};
+use self::sink::{CountingSink, SeedUse, StagingSink};
+use self::source::{BlockHashes, BlockSource, Offer, Stopped};
 use self::staging::{Journal, Staging};
 use crate::archive::announced::AnnouncedBlocks;
 use crate::archive::list::by_path;
@@ -42,8 +43,8 @@ use crate::exec::hashes::{Digest, digest};
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::plan::restore::{
-    Contents, Destination, LostImage, RestorePlan, Selected, lost_ranges, name_as_revisions, revisions_to_name, select,
-    wanted_by,
+    Contents, Destination, LostImage, RESERVE_BYTES, RestorePlan, Selected, lost_ranges, name_as_revisions,
+    revisions_to_name, select, wanted_by,
 };
 use crate::range;
 use crate::shown::{hex, shown};
@@ -100,10 +101,21 @@ pub struct RestoreOutcome {
     pub lost: Vec<LostImage>,
     /// Whether the archive is damaged behind the commit, so that a later one may be lost.
     pub later_damage: bool,
+    /// Why the source did not hand over all that it has.
+    pub stopped: Option<Stopped>,
 }
 
-/// Opens the images on the disk that may hold some wanted blocks, whose fingerprints are given. It returns `None` if there are no such images.
-pub type OpenSeed<'a> = dyn Fn(&[Range<StoreBlock>], &[AnnouncedBlocks]) -> Result<Option<Box<dyn Seed>>> + 'a;
+/// The blocks that seeds are opened for.
+#[derive(Debug, Clone, Copy)]
+pub enum Sought<'a> {
+    /// Wanted blocks, and fingerprints of blocks.
+    Announced(&'a [Range<StoreBlock>], &'a [AnnouncedBlocks]),
+    /// Blocks of which nothing is known before they come.
+    Unknown,
+}
+
+/// Opens the images on the disk that may hold some of the blocks. It returns `None` if there are no such images.
+pub type OpenSeed<'a> = dyn Fn(Sought<'_>) -> Result<Option<Box<dyn Seed>>> + 'a;
 
 /// A plan, and what its execution needs beside it.
 struct PreparedRestore {
@@ -169,13 +181,39 @@ impl<'a> Restore<'a> {
     /// # Errors
     /// Those of [`Restore::plan`].
     pub fn into_plan(mut self) -> Result<RestoreOutcome> {
-        let PreparedRestore { plan, .. } = self.take_plan()?;
+        let mut plan = self.take_plan()?.plan;
+        let mut losses = Losses::default();
+        if !self.source.announces() {
+            plan = self.survey()?;
+        }
         Ok(RestoreOutcome {
-            plan,
             restored: None,
-            lost: Vec::new(),
+            lost: lost_images(&plan, &mut losses),
             later_damage: self.source.has_later_damage(),
+            stopped: self.source.stopped(),
+            plan,
         })
+    }
+
+    /// Reads a source that announces nothing to its end, and keeps nothing of it. Returns the plan for all that it holds.
+    fn survey(&mut self) -> Result<RestorePlan> {
+        let mut restored = Restored::default();
+        self.monitor.phase("Reading the backup", 0);
+        let committed = loop {
+            let mut sink = CountingSink {
+                seed: self.seed.as_deref(),
+                restored: &mut restored,
+                monitor: self.monitor,
+            };
+            let delivered = self.source.deliver(&[], &mut sink)?;
+            if delivered.is_last {
+                break delivered.committed;
+            }
+            let Some(offer) = self.source.offer()? else { break None };
+            self.plan_offer(offer, None)?;
+        };
+        let contents = committed.ok_or_else(|| self.source.nothing_committed())?;
+        self.plan_committed(contents, &Journal::default(), &restored)
     }
 
     /// Takes the plan, and makes it first if there is none.
@@ -251,10 +289,14 @@ impl<'a> Restore<'a> {
             // This comes before seeds are opened, because an image that is replaced may be a seed.
             destination::check_use(&self.root, &selected.images, &destination, self.options.replace)?;
             if destination.shares {
-                self.seed = (self.open_seed)(&wanted, &announced)?;
+                self.seed = (self.open_seed)(if self.source.announces() {
+                    Sought::Announced(&wanted, &announced)
+                } else {
+                    Sought::Unknown
+                })?;
             }
         }
-        let seeded = match &self.seed {
+        let seeded = match self.seed.as_ref().filter(|_| self.source.announces()) {
             Some(seed) => {
                 self.monitor.phase("Looking for blocks that are here already", 0);
                 let matches = seed.find(&wanted, &announced);
@@ -312,10 +354,8 @@ impl<'a> Restore<'a> {
     fn plan_committed(&self, contents: Arc<Contents>, journal: &Journal, restored: &Restored) -> Result<RestorePlan> {
         let selected = self.select(&contents, Some(journal))?;
         let destination = destination::look(&self.root, &selected.images, Interrupted::default())?;
-        let mut plan = RestorePlan::new(contents, selected, Vec::new(), &destination);
-        plan.bytes.seeded_bytes = restored.seeded_bytes;
-        plan.bytes.new_bytes = plan.bytes.distinct_bytes.saturating_sub(restored.seeded_bytes);
-        Ok(plan)
+        let plan = RestorePlan::new(contents, selected, Vec::new(), &destination);
+        Ok(plan.with_seeded_bytes(restored.seeded_bytes))
     }
 
     /// Puts the wanted blocks of a plan into the staging file: from an interrupted restore, from seeds, and from the source. Returns whether
@@ -347,11 +387,13 @@ impl<'a> Restore<'a> {
             // blocks are kept.
             wanted: (knows_hashes || !self.options.only.is_empty()).then_some(&plan.wanted),
             known_end: *known_end,
-            seeds: self
-                .seed
-                .as_deref()
-                .filter(|_| !knows_hashes)
-                .map(|seed| (seed, &*plan.seeded)),
+            seeds: match self.seed.as_deref().filter(|_| !knows_hashes) {
+                None => SeedUse::None,
+                Some(seed) if self.source.announces() => SeedUse::Announced(seed, &plan.seeded),
+                Some(seed) => SeedUse::ByContent(seed),
+            },
+            // A plan that knows what comes has been checked.
+            reserve_bytes: if self.source.announces() { 0 } else { RESERVE_BYTES },
             restored,
             monitor: self.monitor,
         };
@@ -408,6 +450,7 @@ impl<'a> Restore<'a> {
                 restored: None,
                 lost,
                 later_damage,
+                stopped: self.source.stopped(),
             });
         }
         let site = RestoreSite {
@@ -434,6 +477,7 @@ impl<'a> Restore<'a> {
             restored: Some(restored),
             lost,
             later_damage,
+            stopped: self.source.stopped(),
         })
     }
 

@@ -388,6 +388,7 @@ impl<'a> PipeSource<'a> {
             }),
             summaries,
             doubtful,
+            ..Contents::default()
         };
         Ok(Some(Delivered {
             committed: Some(Arc::new(contents)),

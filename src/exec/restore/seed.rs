@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
@@ -15,7 +16,7 @@ use crate::facts::Facts;
 use crate::fs::{Filesystem, drop_slots_behind, read_slots, read_slots_ahead};
 use crate::monitor::Monitor;
 use crate::numbers::{Slot, StoreBlock};
-use crate::plan::seeds::{SeedMatch, find_seeds};
+use crate::plan::seeds::{SeedMatch, SeedTable, find_seeds};
 use crate::range;
 
 /// Blocks that are read and compared with their hashes at a time.
@@ -26,6 +27,10 @@ pub const PROVED_BLOCKS: u32 = 1024;
 pub trait Seed: Sync {
     /// Finds wanted blocks by the fingerprints that are announced of them. `wanted` is ascending and disjoint, and so are the matches.
     fn find(&self, wanted: &[Range<StoreBlock>], announced: &[AnnouncedBlocks]) -> Vec<SeedMatch>;
+
+    /// Finds blocks by their content, whose first has the address `first`. The matches are ascending and disjoint. Several threads call it at
+    /// once.
+    fn find_content(&self, first: StoreBlock, content: &[u8]) -> Vec<SeedMatch>;
 
     /// Reads the content of some slots.
     ///
@@ -42,12 +47,26 @@ pub trait Seed: Sync {
 pub struct PoolSeed {
     fs: Box<dyn Filesystem>,
     facts: Facts,
+    /// Its blocks by fingerprint, once content was looked for.
+    table: OnceLock<SeedTable>,
 }
 
 impl PoolSeed {
     /// Makes seeds of a pool that was opened and fingerprinted.
     pub fn new(fs: Box<dyn Filesystem>, facts: Facts) -> Self {
-        Self { fs, facts }
+        let table = OnceLock::new();
+        Self { fs, facts, table }
+    }
+
+    /// The parts of wanted blocks that seeds hold, by fingerprint.
+    fn matches(
+        &self,
+        table: &SeedTable,
+        wanted: &[Range<StoreBlock>],
+        fingerprint_of: impl Fn(StoreBlock) -> Option<u32>,
+    ) -> Vec<SeedMatch> {
+        let matches = find_seeds(&self.facts, table, wanted, fingerprint_of);
+        matches.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
     }
 
     /// The parts of a match that can be cloned. The kernel clones a partial block, the last one of a file, only to the end of another file.
@@ -82,8 +101,22 @@ impl Seed for PoolSeed {
             fingerprints.write(part.first, &part.fingerprints[..length]);
             known.insert_range(part.first..part.first + u32::try_from(length).unwrap_or(0));
         }
-        let matches = find_seeds(facts, wanted, &fingerprints, |block| known.contains(block));
-        matches.iter().flat_map(|seeded| self.without_tails(seeded)).collect()
+        let fingerprint_of = |block| known.contains(block).then(|| fingerprints.get(block));
+        self.matches(&SeedTable::new(facts), wanted, fingerprint_of)
+    }
+
+    fn find_content(&self, first: StoreBlock, content: &[u8]) -> Vec<SeedMatch> {
+        let function = self.fs.function();
+        let fingerprints: Vec<u32> = content
+            .chunks_exact(BLOCK_LEN)
+            .map(|block| function.of(block))
+            .collect();
+        let end = first + u32::try_from(fingerprints.len()).unwrap_or(u32::MAX);
+        let table = self.table.get_or_init(|| SeedTable::new(&self.facts));
+        self.matches(table, std::slice::from_ref(&(first..end)), |block| {
+            let at = block.checked_sub(first).map(|at| at as usize);
+            at.and_then(|at| fingerprints.get(at)).copied()
+        })
     }
 
     fn content(&self, slot: Slot, blocks: u32) -> Result<Vec<u8>> {

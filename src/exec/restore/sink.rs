@@ -1,8 +1,10 @@
 //! Puts the blocks that a source hands over into the staging file. Blocks that a seed holds are shared from there, and the others are written.
+//! For a dry run, they are only counted.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
+use rustix::io::Errno;
 
 use super::Restored;
 use super::seed::{PROVED_BLOCKS, Seed};
@@ -16,6 +18,17 @@ use crate::numbers::StoreBlock;
 use crate::plan::seeds::SeedMatch;
 use crate::range;
 
+/// Where blocks are looked for that the disk holds already. They are compared with those of the source before they are shared.
+#[derive(Clone, Copy)]
+pub(super) enum SeedUse<'a> {
+    /// Nowhere.
+    None,
+    /// What a seed seems to hold of the blocks that were announced.
+    Announced(&'a dyn Seed, &'a [SeedMatch]),
+    /// In a seed, by the content of each block.
+    ByContent(&'a dyn Seed),
+}
+
 /// The staging file as a sink.
 pub(super) struct StagingSink<'a> {
     pub(super) staging: &'a mut Staging,
@@ -23,8 +36,9 @@ pub(super) struct StagingSink<'a> {
     pub(super) wanted: Option<&'a [Range<StoreBlock>]>,
     /// Blocks from this address on are wanted, even if they are not in `wanted`.
     pub(super) known_end: StoreBlock,
-    /// Blocks that a seed seems to hold. They are compared with those of the source before they are shared.
-    pub(super) seeds: Option<(&'a dyn Seed, &'a [SeedMatch])>,
+    pub(super) seeds: SeedUse<'a>,
+    /// Bytes that must stay free on the filesystem. What would leave fewer is not taken.
+    pub(super) reserve_bytes: u64,
     /// The counts of the restore.
     pub(super) restored: &'a mut Restored,
     pub(super) monitor: &'a dyn Monitor,
@@ -45,6 +59,25 @@ impl StagingSink<'_> {
         }
     }
 
+    /// Refuses to write so many bytes if too few would stay free. What was written and has no place on disk yet may still count as free.
+    fn check_reserve(&mut self, bytes: u64) -> Result<()> {
+        if self.reserve_bytes == 0 {
+            return Ok(());
+        }
+        let needed_bytes = bytes.saturating_add(self.reserve_bytes);
+        let free_bytes = |staging: &Staging| {
+            let space = rustix::fs::fstatvfs(staging.file());
+            space.map_or(u64::MAX, |space| space.f_bavail.saturating_mul(space.f_frsize))
+        };
+        if free_bytes(self.staging) < needed_bytes.saturating_add(self.staging.pending_bytes()) {
+            self.staging.settle()?;
+            if free_bytes(self.staging) < needed_bytes {
+                return Err(Error::writing("write more to", self.staging.path())(Errno::NOSPC));
+            }
+        }
+        Ok(())
+    }
+
     /// Shares or writes the missing blocks of a frame.
     fn put(&self, frame: &SourceFrame<'_>) -> Result<FrameOutcome> {
         let missing = self.missing(frame.blocks.clone());
@@ -60,9 +93,16 @@ impl StagingSink<'_> {
             &content[at..at + (range.end - range.start) as usize * BLOCK_LEN]
         };
         let mut shared = Vec::new();
-        if let Some((seed, matches)) = self.seeds {
-            for range in &missing {
-                share_equal(seed, matches, range, part(range), self.staging, &mut shared);
+        for range in &missing {
+            match self.seeds {
+                SeedUse::None => {}
+                SeedUse::Announced(seed, matches) => {
+                    share_equal(seed, matches, range, part(range), self.staging, &mut shared);
+                }
+                SeedUse::ByContent(seed) => {
+                    let matches = seed.find_content(range.start, part(range));
+                    share_equal(seed, &matches, range, part(range), self.staging, &mut shared);
+                }
             }
         }
         let written = range::without(&missing, &shared);
@@ -94,6 +134,8 @@ impl BlockSink for StagingSink<'_> {
             .map(|frame| frame.blocks.end)
             .max()
             .unwrap_or(StoreBlock(0));
+        let all: u64 = frames.iter().map(|frame| bytes(range::length(&frame.blocks))).sum();
+        self.check_reserve(all)?;
         self.staging.make_room(end)?;
         let sink = &*self;
         let outcomes: Vec<Result<FrameOutcome>> = frames.par_iter().map(|frame| sink.put(frame)).collect();
@@ -133,6 +175,58 @@ impl BlockSink for StagingSink<'_> {
             self.staging.forget(range.clone());
         }
         Ok(differing.is_empty())
+    }
+}
+
+/// A sink that keeps nothing, and counts what a restore would write and share.
+pub(super) struct CountingSink<'a> {
+    /// The images on the disk that hold some of the blocks, if there are any.
+    pub(super) seed: Option<&'a dyn Seed>,
+    /// The counts.
+    pub(super) restored: &'a mut Restored,
+    pub(super) monitor: &'a dyn Monitor,
+}
+
+impl CountingSink<'_> {
+    /// The blocks of a frame that a seed holds.
+    fn seeded_blocks(&self, frame: &SourceFrame<'_>) -> Result<u64> {
+        let Some(seed) = self.seed else { return Ok(0) };
+        let (content, first) = ((frame.content)()?, frame.blocks.start);
+        let mut blocks = 0;
+        for seeded in seed.find_content(first, &content) {
+            let from = (seeded.first - first) as usize * BLOCK_LEN;
+            if let Ok(seed_content) = seed.content(seeded.slot, seeded.blocks) {
+                blocks += range::count(&equal_blocks(seeded.first, &seed_content, &content[from..]));
+            }
+        }
+        Ok(blocks)
+    }
+}
+
+impl BlockSink for CountingSink<'_> {
+    fn missing(&self, range: Range<StoreBlock>) -> Vec<Range<StoreBlock>> {
+        vec![range]
+    }
+
+    fn take(&mut self, frames: &[SourceFrame<'_>]) -> Result<Vec<(usize, Error)>> {
+        if self.monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        let counting = &*self;
+        let seeded: Vec<u64> = frames
+            .par_iter()
+            .map(|frame| counting.seeded_blocks(frame))
+            .collect::<Result<_>>()?;
+        let all: u64 = frames.iter().map(|frame| u64::from(range::length(&frame.blocks))).sum();
+        let seeded: u64 = seeded.iter().sum();
+        self.restored.seeded_bytes += seeded * bytes(1);
+        self.restored.written_bytes += (all - seeded) * bytes(1);
+        self.monitor.advance(all * bytes(1));
+        Ok(Vec::new())
+    }
+
+    fn prove(&mut self, _: StoreBlock, _: &[Hash]) -> Result<bool> {
+        Ok(true)
     }
 }
 

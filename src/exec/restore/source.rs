@@ -5,7 +5,7 @@
 //! before it hands over their blocks, and then hands the blocks over.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::archive::announced::AnnouncedBlocks;
@@ -33,6 +33,15 @@ pub struct Delivered {
     pub committed: Option<Arc<Contents>>,
     /// Whether no later offer can be of the commit that was asked for.
     pub is_last: bool,
+}
+
+/// Why a source handed over less than it has.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The error that stopped it.
+    pub error: Error,
+    /// The images that are not restored for that, as far as they are known.
+    pub left_out: Vec<PathBuf>,
 }
 
 /// The hashes of blocks, as far as a source has them.
@@ -111,12 +120,22 @@ pub trait BlockSource {
     /// Whether the source has the hashes before it hands over the blocks.
     fn knows_hashes(&self) -> bool;
 
+    /// Whether offers announce fingerprints of blocks, by which seeds are searched. If they do not, seeds are searched by the blocks themselves.
+    fn announces(&self) -> bool {
+        true
+    }
+
     /// The error that tells why there is nothing to restore, once there are no more offers.
     fn nothing_committed(&self) -> Error;
 
     /// Whether blocks were handed over that nothing proves to be those of the commit. Then digests must prove each image.
     fn has_unproved_blocks(&self) -> bool {
         false
+    }
+
+    /// Why it handed over less than it has, although it committed images.
+    fn stopped(&mut self) -> Option<Stopped> {
+        None
     }
 
     /// Whether the archive is damaged behind the commit that was delivered last, so that a later commit may be lost.

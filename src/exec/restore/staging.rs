@@ -318,6 +318,11 @@ impl Staging {
         self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512)
     }
 
+    /// Bytes of blocks that were added and are not durable yet.
+    pub fn pending_bytes(&self) -> u64 {
+        self.pending_bytes
+    }
+
     /// Extends the staging file, as a hole, so that it has room for the blocks before `end`.
     ///
     /// # Errors

@@ -1,25 +1,22 @@
 //! Finds the images on the disk that restored images may share blocks with: those that were named, or those that the index knows.
 
-use std::ops::Range;
 use std::path::PathBuf;
 
 use super::ImportOptions;
-use crate::archive::announced::AnnouncedBlocks;
 use crate::error::{Error, Result, describe};
-use crate::exec::restore::OpenSeed;
 use crate::exec::restore::seed::{PoolSeed, Seed};
+use crate::exec::restore::{OpenSeed, Sought};
 use crate::fs::{Purpose, images_holding, may_find_holders, uuid_at};
 use crate::index;
 use crate::monitor::Monitor;
-use crate::numbers::StoreBlock;
 use crate::ops::{Scope, prepare};
 use crate::plan::seeds::weak_ids;
 
 /// Returns what opens the seeds. They are the images that were named, or else images that hold wanted blocks according to the index.
 pub(super) fn opener<'a>(options: &'a ImportOptions, monitor: &'a dyn Monitor) -> Box<OpenSeed<'a>> {
-    Box::new(move |wanted, announced| {
+    Box::new(move |sought| {
         let paths = if options.seeds.is_empty() {
-            known_images(options, wanted, announced, monitor).unwrap_or_default()
+            known_images(options, sought, monitor).unwrap_or_default()
         } else {
             options.seeds.clone()
         };
@@ -63,14 +60,9 @@ pub(super) fn are_possible(options: &ImportOptions) -> bool {
     !options.seeds.is_empty() || has_index()
 }
 
-/// The images that hold the most wanted chunks according to the index. They lie in the subvolume that is restored to, or anywhere on an XFS. It
+/// The images that hold the most wanted chunks according to the index, or the most chunks if nothing is known of what is wanted. They lie in the subvolume that is restored to, or anywhere on an XFS. It
 /// returns `None` if the index or the filesystem cannot tell.
-fn known_images(
-    options: &ImportOptions,
-    wanted: &[Range<StoreBlock>],
-    announced: &[AnnouncedBlocks],
-    monitor: &dyn Monitor,
-) -> Option<Vec<PathBuf>> {
+fn known_images(options: &ImportOptions, sought: Sought<'_>, monitor: &dyn Monitor) -> Option<Vec<PathBuf>> {
     /// Images that are used at most. More of them would bring little.
     const IMAGES_MAX: usize = 64;
     let to = &options.restore.to;
@@ -78,9 +70,13 @@ fn known_images(
     if !index::exists(&options.index, uuid) || !may_find_holders(to) {
         return None;
     }
-    let ids = weak_ids(wanted, announced.iter());
+    let ids = match sought {
+        Sought::Announced(wanted, announced) => Some(weak_ids(wanted, announced.iter())),
+        Sought::Unknown => None,
+    };
     let index = index::open(&options.index, uuid, None, monitor).ok()?;
-    let addresses = index.extents_with(&|id| ids.contains(&id)).ok()?;
+    let is_sought = |id| ids.as_ref().is_none_or(|ids| ids.contains(&id));
+    let addresses = index.extents_with(&is_sought).ok()?;
     drop(index);
     let mut holders = images_holding(to, addresses, monitor)?;
     holders.sort_unstable_by(|a, b| b.cmp(a));

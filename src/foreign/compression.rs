@@ -1,0 +1,88 @@
+//! Streams that a program compressed as a whole, recognised by their first bytes.
+
+use std::io::{self, BufRead, Read};
+
+use super::lz4::Lz4;
+use super::lzop::Lzop;
+
+/// How a stream is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// RFC 1952, of one member or several.
+    Gzip,
+    /// bzip2, of one stream or several, as pbzip2 writes them.
+    Bzip2,
+    /// The xz file format 1.2, of one stream or several.
+    Xz,
+    /// RFC 8878, of one frame or several.
+    Zstd,
+    /// The LZ4 frame format 1.6, of one frame or several.
+    Lz4,
+    /// What lzop writes, of one file or several.
+    Lzop,
+}
+
+/// The first bytes of each.
+const MAGICS: [(&[u8], Compression); 6] = [
+    (b"\x1f\x8b\x08", Compression::Gzip),
+    (b"BZh", Compression::Bzip2),
+    (b"\xfd7zXZ\0", Compression::Xz),
+    (b"\x28\xb5\x2f\xfd", Compression::Zstd),
+    (b"\x04\x22\x4d\x18", Compression::Lz4),
+    (b"\x89LZO\0\r\n\x1a\n", Compression::Lzop),
+];
+
+impl Compression {
+    /// The compression of a stream that begins with these bytes.
+    pub fn of(first: &[u8]) -> Option<Self> {
+        let (_, compression) = MAGICS.iter().find(|(magic, _)| first.starts_with(magic))?;
+        Some(*compression)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Bzip2 => "bzip2",
+            Self::Xz => "xz",
+            Self::Zstd => "zstd",
+            Self::Lz4 => "lz4",
+            Self::Lzop => "lzop",
+        }
+    }
+
+    /// What names of such files end with, behind a dot.
+    pub fn suffixes(self) -> &'static [&'static str] {
+        match self {
+            Self::Gzip => &["gz"],
+            Self::Bzip2 => &["bz2"],
+            Self::Xz => &["xz"],
+            Self::Zstd => &["zst", "zstd"],
+            Self::Lz4 => &["lz4"],
+            Self::Lzop => &["lzo"],
+        }
+    }
+
+    /// A reader of what decompressing gives. It takes `window_bytes` of memory at most for what it has decompressed last, and 32 MiB beside
+    /// that. It reads its input to the end, and fails where that is cut off or goes on with something else.
+    ///
+    /// # Errors
+    /// The error of zstd, if it has no memory.
+    pub fn decoder<'a>(self, input: Box<dyn BufRead + 'a>, window_bytes: u64) -> io::Result<Box<dyn Read + 'a>> {
+        Ok(match self {
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
+            Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(input)),
+            Self::Xz => {
+                let kib = u32::try_from(window_bytes >> 10).unwrap_or(u32::MAX);
+                Box::new(lzma_rust2::XzReader::new_mem_limit(input, true, kib))
+            }
+            Self::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?;
+                decoder.window_log_max(window_bytes.max(1).ilog2())?;
+                Box::new(decoder)
+            }
+            Self::Lz4 => Box::new(Lz4::new(input)),
+            Self::Lzop => Box::new(Lzop::new(input)),
+        })
+    }
+}

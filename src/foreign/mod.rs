@@ -1,0 +1,125 @@
+//! Backups that other programs made. Each format has a reader, which makes a [`Backup`] of it: the volumes of the backup, and what they hold, in
+//! the order in which that comes. A reader is recognised by the first bytes of the backup, never by its name. It reads in order and in bounded
+//! memory, makes no file, and runs no program.
+//!
+//! To add a format, implement [`Backup`] in a file here and name its first bytes in [`is_backup`] and [`open`]. `tests/foreign.rs` has what each must stand.
+
+mod compression;
+mod input;
+mod limits;
+mod lz4;
+mod lzop;
+mod raw;
+mod vma;
+mod volume_name;
+
+use std::path::PathBuf;
+
+pub use compression::Compression;
+pub use input::Input;
+pub use limits::Limits;
+
+use crate::content::FileTime;
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+use crate::store::Store;
+
+/// A volume of a backup: what becomes an image, or a small file that belongs to one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Its path in the folder that is restored to: components that no filesystem takes amiss.
+    pub path: PathBuf,
+    /// Its length in bytes, where that is known before its content.
+    pub size: Option<u64>,
+    /// When it was last changed or backed up, where the backup tells.
+    pub time: Option<FileTime>,
+}
+
+/// What comes next in a backup. Volumes are numbered from 0, in the order in which they come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A volume, before anything of its content.
+    Volume(Volume),
+    /// Content of a volume, which is in the buffer. What no content comes for is zeros.
+    Data {
+        /// The number of the volume.
+        volume: usize,
+        /// The offset in the volume, in bytes. Offsets may come in any order, and none comes twice.
+        offset: u64,
+    },
+    /// The end of a volume, once it is proved that all of it came.
+    End {
+        /// The number of the volume.
+        volume: usize,
+        /// Its length in bytes.
+        size: u64,
+    },
+}
+
+/// A backup that is read in order.
+pub trait Backup {
+    /// Returns what it is, for messages.
+    fn kind(&self) -> &'static str;
+
+    /// Reads on. Content replaces that of the buffer. `None` means that the backup is whole. Nothing is read after an error.
+    ///
+    /// # Errors
+    /// [`Error::DamagedBackup`], [`Error::RefusedBackup`], [`Error::Io`], [`Error::Interrupted`].
+    fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>>;
+}
+
+/// Whether something that begins with these bytes is a backup that [`open`] reads.
+pub fn is_backup(first: &[u8]) -> bool {
+    Compression::of(first).is_some() || first.starts_with(vma::MAGIC)
+}
+
+/// Opens the backup that a store holds, whose first bytes are those of one.
+///
+/// # Errors
+/// Those of [`Backup::next`].
+pub fn open<'a>(store: &'a dyn Store, limits: Limits, monitor: &'a dyn Monitor) -> Result<Box<dyn Backup + 'a>> {
+    let mut input = Input::of_store(store, limits, monitor);
+    let compression = Compression::of(input.peek(MAGIC_BYTES)?);
+    if let Some(compression) = compression {
+        input = input.decompressed(compression)?;
+    }
+    let first = input.peek(MAGIC_BYTES)?;
+    if first.starts_with(vma::MAGIC) {
+        return Ok(Box::new(vma::Vma::open(input)?));
+    }
+    if let Some((_, problem)) = NOT_READ.iter().find(|(magic, _)| first.starts_with(magic)) {
+        return Err(input.refused(*problem));
+    }
+    match compression {
+        Some(compression) if Compression::of(first).is_none() => Ok(Box::new(raw::Raw::new(input, compression))),
+        Some(_) => Err(input.refused("it is compressed twice")),
+        None => Err(input.refused("it is of no kind that is known")),
+    }
+}
+
+/// Bytes that tell what a stream holds, at most.
+const MAGIC_BYTES: usize = 16;
+
+/// First bytes of what is no raw image, and what to say of it.
+const NOT_READ: [(&[u8], &str); 5] = [
+    (b"\x89vmfold\n", "it holds an archive of vmfold: decompress it first"),
+    (b"QFI\xfb", "it holds a qcow2, which this version does not read"),
+    (b"KDMV", "it holds a VMDK, which this version does not read"),
+    (b"vhdxfile", "it holds a VHDX, which this version does not read"),
+    (
+        b"LUKS\xba\xbe",
+        "it holds an encrypted volume, of which nothing can be shared",
+    ),
+];
+
+/// Returns the bytes of a fixed length at an offset. There must be as many.
+fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(&bytes[at..at + N]);
+    array
+}
+
+/// The error for a backup whose content is wrong: where is in `input`, and of what, as far as it is known.
+fn damaged_at(input: &Input<'_>, start: u64, length: u64, volume: Option<&Volume>, problem: &str) -> Error {
+    input.damaged(start, length, volume.map(|volume| volume.path.clone()), problem)
+}

@@ -1,0 +1,108 @@
+//! A single raw image, compressed as a whole.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::compression::Compression;
+use super::{Backup, Event, Input, Volume};
+use crate::error::Result;
+
+/// Bytes that are handed over at a time.
+const PART_BYTES: usize = 1 << 20;
+
+/// A raw image. Its size shows at its end.
+pub(super) struct Raw<'a> {
+    input: Input<'a>,
+    /// The volume, until it was told.
+    volume: Option<Volume>,
+    is_ended: bool,
+}
+
+impl<'a> Raw<'a> {
+    /// The image that the rest of an input holds, which was compressed.
+    pub(super) fn new(input: Input<'a>, compression: Compression) -> Self {
+        let volume = Volume {
+            path: name_of(input.path(), compression),
+            size: None,
+            time: None,
+        };
+        Self {
+            input,
+            volume: Some(volume),
+            is_ended: false,
+        }
+    }
+}
+
+/// The name of an image whose compressed file has this path: without what says that it is compressed.
+fn name_of(path: &Path, compression: Compression) -> PathBuf {
+    let name = path.file_name().unwrap_or(OsStr::new("image"));
+    let whole = Path::new(name);
+    let is_suffix = |suffix: &OsStr| {
+        let known = compression.suffixes().iter();
+        suffix
+            .to_str()
+            .is_some_and(|suffix| known.clone().any(|one| one.eq_ignore_ascii_case(suffix)))
+    };
+    match (whole.extension(), whole.file_stem()) {
+        (Some(suffix), Some(stem)) if is_suffix(suffix) => PathBuf::from(stem),
+        _ => {
+            let mut name = name.to_owned();
+            name.push(".img");
+            PathBuf::from(name)
+        }
+    }
+}
+
+impl Backup for Raw<'_> {
+    fn kind(&self) -> &'static str {
+        "a compressed raw image"
+    }
+
+    fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
+        if let Some(volume) = self.volume.take() {
+            return Ok(Some(Event::Volume(volume)));
+        }
+        if self.is_ended {
+            return Ok(None);
+        }
+        let offset = self.input.offset();
+        buffer.resize(PART_BYTES, 0);
+        let read = self.input.fill(buffer)?;
+        buffer.truncate(read);
+        if self.input.offset() > self.input.limits().volume_bytes {
+            return Err(self.input.refused("it decompresses to more than an image may have"));
+        }
+        if read == 0 {
+            self.is_ended = true;
+            return Ok(Some(Event::End {
+                volume: 0,
+                size: offset,
+            }));
+        }
+        Ok(Some(Event::Data { volume: 0, offset }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_called_as_its_file_without_the_compression() {
+        for (path, expected) in [
+            ("/a/root.img.zst", "root.img"),
+            ("disk.raw.GZ", "disk.raw"),
+            ("disk.tgz", "disk.tgz.img"),
+            ("stdin", "stdin.img"),
+            (".zst", ".zst.img"),
+        ] {
+            let compression = if path.ends_with("GZ") {
+                Compression::Gzip
+            } else {
+                Compression::Zstd
+            };
+            assert_eq!(name_of(Path::new(path), compression), Path::new(expected));
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Names of volumes, from names that others chose.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Bytes of a name (`NAME_MAX` of linux/limits.h), less what a restore may append to it.
+const NAME_BYTES_MAX: usize = 200;
+
+/// Returns one component of a path for a name of any bytes. Letters, digits and `.`, `-`, `_`, `+`, `@`, `:` and spaces inside stay as they are;
+/// every other byte becomes `%` and two hexadecimal digits, and so does a dot or a dash at the beginning. A long name is cut.
+pub(super) fn component(name: &[u8]) -> PathBuf {
+    let mut text = String::new();
+    for (at, byte) in name.iter().enumerate() {
+        let is_inside = at > 0 && at + 1 < name.len();
+        let is_plain = match byte {
+            b'.' | b'-' => at > 0,
+            b' ' => is_inside,
+            b'_' | b'+' | b'@' | b':' => true,
+            byte => byte.is_ascii_alphanumeric(),
+        };
+        if is_plain {
+            text.push(char::from(*byte));
+        } else {
+            let _ = write!(text, "%{byte:02x}");
+        }
+        if text.len() >= NAME_BYTES_MAX {
+            break;
+        }
+    }
+    if text.is_empty() {
+        text.push('%');
+    }
+    PathBuf::from(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::Component;
+
+    #[test]
+    fn names_that_lead_elsewhere_are_escaped() {
+        for (name, expected) in [
+            (&b"drive-scsi0"[..], "drive-scsi0"),
+            (b"..", "%2e."),
+            (b".", "%2e"),
+            (b"", "%"),
+            (b"../../etc/shadow", "%2e.%2f..%2fetc%2fshadow"),
+            (b"-rf", "%2drf"),
+            (b"a\0b", "a%00b"),
+            (b" a b ", "%20a b%20"),
+            (b"100%", "100%25"),
+        ] {
+            assert_eq!(component(name), PathBuf::from(expected));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_name_is_one_component(name: Vec<u8>) {
+            let path = component(&name);
+            let components: Vec<_> = path.components().collect();
+            prop_assert!(matches!(components[..], [Component::Normal(_)]));
+            prop_assert!(path.as_os_str().len() <= NAME_BYTES_MAX + 3);
+        }
+    }
+}

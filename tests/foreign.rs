@@ -1,0 +1,598 @@
+//! Goal: a backup that another program made is restored byte for byte, each distinct block once; whatever of it is missing, damaged or hostile is
+//! said, and nothing wrong gets a name. Method: backups that the usual tools compress, and such as are written here from published layouts, read
+//! by the library alone, and by the command on a real btrfs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod common;
+#[path = "foreign/vma.rs"]
+mod vma;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use common::{Mounted, Random, can_mount, sh};
+use vma::VmaMaker;
+use vmfold::error::{Error, ErrorKind, Result};
+use vmfold::foreign::{self, Event, Limits};
+use vmfold::monitor::Silent;
+use vmfold::store::MemoryStore;
+
+/// What came whole of a backup, by path, and how reading it ended.
+fn read(bytes: &[u8]) -> (BTreeMap<PathBuf, Vec<u8>>, Result<()>) {
+    let mut whole = BTreeMap::new();
+    let result = read_into(bytes, &mut whole);
+    (whole, result)
+}
+
+fn read_into(bytes: &[u8], whole: &mut BTreeMap<PathBuf, Vec<u8>>) -> Result<()> {
+    let (store, monitor) = (MemoryStore::of(bytes.to_vec()), Silent::default());
+    let mut backup = foreign::open(&store, Limits::default(), &monitor)?;
+    let mut volumes: Vec<(PathBuf, Vec<u8>)> = Vec::new();
+    let mut buffer = Vec::new();
+    while let Some(event) = backup.next(&mut buffer)? {
+        match event {
+            Event::Volume(volume) => volumes.push((volume.path, Vec::new())),
+            Event::Data { volume, offset } => {
+                let content = &mut volumes[volume].1;
+                let (start, end) = (
+                    usize::try_from(offset).unwrap(),
+                    usize::try_from(offset).unwrap() + buffer.len(),
+                );
+                content.resize(content.len().max(end), 0);
+                content[start..end].copy_from_slice(&buffer);
+            }
+            Event::End { volume, size } => {
+                let (path, content) = &mut volumes[volume];
+                content.resize(usize::try_from(size).unwrap(), 0);
+                whole.insert(path.clone(), std::mem::take(content));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Content of a volume: some blocks that can be compressed, some that cannot, some zeros.
+fn content(seed: u64, length: usize) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut content = Vec::with_capacity(length);
+    while content.len() < length {
+        let block = match random.below(4) {
+            0 => vec![0; 4096],
+            1 => random.data(4096),
+            _ => format!("line {} of {seed}\n", random.below(50))
+                .into_bytes()
+                .repeat(300),
+        };
+        content.extend(block);
+    }
+    content.truncate(length);
+    content
+}
+
+/// The archive that most tests use: an odd size, a size of a few bytes, a machine's memory, and a configuration.
+fn some_vma(order: u64, per_extent: usize) -> VmaMaker<'static> {
+    VmaMaker {
+        devices: vec![
+            (b"drive-scsi0", content(1, 500_000)),
+            (b"drive-efidisk0", content(2, 540_672)),
+            (b"vmstate", content(3, 131_072)),
+            (b"drive-tpmstate0-backup", content(4, 17)),
+        ],
+        configs: vec![(b"qemu-server.conf", b"name: work\n".to_vec())],
+        order,
+        per_extent,
+        ..VmaMaker::default()
+    }
+}
+
+fn expected_of(maker: &VmaMaker<'_>) -> BTreeMap<PathBuf, Vec<u8>> {
+    let text = |name: &[u8]| String::from_utf8(name.to_vec()).unwrap();
+    let volumes = maker.devices.iter().filter(|(name, _)| *name != b"vmstate");
+    volumes
+        .map(|(name, content)| (PathBuf::from(text(name) + ".raw"), content.clone()))
+        .chain(
+            maker
+                .configs
+                .iter()
+                .map(|(name, content)| (PathBuf::from(text(name)), content.clone())),
+        )
+        .collect()
+}
+
+#[test]
+fn a_vma_archive_comes_back_whatever_the_order_of_its_clusters() {
+    for order in [0, 3, 7] {
+        for per_extent in [1, 2, 58, 59] {
+            let maker = some_vma(order, per_extent);
+            let (whole, result) = read(&maker.make());
+            result.unwrap();
+            assert!(
+                whole == expected_of(&maker),
+                "order {order}, {per_extent} clusters an extent"
+            );
+        }
+    }
+}
+
+/// Runs a command on some bytes, and returns what it writes.
+fn piped(command: &str, bytes: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("bash")
+        .args(["-c", command])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || std::io::Write::write_all(&mut stdin, bytes));
+        child.wait_with_output().unwrap()
+    });
+    assert!(output.status.success(), "{command}");
+    output.stdout
+}
+
+/// How tools compress, with what they put into the stream that not all of them do.
+const COMPRESSORS: [&str; 17] = [
+    "zstd -q",
+    "zstd -q -19 --long=27",
+    "(head -c 200000 | zstd -q; zstd -q --no-check)",
+    "gzip -n",
+    "gzip -9 -N",
+    "(head -c 200000 | gzip; gzip)",
+    "bzip2",
+    "(head -c 200000 | bzip2; bzip2)",
+    "xz",
+    "xz --check=sha256 --x86 --lzma2=dict=1MiB",
+    "(head -c 200000 | xz --block-size=65536; xz)",
+    "lz4 -q",
+    "lz4 -q -B4 -BD -BX --content-size",
+    "(head -c 200000 | lz4 -q -9 -B5; lz4 -q --no-frame-crc)",
+    "lzop",
+    "lzop -9 --crc32 -C",
+    "(head -c 200000 | lzop; lzop -F)",
+];
+
+#[test]
+fn what_tools_compress_is_read_and_so_is_what_they_wrote_one_after_the_other() {
+    let maker = some_vma(5, 40);
+    let (archive, expected) = (maker.make(), expected_of(&maker));
+    let image = content(9, 300_001);
+    for command in COMPRESSORS {
+        let (whole, result) = read(&piped(command, &archive));
+        result.unwrap_or_else(|error| panic!("{command}: {error}"));
+        assert!(whole == expected, "{command}");
+        let (whole, result) = read(&piped(command, &image));
+        result.unwrap_or_else(|error| panic!("{command}: {error}"));
+        let paths: Vec<&PathBuf> = whole.keys().collect();
+        assert_eq!(whole.values().collect::<Vec<_>>(), [&image], "{command}: {paths:?}");
+    }
+}
+
+/// Damage is found: what came whole before it is what was written, and the error says where it is.
+fn assert_nothing_wrong(bytes: &[u8], expected: &BTreeMap<PathBuf, Vec<u8>>, what: &str) {
+    let (whole, result) = read(bytes);
+    for (path, content) in &whole {
+        // The configuration comes out of the header, before anything shows that the rest is damaged.
+        assert!(expected.get(path) == Some(content), "{what}: {}", path.display());
+    }
+    match result {
+        Ok(()) => assert_eq!(whole.len(), expected.len(), "{what}: something is missing"),
+        Err(error) => assert!(
+            matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Refused),
+            "{what}: {error:?}"
+        ),
+    }
+}
+
+#[test]
+fn a_backup_that_is_cut_off_anywhere_is_damaged() {
+    let maker = some_vma(5, 40);
+    let (archive, expected) = (maker.make(), expected_of(&maker));
+    let mut random = Random(11);
+    for command in ["cat", "zstd -q", "gzip", "bzip2", "xz", "lz4 -q", "lzop"] {
+        let bytes = piped(command, &archive);
+        for round in 0..100 {
+            let at = if round < 20 {
+                round
+            } else {
+                usize::try_from(random.below(bytes.len() as u64)).unwrap()
+            };
+            let (whole, result) = read(&bytes[..at]);
+            let error = result.expect_err(&format!("{command}: cut at {at} of {}", bytes.len()));
+            assert!(
+                matches!(error, Error::DamagedBackup { .. } | Error::RefusedBackup { .. }),
+                "{command}: {error:?}"
+            );
+            assert!(
+                whole.iter().all(|(path, content)| expected.get(path) == Some(content)),
+                "{command}: cut at {at}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_found_or_changes_nothing() {
+    let maker = VmaMaker {
+        devices: vec![(b"drive-scsi0", content(1, 100_000)), (b"drive-scsi1", content(4, 17))],
+        ..some_vma(5, 40)
+    };
+    let (archive, expected) = (maker.make(), expected_of(&maker));
+    let mut random = Random(12);
+    for command in ["zstd -q", "gzip", "bzip2", "xz", "lz4 -q", "lzop"] {
+        let bytes = piped(command, &archive);
+        for round in 0..1000 {
+            let mut damaged = bytes.clone();
+            let at = if round < 200 {
+                round / 8
+            } else {
+                usize::try_from(random.below(bytes.len() as u64)).unwrap()
+            };
+            let bit = if round < 200 {
+                round % 8
+            } else {
+                usize::try_from(random.below(8)).unwrap()
+            };
+            damaged[at] ^= 1 << bit;
+            if foreign::is_backup(&damaged) {
+                assert_nothing_wrong(&damaged, &expected, &format!("{command}: bit {bit} of byte {at}"));
+            }
+        }
+    }
+    // Without a compression around it, only the headers of a VMA archive are protected.
+    for at in 0..12_288 + 512 {
+        let mut damaged = archive.clone();
+        damaged[at] ^= 1 << (at % 8);
+        let is_backup = foreign::is_backup(&damaged);
+        assert!(!is_backup || read(&damaged).1.is_err(), "byte {at} of the header");
+    }
+}
+
+#[test]
+fn what_is_missing_or_there_twice_is_named() {
+    let problem = |maker: VmaMaker<'_>| read(&maker.make()).1.unwrap_err().to_string();
+    let with = |change: fn(&mut VmaMaker<'static>)| {
+        let mut maker = some_vma(0, 5);
+        change(&mut maker);
+        problem(maker)
+    };
+    for (text, part) in [
+        (
+            with(|maker| maker.dropped = Some((1, 3))),
+            "in `drive-efidisk0.raw`: 1 of its clusters are missing, the first at byte 196608",
+        ),
+        (with(|maker| maker.doubled = Some((0, 2))), "a cluster that came before"),
+        (
+            with(|maker| maker.sizes = vec![(0, 600_000)]),
+            "in `drive-scsi0.raw`: 2 of its clusters are missing",
+        ),
+        (
+            with(|maker| maker.sizes = vec![(0, 4096)]),
+            "a cluster behind the end of its device",
+        ),
+        (
+            with(|maker| maker.sizes = vec![(0, u64::MAX)]),
+            "more than vmfold takes",
+        ),
+        (
+            with(|maker| maker.change = Some(|header| header[7] = 2)),
+            "a version that is not known",
+        ),
+        (
+            with(|maker| maker.change = Some(|header| header[56] = 0xff)),
+            "a length that is not allowed",
+        ),
+        (
+            with(|maker| maker.change = Some(|header| header[48] = 0xff)),
+            "texts that lie elsewhere",
+        ),
+        (
+            with(|maker| maker.change = Some(|header| header[4128] = 0xff)),
+            "a device has no name",
+        ),
+        (
+            with(|maker| maker.change = Some(|header| header[3068] = 0xff)),
+            "a configuration lies elsewhere",
+        ),
+        (
+            with(|maker| maker.change_extent = Some(|header| header[7] ^= 1)),
+            "another number of blocks",
+        ),
+        (
+            with(|maker| maker.change_extent = Some(|header| header[8] ^= 1)),
+            "an extent of this archive should begin here",
+        ),
+        (
+            with(|maker| maker.change_extent = Some(|header| header[43] = 200)),
+            "a device that is not there",
+        ),
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn names_lead_nowhere() {
+    let name = |name: &'static [u8]| {
+        let maker = VmaMaker {
+            devices: vec![(name, content(1, 5000))],
+            per_extent: 5,
+            ..VmaMaker::default()
+        };
+        read(&maker.make()).0.into_keys().next().unwrap()
+    };
+    assert_eq!(name(b"../../etc/shadow"), Path::new("%2e.%2f..%2fetc%2fshadow.raw"));
+    assert_eq!(name(b"\xff\x1b[31m"), Path::new("%ff%1b%5b31m.raw"));
+    assert!(name(&[b'x'; 255]).as_os_str().len() <= 255);
+}
+
+#[test]
+fn what_asks_for_too_much_memory_or_is_no_image_is_refused() {
+    let image = content(9, 300_000);
+    let huge_window = piped(
+        "zstd -q --ultra -22 --long=31",
+        &[image.clone(), vec![1; 200 << 20]].concat(),
+    );
+    let huge_dictionary = piped("xz --lzma2=preset=0,dict=1GiB", &image);
+    for (bytes, part) in [
+        (huge_window, "its zstd does not go on"),
+        (huge_dictionary, "its xz does not go on"),
+        (piped("gzip | gzip", &image), "it is compressed twice"),
+        (piped("gzip", b"\x89vmfold\nand so on"), "an archive of vmfold"),
+        (piped("gzip", b"LUKS\xba\xbe and so on"), "an encrypted volume"),
+    ] {
+        let text = read(&bytes).1.unwrap_err().to_string();
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+/// Three machines that have much in common, in an archive on a filesystem of its own, and the images that it must become.
+struct Scene {
+    fs: Mounted,
+    expected: BTreeMap<PathBuf, Vec<u8>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let fs = Mounted::btrfs();
+        let base = content(1, 24 << 20);
+        let mut other = base.clone();
+        other[1 << 20..2 << 20].copy_from_slice(&content(2, 1 << 20));
+        other.truncate((20 << 20) + 512);
+        let maker = VmaMaker {
+            devices: vec![(b"drive-scsi0", base), (b"drive-scsi1", other)],
+            order: 3,
+            per_extent: 58,
+            ..some_vma(0, 0)
+        };
+        std::fs::write(fs.mount.join("a.vma"), maker.make()).unwrap();
+        sh(&format!("cd '{}' && zstd -q a.vma -o a.vma.zst", fs.mount.display()));
+        let expected = expected_of(&maker);
+        Self { fs, expected }
+    }
+
+    fn import(&self, arguments: &str) -> std::process::Output {
+        let mut command = self.fs.command();
+        command.arg("import").args(arguments.split_whitespace());
+        command.arg("--index").arg(self.fs.index());
+        command.output().unwrap()
+    }
+
+    fn import_json(&self, arguments: &str) -> serde_json::Value {
+        let output = self.import(&format!("{arguments} --json"));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments}: {text}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn assert_restored(&self, to: &str) {
+        let folder = self.fs.mount.join(to);
+        let names: Vec<PathBuf> = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| PathBuf::from(entry.unwrap().file_name()))
+            .collect();
+        assert_eq!(names.len(), self.expected.len(), "{names:?}");
+        for (path, content) in &self.expected {
+            assert!(
+                std::fs::read(folder.join(path)).unwrap() == *content,
+                "{}",
+                path.display()
+            );
+        }
+    }
+
+    /// The distinct blocks that are not zeros, in bytes.
+    fn distinct_bytes(&self) -> u64 {
+        let mut seen = std::collections::HashSet::new();
+        for content in self.expected.values() {
+            for block in content.chunks(4096) {
+                let mut block = block.to_vec();
+                block.resize(4096, 0);
+                if block.iter().any(|byte| *byte != 0) {
+                    seen.insert(*blake3::hash(&block).as_bytes());
+                }
+            }
+        }
+        seen.len() as u64 * 4096
+    }
+}
+
+#[test]
+fn a_restore_takes_the_distinct_blocks_and_what_the_disk_holds_is_shared() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let distinct = scene.distinct_bytes();
+    for (number, source) in ["a.vma", "a.vma.zst"].into_iter().enumerate() {
+        let to = format!("to{number}");
+        let planned = scene.import_json(&format!("{source} --to {to} --dry-run"));
+        assert!(!scene.fs.mount.join(&to).exists());
+        let before = scene.fs.used();
+        let done = scene.import_json(&format!("{source} --to {to}"));
+        let used = scene.fs.used() - before;
+        assert_eq!(planned["planned"]["new_bytes"], distinct, "{planned}");
+        assert_eq!(done["planned"]["new_bytes"], planned["planned"]["new_bytes"]);
+        assert_eq!(done["done"]["written_bytes"], distinct);
+        // What btrfs keeps in its metadata, such as a file of a few bytes, is not counted.
+        assert!(
+            used <= distinct && used + 8192 >= distinct,
+            "{used} bytes for {distinct}"
+        );
+        scene.assert_restored(&to);
+    }
+    let mut pipe = scene.fs.command();
+    pipe.args(["import", "-", "--to", "piped", "--seed", "to0", "--json", "--index"])
+        .arg(scene.fs.index());
+    let archive = std::fs::File::open(scene.fs.mount.join("a.vma.zst")).unwrap();
+    let before = scene.fs.used();
+    let output = pipe.stdin(archive).output().unwrap();
+    drop(pipe);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let done: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    scene.assert_restored("piped");
+    // The last block of a file that is not whole cannot be shared.
+    let tails = 3 * 4096;
+    assert!(done["done"]["written_bytes"].as_u64().unwrap() <= tails, "{done}");
+    assert!(scene.fs.used() - before <= tails);
+    scene.fs.check();
+}
+
+#[test]
+fn of_a_damaged_backup_only_what_came_whole_gets_its_name() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let archive = std::fs::read(scene.fs.mount.join("a.vma")).unwrap();
+    std::fs::write(scene.fs.mount.join("cut.vma"), &archive[..archive.len() / 2]).unwrap();
+    let output = scene.import("cut.vma --to to");
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("the backup `cut.vma` is damaged at bytes"), "{text}");
+    let names = |to: &str| {
+        let entries = std::fs::read_dir(scene.fs.mount.join(to)).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| !name.starts_with(".vmfold-import-"))
+            .collect();
+        names.sort();
+        names
+    };
+    assert!(names("to").is_empty());
+    let output = scene.import("cut.vma --to part --partial");
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert_eq!(
+        names("part"),
+        [
+            "drive-scsi0.raw.vmfold-partial",
+            "drive-scsi1.raw.vmfold-partial",
+            "qemu-server.conf"
+        ]
+    );
+    let part = std::fs::read(scene.fs.mount.join("part/drive-scsi0.raw.vmfold-partial")).unwrap();
+    let whole = &scene.expected[Path::new("drive-scsi0.raw")];
+    assert_eq!(part.len(), whole.len());
+    let blocks = part.chunks(4096).zip(whole.chunks(4096));
+    assert!(
+        blocks
+            .clone()
+            .all(|(part, whole)| part == whole || part.iter().all(|byte| *byte == 0))
+    );
+    assert!(blocks.filter(|(part, whole)| part != whole).count() > 0);
+}
+
+#[test]
+fn a_name_that_is_taken_is_refused_before_anything_is_written() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    std::fs::create_dir(scene.fs.mount.join("to")).unwrap();
+    std::fs::write(scene.fs.mount.join("to/drive-scsi1.raw"), "mine").unwrap();
+    for dry_run in ["", "--dry-run"] {
+        let output = scene.import(&format!("a.vma --to to {dry_run}"));
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        assert_eq!(std::fs::read_dir(scene.fs.mount.join("to")).unwrap().count(), 1);
+    }
+    let output = scene.import("a.vma drive-scsi0.raw *.conf --to to");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(
+        std::fs::read(scene.fs.mount.join("to/drive-scsi1.raw")).unwrap(),
+        b"mine"
+    );
+    assert_eq!(std::fs::read_dir(scene.fs.mount.join("to")).unwrap().count(), 3);
+    for wrong in ["a.vma nothing* --to other", "a.vma --to other --commit 1"] {
+        let output = scene.import(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong}: {output:?}");
+    }
+    let output = scene.import("a.vma --to to --replace");
+    assert!(output.status.success(), "{output:?}");
+    scene.assert_restored("to");
+}
+
+/// A filesystem on which so many bytes, and not many more, are free.
+fn nearly_full(free_mib: u64) -> Mounted {
+    let small = Mounted::new("mkfs.btrfs -q", "", 128);
+    let other = small.mount.join("other");
+    let avail = || {
+        sh(&format!("btrfs filesystem sync '{}'", small.mount.display()));
+        let space = rustix::fs::statvfs(&small.mount).unwrap();
+        space.f_bavail * space.f_frsize
+    };
+    let filler = Random(9).data(1 << 20);
+    let mut file = std::fs::File::create(&other).unwrap();
+    while avail() > free_mib << 20 {
+        std::io::Write::write_all(&mut file, &filler).unwrap();
+    }
+    small
+}
+
+#[test]
+fn on_a_disk_that_is_too_small_what_came_whole_is_kept() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let restore = |fs: &Mounted, arguments: &str| {
+        scene.import(&format!("a.vma.zst --to {} {arguments}", fs.mount.join("to").display()))
+    };
+    let names = |fs: &Mounted| {
+        let entries = std::fs::read_dir(fs.mount.join("to")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.collect::<Vec<_>>()
+    };
+    // The configuration comes first, and is whole.
+    let small = nearly_full(34);
+    let output = restore(&small, "");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(names(&small), ["qemu-server.conf"], "{text}");
+    for part in [
+        "Left out for lack of space: `drive-scsi0.raw`",
+        "Restored 1 images",
+        "no space is left",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    // If nothing is whole, what was staged is kept until it is resumed.
+    let small = nearly_full(34);
+    let output = restore(&small, "drive-*");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(
+        names(&small).iter().all(|name| name.starts_with(".vmfold-import-")),
+        "{:?}",
+        names(&small)
+    );
+    std::fs::remove_file(small.mount.join("other")).unwrap();
+    sh(&format!("btrfs filesystem sync '{}'", small.mount.display()));
+    let output = restore(&small, "--resume");
+    assert!(output.status.success(), "{output:?}");
+    scene.assert_restored(small.mount.join("to").to_str().unwrap());
+}
