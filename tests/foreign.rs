@@ -47,6 +47,10 @@ fn read_into(bytes: &[u8], whole: &mut BTreeMap<PathBuf, Vec<u8>>) -> Result<()>
                 content.resize(content.len().max(end), 0);
                 content[start..end].copy_from_slice(&buffer);
             }
+            Event::Link { volume, path } => {
+                let content = whole[&volumes[volume].0].clone();
+                whole.insert(path, content);
+            }
             Event::End { volume, size } => {
                 let (path, content) = &mut volumes[volume];
                 content.resize(usize::try_from(size).unwrap(), 0);
@@ -172,6 +176,189 @@ fn what_tools_compress_is_read_and_so_is_what_they_wrote_one_after_the_other() {
         let paths: Vec<&PathBuf> = whole.keys().collect();
         assert_eq!(whole.values().collect::<Vec<_>>(), [&image], "{command}: {paths:?}");
     }
+}
+
+/// How tar writes files, sparse or not.
+const TAR_FORMS: [&str; 9] = [
+    "--format=gnu --sparse",
+    "--format=oldgnu --sparse",
+    "--format=posix --sparse --sparse-version=0.0",
+    "--format=posix --sparse --sparse-version=0.1",
+    "--format=posix --sparse --sparse-version=1.0",
+    "--format=posix",
+    "--format=gnu",
+    "--format=ustar",
+    "--format=v7",
+];
+
+/// A folder of images as a pool has them: holes at either end and in between, pieces of any length, long names, hard links, nothing at all.
+fn pool_of_files() -> (tempfile::TempDir, BTreeMap<PathBuf, Vec<u8>>) {
+    let folder = tempfile::tempdir().unwrap();
+    let long = "n".repeat(90);
+    let mut random = Random(21);
+    let mut files: BTreeMap<PathBuf, Vec<u8>> = BTreeMap::new();
+    for (name, length, pieces) in [
+        ("appvms/work/root.img", 1 << 20, 60),
+        ("appvms/work/private.img", 300_000 + 512, 5),
+        ("hole.img", 1 << 20, 0),
+        ("empty.img", 0, 0),
+        ("small.conf", 777, 1),
+    ] {
+        let mut content = vec![0; length];
+        for _ in 0..pieces {
+            let at = usize::try_from(random.below(length as u64)).unwrap() / 4096 * 4096;
+            let piece = random.data((length - at).min(6000));
+            content[at..at + piece.len()].copy_from_slice(&piece);
+        }
+        let name = PathBuf::from(if name == "hole.img" {
+            format!("{long}/{long}.img")
+        } else {
+            name.to_owned()
+        });
+        files.insert(name, content);
+    }
+    for (name, content) in &files {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(content.len() as u64).unwrap();
+        for (at, block) in content
+            .chunks(4096)
+            .enumerate()
+            .filter(|(_, block)| block.iter().any(|byte| *byte != 0))
+        {
+            std::os::unix::fs::FileExt::write_all_at(&file, block, at as u64 * 4096).unwrap();
+        }
+    }
+    std::fs::hard_link(
+        folder.path().join("appvms/work/root.img"),
+        folder.path().join("z-link.img"),
+    )
+    .unwrap();
+    std::os::unix::fs::symlink("root.img", folder.path().join("appvms/work/link.img")).unwrap();
+    let root = files[Path::new("appvms/work/root.img")].clone();
+    files.insert(PathBuf::from("z-link.img"), root);
+    (folder, files)
+}
+
+#[test]
+fn a_tar_archive_comes_back_in_whatever_form_sparse_files_are_in_it() {
+    let (folder, files) = pool_of_files();
+    for form in TAR_FORMS {
+        // Old forms have no room for such names.
+        let without = if form.contains("v7") || form.contains("ustar") {
+            "--exclude=nnn*"
+        } else {
+            ""
+        };
+        let bytes = piped(
+            &format!(
+                "cd '{}'; tar -c {form} {without} -f - --sort=name .",
+                folder.path().display()
+            ),
+            b"",
+        );
+        if form.contains("v7") {
+            assert!(!foreign::is_backup(&bytes), "nothing tells it from other bytes");
+            continue;
+        }
+        let (whole, result) = read(&bytes);
+        result.unwrap_or_else(|error| panic!("{form}: {error}"));
+        let mut expected = files.clone();
+        expected.retain(|path, _| without.is_empty() || !path.starts_with("n".repeat(90)));
+        assert!(whole == expected, "{form}: {:?}", whole.keys().collect::<Vec<_>>());
+        assert!(whole.len() > 4, "{form}");
+        // Cut anywhere, it is damaged.
+        let mut random = Random(22);
+        // Two blocks of zeros are the end, and what tar puts behind them is no part of the archive.
+        let end = bytes.iter().rposition(|byte| *byte != 0).unwrap().next_multiple_of(512) as u64 + 1024;
+        for _ in 0..100 {
+            let at = usize::try_from(random.below(end)).unwrap();
+            let cut = &bytes[..at];
+            if foreign::is_backup(cut) {
+                let (whole, result) = read(cut);
+                assert!(result.is_err(), "{form}: cut at {at}");
+                assert!(
+                    whole.iter().all(|(path, content)| expected.get(path) == Some(content)),
+                    "{form}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn hostile_tar_archives_end_in_errors() {
+    let (folder, _) = pool_of_files();
+    let mut random = Random(23);
+    for form in TAR_FORMS.iter().filter(|form| !form.contains("v7")) {
+        let files = "appvms small.conf empty.img";
+        let bytes = piped(
+            &format!("cd '{}'; tar -c {form} -f - {files}", folder.path().display()),
+            b"",
+        );
+        let headers: Vec<usize> = (0..bytes.len() / 512)
+            .map(|block| block * 512)
+            .filter(|at| bytes[at + 257..].starts_with(b"ustar"))
+            .collect();
+        for round in 0..2000 {
+            let mut changed = bytes.clone();
+            let at = headers[usize::try_from(random.below(headers.len() as u64)).unwrap()];
+            // A header, what follows it (maps and pax records), or both.
+            for _ in 0..=random.below(3) {
+                let byte = usize::try_from(random.below(if round % 2 == 0 { 512 } else { 1536 })).unwrap();
+                let value = match random.below(4) {
+                    0 => 0x80,
+                    1 => 0xff,
+                    2 => b'9',
+                    _ => u8::try_from(random.below(256)).unwrap(),
+                };
+                if let Some(place) = changed.get_mut(at + byte) {
+                    *place = value;
+                }
+            }
+            let sum: u32 = changed[at..at + 512]
+                .iter()
+                .enumerate()
+                .map(|(place, byte)| {
+                    if (148..156).contains(&place) {
+                        32
+                    } else {
+                        u32::from(*byte)
+                    }
+                })
+                .sum();
+            changed[at + 148..at + 156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            if foreign::is_backup(&changed)
+                && let Err(error) = events(&changed)
+            {
+                assert!(
+                    matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Refused),
+                    "{error:?}"
+                );
+            }
+        }
+    }
+}
+
+/// Reads a backup to its end, and looks at what is told.
+fn events(bytes: &[u8]) -> Result<()> {
+    let (store, monitor) = (MemoryStore::of(bytes.to_vec()), Silent::default());
+    let mut backup = foreign::open(&store, Limits::default(), &monitor)?;
+    let (mut sizes, mut buffer) = (Vec::new(), Vec::new());
+    while let Some(event) = backup.next(&mut buffer)? {
+        match event {
+            Event::Volume(volume) => {
+                let mut components = volume.path.components();
+                assert!(components.all(|component| matches!(component, std::path::Component::Normal(_))));
+                sizes.push(volume.size.unwrap());
+            }
+            Event::Data { volume, offset } => assert!(offset + buffer.len() as u64 <= sizes[volume]),
+            Event::End { volume, size } => assert_eq!(size, sizes[volume]),
+            Event::Link { volume, .. } => assert!(volume < sizes.len()),
+        }
+    }
+    Ok(())
 }
 
 /// Damage is found: what came whole before it is what was written, and the error says where it is.

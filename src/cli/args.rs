@@ -449,8 +449,9 @@ pub(super) struct Diff {
 pub(super) struct Import {
     /// Archive file, or a backup that another program made; `-` for standard input
     ///
-    /// A pipe is read once and in order. Backups are archives of Proxmox VE (.vma) and compressed raw images. Both may
-    /// be compressed by gzip, bzip2, xz, zstd, lz4 or lzop. What a backup is shows in its content, whatever its name. It
+    /// A pipe is read once and in order. Backups are archives of Proxmox VE (.vma), tar archives and compressed raw
+    /// images. All of them may be compressed by gzip, bzip2, xz, zstd, lz4 or lzop. Sparse files of a tar archive are
+    /// read in every form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content, whatever its name. It
     /// is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
     /// the images that came whole before are restored, and the exit code is 1. An image has the name of its volume, is
     /// readable by its owner alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long

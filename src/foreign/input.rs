@@ -134,6 +134,41 @@ impl<'a> Input<'a> {
         Ok(())
     }
 
+    /// Takes and drops the next bytes.
+    ///
+    /// # Errors
+    /// Those of [`Input::exact`].
+    pub fn skip(&mut self, length: u64) -> Result<()> {
+        const AT_ONCE: u64 = 1 << 16;
+        let mut left = length;
+        let mut buffer = Vec::new();
+        while left > 0 {
+            let piece = left.min(AT_ONCE);
+            buffer.resize(usize::try_from(piece).unwrap_or(usize::MAX), 0);
+            self.exact(&mut buffer, None)?;
+            left -= piece;
+        }
+        Ok(())
+    }
+
+    /// Takes the rest, which must be zeros.
+    ///
+    /// # Errors
+    /// Those of [`Input::fill`]; [`Error::DamagedBackup`] if there is anything else.
+    pub fn zeros_to_end(&mut self) -> Result<()> {
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let start = self.offset;
+            let read = self.fill(&mut buffer)?;
+            if buffer[..read].iter().any(|byte| *byte != 0) {
+                return Err(self.damaged(start, read as u64, None, "something follows its end"));
+            }
+            if read == 0 {
+                return Ok(());
+            }
+        }
+    }
+
     fn read_full(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while done < buffer.len() {

@@ -9,7 +9,9 @@ mod input;
 mod limits;
 mod lz4;
 mod lzop;
+mod pool_tar;
 mod raw;
+mod tar;
 mod vma;
 mod volume_name;
 
@@ -47,6 +49,13 @@ pub enum Event {
         /// The offset in the volume, in bytes. Offsets may come in any order, and none comes twice.
         offset: u64,
     },
+    /// Another name of a volume that came before.
+    Link {
+        /// The number of the volume.
+        volume: usize,
+        /// The name, as in [`Volume::path`].
+        path: PathBuf,
+    },
     /// The end of a volume, once it is proved that all of it came.
     End {
         /// The number of the volume.
@@ -68,9 +77,9 @@ pub trait Backup {
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>>;
 }
 
-/// Whether something that begins with these bytes is a backup that [`open`] reads.
+/// Whether something that begins with these bytes, 512 of them or all there are, is a backup that [`open`] reads.
 pub fn is_backup(first: &[u8]) -> bool {
-    Compression::of(first).is_some() || first.starts_with(vma::MAGIC)
+    Compression::of(first).is_some() || first.starts_with(vma::MAGIC) || pool_tar::is_tar(first)
 }
 
 /// Opens the backup that a store holds, whose first bytes are those of one.
@@ -87,6 +96,9 @@ pub fn open<'a>(store: &'a dyn Store, limits: Limits, monitor: &'a dyn Monitor) 
     if first.starts_with(vma::MAGIC) {
         return Ok(Box::new(vma::Vma::open(input)?));
     }
+    if pool_tar::is_tar(first) {
+        return Ok(Box::new(pool_tar::PoolTar::new(input, monitor)));
+    }
     if let Some((_, problem)) = NOT_READ.iter().find(|(magic, _)| first.starts_with(magic)) {
         return Err(input.refused(*problem));
     }
@@ -98,7 +110,7 @@ pub fn open<'a>(store: &'a dyn Store, limits: Limits, monitor: &'a dyn Monitor) 
 }
 
 /// Bytes that tell what a stream holds, at most.
-const MAGIC_BYTES: usize = 16;
+const MAGIC_BYTES: usize = pool_tar::MAGIC_BYTES;
 
 /// First bytes of what is no raw image, and what to say of it.
 const NOT_READ: [(&[u8], &str); 5] = [

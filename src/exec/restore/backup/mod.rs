@@ -4,6 +4,7 @@
 mod assembler;
 mod distinct;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -57,6 +58,10 @@ struct PlacedRun {
 /// A volume, and what came of it.
 struct VolumeState {
     volume: Volume,
+    /// Further names of it.
+    links: Vec<PathBuf>,
+    /// How many of its names were offered.
+    names_offered: usize,
     is_taken: bool,
     /// In the order in which they came.
     runs: SpillVec<PlacedRun>,
@@ -81,6 +86,8 @@ pub struct BackupSource<'a> {
     path: PathBuf,
     options: BackupOptions<'a>,
     volumes: Vec<VolumeState>,
+    /// All names.
+    names: BTreeSet<PathBuf>,
     assembler: Assembler,
     distinct: DistinctBlocks,
     /// An event that was read and is not used yet. Its content is in `buffer`.
@@ -107,6 +114,7 @@ impl<'a> BackupSource<'a> {
             backup,
             path: path.to_owned(),
             volumes: Vec::new(),
+            names: BTreeSet::new(),
             assembler: Assembler::default(),
             distinct: DistinctBlocks::new(options.folder.clone()),
             pending: None,
@@ -143,20 +151,40 @@ impl<'a> BackupSource<'a> {
         }
     }
 
-    /// Notes a volume, whose path must not be another's or lie below it.
-    fn add_volume(&mut self, volume: Volume) -> Result<()> {
-        let is_in_the_way = |other: &VolumeState| {
-            other.volume.path.starts_with(&volume.path) || volume.path.starts_with(&other.volume.path)
-        };
-        if self.volumes.iter().any(is_in_the_way) {
-            return Err(self.refused("two of its volumes have the same name"));
+    /// Notes a name, which must not be another's or lie below it.
+    fn add_name(&mut self, name: &Path) -> Result<()> {
+        let is_below = name.ancestors().any(|ancestor| self.names.contains(ancestor));
+        // Paths are ordered by their components, so that those below one follow it.
+        let next = self.names.range(name.to_owned()..).next();
+        if is_below || next.is_some_and(|next| next.starts_with(name)) {
+            return Err(self.refused("two of its volumes have the same name, or one lies below the other"));
         }
-        if self.volumes.len() >= VOLUMES_MAX {
+        if self.names.len() >= VOLUMES_MAX {
             return Err(self.refused("it has more volumes than vmfold takes"));
         }
+        self.names.insert(name.to_owned());
+        Ok(())
+    }
+
+    /// Notes another name of a volume. If the volume itself is not restored, neither is this.
+    fn add_link(&mut self, volume: usize, path: PathBuf) -> Result<()> {
+        self.add_name(&path)?;
+        if let Some(state) = self.volumes.get_mut(volume).filter(|state| state.is_taken)
+            && (self.options.takes)(&path)
+        {
+            state.links.push(path);
+        }
+        Ok(())
+    }
+
+    /// Notes a volume.
+    fn add_volume(&mut self, volume: Volume) -> Result<()> {
+        self.add_name(&volume.path)?;
         self.volumes.push(VolumeState {
             is_taken: (self.options.takes)(&volume.path),
             volume,
+            links: Vec::new(),
+            names_offered: 0,
             runs: SpillVec::new_in(&self.options.budget),
             ended: None,
             is_handed_over: false,
@@ -172,7 +200,7 @@ impl<'a> BackupSource<'a> {
         }
     }
 
-    /// Hands over what comes up to the next volume, whose name is to be looked at first. Returns whether the end was reached.
+    /// Hands over what comes up to the next name, which is to be looked at first. Returns whether the end was reached.
     fn deliver_next(&mut self, sink: &mut dyn BlockSink) -> Result<bool> {
         while let Some(event) = self.next_event()? {
             match event {
@@ -183,8 +211,8 @@ impl<'a> BackupSource<'a> {
                         state.ended = Some(size);
                     }
                 }
-                volume @ Event::Volume(_) => {
-                    self.pending = Some(volume);
+                name @ (Event::Volume(_) | Event::Link { .. }) => {
+                    self.pending = Some(name);
                     return Ok(false);
                 }
             }
@@ -293,14 +321,20 @@ impl<'a> BackupSource<'a> {
         Ok(())
     }
 
-    /// The images as far as they are known, without their runs.
-    fn known(&self) -> Contents {
+    /// The images that were not offered yet or have got a name since, without their runs.
+    fn news(&mut self) -> Contents {
         let mut manifest = Manifest::default();
-        let images = self.images().map(|(_, image)| ImageRuns {
+        let news = self
+            .images()
+            .filter(|(state, _)| state.names_offered <= state.links.len());
+        let images = news.map(|(_, image)| ImageRuns {
             image,
             runs: SpillVec::default(),
         });
         manifest.images.extend(images);
+        for state in &mut self.volumes {
+            state.names_offered = 1 + state.links.len();
+        }
         Contents {
             manifest,
             kind: Some(self.backup.kind()),
@@ -315,7 +349,7 @@ impl<'a> BackupSource<'a> {
         (0..).zip(taken).map(|(number, state)| {
             let image = ArchivedImage {
                 number,
-                names: vec![state.volume.path.clone()],
+                names: [&state.volume.path].into_iter().chain(&state.links).cloned().collect(),
                 size: state.ended.or(state.volume.size).unwrap_or_else(|| came(&state.runs)),
                 metadata: metadata_of(state.volume.time),
             };
@@ -429,11 +463,12 @@ impl BlockSource for BackupSource<'_> {
         CommitNumber::FIRST
     }
 
-    /// Offers the volumes that are known before the next content comes.
+    /// Offers the volumes whose names came since the last offer, before their content.
     fn offer(&mut self) -> Result<Option<Offer>> {
         while let Some(event) = self.next_event()? {
             match event {
                 Event::Volume(volume) => self.add_volume(volume)?,
+                Event::Link { volume, path } => self.add_link(volume, path)?,
                 other => {
                     self.pending = Some(other);
                     break;
@@ -444,7 +479,7 @@ impl BlockSource for BackupSource<'_> {
             return Ok(None);
         }
         Ok(Some(Offer {
-            contents: Arc::new(self.known()),
+            contents: Arc::new(self.news()),
             announced: Vec::new(),
             known_end: StoreBlock(0),
         }))
