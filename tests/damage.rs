@@ -21,9 +21,9 @@ use vmfold::exec::hashes::Digest;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
 use vmfold::numbers::CommitNumber;
-use vmfold::ops::ArchivePlace;
 use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify;
+use vmfold::ops::{ArchivePlace, BackupAccess};
 use vmfold::report::Imported;
 use vmfold::testing::raw_archive::RawArchive;
 
@@ -61,6 +61,7 @@ fn restore(archive: &Path, to: &Path, commit: Option<&str>, partial: bool) -> Re
         index: to.join("index"),
         memory_bytes: Some(64 << 20),
         dry_run: false,
+        access: BackupAccess::default(),
     };
     import(&options, &Silent::default())
 }

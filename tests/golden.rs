@@ -14,10 +14,10 @@ use vmfold::archive::reader::Archive;
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::ArchivePlace;
 use vmfold::ops::import::{ImportOptions, import, import_from, import_in_order};
 use vmfold::ops::list::list;
 use vmfold::ops::verify::{verify, verify_store};
+use vmfold::ops::{ArchivePlace, BackupAccess};
 use vmfold::report::Imported;
 use vmfold::store::MemoryStore;
 
@@ -53,6 +53,7 @@ fn options(name: &str, commit: &str, to: &Path) -> ImportOptions {
         index: to.join("index"),
         memory_bytes: Some(64 << 20),
         dry_run: false,
+        access: BackupAccess::default(),
     }
 }
 

@@ -24,6 +24,7 @@ need bzip2 bzip2 bzip2
 need xz xz-utils xz
 need lz4 lz4 lz4
 need lzop lzop lzop
+need scrypt scrypt scrypt
 need qemu-io qemu-utils qemu-img
 need node nodejs nodejs
 need npm npm npm

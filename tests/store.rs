@@ -19,7 +19,7 @@ use vmfold::monitor::Silent;
 use vmfold::ops::export::{ExportOptions, Revisions, export_to};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
-use vmfold::ops::{ArchivePlace, Scope};
+use vmfold::ops::{ArchivePlace, BackupAccess, Scope};
 use vmfold::report::{Exported, Imported, Verified};
 use vmfold::store::{FileStore, InputPipe, MemoryStore, OutputPipe, PeekedStore, Store, StoreReader};
 use vmfold::testing::faulty_store::{FaultyStore, StoreCall, StoreFault};
@@ -177,6 +177,7 @@ fn options(to: &Path, commit: Option<&str>, resume: bool) -> ImportOptions {
         index: to.with_extension("index"),
         memory_bytes: None,
         dry_run: false,
+        access: BackupAccess::default(),
     }
 }
 

@@ -445,12 +445,29 @@ pub(super) struct Diff {
 }
 
 #[derive(Debug, clap::Args)]
+pub(super) struct Access {
+    /// File whose first line is the passphrase of a backup of Qubes OS
+    ///
+    /// Without it, the passphrase is asked for on the terminal.
+    #[arg(long, value_name = "FILE")]
+    pub(super) passphrase_file: Option<PathBuf>,
+    /// Memory for deriving the keys of a backup of Qubes OS, on all cores together
+    ///
+    /// Each part of 100 MiB has a key of its own, which takes as much memory as the host had to spare that made the
+    /// backup: up to an eighth of its memory. A backup that asks for more than this is refused. With more of it, keys of
+    /// several parts are derived at once.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
+    pub(super) kdf_memory: u64,
+}
+
+#[derive(Debug, clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Import {
     /// Archive file, or a backup that another program made; `-` for standard input
     ///
-    /// A pipe is read once and in order. Backups are archives of Proxmox VE (.vma), tar archives and compressed raw
-    /// images. All of them may be compressed by gzip, bzip2, xz, zstd, lz4 or lzop. Sparse files of a tar archive are
+    /// A pipe is read once and in order. Backups are those of Qubes OS (qvm-backup of R4.0 and later), archives of
+    /// Proxmox VE (.vma), tar archives and compressed raw images. All of them may be compressed by gzip, bzip2, xz,
+    /// zstd, lz4 or lzop. Machines of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar archive are
     /// read in every form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content, whatever its name. It
     /// is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
     /// the images that came whole before are restored, and the exit code is 1. An image has the name of its volume, is
@@ -529,6 +546,8 @@ pub(super) struct Import {
     /// nothing that has checksums.
     #[arg(long)]
     pub(super) preserve_special: bool,
+    #[command(flatten)]
+    pub(super) access: Access,
     /// Folder for the index, which is only a cache
     ///
     /// The index knows which images on this disk may have blocks in common with what is restored.

@@ -4,6 +4,7 @@ mod args;
 mod log;
 mod man;
 mod progress;
+mod prompt;
 
 use std::io::Write;
 use std::path::Path;
@@ -20,6 +21,7 @@ use progress::Terminal;
 use crate::error::{Error, ErrorKind, Result, describe};
 use crate::exec::compression::CompressionRequest;
 use crate::exec::restore::RestoreOptions;
+use crate::foreign::Limits;
 use crate::frame::Packer;
 use crate::index;
 use crate::monitor::Monitor;
@@ -31,7 +33,7 @@ use crate::ops::reclaim::{ReclaimOptions, reclaim};
 use crate::ops::report::report;
 use crate::ops::scan::scan;
 use crate::ops::verify::verify;
-use crate::ops::{self, ArchivePlace};
+use crate::ops::{self, ArchivePlace, BackupAccess};
 use crate::report::Change;
 use crate::shown::shown;
 use crate::sys::priority::give_way;
@@ -398,6 +400,20 @@ impl args::Import {
             index: self.index.clone(),
             memory_bytes: self.memory,
             dry_run: self.dry_run,
+            access: self.access.access(),
+        }
+    }
+}
+
+impl args::Access {
+    fn access(&self) -> BackupAccess {
+        BackupAccess {
+            passphrase_file: self.passphrase_file.clone(),
+            prompt: prompt::passphrase,
+            limits: Limits {
+                kdf_memory_bytes: self.kdf_memory,
+                ..Limits::default()
+            },
         }
     }
 }

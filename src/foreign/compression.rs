@@ -20,6 +20,8 @@ pub enum Compression {
     Lz4,
     /// What lzop writes, of one file or several.
     Lzop,
+    /// What LZMA Utils wrote before xz. Nothing at its beginning tells it from other bytes.
+    Lzma,
 }
 
 /// The first bytes of each.
@@ -48,6 +50,7 @@ impl Compression {
             Self::Zstd => "zstd",
             Self::Lz4 => "lz4",
             Self::Lzop => "lzop",
+            Self::Lzma => "lzma",
         }
     }
 
@@ -60,6 +63,7 @@ impl Compression {
             Self::Zstd => &["zst", "zstd"],
             Self::Lz4 => &["lz4"],
             Self::Lzop => &["lzo"],
+            Self::Lzma => &["lzma"],
         }
     }
 
@@ -67,7 +71,7 @@ impl Compression {
     /// that. It reads its input to the end, and fails where that is cut off or goes on with something else.
     ///
     /// # Errors
-    /// The error of zstd, if it has no memory.
+    /// The error of zstd if it has no memory, and of what lzma begins with.
     pub fn decoder<'a>(self, input: Box<dyn BufRead + 'a>, window_bytes: u64) -> io::Result<Box<dyn Read + 'a>> {
         Ok(match self {
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
@@ -75,6 +79,10 @@ impl Compression {
             Self::Xz => {
                 let kib = u32::try_from(window_bytes >> 10).unwrap_or(u32::MAX);
                 Box::new(lzma_rust2::XzReader::new_mem_limit(input, true, kib))
+            }
+            Self::Lzma => {
+                let kib = u32::try_from(window_bytes >> 10).unwrap_or(u32::MAX);
+                Box::new(lzma_rust2::LzmaReader::new_mem_limit(input, kib, None)?)
             }
             Self::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?;

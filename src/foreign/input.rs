@@ -22,6 +22,9 @@ pub struct Input<'a> {
     /// Bytes that were taken.
     offset: u64,
     compression: Option<Compression>,
+    /// The volume that all of it belongs to, and is not the whole backup.
+    volume: Option<PathBuf>,
+    is_member: bool,
     limits: Limits,
     monitor: &'a dyn Monitor,
 }
@@ -42,6 +45,21 @@ impl<'a> Input<'a> {
         Self::new(store.path(), Box::new(reader), limits, monitor)
     }
 
+    /// The bytes of a member of a backup, of which `volume` is made. An [`Error`] that the reader gives as the reason of its own stays what it is.
+    pub fn of_member(
+        path: &Path,
+        reader: Box<dyn Read + 'a>,
+        volume: Option<PathBuf>,
+        limits: Limits,
+        monitor: &'a dyn Monitor,
+    ) -> Self {
+        Self {
+            volume,
+            is_member: true,
+            ..Self::new(path, reader, limits, monitor)
+        }
+    }
+
     fn new(path: &Path, reader: Box<dyn Read + 'a>, limits: Limits, monitor: &'a dyn Monitor) -> Self {
         Self {
             path: path.to_owned(),
@@ -49,6 +67,8 @@ impl<'a> Input<'a> {
             peeked: Vec::new(),
             offset: 0,
             compression: None,
+            volume: None,
+            is_member: false,
             limits,
             monitor,
         }
@@ -76,13 +96,16 @@ impl<'a> Input<'a> {
     pub fn decompressed(self, compression: Compression) -> Result<Self> {
         let rest = io::Cursor::new(self.peeked).chain(self.reader);
         let rest = Box::new(BufReader::with_capacity(READ_BYTES, rest));
-        let reader = compression
-            .decoder(rest, self.limits.window_bytes)
-            .map_err(Error::io("decompress", &self.path))?;
-        Ok(Self {
+        let mut input = Self {
             compression: Some(compression),
-            ..Self::new(&self.path, reader, self.limits, self.monitor)
-        })
+            volume: self.volume,
+            is_member: self.is_member,
+            ..Self::new(&self.path, Box::new(io::empty()), self.limits, self.monitor)
+        };
+        input.reader = compression
+            .decoder(rest, self.limits.window_bytes)
+            .map_err(|error| input.failed(error, 0))?;
+        Ok(input)
     }
 
     /// The next bytes, `length` of them or as many as there are. They are not taken.
@@ -188,6 +211,10 @@ impl<'a> Input<'a> {
 
     /// The error for a read that failed. What the system did not say, the decompressor did.
     fn failed(&self, error: io::Error, done: usize) -> Error {
+        let error = match error.downcast::<Error>() {
+            Ok(error) => return error,
+            Err(error) => error,
+        };
         match self.compression {
             Some(compression) if error.raw_os_error().is_none() => {
                 let problem = format!("its {} does not go on: {error}", compression.name());
@@ -202,8 +229,8 @@ impl<'a> Input<'a> {
         Error::DamagedBackup {
             path: self.path.clone(),
             range: ByteRange { start, length },
-            decompressed: self.compression.is_some(),
-            volume,
+            decompressed: self.compression.is_some() || self.is_member,
+            volume: volume.or_else(|| self.volume.clone()),
             problem: problem.into(),
         }
     }

@@ -7,6 +7,8 @@ pub struct Limits {
     pub volume_bytes: u64,
     /// Bytes of memory that a decompressor takes at most for what it has decompressed last (its window or dictionary).
     pub window_bytes: u64,
+    /// Bytes of memory that deriving keys takes at most, on all cores together.
+    pub kdf_memory_bytes: u64,
 }
 
 impl Default for Limits {
@@ -14,6 +16,7 @@ impl Default for Limits {
         Self {
             volume_bytes: 32 << 40,
             window_bytes: 128 << 20,
+            kdf_memory_bytes: 1 << 30,
         }
     }
 }

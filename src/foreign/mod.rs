@@ -10,7 +10,9 @@ mod limits;
 mod lz4;
 mod lzop;
 mod pool_tar;
+mod qvm;
 mod raw;
+mod secret;
 mod tar;
 mod vma;
 mod volume_name;
@@ -20,6 +22,7 @@ use std::path::PathBuf;
 pub use compression::Compression;
 pub use input::Input;
 pub use limits::Limits;
+pub use secret::{AskPassphrase, Passphrase};
 
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -75,9 +78,24 @@ pub trait Backup {
     /// # Errors
     /// [`Error::DamagedBackup`], [`Error::RefusedBackup`], [`Error::Io`], [`Error::Interrupted`].
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>>;
+
+    /// Says that nothing of a volume is wanted. Its content, its links and its end may be left out from now on.
+    fn leave_out(&mut self, volume: usize) {
+        let _ = volume;
+    }
 }
 
-/// Whether something that begins with these bytes, 512 of them or all there are, is a backup that [`open`] reads.
+/// How a backup is opened.
+pub struct OpenOptions<'a> {
+    /// What it must not exceed.
+    pub limits: Limits,
+    /// Asks for the passphrase, if the backup needs one.
+    pub ask_passphrase: &'a AskPassphrase<'a>,
+    /// Whether what is not handed out is checked as well.
+    pub checks_all: bool,
+}
+
+/// Whether something that begins with these bytes, 1536 of them or all there are, is a backup that [`open`] reads.
 pub fn is_backup(first: &[u8]) -> bool {
     Compression::of(first).is_some() || first.starts_with(vma::MAGIC) || pool_tar::is_tar(first)
 }
@@ -86,8 +104,12 @@ pub fn is_backup(first: &[u8]) -> bool {
 ///
 /// # Errors
 /// Those of [`Backup::next`].
-pub fn open<'a>(store: &'a dyn Store, limits: Limits, monitor: &'a dyn Monitor) -> Result<Box<dyn Backup + 'a>> {
-    let mut input = Input::of_store(store, limits, monitor);
+pub fn open<'a>(
+    store: &'a dyn Store,
+    options: &OpenOptions<'_>,
+    monitor: &'a dyn Monitor,
+) -> Result<Box<dyn Backup + 'a>> {
+    let mut input = Input::of_store(store, options.limits, monitor);
     let compression = Compression::of(input.peek(MAGIC_BYTES)?);
     if let Some(compression) = compression {
         input = input.decompressed(compression)?;
@@ -95,6 +117,18 @@ pub fn open<'a>(store: &'a dyn Store, limits: Limits, monitor: &'a dyn Monitor) 
     let first = input.peek(MAGIC_BYTES)?;
     if first.starts_with(vma::MAGIC) {
         return Ok(Box::new(vma::Vma::open(input)?));
+    }
+    if qvm::begins_with_header(first) {
+        // Only what is not compressed, and no pipe, is read out of order.
+        let is_whole = compression.is_none() && store.length().is_ok_and(|length| length.is_some());
+        let options = qvm::QvmOptions {
+            store: is_whole.then_some(store),
+            ask_passphrase: options.ask_passphrase,
+            kdf_memory_bytes: options.limits.kdf_memory_bytes,
+            checks_all: options.checks_all,
+            monitor,
+        };
+        return Ok(Box::new(qvm::Qvm::open(input, &options)?));
     }
     if pool_tar::is_tar(first) {
         return Ok(Box::new(pool_tar::PoolTar::new(input, monitor)));
@@ -110,7 +144,7 @@ pub fn open<'a>(store: &'a dyn Store, limits: Limits, monitor: &'a dyn Monitor) 
 }
 
 /// Bytes that tell what a stream holds, at most.
-const MAGIC_BYTES: usize = pool_tar::MAGIC_BYTES;
+const MAGIC_BYTES: usize = 1536;
 
 /// First bytes of what is no raw image, and what to say of it.
 const NOT_READ: [(&[u8], &str); 5] = [

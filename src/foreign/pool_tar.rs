@@ -14,9 +14,6 @@ const PART_BYTES: u64 = 1 << 20;
 /// What stands in the first block of a header of the kinds that are read, and where.
 const MAGIC_AT: usize = 257;
 const MAGIC: &[u8] = b"ustar";
-/// Bytes of an archive's beginning that tell what it is.
-pub(super) const MAGIC_BYTES: usize = MAGIC_AT + MAGIC.len();
-
 /// Whether an archive begins with these bytes.
 pub(super) fn is_tar(first: &[u8]) -> bool {
     first.get(MAGIC_AT..).is_some_and(|rest| rest.starts_with(MAGIC))

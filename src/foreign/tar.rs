@@ -396,14 +396,14 @@ fn map_of(numbers: &[u64], left: u64, size: u64) -> std::result::Result<Vec<Stor
     Ok(stored)
 }
 
-fn has_checksum(header: &[u8; BLOCK]) -> bool {
+pub(super) fn has_checksum(header: &[u8; BLOCK]) -> bool {
     let sum = |header: &[u8]| header.iter().map(|byte| u64::from(*byte)).sum::<u64>();
     let without = sum(&header[..148]) + sum(&[b' '; 8]) + sum(&header[156..]);
     number(&header[148..156]) == Some(without)
 }
 
 /// A number of a header: octal digits, or from the second bit on, big-endian.
-fn number(field: &[u8]) -> Option<u64> {
+pub(super) fn number(field: &[u8]) -> Option<u64> {
     if field[0] & 0x80 != 0 {
         let (first, rest) = (field[0] & 0x7f, &field[1..]);
         let (upper, lower) = rest.split_at(rest.len() - rest.len().min(8));
@@ -454,10 +454,10 @@ fn time(value: &[u8]) -> Option<FileTime> {
 }
 
 /// The key and the value of a record of a pax header.
-type PaxRecord<'a> = (&'a [u8], &'a [u8]);
+pub(super) type PaxRecord<'a> = (&'a [u8], &'a [u8]);
 
 /// The first record of a pax header, as its key and its value, and what follows it: a decimal length, a space, key, `=`, value, a line's end.
-fn pax_record(bytes: &[u8]) -> Option<(PaxRecord<'_>, &[u8])> {
+pub(super) fn pax_record(bytes: &[u8]) -> Option<(PaxRecord<'_>, &[u8])> {
     let space = bytes.iter().take(21).position(|byte| *byte == b' ')?;
     let length = usize::try_from(decimal(&bytes[..space])?).ok()?;
     let record = bytes.get(space + 1..length)?;
@@ -471,7 +471,7 @@ fn until_nul(bytes: &[u8]) -> &[u8] {
 }
 
 /// The name of a header without pax: with its prefix, if it is one of ustar. GNU tar has other things in that place.
-fn ustar_name(header: &[u8; BLOCK]) -> Vec<u8> {
+pub(super) fn ustar_name(header: &[u8; BLOCK]) -> Vec<u8> {
     let name = until_nul(&header[..100]);
     let prefix = until_nul(&header[345..500]);
     if array::<8>(header, 257) != *b"ustar\x0000" || prefix.is_empty() {

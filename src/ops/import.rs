@@ -6,7 +6,7 @@ mod seeds;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::ArchivePlace;
+use super::{ArchivePlace, BackupAccess};
 use crate::archive::reader::Archive;
 use crate::archive::record::{LaneId, hash_of};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::exec::restore::folder::Root;
 use crate::exec::restore::pipe::{PipeOptions, PipeSource};
 use crate::exec::restore::source::BlockSource;
 use crate::exec::restore::{Restore, RestoreOptions};
-use crate::foreign::{self, Limits};
+use crate::foreign::{self, OpenOptions};
 use crate::monitor::Monitor;
 use crate::plan::restore::chooser;
 use crate::report::Imported;
@@ -39,6 +39,8 @@ pub struct ImportOptions {
     pub memory_bytes: Option<u64>,
     /// Whether only a plan is made.
     pub dry_run: bool,
+    /// How backups of other programs are opened.
+    pub access: BackupAccess,
 }
 
 /// Imports images.
@@ -84,7 +86,13 @@ pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: 
         let problem = "--commit names a commit of an archive, and this is a backup that another program made";
         return Err(Error::Usage(problem.into()));
     }
-    let backup = foreign::open(store, Limits::default(), monitor)?;
+    let ask_passphrase = || options.access.passphrase(monitor);
+    let open_options = OpenOptions {
+        limits: options.access.limits,
+        ask_passphrase: &ask_passphrase,
+        checks_all: false,
+    };
+    let backup = foreign::open(store, &open_options, monitor)?;
     let hash = hash_of(store.head());
     let mut id = LaneId::default();
     let length = id.0.len();

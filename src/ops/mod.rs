@@ -16,6 +16,7 @@ use crate::block::{ByteRange, bytes};
 use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, allocate, fingerprint};
 use crate::facts::Facts;
+use crate::foreign::{self, Passphrase};
 use crate::fs::{self, Filesystem, Purpose};
 use crate::index::{self, ChunkIndex};
 use crate::monitor::Monitor;
@@ -58,6 +59,40 @@ pub enum ArchivePlace {
     File(PathBuf),
     /// Standard output of an export, or standard input of an import.
     Pipe,
+}
+
+/// How backups of other programs are opened.
+#[derive(Debug, Clone)]
+pub struct BackupAccess {
+    /// The file whose first line is the passphrase.
+    pub passphrase_file: Option<PathBuf>,
+    /// Asks the user for a passphrase where no file is named.
+    pub prompt: fn(&dyn Monitor) -> Result<Passphrase>,
+    /// What they must not exceed.
+    pub limits: foreign::Limits,
+}
+
+impl BackupAccess {
+    fn passphrase(&self, monitor: &dyn Monitor) -> Result<Passphrase> {
+        match &self.passphrase_file {
+            Some(path) => Passphrase::read(path),
+            None => (self.prompt)(monitor),
+        }
+    }
+}
+
+impl Default for BackupAccess {
+    fn default() -> Self {
+        Self {
+            passphrase_file: None,
+            prompt: |_| {
+                Err(Error::Usage(
+                    "the backup needs a passphrase: name a file that holds it by --passphrase-file".into(),
+                ))
+            },
+            limits: foreign::Limits::default(),
+        }
+    }
 }
 
 /// Opens an index once it is needed. It returns `None` if the verb does without.

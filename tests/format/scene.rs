@@ -16,7 +16,7 @@ use vmfold::monitor::{Monitor, Silent};
 use vmfold::ops::export::{ExportOptions, Revisions, export_on};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
-use vmfold::ops::{ArchivePlace, OpenPool, Scope};
+use vmfold::ops::{ArchivePlace, BackupAccess, OpenPool, Scope};
 use vmfold::report::{Exported, Imported, Verified};
 use vmfold::store::{MemoryStore, Store};
 use vmfold::testing::simulated::{BlockContent, INCOMPRESSIBLE, PLAIN, Simulated, block_of};
@@ -200,6 +200,7 @@ pub(crate) fn restore(bytes: &[u8], way: Way, commit: Option<&str>, partial: boo
         index: folder.path().join("index"),
         memory_bytes: Some(64 << 20),
         dry_run: false,
+        access: BackupAccess::default(),
     };
     let monitor = Listening::default();
     let store = Arc::new(MemoryStore::of(bytes.to_vec()));

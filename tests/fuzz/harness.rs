@@ -29,7 +29,7 @@ use vmfold::ops::export::{ExportOptions, Revisions, export_on};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::list::list;
 use vmfold::ops::verify::verify_store;
-use vmfold::ops::{ArchivePlace, OpenPool, Scope};
+use vmfold::ops::{ArchivePlace, BackupAccess, OpenPool, Scope};
 use vmfold::report::{Change, Imported, Verified};
 use vmfold::spill::Budget;
 use vmfold::store::{MemoryStore, Store};
@@ -549,6 +549,7 @@ pub(crate) fn import_options(to: &Path, folder: &Path, partial: bool) -> ImportO
         index: folder.join("index"),
         memory_bytes: Some(1 << 20),
         dry_run: false,
+        access: BackupAccess::default(),
     }
 }
 

@@ -180,8 +180,12 @@ impl<'a> BackupSource<'a> {
     /// Notes a volume.
     fn add_volume(&mut self, volume: Volume) -> Result<()> {
         self.add_name(&volume.path)?;
+        let is_taken = (self.options.takes)(&volume.path);
+        if !is_taken {
+            self.backup.leave_out(self.volumes.len());
+        }
         self.volumes.push(VolumeState {
-            is_taken: (self.options.takes)(&volume.path),
+            is_taken,
             volume,
             links: Vec::new(),
             names_offered: 0,

@@ -1,0 +1,115 @@
+//! The header of a backup of Qubes OS: lines of `key=value` (qubes-core-admin, `qubes/backup.py`).
+
+use std::collections::BTreeMap;
+
+use crate::foreign::Compression;
+
+/// What the header says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct BackupHeader {
+    /// How the content of members is compressed.
+    pub(super) compression: Option<Compression>,
+    /// What is part of each passphrase.
+    pub(super) id: String,
+}
+
+/// Reads a header.
+///
+/// # Errors
+/// Says what is not read, or makes no sense.
+pub(super) fn parse(bytes: &[u8]) -> Result<BackupHeader, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_| "its header is no text")?;
+    let mut values: BTreeMap<&str, &str> = BTreeMap::new();
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        let (key, value) = line.split_once('=').ok_or("its header has a line without a value")?;
+        let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        if !is_plain(key) || !is_plain(value) || values.insert(key, value).is_some() {
+            return Err("its header has a line that makes no sense".into());
+        }
+    }
+    let value = |key| values.get(key).copied().unwrap_or_default();
+    let is = |key| matches!(value(key).to_ascii_lowercase().as_str(), "true" | "yes" | "1");
+    match value("version") {
+        "4" => {}
+        "3" => {
+            return Err("it is a backup of Qubes OS in version 3, which this version of vmfold does not read".into());
+        }
+        other => {
+            return Err(format!(
+                "it is a backup of Qubes OS in version `{other}`, which is not read: see the emergency procedure of Qubes OS"
+            ));
+        }
+    }
+    if value("hmac-algorithm") != "scrypt" || !is("encrypted") {
+        return Err("it is protected in a way that is not known".into());
+    }
+    let id = value("backup-id");
+    if id.is_empty() || id.starts_with('-') {
+        return Err("its header has no proper backup-id".into());
+    }
+    Ok(BackupHeader {
+        compression: is("compressed")
+            .then(|| filter(value("compression-filter")))
+            .transpose()?,
+        id: id.to_owned(),
+    })
+}
+
+/// The compression of a filter, which is the name of a program. No program is run.
+fn filter(name: &str) -> Result<Compression, String> {
+    Ok(match name {
+        "gzip" | "pigz" => Compression::Gzip,
+        "bzip2" | "pbzip2" => Compression::Bzip2,
+        "xz" => Compression::Xz,
+        "lzma" => Compression::Lzma,
+        "zstd" | "zstdmt" => Compression::Zstd,
+        other => return Err(format!("it is compressed by `{other}`, which is not known")),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_known_is_taken() {
+        let header = |lines: &str| {
+            parse(
+                format!("version=4\nencrypted=True\nhmac-algorithm=scrypt\nbackup-id=20260101T000000-1\n{lines}")
+                    .as_bytes(),
+            )
+        };
+        assert_eq!(
+            header("compressed=False\ncompression-filter=gzip\n")
+                .unwrap()
+                .compression,
+            None
+        );
+        assert_eq!(
+            header("compressed=True\ncompression-filter=zstdmt\n")
+                .unwrap()
+                .compression,
+            Some(Compression::Zstd)
+        );
+        assert_eq!(
+            header("compressed=True\ncompression-filter=lzma\nnew-key=1\n")
+                .unwrap()
+                .id,
+            "20260101T000000-1"
+        );
+        for wrong in [
+            "compressed=True\ncompression-filter=sh\n",
+            "compressed=True\n",
+            "compressed=True\ncompression-filter=gzip;id\n",
+            "version=4\n",
+            "a=b=c\n",
+            "nothing\n",
+        ] {
+            assert!(header(wrong).is_err(), "{wrong}");
+        }
+        for version in ["", "1", "2", "3", "5"] {
+            let problem = parse(format!("version={version}\n").as_bytes()).unwrap_err();
+            assert!(problem.contains("version"), "{problem}");
+        }
+    }
+}

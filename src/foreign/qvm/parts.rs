@@ -1,0 +1,561 @@
+//! The parts of a backup of Qubes OS: members of a tar stream, each a scrypt file of its own. Only headers of the stream are parsed before a part
+//! is authenticated.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use rayon::prelude::*;
+
+use super::scrypt_file::{HEADER_BYTES, Header, Keys, TAG_BYTES, Wrong};
+use crate::error::{Error, Result};
+use crate::foreign::secret::Passphrase;
+use crate::foreign::tar::{BLOCK, has_checksum, number, pax_record, ustar_name};
+use crate::foreign::{Input, array};
+use crate::store::Store;
+
+/// Bytes of a part before it is encrypted: where the writer cuts. A part of this length is never the last of a member.
+const PART_BYTES: usize = 100 << 20;
+const PART_STORED_BYTES_MAX: u64 = (PART_BYTES + HEADER_BYTES + TAG_BYTES) as u64;
+/// Bytes of a pax header, which has times only.
+const PAX_BYTES_MAX: u64 = 4096;
+/// A later part may cost so many times what the header cost, which was authenticated.
+const COST_FACTOR: u64 = 8;
+/// Parts of a backup: of 100 TB.
+const PARTS_MAX: usize = 1 << 20;
+
+/// A part, as its header in the stream tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Part {
+    /// The member that it is a part of, such as `vm7/root.img`.
+    pub(super) member: String,
+    /// Its number in the member, from 0.
+    pub(super) number: u32,
+    /// Its name without `.enc`, which is part of its passphrase.
+    name: String,
+    /// Bytes of its content in the stream.
+    stored_bytes: u64,
+}
+
+/// A header in the stream.
+pub(super) enum StreamHeader {
+    /// A block of zeros. It is not the end.
+    Zeros,
+    /// Times of what follows.
+    Pax(u64),
+    /// A file.
+    File {
+        /// Its name.
+        name: String,
+        /// Bytes of its content.
+        bytes: u64,
+    },
+}
+
+/// Reads a header of the stream. Only what `tar --posix` writes of plain files is taken.
+pub(super) fn stream_header(header: &[u8; BLOCK]) -> std::result::Result<StreamHeader, &'static str> {
+    if header == &[0; BLOCK] {
+        return Ok(StreamHeader::Zeros);
+    }
+    if !has_checksum(header) {
+        return Err("the header of a part has another checksum");
+    }
+    let bytes = number(&header[124..136]).ok_or("a part has no proper size")?;
+    match header[156] {
+        b'x' if bytes <= PAX_BYTES_MAX => Ok(StreamHeader::Pax(bytes)),
+        b'0' => Ok(StreamHeader::File {
+            name: String::from_utf8(ustar_name(header)).map_err(|_| "a part has a name that is not allowed")?,
+            bytes,
+        }),
+        _ => Err("something else than a part stands between parts"),
+    }
+}
+
+/// Whether a pax header has times only.
+fn has_times_only(mut records: &[u8]) -> bool {
+    while !records.is_empty() {
+        let Some(((key, _), rest)) = pax_record(records) else {
+            return false;
+        };
+        if ![&b"mtime"[..], b"atime", b"ctime"].contains(&key) {
+            return false;
+        }
+        records = rest;
+    }
+    true
+}
+
+/// Reads the name of a part: a member, a number of three digits or more, and `.enc`.
+fn part_of(name: &str, stored_bytes: u64) -> Option<Part> {
+    let whole = name.strip_suffix(".enc")?;
+    let (member, digits) = whole.rsplit_once('.')?;
+    let is_number = digits.len() >= 3 && digits.len() <= 9 && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let file = match member.split_once('/') {
+        None => (member == "qubes.xml").then_some(member),
+        Some((folder, file)) => {
+            let machine = folder.strip_prefix("vm").filter(|number| !number.is_empty());
+            let is_machine = machine.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
+            (is_machine || folder == "dom0-home").then_some(file)
+        }
+    }?;
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
+    if !is_number || file.is_empty() || file.starts_with('.') || !file.bytes().all(is_plain) {
+        return None;
+    }
+    Some(Part {
+        member: member.to_owned(),
+        number: digits.parse().ok()?,
+        name: whole.to_owned(),
+        stored_bytes,
+    })
+}
+
+/// Where parts of a stream lie that can be read anywhere.
+struct Located {
+    part: Part,
+    offset: u64,
+}
+
+/// The stream of parts, and what opens them.
+pub(super) struct Parts<'a> {
+    input: Input<'a>,
+    /// The part whose content comes next.
+    next: Option<Part>,
+    passphrase: Passphrase,
+    /// What is part of each passphrase; empty until the header was read.
+    backup_id: String,
+    kdf_memory_bytes: u64,
+    /// The cost of the header's key.
+    header_cost: u64,
+    /// The store, if it can be read anywhere, and its parts, the first last.
+    ahead: Option<(&'a dyn Store, Vec<Located>)>,
+    /// Keys that were derived ahead, by the names of their parts.
+    keys: BTreeMap<String, (Header, Keys)>,
+    /// Members that are not read.
+    pub(super) skipped: HashSet<String>,
+    /// Whether the last block of the stream was one of zeros.
+    ends_in_zeros: bool,
+    count: usize,
+}
+
+impl<'a> Parts<'a> {
+    /// Makes a stream of parts. `store` is where the input comes from, if it can be read anywhere.
+    pub(super) fn new(
+        input: Input<'a>,
+        store: Option<&'a dyn Store>,
+        passphrase: Passphrase,
+        kdf_memory_bytes: u64,
+    ) -> Self {
+        Self {
+            input,
+            next: None,
+            passphrase,
+            backup_id: String::new(),
+            kdf_memory_bytes,
+            header_cost: u64::MAX,
+            ahead: store.map(|store| (store, Vec::new())),
+            keys: BTreeMap::new(),
+            skipped: HashSet::new(),
+            ends_in_zeros: false,
+            count: 0,
+        }
+    }
+
+    pub(super) fn input(&mut self) -> &mut Input<'a> {
+        &mut self.input
+    }
+
+    /// The next file of the stream: its name and length. What of it is not a part is for the caller to judge.
+    fn file(&mut self) -> Result<Option<(String, u64)>> {
+        loop {
+            let start = self.input.offset();
+            let mut header = [0; BLOCK];
+            match self.input.fill(&mut header)? {
+                0 if self.ends_in_zeros => return Ok(None),
+                BLOCK => {}
+                _ => return Err(self.damaged(start, None, "it is cut off")),
+            }
+            let header = stream_header(&header).map_err(|problem| self.damaged(start, None, problem))?;
+            self.ends_in_zeros = matches!(header, StreamHeader::Zeros);
+            match header {
+                StreamHeader::Zeros => {}
+                StreamHeader::Pax(bytes) => {
+                    let mut records = vec![0; usize::try_from(bytes).unwrap_or(0).next_multiple_of(BLOCK)];
+                    self.input.exact(&mut records, None)?;
+                    if !has_times_only(&records[..usize::try_from(bytes).unwrap_or(0)]) {
+                        return Err(self.damaged(start, None, "the header of a part says more than times"));
+                    }
+                }
+                StreamHeader::File { name, bytes } => return Ok(Some((name, bytes))),
+            }
+        }
+    }
+
+    /// Reads the backup's header and the copy of it that is authenticated. Returns its bytes.
+    pub(super) fn header(&mut self) -> Result<Vec<u8>> {
+        const HEADER_BYTES_MAX: u64 = 64 << 10;
+        const COPY_BYTES_MAX: u64 = HEADER_BYTES_MAX + 4096;
+        let mut contents = Vec::new();
+        for (expected, bytes_max) in [
+            ("backup-header", HEADER_BYTES_MAX),
+            ("backup-header.hmac", COPY_BYTES_MAX),
+        ] {
+            let start = self.input.offset();
+            match self.file()? {
+                Some((name, bytes)) if name == expected && bytes <= bytes_max => contents.push(self.stored(bytes)?),
+                _ => return Err(self.damaged(start, None, "its header is missing, or in another place")),
+            }
+        }
+        let start = self.input.offset();
+        let damaged = |parts: &Self| parts.damaged(start, None, "its header is not the one that was protected");
+        let (Some(mut copy), Some(plain)) = (contents.pop(), contents.pop()) else {
+            return Err(damaged(self));
+        };
+        let Some((bytes, _)) = copy.split_first_chunk::<HEADER_BYTES>() else {
+            return Err(damaged(self));
+        };
+        let header = Header::read(bytes, self.kdf_memory_bytes).map_err(|wrong| self.wrong(start, None, wrong))?;
+        let passphrase = self.full_passphrase("backup-header", true);
+        let keys = header.keys(&passphrase).map_err(|wrong| match wrong {
+            Wrong::Passphrase => self.input.refused("the passphrase is another one"),
+            other => self.wrong(start, None, other),
+        })?;
+        copy.drain(..HEADER_BYTES);
+        header
+            .open(&keys, &mut copy)
+            .map_err(|wrong| self.wrong(start, None, wrong))?;
+        self.header_cost = header.parameters.cost();
+        if copy != plain {
+            return Err(damaged(self));
+        }
+        Ok(copy)
+    }
+
+    /// Sets what is part of each passphrase from now on, and looks at all headers of the stream if it can be read anywhere.
+    pub(super) fn begin(&mut self, backup_id: String) -> Result<()> {
+        self.backup_id = backup_id;
+        if let Some((store, _)) = self.ahead {
+            let mut located = walk(store, &self.input)?;
+            located.reverse();
+            self.ahead = Some((store, located));
+        }
+        Ok(())
+    }
+
+    /// The members of the stream, if it can be read anywhere.
+    pub(super) fn known_members(&self) -> Option<HashSet<String>> {
+        let (_, located) = self.ahead.as_ref()?;
+        Some(located.iter().map(|one| one.part.member.clone()).collect())
+    }
+
+    /// What decrypts a part: `BACKUP-ID!NAME!PASSPHRASE`, or for the header only its name.
+    fn full_passphrase(&self, name: &str, is_header: bool) -> zeroize::Zeroizing<Vec<u8>> {
+        let before = if is_header {
+            format!("{name}!")
+        } else {
+            format!("{}!{name}!", self.backup_id)
+        };
+        zeroize::Zeroizing::new([before.as_bytes(), self.passphrase.bytes()].concat())
+    }
+
+    /// The part whose content comes next, or `None` at the end of the stream.
+    pub(super) fn peek(&mut self) -> Result<Option<&Part>> {
+        if self.next.is_none() {
+            let start = self.input.offset();
+            let Some((name, bytes)) = self.file()? else {
+                return Ok(None);
+            };
+            let part = part_of(&name, bytes).filter(|_| bytes <= PART_STORED_BYTES_MAX);
+            let part = part
+                .ok_or_else(|| self.damaged(start, None, "it has a part with a name or a size that is not allowed"))?;
+            self.count += 1;
+            if self.count > PARTS_MAX {
+                return Err(self.input.refused("it has more parts than vmfold takes"));
+            }
+            self.next = Some(part);
+        }
+        Ok(self.next.as_ref())
+    }
+
+    /// Drops the next part.
+    pub(super) fn skip(&mut self) -> Result<()> {
+        if let Some(part) = self.next.take() {
+            self.keys.remove(&part.name);
+            self.input.skip(part.stored_bytes.next_multiple_of(BLOCK as u64))?;
+        }
+        Ok(())
+    }
+
+    /// The content of a file of the stream.
+    fn stored(&mut self, bytes: u64) -> Result<Vec<u8>> {
+        let mut content = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
+        self.input.exact(&mut content, None)?;
+        self.input.skip(bytes.wrapping_neg() % BLOCK as u64)?;
+        Ok(content)
+    }
+
+    /// What the next part holds, once all of it is authenticated. `volume` is what it belongs to, for errors.
+    pub(super) fn open(&mut self, volume: Option<&PathBuf>) -> Result<Vec<u8>> {
+        let Some(part) = self.next.take() else {
+            return Ok(Vec::new());
+        };
+        let start = self.input.offset();
+        let (header, keys) = if let Some(known) = self.key_of(&part) {
+            self.input.skip(HEADER_BYTES as u64)?;
+            known
+        } else {
+            let mut bytes = [0; HEADER_BYTES];
+            if part.stored_bytes < (HEADER_BYTES + TAG_BYTES) as u64 {
+                return Err(self.damaged(start, volume, "a part is too short"));
+            }
+            self.input.exact(&mut bytes, volume.map(PathBuf::as_path))?;
+            let header = self
+                .part_header(&bytes)
+                .map_err(|wrong| self.wrong(start, volume, wrong))?;
+            let keys = header.keys(&self.full_passphrase(&part.name, false));
+            let keys = keys.map_err(|wrong| self.wrong(start, volume, wrong))?;
+            (header, keys)
+        };
+        let rest = part.stored_bytes - HEADER_BYTES as u64;
+        let mut body = vec![0; usize::try_from(rest).unwrap_or(usize::MAX)];
+        self.input.exact(&mut body, volume.map(PathBuf::as_path))?;
+        self.input.skip(part.stored_bytes.wrapping_neg() % BLOCK as u64)?;
+        header
+            .open(&keys, &mut body)
+            .map_err(|wrong| self.wrong(start, volume, wrong))?;
+        Ok(body)
+    }
+
+    fn part_header(&self, bytes: &[u8; HEADER_BYTES]) -> std::result::Result<Header, Wrong> {
+        let header = Header::read(bytes, self.kdf_memory_bytes)?;
+        if !self.is_cost_allowed(&header) {
+            return Err(Wrong::Refused(
+                "the key of a part takes far longer than that of its header".into(),
+            ));
+        }
+        Ok(header)
+    }
+
+    fn is_cost_allowed(&self, header: &Header) -> bool {
+        header.parameters.cost() <= self.header_cost.saturating_mul(COST_FACTOR)
+    }
+
+    /// The keys of a part, if they can be derived ahead: together with those of the parts that follow, on all cores.
+    fn key_of(&mut self, part: &Part) -> Option<(Header, Keys)> {
+        if let Some(known) = self.keys.remove(&part.name) {
+            return Some(known);
+        }
+        let (store, located) = self.ahead.as_mut()?;
+        let store = *store;
+        // Parts come in the order in which they were found.
+        let at = located.iter().rposition(|one| one.part == *part)?;
+        located.truncate(at + 1);
+        let (_, located) = self.ahead.as_ref()?;
+        let (mut chosen, mut memory_bytes) = (Vec::new(), 0u64);
+        for one in located
+            .iter()
+            .rev()
+            .filter(|one| !self.skipped.contains(&one.part.member))
+        {
+            let mut bytes = [0; HEADER_BYTES];
+            if one.part.stored_bytes < (HEADER_BYTES + TAG_BYTES) as u64
+                || store.read_exact_at(one.offset, &mut bytes).is_err()
+            {
+                break;
+            }
+            let Ok(header) = Header::read(&bytes, self.kdf_memory_bytes) else {
+                break;
+            };
+            memory_bytes = memory_bytes.saturating_add(header.parameters.memory_bytes());
+            let is_enough = chosen.len() >= rayon::current_num_threads() || memory_bytes > self.kdf_memory_bytes;
+            if is_enough && !chosen.is_empty() {
+                break;
+            }
+            if !self.is_cost_allowed(&header) {
+                break;
+            }
+            chosen.push((
+                one.part.name.clone(),
+                header,
+                self.full_passphrase(&one.part.name, false),
+            ));
+        }
+        // Where there are none, the part itself tells why.
+        let made: Vec<(String, (Header, Keys))> = chosen
+            .into_par_iter()
+            .filter_map(|(name, header, passphrase)| {
+                let keys = header.keys(&passphrase).ok()?;
+                Some((name, (header, keys)))
+            })
+            .collect();
+        self.keys.extend(made);
+        self.keys.remove(&part.name)
+    }
+
+    /// The error for what is wrong with a part.
+    fn wrong(&self, start: u64, volume: Option<&PathBuf>, wrong: Wrong) -> Error {
+        match wrong {
+            Wrong::Damaged(problem) => self.damaged(start, volume, problem),
+            Wrong::Refused(problem) => self.input.refused(problem),
+            Wrong::Passphrase => self.damaged(
+                start,
+                volume,
+                "a part is not the one of its name, or its header is damaged",
+            ),
+        }
+    }
+
+    pub(super) fn damaged(&self, start: u64, volume: Option<&PathBuf>, problem: &str) -> Error {
+        let length = self.input.offset() - start;
+        self.input.damaged(start, length, volume.cloned(), problem)
+    }
+}
+
+/// Finds all parts of a store that can be read anywhere, by their headers.
+fn walk(store: &dyn Store, input: &Input<'_>) -> Result<Vec<Located>> {
+    let (mut located, mut at) = (Vec::new(), 0u64);
+    loop {
+        let mut header = [0; BLOCK];
+        match store.read_exact_at(at, &mut header) {
+            Ok(()) => {}
+            // Where it is cut off, reading it says so.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(located),
+            Err(error) => return Err(Error::io("read", input.path())(error)),
+        }
+        at += BLOCK as u64;
+        let Ok(header) = stream_header(&header) else {
+            return Ok(located);
+        };
+        let bytes = match header {
+            StreamHeader::Zeros => 0,
+            StreamHeader::Pax(bytes) => bytes,
+            StreamHeader::File { name, bytes } => {
+                if let Some(part) = part_of(&name, bytes) {
+                    located.push(Located { part, offset: at });
+                }
+                if located.len() > PARTS_MAX {
+                    return Err(input.refused("it has more parts than vmfold takes"));
+                }
+                bytes
+            }
+        };
+        at = at.saturating_add(bytes.checked_next_multiple_of(BLOCK as u64).unwrap_or(u64::MAX));
+    }
+}
+
+/// What the parts of a member hold, one after the other.
+pub(super) struct MemberReader<'a> {
+    pub(super) parts: Rc<RefCell<Parts<'a>>>,
+    pub(super) member: String,
+    pub(super) volume: Option<PathBuf>,
+    number: u32,
+    plain: Vec<u8>,
+    at: usize,
+    /// The length of the first part, which all but the last have.
+    first_bytes: Option<usize>,
+    last_bytes: usize,
+}
+
+impl<'a> MemberReader<'a> {
+    /// The member whose first part comes next.
+    pub(super) fn new(parts: &Rc<RefCell<Parts<'a>>>, member: String, volume: Option<PathBuf>) -> Self {
+        Self {
+            parts: Rc::clone(parts),
+            member,
+            volume,
+            number: 0,
+            plain: Vec::new(),
+            at: 0,
+            first_bytes: None,
+            last_bytes: 0,
+        }
+    }
+
+    /// Opens the next part. Returns false at the end of the member.
+    fn next_part(&mut self) -> Result<bool> {
+        let mut parts = self.parts.borrow_mut();
+        let start = parts.input().offset();
+        let number = match parts.peek()? {
+            Some(part) if part.member == self.member => part.number,
+            _ => {
+                // The writer begins another part after a full one, if need be an empty one.
+                if self.last_bytes == PART_BYTES {
+                    return Err(parts.damaged(start, self.volume.as_ref(), "its last part is missing"));
+                }
+                return Ok(false);
+            }
+        };
+        if number != self.number {
+            let problem = format!("part {:03} is missing, and {number:03} is there", self.number);
+            return Err(parts.damaged(start, self.volume.as_ref(), &problem));
+        }
+        if self.first_bytes.is_some_and(|first| first != self.last_bytes) {
+            return Err(parts.damaged(start, self.volume.as_ref(), "a part follows one that was the last"));
+        }
+        self.plain = Vec::new();
+        self.plain = parts.open(self.volume.as_ref())?;
+        self.at = 0;
+        self.number += 1;
+        self.last_bytes = self.plain.len();
+        self.first_bytes.get_or_insert(self.last_bytes);
+        Ok(true)
+    }
+}
+
+impl Read for MemberReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.plain.len() && !buffer.is_empty() {
+            if !self.next_part().map_err(io::Error::other)? {
+                return Ok(0);
+            }
+        }
+        let length = buffer.len().min(self.plain.len() - self.at);
+        buffer[..length].copy_from_slice(&self.plain[self.at..self.at + length]);
+        self.at += length;
+        Ok(length)
+    }
+}
+
+/// Whether a stream begins with the header of a backup: behind a pax header, or at once.
+pub(in crate::foreign) fn begins_with_header(first: &[u8]) -> bool {
+    const NAME: &[u8] = b"backup-header\0";
+    [0, 2 * BLOCK].iter().any(|at| {
+        let header = first.get(*at..at + BLOCK);
+        header.is_some_and(|header| header.starts_with(NAME) && array::<5>(header, 257) == *b"ustar")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_parts_are_of_one_form() {
+        let part = part_of("vm7/root.img.012.enc", 500).unwrap();
+        assert_eq!(
+            (part.member.as_str(), part.number, part.name.as_str()),
+            ("vm7/root.img", 12, "vm7/root.img.012")
+        );
+        assert_eq!(part_of("vm7/root.img.1000.enc", 1).unwrap().number, 1000);
+        assert!(part_of("dom0-home/user.000.enc", 1).is_some());
+        assert!(part_of("qubes.xml.000.enc", 1).is_some());
+        for wrong in [
+            "vm7/root.img.000",
+            "vm7/root.img.01.enc",
+            "vm7/root.img.enc",
+            "vm/root.img.000.enc",
+            "vm7/../root.img.000.enc",
+            "vm7/.000.enc",
+            "vm7/a/b.000.enc",
+            "../qubes.xml.000.enc",
+            "/vm7/root.img.000.enc",
+            "other.xml.000.enc",
+            "vm7/root.img.+01.enc",
+            "vm7/root.img.9999999999.enc",
+        ] {
+            assert_eq!(part_of(wrong, 1), None, "{wrong}");
+        }
+    }
+}
