@@ -398,9 +398,10 @@ pub(super) struct Export {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
-    /// Archive file
+    /// Archive file, or a backup that another program made
     ///
-    /// It is read from a file only: a pipe cannot be listed.
+    /// It is read from a file only: a pipe cannot be listed. Of a backup of Qubes OS, the sizes of images are in what
+    /// is encrypted, and only `verify` tells them.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Show this commit with its images: its number, label or name
@@ -409,15 +410,22 @@ pub(super) struct List {
     /// `previous` the one before.
     #[arg(value_name = "COMMIT")]
     pub(super) commit: Option<String>,
+    #[command(flatten)]
+    pub(super) access: Access,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Verify {
-    /// Archive file
+    /// Archive file, or a backup that another program made
     ///
-    /// It is read from a file only, from its beginning to its end.
+    /// It is read from a file only, from its beginning to its end. Of a backup that another program made, verify proves
+    /// that nothing is missing, and that nothing is damaged as far as the backup has hashes: that of Qubes OS has them
+    /// for all of it, an archive of Proxmox VE for its headers, and the compression around it for its content. The
+    /// first thing that is wrong is told.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
+    #[command(flatten)]
+    pub(super) access: Access,
 }
 
 #[derive(Debug, clap::Args)]

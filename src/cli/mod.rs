@@ -157,16 +157,8 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             }
             Ok(exit_of_archive(result.lost.is_empty() && !result.later_damage))
         }
-        Command::List(command) => {
-            print("list", &list(&command.archive, command.commit.as_deref())?, json)?;
-            Ok(Exit::Done)
-        }
-        Command::Verify(command) => {
-            let result = verify(&command.archive, terminal)?;
-            terminal.finish();
-            print("verify", &result, json)?;
-            Ok(exit_of_archive(result.damage.is_empty() && result.lost.is_empty()))
-        }
+        Command::List(command) => run_list(command, json, terminal),
+        Command::Verify(command) => run_verify(command, json, terminal),
         Command::Diff(command) => {
             let (first, with) = command.sides();
             let result = diff(&command.archive, first.as_deref(), &with, terminal)?;
@@ -186,6 +178,39 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             print("man", &man::write_man_pages(&command.folder)?, json)?;
             Ok(Exit::Done)
         }
+    }
+}
+
+fn run_list(command: &args::List, json: bool, terminal: &Terminal) -> Result<Exit> {
+    if let Some(result) = ops::backup::list(&command.archive, &command.access.access(), terminal)? {
+        check_no_commit(command.commit.as_deref())?;
+        terminal.finish();
+        print("backup", &result, json)?;
+    } else {
+        print("list", &list(&command.archive, command.commit.as_deref())?, json)?;
+    }
+    Ok(Exit::Done)
+}
+
+fn run_verify(command: &args::Verify, json: bool, terminal: &Terminal) -> Result<Exit> {
+    if let Some(result) = ops::backup::verify(&command.archive, &command.access.access(), terminal)? {
+        terminal.finish();
+        print("backup", &result, json)?;
+        return Ok(Exit::Done);
+    }
+    let result = verify(&command.archive, terminal)?;
+    terminal.finish();
+    print("verify", &result, json)?;
+    Ok(exit_of_archive(result.damage.is_empty() && result.lost.is_empty()))
+}
+
+/// Refuses the name of a commit for a backup that another program made.
+fn check_no_commit(commit: Option<&str>) -> Result<()> {
+    match commit {
+        None => Ok(()),
+        Some(_) => Err(Error::Usage(
+            "a backup that another program made has no commits: leave the commit out".into(),
+        )),
     }
 }
 

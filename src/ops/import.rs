@@ -6,7 +6,7 @@ mod seeds;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{ArchivePlace, BackupAccess};
+use super::{ArchivePlace, BackupAccess, open_backup};
 use crate::archive::reader::Archive;
 use crate::archive::record::{LaneId, hash_of};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::exec::restore::folder::Root;
 use crate::exec::restore::pipe::{PipeOptions, PipeSource};
 use crate::exec::restore::source::BlockSource;
 use crate::exec::restore::{Restore, RestoreOptions};
-use crate::foreign::{self, OpenOptions};
+use crate::foreign;
 use crate::monitor::Monitor;
 use crate::plan::restore::chooser;
 use crate::report::Imported;
@@ -86,13 +86,7 @@ pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: 
         let problem = "--commit names a commit of an archive, and this is a backup that another program made";
         return Err(Error::Usage(problem.into()));
     }
-    let ask_passphrase = || options.access.passphrase(monitor);
-    let open_options = OpenOptions {
-        limits: options.access.limits,
-        ask_passphrase: &ask_passphrase,
-        checks_all: false,
-    };
-    let backup = foreign::open(store, &open_options, monitor)?;
+    let backup = open_backup(store, &options.access, false, monitor)?;
     let hash = hash_of(store.head());
     let mut id = LaneId::default();
     let length = id.0.len();

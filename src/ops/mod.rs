@@ -1,5 +1,6 @@
 //! The verbs, one a file. A verb finds images, makes a plan, carries it out, and reports. This file has the steps that several verbs share.
 
+pub mod backup;
 pub mod diff;
 pub mod export;
 pub mod import;
@@ -25,6 +26,7 @@ use crate::plan;
 use crate::pool::{self, Skip, Skipped};
 use crate::shown::shown;
 use crate::spill::Budget;
+use crate::store::PeekedStore;
 
 /// The images that a verb works on, and what it may use for that.
 #[derive(Debug, Clone)]
@@ -93,6 +95,22 @@ impl Default for BackupAccess {
             limits: foreign::Limits::default(),
         }
     }
+}
+
+/// Opens a backup of another program. `checks_all` says whether what is not handed out is checked as well.
+fn open_backup<'a>(
+    store: &'a PeekedStore<'_>,
+    access: &BackupAccess,
+    checks_all: bool,
+    monitor: &'a dyn Monitor,
+) -> Result<Box<dyn foreign::Backup + 'a>> {
+    let ask_passphrase = || access.passphrase(monitor);
+    let options = foreign::OpenOptions {
+        limits: access.limits,
+        ask_passphrase: &ask_passphrase,
+        checks_all,
+    };
+    foreign::open(store, &options, monitor)
 }
 
 /// Opens an index once it is needed. It returns `None` if the verb does without.

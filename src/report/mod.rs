@@ -369,6 +369,36 @@ pub struct Listed {
     pub commits: Vec<ListedCommit>,
 }
 
+/// A volume of a backup that another program made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BackedUpVolume {
+    /// The name that it gets when it is restored.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub path: PathBuf,
+    /// Its size in bytes, holes included. `list` does not know it where only the content tells.
+    pub size: Option<u64>,
+    /// Bytes of it that are neither holes nor zeros, which only `verify` knows.
+    pub data_bytes: Option<u64>,
+}
+
+/// The report of `list` and `verify` on a backup that another program made.
+#[derive(Debug, Serialize)]
+pub struct ListedBackup {
+    /// The backup.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// Its length in bytes.
+    pub archive_bytes: u64,
+    /// What it is.
+    pub kind: &'static str,
+    /// Whether all of it was read, and nothing of it is missing or damaged.
+    pub is_verified: bool,
+    /// Bytes of the distinct blocks that it holds, which only `verify` knows.
+    pub distinct_bytes: Option<u64>,
+    /// Its volumes.
+    pub volumes: Vec<BackedUpVolume>,
+}
+
 /// A damaged place of an archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DamagedPlace {

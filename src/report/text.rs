@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter, Result};
 
 use super::{
-    Change, Diffed, Done, Exported, Imported, Listed, LostImage, Planned, PoolBytes, Reclaimed, Reported, Scanned,
-    Verified,
+    Change, Diffed, Done, Exported, Imported, Listed, ListedBackup, LostImage, Planned, PoolBytes, Reclaimed, Reported,
+    Scanned, Verified,
 };
 use crate::block::ByteRange;
 use crate::facts::PinReason;
@@ -198,6 +198,29 @@ impl Display for Listed {
             }
         }
         Ok(())
+    }
+}
+
+impl Display for ListedBackup {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        let told = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), size);
+        writeln!(f, "{:>11}  {:>11}  Image", "Size", "Data")?;
+        for volume in &self.volumes {
+            let (size, data) = (told(volume.size), told(volume.data_bytes));
+            writeln!(f, "{size:>11}  {data:>11}  {}", shown(&volume.path))?;
+        }
+        write!(
+            f,
+            "`{}`, {}: {} images in {}",
+            shown(&self.archive),
+            self.kind,
+            self.volumes.len(),
+            size(self.archive_bytes)
+        )?;
+        match self.distinct_bytes.filter(|_| self.is_verified) {
+            Some(distinct) => writeln!(f, ", {} distinct: whole, as far as its format tells", size(distinct)),
+            None => writeln!(f),
+        }
     }
 }
 

@@ -197,23 +197,15 @@ impl<'a> Restore<'a> {
 
     /// Reads a source that announces nothing to its end, and keeps nothing of it. Returns the plan for all that it holds.
     fn survey(&mut self) -> Result<RestorePlan> {
-        let mut restored = Restored::default();
-        self.monitor.phase("Reading the backup", 0);
-        let committed = loop {
-            let mut sink = CountingSink {
-                seed: self.seed.as_deref(),
-                restored: &mut restored,
-                monitor: self.monitor,
-            };
-            let delivered = self.source.deliver(&[], &mut sink)?;
-            if delivered.is_last {
-                break delivered.committed;
-            }
-            let Some(offer) = self.source.offer()? else { break None };
-            self.plan_offer(offer, None)?;
+        let seed = self.seed.take();
+        let (options, root) = (self.options, &self.root);
+        let look = |offer: &Offer| {
+            let selected = select(&offer.contents, &options.only)?;
+            destination::look(root, &selected.images, Interrupted::default())?
+                .check_names(options.replace, options.as_revision)
         };
-        let contents = committed.ok_or_else(|| self.source.nothing_committed())?;
-        self.plan_committed(contents, &Journal::default(), &restored)
+        let (contents, counts) = read_all(self.source, seed.as_deref(), look, self.monitor)?;
+        self.plan_committed(contents, &Journal::default(), &counts)
     }
 
     /// Takes the plan, and makes it first if there is none.
@@ -521,6 +513,34 @@ impl<'a> Restore<'a> {
         }
         Ok(mixed_up)
     }
+}
+
+/// Reads a source that announces nothing from where it is to its end, and keeps nothing of it. `look` is called with each offer. Returns what the
+/// source holds, and what of it would be written and shared.
+///
+/// # Errors
+/// Those of [`BlockSource::offer`], [`BlockSource::deliver`] and `look`.
+pub fn read_all(
+    source: &mut dyn BlockSource,
+    seed: Option<&dyn Seed>,
+    look: impl Fn(&Offer) -> Result<()>,
+    monitor: &dyn Monitor,
+) -> Result<(Arc<Contents>, Restored)> {
+    let mut restored = Restored::default();
+    monitor.phase("Reading the backup", 0);
+    while let Some(offer) = source.offer()? {
+        look(&offer)?;
+        let mut sink = CountingSink {
+            seed,
+            restored: &mut restored,
+            monitor,
+        };
+        let delivered = source.deliver(&[], &mut sink)?;
+        if let (true, Some(contents)) = (delivered.is_last, delivered.committed) {
+            return Ok((contents, restored));
+        }
+    }
+    Err(source.nothing_committed())
 }
 
 /// Adds the hashes of a range of blocks to a digest: those that a source has, and otherwise those of what is staged. Returns whether there are
