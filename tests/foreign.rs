@@ -372,6 +372,44 @@ fn events(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn more_files_or_longer_names_than_memory_has_room_for_are_refused() {
+    let header = |name: &str, bytes: usize, kind: u8| {
+        let mut header = [0u8; 512];
+        header[..name.len().min(100)].copy_from_slice(&name.as_bytes()[..name.len().min(100)]);
+        header[124..135].copy_from_slice(format!("{bytes:011o}").as_bytes());
+        header[156] = kind;
+        header[257..265].copy_from_slice(b"ustar  \0");
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header
+    };
+    let files = |count: usize, name_bytes: usize| {
+        let mut archive = Vec::new();
+        for number in 0..count {
+            let mut name = format!("{number:08}").into_bytes();
+            name.resize(name_bytes.max(8), b'x');
+            if name_bytes > 100 {
+                archive.extend(header("././@LongLink", name.len(), b'L'));
+                archive.extend(&name);
+                archive.resize(archive.len().next_multiple_of(512), 0);
+            }
+            archive.extend(header(std::str::from_utf8(&name[..8]).unwrap(), 0, b'0'));
+        }
+        archive.extend([0; 1024]);
+        archive
+    };
+    assert_eq!(read(&files(2000, 200)).0.len(), 2000);
+    for (count, name_bytes) in [((1 << 16) + 1, 8), (2100, 4096)] {
+        let text = read(&files(count, name_bytes)).1.unwrap_err().to_string();
+        assert!(
+            text.contains("it has more files than vmfold takes, or longer names"),
+            "{text}"
+        );
+    }
+}
+
 /// Damage is found: what came whole before it is what was written, and the error says where it is.
 fn assert_nothing_wrong(bytes: &[u8], expected: &BTreeMap<PathBuf, Vec<u8>>, what: &str) {
     let (whole, result) = read(bytes);
@@ -741,7 +779,7 @@ fn a_wrong_passphrase_is_told_from_damage_and_forged_parameters_are_refused() {
         let (store, monitor) = (MemoryStore::of(bytes.to_vec()), Silent::default());
         let ask = || Ok(Passphrase::new(passphrase.into()));
         let mut options = open_options(&ask);
-        options.limits.kdf_memory_bytes = kdf_memory_bytes;
+        options.limits.kdf_memory_bytes = Some(kdf_memory_bytes);
         foreign::open(&store, &options, &monitor).map(drop)
     };
     assert!(open(&backup, "secret", 1 << 30).is_ok());

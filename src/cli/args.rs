@@ -459,13 +459,13 @@ pub(super) struct Access {
     /// Without it, the passphrase is asked for on the terminal.
     #[arg(long, value_name = "FILE")]
     pub(super) passphrase_file: Option<PathBuf>,
-    /// Memory for deriving the keys of a backup of Qubes OS, on all cores together
+    /// Memory for deriving the keys of a backup of Qubes OS, on all cores together; 1 GiB, or half of what is available
     ///
     /// Each part of 100 MiB has a key of its own, which takes as much memory as the host had to spare that made the
     /// backup: up to an eighth of its memory. A backup that asks for more than this is refused. With more of it, keys of
     /// several parts are derived at once.
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = parse_size)]
-    pub(super) kdf_memory: u64,
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) kdf_memory: Option<u64>,
 }
 
 #[derive(Debug, clap::Args)]

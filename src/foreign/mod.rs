@@ -124,7 +124,7 @@ pub fn open<'a>(
         let options = qvm::QvmOptions {
             store: is_whole.then_some(store),
             ask_passphrase: options.ask_passphrase,
-            kdf_memory_bytes: options.limits.kdf_memory_bytes,
+            kdf_memory_bytes: options.limits.kdf_memory_bytes(),
             checks_all: options.checks_all,
             monitor,
         };

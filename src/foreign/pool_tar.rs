@@ -26,6 +26,9 @@ pub(super) struct PoolTar<'a> {
     volumes: HashMap<Vec<u8>, usize>,
     /// The file whose content comes: its number, its length, and what of it is to come, the first last.
     current: Option<(usize, u64, Vec<Stored>)>,
+    /// Names that were told, and their bytes.
+    names: usize,
+    name_bytes: usize,
     monitor: &'a dyn Monitor,
 }
 
@@ -35,6 +38,8 @@ impl<'a> PoolTar<'a> {
             tar: Tar::new(input),
             volumes: HashMap::new(),
             current: None,
+            names: 0,
+            name_bytes: 0,
             monitor,
         }
     }
@@ -68,6 +73,7 @@ impl<'a> PoolTar<'a> {
                 self.tar.input().zeros_to_end()?;
                 return Ok(None);
             };
+            self.count(&entry.name)?;
             let path = path_of(&entry.name);
             match (entry.kind, path) {
                 (EntryKind::Folder, _) => {}
@@ -101,6 +107,20 @@ impl<'a> PoolTar<'a> {
                 (_, None) => return Err(self.damaged(start, "a file has no name")),
             }
         }
+    }
+
+    /// Counts a name, and refuses more than the limits allow.
+    fn count(&mut self, name: &[u8]) -> Result<()> {
+        self.names += 1;
+        self.name_bytes += name.len();
+        let limits = *self.tar.input().limits();
+        if self.names > limits.volumes || self.name_bytes > limits.name_bytes {
+            return Err(self
+                .tar
+                .input()
+                .refused("it has more files than vmfold takes, or longer names"));
+        }
+        Ok(())
     }
 
     fn damaged(&self, start: u64, problem: &str) -> Error {

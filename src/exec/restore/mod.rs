@@ -270,7 +270,7 @@ impl<'a> Restore<'a> {
             identity: identity.as_deref(),
         };
         let destination = destination::look(&self.root, &selected.images, interrupted)?;
-        if !destination.shares {
+        if !destination.shares && !self.is_seed_opened {
             self.monitor.note(
                 "The filesystem cannot share extents: images are restored as plain sparse files, each with its own blocks",
             );

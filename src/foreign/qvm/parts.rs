@@ -23,8 +23,8 @@ const PART_STORED_BYTES_MAX: u64 = (PART_BYTES + HEADER_BYTES + TAG_BYTES) as u6
 const PAX_BYTES_MAX: u64 = 4096;
 /// A later part may cost so many times what the header cost, which was authenticated.
 const COST_FACTOR: u64 = 8;
-/// Parts of a backup: of 100 TB.
-const PARTS_MAX: usize = 1 << 20;
+/// Parts of a backup: of 25 TB. What is known of them takes 64 MiB.
+const PARTS_MAX: usize = 1 << 18;
 
 /// A part, as its header in the stream tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]

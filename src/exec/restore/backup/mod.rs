@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use self::assembler::{Assembler, Piece};
 use self::distinct::{DistinctBlocks, Placed, runs};
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame, Stopped};
-use crate::archive::limits::RUNS_MAX;
+use crate::archive::limits::{IMAGE_BYTES_MAX, RUNS_MAX};
 use crate::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
 use crate::archive::record::{Hash, LaneId, hash_of};
 use crate::block::{BLOCK_LEN, bytes};
@@ -60,8 +60,6 @@ struct VolumeState {
     volume: Volume,
     /// Further names of it.
     links: Vec<PathBuf>,
-    /// How many of its names were offered.
-    names_offered: usize,
     is_taken: bool,
     /// In the order in which they came.
     runs: SpillVec<PlacedRun>,
@@ -88,6 +86,8 @@ pub struct BackupSource<'a> {
     volumes: Vec<VolumeState>,
     /// All names.
     names: BTreeSet<PathBuf>,
+    /// The numbers of volumes that have got a name since the last offer.
+    renamed: BTreeSet<usize>,
     assembler: Assembler,
     distinct: DistinctBlocks,
     /// An event that was read and is not used yet. Its content is in `buffer`.
@@ -115,6 +115,7 @@ impl<'a> BackupSource<'a> {
             path: path.to_owned(),
             volumes: Vec::new(),
             names: BTreeSet::new(),
+            renamed: BTreeSet::new(),
             assembler: Assembler::default(),
             distinct: DistinctBlocks::new(options.folder.clone()),
             pending: None,
@@ -173,6 +174,7 @@ impl<'a> BackupSource<'a> {
             && (self.options.takes)(&path)
         {
             state.links.push(path);
+            self.renamed.insert(volume);
         }
         Ok(())
     }
@@ -181,14 +183,15 @@ impl<'a> BackupSource<'a> {
     fn add_volume(&mut self, volume: Volume) -> Result<()> {
         self.add_name(&volume.path)?;
         let is_taken = (self.options.takes)(&volume.path);
-        if !is_taken {
+        if is_taken {
+            self.renamed.insert(self.volumes.len());
+        } else {
             self.backup.leave_out(self.volumes.len());
         }
         self.volumes.push(VolumeState {
             is_taken,
             volume,
             links: Vec::new(),
-            names_offered: 0,
             runs: SpillVec::new_in(&self.options.budget),
             ended: None,
             is_handed_over: false,
@@ -325,39 +328,35 @@ impl<'a> BackupSource<'a> {
         Ok(())
     }
 
-    /// The images that were not offered yet or have got a name since, without their runs.
-    fn news(&mut self) -> Contents {
+    /// The images that have got a name since the last offer, without their runs.
+    fn news(&mut self) -> Result<Contents> {
         let mut manifest = Manifest::default();
-        let news = self
-            .images()
-            .filter(|(state, _)| state.names_offered <= state.links.len());
-        let images = news.map(|(_, image)| ImageRuns {
-            image,
-            runs: SpillVec::default(),
-        });
-        manifest.images.extend(images);
-        for state in &mut self.volumes {
-            state.names_offered = 1 + state.links.len();
+        for volume in std::mem::take(&mut self.renamed) {
+            manifest.images.push(ImageRuns {
+                image: self.image(volume)?,
+                runs: SpillVec::default(),
+            });
         }
-        Contents {
+        Ok(Contents {
             manifest,
             kind: Some(self.backup.kind()),
             grows: true,
             ..Contents::default()
-        }
+        })
     }
 
-    /// The volumes that are taken, as images.
-    fn images(&self) -> impl Iterator<Item = (&VolumeState, ArchivedImage)> {
-        let taken = self.volumes.iter().filter(|state| state.is_taken);
-        (0..).zip(taken).map(|(number, state)| {
-            let image = ArchivedImage {
-                number,
-                names: [&state.volume.path].into_iter().chain(&state.links).cloned().collect(),
-                size: state.ended.or(state.volume.size).unwrap_or_else(|| came(&state.runs)),
-                metadata: metadata_of(state.volume.time),
-            };
-            (state, image)
+    /// A volume as an image.
+    fn image(&self, volume: usize) -> Result<ArchivedImage> {
+        let state = &self.volumes[volume];
+        let size = state.ended.or(state.volume.size).unwrap_or_else(|| came(&state.runs));
+        if size > IMAGE_BYTES_MAX {
+            return Err(self.refused("a volume is larger than an image may be"));
+        }
+        Ok(ArchivedImage {
+            number: u32::try_from(volume).unwrap_or(u32::MAX),
+            names: [&state.volume.path].into_iter().chain(&state.links).cloned().collect(),
+            size,
+            metadata: metadata_of(state.volume.time),
         })
     }
 
@@ -368,7 +367,8 @@ impl<'a> BackupSource<'a> {
         }
         let mut manifest = Manifest::default();
         let mut hasher = blake3::Hasher::new();
-        for (state, image) in self.images() {
+        for (volume, state) in self.volumes.iter().enumerate().filter(|(_, state)| state.is_taken) {
+            let image = self.image(volume)?;
             let runs = self.runs_of(state, &image)?;
             let log = self.distinct.log();
             let image_digest = digest(&runs, image.size, self.monitor, |first, blocks, digest| {
@@ -483,7 +483,7 @@ impl BlockSource for BackupSource<'_> {
             return Ok(None);
         }
         Ok(Some(Offer {
-            contents: Arc::new(self.news()),
+            contents: Arc::new(self.news()?),
             announced: Vec::new(),
             known_end: StoreBlock(0),
         }))
