@@ -707,6 +707,11 @@ fn what_is_missing_of_a_backup_of_qubes_is_found_and_named() {
             "in `vm-templates/debian-12/root.img`: it is not there, and its machine was backed up",
         ),
         (
+            "the header",
+            without(&[named("backup-header")]),
+            "its backup-header is missing",
+        ),
+        (
             "qubes.xml",
             without(&[named("qubes.xml.000.enc")]),
             "qubes.xml is missing",
@@ -970,6 +975,46 @@ fn of_a_damaged_backup_only_what_came_whole_gets_its_name() {
             .all(|(part, whole)| part == whole || part.iter().all(|byte| *byte == 0))
     );
     assert!(blocks.filter(|(part, whole)| part != whole).count() > 0);
+}
+
+#[test]
+fn of_a_compressed_backup_that_is_damaged_nothing_is_taken_for_whole() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mut compressed = piped("gzip", &some_vma(0, 5).make());
+    let end = compressed.len();
+    compressed[end - 6] ^= 1;
+    std::fs::write(scene.fs.mount.join("flipped"), compressed).unwrap();
+    let output = scene.import("flipped --to to --partial");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    let entries = std::fs::read_dir(scene.fs.mount.join("to")).unwrap();
+    let names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+    assert!(names.iter().all(|name| name.ends_with(".vmfold-partial")), "{names:?}");
+}
+
+#[test]
+fn a_name_of_a_file_that_is_not_chosen_is_not_left_out_silently() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mount = scene.fs.mount.display();
+    sh(&format!(
+        "cd '{mount}'; mkdir t; echo 1 > t/a; ln t/a t/b; echo 2 > t/c; tar -cf t.tar -C t a b c"
+    ));
+    let output = scene.import("t.tar b c --to to");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("`b` is another name of `a`"), "{text}");
+    let output = scene.import("t.tar a b --to other");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read(scene.fs.mount.join("other/b")).unwrap(), b"1\n");
 }
 
 #[test]

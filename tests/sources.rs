@@ -76,6 +76,9 @@ impl Backup for MemoryBackup {
     fn kind(&self) -> &'static str {
         "images in memory"
     }
+    fn proves_each_volume(&self) -> bool {
+        true
+    }
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
         Ok(self.events.pop().map(|(event, content)| {
             *buffer = content;

@@ -84,6 +84,11 @@ impl<'a> Input<'a> {
         &self.limits
     }
 
+    /// Whether it is decompressed.
+    pub fn is_decompressed(&self) -> bool {
+        self.compression.is_some()
+    }
+
     /// The offset of the next byte, after decompression.
     pub fn offset(&self) -> u64 {
         self.offset

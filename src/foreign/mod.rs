@@ -79,6 +79,10 @@ pub trait Backup {
     /// [`Error::DamagedBackup`], [`Error::RefusedBackup`], [`Error::Io`], [`Error::Interrupted`].
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>>;
 
+    /// Whether the end of a volume proves its content, also if something that comes later is damaged. Otherwise, nothing is proved before the
+    /// end of the backup: hashes of a compressed stream come behind what they are of.
+    fn proves_each_volume(&self) -> bool;
+
     /// Says that nothing of a volume is wanted. Its content, its links and its end may be left out from now on.
     fn leave_out(&mut self, volume: usize) {
         let _ = volume;
@@ -129,6 +133,9 @@ pub fn open<'a>(
             monitor,
         };
         return Ok(Box::new(qvm::Qvm::open(input, &options)?));
+    }
+    if qvm::begins_without_header(first) {
+        return Err(input.damaged(0, 0, None, "its backup-header is missing"));
     }
     if pool_tar::is_tar(first) {
         return Ok(Box::new(pool_tar::PoolTar::new(input, monitor)));

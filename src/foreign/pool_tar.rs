@@ -29,12 +29,14 @@ pub(super) struct PoolTar<'a> {
     /// Names that were told, and their bytes.
     names: usize,
     name_bytes: usize,
+    is_decompressed: bool,
     monitor: &'a dyn Monitor,
 }
 
 impl<'a> PoolTar<'a> {
     pub(super) fn new(input: Input<'a>, monitor: &'a dyn Monitor) -> Self {
         Self {
+            is_decompressed: input.is_decompressed(),
             tar: Tar::new(input),
             volumes: HashMap::new(),
             current: None,
@@ -77,6 +79,8 @@ impl<'a> PoolTar<'a> {
             let path = path_of(&entry.name);
             match (entry.kind, path) {
                 (EntryKind::Folder, _) => {}
+                // Before there was a letter for folders, a slash at the end said so.
+                (EntryKind::File, _) if entry.name.ends_with(b"/") && entry.size == 0 => {}
                 (EntryKind::File, Some(path)) => {
                     if entry.size > self.tar.input().limits().volume_bytes {
                         return Err(self.tar.input().refused("a file is larger than vmfold takes"));
@@ -139,6 +143,10 @@ fn path_of(name: &[u8]) -> Option<PathBuf> {
 impl Backup for PoolTar<'_> {
     fn kind(&self) -> &'static str {
         "a tar archive"
+    }
+
+    fn proves_each_volume(&self) -> bool {
+        !self.is_decompressed
     }
 
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {

@@ -1,10 +1,11 @@
 //! A single raw image, compressed as a whole.
 
 use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::compression::Compression;
-use super::{Backup, Event, Input, Volume};
+use super::{Backup, Event, Input, Volume, volume_name};
 use crate::error::Result;
 
 /// Bytes that are handed over at a time.
@@ -45,18 +46,18 @@ fn name_of(path: &Path, compression: Compression) -> PathBuf {
             .is_some_and(|suffix| known.clone().any(|one| one.eq_ignore_ascii_case(suffix)))
     };
     match (whole.extension(), whole.file_stem()) {
-        (Some(suffix), Some(stem)) if is_suffix(suffix) => PathBuf::from(stem),
-        _ => {
-            let mut name = name.to_owned();
-            name.push(".img");
-            PathBuf::from(name)
-        }
+        (Some(suffix), Some(stem)) if is_suffix(suffix) => volume_name::component(stem.as_bytes()),
+        _ => volume_name::component(&[name.as_bytes(), b".img"].concat()),
     }
 }
 
 impl Backup for Raw<'_> {
     fn kind(&self) -> &'static str {
         "a compressed raw image"
+    }
+
+    fn proves_each_volume(&self) -> bool {
+        false
     }
 
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
@@ -95,7 +96,8 @@ mod tests {
             ("disk.raw.GZ", "disk.raw"),
             ("disk.tgz", "disk.tgz.img"),
             ("stdin", "stdin.img"),
-            (".zst", ".zst.img"),
+            (".zst", "%2ezst.img"),
+            ("...zst", "%2e."),
         ] {
             let compression = if path.ends_with("GZ") {
                 Compression::Gzip

@@ -112,7 +112,7 @@ impl<'a> Tar<'a> {
             let size = number(&header[124..136]).ok_or_else(|| self.damaged(start, "an entry has no proper size"))?;
             match header[156] {
                 kind @ (b'x' | b'X') => self.take_pax(kind, size, &mut extra)?,
-                b'g' => self.skip_records(size)?,
+                b'g' => self.skip_global(size)?,
                 b'L' => extra.name = Some(self.text(size)?),
                 b'K' => extra.link = Some(self.text(size)?),
                 _ => return self.entry(&header, start, extra).map(Some),
@@ -158,8 +158,20 @@ impl<'a> Tar<'a> {
         Ok(records)
     }
 
-    fn skip_records(&mut self, size: u64) -> Result<()> {
-        self.records(size, RECORDS_BYTES_MAX).map(drop)
+    /// Skips records that hold for all entries that follow. They must not say what these are.
+    fn skip_global(&mut self, size: u64) -> Result<()> {
+        let start = self.input.offset();
+        let records = self.records(size, RECORDS_BYTES_MAX)?;
+        let mut rest = &records[..];
+        while !rest.is_empty() {
+            let ((key, _), after) =
+                pax_record(rest).ok_or_else(|| self.damaged(start, "a pax header has a record that makes no sense"))?;
+            rest = after;
+            if [&b"path"[..], b"linkpath", b"size"].contains(&key) || key.starts_with(b"GNU.sparse.") {
+                return Err(self.damaged(start, "a header gives all files the same name or size"));
+            }
+        }
+        Ok(())
     }
 
     /// A name in a header of GNU tar.
@@ -354,10 +366,13 @@ impl Extra {
                 self.has_map = true;
             }
             b"GNU.sparse.map" => {
-                let numbers = value.split(|byte| *byte == b',').filter(|digits| !digits.is_empty());
-                self.map = numbers
-                    .map(|digits| decimal(digits).ok_or(wrong))
-                    .collect::<std::result::Result<_, _>>()?;
+                self.map.clear();
+                for digits in value.split(|byte| *byte == b',').filter(|digits| !digits.is_empty()) {
+                    self.map.push(decimal(digits).ok_or(wrong)?);
+                    if self.map.len() > MAP_RANGES_MAX * 2 {
+                        break;
+                    }
+                }
                 self.has_map = true;
             }
             _ => {}

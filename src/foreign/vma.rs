@@ -352,6 +352,10 @@ impl Backup for Vma<'_> {
         "an archive of Proxmox VE"
     }
 
+    fn proves_each_volume(&self) -> bool {
+        !self.input.is_decompressed()
+    }
+
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
         if let Some((event, content)) = self.first.pop() {
             *buffer = content;

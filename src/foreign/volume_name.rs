@@ -6,8 +6,12 @@ use std::path::PathBuf;
 /// Bytes of a name (`NAME_MAX` of linux/limits.h), less what a restore may append to it.
 const NAME_BYTES_MAX: usize = 200;
 
+/// Hexadecimal digits that tell long names from each other.
+const HASH_DIGITS: usize = 16;
+
 /// Returns one component of a path for a name of any bytes. Letters, digits and `.`, `-`, `_`, `+`, `@`, `:` and spaces inside stay as they are;
-/// every other byte becomes `%` and two hexadecimal digits, and so does a dot or a dash at the beginning. A long name is cut.
+/// every other byte becomes `%` and two hexadecimal digits, and so does a dot or a dash at the beginning. A long name is cut, and ends with digits
+/// of its hash.
 pub(super) fn component(name: &[u8]) -> PathBuf {
     let mut text = String::new();
     for (at, byte) in name.iter().enumerate() {
@@ -23,7 +27,10 @@ pub(super) fn component(name: &[u8]) -> PathBuf {
         } else {
             let _ = write!(text, "%{byte:02x}");
         }
-        if text.len() >= NAME_BYTES_MAX {
+        if text.len() > NAME_BYTES_MAX {
+            text.truncate(NAME_BYTES_MAX - HASH_DIGITS - 1);
+            let hash = blake3::hash(name).to_hex();
+            let _ = write!(text, ".{}", &hash[..HASH_DIGITS]);
             break;
         }
     }
@@ -56,13 +63,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn long_names_that_begin_alike_stay_apart() {
+        let name = |end: u8| component(&[&[b'x'; 254][..], &[end]].concat());
+        assert_ne!(name(b'1'), name(b'2'));
+        assert_eq!(component(&[b'x'; 200]).as_os_str().len(), 200);
+    }
+
     proptest! {
         #[test]
         fn a_name_is_one_component(name: Vec<u8>) {
             let path = component(&name);
             let components: Vec<_> = path.components().collect();
             prop_assert!(matches!(components[..], [Component::Normal(_)]));
-            prop_assert!(path.as_os_str().len() <= NAME_BYTES_MAX + 3);
+            prop_assert!(path.as_os_str().len() <= NAME_BYTES_MAX);
         }
     }
 }

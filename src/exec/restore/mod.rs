@@ -188,7 +188,7 @@ impl<'a> Restore<'a> {
         }
         Ok(RestoreOutcome {
             restored: None,
-            lost: lost_images(&plan, &mut losses),
+            lost: lost_images(&plan, &mut losses, self.source),
             later_damage: self.source.has_later_damage(),
             stopped: self.source.stopped(),
             plan,
@@ -428,7 +428,7 @@ impl<'a> Restore<'a> {
             left_out: mixed_up,
             ..Losses::default()
         };
-        let mut lost = lost_images(&plan, &mut losses);
+        let mut lost = lost_images(&plan, &mut losses, self.source);
         let later_damage = self.source.has_later_damage();
         for image in &lost {
             tracing::info!(image = %shown(&image.path), "lost in part or as a whole");
@@ -610,7 +610,7 @@ fn log_plan(plan: &RestorePlan, destination: &Destination) {
 }
 
 /// The images that cannot be restored as a whole, with the ranges that are lost. They are added to `losses.damaged`.
-fn lost_images(plan: &RestorePlan, losses: &mut Losses) -> Vec<LostImage> {
+fn lost_images(plan: &RestorePlan, losses: &mut Losses, source: &dyn BlockSource) -> Vec<LostImage> {
     let mut lost = Vec::new();
     for path in &plan.missing {
         let mut summaries = plan.contents.summaries.iter();
@@ -625,7 +625,10 @@ fn lost_images(plan: &RestorePlan, losses: &mut Losses) -> Vec<LostImage> {
             lost.push(whole);
             continue;
         }
-        let ranges = lost_ranges(&plan.runs_of(restored).runs, restored.size, &losses.blocks);
+        let mut ranges = lost_ranges(&plan.runs_of(restored).runs, restored.size, &losses.blocks);
+        if ranges.is_empty() && source.is_doubtful(&restored.path) {
+            ranges.clone_from(&whole.ranges);
+        }
         if !ranges.is_empty() {
             losses.damaged.insert(restored.image);
             lost.push(LostImage { ranges, ..whole });

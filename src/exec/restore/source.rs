@@ -133,6 +133,12 @@ pub trait BlockSource {
         false
     }
 
+    /// Whether it is not known that an image of the last delivery is the one that was stored, although all of it came.
+    fn is_doubtful(&self, path: &Path) -> bool {
+        let _ = path;
+        false
+    }
+
     /// Why it handed over less than it has, although it committed images.
     fn stopped(&mut self) -> Option<Stopped> {
         None

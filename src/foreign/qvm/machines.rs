@@ -1,11 +1,14 @@
 //! The machines of a backup of Qubes OS, as its `qubes.xml` describes them (qubes-core-admin, `qubes/app.py`).
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use roxmltree::{Document, Node, ParsingOptions};
 
 /// Elements and texts of a `qubes.xml`.
 const NODES_MAX: u32 = 1 << 20;
+/// Bytes of an element's tag and the text behind it: the parser compares the attributes of an element pair by pair.
+const ELEMENT_BYTES_MAX: usize = 16 << 10;
 /// Bytes of a machine's name (`qubes.vm.validate_name`).
 const NAME_BYTES_MAX: usize = 31;
 
@@ -25,6 +28,11 @@ pub(super) struct Machine {
 /// # Errors
 /// Says what makes no sense.
 pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
+    let mut elements = xml.split('<');
+    // It has no namespaces, and finding out which of many is meant takes long.
+    if xml.contains("xmlns") || elements.any(|element| element.len() > ELEMENT_BYTES_MAX) {
+        return Err("its qubes.xml has elements that are not allowed".into());
+    }
     let options = ParsingOptions {
         nodes_limit: NODES_MAX,
         ..ParsingOptions::default()
@@ -33,6 +41,7 @@ pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
         Document::parse_with_options(xml, options).map_err(|error| format!("its qubes.xml makes no sense: {error}"))?;
     let domains = document.descendants().filter(|node| node.has_tag_name("domain"));
     let mut machines: Vec<Machine> = Vec::new();
+    let mut known = HashSet::new();
     for domain in domains {
         if value_of(domain, "features", "feature", "backup-content").is_none_or(|value| value != "True") {
             continue;
@@ -61,10 +70,7 @@ pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
             path: Path::new(parent).join(name),
             images: images_of(domain)?,
         };
-        if machines
-            .iter()
-            .any(|other| other.folder == machine.folder || other.path == machine.path)
-        {
+        if !known.insert(PathBuf::from(folder)) || !known.insert(machine.path.clone()) {
             return Err("its qubes.xml has two machines in the same folder, or of the same name".into());
         }
         machines.push(machine);
@@ -160,5 +166,8 @@ mod tests {
         assert!(twice.is_err());
         assert!(parse("<!DOCTYPE a [<!ENTITY b \"c\">]><qubes>&b;</qubes>").is_err());
         assert!(parse("<qubes>").is_err());
+        assert!(parse("<qubes xmlns:a=\"b\"/>").is_err());
+        let many: Vec<String> = (0..5000).map(|number| format!(" a{number}=\"\"")).collect();
+        assert!(parse(&format!("<qubes{}/>", many.concat())).is_err());
     }
 }

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use self::machines::Machine;
-pub(super) use self::parts::begins_with_header;
 use self::parts::{MemberReader, Parts};
+pub(super) use self::parts::{begins_with_header, begins_without_header};
 use super::secret::AskPassphrase;
 use super::tar::{EntryKind, Stored, Tar};
 use super::{Backup, Compression, Event, Input, Volume, volume_name};
@@ -26,7 +26,7 @@ use crate::store::Store;
 /// Bytes that are handed over at a time.
 const PART_BYTES: u64 = 1 << 20;
 /// Bytes of a `qubes.xml`.
-const XML_BYTES_MAX: u64 = 16 << 20;
+const XML_BYTES_MAX: u64 = 8 << 20;
 /// What a machine has that nothing else was backed up of.
 const EMPTY: &str = "empty";
 
@@ -303,6 +303,10 @@ impl Backup for Qvm<'_> {
         }
         self.check_images(|member| self.seen.contains(member))?;
         Ok(None)
+    }
+
+    fn proves_each_volume(&self) -> bool {
+        true
     }
 
     fn leave_out(&mut self, volume: usize) {

@@ -520,11 +520,25 @@ impl Read for MemberReader<'_> {
 
 /// Whether a stream begins with the header of a backup: behind a pax header, or at once.
 pub(in crate::foreign) fn begins_with_header(first: &[u8]) -> bool {
-    const NAME: &[u8] = b"backup-header\0";
-    [0, 2 * BLOCK].iter().any(|at| {
-        let header = first.get(*at..at + BLOCK);
-        header.is_some_and(|header| header.starts_with(NAME) && array::<5>(header, 257) == *b"ustar")
+    first_names(first).any(|name| name == b"backup-header")
+}
+
+/// Whether a stream begins with something else of a backup, whose header is lost.
+pub(in crate::foreign) fn begins_without_header(first: &[u8]) -> bool {
+    first_names(first).any(|name| {
+        let is_part = std::str::from_utf8(&name).is_ok_and(|name| part_of(name, 0).is_some());
+        is_part || name == b"backup-header.hmac"
     })
+}
+
+/// The names of what a stream begins with, and of what stands where a file stands that has a pax header.
+fn first_names(first: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    let headers = [0, 2 * BLOCK]
+        .into_iter()
+        .filter_map(|at| first.get(at..)?.first_chunk::<BLOCK>());
+    headers
+        .filter(|header| array::<5>(&header[..], 257) == *b"ustar")
+        .map(ustar_name)
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{CommitName, Contents};
 use crate::range;
+use crate::shown::shown;
 use crate::spill::{Budget, SpillVec};
 
 /// Blocks that are handed to the sink as one frame.
@@ -167,16 +168,25 @@ impl<'a> BackupSource<'a> {
         Ok(())
     }
 
-    /// Notes another name of a volume. If the volume itself is not restored, neither is this.
+    /// Notes another name of a volume.
     fn add_link(&mut self, volume: usize, path: PathBuf) -> Result<()> {
         self.add_name(&path)?;
-        if let Some(state) = self.volumes.get_mut(volume).filter(|state| state.is_taken)
-            && (self.options.takes)(&path)
-        {
-            state.links.push(path);
-            self.renamed.insert(volume);
+        if !(self.options.takes)(&path) {
+            return Ok(());
         }
-        Ok(())
+        match self.volumes.get_mut(volume) {
+            Some(state) if state.is_taken => {
+                state.links.push(path);
+                self.renamed.insert(volume);
+                Ok(())
+            }
+            Some(state) => Err(Error::Usage(format!(
+                "`{}` is another name of `{}`, whose content came before: choose that as well",
+                shown(&path),
+                shown(&state.volume.path)
+            ))),
+            None => Err(self.refused("a name is that of no volume")),
+        }
     }
 
     /// Notes a volume.
@@ -527,6 +537,10 @@ impl BlockSource for BackupSource<'_> {
 
     fn nothing_committed(&self) -> Error {
         self.refused("it holds no volumes")
+    }
+
+    fn is_doubtful(&self, _: &Path) -> bool {
+        self.is_damaged && !self.backup.proves_each_volume()
     }
 
     fn stopped(&mut self) -> Option<Stopped> {
