@@ -554,7 +554,7 @@ impl Error {
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
             Self::DamagedBackup { .. } => {
-                "vmfold import --partial restores the volumes that came whole before the damage"
+                "vmfold import --partial restores what came before the damage"
             }
             Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } => return None,
         })
