@@ -22,6 +22,7 @@ need setfattr attr attr
 need zstd zstd zstd
 need bzip2 bzip2 bzip2
 need xz xz-utils xz
+need lzma xz-utils xz-lzma-compat
 need lz4 lz4 lz4
 need lzop lzop lzop
 need scrypt scrypt scrypt
