@@ -553,9 +553,7 @@ impl Error {
             Self::InUse { .. } => "shut its machine down, or restore to another folder",
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
-            Self::DamagedBackup { .. } => {
-                "vmfold import --partial restores what came before the damage"
-            }
+            Self::DamagedBackup { .. } => "vmfold import --partial restores what came before the damage",
             Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } => return None,
         })
     }
