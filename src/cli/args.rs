@@ -478,9 +478,10 @@ pub(super) struct Import {
     /// zstd, lz4 or lzop. Machines of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar archive are
     /// read in every form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content, whatever its name. It
     /// is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
-    /// the images that came whole before are restored, and the exit code is 1. An image has the name of its volume, is
-    /// readable by its owner alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long
-    /// it should be: if it was compressed in several parts and some are missing, what is there is restored.
+    /// the images that came whole before are restored, and the exit code is 1; of a backup that is compressed as a
+    /// whole none are, because its checksum comes last. An image has the name of its volume, is readable by its owner
+    /// alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long it should be: if it was
+    /// compressed in several parts and some are missing, what is there is restored.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Images to restore, by pattern or folder; all if none is named

@@ -188,9 +188,6 @@ impl<R: BufRead> Read for Lz4<R> {
                 return Ok(0);
             }
         }
-        let length = buffer.len().min(self.content.len() - self.at);
-        buffer[..length].copy_from_slice(&self.content[self.at..self.at + length]);
-        self.at += length;
-        Ok(length)
+        Ok(super::hand_out(&self.content, &mut self.at, buffer))
     }
 }

@@ -201,9 +201,6 @@ impl<R: BufRead> Read for Lzop<R> {
                 return Ok(0);
             }
         }
-        let length = buffer.len().min(self.content.len() - self.at);
-        buffer[..length].copy_from_slice(&self.content[self.at..self.at + length]);
-        self.at += length;
-        Ok(length)
+        Ok(super::hand_out(&self.content, &mut self.at, buffer))
     }
 }

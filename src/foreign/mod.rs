@@ -172,6 +172,15 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     array
 }
 
+/// Copies what of `content` was not handed out yet, from `at` on, as far as the buffer has room. Returns how many bytes that are.
+fn hand_out(content: &[u8], at: &mut usize, buffer: &mut [u8]) -> usize {
+    let rest = &content[*at..];
+    let length = rest.len().min(buffer.len());
+    buffer[..length].copy_from_slice(&rest[..length]);
+    *at += length;
+    length
+}
+
 /// The error for a backup whose content is wrong: where is in `input`, and of what, as far as it is known.
 fn damaged_at(input: &Input<'_>, start: u64, length: u64, volume: Option<&Volume>, problem: &str) -> Error {
     input.damaged(start, length, volume.map(|volume| volume.path.clone()), problem)

@@ -13,7 +13,7 @@ use super::scrypt_file::{HEADER_BYTES, Header, Keys, TAG_BYTES, Wrong};
 use crate::error::{Error, Result};
 use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::{BLOCK, has_checksum, number, pax_record, ustar_name};
-use crate::foreign::{Input, array};
+use crate::foreign::{Input, array, hand_out};
 use crate::store::Store;
 
 /// Bytes of a part before it is encrypted: where the writer cuts. A part of this length is never the last of a member.
@@ -511,10 +511,7 @@ impl Read for MemberReader<'_> {
                 return Ok(0);
             }
         }
-        let length = buffer.len().min(self.plain.len() - self.at);
-        buffer[..length].copy_from_slice(&self.plain[self.at..self.at + length]);
-        self.at += length;
-        Ok(length)
+        Ok(hand_out(&self.plain, &mut self.at, buffer))
     }
 }
 

@@ -210,6 +210,11 @@ impl<'a> BackupSource<'a> {
         Ok(())
     }
 
+    /// Whether something can be restored if nothing more comes.
+    fn has_proved_volumes(&self) -> bool {
+        self.backup.proves_each_volume() && self.volumes.iter().any(VolumeState::is_whole)
+    }
+
     fn refused(&self, problem: &str) -> Error {
         Error::RefusedBackup {
             path: self.path.clone(),
@@ -508,7 +513,7 @@ impl BlockSource for BackupSource<'_> {
                     is_last: false,
                 });
             }
-            Err(error) if error.kind() == ErrorKind::NoSpace && self.volumes.iter().any(VolumeState::is_whole) => {
+            Err(error) if error.kind() == ErrorKind::NoSpace && self.has_proved_volumes() => {
                 for state in self.volumes.iter_mut().filter(|state| !state.is_whole()) {
                     state.is_left_out = state.is_taken;
                     state.is_taken = false;
