@@ -5,12 +5,14 @@
 //! To add a format, implement [`Backup`] in a file here and name its first bytes in [`is_backup`] and [`open`]. `tests/foreign.rs` has what each must stand.
 
 mod compression;
+mod container;
 mod input;
 mod limits;
 mod lz4;
 mod lzop;
 mod pool_tar;
 mod qvm;
+mod random;
 mod raw;
 mod secret;
 mod tar;
@@ -23,6 +25,9 @@ pub use compression::Compression;
 pub use input::Input;
 pub use limits::Limits;
 pub use secret::{AskPassphrase, Passphrase};
+
+use container::ContainerKind;
+use random::RandomInput;
 
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -101,7 +106,10 @@ pub struct OpenOptions<'a> {
 
 /// Whether something that begins with these bytes, 1536 of them or all there are, is a backup that [`open`] reads.
 pub fn is_backup(first: &[u8]) -> bool {
-    Compression::of(first).is_some() || first.starts_with(vma::MAGIC) || pool_tar::is_tar(first)
+    Compression::of(first).is_some()
+        || first.starts_with(vma::MAGIC)
+        || pool_tar::is_tar(first)
+        || ContainerKind::of(first).is_some()
 }
 
 /// Opens the backup that a store holds, whose first bytes are those of one.
@@ -140,6 +148,16 @@ pub fn open<'a>(
     if pool_tar::is_tar(first) {
         return Ok(Box::new(pool_tar::PoolTar::new(input, monitor)));
     }
+    if let Some(kind) = ContainerKind::of(first) {
+        let file = RandomInput::of_store(store, options.limits, monitor)?.filter(|_| compression.is_none());
+        let file = file.ok_or_else(|| {
+            let name = kind.name();
+            input.refused(format!(
+                "it is {name}, which is read in any order: store it in a file, not compressed"
+            ))
+        })?;
+        return kind.open(file);
+    }
     if let Some((_, problem)) = NOT_READ.iter().find(|(magic, _)| first.starts_with(magic)) {
         return Err(input.refused(*problem));
     }
@@ -154,11 +172,8 @@ pub fn open<'a>(
 const MAGIC_BYTES: usize = 1536;
 
 /// First bytes of what is no raw image, and what to say of it.
-const NOT_READ: [(&[u8], &str); 5] = [
+const NOT_READ: [(&[u8], &str); 2] = [
     (b"\x89vmfold\n", "it holds an archive of vmfold: decompress it first"),
-    (b"QFI\xfb", "it holds a qcow2, which this version does not read"),
-    (b"KDMV", "it holds a VMDK, which this version does not read"),
-    (b"vhdxfile", "it holds a VHDX, which this version does not read"),
     (
         b"LUKS\xba\xbe",
         "it holds an encrypted volume, of which nothing can be shared",

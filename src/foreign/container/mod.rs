@@ -1,0 +1,145 @@
+//! Disks that hypervisors keep in files of their own formats (containers): a table says where each piece of the disk lies in the file. Such a file is
+//! read in any order, so it must be a file that is not compressed. No file that a container names is opened.
+
+mod qcow2;
+mod vdi;
+mod vhd;
+mod vhdx;
+mod vmdk;
+
+use super::random::RandomInput;
+use super::{Backup, Event, Volume};
+use crate::error::Result;
+
+/// Bytes that are handed over at a time, at most.
+const PART_BYTES: usize = 1 << 20;
+
+/// A disk in a container, with its earlier states where the container keeps them.
+trait Disk {
+    /// Returns what it is, for messages.
+    fn kind(&self) -> &'static str;
+
+    /// The disk, and behind it its earlier states. Each has a size.
+    fn volumes(&self) -> Vec<Volume>;
+
+    /// Finds the first content of a volume at `from` or behind it, and puts it into the buffer: [`PART_BYTES`] at most, none behind the end of
+    /// the volume. Returns its offset, or `None` if there are only zeros up to the end.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::DamagedBackup`]; those of reading.
+    fn content(&mut self, volume: usize, from: u64, buffer: &mut Vec<u8>) -> Result<Option<u64>>;
+}
+
+/// A kind of container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ContainerKind {
+    Qcow2,
+    Vdi,
+    Vhd,
+    Vhdx,
+    Vmdk,
+}
+
+impl ContainerKind {
+    /// The container that begins with these bytes.
+    pub(super) fn of(first: &[u8]) -> Option<Self> {
+        let has = |at: usize, magic: &[u8]| first.get(at..).is_some_and(|rest| rest.starts_with(magic));
+        let kinds = [
+            (Self::Qcow2, has(0, qcow2::MAGIC)),
+            (Self::Vdi, has(vdi::MAGIC_AT, vdi::MAGIC)),
+            (Self::Vhd, has(0, vhd::MAGIC)),
+            (Self::Vhdx, has(0, vhdx::MAGIC)),
+            (Self::Vmdk, has(0, vmdk::MAGIC)),
+        ];
+        kinds.into_iter().find_map(|(kind, has)| has.then_some(kind))
+    }
+
+    /// Returns its name, for messages.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "a qcow2 image",
+            Self::Vdi => "a VDI image",
+            Self::Vhd => "a VHD image",
+            Self::Vhdx => "a VHDX image",
+            Self::Vmdk => "a VMDK image",
+        }
+    }
+
+    /// Opens a container.
+    ///
+    /// # Errors
+    /// Those of [`super::open`].
+    pub(super) fn open(self, input: RandomInput<'_>) -> Result<Box<dyn Backup + '_>> {
+        Ok(match self {
+            Self::Qcow2 => Box::new(Container::new(qcow2::Qcow2::open(input)?)),
+            Self::Vdi => Box::new(Container::new(vdi::Vdi::open(input)?)),
+            Self::Vhd => Box::new(Container::new(vhd::Vhd::open(input)?)),
+            Self::Vhdx => Box::new(Container::new(vhdx::Vhdx::open(input)?)),
+            Self::Vmdk => Box::new(Container::new(vmdk::Vmdk::open(input)?)),
+        })
+    }
+}
+
+/// A container as a backup: its volumes one after the other, each in the order of its bytes.
+struct Container<D> {
+    disk: D,
+    volumes: Vec<Volume>,
+    /// Volumes that were told.
+    told: usize,
+    /// Volumes of which nothing is wanted.
+    left_out: Vec<bool>,
+    /// The volume whose content comes, and the offset of what was not looked at.
+    at: (usize, u64),
+}
+
+impl<D: Disk> Container<D> {
+    fn new(disk: D) -> Self {
+        let volumes = disk.volumes();
+        Self {
+            left_out: vec![false; volumes.len()],
+            disk,
+            volumes,
+            told: 0,
+            at: (0, 0),
+        }
+    }
+}
+
+impl<D: Disk> Backup for Container<D> {
+    fn kind(&self) -> &'static str {
+        self.disk.kind()
+    }
+
+    fn proves_each_volume(&self) -> bool {
+        true
+    }
+
+    fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
+        if let Some(volume) = self.volumes.get(self.told) {
+            self.told += 1;
+            return Ok(Some(Event::Volume(volume.clone())));
+        }
+        let (mut volume, from) = self.at;
+        while self.left_out.get(volume).copied().unwrap_or_default() {
+            volume += 1;
+        }
+        let Some(size) = self.volumes.get(volume).map(|volume| volume.size.unwrap_or_default()) else {
+            return Ok(None);
+        };
+        let from = if volume == self.at.0 { from } else { 0 };
+        if from < size
+            && let Some(offset) = self.disk.content(volume, from, buffer)?
+        {
+            self.at = (volume, offset + buffer.len() as u64);
+            return Ok(Some(Event::Data { volume, offset }));
+        }
+        self.at = (volume + 1, 0);
+        Ok(Some(Event::End { volume, size }))
+    }
+
+    fn leave_out(&mut self, volume: usize) {
+        if let Some(left_out) = self.left_out.get_mut(volume) {
+            *left_out = true;
+        }
+    }
+}
