@@ -170,7 +170,7 @@ pub(super) struct Named {
     /// fit into memory lies in unnamed files here while vmfold runs. Nobody else may be able to write to the folder.
     /// Where it cannot be used, the run goes on without an index and says so.
     #[arg(long, value_name = "DIR", default_value = DEFAULT_FOLDER)]
-    index: PathBuf,
+    pub(super) index: PathBuf,
     /// Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each TiB of extents, if
     /// not said
     ///
@@ -357,6 +357,7 @@ pub(super) struct Reclaim {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("paths", |paths| paths.required_unless_present("from")))]
 pub(super) struct Export {
     /// Archive file, new or to be appended to; `-` for standard output
     ///
@@ -365,6 +366,16 @@ pub(super) struct Export {
     /// encrypted disk.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
+    /// Export a backup that another program made, in the place of images; `-` for standard input
+    ///
+    /// It takes the backups that `import` takes. Their blocks are stored as those of images are, each once, so that full
+    /// backups of one machine take little more than one of them. Each makes a commit, with the backup's own time and,
+    /// if no --label is given, its own name or that of its file. The backup is read once, and nothing of it is kept
+    /// if anything of it is missing or damaged.
+    #[arg(long, value_name = "BACKUP", conflicts_with_all = ["paths", "files_from", "qubes", "exclude", "revisions"])]
+    pub(super) from: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) access: Access,
     #[command(flatten)]
     pub(super) scope: Named,
     /// Choose images that match this pattern; may be given more than once

@@ -26,7 +26,7 @@ use crate::frame::Packer;
 use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::diff::{ComparedWith, diff};
-use crate::ops::export::{ExportOptions, export};
+use crate::ops::export::{BackupExportOptions, ExportOptions, export, export_backup};
 use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list;
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
@@ -230,10 +230,13 @@ fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Resu
 }
 
 fn run_export(command: &args::Export, json: bool, terminal: &Terminal) -> Result<Exit> {
-    let options = command.options()?;
-    let result = export(&options, terminal)?;
+    let archive = archive_place(&command.archive);
+    let result = match &command.from {
+        Some(from) => export_backup(&command.backup_options(from), terminal),
+        None => export(&command.options()?, terminal),
+    }?;
     terminal.finish();
-    let to_stderr = options.archive == ArchivePlace::Pipe;
+    let to_stderr = archive == ArchivePlace::Pipe;
     print_to(ReportFormat { json, to_stderr }, "export", &result)?;
     Ok(exit_of_pool(false, !result.skipped.is_empty()))
 }
@@ -403,6 +406,22 @@ impl args::Export {
             trusts_archive: self.trust_archive,
             label: self.label.clone(),
         })
+    }
+}
+
+impl args::Export {
+    /// The options for the backup `from`.
+    fn backup_options(&self, from: &Path) -> BackupExportOptions {
+        BackupExportOptions {
+            from: archive_place(from),
+            only: self.only.clone(),
+            archive: archive_place(&self.archive),
+            level: self.level,
+            trusts_archive: self.trust_archive,
+            label: self.label.clone(),
+            folder: self.scope.index.clone(),
+            access: self.access.access(),
+        }
     }
 }
 

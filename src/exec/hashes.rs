@@ -166,6 +166,24 @@ impl<'a> StoredHashes<'a> {
         Ok(self.page_from(block)?.first().copied().flatten())
     }
 
+    /// The hashes of so many blocks from one on. One that the archive has lost, or of a block that is not there, is `None`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the archive cannot be read.
+    pub fn read(&mut self, first: StoreBlock, blocks: u32) -> Result<Vec<Option<Hash>>> {
+        let mut read = Vec::with_capacity(blocks as usize);
+        while read.len() < blocks as usize {
+            let left = blocks as usize - read.len();
+            let page = self.page_from(first + u32::try_from(read.len()).unwrap_or(u32::MAX))?;
+            if page.is_empty() {
+                read.resize(blocks as usize, None);
+            } else {
+                read.extend_from_slice(&page[..page.len().min(left)]);
+            }
+        }
+        Ok(read)
+    }
+
     /// The hashes from a block on to the end of its page. There are none from `end` on.
     fn page_from(&mut self, block: StoreBlock) -> Result<&[Option<Hash>]> {
         let Some((archive, committed)) = self.commit.filter(|_| block < self.end) else {

@@ -73,10 +73,24 @@ pub enum Event {
     },
 }
 
+/// What a backup says of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// What its program called it.
+    pub name: Option<String>,
+    /// When it was made.
+    pub time: Option<FileTime>,
+}
+
 /// A backup that is read in order.
 pub trait Backup {
     /// Returns what it is, for messages.
     fn kind(&self) -> &'static str;
+
+    /// Returns what it says of itself.
+    fn origin(&self) -> Origin {
+        Origin::default()
+    }
 
     /// Reads on. Content replaces that of the buffer. `None` means that the backup is whole. Nothing is read after an error.
     ///

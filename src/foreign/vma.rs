@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use md5::{Digest, Md5};
 
-use super::{Backup, Event, Input, Volume, array, damaged_at, volume_name};
+use super::{Backup, Event, Input, Origin, Volume, array, damaged_at, volume_name};
 use crate::block::{BLOCK_LEN, NumberSet};
 use crate::content::FileTime;
 use crate::error::Result;
@@ -57,6 +57,7 @@ struct Cluster {
 pub(super) struct Vma<'a> {
     input: Input<'a>,
     uuid: [u8; 16],
+    time: FileTime,
     devices: Vec<Option<Device>>,
     volumes: Vec<Volume>,
     /// Events that come before anything is read, the first one last.
@@ -99,6 +100,7 @@ impl<'a> Vma<'a> {
         };
         let mut archive = Self {
             uuid: array(&header, 8),
+            time,
             devices: Vec::new(),
             volumes: Vec::new(),
             first: Vec::new(),
@@ -350,6 +352,13 @@ fn text(blobs: &[u8], at: u32) -> Option<&[u8]> {
 impl Backup for Vma<'_> {
     fn kind(&self) -> &'static str {
         "an archive of Proxmox VE"
+    }
+
+    fn origin(&self) -> Origin {
+        Origin {
+            name: None,
+            time: Some(self.time),
+        }
     }
 
     fn proves_each_volume(&self) -> bool {

@@ -7,7 +7,7 @@ use crate::archive::record::LaneId;
 use crate::block::bytes;
 use crate::content::Content;
 use crate::error::{Error, Result};
-use crate::exec::restore::backup::{BackupOptions, BackupSource};
+use crate::exec::restore::backup::{BackupOptions, BackupSource, NoEarlierBlocks};
 use crate::exec::restore::read_all;
 use crate::foreign::{self, Event};
 use crate::monitor::Monitor;
@@ -83,6 +83,7 @@ pub fn verify(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Resu
         id: LaneId::default(),
         folder: std::env::temp_dir(),
         budget: super::runs_budget(None),
+        earlier: Box::new(NoEarlierBlocks),
     };
     let mut source = BackupSource::new(backup, path, options, monitor);
     let (contents, counts) = read_all(&mut source, None, |_| Ok(()), monitor)?;

@@ -1,5 +1,6 @@
 //! `export`: writes images and revisions to an archive, each distinct block once.
 
+mod from_backup;
 mod images;
 mod open_archive;
 
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+pub use self::from_backup::{BackupExportOptions, export_backup};
 use self::images::{Summarizer, corrected, put_images, with_inline};
 use self::open_archive::{OpenArchive, random};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
@@ -75,19 +77,27 @@ pub struct ExportOptions {
 /// [`Error::Io`] if it cannot be written; [`Error::Interrupted`]. Whatever the error, the archive keeps the commits it had, and a
 /// file is no longer than before.
 pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported> {
-    match &options.archive {
-        ArchivePlace::Pipe => {
+    to_place(&options.archive, |open| export_to(options, open, monitor), monitor)
+}
+
+/// Runs an export to a place. It opens the archive once there is something to export. A file that it made and leaves empty is removed.
+fn to_place(
+    place: &ArchivePlace,
+    run: impl FnOnce(&mut dyn FnMut() -> Result<Arc<dyn Store>>) -> Result<Exported>,
+    monitor: &dyn Monitor,
+) -> Result<Exported> {
+    match place {
+        ArchivePlace::Pipe => run(&mut || {
             let pipe = OutputPipe::new().map_err(Error::io("write to", Path::new("stdout")))?;
-            export_to(options, || Ok(Arc::new(pipe)), monitor)
-        }
+            Ok(Arc::new(pipe))
+        }),
         ArchivePlace::File(path) => {
             let mut opened = None;
-            let open = || {
+            let result = run(&mut || {
                 let file = Arc::new(FileStore::append_to(path)?);
                 opened = Some(Arc::clone(&file));
                 Ok(file as Arc<dyn Store>)
-            };
-            let result = export_to(options, open, monitor);
+            });
             if let Some(file) = opened.filter(|_| result.is_err())
                 && let Err(error) = file.remove_if_unused()
             {
@@ -96,6 +106,16 @@ pub fn export(options: &ExportOptions, monitor: &dyn Monitor) -> Result<Exported
             result
         }
     }
+}
+
+/// Refuses a label that is too long.
+fn check_label(label: &str) -> Result<()> {
+    if label.len() > LABEL_BYTES_MAX {
+        return Err(Error::Usage(format!(
+            "the label is longer than {LABEL_BYTES_MAX} bytes"
+        )));
+    }
+    Ok(())
 }
 
 /// Exports a pool to a store, which is opened once there is something to export. [`ExportOptions::archive`] is not used.
@@ -107,11 +127,7 @@ pub fn export_to(
     open: impl FnOnce() -> Result<Arc<dyn Store>>,
     monitor: &dyn Monitor,
 ) -> Result<Exported> {
-    if options.label.len() > LABEL_BYTES_MAX {
-        return Err(Error::Usage(format!(
-            "the label is longer than {LABEL_BYTES_MAX} bytes"
-        )));
-    }
+    check_label(&options.label)?;
     let mut found = discover(&options.scope, monitor)?;
     let mut origin = ImageOrigins {
         root: common_folder(found.named.iter().map(|named| named.root.as_path())),
@@ -328,7 +344,11 @@ impl Exporter<'_> {
             other_lanes: opened.archive.as_ref().map_or_else(Vec::new, Archive::other_lanes),
             ..Listed::default()
         };
-        let commit = self.commit(outcome.hashes.end());
+        let commit = commit_of(
+            self.options.label.clone(),
+            self.origin.root.clone(),
+            outcome.hashes.end(),
+        );
         let (base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;
         // The archive has the commit: an error that follows does not undo it.
         let old_base = std::mem::replace(&mut opened.base, base);
@@ -467,20 +487,6 @@ impl Exporter<'_> {
         }
     }
 
-    /// A commit, to which [`ArchiveWriter::finish`] adds its number, its predecessor and its lists.
-    fn commit(&self, store_end: StoreBlock) -> Commit {
-        let name = rustix::system::uname();
-        Commit {
-            time: now(),
-            label: self.options.label.clone(),
-            root: self.origin.root.clone(),
-            host: name.nodename().to_string_lossy().into_owned(),
-            writer: concat!("vmfold ", env!("CARGO_PKG_VERSION")).into(),
-            store_end,
-            ..Commit::default()
-        }
-    }
-
     /// Checks that no image was written to since it was opened.
     fn check_unchanged(&self) -> Result<()> {
         let fs = self.fs;
@@ -554,6 +560,20 @@ impl Exporter<'_> {
             let relative = full_path.strip_prefix(&self.origin.root).unwrap_or(full_path);
             beneath::Folder::open(&self.origin.root)?.folder(relative)
         })
+    }
+}
+
+/// A commit of this host and this time, to which [`ArchiveWriter::finish`] adds its number, its predecessor and its lists.
+fn commit_of(label: String, root: PathBuf, store_end: StoreBlock) -> Commit {
+    let name = rustix::system::uname();
+    Commit {
+        time: now(),
+        label,
+        root,
+        host: name.nodename().to_string_lossy().into_owned(),
+        writer: concat!("vmfold ", env!("CARGO_PKG_VERSION")).into(),
+        store_end,
+        ..Commit::default()
     }
 }
 

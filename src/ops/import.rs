@@ -11,7 +11,7 @@ use crate::archive::reader::Archive;
 use crate::archive::record::{LaneId, hash_of};
 use crate::error::{Error, Result};
 use crate::exec::restore::archive::ArchiveSource;
-use crate::exec::restore::backup::{BackupOptions, BackupSource};
+use crate::exec::restore::backup::{BackupOptions, BackupSource, NoEarlierBlocks};
 use crate::exec::restore::folder::Root;
 use crate::exec::restore::pipe::{PipeOptions, PipeSource};
 use crate::exec::restore::source::BlockSource;
@@ -97,6 +97,7 @@ pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: 
         id,
         folder: options.restore.to.clone(),
         budget: super::runs_budget(Some(&options.index)),
+        earlier: Box::new(NoEarlierBlocks),
     };
     let mut source = BackupSource::new(backup, store.path(), backup_options, monitor);
     restore(&mut source, options, monitor)

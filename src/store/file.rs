@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::{Store, unsupported};
+use crate::content::FileTime;
 use crate::error::{Error, Result};
 use crate::sys::beneath;
 
@@ -65,6 +66,18 @@ impl FileStore {
             file,
             path: path.to_owned(),
             writing: None,
+        })
+    }
+
+    /// Returns when the file was written last.
+    ///
+    /// # Errors
+    /// Returns the error of the system.
+    pub fn modified(&self) -> io::Result<FileTime> {
+        let metadata = self.file.metadata()?;
+        Ok(FileTime {
+            seconds: metadata.mtime(),
+            nanoseconds: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
         })
     }
 

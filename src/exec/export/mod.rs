@@ -1,6 +1,7 @@
 //! Carries out an [`ExportPlan`]. It reads each extent that the archive does not have, once, and hashes every block. The hashes prove
 //! which blocks are equal, as the plan supposed. New blocks are written as PACK and INDEX records.
 
+pub mod backup;
 mod records;
 
 use std::collections::HashMap;
@@ -159,10 +160,10 @@ pub fn store_blocks(
         let frames = std::mem::take(&mut assembler.ready);
         let buffers = std::mem::take(&mut spare_blocks);
         let to_write = std::mem::take(&mut compressed);
-        let log = &assembler.log;
+        let log = |first, blocks| assembler.log.read(first, blocks);
         let (added, (new_compressed, next_blocks)) = pool.install(|| {
             rayon::join(
-                || packer.add(to_write, log, records),
+                || packer.add(to_write, &log, records),
                 || {
                     rayon::join(
                         || compress(settings.level, &frames),
@@ -183,7 +184,7 @@ pub fn store_blocks(
             }
         }
     }
-    packer.finish(&assembler.log, records)?;
+    packer.finish(&|first, blocks| assembler.log.read(first, blocks), records)?;
     let inline = assembler.take_inline(fs, settings, &mut old_hashes)?;
     assembler.finish(inline, total_bytes, settings.level, records)
 }

@@ -9,7 +9,6 @@ use crate::archive::pack::{Frame, PlacedFrame};
 use crate::archive::record::Hash;
 use crate::archive::writer::ArchiveWriter;
 use crate::error::{Error, Result};
-use crate::exec::hashes::HashLog;
 use crate::fingerprint::FingerprintFunction;
 use crate::numbers::StoreBlock;
 
@@ -110,6 +109,9 @@ pub(super) fn compress(level: i32, frames: &[Vec<u8>]) -> std::io::Result<Vec<Fr
         .collect()
 }
 
+/// Gives the hashes of new blocks, so many from an address on.
+pub(super) type HashesOf<'a> = dyn Fn(StoreBlock, u32) -> Result<Vec<Hash>> + Sync + 'a;
+
 /// Writes compressed frames as PACK records, and the hashes of their blocks as INDEX records.
 pub(super) struct PackWriter {
     /// The frames of the PACK that is being filled.
@@ -136,7 +138,12 @@ impl PackWriter {
     }
 
     /// Adds frames, and writes each PACK that is full and each INDEX whose blocks are all in a PACK.
-    pub(super) fn add(&mut self, frames: Vec<Frame>, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
+    pub(super) fn add(
+        &mut self,
+        frames: Vec<Frame>,
+        hashes: &HashesOf<'_>,
+        records: &mut RecordWriter<'_>,
+    ) -> Result<()> {
         for frame in frames {
             if (self.end - self.packed_end) + u32::from(frame.blocks) > PACK_BLOCKS_MAX {
                 self.end_pack(records)?;
@@ -150,9 +157,14 @@ impl PackWriter {
             }
         }
         while self.packed_end - self.indexed_end >= INDEX_BLOCKS {
-            self.put_index(INDEX_BLOCKS, log, records)?;
+            self.put_index(INDEX_BLOCKS, hashes, records)?;
         }
         Ok(())
+    }
+
+    /// The store address after the last block that an INDEX covers.
+    pub(super) fn indexed_end(&self) -> StoreBlock {
+        self.indexed_end
     }
 
     /// Writes the PACK that is being filled, if it has any frames.
@@ -165,17 +177,17 @@ impl PackWriter {
     }
 
     /// Writes an INDEX for the next blocks.
-    fn put_index(&mut self, blocks: u32, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
-        records.put_index(self.indexed_end, &log.read(self.indexed_end, blocks)?)?;
+    fn put_index(&mut self, blocks: u32, hashes: &HashesOf<'_>, records: &mut RecordWriter<'_>) -> Result<()> {
+        records.put_index(self.indexed_end, &hashes(self.indexed_end, blocks)?)?;
         self.indexed_end += blocks;
         Ok(())
     }
 
     /// Writes the last PACK and the INDEX records that are still missing.
-    pub(super) fn finish(&mut self, log: &HashLog, records: &mut RecordWriter<'_>) -> Result<()> {
+    pub(super) fn finish(&mut self, hashes: &HashesOf<'_>, records: &mut RecordWriter<'_>) -> Result<()> {
         self.end_pack(records)?;
         while self.end > self.indexed_end {
-            self.put_index(INDEX_BLOCKS.min(self.end - self.indexed_end), log, records)?;
+            self.put_index(INDEX_BLOCKS.min(self.end - self.indexed_end), hashes, records)?;
         }
         Ok(())
     }
@@ -192,6 +204,7 @@ mod tests {
     use crate::archive::writer::EpochBase;
     use crate::archive::{pack, record::EpochId};
     use crate::block::BLOCK_LEN;
+    use crate::exec::hashes::HashLog;
     use crate::store::Store;
 
     /// A store that keeps nothing but the headers of records, and what PACKs say of themselves.
@@ -265,13 +278,16 @@ mod tests {
         let mut packer = PackWriter::new(StoreBlock(0));
         for _ in 0..frames {
             log.extend(&hashes).unwrap();
-            packer.add(vec![frame.clone()], &log, &mut records).unwrap();
+            let hashes_of = |first, blocks| log.read(first, blocks);
+            packer.add(vec![frame.clone()], &hashes_of, &mut records).unwrap();
             assert!(
                 packer.frames.len() <= PACK_FRAMES,
                 "a PACK has as many frames as it may"
             );
         }
-        packer.finish(&log, &mut records).unwrap();
+        packer
+            .finish(&|first, blocks| log.read(first, blocks), &mut records)
+            .unwrap();
         let index_blocks = store.index_blocks.lock().unwrap();
         assert!(index_blocks.iter().all(|blocks| *blocks <= u64::from(INDEX_BLOCKS) + 1));
         store.packs.lock().unwrap().clone()

@@ -30,7 +30,7 @@ use self::folder::Root;
 use self::images::{Losses, RestoreSite, make_images};
 use self::seed::{PROVED_BLOCKS, Seed};
 use self::sink::{CountingSink, SeedUse, StagingSink};
-use self::source::{BlockHashes, BlockSource, Offer, Stopped};
+use self::source::{BlockHashes, BlockSink, BlockSource, Offer, Stopped};
 use self::staging::{Journal, Staging};
 use crate::archive::announced::AnnouncedBlocks;
 use crate::archive::list::by_path;
@@ -519,7 +519,7 @@ impl<'a> Restore<'a> {
 /// source holds, and what of it would be written and shared.
 ///
 /// # Errors
-/// Those of [`BlockSource::offer`], [`BlockSource::deliver`] and `look`.
+/// Those of [`deliver_all`].
 pub fn read_all(
     source: &mut dyn BlockSource,
     seed: Option<&dyn Seed>,
@@ -527,20 +527,36 @@ pub fn read_all(
     monitor: &dyn Monitor,
 ) -> Result<(Arc<Contents>, Restored)> {
     let mut restored = Restored::default();
+    let mut sink = CountingSink {
+        seed,
+        restored: &mut restored,
+        monitor,
+    };
+    let contents = deliver_all(source, &mut sink, look, monitor)?;
+    Ok((contents, restored))
+}
+
+/// Hands over to a sink all that a source has, from where it is to its end. `look` is called with each offer. Returns what the source holds.
+///
+/// # Errors
+/// Those of [`BlockSource::offer`], [`BlockSource::deliver`] and `look`.
+pub fn deliver_all(
+    source: &mut dyn BlockSource,
+    sink: &mut dyn BlockSink,
+    look: impl Fn(&Offer) -> Result<()>,
+    monitor: &dyn Monitor,
+) -> Result<Arc<Contents>> {
     monitor.phase("Reading the backup", 0);
+    let mut committed = None;
     while let Some(offer) = source.offer()? {
         look(&offer)?;
-        let mut sink = CountingSink {
-            seed,
-            restored: &mut restored,
-            monitor,
-        };
-        let delivered = source.deliver(&[], &mut sink)?;
-        if let (true, Some(contents)) = (delivered.is_last, delivered.committed) {
-            return Ok((contents, restored));
+        let delivered = source.deliver(&[], sink)?;
+        committed = delivered.committed.or(committed);
+        if delivered.is_last {
+            break;
         }
     }
-    Err(source.nothing_committed())
+    committed.ok_or_else(|| source.nothing_committed())
 }
 
 /// Adds the hashes of a range of blocks to a digest: those that a source has, and otherwise those of what is staged. Returns whether there are

@@ -59,7 +59,7 @@ pub struct PipeSource<'a> {
     /// What was damaged since the last whole header, so that it is not known which epoch it belonged to.
     lost_before: Option<ByteRange>,
     /// The epoch whose images were offered last.
-    offered: Option<EpochId>,
+    offered: Option<OfferedEpoch>,
     /// A record that was read and is not used yet.
     pending: Option<ReadRecord>,
     hashes: PipeHashes,
@@ -76,6 +76,14 @@ pub struct PipeSource<'a> {
     /// Whether anything was damaged since the commit that was delivered last.
     is_damaged_since: bool,
     monitor: &'a dyn Monitor,
+}
+
+/// An epoch whose images were offered.
+#[derive(Debug, Clone, Copy)]
+struct OfferedEpoch {
+    id: EpochId,
+    /// Whether it says before its blocks which images these are for. A backup of another program that was exported does not.
+    is_planned: bool,
 }
 
 /// A whole record. Its hash was compared with its body.
@@ -263,17 +271,24 @@ impl<'a> PipeSource<'a> {
         if manifest.images.is_empty() && self.epoch.is_doubtful() {
             return Err(malformed("what says which images its blocks are for is lost".into()));
         }
+        let is_planned = !manifest.images.is_empty();
         let contents = Contents {
             manifest,
             doubtful: self.epoch.is_doubtful(),
+            grows: !is_planned,
             ..Contents::default()
         };
-        let (announced, known_end) = self.epoch.announced();
+        let (announced, announced_end) = self.epoch.announced();
         Ok(Some(Offer {
             contents: Arc::new(contents),
-            announced: announced.to_vec(),
-            known_end,
+            announced: if is_planned { announced.to_vec() } else { Vec::new() },
+            known_end: if is_planned { announced_end } else { StoreBlock(0) },
         }))
+    }
+
+    /// Whether the images of an epoch were offered last.
+    fn has_offered(&self, epoch: EpochId) -> bool {
+        self.offered.is_some_and(|offered| offered.id == epoch)
     }
 
     /// Hands over the frames of a PACK. Damaged frames are left out, and the first of their errors is returned.
@@ -435,12 +450,15 @@ impl BlockSource for PipeSource<'_> {
             let (epoch, offset) = (record.header.epoch, record.offset);
             let result = match record.header.kind {
                 // These follow the COMMIT of their epoch. They say nothing that is used.
-                RecordKind::Pack | RecordKind::Commit if self.offered == Some(epoch) => Ok(None),
+                RecordKind::Pack | RecordKind::Commit if self.has_offered(epoch) => Ok(None),
                 RecordKind::Pack | RecordKind::Commit => self.offer_of(&record),
                 _ => self.take(&record, None).map(|()| None),
             };
             if let Some(offer) = self.unless_damaged(offset, result)? {
-                self.offered = Some(epoch);
+                self.offered = Some(OfferedEpoch {
+                    id: epoch,
+                    is_planned: !offer.contents.grows,
+                });
                 self.pending = Some(record);
                 return Ok(Some(offer));
             }
@@ -452,7 +470,7 @@ impl BlockSource for PipeSource<'_> {
     fn deliver(&mut self, _: &[std::ops::Range<StoreBlock>], sink: &mut dyn BlockSink) -> Result<Delivered> {
         while let Some(record) = self.next_record()? {
             let offset = record.offset;
-            let is_offered = self.offered == Some(record.header.epoch);
+            let is_offered = self.has_offered(record.header.epoch);
             let result = match record.header.kind {
                 RecordKind::Pack | RecordKind::Commit if !is_offered => {
                     self.pending = Some(record);
@@ -481,6 +499,10 @@ impl BlockSource for PipeSource<'_> {
 
     fn knows_hashes(&self) -> bool {
         false
+    }
+
+    fn announces(&self) -> bool {
+        self.offered.is_none_or(|offered| offered.is_planned)
     }
 
     fn nothing_committed(&self) -> Error {

@@ -18,7 +18,7 @@ use self::parts::{MemberReader, Parts};
 pub(super) use self::parts::{begins_with_header, begins_without_header};
 use super::secret::AskPassphrase;
 use super::tar::{EntryKind, Stored, Tar};
-use super::{Backup, Compression, Event, Input, Volume, volume_name};
+use super::{Backup, Compression, Event, Input, Origin, Volume, volume_name};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::store::Store;
@@ -47,6 +47,8 @@ struct Member<'a> {
 pub(super) struct Qvm<'a> {
     parts: Rc<RefCell<Parts<'a>>>,
     compression: Option<Compression>,
+    /// Its identifier, and when its list of machines was written.
+    origin: Origin,
     machines: Vec<Machine>,
     member: Option<Member<'a>>,
     /// Members that came.
@@ -77,10 +79,14 @@ impl<'a> Qvm<'a> {
         let mut parts = Parts::new(input, options.store, passphrase, options.kdf_memory_bytes);
         let bytes = parts.header()?;
         let header = header::parse(&bytes).map_err(|problem| parts.input().refused(problem))?;
-        parts.begin(header.id)?;
+        parts.begin(header.id.clone())?;
         let mut backup = Self {
             parts: Rc::new(RefCell::new(parts)),
             compression: header.compression,
+            origin: Origin {
+                name: Some(header.id),
+                time: None,
+            },
             machines: Vec::new(),
             member: None,
             seen: HashSet::new(),
@@ -111,6 +117,7 @@ impl<'a> Qvm<'a> {
                 .input()
                 .refused("its qubes.xml is larger than vmfold takes"));
         }
+        self.origin.time = entry.time;
         let mut xml = vec![0; usize::try_from(entry.size).unwrap_or(0)];
         let mut buffer = Vec::new();
         for range in &entry.stored {
@@ -303,6 +310,10 @@ impl Backup for Qvm<'_> {
         }
         self.check_images(|member| self.seen.contains(member))?;
         Ok(None)
+    }
+
+    fn origin(&self) -> Origin {
+        self.origin.clone()
     }
 
     fn proves_each_volume(&self) -> bool {

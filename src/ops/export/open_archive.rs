@@ -139,7 +139,7 @@ impl OpenArchive {
 }
 
 /// Reads the PACKs that have some store addresses. Returns the addresses that those of them hold which are intact, a list.
-fn held(
+pub(super) fn held(
     archive: &Archive,
     last: &Committed,
     wanted: &[Range<StoreBlock>],

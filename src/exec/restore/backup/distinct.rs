@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use hashbrown::HashTable;
 
 use crate::archive::record::Hash;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::hashes::HashLog;
+use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::range;
 
@@ -16,6 +17,8 @@ const ENTRIES_MAX: usize = 7 << 20;
 const CANDIDATES_MAX: usize = 16;
 /// Hashes that are read from the log together, because the blocks after one that was found are looked for next.
 const PAGE_BLOCKS: u32 = 256;
+/// Earlier blocks whose hashes are read together.
+const EARLIER_BLOCKS: u32 = 1 << 16;
 
 /// Where a block of a backup is put.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,10 +31,47 @@ pub(super) enum Placed {
     New(StoreBlock),
 }
 
+/// Blocks that are there before a backup comes: those of an archive that it is added to. Their addresses come before those of new blocks.
+pub trait EarlierBlocks {
+    /// The address after the last of them.
+    fn end(&self) -> StoreBlock;
+
+    /// The hashes of so many blocks from one on. That of a block that is lost is `None`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be read.
+    fn hashes(&self, first: StoreBlock, blocks: u32) -> Result<Vec<Option<Hash>>>;
+
+    /// Whether a block can be referred to, because what it holds can be read.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if that cannot be found out; [`Error::Interrupted`].
+    fn is_intact(&self, block: StoreBlock) -> Result<bool>;
+}
+
+/// No earlier blocks.
+#[derive(Debug)]
+pub struct NoEarlierBlocks;
+
+impl EarlierBlocks for NoEarlierBlocks {
+    fn end(&self) -> StoreBlock {
+        StoreBlock(0)
+    }
+
+    fn hashes(&self, _: StoreBlock, blocks: u32) -> Result<Vec<Option<Hash>>> {
+        Ok(vec![None; blocks as usize])
+    }
+
+    fn is_intact(&self, _: StoreBlock) -> Result<bool> {
+        Ok(false)
+    }
+}
+
 /// The blocks that came so far. Each is entered in a table by its hash. Where there are more than the table may hold, only those are entered
 /// whose hashes begin with zeros. What follows one that is found is compared with what followed it before, and so is what comes before it.
-pub(super) struct DistinctBlocks {
-    /// The hashes of the blocks, by store address.
+pub(super) struct DistinctBlocks<'a> {
+    earlier: Box<dyn EarlierBlocks + 'a>,
+    /// The hashes of new blocks, by store address.
     log: HashLog,
     /// The tags and addresses of blocks.
     table: HashTable<(u32, StoreBlock)>,
@@ -42,15 +82,16 @@ pub(super) struct DistinctBlocks {
     page: (StoreBlock, Vec<Hash>),
 }
 
-impl DistinctBlocks {
-    /// None yet. `folder` is for a file of hashes, see [`HashLog::new`].
-    pub(super) fn new(folder: PathBuf) -> Self {
-        Self::with_entries_max(folder, ENTRIES_MAX)
+impl<'a> DistinctBlocks<'a> {
+    /// None yet but the earlier ones. `folder` is for a file of hashes, see [`HashLog::new`].
+    pub(super) fn new(earlier: Box<dyn EarlierBlocks + 'a>, folder: PathBuf) -> Self {
+        Self::with_entries_max(earlier, folder, ENTRIES_MAX)
     }
 
-    fn with_entries_max(folder: PathBuf, entries_max: usize) -> Self {
+    fn with_entries_max(earlier: Box<dyn EarlierBlocks + 'a>, folder: PathBuf, entries_max: usize) -> Self {
         Self {
-            log: HashLog::new(StoreBlock(0), folder),
+            log: HashLog::new(earlier.end(), folder),
+            earlier,
             table: HashTable::new(),
             entries_max,
             sample_bits: 0,
@@ -58,9 +99,46 @@ impl DistinctBlocks {
         }
     }
 
-    /// The hashes of the blocks, by store address.
+    /// Enters the earlier blocks. Without that, they are not found.
+    ///
+    /// # Errors
+    /// Those of [`EarlierBlocks::hashes`]; [`Error::Interrupted`].
+    pub(super) fn enter_earlier(&mut self, monitor: &dyn Monitor) -> Result<()> {
+        for part in range::parts(StoreBlock(0)..self.earlier.end(), EARLIER_BLOCKS) {
+            if monitor.interrupted() {
+                return Err(Error::Interrupted);
+            }
+            let hashes = self.earlier.hashes(part.start, range::length(&part))?;
+            for (block, hash) in range::from(part.start).zip(hashes) {
+                if let Some(hash) = hash {
+                    self.enter(&hash, block);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The hashes of new blocks, by store address.
     pub(super) fn log(&self) -> &HashLog {
         &self.log
+    }
+
+    /// The hashes of blocks, which all have addresses.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be read.
+    pub(super) fn hashes(&self, first: StoreBlock, blocks: u32) -> Result<Vec<Option<Hash>>> {
+        let earlier = self.earlier.end().saturating_sub(first).min(blocks);
+        let mut hashes = if earlier > 0 {
+            self.earlier.hashes(first, earlier)?
+        } else {
+            Vec::new()
+        };
+        if earlier < blocks {
+            let new = self.log.read(first + earlier, blocks - earlier)?;
+            hashes.extend(new.into_iter().map(Some));
+        }
+        Ok(hashes)
     }
 
     /// Whether as many blocks can still be entered.
@@ -72,7 +150,7 @@ impl DistinctBlocks {
     /// Finds a place for consecutive blocks with these hashes. `None` is a block of zeros.
     ///
     /// # Errors
-    /// [`crate::error::Error::NoSpace`] or [`crate::error::Error::Io`] if the file of hashes cannot be written or read.
+    /// [`Error::NoSpace`] or [`Error::Io`] if the file of hashes cannot be written or read.
     pub(super) fn place(&mut self, hashes: &[Option<Hash>]) -> Result<Vec<Placed>> {
         let known = self.find(hashes)?;
         let mut placed = Vec::with_capacity(hashes.len());
@@ -145,6 +223,9 @@ impl DistinctBlocks {
         if block >= self.log.end() {
             return Ok(false);
         }
+        if block < self.earlier.end() {
+            return self.is_earlier(block, hash);
+        }
         let (first, page) = &self.page;
         let at = block.checked_sub(*first).map(|at| at as usize);
         if let Some(known) = at.and_then(|at| page.get(at)) {
@@ -155,6 +236,12 @@ impl DistinctBlocks {
         Ok(self.page.1.first() == Some(hash))
     }
 
+    /// Whether an earlier block has this hash and can be referred to.
+    fn is_earlier(&self, block: StoreBlock, hash: &Hash) -> Result<bool> {
+        let known = self.earlier.hashes(block, 1)?;
+        Ok(known.first() == Some(&Some(*hash)) && self.earlier.is_intact(block)?)
+    }
+
     fn look_up(&self, hash: &Hash) -> Result<Option<StoreBlock>> {
         let tag = tag(hash);
         if !self.is_sampled(tag) {
@@ -162,7 +249,12 @@ impl DistinctBlocks {
         }
         let candidates = self.table.iter_hash(spread(tag)).filter(|(other, _)| *other == tag);
         for (_, block) in candidates.take(CANDIDATES_MAX) {
-            if *block < self.log.end() && self.log.read(*block, 1)?.first() == Some(hash) {
+            let is_it = if *block < self.earlier.end() {
+                self.is_earlier(*block, hash)?
+            } else {
+                *block < self.log.end() && self.log.read(*block, 1)?.first() == Some(hash)
+            };
+            if is_it {
                 return Ok(Some(*block));
             }
         }
@@ -213,7 +305,7 @@ fn spread(tag: u32) -> u64 {
     u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-impl std::fmt::Debug for DistinctBlocks {
+impl std::fmt::Debug for DistinctBlocks<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("DistinctBlocks")
             .field("end", &self.log.end())
@@ -255,7 +347,7 @@ mod tests {
     }
 
     /// What each block reads as, by the number that it was made of.
-    fn read(placed: &[Placed], distinct: &DistinctBlocks) -> Vec<Option<Hash>> {
+    fn read(placed: &[Placed], distinct: &DistinctBlocks<'_>) -> Vec<Option<Hash>> {
         let of = |block: StoreBlock| distinct.log().read(block, 1).unwrap().first().copied();
         placed
             .iter()
@@ -273,7 +365,7 @@ mod tests {
             batches in prop::collection::vec(prop::collection::vec(0u32..200, 0..60), 1..12),
             entries_max in prop::sample::select(vec![4usize, 16, 1 << 20]),
         ) {
-            let mut distinct = DistinctBlocks::with_entries_max(std::env::temp_dir(), entries_max);
+            let mut distinct = DistinctBlocks::with_entries_max(Box::new(NoEarlierBlocks), std::env::temp_dir(), entries_max);
             for batch in &batches {
                 let hashes: Vec<_> = batch.iter().map(|number| hash(*number)).collect();
                 let before = distinct.log().end();
@@ -294,7 +386,7 @@ mod tests {
 
     #[test]
     fn a_stretch_that_came_before_is_found_by_a_sample_of_it() {
-        let mut distinct = DistinctBlocks::with_entries_max(std::env::temp_dir(), 256);
+        let mut distinct = DistinctBlocks::with_entries_max(Box::new(NoEarlierBlocks), std::env::temp_dir(), 256);
         let all: Vec<_> = (1..=4096).map(hash).collect();
         distinct.place(&all).unwrap();
         assert!(distinct.sample_bits >= 4, "{}", distinct.sample_bits);

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use self::assembler::{Assembler, Piece};
 use self::distinct::{DistinctBlocks, Placed, runs};
+pub use self::distinct::{EarlierBlocks, NoEarlierBlocks};
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame, Stopped};
 use crate::archive::limits::{IMAGE_BYTES_MAX, RUNS_MAX};
 use crate::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
@@ -19,8 +20,8 @@ use crate::archive::record::{Hash, LaneId, hash_of};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::content::{Content, FileTime, Metadata, Run, push_run};
 use crate::error::{Error, ErrorKind, Result, describe};
-use crate::exec::hashes::{Digest, digest};
-use crate::foreign::{Backup, Event, Volume};
+use crate::exec::hashes::{Digest, HashLog, digest};
+use crate::foreign::{Backup, Event, Origin, Volume};
 use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::{CommitName, Contents};
@@ -47,6 +48,8 @@ pub struct BackupOptions<'a> {
     pub folder: PathBuf,
     /// Memory for runs.
     pub budget: Budget,
+    /// Blocks that are there before.
+    pub earlier: Box<dyn EarlierBlocks + 'a>,
 }
 
 /// A run of a volume, and the block it begins with.
@@ -90,7 +93,7 @@ pub struct BackupSource<'a> {
     /// The numbers of volumes that have got a name since the last offer.
     renamed: BTreeSet<usize>,
     assembler: Assembler,
-    distinct: DistinctBlocks,
+    distinct: DistinctBlocks<'a>,
     /// An event that was read and is not used yet. Its content is in `buffer`.
     pending: Option<Event>,
     buffer: Vec<u8>,
@@ -108,9 +111,10 @@ impl<'a> BackupSource<'a> {
     pub fn new(
         backup: Box<dyn Backup + 'a>,
         path: &Path,
-        options: BackupOptions<'a>,
+        mut options: BackupOptions<'a>,
         monitor: &'a dyn Monitor,
     ) -> Self {
+        let earlier = std::mem::replace(&mut options.earlier, Box::new(NoEarlierBlocks));
         Self {
             backup,
             path: path.to_owned(),
@@ -118,7 +122,7 @@ impl<'a> BackupSource<'a> {
             names: BTreeSet::new(),
             renamed: BTreeSet::new(),
             assembler: Assembler::default(),
-            distinct: DistinctBlocks::new(options.folder.clone()),
+            distinct: DistinctBlocks::new(earlier, options.folder.clone()),
             pending: None,
             buffer: Vec::new(),
             runs: 0,
@@ -128,6 +132,24 @@ impl<'a> BackupSource<'a> {
             options,
             monitor,
         }
+    }
+
+    /// What the backup says of itself.
+    pub fn origin(&self) -> Origin {
+        self.backup.origin()
+    }
+
+    /// Looks for the blocks of the backup among the earlier ones, too.
+    ///
+    /// # Errors
+    /// Those of [`EarlierBlocks::hashes`]; [`Error::Interrupted`].
+    pub fn find_earlier(&mut self) -> Result<()> {
+        self.distinct.enter_earlier(self.monitor)
+    }
+
+    /// The hashes of new blocks, by store address.
+    pub fn new_hashes(&self) -> &HashLog {
+        self.distinct.log()
     }
 
     /// The next event, or `None` at the end. With [`BackupOptions::partial`], damage is an end.
@@ -385,10 +407,11 @@ impl<'a> BackupSource<'a> {
         for (volume, state) in self.volumes.iter().enumerate().filter(|(_, state)| state.is_taken) {
             let image = self.image(volume)?;
             let runs = self.runs_of(state, &image)?;
-            let log = self.distinct.log();
+            let distinct = &self.distinct;
             let image_digest = digest(&runs, image.size, self.monitor, |first, blocks, digest| {
                 for part in range::parts(first..first + blocks, FRAME_BLOCKS) {
-                    digest.update(&log.read(part.start, range::length(&part))?)?;
+                    let hashes = distinct.hashes(part.start, range::length(&part))?;
+                    digest.update(&hashes.into_iter().flatten().collect::<Vec<_>>())?;
                 }
                 Ok(())
             })?;
@@ -563,11 +586,10 @@ impl BlockSource for BackupSource<'_> {
 
 impl BlockHashes for BackupSource<'_> {
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
-        let log = self.distinct.log();
-        if block >= log.end() {
+        if block >= self.distinct.log().end() {
             return Ok(None);
         }
-        Ok(log.read(block, 1)?.first().copied())
+        Ok(self.distinct.hashes(block, 1)?.first().copied().flatten())
     }
 
     fn add_to(&mut self, _: &mut Digest<'_>, _: StoreBlock, _: u32) -> Result<bool> {
