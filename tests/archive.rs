@@ -156,6 +156,60 @@ fn number(document: &Value, keys: &[&str]) -> u64 {
 }
 
 #[test]
+fn a_folder_on_any_filesystem_is_exported() {
+    if !can_mount() {
+        return;
+    }
+    for mkfs in ["mkfs.ext4 -q", "mkfs.xfs -q -m reflink=0,crc=1"] {
+        let (fs, target, scratch) = (Mounted::new(mkfs, "", 512), Mounted::btrfs(), Scratch::new());
+        let pool = fs.pool();
+        let mut random = Random(5);
+        let base = random.data(6 << 20);
+        let mut clone = base.clone();
+        clone[..4096].fill(7);
+        std::fs::write(pool.join("a.img"), &base).unwrap();
+        std::fs::write(pool.join("b.img"), &clone).unwrap();
+        std::fs::write(pool.join("odd.img"), random.data(50_008)).unwrap();
+        File::create(pool.join("hole.img")).unwrap().set_len(5 << 20).unwrap();
+        let before = kept(&pool);
+        let exported = scratch.json(&["export", "a.vmfold", as_str(&pool)]);
+        assert_eq!(number(&exported, &["images"]), 4, "{mkfs}");
+        assert_eq!(number(&exported, &["new_bytes"]), distinct_bytes(&pool), "{mkfs}");
+        assert_eq!(kept(&pool), before, "{mkfs}");
+        let again = scratch.json(&["export", "a.vmfold", as_str(&pool)]);
+        assert_eq!(number(&again, &["new_bytes"]), 0, "{mkfs}");
+        let to = target.mount.join("restored");
+        scratch.json(&["import", "a.vmfold", "--to", as_str(&to)]);
+        for name in ["a.img", "b.img", "odd.img", "hole.img"] {
+            assert!(
+                std::fs::read(to.join(name)).unwrap() == std::fs::read(pool.join(name)).unwrap(),
+                "{mkfs} {name}"
+            );
+        }
+        // Nothing else works there.
+        assert_eq!(scratch.run(&["reclaim", as_str(&pool)]).status.code(), Some(1));
+    }
+}
+
+#[test]
+fn of_paths_on_two_filesystems_nothing_is_exported() {
+    if !can_mount() {
+        return;
+    }
+    let (one, other, scratch) = (
+        Mounted::new("mkfs.ext4 -q", "", 64),
+        Mounted::new("mkfs.ext4 -q", "", 64),
+        Scratch::new(),
+    );
+    for fs in [&one, &other] {
+        std::fs::write(fs.pool().join("a.img"), [1; 10_000]).unwrap();
+    }
+    let output = scratch.run(&["export", "a.vmfold", as_str(&one.pool()), as_str(&other.pool())]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(!scratch.path("a.vmfold").exists());
+}
+
+#[test]
 fn what_is_exported_comes_back_already_shared() {
     if !can_mount() {
         return;

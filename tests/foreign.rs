@@ -9,6 +9,8 @@
 )]
 
 mod common;
+#[path = "foreign/exported.rs"]
+mod exported;
 #[path = "foreign/qvm.rs"]
 mod qvm;
 #[path = "foreign/vma.rs"]

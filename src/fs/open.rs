@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use super::{Filesystem, Purpose, btrfs, xfs};
+use super::{Filesystem, Plain, Purpose, btrfs, xfs};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::sys::fs_info::{FilesystemKind, FsInfo, fs_info};
 
-/// Opens the images of a pool, and returns which of them are left alone. Dirty data of the filesystem is on disk afterwards.
+/// Opens the images of a pool, and returns which of them are left alone. Dirty data of the filesystem is on disk afterwards. What is only read
+/// as a whole may lie on any filesystem.
 ///
 /// # Errors
-/// Returns [`Error::NoSharing`] on a filesystem other than btrfs and XFS, [`Error::NoReflinks`] on an XFS without reflinks,
+/// Otherwise it returns [`Error::NoSharing`] on a filesystem other than btrfs and XFS, [`Error::NoReflinks`] on an XFS without reflinks,
 /// [`Error::SectorSize`] if blocks are not 4 KiB, [`Error::NotRoot`] on btrfs without root, [`Error::TwoFilesystems`] if paths lie on two,
 /// and the errors of opening.
 pub fn open(
@@ -23,6 +24,10 @@ pub fn open(
     purpose: Purpose,
     monitor: &dyn Monitor,
 ) -> Result<(Box<dyn Filesystem>, Vec<Skipped>)> {
+    if purpose == Purpose::Read && are_on_plain(named)? {
+        let (fs, skipped) = Plain::open(found, named, purpose)?;
+        return Ok((Box::new(fs), skipped));
+    }
     let (info, first) = same_filesystem(named)?;
     match info.kind {
         FilesystemKind::Btrfs {
@@ -89,6 +94,34 @@ pub fn existing(path: &Path) -> &Path {
     exists.unwrap_or(Path::new("."))
 }
 
+/// Whether the named paths lie on a filesystem that cannot share extents, as far as vmfold knows.
+///
+/// # Errors
+/// Returns [`Error::TwoFilesystems`] if they lie on several filesystems and one of them is such.
+fn are_on_plain(named: &[NamedPath]) -> Result<bool> {
+    let mut devices = Vec::with_capacity(named.len());
+    let mut some_plain = false;
+    for one in named {
+        let stat = rustix::fs::fstat(&one.folder).map_err(Error::io("look at", &one.path))?;
+        devices.push(stat.st_dev);
+        some_plain |= match fs_info(&one.folder) {
+            Ok(info) => matches!(info.kind, FilesystemKind::Xfs { reflinks: false, .. }),
+            Err(errno) => IS_NEITHER.contains(&errno),
+        };
+    }
+    let other = devices.iter().position(|device| *device != devices[0]);
+    match other.filter(|_| some_plain) {
+        Some(other) => Err(Error::TwoFilesystems {
+            first: named[0].path.clone(),
+            second: named[other].path.clone(),
+        }),
+        None => Ok(some_plain),
+    }
+}
+
+/// The errors by which [`fs_info`] says that a filesystem is neither btrfs nor XFS.
+const IS_NEITHER: [Errno; 3] = [Errno::NOTTY, Errno::INVAL, Errno::OPNOTSUPP];
+
 /// Checks that all named paths lie on one filesystem that vmfold can work on.
 fn same_filesystem(named: &[NamedPath]) -> Result<(FsInfo, &NamedPath)> {
     let mut first: Option<(&NamedPath, FsInfo)> = None;
@@ -100,7 +133,7 @@ fn same_filesystem(named: &[NamedPath]) -> Result<(FsInfo, &NamedPath)> {
                 ..
             }) => return Err(Error::NoReflinks { path: path.clone() }),
             Ok(info) => info,
-            Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP) => {
+            Err(errno) if IS_NEITHER.contains(&errno) => {
                 let magic = rustix::fs::fstatfs(&named_path.folder)
                     .map_err(Error::io("look at", path))?
                     .f_type;

@@ -1,5 +1,5 @@
-//! Any filesystem without reflinks: its images can be read and mapped, and nothing is shared. [`super::open()`] does not open it, since
-//! verbs refuse filesystems that cannot share.
+//! Any filesystem without reflinks: its images can be read and mapped, and nothing is shared. [`super::open()`] opens it for a verb that
+//! only reads, such as an export of an old backup on ext4, NTFS or NFS.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::opened::{OpenImage, Opened, Specifics, reads_opened};
+use super::opened::{Leases, OpenImage, Opened, Specifics, reads_opened};
 use super::{Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, blocks, kernel};
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::Metadata;
@@ -17,6 +17,7 @@ use crate::facts::{Class, Collector, Compression, Extent, Facts, Mapping, PinRea
 use crate::numbers::{DonorId, ExtentId, ImageId, Slot};
 use crate::pool::{FoundImage, NamedPath, Skipped};
 use crate::spill::{Budget, SpillVec};
+use crate::sys::beneath::Folder;
 
 /// Data is cut into extents at multiples of this offset in the image, 16 MiB, so that records of the index have a bounded length.
 const EXTENT_BLOCKS_MAX: u64 = 4096;
@@ -47,6 +48,7 @@ impl Plain {
             root_of: |_| Ok(Some(0)),
             is_checksummed: |_, _| Ok(true),
             set_up: |_, _| Err(Errno::OPNOTSUPP),
+            leases: Leases::of(&first.folder),
         };
         let (opened, skipped) = Opened::open(found, first, purpose, &specifics, |_| ())?;
         Ok((Self { device, opened }, skipped))
@@ -54,6 +56,20 @@ impl Plain {
 
     fn cannot(&self, operation: &'static str) -> Error {
         Error::io(operation, self.folder())(Errno::OPNOTSUPP)
+    }
+}
+
+impl Leases {
+    /// The leases of a plain filesystem. A network filesystem (`NFS_SUPER_MAGIC`, `SMB_SUPER_MAGIC`, `SMB2_SUPER_MAGIC`, `CIFS_SUPER_MAGIC`)
+    /// refuses them as if the file were in use.
+    fn of(folder: &Folder) -> Self {
+        const NETWORK: [i64; 4] = [0x6969, 0x517b, 0xfe53_4d42, 0xff53_4d42];
+        let magic = rustix::fs::fstatfs(folder).map(|found| found.f_type);
+        if magic.is_ok_and(|magic| NETWORK.contains(&magic)) {
+            Self::None
+        } else {
+            Self::WherePossible
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 pub(super) use images_holding::images_holding;
 
-use super::opened::{Opened, Specifics, reads_opened, shares_opened};
+use super::opened::{Leases, Opened, Specifics, reads_opened, shares_opened};
 use super::{ExtentReference, Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::block::{BLOCK_LEN, SlotSet};
 use crate::content::Metadata;
@@ -82,6 +82,7 @@ impl Btrfs {
             root_of: |file| logical_ino::subvolume_of(file).map(Some),
             is_checksummed: |file, inode| Ok(!has_no_checksums(file, inode)?),
             set_up: set_class,
+            leases: Leases::Always,
         };
         let settle = |is_writable| background::settle(&first.folder, info.uuid, is_writable, monitor);
         let (opened, skipped) = Opened::open(found, first, purpose, &specifics, settle)?;

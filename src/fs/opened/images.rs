@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{IFlags, OFlags};
 use rustix::io::Errno;
 
-use super::Specifics;
 use super::watch::Watch;
+use super::{Leases, Specifics};
 use crate::block::BLOCK_BYTES;
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -329,9 +329,13 @@ fn open_one(
     };
     // This comes before the lease, which would keep this process waiting as well.
     let direct = open_directly(&file, purpose);
+    let watch = watch.filter(|_| specifics.leases != Leases::None);
     let revoked = match watch.map(|(watch, lease)| watch.add(&file, *lease)) {
         None => Arc::default(),
         Some(Ok(revoked)) => revoked,
+        Some(Err(Errno::INVAL | Errno::ACCESS | Errno::OPNOTSUPP)) if specifics.leases == Leases::WherePossible => {
+            Arc::default()
+        }
         Some(Err(Errno::AGAIN)) => return leave_for(Skip::InUse, users::locked_by(&file).map(str::to_owned)),
         Some(Err(errno)) => return failed("take a lease on", errno),
     };

@@ -44,6 +44,19 @@ pub(super) struct Specifics<'a> {
     pub(super) is_checksummed: fn(&File, u64) -> rustix::io::Result<bool>,
     /// Sets up a new donor.
     pub(super) set_up: SetUp,
+    /// The leases that it has.
+    pub(super) leases: Leases,
+}
+
+/// Whether images of a filesystem are opened with a lease. Without one, a change is noticed afterwards, by the times of the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leases {
+    /// With a lease, or not at all.
+    Always,
+    /// With a lease where the filesystem has them and the user may take them.
+    WherePossible,
+    /// Without.
+    None,
 }
 
 /// The open images of a pool, and the operations on them that are the same on all filesystems.

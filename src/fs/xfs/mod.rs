@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 pub(super) use images_holding::images_holding;
 
-use super::opened::{Opened, Specifics, reads_opened, shares_opened};
+use super::opened::{Leases, Opened, Specifics, reads_opened, shares_opened};
 use super::{Filesystem, ImageInfo, PoolMap, Purpose, ShareOutcome, SourceFile, kernel};
 use crate::content::Metadata;
 use crate::error::Result;
@@ -51,6 +51,7 @@ impl Xfs {
             root_of: |file| is_realtime(file).map(|elsewhere| (!elsewhere).then_some(0)),
             is_checksummed: |_, _| Ok(true),
             set_up: |_, _| Ok(()),
+            leases: Leases::Always,
         };
         let (opened, skipped) = Opened::open(found, first, purpose, &specifics, |_| ())?;
         let fs = Self {
