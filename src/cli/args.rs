@@ -441,9 +441,9 @@ pub(super) struct Verify {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Diff {
-    /// Archive file
+    /// Archive file, or a backup that another program made
     ///
-    /// It is read from a file only.
+    /// It is read from a file only. A backup is compared with --pool or --backup.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// A commit; the one before the last, or with --pool the last, if not said
@@ -461,6 +461,13 @@ pub(super) struct Diff {
     /// The images are read and compared by hash. Names are compared relative to the folder that is named.
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub(super) pool: Vec<PathBuf>,
+    /// Compare with a backup that another program made
+    ///
+    /// Images are compared that have the same name in both: those that `list` shows. All of the backup is read.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["pool", "second"])]
+    pub(super) backup: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) access: Access,
 }
 
 #[derive(Debug, clap::Args)]

@@ -161,7 +161,13 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
         Command::Verify(command) => run_verify(command, json, terminal),
         Command::Diff(command) => {
             let (first, with) = command.sides();
-            let result = diff(&command.archive, first.as_deref(), &with, terminal)?;
+            let result = diff(
+                &command.archive,
+                first.as_deref(),
+                &with,
+                &command.access.access(),
+                terminal,
+            )?;
             terminal.finish();
             print("diff", &result, json)?;
             let same = result.images.iter().all(|image| image.change == Change::Same);
@@ -465,6 +471,9 @@ impl args::Access {
 impl args::Diff {
     /// The first commit, and what it is compared with.
     fn sides(&self) -> (Option<String>, ComparedWith) {
+        if let Some(backup) = &self.backup {
+            return (self.first.clone(), ComparedWith::Backup(backup.clone()));
+        }
         if self.pool.is_empty() {
             let first = self.first.clone().or_else(|| Some("previous".into()));
             return (first, ComparedWith::Commit(self.second.clone()));

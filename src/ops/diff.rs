@@ -1,107 +1,134 @@
-//! `diff`: compares two commits of an archive, or a commit and the images of a pool, by the hashes of their blocks.
+//! `diff`: compares two commits of an archive, or a commit or a backup with the images of a pool or with another backup, by the hashes of their
+//! blocks.
+
+mod side;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use rayon::prelude::*;
 use rustix::fs::{OFlags, SeekFrom};
 
-use super::{Scope, common_folder};
+use self::side::Side;
+use super::{BackupAccess, Scope, common_folder};
 use crate::archive::manifest::ImageRuns;
-use crate::archive::reader::{Archive, Committed, Damage};
+use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
 use crate::content::{Content, Run};
 use crate::error::{Error, Result};
-use crate::exec::hashes::{StoredHashes, zero_hash};
+use crate::foreign;
 use crate::monitor::Monitor;
 use crate::pool::{self, FoundImage};
 use crate::report::{Change, Diffed, DiffedImage};
-use crate::store::FileStore;
+use crate::shown::shown;
+use crate::store::{FileStore, PeekedStore};
 
-/// What a commit of an archive is compared with.
+/// What a commit of an archive, or a backup that another program made, is compared with.
 #[derive(Debug, Clone)]
 pub enum ComparedWith {
     /// Another commit of the archive. `None` means the last one.
     Commit(Option<String>),
     /// Images on disk.
     Pool(Scope),
+    /// A backup that another program made.
+    Backup(PathBuf),
 }
 
-/// Compares a commit with another one, or with images on disk.
+/// Compares a commit with another one, or either that or a backup with images on disk or with a backup. `access` is for backups.
 ///
 /// # Errors
-/// [`Error::NoSuchCommit`]; [`Error::Damaged`] if a manifest or a hash that is compared is lost; [`Error::Unreadable`] if an image cannot be
-/// read; [`Error::Io`] if the archive cannot be read; [`Error::Interrupted`].
-pub fn diff(path: &Path, commit: Option<&str>, with: &ComparedWith, monitor: &dyn Monitor) -> Result<Diffed> {
-    let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
-    let first = archive.commit(commit)?;
+/// [`Error::NoSuchCommit`]; [`Error::Usage`] if a backup is asked for a commit; [`Error::Damaged`] if a manifest or a hash that is compared is
+/// lost; [`Error::DamagedBackup`] and [`Error::RefusedBackup`]; [`Error::Unreadable`] if an image cannot be read; [`Error::Io`] if the archive
+/// cannot be read; [`Error::Interrupted`].
+pub fn diff(
+    path: &Path,
+    commit: Option<&str>,
+    with: &ComparedWith,
+    access: &BackupAccess,
+    monitor: &dyn Monitor,
+) -> Result<Diffed> {
+    let store = FileStore::open(path)?;
+    let is_backup = {
+        let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
+        foreign::is_backup(peeked.head())
+    };
     let mut result = Diffed {
         archive: path.to_owned(),
-        first: format!("commit {} ({})", first.commit.number, first.id()),
         ..Diffed::default()
     };
-    match with {
-        ComparedWith::Commit(name) => {
-            let second = archive.commit(name.as_deref())?;
-            result.second = format!("commit {} ({})", second.commit.number, second.id());
-            result.images = diff_commits(&archive, first, second, monitor)?;
+    if is_backup {
+        if commit.is_some() || matches!(with, ComparedWith::Commit(_)) {
+            let problem = "a backup that another program made has no commits: compare it with --pool or --backup";
+            return Err(Error::Usage(problem.into()));
         }
-        ComparedWith::Pool(scope) => {
-            result.second = "the images on disk".into();
-            result.images = diff_pool(&archive, first, scope, monitor)?;
-        }
+        result.first = "the backup".into();
+        let first = Side::of_backup(&store, access, monitor)?;
+        compare(first, with, access, &mut result, monitor)?;
+        return Ok(result);
     }
-    result.differing_bytes = result.images.iter().map(|image| image.differing_bytes).sum();
+    let archive = Archive::open(std::sync::Arc::new(store))?;
+    let name_of = |committed: &Committed| format!("commit {} ({})", committed.commit.number, committed.id());
+    let committed = archive.commit(commit)?;
+    result.first = name_of(committed);
+    let first = Side::of_commit(&archive, committed)?;
+    if let ComparedWith::Commit(name) = with {
+        let second = archive.commit(name.as_deref())?;
+        result.second = name_of(second);
+        result.images = diff_sides(first, Side::of_commit(&archive, second)?, monitor)?;
+    } else {
+        compare(first, with, access, &mut result, monitor)?;
+    }
+    result.differing_bytes = differing_bytes(&result.images);
     Ok(result)
 }
 
-/// The images of a commit, by their paths. A damaged manifest is an error, since its images may be incomplete.
-fn manifest_of(archive: &Archive, committed: &Committed) -> Result<BTreeMap<PathBuf, ImageRuns>> {
-    let (manifest, damage) = archive.manifest(committed, &super::runs_budget(None))?;
-    if let Some(Damage { range, problem, .. }) = damage.first() {
-        return Err(Error::damaged(
-            archive.path(),
-            range.start,
-            range.length,
-            problem.clone(),
-        ));
+/// Compares a side with images on disk, or with a backup.
+fn compare(
+    first: Side<'_>,
+    with: &ComparedWith,
+    access: &BackupAccess,
+    result: &mut Diffed,
+    monitor: &dyn Monitor,
+) -> Result<()> {
+    match with {
+        ComparedWith::Commit(_) => {}
+        ComparedWith::Pool(scope) => {
+            result.second = "the images on disk".into();
+            result.images = diff_pool(first, scope, monitor)?;
+        }
+        ComparedWith::Backup(path) => {
+            result.second = format!("`{}`", shown(path));
+            let second = Side::of_backup(&FileStore::open(path)?, access, monitor)?;
+            result.images = diff_sides(first, second, monitor)?;
+        }
     }
-    let by_path = manifest
-        .images
-        .into_iter()
-        .map(|image| (image.image.path().to_owned(), image));
-    Ok(by_path.collect())
+    result.differing_bytes = differing_bytes(&result.images);
+    Ok(())
+}
+
+fn differing_bytes(images: &[DiffedImage]) -> u64 {
+    images.iter().map(|image| image.differing_bytes).sum()
 }
 
 /// Blocks after which a comparison checks whether the user has stopped it.
 const CHECK_EVERY_BLOCKS: u32 = 1 << 16;
 
-/// Compares the images of two commits.
-fn diff_commits(
-    archive: &Archive,
-    first: &Committed,
-    second: &Committed,
-    monitor: &dyn Monitor,
-) -> Result<Vec<DiffedImage>> {
+/// Compares the images of two sides.
+fn diff_sides(mut first: Side<'_>, mut second: Side<'_>, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
     monitor.phase("Comparing", 0);
-    let hashes = |committed| StoredHashes::new(Some((archive, committed)), committed.commit.store_end);
-    let mut hashes = HashesOfBoth {
-        first: hashes(first),
-        second: hashes(second),
-        has_one_store: first.lane == second.lane,
-    };
-    let (first, second) = (manifest_of(archive, first)?, manifest_of(archive, second)?);
-    let paths: BTreeSet<&PathBuf> = first.keys().chain(second.keys()).collect();
+    let (first_images, second_images) = (std::mem::take(&mut first.images), std::mem::take(&mut second.images));
+    let paths: BTreeSet<&PathBuf> = first_images.keys().chain(second_images.keys()).collect();
     let mut images = Vec::new();
     for path in paths {
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        images.push(match (first.get(path), second.get(path)) {
-            (Some(first), Some(second)) => diff_images(archive, first, second, &mut hashes, monitor)?.into_image(path),
+        images.push(match (first_images.get(path), second_images.get(path)) {
+            (Some(one), Some(other)) => diff_images((&mut first, one), (&mut second, other), monitor)?.into_image(path),
             (Some(image), None) => only(path, Change::OnlyInFirst, image.image.size),
             (None, Some(image)) => only(path, Change::OnlyInSecond, image.image.size),
             (None, None) => continue,
@@ -110,53 +137,29 @@ fn diff_commits(
     Ok(images)
 }
 
-/// The hashes of the blocks of two commits.
-struct HashesOfBoth<'a> {
-    first: StoredHashes<'a>,
-    second: StoredHashes<'a>,
-    /// Whether the commits are of one lane, so that a store address is the same block in both.
-    has_one_store: bool,
-}
-
-/// Compares an image with the image of the same path in another commit.
+/// Compares an image with the image of the same path on the other side.
 fn diff_images(
-    archive: &Archive,
-    first: &ImageRuns,
-    second: &ImageRuns,
-    hashes: &mut HashesOfBoth<'_>,
+    (first_side, first): (&mut Side<'_>, &ImageRuns),
+    (second_side, second): (&mut Side<'_>, &ImageRuns),
     monitor: &dyn Monitor,
 ) -> Result<DifferingRanges> {
     let mut ranges = DifferingRanges::new(first.image.size, second.image.size);
+    let has_one_store = first_side.lane.is_some() && first_side.lane == second_side.lane;
     let is_stored = |content| matches!(content, Content::Stored(_));
     for (first_block, blocks, (first, second)) in side_by_side(&first.runs, &second.runs) {
-        if (first == second && hashes.has_one_store) || (!is_stored(first) && !is_stored(second)) {
+        if (first == second && has_one_store) || (!is_stored(first) && !is_stored(second)) {
             continue;
         }
         for skipped in 0..blocks {
             if skipped % CHECK_EVERY_BLOCKS == 0 && monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            let first_hash = hash_at(first, skipped, &mut hashes.first, archive)?;
-            if first_hash != hash_at(second, skipped, &mut hashes.second, archive)? {
+            if first_side.hash_at(first, skipped)? != second_side.hash_at(second, skipped)? {
                 ranges.add(bytes(first_block + skipped), BLOCK_BYTES);
             }
         }
     }
     Ok(ranges)
-}
-
-/// The hash of the block that is `skipped` blocks behind the first one of a run. It is `None` for zeros, stored ones too.
-fn hash_at(content: Content, skipped: u32, hashes: &mut StoredHashes<'_>, archive: &Archive) -> Result<Option<Hash>> {
-    let Content::Stored(first) = content else {
-        return Ok(None);
-    };
-    let hash = hashes.get(first + skipped)?;
-    hash.map(|hash| Some(hash).filter(|hash| *hash != zero_hash()))
-        .ok_or_else(|| Error::Damaged {
-            path: archive.path().to_owned(),
-            range: None,
-            problem: "hashes of its blocks are lost".into(),
-        })
 }
 
 /// Two lists of runs, cut at the same blocks: the first block of each part, its length in blocks, and its content in both lists. It ends
@@ -180,22 +183,19 @@ fn side_by_side<'a>(first: &'a [Run], second: &'a [Run]) -> impl Iterator<Item =
     })
 }
 
-/// Compares the images of a commit with those on disk.
-fn diff_pool(
-    archive: &Archive,
-    committed: &Committed,
-    scope: &Scope,
-    monitor: &dyn Monitor,
-) -> Result<Vec<DiffedImage>> {
-    let manifest = manifest_of(archive, committed)?;
+/// Compares the images of a side with those on disk.
+fn diff_pool(mut side: Side<'_>, scope: &Scope, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
+    let manifest = std::mem::take(&mut side.images);
     let found = pool::discover(&scope.paths, &scope.exclude)?;
     let root = common_folder(found.named.iter().map(|named| named.root.as_path()));
-    let on_disk: BTreeMap<PathBuf, &FoundImage> = found
-        .images
-        .iter()
-        .flat_map(|image| image.names.iter().map(move |name| (name, image)))
-        .map(|(name, image)| (name.strip_prefix(&root).unwrap_or(name).to_owned(), image))
-        .collect();
+    let mut on_disk = by_relative_name(found.images, &root);
+    // A backup has files that do not look like images, such as a configuration. A file that is named counts whatever it looks like.
+    let is_file = |path: &PathBuf| path.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+    let others = manifest.keys().filter(|path| !on_disk.contains_key(*path));
+    let others: Vec<PathBuf> = others.map(|path| root.join(path)).filter(is_file).collect();
+    if !others.is_empty() {
+        on_disk.extend(by_relative_name(pool::discover(&others, &[])?.images, &root));
+    }
     let names: BTreeSet<&PathBuf> = manifest.values().flat_map(|image| &image.image.names).collect();
     let mut images: Vec<DiffedImage> = Vec::new();
     for (path, found) in &on_disk {
@@ -206,7 +206,7 @@ fn diff_pool(
     monitor.phase("Comparing", manifest.values().map(|image| image.image.size).sum());
     for (path, image) in &manifest {
         match on_disk.get(path) {
-            Some(found) => images.push(diff_file(archive, committed, image, found, monitor)?.into_image(path)),
+            Some(found) => images.push(diff_file(&mut side, image, found, monitor)?.into_image(path)),
             None => images.push(only(path, Change::OnlyInFirst, image.image.size)),
         }
     }
@@ -214,10 +214,21 @@ fn diff_pool(
     Ok(images)
 }
 
-/// Compares an image of a commit with a file. It reads the data of the file, and takes holes for zeros.
+/// Images by all of their names, relative to a folder.
+fn by_relative_name(images: Vec<FoundImage>, root: &Path) -> BTreeMap<PathBuf, Rc<FoundImage>> {
+    let images = images.into_iter().map(Rc::new);
+    let named = images.flat_map(|image| {
+        let names: Vec<PathBuf> = image.names.iter().cloned().collect();
+        names.into_iter().map(move |name| (name, Rc::clone(&image)))
+    });
+    named
+        .map(|(name, image)| (name.strip_prefix(root).map_or(name.clone(), Path::to_owned), image))
+        .collect()
+}
+
+/// Compares an image of a side with a file. It reads the data of the file, and takes holes for zeros.
 fn diff_file(
-    archive: &Archive,
-    committed: &Committed,
+    side: &mut Side<'_>,
     image: &ImageRuns,
     found: &FoundImage,
     monitor: &dyn Monitor,
@@ -229,7 +240,6 @@ fn diff_file(
         .open(OFlags::RDONLY | OFlags::NONBLOCK)
         .map_err(Error::io("open", path))?;
     let size = file.metadata().map_err(Error::io("look at", path))?.len();
-    let mut hashes = StoredHashes::new(Some((archive, committed)), committed.commit.store_end);
     let mut ranges = DifferingRanges::new(image.image.size, size);
     let mut at = 0u32;
     let mut buffer = Vec::new();
@@ -259,7 +269,7 @@ fn diff_file(
                 .map(|block| block.iter().any(|byte| *byte != 0).then(|| hash_of(block)))
                 .collect();
             for (number, file_hash) in (0u32..).zip(file_hashes) {
-                if file_hash != hash_at(part.content, number, &mut hashes, archive)? {
+                if file_hash != side.hash_at(part.content, number)? {
                     ranges.add(start + bytes(number), BLOCK_BYTES);
                 }
             }

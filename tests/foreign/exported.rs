@@ -225,8 +225,52 @@ fn an_archive_that_does_not_fit_stays_as_it_was() {
     let output = run(&scene, &format!("export {archive} --from a.vma --index {index}"));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(
-        String::from_utf8_lossy(&output.stderr).contains("no space is left"),
+        String::from_utf8_lossy(&output.stderr).contains("No space left"),
         "{output:?}"
     );
     assert!(!small.mount.join("x.vmf").exists());
+}
+
+#[test]
+fn backups_are_compared_with_commits_and_images_and_each_other() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    std::fs::write(scene.fs.mount.join("b.vma"), next_month().make()).unwrap();
+    export(&scene, "x.vmf --from a.vma");
+    scene.import_json("a.vma --to pool/machines");
+    let differing = |arguments: &str, code: i32| {
+        let output = run(&scene, &format!("diff {arguments} --json"));
+        assert_eq!(output.status.code(), Some(code), "{arguments}: {output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        report["differing_bytes"].as_u64().unwrap()
+    };
+    for same in [
+        "x.vmf --backup a.vma",
+        "a.vma --backup a.vma.zst",
+        "a.vma --pool pool/machines",
+        "x.vmf 1 --pool pool/machines",
+    ] {
+        assert_eq!(differing(same, 0), 0, "{same}");
+    }
+    let (old, new) = (&scene.expected, expected_of(&next_month()));
+    let blocks = old
+        .iter()
+        .flat_map(|(path, old)| old.chunks(4096).zip(new[path].chunks(4096)));
+    let expected: u64 = blocks
+        .filter(|(old, new)| old != new)
+        .map(|(old, _)| old.len() as u64)
+        .sum();
+    for other in [
+        "x.vmf --backup b.vma",
+        "a.vma --backup b.vma",
+        "b.vma --pool pool/machines",
+    ] {
+        assert_eq!(differing(other, 5), expected, "{other}");
+    }
+    for (refused, code) in [("a.vma 1 --backup b.vma", 2), ("a.vma", 2), ("x.vmf --backup x.vmf", 1)] {
+        let output = run(&scene, &format!("diff {refused}"));
+        assert_eq!(output.status.code(), Some(code), "{refused}: {output:?}");
+    }
 }

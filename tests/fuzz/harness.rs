@@ -264,7 +264,9 @@ impl<'a> Harness<'a> {
         if has(Verb::Diff) {
             for (first, second) in [(None, Some("1")), (Some("1"), None), (Some("previous"), None)] {
                 let with = ComparedWith::Commit(second.map(str::to_owned));
-                self.run(Verb::Diff, || diff(&path, first, &with, &Silent::default()));
+                self.run(Verb::Diff, || {
+                    diff(&path, first, &with, &BackupAccess::default(), &Silent::default())
+                });
             }
         }
         if has(Verb::Export) {
@@ -394,7 +396,10 @@ impl<'a> Harness<'a> {
                 }
                 if let Some(done) = done.as_ref().filter(|done| !partial && done.done.is_some()) {
                     let (path, with) = (self.folder.join("a.vmfold"), ComparedWith::Pool(scope(self.folder)));
-                    let compared = self.run(Verb::Diff, || diff(&path, Some(&done.id), &with, &Silent::default()));
+                    let access = BackupAccess::default();
+                    let compared = self.run(Verb::Diff, || {
+                        diff(&path, Some(&done.id), &with, &access, &Silent::default())
+                    });
                     let images = compared.map(|compared| compared.images).unwrap_or_default();
                     for image in images.iter().filter(|image| image.change == Change::Differs) {
                         self.problems.push(format!("what was restored differs: {image:?}"));

@@ -123,6 +123,11 @@ impl<'a> DistinctBlocks<'a> {
         &self.log
     }
 
+    /// The hashes of new blocks, and nothing else.
+    pub(super) fn into_log(self) -> HashLog {
+        self.log
+    }
+
     /// The hashes of blocks, which all have addresses.
     ///
     /// # Errors

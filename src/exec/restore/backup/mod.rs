@@ -152,6 +152,11 @@ impl<'a> BackupSource<'a> {
         self.distinct.log()
     }
 
+    /// The hashes of new blocks, of which no more come.
+    pub fn into_new_hashes(self) -> HashLog {
+        self.distinct.into_log()
+    }
+
     /// The next event, or `None` at the end. With [`BackupOptions::partial`], damage is an end.
     fn next_event(&mut self) -> Result<Option<Event>> {
         if let Some(event) = self.pending.take() {
