@@ -9,6 +9,8 @@
 )]
 
 mod common;
+#[path = "foreign/containers.rs"]
+mod containers;
 #[path = "foreign/exported.rs"]
 mod exported;
 #[path = "foreign/qvm.rs"]
@@ -25,14 +27,15 @@ use qvm::Machine;
 use vma::VmaMaker;
 use vmfold::error::{Error, ErrorKind, Result};
 use vmfold::foreign::{self, AskPassphrase, Event, Limits, OpenOptions, Passphrase};
-use vmfold::monitor::Silent;
-use vmfold::store::MemoryStore;
+use vmfold::monitor::{Monitor, Silent};
+use vmfold::store::{MemoryStore, Store};
 
-fn open_options<'a>(ask_passphrase: &'a AskPassphrase<'a>) -> OpenOptions<'a> {
+fn open_options<'a>(ask_passphrase: &'a AskPassphrase<'a>) -> OpenOptions<'a, 'static> {
     OpenOptions {
         limits: Limits::default(),
         ask_passphrase,
         checks_all: false,
+        backing: &[],
     }
 }
 
@@ -44,12 +47,21 @@ fn read(bytes: &[u8]) -> (BTreeMap<PathBuf, Vec<u8>>, Result<()>) {
 }
 
 fn read_into(bytes: &[u8], whole: &mut BTreeMap<PathBuf, Vec<u8>>) -> Result<()> {
-    let (store, monitor) = (MemoryStore::of(bytes.to_vec()), Silent::default());
-    let mut backup = foreign::open(
-        &store,
-        &open_options(&|| Ok(Passphrase::new(b"secret".to_vec()))),
-        &monitor,
-    )?;
+    read_store(&MemoryStore::of(bytes.to_vec()), &[], &Silent::default(), whole)
+}
+
+fn read_store(
+    store: &dyn Store,
+    backing: &[Box<dyn Store>],
+    monitor: &dyn Monitor,
+    whole: &mut BTreeMap<PathBuf, Vec<u8>>,
+) -> Result<()> {
+    let ask = || Ok(Passphrase::new(b"secret".to_vec()));
+    let options = OpenOptions {
+        backing,
+        ..open_options(&ask)
+    };
+    let mut backup = foreign::open(store, &options, monitor)?;
     let mut volumes: Vec<(PathBuf, Vec<u8>)> = Vec::new();
     let mut buffer = Vec::new();
     while let Some(event) = backup.next(&mut buffer)? {

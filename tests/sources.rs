@@ -14,7 +14,7 @@ use vmfold::content::Content;
 use vmfold::error::{Error, Result};
 use vmfold::exec::hashes::digest;
 use vmfold::exec::restore::archive::ArchiveSource;
-use vmfold::exec::restore::backup::{BackupOptions, BackupSource};
+use vmfold::exec::restore::backup::{BackupOptions, BackupSource, NoEarlierBlocks};
 use vmfold::exec::restore::folder::Root;
 use vmfold::exec::restore::pipe::{PipeOptions, PipeSource};
 use vmfold::exec::restore::source::{BlockSink, BlockSource, SourceFrame};
@@ -95,6 +95,7 @@ fn backup_source<'a>(backup: MemoryBackup, folder: &Path, monitor: &'a Silent) -
         id: LaneId([7; 16]),
         folder: folder.to_owned(),
         budget: Budget::default(),
+        earlier: Box::new(NoEarlierBlocks),
     };
     BackupSource::new(Box::new(backup), Path::new("memory"), options, monitor)
 }

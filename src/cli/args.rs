@@ -484,6 +484,14 @@ pub(super) struct Access {
     /// several parts are derived at once.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) kdf_memory: Option<u64>,
+    /// Backing file of a qcow2 image; may be given more than once
+    ///
+    /// A qcow2 image that was made on top of another leaves parts of its disk to that one, its backing file, and names
+    /// it. Such a name is shown and never followed, since whoever made the image chose it. Name the backing file here,
+    /// and by another --backing what that one was made on top of. It is a regular file and no link, qcow2 or raw, as the
+    /// image says of it. If the image does not say, it is qcow2 if it begins as one, and raw otherwise.
+    #[arg(long, value_name = "FILE")]
+    pub(super) backing: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -500,6 +508,10 @@ pub(super) struct Import {
     /// whole none are, because its checksum comes last. An image has the name of its volume, is readable by its owner
     /// alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long it should be: if it was
     /// compressed in several parts and some are missing, what is there is restored.
+    ///
+    /// A qcow2 or VDI image in a file becomes a raw one, `NAME.img`, which shares the clusters of that file if both are
+    /// on one filesystem. Internal snapshots of a qcow2 image become revisions of it, `NAME.img.N@TIME`, numbered in the
+    /// order of their time; what they are called is said. The memory of a machine in a snapshot is left out.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Images to restore, by pattern or folder; all if none is named

@@ -464,6 +464,7 @@ impl args::Access {
                 kdf_memory_bytes: self.kdf_memory,
                 ..Limits::default()
             },
+            backing: self.backing.clone(),
         }
     }
 }

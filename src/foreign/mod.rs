@@ -102,6 +102,11 @@ pub trait Backup {
     /// end of the backup: hashes of a compressed stream come behind what they are of.
     fn proves_each_volume(&self) -> bool;
 
+    /// Whether it holds blocks of its volumes as they are, in whole blocks of its own file, so that images can share them from there.
+    fn holds_blocks_in_place(&self) -> bool {
+        false
+    }
+
     /// Says that nothing of a volume is wanted. Its content, its links and its end may be left out from now on.
     fn leave_out(&mut self, volume: usize) {
         let _ = volume;
@@ -109,13 +114,15 @@ pub trait Backup {
 }
 
 /// How a backup is opened.
-pub struct OpenOptions<'a> {
+pub struct OpenOptions<'a, 's> {
     /// What it must not exceed.
     pub limits: Limits,
     /// Asks for the passphrase, if the backup needs one.
     pub ask_passphrase: &'a AskPassphrase<'a>,
     /// Whether what is not handed out is checked as well.
     pub checks_all: bool,
+    /// What a qcow2 image leaves to other files: its backing file, the backing file of that, and so on. What an image names is never opened.
+    pub backing: &'s [Box<dyn Store>],
 }
 
 /// Whether something that begins with these bytes, 1536 of them or all there are, is a backup that [`open`] reads.
@@ -132,7 +139,7 @@ pub fn is_backup(first: &[u8]) -> bool {
 /// Those of [`Backup::next`].
 pub fn open<'a>(
     store: &'a dyn Store,
-    options: &OpenOptions<'_>,
+    options: &OpenOptions<'_, 'a>,
     monitor: &'a dyn Monitor,
 ) -> Result<Box<dyn Backup + 'a>> {
     let mut input = Input::of_store(store, options.limits, monitor);
@@ -141,6 +148,9 @@ pub fn open<'a>(
         input = input.decompressed(compression)?;
     }
     let first = input.peek(MAGIC_BYTES)?;
+    if !options.backing.is_empty() && ContainerKind::of(first) != Some(ContainerKind::Qcow2) {
+        return Err(input.refused("--backing names a file, and only a qcow2 image has a backing file"));
+    }
     if first.starts_with(vma::MAGIC) {
         return Ok(Box::new(vma::Vma::open(input)?));
     }
@@ -170,7 +180,7 @@ pub fn open<'a>(
                 "it is {name}, which is read in any order: store it in a file, not compressed"
             ))
         })?;
-        return kind.open(file);
+        return kind.open(file, options.backing);
     }
     if let Some((_, problem)) = NOT_READ.iter().find(|(magic, _)| first.starts_with(magic)) {
         return Err(input.refused(*problem));

@@ -30,6 +30,16 @@ impl<'a> RandomInput<'a> {
         }))
     }
 
+    /// The bytes of another store, with the same limits.
+    pub(super) fn of_other(&self, store: &'a dyn Store) -> Result<Option<Self>> {
+        Self::of_store(store, self.limits, self.monitor)
+    }
+
+    /// Tells the user something that is no error.
+    pub(super) fn note(&self, message: &str) {
+        self.monitor.note(message);
+    }
+
     /// Its path, for messages and names.
     pub(super) fn path(&self) -> &'a Path {
         self.store.path()

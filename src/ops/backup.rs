@@ -25,7 +25,8 @@ pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result
         return Ok(None);
     }
     monitor.phase("Reading the backup", 0);
-    let mut backup = open_backup(&peeked, access, false, monitor)?;
+    let backing = access.open_backing()?;
+    let mut backup = open_backup(&peeked, &backing, access, false, monitor)?;
     let mut volumes: Vec<BackedUpVolume> = Vec::new();
     let mut buffer = Vec::new();
     while let Some(event) = backup.next(&mut buffer)? {
@@ -75,7 +76,8 @@ pub fn verify(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Resu
     if !foreign::is_backup(peeked.head()) {
         return Ok(None);
     }
-    let backup = open_backup(&peeked, access, true, monitor)?;
+    let backing = access.open_backing()?;
+    let backup = open_backup(&peeked, &backing, access, true, monitor)?;
     let kind = backup.kind();
     let options = BackupOptions {
         takes: Box::new(|_| true),

@@ -17,9 +17,9 @@ use self::open_archive::{OpenArchive, random};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::Commit;
 use crate::archive::limits::{LABEL_BYTES_MAX, RUNS_MAX};
-use crate::archive::list::{ImageSummary, Listed};
+use crate::archive::list::ImageSummary;
 use crate::archive::manifest::{self, ArchivedFolder, ArchivedImage, PlanPart};
-use crate::archive::reader::{Archive, Committed};
+use crate::archive::reader::Committed;
 use crate::archive::record::{EpochId, LaneId};
 use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, bytes};
@@ -339,11 +339,7 @@ impl Exporter<'_> {
         self.monitor.phase("Committing", 0);
         let summarizer = Summarizer::new(&outcome.hashes, old_hashes(), &path, self.monitor);
         let (summaries, uses) = summarizer.all(&images, &left_out, last_runs)?;
-        let listed = Listed {
-            uses,
-            other_lanes: opened.archive.as_ref().map_or_else(Vec::new, Archive::other_lanes),
-            ..Listed::default()
-        };
+        let listed = opened.listed(uses);
         let commit = commit_of(
             self.options.label.clone(),
             self.origin.root.clone(),

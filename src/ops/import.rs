@@ -86,7 +86,16 @@ pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: 
         let problem = "--commit names a commit of an archive, and this is a backup that another program made";
         return Err(Error::Usage(problem.into()));
     }
-    let backup = open_backup(store, &options.access, false, monitor)?;
+    let backing = options.access.open_backing()?;
+    let backup = open_backup(store, &backing, &options.access, false, monitor)?;
+    let in_place = if backup.holds_blocks_in_place() {
+        [store.path()]
+            .into_iter()
+            .chain(backing.iter().map(|one| one.path()))
+            .collect()
+    } else {
+        Vec::new()
+    };
     let hash = hash_of(store.head());
     let mut id = LaneId::default();
     let length = id.0.len();
@@ -100,7 +109,7 @@ pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: 
         earlier: Box::new(NoEarlierBlocks),
     };
     let mut source = BackupSource::new(backup, store.path(), backup_options, monitor);
-    restore(&mut source, options, monitor)
+    restore(&mut source, &in_place, options, monitor)
 }
 
 /// Imports from a store that can be read at any offset. [`ImportOptions::archive`] is not used.
@@ -120,7 +129,7 @@ pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn
     let announces = seeds::are_possible(options);
     let budget = super::runs_budget(Some(&options.index));
     let mut source = ArchiveSource::open(&archive, options.commit.as_deref(), announces, &budget, monitor)?;
-    restore(&mut source, options, monitor)
+    restore(&mut source, &[], options, monitor)
 }
 
 /// Imports from a store that is read once and in order. [`ImportOptions::archive`] is not used.
@@ -136,20 +145,25 @@ pub fn import_in_order(store: &dyn Store, options: &ImportOptions, monitor: &dyn
         budget: super::runs_budget(Some(&options.index)),
     };
     let mut source = PipeSource::new(store, pipe_options, monitor);
-    let imported = restore(&mut source, options, monitor)?;
+    let imported = restore(&mut source, &[], options, monitor)?;
     // The rest of the pipe is read, so that the program that writes to it does not fail.
     let _ = std::io::copy(source.rest(), &mut std::io::sink());
     Ok(imported)
 }
 
-/// Plans a restore, and carries it out unless it is a dry run.
-fn restore(source: &mut dyn BlockSource, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
+/// Plans a restore, and carries it out unless it is a dry run. `in_place` are the files that hold blocks of the source as they are.
+fn restore(
+    source: &mut dyn BlockSource,
+    in_place: &[&Path],
+    options: &ImportOptions,
+    monitor: &dyn Monitor,
+) -> Result<Imported> {
     let (archive, to) = (source.path().to_owned(), options.restore.to.clone());
     let root = Root::look(&to)?;
     if !options.dry_run {
         root.keep_others_off()?;
     }
-    let open_seed = seeds::opener(options, monitor);
+    let open_seed = seeds::opener(options, in_place, monitor);
     let mut restore = Restore::new(&options.restore, root, source, &*open_seed, monitor);
     restore.plan()?;
     if options.dry_run {

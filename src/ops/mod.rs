@@ -26,7 +26,7 @@ use crate::plan;
 use crate::pool::{self, Skip, Skipped};
 use crate::shown::shown;
 use crate::spill::Budget;
-use crate::store::PeekedStore;
+use crate::store::{FileStore, PeekedStore, Store};
 
 /// The images that a verb works on, and what it may use for that.
 #[derive(Debug, Clone)]
@@ -72,9 +72,29 @@ pub struct BackupAccess {
     pub prompt: fn(&dyn Monitor) -> Result<Passphrase>,
     /// What they must not exceed.
     pub limits: foreign::Limits,
+    /// The backing file of a qcow2 image, the backing file of that, and so on.
+    pub backing: Vec<PathBuf>,
 }
 
 impl BackupAccess {
+    /// Opens the backing files.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if one is no regular file; those of [`FileStore::open_without_link`].
+    fn open_backing(&self) -> Result<Vec<Box<dyn Store>>> {
+        let open = |path: &PathBuf| -> Result<Box<dyn Store>> {
+            match FileStore::open_without_link(path) {
+                Ok(store) => Ok(Box::new(store)),
+                Err(Error::NotAnArchive { path }) => Err(Error::Usage(format!(
+                    "`{}` is no regular file, which a backing file must be",
+                    shown(&path)
+                ))),
+                Err(error) => Err(error),
+            }
+        };
+        self.backing.iter().map(open).collect()
+    }
+
     fn passphrase(&self, monitor: &dyn Monitor) -> Result<Passphrase> {
         match &self.passphrase_file {
             Some(path) => Passphrase::read(path),
@@ -93,13 +113,16 @@ impl Default for BackupAccess {
                 ))
             },
             limits: foreign::Limits::default(),
+            backing: Vec::new(),
         }
     }
 }
 
-/// Opens a backup of another program. `checks_all` says whether what is not handed out is checked as well.
+/// Opens a backup of another program. `backing` is from [`BackupAccess::open_backing`]. `checks_all` says whether what is not handed out is
+/// checked as well.
 fn open_backup<'a>(
     store: &'a PeekedStore<'_>,
+    backing: &'a [Box<dyn Store>],
     access: &BackupAccess,
     checks_all: bool,
     monitor: &'a dyn Monitor,
@@ -109,6 +132,7 @@ fn open_backup<'a>(
         limits: access.limits,
         ask_passphrase: &ask_passphrase,
         checks_all,
+        backing,
     };
     foreign::open(store, &options, monitor)
 }

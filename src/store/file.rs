@@ -1,7 +1,7 @@
 //! An archive in a file.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -47,7 +47,19 @@ impl FileStore {
     /// Returns [`Error::NoSuchPath`] if the path does not exist, [`Error::NotAnArchive`] if it is not a regular file, and [`Error::Io`] if
     /// it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
-        match path.metadata() {
+        Self::open_as(path, path.metadata(), libc::O_NONBLOCK)
+    }
+
+    /// Opens a file for reading, as [`FileStore::open`] does, and refuses a symbolic link in its place.
+    ///
+    /// # Errors
+    /// Those of [`FileStore::open`].
+    pub fn open_without_link(path: &Path) -> Result<Self> {
+        Self::open_as(path, path.symlink_metadata(), libc::O_NONBLOCK | libc::O_NOFOLLOW)
+    }
+
+    fn open_as(path: &Path, metadata: io::Result<Metadata>, flags: i32) -> Result<Self> {
+        match metadata {
             // Opening a device may have an effect, and opening a pipe without a writer would block.
             Ok(metadata) if !metadata.is_file() => return Err(not_an_archive(path)),
             Ok(_) => {}
@@ -57,7 +69,7 @@ impl FileStore {
             Err(error) => return Err(Error::io("look at", path)(error)),
         }
         let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_NONBLOCK);
+        options.read(true).custom_flags(flags);
         let file = options.open(path).map_err(Error::io("open", path))?;
         if !file.metadata().map_err(Error::io("look at", path))?.is_file() {
             return Err(not_an_archive(path));

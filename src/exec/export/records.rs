@@ -205,6 +205,7 @@ mod tests {
     use crate::archive::{pack, record::EpochId};
     use crate::block::BLOCK_LEN;
     use crate::exec::hashes::HashLog;
+    use crate::spill::Budget;
     use crate::store::Store;
 
     /// A store that keeps nothing but the headers of records, and what PACKs say of themselves.

@@ -1,5 +1,5 @@
 //! Disks that hypervisors keep in files of their own formats (containers): a table says where each piece of the disk lies in the file. Such a file is
-//! read in any order, so it must be a file that is not compressed. No file that a container names is opened.
+//! read in any order, so it must be a file that is not compressed. No file that a container names is opened: the user names what it lies on.
 
 mod qcow2;
 mod vdi;
@@ -7,9 +7,14 @@ mod vhd;
 mod vhdx;
 mod vmdk;
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
 use super::random::RandomInput;
-use super::{Backup, Event, Volume};
+use super::{Backup, Event, Volume, volume_name};
 use crate::error::Result;
+use crate::store::Store;
 
 /// Bytes that are handed over at a time, at most.
 const PART_BYTES: usize = 1 << 20;
@@ -65,19 +70,37 @@ impl ContainerKind {
         }
     }
 
-    /// Opens a container.
+    /// Opens a container. `backing` is what the user named for the parts that it leaves to other files.
     ///
     /// # Errors
     /// Those of [`super::open`].
-    pub(super) fn open(self, input: RandomInput<'_>) -> Result<Box<dyn Backup + '_>> {
+    pub(super) fn open<'a>(
+        self,
+        input: RandomInput<'a>,
+        backing: &'a [Box<dyn Store>],
+    ) -> Result<Box<dyn Backup + 'a>> {
         Ok(match self {
-            Self::Qcow2 => Box::new(Container::new(qcow2::Qcow2::open(input)?)),
+            Self::Qcow2 => Box::new(Container::new(qcow2::Qcow2::open(input, backing)?)),
             Self::Vdi => Box::new(Container::new(vdi::Vdi::open(input)?)),
             Self::Vhd => Box::new(Container::new(vhd::Vhd::open(input)?)),
             Self::Vhdx => Box::new(Container::new(vhdx::Vhdx::open(input)?)),
             Self::Vmdk => Box::new(Container::new(vmdk::Vmdk::open(input)?)),
         })
     }
+}
+
+/// The name of the disk in a container: that of the file, with `.img` in the place of a suffix of this kind. The suffixes have no dots.
+pub(super) fn image_name(path: &Path, suffixes: &[&str]) -> PathBuf {
+    let whole = Path::new(path.file_name().unwrap_or(OsStr::new("image")));
+    let has = |known: &[&str]| {
+        let suffix = whole.extension().and_then(OsStr::to_str);
+        suffix.is_some_and(|suffix| known.iter().any(|one| one.eq_ignore_ascii_case(suffix)))
+    };
+    let is_replaced = has(suffixes) || has(&["img"]);
+    let name = whole.file_stem().filter(|_| is_replaced).unwrap_or(whole.as_os_str());
+    let mut name = volume_name::component(name.as_bytes()).into_os_string();
+    name.push(".img");
+    PathBuf::from(name)
 }
 
 /// A container as a backup: its volumes one after the other, each in the order of its bytes.
@@ -114,6 +137,10 @@ impl<D: Disk> Backup for Container<D> {
         true
     }
 
+    fn holds_blocks_in_place(&self) -> bool {
+        true
+    }
+
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
         if let Some(volume) = self.volumes.get(self.told) {
             self.told += 1;
@@ -141,5 +168,27 @@ impl<D: Disk> Backup for Container<D> {
         if let Some(left_out) = self.left_out.get_mut(volume) {
             *left_out = true;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_called_as_its_file_and_always_ends_with_img() {
+        for (path, expected) in [
+            ("/a/disk.qcow2", "disk.img"),
+            ("disk.QCOW", "disk.img"),
+            ("disk.img", "disk.img"),
+            ("disk.vdi", "disk.vdi.img"),
+            ("disk", "disk.img"),
+            (".qcow2", "%2eqcow2.img"),
+            ("a\nb.qcow2", "a%0ab.img"),
+        ] {
+            assert_eq!(image_name(Path::new(path), &["qcow2", "qcow"]), Path::new(expected));
+        }
+        let long = image_name(Path::new(&("x".repeat(249) + ".qcow2")), &["qcow2"]);
+        assert!(long.as_os_str().len() == 204 && long.extension() == Some(OsStr::new("img")));
     }
 }

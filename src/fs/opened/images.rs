@@ -329,15 +329,10 @@ fn open_one(
     };
     // This comes before the lease, which would keep this process waiting as well.
     let direct = open_directly(&file, purpose);
-    let watch = watch.filter(|_| specifics.leases != Leases::None);
-    let revoked = match watch.map(|(watch, lease)| watch.add(&file, *lease)) {
-        None => Arc::default(),
-        Some(Ok(revoked)) => revoked,
-        Some(Err(Errno::INVAL | Errno::ACCESS | Errno::OPNOTSUPP)) if specifics.leases == Leases::WherePossible => {
-            Arc::default()
-        }
-        Some(Err(Errno::AGAIN)) => return leave_for(Skip::InUse, users::locked_by(&file).map(str::to_owned)),
-        Some(Err(errno)) => return failed("take a lease on", errno),
+    let revoked = match lease_on(&file, specifics.leases, watch) {
+        Ok(revoked) => revoked,
+        Err(Errno::AGAIN) => return leave_for(Skip::InUse, users::locked_by(&file).map(str::to_owned)),
+        Err(errno) => return failed("take a lease on", errno),
     };
     let metadata = match file.metadata() {
         Ok(metadata) => metadata,
@@ -370,6 +365,17 @@ fn open_one(
         stamp: Stamp::of(&metadata),
         revoked,
     }))
+}
+
+/// Takes a lease on an image, if one is to be taken and the filesystem has them. Returns what tells that someone else has wanted the image.
+fn lease_on(file: &Arc<File>, leases: Leases, watch: Option<&(Watch, Lease)>) -> rustix::io::Result<Arc<AtomicBool>> {
+    let Some((watch, lease)) = watch.filter(|_| leases != Leases::None) else {
+        return Ok(Arc::default());
+    };
+    match watch.add(file, *lease) {
+        Err(Errno::INVAL | Errno::ACCESS | Errno::OPNOTSUPP) if leases == Leases::WherePossible => Ok(Arc::default()),
+        other => other,
+    }
 }
 
 /// Opens an image for reading, without changing its access time where that is permitted.

@@ -79,7 +79,8 @@ impl<'a> Side<'a> {
             budget: runs_budget(None),
             earlier: Box::new(NoEarlierBlocks),
         };
-        let backup = open_backup(&peeked, access, false, monitor)?;
+        let backing = access.open_backing()?;
+        let backup = open_backup(&peeked, &backing, access, false, monitor)?;
         let mut source = BackupSource::new(backup, &path, options, monitor);
         let (contents, _) = read_all(&mut source, None, |_| Ok(()), monitor)?;
         let contents = Arc::into_inner(contents).ok_or_else(|| lost(&path))?;

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use super::images::{Summarizer, put_images};
 use super::open_archive::{OpenArchive, held, random};
 use super::{check_label, commit_of, to_place};
-use crate::archive::list::Listed;
 use crate::archive::manifest::PlanPart;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{EpochId, Hash, LaneId};
@@ -94,7 +93,8 @@ fn export_from(
         });
     }
     // Asks for the passphrase, and looks at the header, before the archive is made.
-    let backup = open_backup(&peeked, &options.access, false, monitor)?;
+    let backing = options.access.open_backing()?;
+    let backup = open_backup(&peeked, &backing, &options.access, false, monitor)?;
     let run = |open: &mut dyn FnMut() -> Result<Arc<dyn Store>>| {
         let mut opened = OpenArchive::new(open()?)?;
         let exporter = BackupExporter {
@@ -165,11 +165,7 @@ impl<'a> BackupExporter<'a> {
         let old_hashes = StoredHashes::new(opened.last(), base.store_end);
         let summarizer = Summarizer::new(source.new_hashes(), old_hashes, &path, self.monitor);
         let (summaries, uses) = summarizer.all(&archived, &none, runs_of)?;
-        let listed = Listed {
-            uses,
-            other_lanes: opened.archive.as_ref().map_or_else(Vec::new, Archive::other_lanes),
-            ..Listed::default()
-        };
+        let listed = opened.listed(uses);
         let mut commit = commit_of(self.label(&source), self.root(), source.new_hashes().end());
         commit.time = source.origin().time.or(self.time).unwrap_or(commit.time);
         let (new_base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;

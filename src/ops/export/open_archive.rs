@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::archive::head::Head;
 use crate::archive::lane::ListedRecord;
+use crate::archive::list::Listed;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{HEADER_BYTES, LaneId, MAGIC, RecordHeader, hash_of};
 use crate::archive::writer::EpochBase;
@@ -85,6 +86,15 @@ impl OpenArchive {
     pub(super) fn last(&self) -> Option<(&Archive, &Committed)> {
         let archive = self.archive.as_ref()?;
         Some((archive, archive.last_of_main()?))
+    }
+
+    /// What a commit lists beside its records and images: the store addresses that it uses, and the other lanes.
+    pub(super) fn listed(&self, uses: Vec<Range<StoreBlock>>) -> Listed {
+        Listed {
+            uses,
+            other_lanes: self.archive.as_ref().map_or_else(Vec::new, Archive::other_lanes),
+            ..Listed::default()
+        }
     }
 
     /// Returns which of some store addresses are lost: those without a hash, and those of PACKs that are damaged, all of which are read unless

@@ -1,6 +1,6 @@
 //! Finds the images on the disk that restored images may share blocks with: those that were named, or those that the index knows.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::ImportOptions;
 use crate::error::{Error, Result, describe};
@@ -12,14 +12,29 @@ use crate::monitor::Monitor;
 use crate::ops::{Scope, prepare};
 use crate::plan::seeds::weak_ids;
 
-/// Returns what opens the seeds. They are the images that were named, or else images that hold wanted blocks according to the index.
-pub(super) fn opener<'a>(options: &'a ImportOptions, monitor: &'a dyn Monitor) -> Box<OpenSeed<'a>> {
+/// Returns what opens the seeds. They are the images that were named, or else images that hold wanted blocks according to the index; and the
+/// files that blocks of the source lie in as they are, if they are on the filesystem that is restored to.
+pub(super) fn opener<'a>(
+    options: &'a ImportOptions,
+    in_place: &'a [&Path],
+    monitor: &'a dyn Monitor,
+) -> Box<OpenSeed<'a>> {
     Box::new(move |sought| {
         let paths = if options.seeds.is_empty() {
             known_images(options, sought, monitor).unwrap_or_default()
         } else {
             options.seeds.clone()
         };
+        let uuid = uuid_at(&options.restore.to);
+        let near = in_place.iter().filter(|path| uuid.is_some() && uuid_at(path) == uuid);
+        let near: Vec<PathBuf> = near.map(|path| (*path).to_owned()).collect();
+        if !near.is_empty() {
+            match open(options, [paths.clone(), near].concat(), monitor) {
+                Ok(seed) => return Ok(Some(Box::new(seed) as Box<dyn Seed>)),
+                Err(Error::Interrupted) => return Err(Error::Interrupted),
+                Err(error) => monitor.note(&format!("Blocks of the image are copied: {}", describe(&error))),
+            }
+        }
         if paths.is_empty() {
             return Ok(None);
         }
