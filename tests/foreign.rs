@@ -1119,6 +1119,52 @@ fn on_a_disk_that_is_too_small_what_came_whole_is_kept() {
     scene.assert_restored(small.mount.join("to").to_str().unwrap());
 }
 
+/// Distinct blocks that can be compressed well.
+fn compressible(length: usize) -> Vec<u8> {
+    let block = |number: usize| {
+        let mut block = format!("{number} is the number of this block; ")
+            .into_bytes()
+            .repeat(150);
+        block.truncate(4096);
+        block
+    };
+    (0..length / 4096).flat_map(block).collect()
+}
+
+#[test]
+fn what_fits_only_compressed_fits() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let maker = VmaMaker {
+        devices: vec![(b"drive-scsi0", compressible(90 << 20))],
+        per_extent: 58,
+        ..some_vma(0, 0)
+    };
+    std::fs::write(scene.fs.mount.join("big.vma"), maker.make()).unwrap();
+    let mut export = scene.fs.command();
+    export.args(["export", "big.vmf", "--from", "big.vma", "--index"]);
+    assert!(export.arg(scene.fs.index()).output().unwrap().status.success());
+    for source in ["big.vma", "big.vmf"] {
+        let small = nearly_full(45);
+        let to = small.mount.join("to");
+        let output = scene.import(&format!("{source} --to {}", to.display()));
+        assert_eq!(output.status.code(), Some(1), "{source}: {output:?}");
+        let _ = std::fs::remove_dir_all(&to);
+        let output = scene.import(&format!("{source} --to {} --compress zstd", to.display()));
+        assert!(output.status.success(), "{source}: {output:?}");
+        for (path, content) in expected_of(&maker) {
+            assert!(std::fs::read(to.join(path)).unwrap() == content, "{source}");
+        }
+    }
+    let other = Mounted::new("mkfs.ext4 -q", "", 256);
+    let to = other.mount.join("to");
+    let output = scene.import(&format!("big.vma --to {} --compress zstd", to.display()));
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(!to.exists());
+}
+
 #[test]
 fn backups_are_listed_and_verified() {
     let folder = tempfile::tempdir().unwrap();

@@ -585,6 +585,13 @@ pub(super) struct Import {
     /// nothing that has checksums.
     #[arg(long)]
     pub(super) preserve_special: bool,
+    /// Compress what is written: `zstd`, on btrfs
+    ///
+    /// Each distinct block is compressed once, by btrfs and at its own level, and images share the compressed extents.
+    /// What does not fit as it is may fit then: the import begins, and if the disk is too small after all, it ends before
+    /// the disk is full. What is shared with images on the disk stays as it is. `reclaim --compress` compresses those.
+    #[arg(long, value_name = "HOW", value_parser = ["zstd"])]
+    pub(super) compress: Option<String>,
     #[command(flatten)]
     pub(super) access: Access,
     /// Folder for the index, which is only a cache

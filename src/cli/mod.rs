@@ -445,6 +445,7 @@ impl args::Import {
                 as_revision: self.as_revision,
                 numeric_owner: self.numeric_owner,
                 preserve_special: self.preserve_special,
+                compress: self.compress.is_some(),
             },
             seeds: self.seed.clone(),
             index: self.index.clone(),

@@ -50,6 +50,11 @@ pub fn uuid_at(path: &Path) -> Option<[u8; 16]> {
     filesystem_at(path).map(|(_, info)| info.uuid)
 }
 
+/// Whether the filesystem that a file lies on compresses what is written to a file that says so.
+pub fn compresses_files(file: &File) -> bool {
+    fs_info(file).is_ok_and(|info| matches!(info.kind, FilesystemKind::Btrfs { .. }))
+}
+
 /// Whether this process may look for the images that hold extents of the filesystem that a path is or will be on.
 pub fn may_find_holders(path: &Path) -> bool {
     // btrfs tells only root which files hold an extent.

@@ -38,8 +38,9 @@ use crate::archive::manifest::ImageRuns;
 use crate::archive::record::hash_of;
 use crate::block::{BLOCK_LEN, bytes};
 use crate::content::Content;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, describe};
 use crate::exec::hashes::{Digest, digest};
+use crate::fs::compresses_files;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::plan::restore::{
@@ -69,6 +70,8 @@ pub struct RestoreOptions {
     pub numeric_owner: bool,
     /// Whether set-user-ID, set-group-ID and sticky bits, and attributes of `security.*` and `trusted.*`, are restored.
     pub preserve_special: bool,
+    /// Whether the filesystem is told to compress what is written.
+    pub compress: bool,
 }
 
 /// The counts of a restore.
@@ -231,9 +234,18 @@ impl<'a> Restore<'a> {
                 shown(&folder)
             )));
         }
-        planned.plan.check_space(&self.options.to)?;
+        if self.options.compress && !compresses_files(self.root.file()) {
+            return Err(Error::Usage(format!(
+                "--compress takes btrfs, and `{}` is on another filesystem",
+                shown(&self.options.to)
+            )));
+        }
+        self.check_space(&planned.plan)?;
         self.root.make()?;
         let mut staging = Staging::open(self.root.file(), &folder)?;
+        if self.options.compress {
+            staging.compress()?;
+        }
         match self.run(planned, &mut staging) {
             Ok(outcome) => {
                 staging.remove()?;
@@ -246,6 +258,18 @@ impl<'a> Restore<'a> {
                 ));
                 Err(error)
             }
+        }
+    }
+
+    /// Refuses a plan that does not fit. What is compressed may fit all the same, which shows when it is written.
+    fn check_space(&self, plan: &RestorePlan) -> Result<()> {
+        match plan.check_space(&self.options.to) {
+            Err(error @ Error::DoesNotFit { .. }) if self.options.compress => {
+                self.monitor
+                    .note(&format!("Goes on since it is compressed: {}", describe(&error)));
+                Ok(())
+            }
+            other => other,
         }
     }
 
@@ -329,7 +353,7 @@ impl<'a> Restore<'a> {
             }
             let Some(offer) = self.source.offer()? else { break };
             planned = self.plan_offer(offer, Some(&journal))?;
-            planned.plan.check_space(&self.options.to)?;
+            self.check_space(&planned.plan)?;
         }
         let contents = committed.ok_or_else(|| self.source.nothing_committed())?;
         // Images that this process has open look as if others used them.
@@ -385,7 +409,11 @@ impl<'a> Restore<'a> {
                 Some(seed) => SeedUse::ByContent(seed),
             },
             // A plan that knows what comes has been checked.
-            reserve_bytes: if self.source.announces() { 0 } else { RESERVE_BYTES },
+            reserve_bytes: if self.source.announces() && !self.options.compress {
+                0
+            } else {
+                RESERVE_BYTES
+            },
             restored,
             monitor: self.monitor,
         };

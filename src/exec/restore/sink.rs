@@ -71,6 +71,8 @@ impl StagingSink<'_> {
         };
         if free_bytes(self.staging) < needed_bytes.saturating_add(self.staging.pending_bytes()) {
             self.staging.settle()?;
+            // What was removed a moment ago is free once the filesystem has committed that.
+            let _ = rustix::fs::syncfs(self.staging.file());
             if free_bytes(self.staging) < needed_bytes {
                 return Err(Error::writing("write more to", self.staging.path())(Errno::NOSPC));
             }

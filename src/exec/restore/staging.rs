@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::folder::FileState;
@@ -305,6 +305,22 @@ impl Staging {
             pending_bytes: 0,
             dirty: None,
             journal_at_start,
+        })
+    }
+
+    /// Has the filesystem compress by zstd what is written to the staging file from now on. btrfs does (`btrfs(5)`, the property
+    /// `compression`).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if it cannot.
+    pub fn compress(&self) -> Result<()> {
+        let set = rustix::fs::fsetxattr(&self.file, "btrfs.compression", b"zstd", XattrFlags::empty());
+        set.map_err(|errno| {
+            let error = std::io::Error::from(errno);
+            Error::Usage(format!(
+                "btrfs cannot compress `{}`: {error}",
+                crate::shown::shown(&self.path)
+            ))
         })
     }
 
