@@ -21,7 +21,7 @@ use crate::store::{FileStore, PeekedStore, Store};
 pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Option<ListedBackup>> {
     let store = FileStore::open(path)?;
     let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-    if !foreign::is_backup(peeked.head()) {
+    if !foreign::is_backup(peeked.head(), &foreign::last_bytes(&peeked)?) {
         return Ok(None);
     }
     monitor.phase("Reading the backup", 0);
@@ -72,7 +72,7 @@ pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result
 pub fn verify(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Option<ListedBackup>> {
     let store = FileStore::open(path)?;
     let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-    if !foreign::is_backup(peeked.head()) {
+    if !foreign::is_backup(peeked.head(), &foreign::last_bytes(&peeked)?) {
         return Ok(None);
     }
     let backup = open_backup(&peeked, access, true, monitor)?;

@@ -53,7 +53,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
         ArchivePlace::File(path) => {
             let store = FileStore::open(path)?;
             let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-            if foreign::is_backup(peeked.head()) {
+            if foreign::is_backup(peeked.head(), &foreign::last_bytes(&peeked)?) {
                 return import_backup(&peeked, options, monitor);
             }
             drop(peeked);
@@ -69,7 +69,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
                     Error::io("read", path)(error)
                 }
             })?;
-            if foreign::is_backup(peeked.head()) {
+            if foreign::is_backup(peeked.head(), &foreign::last_bytes(&peeked)?) {
                 return import_backup(&peeked, options, monitor);
             }
             import_in_order(&peeked, options, monitor)

@@ -1,14 +1,21 @@
 //! Disks that hypervisors keep in files of their own formats (containers): a table says where each piece of the disk lies in the file. Such a file is
 //! read in any order, so it must be a file that is not compressed. No file that a container names is opened.
 
+mod one_disk;
 mod qcow2;
 mod vdi;
 mod vhd;
 mod vhdx;
-mod vmdk;
+pub(super) mod vmdk;
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use self::one_disk::OneDisk;
+pub(super) use self::vhd::is_fixed as is_fixed_vhd;
 use super::random::RandomInput;
-use super::{Backup, Event, Volume};
+use super::{Backup, Event, Volume, volume_name};
 use crate::error::Result;
 
 /// Bytes that are handed over at a time, at most.
@@ -49,7 +56,7 @@ impl ContainerKind {
             (Self::Vdi, has(vdi::MAGIC_AT, vdi::MAGIC)),
             (Self::Vhd, has(0, vhd::MAGIC)),
             (Self::Vhdx, has(0, vhdx::MAGIC)),
-            (Self::Vmdk, has(0, vmdk::MAGIC)),
+            (Self::Vmdk, has(0, vmdk::MAGIC) && !vmdk::is_stream(first)),
         ];
         kinds.into_iter().find_map(|(kind, has)| has.then_some(kind))
     }
@@ -59,9 +66,9 @@ impl ContainerKind {
         match self {
             Self::Qcow2 => "a qcow2 image",
             Self::Vdi => "a VDI image",
-            Self::Vhd => "a VHD image",
-            Self::Vhdx => "a VHDX image",
-            Self::Vmdk => "a VMDK image",
+            Self::Vhd => vhd::KIND,
+            Self::Vhdx => vhdx::KIND,
+            Self::Vmdk => vmdk::KIND,
         }
     }
 
@@ -75,9 +82,28 @@ impl ContainerKind {
             Self::Vdi => Box::new(Container::new(vdi::Vdi::open(input)?)),
             Self::Vhd => Box::new(Container::new(vhd::Vhd::open(input)?)),
             Self::Vhdx => Box::new(Container::new(vhdx::Vhdx::open(input)?)),
-            Self::Vmdk => Box::new(Container::new(vmdk::Vmdk::open(input)?)),
+            Self::Vmdk => Box::new(Container::new(OneDisk::new(
+                vmdk::KIND,
+                &vmdk::SUFFIXES,
+                vmdk::Sparse::open(input)?,
+            ))),
         })
     }
+}
+
+/// The name of an image whose container has this path: with `.img` in the place of the container's suffix, if it is one of these.
+pub(super) fn image_name(path: &Path, suffixes: &[&str]) -> PathBuf {
+    let name = path.file_name().unwrap_or(OsStr::new("image"));
+    let whole = Path::new(name);
+    let is_suffix = |suffix: &OsStr| {
+        let suffix = suffix.as_bytes();
+        suffixes.iter().any(|one| one.as_bytes().eq_ignore_ascii_case(suffix))
+    };
+    let stem = match (whole.extension(), whole.file_stem()) {
+        (Some(suffix), Some(stem)) if is_suffix(suffix) => stem,
+        _ => name,
+    };
+    volume_name::component(&[stem.as_bytes(), b".img"].concat())
 }
 
 /// A container as a backup: its volumes one after the other, each in the order of its bytes.
@@ -140,6 +166,25 @@ impl<D: Disk> Backup for Container<D> {
     fn leave_out(&mut self, volume: usize) {
         if let Some(left_out) = self.left_out.get_mut(volume) {
             *left_out = true;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_called_as_its_container() {
+        for (path, expected) in [
+            ("/a/disk.vmdk", "disk.img"),
+            ("disk.1.VMDK", "disk.1.img"),
+            ("disk.qcow2", "disk.qcow2.img"),
+            ("stdin", "stdin.img"),
+            (".vmdk", "%2evmdk.img"),
+            ("..", "image.img"),
+        ] {
+            assert_eq!(image_name(Path::new(path), &["vmdk"]), Path::new(expected));
         }
     }
 }
