@@ -185,7 +185,7 @@ pub fn open<'a>(
         return Ok(Box::new(pool_tar::PoolTar::open(input, monitor)?));
     }
     if vmdk::is_stream(first) {
-        return Ok(Box::new(vmdk::StreamBackup::open(input)?));
+        return Ok(Box::new(vmdk::StreamBackup::open(input, compression)?));
     }
     if let Some(kind) = ContainerKind::of(first) {
         let file = RandomInput::of_store(store, options.limits, monitor)?.filter(|_| compression.is_none());
@@ -197,15 +197,7 @@ pub fn open<'a>(
         })?;
         return kind.open(file);
     }
-    let not_read = NOT_READ
-        .iter()
-        .chain(&NOT_A_DISK)
-        .find(|(magic, _)| first.starts_with(magic));
-    if let Some((_, problem)) = not_read {
-        return Err(input.refused(*problem));
-    }
-    if vmdk::is_descriptor(first) {
-        let problem = vmdk::why_not_a_disk(first);
+    if let Some(problem) = why_not_read(first) {
         return Err(input.refused(problem));
     }
     match compression {
@@ -213,6 +205,14 @@ pub fn open<'a>(
         Some(_) => Err(input.refused("it is compressed twice")),
         None => Err(input.refused("it is of no kind that is known")),
     }
+}
+
+/// Why something is not read that begins with these bytes, if it is known.
+fn why_not_read(first: &[u8]) -> Option<&'static str> {
+    let mut known = NOT_READ.iter().chain(&NOT_A_DISK);
+    let known = known.find(|(magic, _)| first.starts_with(magic));
+    let descriptor = || vmdk::is_descriptor(first).then(|| vmdk::why_not_a_disk(first));
+    known.map(|(_, problem)| *problem).or_else(descriptor)
 }
 
 /// Bytes that tell what a stream holds, at most.

@@ -47,7 +47,9 @@ struct Current<'a> {
 pub(super) struct PoolTar<'a> {
     members: Rc<RefCell<Members<'a>>>,
     /// The first entry, if there is one, until it was told.
-    first: Option<Option<Entry>>,
+    first: Option<Entry>,
+    /// Whether no entry was told yet.
+    is_at_first: bool,
     is_ova: bool,
     /// What manifests say, once one came, and the hashes of the files that came before it.
     manifest: Option<Manifest>,
@@ -71,7 +73,8 @@ impl<'a> PoolTar<'a> {
         Ok(Self {
             is_ova: first.as_ref().is_some_and(ova::is_ova),
             members: Rc::new(RefCell::new(Members::new(tar))),
-            first: Some(first),
+            first,
+            is_at_first: true,
             manifest: None,
             hashes: HashMap::new(),
             volumes: HashMap::new(),
@@ -150,9 +153,10 @@ impl<'a> PoolTar<'a> {
     fn entry(&mut self) -> Result<Option<Event>> {
         loop {
             let start = self.offset();
-            let entry = match self.first.take() {
-                Some(first) => first,
-                None => self.members.borrow_mut().tar.next_entry()?,
+            let entry = if std::mem::take(&mut self.is_at_first) {
+                self.first.take()
+            } else {
+                self.members.borrow_mut().tar.next_entry()?
             };
             let Some(entry) = entry else {
                 self.members.borrow_mut().tar.input().zeros_to_end()?;

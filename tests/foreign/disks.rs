@@ -103,11 +103,14 @@ fn an_image_is_called_as_its_disk_and_what_it_is_shows() {
     for (name, options, kind) in [
         ("a.vmdk", VMDK[0], "a VMDK image"),
         ("b.VMDK", VMDK[1], "a VMDK image"),
+        ("e.vmdk.GZ", VMDK[1], "a VMDK image"),
         ("c.vhd", VHD[1], "a VHD image"),
         ("d.vhdx", VHDX[0], "a VHDX image"),
     ] {
         let path = folder.path().join(name);
-        std::fs::write(&path, converted(&image(42, 300_032), options)).unwrap();
+        let disk = converted(&image(42, 300_032), options);
+        let command = if name.ends_with("GZ") { "gzip" } else { "cat" };
+        std::fs::write(&path, piped(command, &disk)).unwrap();
         let (store, monitor) = (FileStore::open(&path).unwrap(), Silent::default());
         let mut backup = foreign::open(&store, &open_options(&|| Ok(Passphrase::new(Vec::new()))), &monitor).unwrap();
         let Some(Event::Volume(volume)) = backup.next(&mut Vec::new()).unwrap() else {
@@ -119,19 +122,22 @@ fn an_image_is_called_as_its_disk_and_what_it_is_shows() {
 }
 
 /// What of a stream of grains is not as it should be.
-#[derive(Default, Clone, Copy)]
-struct Faults {
-    without_end: bool,
-    without_footer: bool,
-    without_directory: bool,
-    without_table: bool,
-    dropped: bool,
-    doubled: bool,
-    moved: bool,
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    WithoutEnd,
+    WithoutFooter,
+    WithoutDirectory,
+    WithoutTable,
+    Dropped,
+    Doubled,
+    Moved,
+    /// The header tells so many sectors in the place of those of the image.
+    Capacity(u64),
 }
 
-/// A stream of grains as VMware writes it: tables behind the grains, and a footer. Grains come in any order.
-fn footer_stream(image: &[u8], grain: usize, order: u64, faults: Faults) -> Vec<u8> {
+/// A stream of grains as `VMware` writes it: tables behind the grains, and a footer. Grains come in any order.
+fn footer_stream(image: &[u8], grain: usize, order: u64, fault: Fault) -> Vec<u8> {
     let text = b"# Disk DescriptorFile\nversion=1\nparentCID=ffffffff\ncreateType=\"streamOptimized\"\nRDONLY 1 SPARSE \"x.vmdk\"\n";
     let header = |directory: u64| {
         let mut header = vec![0; SECTOR];
@@ -139,7 +145,10 @@ fn footer_stream(image: &[u8], grain: usize, order: u64, faults: Faults) -> Vec<
         header[4] = 3;
         header[8..12].copy_from_slice(&0x30001u32.to_le_bytes());
         header[44..48].copy_from_slice(&512u32.to_le_bytes());
-        let capacity = (image.len() / SECTOR) as u64;
+        let capacity = match fault {
+            Fault::Capacity(capacity) => capacity,
+            _ => (image.len() / SECTOR) as u64,
+        };
         for (at, value) in [
             (12, capacity),
             (20, grain as u64),
@@ -177,8 +186,13 @@ fn footer_stream(image: &[u8], grain: usize, order: u64, faults: Faults) -> Vec<
         let mut encoder = ZlibEncoder::new(Vec::new(), Compression::fast());
         encoder.write_all(content).unwrap();
         let compressed = encoder.finish().unwrap();
-        let lba = (number * grain + usize::from(faults.moved && at == 1)) as u64;
-        for _ in 0..[1, 0, 2][usize::from(faults.dropped && at == 2) + 2 * usize::from(faults.doubled && at == 2)] {
+        let lba = (number * grain + usize::from(fault == Fault::Moved && at == 1)) as u64;
+        let times = match fault {
+            Fault::Dropped if at == 2 => 0,
+            Fault::Doubled if at == 2 => 2,
+            _ => 1,
+        };
+        for _ in 0..times {
             stream.extend(lba.to_le_bytes());
             stream.extend(u32::try_from(compressed.len()).unwrap().to_le_bytes());
             stream.extend(&compressed);
@@ -190,23 +204,26 @@ fn footer_stream(image: &[u8], grain: usize, order: u64, faults: Faults) -> Vec<
         let is_empty = table.iter().all(|byte| *byte == 0);
         let place = if is_empty { 0 } else { marker(&mut stream, 4, 1) };
         directory.extend(place.to_le_bytes());
-        if !is_empty && faults.without_table && number == 0 {
+        if !is_empty && fault == Fault::WithoutTable && number == 0 {
             stream.truncate(stream.len() - SECTOR);
         } else if !is_empty {
             stream.extend(table);
         }
     }
+    if let Fault::Capacity(capacity) = fault {
+        directory.resize(usize::try_from(capacity.div_ceil(grain as u64 * 512) * 4).unwrap(), 0);
+    }
     directory.resize(directory.len().next_multiple_of(SECTOR), 0);
     let mut place = u32::MAX;
-    if !faults.without_directory {
+    if fault != Fault::WithoutDirectory {
         place = marker(&mut stream, (directory.len() / SECTOR) as u64, 2);
         stream.extend(directory);
     }
-    if !faults.without_footer {
+    if fault != Fault::WithoutFooter {
         marker(&mut stream, 1, 3);
         stream.extend(header(place.into()));
     }
-    if !faults.without_end {
+    if fault != Fault::WithoutEnd {
         marker(&mut stream, 0, 0);
     }
     stream
@@ -221,10 +238,10 @@ fn streams_of_grains_are_read_in_order_from_files_pipes_and_compressions() {
         (1_000_448, 8, 6),
         (1_000_448, 2048, 7),
         (40 << 20, 128, 8),
-        (3 << 20, 1, 9),
+        (3 << 20, 16, 9),
     ] {
         let image = image(43, length);
-        let stream = footer_stream(&image, grain, order, Faults::default());
+        let stream = footer_stream(&image, grain, order, Fault::None);
         assert!(raw_by_qemu(&stream, "vmdk") == image, "the writer here makes no sense");
         for bytes in [stream, converted(&image, VMDK[1])] {
             assert!(only_volume(&bytes, "plain") == image, "{length} {grain} {order}");
@@ -234,51 +251,23 @@ fn streams_of_grains_are_read_in_order_from_files_pipes_and_compressions() {
         }
     }
     let empty = vec![0; 1 << 20];
-    assert!(only_volume(&footer_stream(&empty, 128, 0, Faults::default()), "empty") == empty);
+    assert!(only_volume(&footer_stream(&empty, 128, 0, Fault::None), "empty") == empty);
     assert!(only_volume(&converted(&empty, VMDK[1]), "empty") == empty);
 }
 
 #[test]
 fn what_is_missing_of_a_stream_of_grains_is_found() {
     let image = image(44, 3_000_320);
-    let whole = Faults::default();
-    for (faults, part) in [
-        (
-            Faults {
-                without_end: true,
-                ..whole
-            },
-            "it ends too early",
-        ),
-        (
-            Faults {
-                without_footer: true,
-                ..whole
-            },
-            "its directory or its footer is missing",
-        ),
-        (
-            Faults {
-                without_directory: true,
-                ..whole
-            },
-            "its directory or its footer is missing",
-        ),
-        (
-            Faults {
-                without_table: true,
-                ..whole
-            },
-            "a table is missing",
-        ),
-        (
-            Faults { dropped: true, ..whole },
-            "grains are missing, the first at byte",
-        ),
-        (Faults { doubled: true, ..whole }, "a grain came before"),
-        (Faults { moved: true, ..whole }, "or between two"),
+    for (fault, part) in [
+        (Fault::WithoutEnd, "it ends too early"),
+        (Fault::WithoutFooter, "its directory or its footer is missing"),
+        (Fault::WithoutDirectory, "its directory or its footer is missing"),
+        (Fault::WithoutTable, "a table is missing"),
+        (Fault::Dropped, "grains are missing, the first at byte"),
+        (Fault::Doubled, "a grain came before"),
+        (Fault::Moved, "or between two"),
     ] {
-        let text = read(&footer_stream(&image, 128, 0, faults)).1.unwrap_err().to_string();
+        let text = read(&footer_stream(&image, 128, 0, fault)).1.unwrap_err().to_string();
         assert!(text.contains(part), "{text}");
     }
     // qemu's tables come first, so that a cut between two grains shows as well.
@@ -316,7 +305,7 @@ fn disks_that_are_not_alone_are_refused_and_nothing_that_they_name_is_opened() {
     let part = std::fs::read(folder.path().join("split-s001.vmdk")).unwrap();
     qemu(folder.path(), "create -f vmdk base.vmdk 1M");
     let delta = in_folder("create -f vmdk -b base.vmdk -F vmdk delta.vmdk", "delta.vmdk");
-    let stream = footer_stream(&image(45, 100_352), 128, 0, Faults::default());
+    let stream = footer_stream(&image(45, 100_352), 128, 0, Fault::None);
     let mut path = stream.clone();
     let at = path.windows(6).position(|window| window == b"x.vmdk").unwrap();
     path[at..at + 6].copy_from_slice(b"/etc/a");
@@ -337,7 +326,10 @@ fn disks_that_are_not_alone_are_refused_and_nothing_that_they_name_is_opened() {
             split,
             "a VMDK in several files (twoGbMaxExtent): convert it into one file first",
         ),
-        (part, "it is part of a VMDK in several files, whose descriptor is another file"),
+        (
+            part,
+            "it is part of a VMDK in several files, whose descriptor is another file",
+        ),
         (delta, "its parent: merge the two first"),
         (path, "or names other files"),
         (difference, "its parent: merge the two first"),
@@ -381,10 +373,10 @@ fn a_fixed_disk_that_begins_as_something_else_is_refused() {
 /// The text of a manifest.
 fn manifest(files: &[(&str, &[u8])]) -> String {
     let line = |(name, content): &(&str, &[u8])| {
-        let hash: String = Sha256::digest(content)
+        let hash = Sha256::digest(content);
+        let hash = hash
             .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+            .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         format!("SHA256({name})= {hash}\n")
     };
     files.iter().map(line).collect()
@@ -411,7 +403,7 @@ fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
 fn an_ova_gives_its_disks_and_another_tar_archive_its_files() {
     let (one, two) = (image(47, 1_000_448), image(48, 400_384));
     let (first, second) = (
-        footer_stream(&one, 128, 3, Faults::default()),
+        footer_stream(&one, 128, 3, Fault::None),
         piped("gzip", &converted(&two, VMDK[1])),
     );
     let sparse = converted(&two, VMDK[0]);
@@ -455,7 +447,7 @@ fn an_ova_gives_its_disks_and_another_tar_archive_its_files() {
 
 #[test]
 fn a_manifest_proves_the_files_of_an_ova() {
-    let disk = footer_stream(&image(49, 300_032), 128, 0, Faults::default());
+    let disk = footer_stream(&image(49, 300_032), 128, 0, Fault::None);
     let files: [(&str, &[u8]); 2] = [("a.ovf", b"<Envelope/>"), ("disk.vmdk", &disk)];
     let text = manifest(&files);
     let wrong = text.replace("disk.vmdk)= ", "disk.vmdk)= 0");
@@ -506,7 +498,7 @@ fn fixtures() -> Vec<(String, Vec<u8>, Vec<u8>)> {
     let mut fixtures: Vec<(String, Vec<u8>)> = options
         .map(|options| ((*options).to_owned(), converted(&image, options)))
         .collect();
-    fixtures.push(("footer".into(), footer_stream(&image, 128, 2, Faults::default())));
+    fixtures.push(("footer".into(), footer_stream(&image, 128, 2, Fault::None)));
     fixtures.push((
         "log".into(),
         with_log(&converted(&image, VHDX[1]), |log| vec![log.entry(0, 0, 7, &log.table)]),
@@ -697,10 +689,12 @@ fn huge_disks_with_nothing_inside_are_read_at_once() {
     sparse.resize(sparse.len() + (4 << 20), 0);
     sparse[12..20].copy_from_slice(&capacity.to_le_bytes());
     sparse[56..64].copy_from_slice(&place.to_le_bytes());
+    let stream = footer_stream(&image(56, 131_072), 128, 0, Fault::Capacity(capacity));
     for (bytes, what) in [
         (make("vpc -o force_size=on", "2040G"), "VHD"),
         (make("vhdx", "32T"), "VHDX"),
         (sparse, "VMDK"),
+        (stream, "VMDK, a stream"),
     ] {
         let begin = Instant::now();
         events(&bytes).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -755,11 +749,11 @@ impl LogMaker {
         }
         entry.resize(entry.len().next_multiple_of(4096), 0);
         for (_, content) in writes.iter().filter(|(_, content)| !is_zeros(content)) {
-            let (high, low) = ((sequence >> 32) as u32, sequence as u32);
+            let number = sequence.to_le_bytes();
             entry.extend(b"data");
-            entry.extend(high.to_le_bytes());
+            entry.extend(&number[4..]);
             entry.extend(&content[8..4092]);
-            entry.extend(low.to_le_bytes());
+            entry.extend(&number[..4]);
         }
         let length = u32::try_from(entry.len()).unwrap();
         entry[8..12].copy_from_slice(&length.to_le_bytes());
@@ -822,13 +816,15 @@ fn replayed_by_qemu(disk: &[u8]) -> Vec<u8> {
     std::fs::read(folder.path().join("raw")).unwrap()
 }
 
+/// Makes the entries of a log.
+type Make<'a> = &'a dyn Fn(&LogMaker) -> Vec<(usize, Vec<u8>)>;
+
 #[test]
 fn the_log_of_a_vhdx_is_replayed() {
     let image = image(57, (6 << 20) + 512);
     let disk = converted(&image, VHDX[1]);
     let wrong = |log: &LogMaker| vec![(log.table[0].0, vec![0x16; 4096])];
     let zeros = |log: &LogMaker| vec![(log.table[0].0, vec![0; 8192])];
-    type Make<'a> = &'a dyn Fn(&LogMaker) -> Vec<(usize, Vec<u8>)>;
     let cases: [(&str, Make<'_>); 5] = [
         ("a single entry", &|log| vec![log.entry(0, 0, 7, &log.table)]),
         ("a later entry wins", &|log| {

@@ -21,6 +21,11 @@ pub(super) trait Pieces<'a> {
     /// The length of the disk in bytes.
     fn size(&self) -> u64;
 
+    /// How many bytes the pieces have together, at most: no two of them lie in the same place.
+    fn bytes_max(&self) -> u64 {
+        self.input().length()
+    }
+
     /// The piece at an offset, which is below the disk's length.
     ///
     /// # Errors
@@ -41,7 +46,7 @@ pub(super) struct OneDisk<P> {
     kind: &'static str,
     volume: Volume,
     pieces: P,
-    /// Bytes that were handed over. No two pieces lie in the same place, so there are no more than the file has.
+    /// Bytes that were handed over.
     handed_over: u64,
 }
 
@@ -99,7 +104,7 @@ impl<'a, P: Pieces<'a>> Disk for OneDisk<P> {
             };
             let length = self.run(at, place, end);
             self.handed_over += length;
-            if self.handed_over > self.pieces.input().length() {
+            if self.handed_over > self.pieces.bytes_max() {
                 let problem = "its tables place several pieces of the disk in the same place";
                 let path = Some(self.volume.path.clone());
                 return Err(self.pieces.input().damaged(place, length, path, problem));

@@ -26,7 +26,7 @@ const DIFFERENCING: u32 = 4;
 /// The largest number of sectors that a geometry has. Disks that have it may be larger.
 const GEOMETRY_SECTORS_MAX: u64 = 65_535 * 16 * 255;
 /// Programs whose disks have the size that the footer tells. Those of others, such as Virtual PC, have the one that the geometry gives. qemu
-/// takes disks of VirtualBox for such, which does not itself.
+/// takes disks of `VirtualBox` for such, which does not itself.
 const CREATORS_BY_SIZE: [&[u8; 4]; 7] = [b"win ", b"d2v ", b"tap\0", b"CTXS", b"qem2", b"wa\0\0", b"vbox"];
 
 /// What a footer tells.
@@ -222,10 +222,10 @@ mod tests {
     use super::*;
 
     /// A footer of a program, with a geometry and a size.
-    fn footer(creator: &[u8; 4], cylinders: u16, size: u64) -> [u8; FOOTER_LEN] {
+    fn footer(creator: [u8; 4], cylinders: u16, size: u64) -> [u8; FOOTER_LEN] {
         let mut bytes = [0; FOOTER_LEN];
         bytes[..8].copy_from_slice(MAGIC);
-        bytes[28..32].copy_from_slice(creator);
+        bytes[28..32].copy_from_slice(&creator);
         bytes[48..56].copy_from_slice(&size.to_be_bytes());
         bytes[56..58].copy_from_slice(&cylinders.to_be_bytes());
         bytes[58..60].copy_from_slice(&[16, 255]);
@@ -237,7 +237,9 @@ mod tests {
 
     #[test]
     fn the_size_is_what_its_writer_means() {
-        let size = |creator, cylinders| Footer::parse(&footer(creator, cylinders, 5_000_000)).map(|footer| footer.size);
+        let size = |creator: &[u8; 4], cylinders| {
+            Footer::parse(&footer(*creator, cylinders, 5_000_000)).map(|footer| footer.size)
+        };
         let geometry = Some(2 * 16 * 255 * 512);
         for (creator, cylinders, expected) in [
             (b"vpc ", 2, geometry),
@@ -250,7 +252,7 @@ mod tests {
         ] {
             assert_eq!(size(creator, cylinders), expected);
         }
-        let mut bytes = footer(b"qem2", 2, 512);
+        let mut bytes = footer(*b"qem2", 2, 512);
         assert!(is_fixed(&bytes) && !is_fixed(&bytes[1..]) && !is_fixed(&[]));
         bytes[100] ^= 1;
         assert!(!is_fixed(&bytes));

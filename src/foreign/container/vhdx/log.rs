@@ -16,6 +16,8 @@ const SECTOR_LEN: usize = 4096;
 const LOG_BYTES_MAX: u64 = 256 * MIB;
 /// Changes of an active log. They take less than 8 MiB while they are kept.
 const CHANGES_MAX: usize = 1 << 16;
+/// Bytes behind the end of the file up to which a log may have content. Content goes to its place, and the log has tables only.
+const BEHIND_BYTES_MAX: u64 = 256 * MIB;
 const ENTRY_HEADER_BYTES: u64 = 64;
 const DESCRIPTOR_BYTES: u64 = 32;
 
@@ -85,6 +87,8 @@ impl Changes {
 pub(super) struct Logged<'a> {
     input: RandomInput<'a>,
     length: u64,
+    /// Where content ends. What lies behind that is zeros.
+    content_end: u64,
     changes: Changes,
 }
 
@@ -93,6 +97,7 @@ impl<'a> Logged<'a> {
     pub(super) fn open(input: RandomInput<'a>, header: &Header) -> Result<Self> {
         let mut file = Self {
             length: input.length(),
+            content_end: input.length(),
             changes: Changes::default(),
             input,
         };
@@ -126,6 +131,11 @@ impl<'a> Logged<'a> {
     /// Its length in bytes.
     pub(super) fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Where its content ends. What lies behind that is zeros.
+    pub(super) fn content_end(&self) -> u64 {
+        self.content_end
     }
 
     /// Fills a buffer with the bytes at an offset, as [`RandomInput::exact_at`] does.
@@ -217,7 +227,9 @@ impl Log<'_> {
         let length = self.sectors * SECTOR;
         let damaged = |problem| self.input.damaged(self.start, length, None, problem);
         match active.last() {
-            None if has_more || !entries.is_empty() => Err(damaged("its log has entries, and none that can be replayed")),
+            None if has_more || !entries.is_empty() => {
+                Err(damaged("its log has entries, and none that can be replayed"))
+            }
             Some(last) if last.flushed_bytes > self.input.length() => Err(damaged("it is shorter than its log says")),
             _ => Ok(active),
         }
@@ -333,6 +345,12 @@ impl Log<'_> {
                     last: array(&descriptor, 4),
                 }
             };
+            if !is_zeros {
+                file.content_end = file.content_end.max(range_end);
+            }
+            if file.content_end - self.input.length() > BEHIND_BYTES_MAX {
+                return Err(damaged("its log has content far behind its end"));
+            }
             if length > 0 {
                 file.changes.set(start, range_end, content);
                 file.length = file.length.max(range_end);

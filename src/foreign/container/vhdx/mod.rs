@@ -317,6 +317,10 @@ impl<'a> Pieces<'a> for Vhdx<'a> {
         self.size
     }
 
+    fn bytes_max(&self) -> u64 {
+        self.file.content_end()
+    }
+
     fn piece(&mut self, at: u64) -> Result<Piece> {
         let file = &self.file;
         let read = |at: u64, buffer: &mut [u8]| file.exact_at(at, buffer, None);
@@ -339,6 +343,8 @@ impl<'a> Pieces<'a> for Vhdx<'a> {
         let damaged = |problem| file.input().damaged(entry, 8, None, problem);
         match state {
             NOT_PRESENT | UNDEFINED | ZERO | UNMAPPED | UNMAPPED_BEFORE => Ok(zeros_to(block + 1)),
+            // The log says that the file is longer than it is, and zeros are there.
+            PRESENT if place >= file.content_end() && place < file.length() => Ok(zeros_to(block + 1)),
             PRESENT if place >= MIB => Ok(Piece {
                 end: (block + 1) * self.block_bytes,
                 place: Some(place.saturating_add(at % self.block_bytes)),

@@ -1,4 +1,4 @@
-//! VMDK, VMware's format ("Virtual Disk Format 5.0"): disks in one file, sparse or as a stream of compressed grains. Disks in several files are
+//! VMDK ("Virtual Disk Format 5.0"): disks in one file, sparse or as a stream of compressed grains. Disks in several files are
 //! refused: no file that a descriptor names is opened.
 
 mod descriptor;
@@ -20,7 +20,8 @@ const SECTOR_LEN: usize = 512;
 /// Entries of a grain table, and its sectors.
 const TABLE_ENTRIES: u64 = 512;
 const TABLE_SECTORS: u64 = 4;
-/// Sectors of a grain.
+/// Sectors of a grain: 4 KiB to 1 MiB.
+const GRAIN_SECTORS_MIN: u64 = 8;
 const GRAIN_SECTORS_MAX: u64 = (1 << 20) / SECTOR;
 /// Bytes of a descriptor.
 const DESCRIPTOR_BYTES_MAX: u64 = 2 << 20;
@@ -92,7 +93,7 @@ impl Header {
                 "its grain tables have another length than they always have".into(),
             ));
         }
-        if !header.grain.is_power_of_two() || header.grain > GRAIN_SECTORS_MAX {
+        if !header.grain.is_power_of_two() || !(GRAIN_SECTORS_MIN..=GRAIN_SECTORS_MAX).contains(&header.grain) {
             return Err(Wrong::Refused("its grains have a length that is not allowed".into()));
         }
         if header.descriptor_sectors > DESCRIPTOR_BYTES_MAX / SECTOR {
@@ -161,6 +162,7 @@ mod tests {
             (12, &u64::MAX.to_le_bytes()),
             (12, &((64u64 << 40) / 512 + 1).to_le_bytes()),
             (20, &0u64.to_le_bytes()),
+            (20, &4u64.to_le_bytes()),
             (20, &4096u64.to_le_bytes()),
             (20, &129u64.to_le_bytes()),
             (36, &u64::MAX.to_le_bytes()),

@@ -88,7 +88,9 @@ impl<'a> Pieces<'a> for Sparse<'a> {
         }
         let start = u64::from(table_at) * SECTOR;
         let end = start + TABLE_SECTORS * SECTOR;
-        let bytes = self.tables.bytes_at(start + entry * 4, end, input.length(), read)?;
+        // Tables may lie far from each other, so that no more than this one is read.
+        let file_end = end.min(input.length());
+        let bytes = self.tables.bytes_at(start + entry * 4, end, file_end, read)?;
         let (place, count) = Self::entries(bytes);
         if place == 0 || !header.is_stored(place) {
             return Ok(zeros_to(grain + count.max(1)));

@@ -1,5 +1,5 @@
 //! A disk as a stream of compressed grains (streamOptimized), which is read in order. Tables say which grains there are: before the grains, as
-//! qemu-img writes them, or behind them, as VMware does, where a footer says where. Each grain that they name must come, and none else.
+//! qemu-img writes them, or behind them, where a footer says where they are. Each grain that they name must come, and none else.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -11,7 +11,7 @@ use super::{AT_END, Header, KIND, SECTOR, SECTOR_LEN, SUFFIXES, TABLE_ENTRIES, T
 use crate::block::NumberSet;
 use crate::error::{Error, Result};
 use crate::foreign::container::image_name;
-use crate::foreign::{Backup, Event, Input, Volume, array};
+use crate::foreign::{Backup, Compression, Event, Input, Volume, array};
 
 /// Bytes of a marker that come before the content of a grain.
 const MARKER_LEN: usize = 12;
@@ -356,9 +356,14 @@ pub(in crate::foreign) struct StreamBackup<'a> {
 }
 
 impl<'a> StreamBackup<'a> {
-    /// Reads what lies before the grains.
-    pub(in crate::foreign) fn open(input: Input<'a>) -> Result<Self> {
-        let path = image_name(input.path(), &SUFFIXES);
+    /// Reads what lies before the grains. `compression` is the one that the input had.
+    pub(in crate::foreign) fn open(input: Input<'a>, compression: Option<Compression>) -> Result<Self> {
+        let is_suffix = |suffix: &str| compression.is_some_and(|one| one.suffixes().contains(&suffix));
+        let suffix = input.path().extension().and_then(|suffix| suffix.to_str());
+        let path = match suffix.map(str::to_ascii_lowercase) {
+            Some(suffix) if is_suffix(&suffix) => image_name(&input.path().with_extension(""), &SUFFIXES),
+            _ => image_name(input.path(), &SUFFIXES),
+        };
         let stream = Stream::open(input, path.clone())?;
         let volume = Volume {
             path,
@@ -395,5 +400,10 @@ impl Backup for StreamBackup<'_> {
         self.is_ended = true;
         let size = self.stream.size();
         Ok(Some(Event::End { volume: 0, size }))
+    }
+
+    fn leave_out(&mut self, _: usize) {
+        // Nothing else is in it.
+        self.is_ended = true;
     }
 }
