@@ -10,6 +10,7 @@ mod input;
 mod limits;
 mod lz4;
 mod lzop;
+mod ova;
 mod pool_tar;
 mod qvm;
 mod random;
@@ -26,7 +27,7 @@ pub use input::Input;
 pub use limits::Limits;
 pub use secret::{AskPassphrase, Passphrase};
 
-use container::ContainerKind;
+use container::{ContainerKind, is_fixed_vhd, vmdk};
 use random::RandomInput;
 
 use crate::content::FileTime;
@@ -125,15 +126,40 @@ pub struct OpenOptions<'a, 's> {
     pub backing: &'s [Box<dyn Store>],
 }
 
-/// Whether something that begins with these bytes, 1536 of them or all there are, is a backup that [`open`] reads.
-pub fn is_backup(first: &[u8]) -> bool {
+/// Whether something that begins with these bytes, 1536 of them or all there are, and ends with those of [`last_bytes`], is a backup that
+/// [`open`] reads, or says why it does not.
+pub fn is_backup(first: &[u8], last: &[u8]) -> bool {
+    begins_as_backup(first) || is_fixed_vhd(last)
+}
+
+fn begins_as_backup(first: &[u8]) -> bool {
     Compression::of(first).is_some()
         || first.starts_with(vma::MAGIC)
         || pool_tar::is_tar(first)
+        || vmdk::is_stream(first)
         || ContainerKind::of(first).is_some()
+        || NOT_A_DISK.iter().any(|(magic, _)| first.starts_with(magic))
+        || vmdk::is_descriptor(first)
 }
 
-/// Opens the backup that a store holds, whose first bytes are those of one.
+/// The last bytes of a store that [`is_backup`] needs: 512, or none if the store has fewer, or is a pipe.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn last_bytes(store: &dyn Store) -> Result<Vec<u8>> {
+    let failed = Error::io("read", store.path());
+    let mut last = vec![0; LAST_BYTES];
+    match store.length() {
+        Ok(Some(length)) if length >= LAST_BYTES as u64 => {
+            let read = store.read_exact_at(length - LAST_BYTES as u64, &mut last);
+            read.map(|()| last).map_err(failed)
+        }
+        Ok(_) => Ok(Vec::new()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Opens the backup that a store holds, whose first or last bytes are those of one.
 ///
 /// # Errors
 /// Those of [`Backup::next`].
@@ -143,7 +169,17 @@ pub fn open<'a>(
     monitor: &'a dyn Monitor,
 ) -> Result<Box<dyn Backup + 'a>> {
     let mut input = Input::of_store(store, options.limits, monitor);
-    let compression = Compression::of(input.peek(MAGIC_BYTES)?);
+    let first = input.peek(MAGIC_BYTES)?;
+    if is_fixed_vhd(&last_bytes(store)?) {
+        // What a fixed disk begins with, its guest wrote, and perhaps also what something else ends with.
+        if begins_as_backup(first) || first.starts_with(ARCHIVE_MAGIC) {
+            return Err(input.refused(AMBIGUOUS));
+        }
+        let file = RandomInput::of_store(store, options.limits, monitor)?;
+        let file = file.ok_or_else(|| input.refused("its length is not known"))?;
+        return ContainerKind::Vhd.open(file, &[]);
+    }
+    let compression = Compression::of(first);
     if let Some(compression) = compression {
         input = input.decompressed(compression)?;
     }
@@ -170,7 +206,10 @@ pub fn open<'a>(
         return Err(input.damaged(0, 0, None, "its backup-header is missing"));
     }
     if pool_tar::is_tar(first) {
-        return Ok(Box::new(pool_tar::PoolTar::new(input, monitor)));
+        return Ok(Box::new(pool_tar::PoolTar::open(input, monitor)?));
+    }
+    if vmdk::is_stream(first) {
+        return Ok(Box::new(vmdk::StreamBackup::open(input, compression)?));
     }
     if let Some(kind) = ContainerKind::of(first) {
         let file = RandomInput::of_store(store, options.limits, monitor)?.filter(|_| compression.is_none());
@@ -182,8 +221,8 @@ pub fn open<'a>(
         })?;
         return kind.open(file, options.backing);
     }
-    if let Some((_, problem)) = NOT_READ.iter().find(|(magic, _)| first.starts_with(magic)) {
-        return Err(input.refused(*problem));
+    if let Some(problem) = why_not_read(first) {
+        return Err(input.refused(problem));
     }
     match compression {
         Some(compression) if Compression::of(first).is_none() => Ok(Box::new(raw::Raw::new(input, compression))),
@@ -192,15 +231,41 @@ pub fn open<'a>(
     }
 }
 
+/// Why something is not read that begins with these bytes, if it is known.
+fn why_not_read(first: &[u8]) -> Option<&'static str> {
+    let mut known = NOT_READ.iter().chain(&NOT_A_DISK);
+    let known = known.find(|(magic, _)| first.starts_with(magic));
+    let descriptor = || vmdk::is_descriptor(first).then(|| vmdk::why_not_a_disk(first));
+    known.map(|(_, problem)| *problem).or_else(descriptor)
+}
+
 /// Bytes that tell what a stream holds, at most.
 const MAGIC_BYTES: usize = 1536;
+/// Bytes at its end that tell what a file is.
+const LAST_BYTES: usize = 512;
+const ARCHIVE_MAGIC: &[u8] = b"\x89vmfold\n";
+/// What a file is refused with that begins as one kind of backup and ends as another.
+const AMBIGUOUS: &str = "it begins as one kind of backup and ends as another, a fixed VHD, and a guest can make it look so: convert it into a raw image where it \
+    comes from";
 
 /// First bytes of what is no raw image, and what to say of it.
 const NOT_READ: [(&[u8], &str); 2] = [
-    (b"\x89vmfold\n", "it holds an archive of vmfold: decompress it first"),
+    (ARCHIVE_MAGIC, "it holds an archive of vmfold: decompress it first"),
     (
         b"LUKS\xba\xbe",
         "it holds an encrypted volume, of which nothing can be shared",
+    ),
+];
+
+/// First bytes of disks that are known, and not read.
+const NOT_A_DISK: [(&[u8], &str); 2] = [
+    (
+        b"\xbe\xba\xfe\xca\0\0\0\0",
+        "it is a VMDK of the type seSparse, which belongs to a descriptor: convert the disk into one file first",
+    ),
+    (
+        b"COWD",
+        "it is a VMDK of the type vmfsSparse, which belongs to a descriptor: convert the disk into one file first",
     ),
 ];
 

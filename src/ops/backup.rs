@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use super::{BackupAccess, open_backup};
+use super::{BackupAccess, is_backup, open_backup};
 use crate::archive::record::LaneId;
 use crate::block::bytes;
 use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::restore::backup::{BackupOptions, BackupSource, NoEarlierBlocks};
 use crate::exec::restore::read_all;
-use crate::foreign::{self, Event};
+use crate::foreign::Event;
 use crate::monitor::Monitor;
 use crate::report::{BackedUpVolume, ListedBackup};
 use crate::store::{FileStore, PeekedStore, Store};
@@ -21,7 +21,7 @@ use crate::store::{FileStore, PeekedStore, Store};
 pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Option<ListedBackup>> {
     let store = FileStore::open(path)?;
     let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-    if !foreign::is_backup(peeked.head()) {
+    if !is_backup(&peeked)? {
         return Ok(None);
     }
     monitor.phase("Reading the backup", 0);
@@ -73,7 +73,7 @@ pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result
 pub fn verify(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Option<ListedBackup>> {
     let store = FileStore::open(path)?;
     let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-    if !foreign::is_backup(peeked.head()) {
+    if !is_backup(&peeked)? {
         return Ok(None);
     }
     let backing = access.open_backing()?;

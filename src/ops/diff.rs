@@ -13,14 +13,13 @@ use rayon::prelude::*;
 use rustix::fs::{OFlags, SeekFrom};
 
 use self::side::Side;
-use super::{BackupAccess, Scope, common_folder};
+use super::{BackupAccess, Scope, common_folder, is_backup};
 use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{Hash, hash_of};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
 use crate::content::{Content, Run};
 use crate::error::{Error, Result};
-use crate::foreign;
 use crate::monitor::Monitor;
 use crate::pool::{self, FoundImage};
 use crate::report::{Change, Diffed, DiffedImage};
@@ -54,7 +53,7 @@ pub fn diff(
     let store = FileStore::open(path)?;
     let is_backup = {
         let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-        foreign::is_backup(peeked.head())
+        is_backup(&peeked)?
     };
     let mut result = Diffed {
         archive: path.to_owned(),

@@ -6,7 +6,7 @@ mod seeds;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{ArchivePlace, BackupAccess, open_backup};
+use super::{ArchivePlace, BackupAccess, is_backup, open_backup};
 use crate::archive::reader::Archive;
 use crate::archive::record::{LaneId, hash_of};
 use crate::error::{Error, Result};
@@ -16,7 +16,6 @@ use crate::exec::restore::folder::Root;
 use crate::exec::restore::pipe::{PipeOptions, PipeSource};
 use crate::exec::restore::source::BlockSource;
 use crate::exec::restore::{Restore, RestoreOptions};
-use crate::foreign;
 use crate::monitor::Monitor;
 use crate::plan::restore::chooser;
 use crate::report::Imported;
@@ -53,7 +52,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
         ArchivePlace::File(path) => {
             let store = FileStore::open(path)?;
             let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-            if foreign::is_backup(peeked.head()) {
+            if is_backup(&peeked)? {
                 return import_backup(&peeked, options, monitor);
             }
             drop(peeked);
@@ -69,7 +68,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
                     Error::io("read", path)(error)
                 }
             })?;
-            if foreign::is_backup(peeked.head()) {
+            if is_backup(&peeked)? {
                 return import_backup(&peeked, options, monitor);
             }
             import_in_order(&peeked, options, monitor)

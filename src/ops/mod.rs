@@ -118,6 +118,11 @@ impl Default for BackupAccess {
     }
 }
 
+/// Whether a store holds a backup of another program.
+fn is_backup(store: &PeekedStore<'_>) -> Result<bool> {
+    Ok(foreign::is_backup(store.head(), &foreign::last_bytes(store)?))
+}
+
 /// Opens a backup of another program. `backing` is from [`BackupAccess::open_backing`]. `checks_all` says whether what is not handed out is
 /// checked as well.
 fn open_backup<'a>(

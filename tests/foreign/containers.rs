@@ -9,12 +9,11 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use vmfold::error::{Error, ErrorKind, Result};
-use vmfold::foreign;
 use vmfold::monitor::{Monitor, Silent};
 use vmfold::store::{FileStore, Store};
 
 use super::common::{Mounted, Random, can_mount, sh};
-use super::{content, events, read, read_store};
+use super::{content, events, is_backup, read, read_store};
 
 /// The content of volumes, by path.
 type Volumes = BTreeMap<PathBuf, Vec<u8>>;
@@ -446,7 +445,7 @@ fn a_container_that_is_cut_off_is_damaged() {
             } else {
                 usize::try_from(random.below(bytes.len() as u64)).unwrap()
             };
-            if !foreign::is_backup(&bytes[..at]) {
+            if !is_backup(&bytes[..at]) {
                 continue;
             }
             let (read, result) = read(&bytes[..at]);
@@ -490,7 +489,7 @@ fn a_container_in_which_a_byte_is_wrong_ends() {
                 1 => 0,
                 _ => damaged[at] ^ 1 << random.below(8),
             };
-            if !foreign::is_backup(&damaged) {
+            if !is_backup(&damaged) {
                 continue;
             }
             // The size may be another one.

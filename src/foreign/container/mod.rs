@@ -1,16 +1,19 @@
 //! Disks that hypervisors keep in files of their own formats (containers): a table says where each piece of the disk lies in the file. Such a file is
 //! read in any order, so it must be a file that is not compressed. No file that a container names is opened: the user names what it lies on.
 
+mod one_disk;
 mod qcow2;
 mod vdi;
 mod vhd;
 mod vhdx;
-mod vmdk;
+pub(super) mod vmdk;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use self::one_disk::OneDisk;
+pub(super) use self::vhd::is_fixed as is_fixed_vhd;
 use super::random::RandomInput;
 use super::{Backup, Event, Volume, volume_name};
 use crate::error::Result;
@@ -54,7 +57,7 @@ impl ContainerKind {
             (Self::Vdi, has(vdi::MAGIC_AT, vdi::MAGIC)),
             (Self::Vhd, has(0, vhd::MAGIC)),
             (Self::Vhdx, has(0, vhdx::MAGIC)),
-            (Self::Vmdk, has(0, vmdk::MAGIC)),
+            (Self::Vmdk, has(0, vmdk::MAGIC) && !vmdk::is_stream(first)),
         ];
         kinds.into_iter().find_map(|(kind, has)| has.then_some(kind))
     }
@@ -64,9 +67,9 @@ impl ContainerKind {
         match self {
             Self::Qcow2 => "a qcow2 image",
             Self::Vdi => "a VDI image",
-            Self::Vhd => "a VHD image",
-            Self::Vhdx => "a VHDX image",
-            Self::Vmdk => "a VMDK image",
+            Self::Vhd => vhd::KIND,
+            Self::Vhdx => vhdx::KIND,
+            Self::Vmdk => vmdk::KIND,
         }
     }
 
@@ -84,7 +87,11 @@ impl ContainerKind {
             Self::Vdi => Box::new(Container::new(vdi::Vdi::open(input)?)),
             Self::Vhd => Box::new(Container::new(vhd::Vhd::open(input)?)),
             Self::Vhdx => Box::new(Container::new(vhdx::Vhdx::open(input)?)),
-            Self::Vmdk => Box::new(Container::new(vmdk::Vmdk::open(input)?)),
+            Self::Vmdk => Box::new(Container::new(OneDisk::new(
+                vmdk::KIND,
+                &vmdk::SUFFIXES,
+                vmdk::Sparse::open(input)?,
+            ))),
         })
     }
 }

@@ -12,10 +12,9 @@ use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes, zero_hash};
 use crate::exec::restore::backup::{BackupOptions, BackupSource, NoEarlierBlocks};
 use crate::exec::restore::read_all;
-use crate::foreign;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
-use crate::ops::{BackupAccess, open_backup, runs_budget};
+use crate::ops::{BackupAccess, is_backup, open_backup, runs_budget};
 use crate::store::{FileStore, PeekedStore, Store};
 
 /// The images of a commit, or of a backup that another program made.
@@ -65,7 +64,7 @@ impl<'a> Side<'a> {
     pub(super) fn of_backup(store: &FileStore, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Self> {
         let path = store.path().to_owned();
         let peeked = PeekedStore::new(store).map_err(Error::io("read", &path))?;
-        if !foreign::is_backup(peeked.head()) {
+        if !is_backup(&peeked)? {
             return Err(Error::RefusedBackup {
                 path,
                 problem: "it is no backup of another program".into(),

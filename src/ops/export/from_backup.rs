@@ -24,7 +24,7 @@ use crate::fingerprint::FingerprintFunction;
 use crate::foreign;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
-use crate::ops::{ArchivePlace, BackupAccess, open_backup, runs_budget};
+use crate::ops::{ArchivePlace, BackupAccess, is_backup, open_backup, runs_budget};
 use crate::plan::restore::chooser;
 use crate::range;
 use crate::report::Exported;
@@ -86,7 +86,7 @@ fn export_from(
             Error::io("read", store.path())(error)
         }
     })?;
-    if !foreign::is_backup(peeked.head()) {
+    if !is_backup(&peeked)? {
         return Err(Error::RefusedBackup {
             path: store.path().to_owned(),
             problem: "it is no backup of another program".into(),
