@@ -24,6 +24,7 @@ use std::path::PathBuf;
 pub use compression::Compression;
 pub use input::Input;
 pub use limits::Limits;
+pub use qvm::{Machine, Skeleton, is_name, machines_of};
 pub use secret::{AskPassphrase, Passphrase};
 
 use container::ContainerKind;
@@ -88,6 +89,11 @@ pub trait Backup {
     /// end of the backup: hashes of a compressed stream come behind what they are of.
     fn proves_each_volume(&self) -> bool;
 
+    /// The machines of Qubes OS that it is of, with all of their images. Other backups have none.
+    fn machines(&self) -> &[Machine] {
+        &[]
+    }
+
     /// Says that nothing of a volume is wanted. Its content, its links and its end may be left out from now on.
     fn leave_out(&mut self, volume: usize) {
         let _ = volume;
@@ -131,15 +137,7 @@ pub fn open<'a>(
         return Ok(Box::new(vma::Vma::open(input)?));
     }
     if qvm::begins_with_header(first) {
-        // Only what is not compressed, and no pipe, is read out of order.
-        let is_whole = compression.is_none() && store.length().is_ok_and(|length| length.is_some());
-        let options = qvm::QvmOptions {
-            store: is_whole.then_some(store),
-            ask_passphrase: options.ask_passphrase,
-            kdf_memory_bytes: options.limits.kdf_memory_bytes(),
-            checks_all: options.checks_all,
-            monitor,
-        };
+        let options = qvm_options(store, compression, options, monitor);
         return Ok(Box::new(qvm::Qvm::open(input, &options)?));
     }
     if qvm::begins_without_header(first) {
@@ -166,6 +164,45 @@ pub fn open<'a>(
         Some(_) => Err(input.refused("it is compressed twice")),
         None => Err(input.refused("it is of no kind that is known")),
     }
+}
+
+/// How a backup of Qubes OS is opened.
+fn qvm_options<'a, 'b>(
+    store: &'a dyn Store,
+    compression: Option<Compression>,
+    options: &OpenOptions<'b>,
+    monitor: &'a dyn Monitor,
+) -> qvm::QvmOptions<'a, 'b> {
+    // Only what is not compressed, and no pipe, is read out of order.
+    let is_whole = compression.is_none() && store.length().is_ok_and(|length| length.is_some());
+    qvm::QvmOptions {
+        store: is_whole.then_some(store),
+        ask_passphrase: options.ask_passphrase,
+        kdf_memory_bytes: options.limits.kdf_memory_bytes(),
+        checks_all: options.checks_all,
+        keeps: false,
+        monitor,
+    }
+}
+
+/// Makes a skeleton of a backup of Qubes OS.
+///
+/// # Errors
+/// [`Error::RefusedBackup`] if it is none; those of [`Backup::next`].
+pub fn skeleton(store: &dyn Store, options: &OpenOptions<'_>, monitor: &dyn Monitor) -> Result<Skeleton> {
+    let mut input = Input::of_store(store, options.limits, monitor);
+    let compression = Compression::of(input.peek(MAGIC_BYTES)?);
+    if let Some(compression) = compression {
+        input = input.decompressed(compression)?;
+    }
+    if !qvm::begins_with_header(input.peek(MAGIC_BYTES)?) {
+        return Err(input.refused("it is no backup of Qubes OS"));
+    }
+    let options = qvm::QvmOptions {
+        keeps: true,
+        ..qvm_options(store, compression, options, monitor)
+    };
+    qvm::Qvm::open(input, &options)?.into_skeleton(options.kdf_memory_bytes)
 }
 
 /// Bytes that tell what a stream holds, at most.
