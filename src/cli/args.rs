@@ -577,13 +577,13 @@ pub(super) struct Import {
 pub(super) struct ImportQubes {
     /// Restore a backup of Qubes OS into the machines of the Qubes OS that runs here, in dom0
     ///
-    /// The machines are made first: see --skeleton. They must be shut down. Patterns choose them by name: `work`. Each
-    /// volume is filled by the daemon of Qubes OS, and shares what it has in common with the others and with --seed. The
-    /// images are restored to `.vmfold-qubes-…` in the pool before that. A volume that anyone has written to is left as
-    /// it is: nothing is filled then. With --replace it is replaced if its machine is named without a pattern; what it
-    /// held becomes a revision, if its machine keeps any. While a machine is filled, it has the tag
-    /// `backup-restore-in-progress`, with which Qubes OS does not start it. Running the same again goes on with what was
-    /// stopped. It takes a file-reflink pool, and root.
+    /// The machines are made first: see --skeleton. They must be shut down. A pattern without a slash chooses them by
+    /// name, such as `work`; one with a slash chooses images by path. Images are restored to `.vmfold-qubes-…` in the
+    /// pool, and each then becomes the volume of its machine by way of the daemon of Qubes OS: it shares what it has in
+    /// common with the others, and with --seed. If anyone has written to one of the volumes, nothing is done. With
+    /// --replace such a volume is replaced, if its machine is named without wildcards; what it held becomes a revision
+    /// if it keeps any. While a machine is filled, it has the tag `backup-restore-in-progress`, with which Qubes OS does
+    /// not start it. Running the same again goes on with what was stopped. It takes a file-reflink pool, and root.
     #[arg(long, conflicts_with_all = ["to", "commit", "partial", "as_revision"])]
     pub(super) qubes: bool,
     /// Write a backup without images to this new file, of which qvm-backup-restore makes the machines

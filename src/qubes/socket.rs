@@ -33,8 +33,8 @@ pub struct Timeouts {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            answer: Duration::from_secs(60),
-            commit: Duration::from_secs(30 * 60),
+            answer: Duration::from_mins(1),
+            commit: Duration::from_mins(30),
         }
     }
 }

@@ -24,6 +24,8 @@ pub(crate) enum Fault {
     Hang,
     /// It answers without an end.
     Flood,
+    /// It does what it is asked for, after a machine was started, wrote to this image, and was shut down.
+    Started(PathBuf),
 }
 
 pub(crate) struct Machine {
@@ -227,7 +229,16 @@ impl Server {
                     std::thread::sleep(std::time::Duration::from_millis(20));
                 }
             }
-            Some(Fault::Flood) => while stream.write_all(&[b'0'; 1 << 16]).is_ok() {},
+            Some(Fault::Flood) => {
+                let much = vec![b'0'; 1 << 16];
+                while stream.write_all(&much).is_ok() {}
+            }
+            Some(Fault::Started(image)) => {
+                std::fs::write(&image, b"what the user has").unwrap();
+                File::open(image).unwrap().sync_all().unwrap();
+                let answer = self.answer(method, machine, argument, payload);
+                let _ = stream.write_all(&answer);
+            }
         }
     }
 

@@ -74,22 +74,13 @@ pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<Qubes
             failed: None,
         };
         let import = restored_to(&path, &options.import, &targets);
-        let checked = |work: Option<&Work>| targets::check(options.daemon, &targets, work, &options.import.restore);
+        let work = Work::look(&path)?;
+        targets::check(options.daemon, &targets, work.as_ref(), &options.import.restore)?;
         if options.import.dry_run {
-            checked(Work::look(&path)?.as_ref())?;
             report.imported = Some(import_opened(backup, store, &import, monitor)?);
             return Ok(report);
         }
-        let mut work = match Work::look(&path)? {
-            Some(work) => {
-                checked(Some(&work))?;
-                work
-            }
-            None => {
-                checked(None)?;
-                Work::make(&path)?
-            }
-        };
+        let mut work = work.map_or_else(|| Work::make(&path), Ok)?;
         if !work.is_restored() {
             let imported = import_opened(backup, store, &import, monitor)?;
             let is_whole = imported.done.is_some() && imported.lost.is_empty() && imported.failed.is_none();
@@ -138,8 +129,15 @@ pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monito
     with_backup(&options.archive, monitor, |store| {
         let ask_passphrase = || options.access.passphrase(monitor);
         let skeleton = foreign::skeleton(store, &open_options(&options.access, &ask_passphrase), monitor)?;
-        let wanted = choose(&skeleton.machines, &options.restore.only, &[])?;
-        let chosen: BTreeSet<String> = wanted.into_iter().map(|wanted| wanted.machine).collect();
+        let chooser = Chooser::new(&options.restore.only)?;
+        let machines = skeleton
+            .machines
+            .iter()
+            .filter(|machine| chooser.takes_machine(machine));
+        let chosen: BTreeSet<String> = machines.map(|machine| machine.name.clone()).collect();
+        if chosen.is_empty() {
+            return Err(none_chosen());
+        }
         write_new(file, &skeleton.bytes)?;
         let mut command = vec!["qvm-backup-restore".to_owned(), "--ignore-missing".to_owned()];
         if skeleton.lacks_home {
@@ -207,39 +205,88 @@ fn with_backup<T>(
     }
 }
 
-/// The images of the machines that patterns choose, by their names or by the paths of images. All are chosen if there are no patterns.
+/// What takes a path.
+type Takes = Box<dyn Fn(&Path) -> bool>;
+
+/// What patterns choose: machines by name, and images by path. A pattern without a slash is one of names.
+struct Chooser {
+    by_name: Takes,
+    by_path: Takes,
+    /// The patterns, without a slash at the end.
+    patterns: Vec<String>,
+}
+
+impl Chooser {
+    fn new(only: &[String]) -> Result<Self> {
+        let trimmed = only.iter().map(|pattern| pattern.trim_end_matches('/').to_owned());
+        let patterns: Vec<String> = trimmed.collect();
+        let (paths, names): (Vec<String>, Vec<String>) =
+            patterns.iter().cloned().partition(|pattern| pattern.contains('/'));
+        let choose = |some: &[String]| -> Result<Takes> {
+            if some.is_empty() && !only.is_empty() {
+                return Ok(Box::new(|_| false));
+            }
+            Ok(Box::new(chooser(some)?))
+        };
+        Ok(Self {
+            by_name: choose(&names)?,
+            by_path: choose(&paths)?,
+            patterns,
+        })
+    }
+
+    fn takes_image(&self, machine: &Machine, image: &Path) -> bool {
+        (self.by_name)(Path::new(&machine.name)) || (self.by_path)(image)
+    }
+
+    fn takes_machine(&self, machine: &Machine) -> bool {
+        let mut images = machine.images.iter().map(|image| machine.path.join(image));
+        (self.by_name)(Path::new(&machine.name)) || images.any(|image| (self.by_path)(&image))
+    }
+
+    /// Whether a pattern is the name of a machine, or the path of the machine or its image, without wildcards.
+    fn names(&self, machine: &Machine, image: &Path) -> bool {
+        let mut patterns = self.patterns.iter().map(Path::new);
+        patterns.any(|pattern| pattern == Path::new(&machine.name) || pattern == machine.path || pattern == image)
+    }
+}
+
+/// The error where nothing is chosen.
+fn none_chosen() -> Error {
+    Error::Usage("no machine of the backup is chosen: `vmfold list` shows what there is".into())
+}
+
+/// The images of the machines that patterns choose. All are chosen if there are no patterns.
 fn choose(machines: &[Machine], only: &[String], renamed: &[(String, String)]) -> Result<Vec<Wanted>> {
     if machines.is_empty() {
-        return Err(Error::Usage(
-            "the backup has no machines of Qubes OS, and --qubes restores nothing else".into(),
-        ));
+        return Err(no_machines());
     }
-    let takes = chooser(only)?;
+    let chooser = Chooser::new(only)?;
     let mut wanted = Vec::new();
     for machine in machines {
         let new_name = renamed.iter().find(|(old, _)| *old == machine.name);
-        let names = [Path::new(&machine.name), &machine.path];
         for image in &machine.images {
             let path = machine.path.join(image);
-            if !takes(names[0]) && !takes(&path) {
-                continue;
+            if chooser.takes_image(machine, &path) {
+                wanted.push(Wanted {
+                    machine: new_name.map_or(&machine.name, |(_, new)| new).clone(),
+                    volume: image.trim_end_matches(".img").to_owned(),
+                    is_named: new_name.is_some() || chooser.names(machine, &path),
+                    image: path,
+                });
             }
-            let mut named = only.iter().map(|pattern| Path::new(pattern.trim_end_matches('/')));
-            wanted.push(Wanted {
-                machine: new_name.map_or(&machine.name, |(_, new)| new).clone(),
-                volume: image.trim_end_matches(".img").to_owned(),
-                is_named: new_name.is_some() || named.any(|name| names.contains(&name) || name == path),
-                image: path,
-            });
         }
     }
     if wanted.is_empty() {
-        return Err(Error::Usage(
-            "no machine of the backup is chosen: vmfold list shows them".into(),
-        ));
+        return Err(none_chosen());
     }
     check_names(&wanted, machines, renamed)?;
     Ok(wanted)
+}
+
+/// The error for a backup of something else.
+fn no_machines() -> Error {
+    Error::Usage("the backup has no machines of Qubes OS, and --qubes restores nothing else".into())
 }
 
 /// Checks that new names are names, of machines that are restored, and that no two machines have the same.
@@ -342,6 +389,11 @@ mod tests {
         assert_eq!(chosen(&["*"], &[]).unwrap(), list(&all, false));
         assert_eq!(chosen(&["work"], &[]).unwrap(), list(&all[..2], true));
         assert_eq!(chosen(&["w*k"], &[]).unwrap(), list(&all[..2], false));
+        assert_eq!(
+            chosen(&["a*"], &[]).err().map(|error| error.to_string()),
+            Some(none_chosen().to_string())
+        );
+        assert_eq!(chosen(&["*/private.img"], &[]).unwrap().len(), 2);
         assert_eq!(chosen(&["appvms/work/"], &[]).unwrap(), list(&all[..2], true));
         assert_eq!(
             chosen(&["appvms/work/private.img"], &[]).unwrap(),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-use super::targets::{Target, check_halted};
+use super::targets::{Target, check_halted, check_unchanged};
 use super::work::{Step, Work};
 use crate::error::{Error, Result, describe};
 use crate::monitor::Monitor;
@@ -96,6 +96,7 @@ impl<'a> Filling<'a> {
             if self.monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
+            check_unchanged(self.daemon, target)?;
             self.fill_volume(target)?;
         }
         Ok(())

@@ -75,6 +75,18 @@ fn look_at(daemon: &dyn Qubesd, wanted: Wanted) -> Result<Target> {
     })
 }
 
+/// Checks that nobody has written to a volume since it was looked at, so that it is no longer blank.
+pub(super) fn check_unchanged(daemon: &dyn Qubesd, target: &Target) -> Result<()> {
+    let now = look_at(daemon, target.wanted.clone())?;
+    if now.files == target.files && (now.is_blank || !target.is_blank) {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "`{}` was blank before its image was restored, and is not any more: it is left as it is",
+        target.name()
+    )))
+}
+
 /// Checks that a machine is shut down.
 pub(super) fn check_halted(machine: &str, state: &str) -> Result<()> {
     if state == HALTED {
