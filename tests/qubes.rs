@@ -4,6 +4,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::print_stdout,
     missing_docs,
     reason = "a test that cannot go on has failed"
 )]
@@ -219,6 +220,56 @@ fn a_skeleton_from_a_pipe_names_the_machines_that_were_chosen() {
     assert!(names.contains(&"vm3/empty.000.enc".to_owned()), "{names:?}");
 }
 
+/// What upstream's reader makes of a skeleton: `VMFOLD_QUBES_CLIENT` names a checkout of qubes-core-admin-client, and its Python has lxml.
+#[test]
+fn upstream_makes_machines_of_a_skeleton() {
+    let Some(client) = std::env::var_os("VMFOLD_QUBES_CLIENT") else {
+        println!("NOT RUN: VMFOLD_QUBES_CLIENT names no checkout of qubes-core-admin-client");
+        return;
+    };
+    for filter in ["none", "gzip", "zstd"] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let machines_folder = at.join("machines");
+        qvm::write_machines(&machines_folder, &machines());
+        // What its reader wants of a description, and vmfold does not read.
+        let label = "<property name=\"label\">label-1</property></properties>";
+        let dom0 = "<properties/><labels><label id=\"label-1\">red</label></labels><domains><domain class=\"AdminVM\"><properties></properties></domain>";
+        let xml = std::fs::read_to_string(machines_folder.join("qubes.xml")).unwrap();
+        let xml = xml.replacen("<domains>", dom0, 1).replace("</properties>", label);
+        std::fs::write(machines_folder.join("qubes.xml"), xml).unwrap();
+        qvm::make_backup(&machines_folder, &at.join("backup"), filter, 300_000, "--sparse");
+        std::fs::write(at.join("pass"), "secret\n").unwrap();
+        let arguments = [
+            "import",
+            "backup",
+            "--qubes",
+            "--skeleton",
+            "s",
+            "--passphrase-file",
+            "pass",
+        ];
+        assert_eq!(vmfold(at, &arguments).status.code(), Some(0));
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qubes/restore-upstream.py");
+        let restore = |name: &str| {
+            let mut command = Command::new("python3");
+            let output = command.arg(script).arg(&client).arg(at.join(name)).output().unwrap();
+            (text(&output.stdout), text(&output.stderr))
+        };
+        let (made, problems) = restore("s");
+        let expected =
+            "debian-12 TemplateVM: root False, private False\nwork AppVM: private False\nvault AppVM: private False\n";
+        assert_eq!(made, format!("{expected}errors: 0\n"), "{problems}");
+        // It fails if nothing is there of a machine.
+        let mut members = qvm::members(&std::fs::read(at.join("s")).unwrap());
+        members.retain(|(name, _)| name != "vm9/empty.000.enc");
+        std::fs::write(at.join("without"), qvm::stream(&members)).unwrap();
+        let (made, problems) = restore("without");
+        assert_eq!(made, format!("{expected}errors: 1\n"));
+        assert!(problems.contains("Not found in archive"), "{problems}");
+    }
+}
+
 #[test]
 fn what_is_damaged_or_of_another_kind_gives_no_skeleton() {
     let folder = tempfile::tempdir().unwrap();
@@ -318,7 +369,10 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let fs = Mounted::btrfs();
+        Self::on(Mounted::btrfs())
+    }
+
+    fn on(fs: Mounted) -> Self {
         let folder = tempfile::tempdir().unwrap();
         make(folder.path(), "zstd");
         let qubesd = StandIn::new(&fs.mount.join("qubes"));
@@ -488,6 +542,28 @@ fn machines_come_back_whole_and_shared() {
 }
 
 #[test]
+fn they_come_back_on_xfs_as_well() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::on(Mounted::new("mkfs.xfs -q -m reflink=1", "", 512));
+    scene.run(&[], &[], false).unwrap();
+    scene.check_done();
+    let image = scene.qubesd.image("vault", "AppVM", "private");
+    let extents = sh(&format!("filefrag -v '{}'", image.display()));
+    assert!(extents.contains("shared"), "{extents}");
+}
+
+fn refuses_without_daemon(scene: &Scene) {
+    let output = vmfold(
+        scene.folder.path(),
+        &["import", "backup", "--qubes", "--qubesd-socket", "/nowhere"],
+    );
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("nobody answers at `/nowhere/qubesd.sock`"));
+}
+
+#[test]
 fn what_the_user_did_not_name_is_not_touched() {
     if !can_mount() {
         return;
@@ -555,6 +631,7 @@ fn what_the_user_did_not_name_is_not_touched() {
     tags().is_lvm = true;
     refuses(&["vault"], &[], false, "no file-reflink pool");
     tags().is_lvm = false;
+    refuses_without_daemon(&scene);
     // What is named is replaced, and becomes a revision.
     let report = scene.run(&["work"], &[], true).unwrap();
     assert!(report.filled[0].replaced);

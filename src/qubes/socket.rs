@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::{MachineState, Qubesd, VolumeInfo, answer};
 use crate::error::{Error, Result};
+use crate::shown::shown;
 
 /// The folder of the sockets.
 pub const SOCKETS: &str = "/var/run";
@@ -136,7 +137,13 @@ fn exchange(path: &Path, call: Call<'_>) -> Result<Vec<u8>> {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => too_late(),
         _ => failed(call, format!("the connection broke: {error}")),
     };
-    let mut stream = UnixStream::connect(path).map_err(Error::io("connect to", path))?;
+    let mut stream = UnixStream::connect(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::Usage(format!(
+            "nobody answers at `{}`: --qubes restores into a Qubes OS that runs, in its dom0",
+            shown(path)
+        )),
+        _ => Error::io("connect to", path)(error),
+    })?;
     stream.set_write_timeout(left()).map_err(broken)?;
     let Call {
         method,

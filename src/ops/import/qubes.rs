@@ -59,10 +59,12 @@ struct Wanted {
 /// [`Error::Usage`] if a machine does not exist, or a volume must not be replaced; [`Error::InUse`] if a machine is not shut down; those of
 /// [`Qubesd`] and of [`super::import_backup`]. After an error in [`QubesImport::failed`], another run goes on.
 pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<QubesImport> {
+    // Whether there is a daemon is found out before a passphrase is asked for.
+    let machines = options.daemon.machines()?;
     with_backup(&options.import.archive, monitor, |store| {
         let backup = open_backup(store, &options.import.access, false, monitor)?;
         let wanted = choose(backup.machines(), &options.import.restore.only, &options.renamed)?;
-        let targets = targets::look(options.daemon, wanted)?;
+        let targets = targets::look(options.daemon, &machines, wanted)?;
         let pool = targets::common_pool(&targets)?;
         let path = pool.join(work_name(store, &targets));
         let mut report = QubesImport {
@@ -86,7 +88,9 @@ pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<Qubes
             let is_whole = imported.done.is_some() && imported.lost.is_empty() && imported.failed.is_none();
             report.imported = Some(imported);
             if !is_whole {
-                return Ok(without_images(report, &path, monitor));
+                // What is whole would take space that the next run needs.
+                work.remove()?;
+                return Ok(without_images(report, monitor));
             }
             work.restored(&targets)?;
         }
@@ -95,25 +99,20 @@ pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<Qubes
         report.filled = filling.into_filled();
         report.failed = result.and_then(|()| work.remove()).err();
         if report.failed.is_some() {
-            note_kept(&path, monitor);
+            let path = shown(&path);
+            monitor.note(&format!(
+                "What is restored is kept in `{path}`: running the same again goes on from there"
+            ));
         }
         Ok(report)
     })
 }
 
 /// The report of a run that could not restore all images, so that no volume was touched.
-fn without_images(mut report: QubesImport, path: &Path, monitor: &dyn Monitor) -> QubesImport {
+fn without_images(mut report: QubesImport, monitor: &dyn Monitor) -> QubesImport {
     report.failed = report.imported.as_mut().and_then(|imported| imported.failed.take());
     monitor.note("No volume was filled, because not all images could be restored");
-    note_kept(path, monitor);
     report
-}
-
-fn note_kept(path: &Path, monitor: &dyn Monitor) {
-    monitor.note(&format!(
-        "What is restored is kept in `{}`: running the same again goes on from there",
-        shown(path)
-    ));
 }
 
 /// Writes the skeleton of a backup to a new file that only the user can read. It has all machines; those that the patterns choose are named in

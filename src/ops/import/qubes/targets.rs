@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use rustix::fs::{Mode, OFlags};
+
 use super::Wanted;
 use super::work::{Step, Work};
 use crate::error::{Error, Result};
 use crate::exec::restore::RestoreOptions;
 use crate::fs::uuid_at;
-use crate::qubes::{HALTED, Qubesd, RESTORE_TAG, VolumeFiles};
+use crate::qubes::{HALTED, MachineState, Qubesd, RESTORE_TAG, VolumeFiles};
 
 /// A volume that is to be filled.
 #[derive(Debug, Clone)]
@@ -28,8 +30,7 @@ impl Target {
 }
 
 /// Looks at the volumes. All of their machines must exist and be shut down.
-pub(super) fn look(daemon: &dyn Qubesd, wanted: Vec<Wanted>) -> Result<Vec<Target>> {
-    let machines = daemon.machines()?;
+pub(super) fn look(daemon: &dyn Qubesd, machines: &[MachineState], wanted: Vec<Wanted>) -> Result<Vec<Target>> {
     let state_of = |name: &str| machines.iter().find(|machine| machine.name == name);
     let mut missing: Vec<&str> = wanted.iter().map(|wanted| wanted.machine.as_str()).collect();
     missing.retain(|name| state_of(name).is_none());
@@ -67,6 +68,9 @@ fn look_at(daemon: &dyn Qubesd, wanted: Wanted) -> Result<Target> {
             path: files.dirty,
         });
     }
+    // Who must not open it could not fill it either, and had better know before all is restored.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(&files.image, flags, Mode::empty()).map_err(Error::io("open", &files.image))?;
     Ok(Target {
         wanted,
         files,
