@@ -356,6 +356,16 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// The daemon of Qubes OS refused a call, or its answer makes no sense.
+    #[error("qubesd does not do `{call}` for `{target}`: {problem}")]
+    Qubesd {
+        /// The call.
+        call: &'static str,
+        /// The machine, or a volume or tag of it.
+        target: String,
+        /// Why.
+        problem: String,
+    },
     /// The user stopped the run.
     #[error("interrupted")]
     Interrupted,
@@ -493,7 +503,8 @@ impl Error {
             | Self::NotRoot
             | Self::TooLarge
             | Self::Unsupported { .. }
-            | Self::RefusedBackup { .. } => ErrorKind::Refused,
+            | Self::RefusedBackup { .. }
+            | Self::Qubesd { .. } => ErrorKind::Refused,
             Self::Damaged { .. } | Self::DamagedBackup { .. } => ErrorKind::Damaged,
             Self::NoSpace { .. } | Self::Grows { .. } | Self::DoesNotFit { .. } | Self::Reserve { .. } => {
                 ErrorKind::NoSpace
@@ -553,6 +564,7 @@ impl Error {
             Self::InUse { .. } => "shut its machine down, or restore to another folder",
             Self::FolderInTheWay { .. } => "restore to another folder, or move it away",
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
+            Self::Qubesd { .. } => "journalctl -u qubesd has more; run it again to go on",
             Self::DamagedBackup { .. } => "vmfold import --partial restores what came before the damage",
             Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } => return None,
         })

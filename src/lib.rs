@@ -13,6 +13,7 @@
 //! index       what earlier runs learnt, in sled or in memory; a cache
 //! fs          what a filesystem can do, behind one trait: btrfs, XFS, and plain ones that share nothing
 //! pool        which files are images, and why one is left alone
+//! qubes       a running Qubes OS: what its daemon is asked
 //! foreign     backups that other programs made: what they hold, reading
 //! archive     records of archives: what they hold, writing, reading
 //! store       where archives live: files, pipes, memory
@@ -59,6 +60,7 @@ pub mod ops;
 pub mod own_folder;
 pub mod plan;
 pub mod pool;
+pub mod qubes;
 pub mod range;
 pub mod report;
 pub mod shown;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 27] = [
+const ORDER: [&str; 28] = [
     "sys",
     "numbers",
     "block",
@@ -24,6 +24,7 @@ const ORDER: [&str; 27] = [
     "store",
     "archive",
     "foreign",
+    "qubes",
     "pool",
     "fs",
     "index",

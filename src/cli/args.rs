@@ -13,6 +13,7 @@ use crate::ops::Scope;
 use crate::ops::export::Revisions;
 use crate::plan::{REFERENCES_MAX, REFERENCES_PER_GIB_MAX};
 use crate::pool::{by_filesystem, named_folders, qubes_folders};
+use crate::qubes::SOCKETS;
 use crate::shown::shown;
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
@@ -525,8 +526,10 @@ pub(super) struct Import {
     /// Nothing is written outside it, whatever names an archive holds. While an import runs, it keeps its blocks in
     /// `.vmfold-import-…` in this folder. Images can share blocks on btrfs and on XFS with reflinks; elsewhere they
     /// become plain sparse files.
-    #[arg(long, value_name = "DIR")]
-    pub(super) to: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "qubes")]
+    pub(super) to: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) qubes: ImportQubes,
     /// Which commit: its number, label or name; the last if not said
     ///
     /// A commit is named by the first hexadecimal digits of its hash, four at least. `latest` is the last one,
@@ -605,6 +608,46 @@ pub(super) struct Import {
     /// The extents are those of the seeds.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) memory: Option<u64>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ImportQubes {
+    /// Restore a backup of Qubes OS into the machines of the Qubes OS that runs here, in dom0
+    ///
+    /// The machines are made first: see --skeleton. They must be shut down. A pattern without a slash chooses them by
+    /// name, such as `work`; one with a slash chooses images by path. Images are restored to `.vmfold-qubes-…` in the
+    /// pool, and each then becomes the volume of its machine by way of the daemon of Qubes OS: it shares what it has in
+    /// common with the others, and with --seed. If anyone has written to one of the volumes, nothing is done. With
+    /// --replace such a volume is replaced, if its machine is named without wildcards; what it held becomes a revision
+    /// if it keeps any. While a machine is filled, it has the tag `backup-restore-in-progress`, with which Qubes OS does
+    /// not start it. Running the same again goes on with what was stopped. It takes a file-reflink pool, and root.
+    #[arg(long, conflicts_with_all = ["to", "commit", "partial", "as_revision"])]
+    pub(super) qubes: bool,
+    /// Write a backup without images to this new file, of which qvm-backup-restore makes the machines
+    ///
+    /// It holds what the backup has beside images: properties, firewall rules and notes, as they are, encrypted with the
+    /// same passphrase. The command that makes the machines of it is printed. They have blank volumes, which --qubes
+    /// fills. Nothing else is written, and no root is needed.
+    #[arg(long, value_name = "FILE", requires = "qubes", conflicts_with_all = ["dry_run", "renamed"])]
+    pub(super) skeleton: Option<PathBuf>,
+    /// Restore the machine OLD of the backup into the machine NEW; may be given more than once
+    ///
+    /// `qvm-backup-restore --rename-conflicting` gives a machine another name if there is one of its name.
+    #[arg(long = "as", value_name = "OLD=NEW", requires = "qubes", value_parser = parse_renaming)]
+    pub(super) renamed: Vec<(String, String)>,
+    /// Folder of the sockets of qubesd
+    ///
+    /// It is for tests.
+    #[arg(long, value_name = "DIR", hide = true, requires = "qubes", default_value = SOCKETS)]
+    pub(super) qubesd_socket: PathBuf,
+}
+
+/// Parses the value of `--as`.
+fn parse_renaming(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() => Ok((old.to_owned(), new.to_owned())),
+        _ => Err("it is the name in the backup, `=`, and the name here".into()),
+    }
 }
 
 /// The value of `--compress`.

@@ -27,6 +27,7 @@ use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::diff::{ComparedWith, diff};
 use crate::ops::export::{BackupExportOptions, ExportOptions, export, export_backup};
+use crate::ops::import::qubes::{QubesOptions, import as import_into_qubes, write_skeleton};
 use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list;
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
@@ -34,6 +35,7 @@ use crate::ops::report::report;
 use crate::ops::scan::scan;
 use crate::ops::verify::verify;
 use crate::ops::{self, ArchivePlace, BackupAccess};
+use crate::qubes::{SocketQubesd, Timeouts};
 use crate::report::Change;
 use crate::shown::shown;
 use crate::sys::priority::give_way;
@@ -148,15 +150,7 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             Ok(exit_of_pool(terminal.interrupted(), !result.skipped.is_empty()))
         }),
         Command::Export(command) => run_export(command, json, terminal),
-        Command::Import(command) => {
-            let mut result = import(&command.options(), terminal)?;
-            terminal.finish();
-            print("import", &result, json)?;
-            if let Some(error) = result.failed.take() {
-                return Err(error);
-            }
-            Ok(exit_of_archive(result.lost.is_empty() && !result.later_damage))
-        }
+        Command::Import(command) => run_import(command, json, terminal),
         Command::List(command) => run_list(command, json, terminal),
         Command::Verify(command) => run_verify(command, json, terminal),
         Command::Diff(command) => {
@@ -185,6 +179,44 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             Ok(Exit::Done)
         }
     }
+}
+
+fn run_import(command: &args::Import, json: bool, terminal: &Terminal) -> Result<Exit> {
+    let options = command.options();
+    if let Some(file) = &command.qubes.skeleton {
+        let result = write_skeleton(&options, file, terminal)?;
+        terminal.finish();
+        print("skeleton", &result, json)?;
+        return Ok(Exit::Done);
+    }
+    if command.qubes.qubes {
+        return run_import_qubes(command, options, json, terminal);
+    }
+    let mut result = import(&options, terminal)?;
+    terminal.finish();
+    print("import", &result, json)?;
+    if let Some(error) = result.failed.take() {
+        return Err(error);
+    }
+    Ok(exit_of_archive(result.lost.is_empty() && !result.later_damage))
+}
+
+fn run_import_qubes(command: &args::Import, import: ImportOptions, json: bool, terminal: &Terminal) -> Result<Exit> {
+    let options = QubesOptions {
+        import,
+        renamed: command.qubes.renamed.clone(),
+        daemon: &SocketQubesd::new(&command.qubes.qubesd_socket, Timeouts::default()),
+    };
+    let mut result = import_into_qubes(&options, terminal)?;
+    terminal.finish();
+    print("qubes", &result, json)?;
+    if let Some(error) = result.failed.take() {
+        return Err(error);
+    }
+    let imported = result.imported.as_ref();
+    Ok(exit_of_archive(imported.is_none_or(|imported| {
+        imported.lost.is_empty() && !imported.later_damage
+    })))
 }
 
 fn run_list(command: &args::List, json: bool, terminal: &Terminal) -> Result<Exit> {
@@ -437,7 +469,7 @@ impl args::Import {
             archive: archive_place(&self.archive),
             commit: self.commit.clone(),
             restore: RestoreOptions {
-                to: self.to.clone(),
+                to: self.to.clone().unwrap_or_default(),
                 only: self.only.clone(),
                 replace: self.replace,
                 resume: self.resume,

@@ -25,6 +25,7 @@ use std::path::PathBuf;
 pub use compression::Compression;
 pub use input::Input;
 pub use limits::Limits;
+pub use qvm::{Machine, Skeleton, is_name, machines_of};
 pub use secret::{AskPassphrase, Passphrase};
 
 use container::{ContainerKind, is_fixed_vhd, vmdk};
@@ -106,6 +107,11 @@ pub trait Backup {
     /// Whether it holds blocks of its volumes as they are, in whole blocks of its own file, so that images can share them from there.
     fn holds_blocks_in_place(&self) -> bool {
         false
+    }
+
+    /// The machines of Qubes OS that it is of, with all of their images. Other backups have none.
+    fn machines(&self) -> &[Machine] {
+        &[]
     }
 
     /// Says that nothing of a volume is wanted. Its content, its links and its end may be left out from now on.
@@ -191,15 +197,7 @@ pub fn open<'a>(
         return Ok(Box::new(vma::Vma::open(input)?));
     }
     if qvm::begins_with_header(first) {
-        // Only what is not compressed, and no pipe, is read out of order.
-        let is_whole = compression.is_none() && store.length().is_ok_and(|length| length.is_some());
-        let options = qvm::QvmOptions {
-            store: is_whole.then_some(store),
-            ask_passphrase: options.ask_passphrase,
-            kdf_memory_bytes: options.limits.kdf_memory_bytes(),
-            checks_all: options.checks_all,
-            monitor,
-        };
+        let options = qvm_options(store, compression, options, monitor);
         return Ok(Box::new(qvm::Qvm::open(input, &options)?));
     }
     if qvm::begins_without_header(first) {
@@ -237,6 +235,45 @@ fn why_not_read(first: &[u8]) -> Option<&'static str> {
     let known = known.find(|(magic, _)| first.starts_with(magic));
     let descriptor = || vmdk::is_descriptor(first).then(|| vmdk::why_not_a_disk(first));
     known.map(|(_, problem)| *problem).or_else(descriptor)
+}
+
+/// How a backup of Qubes OS is opened.
+fn qvm_options<'a, 'b>(
+    store: &'a dyn Store,
+    compression: Option<Compression>,
+    options: &OpenOptions<'b, '_>,
+    monitor: &'a dyn Monitor,
+) -> qvm::QvmOptions<'a, 'b> {
+    // Only what is not compressed, and no pipe, is read out of order.
+    let is_whole = compression.is_none() && store.length().is_ok_and(|length| length.is_some());
+    qvm::QvmOptions {
+        store: is_whole.then_some(store),
+        ask_passphrase: options.ask_passphrase,
+        kdf_memory_bytes: options.limits.kdf_memory_bytes(),
+        checks_all: options.checks_all,
+        keeps: false,
+        monitor,
+    }
+}
+
+/// Makes a skeleton of a backup of Qubes OS.
+///
+/// # Errors
+/// [`Error::RefusedBackup`] if it is none; those of [`Backup::next`].
+pub fn skeleton(store: &dyn Store, options: &OpenOptions<'_, '_>, monitor: &dyn Monitor) -> Result<Skeleton> {
+    let mut input = Input::of_store(store, options.limits, monitor);
+    let compression = Compression::of(input.peek(MAGIC_BYTES)?);
+    if let Some(compression) = compression {
+        input = input.decompressed(compression)?;
+    }
+    if !qvm::begins_with_header(input.peek(MAGIC_BYTES)?) {
+        return Err(input.refused("it is no backup of Qubes OS"));
+    }
+    let options = qvm::QvmOptions {
+        keeps: true,
+        ..qvm_options(store, compression, options, monitor)
+    };
+    qvm::Qvm::open(input, &options)?.into_skeleton(options.kdf_memory_bytes)
 }
 
 /// Bytes that tell what a stream holds, at most.

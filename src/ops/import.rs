@@ -1,6 +1,7 @@
 //! `import`: restores images from an archive, or from a backup that another program made. They share blocks with each other and with images on
 //! the disk.
 
+pub mod qubes;
 mod seeds;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use crate::exec::restore::folder::Root;
 use crate::exec::restore::pipe::{PipeOptions, PipeSource};
 use crate::exec::restore::source::BlockSource;
 use crate::exec::restore::{Restore, RestoreOptions};
+use crate::foreign::Backup;
 use crate::monitor::Monitor;
 use crate::plan::restore::chooser;
 use crate::report::Imported;
@@ -95,20 +97,36 @@ pub fn import_backup(store: &PeekedStore<'_>, options: &ImportOptions, monitor: 
     } else {
         Vec::new()
     };
+    import_opened(backup, store, &in_place, options, monitor)
+}
+
+/// What tells a backup from others: a hash of its first bytes.
+fn id_of(store: &PeekedStore<'_>) -> LaneId {
     let hash = hash_of(store.head());
     let mut id = LaneId::default();
     let length = id.0.len();
     id.0.copy_from_slice(&hash[..length]);
+    id
+}
+
+/// Imports from a backup that was opened, and of which nothing was read yet. Images may share blocks with the files `in_place`.
+fn import_opened(
+    backup: Box<dyn Backup + '_>,
+    store: &PeekedStore<'_>,
+    in_place: &[&Path],
+    options: &ImportOptions,
+    monitor: &dyn Monitor,
+) -> Result<Imported> {
     let backup_options = BackupOptions {
         takes: Box::new(chooser(&options.restore.only)?),
         partial: options.restore.partial,
-        id,
+        id: id_of(store),
         folder: options.restore.to.clone(),
         budget: super::runs_budget(Some(&options.index)),
         earlier: Box::new(NoEarlierBlocks),
     };
     let mut source = BackupSource::new(backup, store.path(), backup_options, monitor);
-    restore(&mut source, &in_place, options, monitor)
+    restore(&mut source, in_place, options, monitor)
 }
 
 /// Imports from a store that can be read at any offset. [`ImportOptions::archive`] is not used.

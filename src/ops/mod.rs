@@ -134,12 +134,24 @@ fn open_backup<'a>(
 ) -> Result<Box<dyn foreign::Backup + 'a>> {
     let ask_passphrase = || access.passphrase(monitor);
     let options = foreign::OpenOptions {
-        limits: access.limits,
-        ask_passphrase: &ask_passphrase,
         checks_all,
         backing,
+        ..open_options(access, &ask_passphrase)
     };
     foreign::open(store, &options, monitor)
+}
+
+/// How a backup is opened of which only that is checked which is handed out.
+fn open_options<'a>(
+    access: &BackupAccess,
+    ask_passphrase: &'a foreign::AskPassphrase<'a>,
+) -> foreign::OpenOptions<'a, 'static> {
+    foreign::OpenOptions {
+        limits: access.limits,
+        ask_passphrase,
+        checks_all: false,
+        backing: &[],
+    }
 }
 
 /// Opens an index once it is needed. It returns `None` if the verb does without.

@@ -42,7 +42,7 @@ pub fn kind_of(path: &Path) -> FileKind {
 }
 
 /// Whether an import writes, or has left behind, a file: `.vmfold-0123456789abcdef~`, a file in the work folder
-/// `.vmfold-import-01234567-1`, and `.NAME.vmfold-import` of earlier versions.
+/// `.vmfold-import-01234567-1` or anywhere below `.vmfold-qubes-01234567-89abcdef`, and `.NAME.vmfold-import` of earlier versions.
 fn is_of_import(path: &Path) -> bool {
     let is_hex = |digits: &[u8], length: usize| digits.len() == length && digits.iter().all(u8::is_ascii_hexdigit);
     let is_work = |folder: &Path| {
@@ -53,11 +53,20 @@ fn is_of_import(path: &Path) -> bool {
         parts.next().is_some_and(|tag| is_hex(tag, 8))
             && parts.next().is_some_and(|number| number.iter().all(u8::is_ascii_digit))
     };
+    let is_qubes_work = |folder: &Path| {
+        let tag = folder
+            .file_name()
+            .and_then(|name| name.as_bytes().strip_prefix(b".vmfold-qubes-"));
+        tag.is_some_and(|tag| tag.len() == 17 && tag[8] == b'-' && is_hex(&tag[..8], 8) && is_hex(&tag[9..], 8))
+    };
     let name = path.file_name().unwrap_or_default().as_bytes();
     let digits = name.strip_prefix(b".vmfold-").and_then(|rest| rest.strip_suffix(b"~"));
     let is_of_earlier_version =
         name.starts_with(b".") && (name.ends_with(b".vmfold-import") || name.ends_with(b".vmfold-link"));
-    digits.is_some_and(|digits| is_hex(digits, 16)) || is_of_earlier_version || path.parent().is_some_and(is_work)
+    digits.is_some_and(|digits| is_hex(digits, 16))
+        || is_of_earlier_version
+        || path.parent().is_some_and(is_work)
+        || path.ancestors().skip(1).any(is_qubes_work)
 }
 
 /// Returns the volume that a file of a Qubes pool belongs to, by the beginning of its name: `private` for `private-dirty.img` and for
@@ -212,6 +221,7 @@ mod tests {
             ".private.img.vmfold-import",
             ".root.img.vmfold-link",
             "a/.vmfold-import-0123abcd-12/blocks",
+            "a/.vmfold-qubes-0123abcd-4567ef89/images/appvms/work/private.img",
         ] {
             assert_eq!(kind_of(Path::new(name)), FileKind::Temporary, "{name}");
         }
@@ -222,6 +232,7 @@ mod tests {
             "private.img.vmfold-partial",
             ".vmfold-0123456789abcde~",
             "a/.vmfold-import/blocks",
+            "a/.vmfold-qubes-0123abcd/images/private.img",
         ] {
             assert_eq!(kind_of(Path::new(name)), FileKind::Image, "{name}");
         }

@@ -316,6 +316,57 @@ impl Imported {
     }
 }
 
+/// A volume of a machine of Qubes OS that holds what was restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FilledVolume {
+    /// The machine.
+    pub machine: String,
+    /// The name of the volume.
+    pub volume: String,
+    /// The image of the backup that it holds.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub image: PathBuf,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Whether it held something else before.
+    pub replaced: bool,
+}
+
+/// The report of `import --qubes`.
+#[derive(Debug, Serialize)]
+pub struct QubesImport {
+    /// The backup.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// The folder of the pool.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub pool: PathBuf,
+    /// Whether only a plan was made.
+    pub dry_run: bool,
+    /// How the images were restored, from which the volumes are filled. It is `None` if an earlier run has done it.
+    pub imported: Option<Imported>,
+    /// The volumes that were filled.
+    pub filled: Vec<FilledVolume>,
+    /// The error that stopped it.
+    #[serde(skip)]
+    pub failed: Option<Error>,
+}
+
+/// The report of `import --skeleton`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WrittenSkeleton {
+    /// The backup.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// The file that was written.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub skeleton: PathBuf,
+    /// The machines that were chosen. The skeleton has all of the backup.
+    pub machines: Vec<String>,
+    /// The command that makes these machines, word by word.
+    pub command: Vec<String>,
+}
+
 /// An image in an archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ListedImage {

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter, Result};
+use std::path::Path;
 
 use super::{
-    Change, Diffed, Done, Exported, Imported, Listed, ListedBackup, LostImage, Planned, PoolBytes, Reclaimed, Reported,
-    Scanned, Verified,
+    Change, Diffed, Done, Exported, FilledVolume, Imported, Listed, ListedBackup, LostImage, Planned, PoolBytes,
+    QubesImport, Reclaimed, Reported, Scanned, Verified, WrittenSkeleton,
 };
 use crate::block::ByteRange;
 use crate::facts::PinReason;
@@ -159,6 +160,49 @@ impl Display for Imported {
         }
         Ok(())
     }
+}
+
+impl Display for QubesImport {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        if let Some(imported) = &self.imported {
+            imported.fmt(f)?;
+        }
+        self.filled.iter().try_for_each(|filled| {
+            let replaced = if filled.replaced {
+                ", in the place of what it held"
+            } else {
+                ""
+            };
+            let FilledVolume { machine, volume, .. } = filled;
+            writeln!(f, "Filled `{machine}:{volume}`: {}{replaced}", size(filled.size))
+        })
+    }
+}
+
+impl Display for WrittenSkeleton {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(
+            f,
+            "`{}` has what `{}` holds beside images",
+            shown(&self.skeleton),
+            shown(&self.archive)
+        )?;
+        let words: Vec<String> = self.command.iter().map(|word| quoted(word)).collect();
+        writeln!(
+            f,
+            "This makes its machines: {}\nThen `vmfold import --qubes` fills their volumes",
+            words.join(" ")
+        )
+    }
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./+@:".contains(&byte);
+    if !word.is_empty() && word.bytes().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", shown(Path::new(&word.replace('\'', "'\\''"))))
 }
 
 impl Display for Listed {

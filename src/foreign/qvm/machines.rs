@@ -14,20 +14,22 @@ const NAME_BYTES_MAX: usize = 31;
 
 /// A machine that was backed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Machine {
+pub struct Machine {
+    /// Its name, of letters, digits, `_`, `.` and `-`.
+    pub name: String,
     /// Its folder in the backup, such as `vm7`.
     pub(super) folder: String,
     /// Its folder in a pool, such as `appvms/work`.
-    pub(super) path: PathBuf,
-    /// The names of its images that must be there.
-    pub(super) images: Vec<&'static str>,
+    pub path: PathBuf,
+    /// The names of its images, which must be there: `root.img`, `private.img`.
+    pub images: Vec<&'static str>,
 }
 
 /// The machines that a description says were backed up. Dom0 is none of them.
 ///
 /// # Errors
 /// Says what makes no sense.
-pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
+pub fn machines_of(xml: &str) -> Result<Vec<Machine>, String> {
     let mut elements = xml.split('<');
     // It has no namespaces, and finding out which of many is meant takes long.
     if xml.contains("xmlns") || elements.any(|element| element.len() > ELEMENT_BYTES_MAX) {
@@ -66,6 +68,7 @@ pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
             "appvms"
         };
         let machine = Machine {
+            name: name.to_owned(),
             folder: folder.to_owned(),
             path: Path::new(parent).join(name),
             images: images_of(domain)?,
@@ -103,7 +106,7 @@ fn images_of(domain: Node<'_, '_>) -> Result<Vec<&'static str>, String> {
 }
 
 /// Whether a machine may have this name.
-fn is_name(name: &str) -> bool {
+pub fn is_name(name: &str) -> bool {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     name.len() <= NAME_BYTES_MAX
         && name.starts_with(|first: char| first.is_ascii_alphabetic())
@@ -129,14 +132,15 @@ mod tests {
     fn machines_have_folders_and_images() {
         let others =
             "<domain class=\"AppVM\"><properties><property name=\"name\">other</property></properties></domain>";
-        let machines = parse(&xml("work", "vm7/", others)).unwrap();
+        let machines = machines_of(&xml("work", "vm7/", others)).unwrap();
         let expected = Machine {
+            name: "work".into(),
             folder: "vm7".into(),
             path: "appvms/work".into(),
             images: vec!["private.img"],
         };
         assert_eq!(machines, [expected]);
-        assert_eq!(parse("<qubes/>").unwrap(), []);
+        assert_eq!(machines_of("<qubes/>").unwrap(), []);
     }
 
     #[test]
@@ -152,9 +156,9 @@ mod tests {
             ("work", "vm7/../vm8"),
             ("work", ""),
         ] {
-            assert!(parse(&xml(name, folder, "")).is_err(), "{name} {folder}");
+            assert!(machines_of(&xml(name, folder, "")).is_err(), "{name} {folder}");
         }
-        let twice = parse(&xml(
+        let twice = machines_of(&xml(
             "work",
             "vm7/",
             xml("work", "vm8/", "")
@@ -164,10 +168,10 @@ mod tests {
                 .unwrap(),
         ));
         assert!(twice.is_err());
-        assert!(parse("<!DOCTYPE a [<!ENTITY b \"c\">]><qubes>&b;</qubes>").is_err());
-        assert!(parse("<qubes>").is_err());
-        assert!(parse("<qubes xmlns:a=\"b\"/>").is_err());
+        assert!(machines_of("<!DOCTYPE a [<!ENTITY b \"c\">]><qubes>&b;</qubes>").is_err());
+        assert!(machines_of("<qubes>").is_err());
+        assert!(machines_of("<qubes xmlns:a=\"b\"/>").is_err());
         let many: Vec<String> = (0..5000).map(|number| format!(" a{number}=\"\"")).collect();
-        assert!(parse(&format!("<qubes{}/>", many.concat())).is_err());
+        assert!(machines_of(&format!("<qubes{}/>", many.concat())).is_err());
     }
 }

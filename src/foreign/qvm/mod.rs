@@ -6,6 +6,7 @@ mod header;
 mod machines;
 mod parts;
 mod scrypt_file;
+mod skeleton;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashSet};
@@ -13,9 +14,10 @@ use std::io::BufReader;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use self::machines::Machine;
+pub use self::machines::{Machine, is_name, machines_of};
 use self::parts::{MemberReader, Parts};
 pub(super) use self::parts::{begins_with_header, begins_without_header};
+pub use self::skeleton::Skeleton;
 use super::secret::AskPassphrase;
 use super::tar::{EntryKind, Stored, Tar};
 use super::{Backup, Compression, Event, Input, Origin, Volume, volume_name};
@@ -69,6 +71,8 @@ pub(super) struct QvmOptions<'a, 'b> {
     pub(super) kdf_memory_bytes: u64,
     /// Whether parts are authenticated that are not restored.
     pub(super) checks_all: bool,
+    /// Whether a skeleton is made of it.
+    pub(super) keeps: bool,
     pub(super) monitor: &'a dyn Monitor,
 }
 
@@ -77,6 +81,9 @@ impl<'a> Qvm<'a> {
     pub(super) fn open(input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Self> {
         let passphrase = (options.ask_passphrase)()?;
         let mut parts = Parts::new(input, options.store, passphrase, options.kdf_memory_bytes);
+        if options.keeps {
+            parts.keep();
+        }
         let bytes = parts.header()?;
         let header = header::parse(&bytes).map_err(|problem| parts.input().refused(problem))?;
         parts.begin(header.id.clone())?;
@@ -128,7 +135,7 @@ impl<'a> Qvm<'a> {
         Self::end_archive(&mut tar)?;
         let refused = |problem: String| self.parts.borrow_mut().input().refused(problem);
         let xml = String::from_utf8(xml).map_err(|_| refused("its qubes.xml is no text".into()))?;
-        self.machines = machines::parse(&xml).map_err(refused)?;
+        self.machines = machines_of(&xml).map_err(refused)?;
         let known = self.parts.borrow().known_members();
         match known {
             Some(members) => self.check_images(|member| members.contains(member)),
@@ -318,6 +325,10 @@ impl Backup for Qvm<'_> {
 
     fn proves_each_volume(&self) -> bool {
         true
+    }
+
+    fn machines(&self) -> &[Machine] {
+        &self.machines
     }
 
     fn leave_out(&mut self, volume: usize) {

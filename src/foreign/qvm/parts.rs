@@ -4,12 +4,13 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use rayon::prelude::*;
+use zeroize::Zeroizing;
 
-use super::scrypt_file::{HEADER_BYTES, Header, Keys, TAG_BYTES, Wrong};
+use super::scrypt_file::{HEADER_BYTES, Header, Keys, Parameters, SALT_BYTES, TAG_BYTES, Wrong, encrypt};
 use crate::error::{Error, Result};
 use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::{BLOCK, has_checksum, number, pax_record, ustar_name};
@@ -127,8 +128,8 @@ pub(super) struct Parts<'a> {
     /// What is part of each passphrase; empty until the header was read.
     backup_id: String,
     kdf_memory_bytes: u64,
-    /// The cost of the header's key.
-    header_cost: u64,
+    /// How the header's key was derived; `None` until it was.
+    header_parameters: Option<Parameters>,
     /// The store, if it can be read anywhere, and its parts, the first last.
     ahead: Option<(&'a dyn Store, Vec<Located>)>,
     /// Keys that were derived ahead, by the names of their parts.
@@ -138,6 +139,8 @@ pub(super) struct Parts<'a> {
     /// Whether the last block of the stream was one of zeros.
     ends_in_zeros: bool,
     count: usize,
+    /// The files that were opened, each with its name and as it was stored, if they are kept.
+    kept: Option<Vec<(String, Vec<u8>)>>,
 }
 
 impl<'a> Parts<'a> {
@@ -154,13 +157,24 @@ impl<'a> Parts<'a> {
             passphrase,
             backup_id: String::new(),
             kdf_memory_bytes,
-            header_cost: u64::MAX,
+            header_parameters: None,
             ahead: store.map(|store| (store, Vec::new())),
             keys: BTreeMap::new(),
             skipped: HashSet::new(),
             ends_in_zeros: false,
             count: 0,
+            kept: None,
         }
+    }
+
+    /// Keeps the files that are opened from now on, as they are stored.
+    pub(super) fn keep(&mut self) {
+        self.kept = Some(Vec::new());
+    }
+
+    /// Returns the files that were kept, in their order.
+    pub(super) fn take_kept(&mut self) -> Vec<(String, Vec<u8>)> {
+        self.kept.take().unwrap_or_default()
     }
 
     pub(super) fn input(&mut self) -> &mut Input<'a> {
@@ -204,7 +218,13 @@ impl<'a> Parts<'a> {
         ] {
             let start = self.input.offset();
             match self.file()? {
-                Some((name, bytes)) if name == expected && bytes <= bytes_max => contents.push(self.stored(bytes)?),
+                Some((name, bytes)) if name == expected && bytes <= bytes_max => {
+                    let content = self.stored(bytes)?;
+                    if let Some(kept) = &mut self.kept {
+                        kept.push((name, content.clone()));
+                    }
+                    contents.push(content);
+                }
                 _ => return Err(self.damaged(start, None, "its header is missing, or in another place")),
             }
         }
@@ -226,7 +246,7 @@ impl<'a> Parts<'a> {
         header
             .open(&keys, &mut copy)
             .map_err(|wrong| self.wrong(start, None, wrong))?;
-        self.header_cost = header.parameters.cost();
+        self.header_parameters = Some(header.parameters);
         if copy != plain {
             return Err(damaged(self));
         }
@@ -250,14 +270,9 @@ impl<'a> Parts<'a> {
         Some(located.iter().map(|one| one.part.member.clone()).collect())
     }
 
-    /// What decrypts a part: `BACKUP-ID!NAME!PASSPHRASE`, or for the header only its name.
-    fn full_passphrase(&self, name: &str, is_header: bool) -> zeroize::Zeroizing<Vec<u8>> {
-        let before = if is_header {
-            format!("{name}!")
-        } else {
-            format!("{}!{name}!", self.backup_id)
-        };
-        zeroize::Zeroizing::new([before.as_bytes(), self.passphrase.bytes()].concat())
+    /// What decrypts a part, or the header.
+    fn full_passphrase(&self, name: &str, is_header: bool) -> Zeroizing<Vec<u8>> {
+        full_passphrase((!is_header).then_some(&self.backup_id), name, &self.passphrase)
     }
 
     /// The part whose content comes next, or `None` at the end of the stream.
@@ -286,6 +301,40 @@ impl<'a> Parts<'a> {
             self.input.skip(part.stored_bytes.next_multiple_of(BLOCK as u64))?;
         }
         Ok(())
+    }
+
+    /// Takes the next part as it is stored, with its whole name. Nothing of it is checked.
+    pub(super) fn take_stored(&mut self) -> Result<Option<(String, Vec<u8>)>> {
+        let Some(part) = self.next.take() else {
+            return Ok(None);
+        };
+        let content = self.stored(part.stored_bytes)?;
+        Ok(Some((format!("{}.enc", part.name), content)))
+    }
+
+    /// What encrypts parts of this backup, as its header was encrypted.
+    pub(super) fn encryptor(&self) -> Result<Encryptor> {
+        match self.header_parameters {
+            Some(parameters) => Ok(Encryptor {
+                parameters,
+                passphrase: self.passphrase.clone(),
+                backup_id: self.backup_id.clone(),
+                path: self.input.path().to_owned(),
+            }),
+            None => Err(self.input.refused("its header was not read yet")),
+        }
+    }
+
+    /// How many keys may be derived at once, in so much memory.
+    pub(super) fn keys_at_once(&self, memory_bytes: u64) -> usize {
+        let one = self.header_parameters.map_or(1, Parameters::memory_bytes).max(1);
+        let fit = usize::try_from(memory_bytes / one).unwrap_or(usize::MAX);
+        fit.clamp(1, rayon::current_num_threads())
+    }
+
+    /// The path of the backup.
+    pub(super) fn path(&self) -> &Path {
+        self.input.path()
     }
 
     /// The content of a file of the stream.
@@ -322,6 +371,9 @@ impl<'a> Parts<'a> {
         let mut body = vec![0; usize::try_from(rest).unwrap_or(usize::MAX)];
         self.input.exact(&mut body, volume.map(PathBuf::as_path))?;
         self.input.skip(part.stored_bytes.wrapping_neg() % BLOCK as u64)?;
+        if let Some(kept) = &mut self.kept {
+            kept.push((format!("{}.enc", part.name), [header.bytes(), &body].concat()));
+        }
         header
             .open(&keys, &mut body)
             .map_err(|wrong| self.wrong(start, volume, wrong))?;
@@ -339,7 +391,8 @@ impl<'a> Parts<'a> {
     }
 
     fn is_cost_allowed(&self, header: &Header) -> bool {
-        header.parameters.cost() <= self.header_cost.saturating_mul(COST_FACTOR)
+        let header_cost = self.header_parameters.map_or(u64::MAX, Parameters::cost);
+        header.parameters.cost() <= header_cost.saturating_mul(COST_FACTOR)
     }
 
     /// The keys of a part, if they can be derived ahead: together with those of the parts that follow, on all cores.
@@ -410,6 +463,40 @@ impl<'a> Parts<'a> {
     pub(super) fn damaged(&self, start: u64, volume: Option<&PathBuf>, problem: &str) -> Error {
         let length = self.input.offset() - start;
         self.input.damaged(start, length, volume.cloned(), problem)
+    }
+}
+
+/// What decrypts a part: `BACKUP-ID!NAME!PASSPHRASE`, or for the header, only its name and the passphrase.
+fn full_passphrase(backup_id: Option<&String>, name: &str, passphrase: &Passphrase) -> Zeroizing<Vec<u8>> {
+    let before = match backup_id {
+        Some(id) => format!("{id}!{name}!"),
+        None => format!("{name}!"),
+    };
+    Zeroizing::new([before.as_bytes(), passphrase.bytes()].concat())
+}
+
+/// What encrypts parts of a backup.
+pub(super) struct Encryptor {
+    parameters: Parameters,
+    passphrase: Passphrase,
+    backup_id: String,
+    path: PathBuf,
+}
+
+impl Encryptor {
+    /// Encrypts a part, by the name that it has without `.enc`. It has a salt of its own.
+    pub(super) fn encrypt(&self, name: &str, content: &[u8]) -> Result<Vec<u8>> {
+        let mut salt = [0; SALT_BYTES];
+        let mut filled = 0;
+        while filled < salt.len() {
+            let got = rustix::rand::getrandom(&mut salt[filled..], rustix::rand::GetRandomFlags::empty());
+            filled += got.map_err(Error::io("read", Path::new("/dev/urandom")))?;
+        }
+        let passphrase = full_passphrase(Some(&self.backup_id), name, &self.passphrase);
+        encrypt(self.parameters, &salt, &passphrase, content).map_err(|_| Error::RefusedBackup {
+            path: self.path.clone(),
+            problem: "its keys cannot be derived".into(),
+        })
     }
 }
 

@@ -14,6 +14,8 @@ use crate::foreign::array;
 pub(super) const HEADER_BYTES: usize = 96;
 /// Bytes behind the content.
 pub(super) const TAG_BYTES: usize = 32;
+/// Bytes of a salt.
+pub(super) const SALT_BYTES: usize = 32;
 const MAGIC: &[u8] = b"scrypt\0";
 const LOG_N_MAX: u8 = 22;
 const R_MAX: u32 = 32;
@@ -98,18 +100,18 @@ impl Header {
 
     /// Derives the keys from a passphrase.
     pub(super) fn keys(&self, passphrase: &[u8]) -> Result<Keys, Wrong> {
-        let Parameters { log_n, r, p } = self.parameters;
-        let parameters = scrypt::Params::new(log_n, r, p).map_err(|_| Wrong::Damaged("a part has wrong parameters"))?;
-        let mut keys = Zeroizing::new([0; 64]);
-        scrypt::scrypt(passphrase, &self.bytes[16..48], &parameters, &mut *keys)
-            .map_err(|_| Wrong::Damaged("a part has wrong parameters"))?;
-        let keys = Keys(keys);
+        let keys = derive(self.parameters, &self.bytes[16..48], passphrase)?;
         let mut mac = keys.mac();
         mac.update(&self.bytes[..64]);
         if mac.verify_slice(&self.bytes[64..]).is_err() {
             return Err(Wrong::Passphrase);
         }
         Ok(keys)
+    }
+
+    /// The bytes that it was read from.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// Decrypts what follows the header, in its place, once all of it is authenticated.
@@ -121,13 +123,58 @@ impl Header {
         mac.update(&body[..length]);
         mac.verify_slice(&body[length..]).map_err(|_| damaged())?;
         body.truncate(length);
-        let key: Zeroizing<[u8; 32]> = Zeroizing::new(array(&*keys.0, 0));
-        Ctr128BE::<Aes256>::new(&(*key).into(), &[0; 16].into()).apply_keystream(body);
+        keys.apply_keystream(body);
         Ok(())
     }
 }
 
+/// Derives the keys of a file from its salt and a passphrase.
+fn derive(parameters: Parameters, salt: &[u8], passphrase: &[u8]) -> Result<Keys, Wrong> {
+    let wrong = || Wrong::Damaged("a part has wrong parameters");
+    let Parameters { log_n, r, p } = parameters;
+    let parameters = scrypt::Params::new(log_n, r, p).map_err(|_| wrong())?;
+    let mut keys = Zeroizing::new([0; 64]);
+    scrypt::scrypt(passphrase, salt, &parameters, &mut *keys).map_err(|_| wrong())?;
+    Ok(Keys(keys))
+}
+
+/// Makes a file: its header, the encrypted content, and what authenticates both. No other file may have the same salt.
+pub(super) fn encrypt(
+    parameters: Parameters,
+    salt: &[u8; SALT_BYTES],
+    passphrase: &[u8],
+    content: &[u8],
+) -> Result<Vec<u8>, Wrong> {
+    let keys = derive(parameters, salt, passphrase)?;
+    let mut file = Vec::with_capacity(HEADER_BYTES + content.len() + TAG_BYTES);
+    file.extend(MAGIC);
+    file.push(parameters.log_n);
+    file.extend(parameters.r.to_be_bytes());
+    file.extend(parameters.p.to_be_bytes());
+    file.extend(salt);
+    let hash = Sha256::digest(&file);
+    file.extend(&hash[..16]);
+    file.extend(keys.tag(&file));
+    file.extend(content);
+    keys.apply_keystream(&mut file[HEADER_BYTES..]);
+    file.extend(keys.tag(&file));
+    Ok(file)
+}
+
 impl Keys {
+    /// Encrypts or decrypts the content of a file.
+    fn apply_keystream(&self, content: &mut [u8]) {
+        let key: Zeroizing<[u8; 32]> = Zeroizing::new(array(&*self.0, 0));
+        Ctr128BE::<Aes256>::new(&(*key).into(), &[0; 16].into()).apply_keystream(content);
+    }
+
+    /// What authenticates some bytes.
+    fn tag(&self, bytes: &[u8]) -> [u8; TAG_BYTES] {
+        let mut mac = self.mac();
+        mac.update(bytes);
+        mac.finalize().into_bytes().into()
+    }
+
     fn mac(&self) -> Hmac<Sha256> {
         let key: Zeroizing<[u8; 32]> = Zeroizing::new(array(&*self.0, 32));
         let mut block = Zeroizing::new([0; 64]);
@@ -149,6 +196,20 @@ mod tests {
         let hash = Sha256::digest(&bytes[..48]);
         bytes[48..64].copy_from_slice(&hash[..16]);
         bytes
+    }
+
+    #[test]
+    fn what_is_encrypted_comes_back_with_its_passphrase_only() {
+        let parameters = Parameters { log_n: 4, r: 8, p: 1 };
+        for content in [&b""[..], b"a", &[7; 5000]] {
+            let mut file = encrypt(parameters, &[3; SALT_BYTES], b"id!name!pass", content).unwrap();
+            assert_eq!(file.len(), content.len() + HEADER_BYTES + TAG_BYTES);
+            let header = Header::read(file.first_chunk().unwrap(), 1 << 30).unwrap();
+            assert_eq!(header.keys(b"id!other!pass").err(), Some(Wrong::Passphrase));
+            file.drain(..HEADER_BYTES);
+            header.open(&header.keys(b"id!name!pass").unwrap(), &mut file).unwrap();
+            assert_eq!(file, content);
+        }
     }
 
     #[test]
