@@ -325,6 +325,14 @@ pub enum Error {
         /// The bytes that are free.
         free_bytes: u64,
     },
+    /// A restore needs more space than it was allowed.
+    #[error("a restore to `{}` takes more than --work-space allows, which is {}", shown(path), size(*allowed_bytes))]
+    WorkSpace {
+        /// The folder that is restored to.
+        path: PathBuf,
+        /// The bytes that it may take.
+        allowed_bytes: u64,
+    },
     /// Going on would leave less free space than the reserve.
     #[error(
         "the filesystem of `{}` is nearly full: {reserve_bytes} bytes are to stay free",
@@ -506,9 +514,11 @@ impl Error {
             | Self::RefusedBackup { .. }
             | Self::Qubesd { .. } => ErrorKind::Refused,
             Self::Damaged { .. } | Self::DamagedBackup { .. } => ErrorKind::Damaged,
-            Self::NoSpace { .. } | Self::Grows { .. } | Self::DoesNotFit { .. } | Self::Reserve { .. } => {
-                ErrorKind::NoSpace
-            }
+            Self::NoSpace { .. }
+            | Self::Grows { .. }
+            | Self::DoesNotFit { .. }
+            | Self::WorkSpace { .. }
+            | Self::Reserve { .. } => ErrorKind::NoSpace,
             Self::Interrupted => ErrorKind::Interrupted,
             Self::Io { source, .. } if Exhausted::of(source.kind()).is_some() => ErrorKind::NoSpace,
             // Whatever stopped the replacing, the user must learn that it could not be undone.
@@ -555,6 +565,7 @@ impl Error {
             Self::Unsupported { .. } => "use a later version of vmfold",
             Self::NoSuchCommit { .. } => "vmfold list shows what there is",
             Self::ChangedMeanwhile { .. } => "nothing was added to the archive; shut the machine down and run it again",
+            Self::WorkSpace { .. } => "allow more, or choose fewer images",
             Self::DoesNotFit { .. } => {
                 "free some space, choose fewer images, or name images that are like them with --seed"
             }

@@ -37,6 +37,7 @@ fn open_options<'a>(ask_passphrase: &'a AskPassphrase<'a>) -> OpenOptions<'a, 's
         limits: Limits::default(),
         ask_passphrase,
         checks_all: false,
+        is_raw: false,
         backing: &[],
     }
 }
@@ -1171,6 +1172,68 @@ fn what_fits_only_compressed_fits() {
     let output = scene.import(&format!("big.vma --to {} --compress zstd", to.display()));
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(!to.exists());
+}
+
+#[test]
+fn an_import_takes_no_more_than_it_was_allowed() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let mut export = scene.fs.command();
+    export.args(["export", "a.vmf", "--from", "a.vma", "--index"]);
+    assert!(export.arg(scene.fs.index()).output().unwrap().status.success());
+    let names = |to: &str| {
+        let entries = std::fs::read_dir(scene.fs.mount.join(to)).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.collect::<Vec<_>>()
+    };
+    // An archive tells what it takes, so that nothing is begun.
+    let output = scene.import("a.vmf --to archived --work-space 8M");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(!scene.fs.mount.join("archived").exists());
+    // What came whole of a backup is kept.
+    let output = scene.import("a.vma --to read --work-space 8M");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(names("read"), ["qemu-server.conf"], "{text}");
+    assert!(
+        text.contains("takes more than --work-space allows, which is 8.0 MiB"),
+        "{text}"
+    );
+    for source in ["a.vmf", "a.vma"] {
+        let to = format!("whole-{source}");
+        scene.import_json(&format!("{source} --to {to} --work-space 64M"));
+        scene.assert_restored(&to);
+    }
+}
+
+#[test]
+fn a_raw_image_is_one_whatever_its_guest_wrote_to_its_beginning() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    // A guest made its disk look like an archive of Proxmox VE.
+    sh(&format!(
+        "cd '{}' && cp a.vma disk.raw && truncate -s +100K disk.raw && gzip -k disk.raw",
+        scene.fs.mount.display()
+    ));
+    let expected = std::fs::read(scene.fs.mount.join("disk.raw")).unwrap();
+    for source in ["disk.raw", "disk.raw.gz"] {
+        let output = scene.import(&format!("{source} --to wrong-{source}"));
+        assert_eq!(output.status.code(), Some(4), "{source}: {output:?}");
+        scene.import_json(&format!("{source} --raw --to right-{source}"));
+        let restored = scene.fs.mount.join(format!("right-{source}")).join("disk.raw");
+        assert!(std::fs::read(restored).unwrap() == expected, "{source}");
+    }
+    let mut pipe = scene.fs.command();
+    pipe.args(["import", "-", "--raw", "--to", "piped", "--index"])
+        .arg(scene.fs.index());
+    let image = std::fs::File::open(scene.fs.mount.join("disk.raw")).unwrap();
+    let output = pipe.stdin(image).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(std::fs::read(scene.fs.mount.join("piped/stdin.img")).unwrap() == expected);
 }
 
 #[test]

@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 . tests/install.sh
 cargo fmt --check
 cargo clippy --quiet --locked --all-targets -- -D warnings
+cargo clippy --quiet --locked --no-default-features -- -D warnings
 if command -v cargo-deny >/dev/null; then
   cargo deny --log-level error check bans licenses sources
 else

@@ -493,6 +493,12 @@ pub(super) struct Access {
     /// image says of it. If the image does not say, it is qcow2 if it begins as one, and raw otherwise.
     #[arg(long, value_name = "FILE")]
     pub(super) backing: Vec<PathBuf>,
+    /// Take the file for a raw image, compressed or not, whatever it begins with
+    ///
+    /// What a file is, its first bytes tell, and those of a raw image are its guest's. With this option they do not count.
+    /// It also takes a raw image that is not compressed, which otherwise only a pool has.
+    #[arg(long)]
+    pub(super) raw: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -588,6 +594,12 @@ pub(super) struct Import {
     /// nothing that has checksums.
     #[arg(long)]
     pub(super) preserve_special: bool,
+    /// Space on the disk that the import may take at most; all that is free but 16 MiB, if not said
+    ///
+    /// It counts the distinct blocks that are written. An archive that needs more is refused before anything is written.
+    /// Of a backup that is read once, the images that came whole before are restored, and the exit code is 1.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) work_space: Option<u64>,
     /// Compress what is written: `zstd`, on btrfs
     ///
     /// Each distinct block is compressed once, by btrfs and at its own level, and images share the compressed extents.

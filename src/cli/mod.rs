@@ -478,6 +478,7 @@ impl args::Import {
                 numeric_owner: self.numeric_owner,
                 preserve_special: self.preserve_special,
                 compress: self.compress.is_some(),
+                work_space_bytes: self.work_space,
             },
             seeds: self.seed.clone(),
             index: self.index.clone(),
@@ -497,6 +498,7 @@ impl args::Access {
                 kdf_memory_bytes: self.kdf_memory,
                 ..Limits::default()
             },
+            is_raw: self.raw,
             backing: self.backing.clone(),
         }
     }

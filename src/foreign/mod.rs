@@ -5,6 +5,10 @@
 //! To add a format, implement [`Backup`] in a file here and name its first bytes in [`is_backup`] and [`open`]. `tests/foreign.rs` has what each must stand.
 
 mod compression;
+#[cfg(feature = "containers")]
+mod container;
+#[cfg(not(feature = "containers"))]
+#[path = "no_container.rs"]
 mod container;
 mod input;
 mod limits;
@@ -13,6 +17,10 @@ mod lzop;
 mod ova;
 mod pool_tar;
 mod qvm;
+#[cfg_attr(
+    not(feature = "containers"),
+    allow(dead_code, reason = "only containers are read in any order")
+)]
 mod random;
 mod raw;
 mod secret;
@@ -128,6 +136,8 @@ pub struct OpenOptions<'a, 's> {
     pub ask_passphrase: &'a AskPassphrase<'a>,
     /// Whether what is not handed out is checked as well.
     pub checks_all: bool,
+    /// Whether it is a raw image, whatever it begins with.
+    pub is_raw: bool,
     /// What a qcow2 image leaves to other files: its backing file, the backing file of that, and so on. What an image names is never opened.
     pub backing: &'s [Box<dyn Store>],
 }
@@ -176,6 +186,9 @@ pub fn open<'a>(
 ) -> Result<Box<dyn Backup + 'a>> {
     let mut input = Input::of_store(store, options.limits, monitor);
     let first = input.peek(MAGIC_BYTES)?;
+    if options.is_raw {
+        return open_raw(input);
+    }
     if is_fixed_vhd(&last_bytes(store)?) {
         // What a fixed disk begins with, its guest wrote, and perhaps also what something else ends with.
         if begins_as_backup(first) || first.starts_with(ARCHIVE_MAGIC) {
@@ -207,7 +220,7 @@ pub fn open<'a>(
         return Ok(Box::new(pool_tar::PoolTar::open(input, monitor)?));
     }
     if vmdk::is_stream(first) {
-        return Ok(Box::new(vmdk::StreamBackup::open(input, compression)?));
+        return vmdk::open_stream(input, compression);
     }
     if let Some(kind) = ContainerKind::of(first) {
         let file = RandomInput::of_store(store, options.limits, monitor)?.filter(|_| compression.is_none());
@@ -223,10 +236,19 @@ pub fn open<'a>(
         return Err(input.refused(problem));
     }
     match compression {
-        Some(compression) if Compression::of(first).is_none() => Ok(Box::new(raw::Raw::new(input, compression))),
+        Some(_) if Compression::of(first).is_none() => Ok(Box::new(raw::Raw::new(input, compression))),
         Some(_) => Err(input.refused("it is compressed twice")),
         None => Err(input.refused("it is of no kind that is known")),
     }
+}
+
+/// Opens a raw image, compressed or not.
+fn open_raw(mut input: Input<'_>) -> Result<Box<dyn Backup + '_>> {
+    let compression = Compression::of(input.peek(MAGIC_BYTES)?);
+    if let Some(compression) = compression {
+        input = input.decompressed(compression)?;
+    }
+    Ok(Box::new(raw::Raw::new(input, compression)))
 }
 
 /// Why something is not read that begins with these bytes, if it is known.

@@ -1,4 +1,4 @@
-//! A single raw image, compressed as a whole.
+//! A single raw image, which may be compressed as a whole.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -20,8 +20,8 @@ pub(super) struct Raw<'a> {
 }
 
 impl<'a> Raw<'a> {
-    /// The image that the rest of an input holds, which was compressed.
-    pub(super) fn new(input: Input<'a>, compression: Compression) -> Self {
+    /// The image that the rest of an input holds, which may have been compressed.
+    pub(super) fn new(input: Input<'a>, compression: Option<Compression>) -> Self {
         let volume = Volume {
             path: name_of(input.path(), compression),
             size: None,
@@ -35,17 +35,18 @@ impl<'a> Raw<'a> {
     }
 }
 
-/// The name of an image whose compressed file has this path: without what says that it is compressed.
-fn name_of(path: &Path, compression: Compression) -> PathBuf {
+/// The name of an image whose file has this path: without what says that it is compressed, and with what says that it is an image.
+fn name_of(path: &Path, compression: Option<Compression>) -> PathBuf {
     let name = path.file_name().unwrap_or(OsStr::new("image"));
     let whole = Path::new(name);
     let is_suffix = |suffix: &OsStr| {
-        let known = compression.suffixes().iter();
+        let known = compression.map_or(&[][..], Compression::suffixes);
         suffix
             .to_str()
-            .is_some_and(|suffix| known.clone().any(|one| one.eq_ignore_ascii_case(suffix)))
+            .is_some_and(|suffix| known.iter().any(|one| one.eq_ignore_ascii_case(suffix)))
     };
     match (whole.extension(), whole.file_stem()) {
+        (Some(_), _) if compression.is_none() => volume_name::component(name.as_bytes()),
         (Some(suffix), Some(stem)) if is_suffix(suffix) => volume_name::component(stem.as_bytes()),
         _ => volume_name::component(&[name.as_bytes(), b".img"].concat()),
     }
@@ -53,7 +54,11 @@ fn name_of(path: &Path, compression: Compression) -> PathBuf {
 
 impl Backup for Raw<'_> {
     fn kind(&self) -> &'static str {
-        "a compressed raw image"
+        if self.input.is_decompressed() {
+            "a compressed raw image"
+        } else {
+            "a raw image"
+        }
     }
 
     fn proves_each_volume(&self) -> bool {
@@ -104,7 +109,10 @@ mod tests {
             } else {
                 Compression::Zstd
             };
-            assert_eq!(name_of(Path::new(path), compression), Path::new(expected));
+            assert_eq!(name_of(Path::new(path), Some(compression)), Path::new(expected));
+        }
+        for (path, expected) in [("/a/disk.raw", "disk.raw"), ("stdin", "stdin.img"), ("a.gz", "a.gz")] {
+            assert_eq!(name_of(Path::new(path), None), Path::new(expected));
         }
     }
 }

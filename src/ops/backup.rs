@@ -21,7 +21,7 @@ use crate::store::{FileStore, PeekedStore, Store};
 pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Option<ListedBackup>> {
     let store = FileStore::open(path)?;
     let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-    if !is_backup(&peeked)? {
+    if !is_backup(&peeked, access)? {
         return Ok(None);
     }
     monitor.phase("Reading the backup", 0);
@@ -73,7 +73,7 @@ pub fn list(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result
 pub fn verify(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Option<ListedBackup>> {
     let store = FileStore::open(path)?;
     let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-    if !is_backup(&peeked)? {
+    if !is_backup(&peeked, access)? {
         return Ok(None);
     }
     let backing = access.open_backing()?;

@@ -53,7 +53,7 @@ pub fn diff(
     let store = FileStore::open(path)?;
     let is_backup = {
         let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-        is_backup(&peeked)?
+        is_backup(&peeked, access)?
     };
     let mut result = Diffed {
         archive: path.to_owned(),

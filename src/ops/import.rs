@@ -54,7 +54,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
         ArchivePlace::File(path) => {
             let store = FileStore::open(path)?;
             let peeked = PeekedStore::new(&store).map_err(Error::io("read", path))?;
-            if is_backup(&peeked)? {
+            if is_backup(&peeked, &options.access)? {
                 return import_backup(&peeked, options, monitor);
             }
             drop(peeked);
@@ -70,7 +70,7 @@ pub fn import(options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported
                     Error::io("read", path)(error)
                 }
             })?;
-            if is_backup(&peeked)? {
+            if is_backup(&peeked, &options.access)? {
                 return import_backup(&peeked, options, monitor);
             }
             import_in_order(&peeked, options, monitor)

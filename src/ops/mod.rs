@@ -72,6 +72,8 @@ pub struct BackupAccess {
     pub prompt: fn(&dyn Monitor) -> Result<Passphrase>,
     /// What they must not exceed.
     pub limits: foreign::Limits,
+    /// Whether they are raw images, whatever they begin with.
+    pub is_raw: bool,
     /// The backing file of a qcow2 image, the backing file of that, and so on.
     pub backing: Vec<PathBuf>,
 }
@@ -113,14 +115,15 @@ impl Default for BackupAccess {
                 ))
             },
             limits: foreign::Limits::default(),
+            is_raw: false,
             backing: Vec::new(),
         }
     }
 }
 
 /// Whether a store holds a backup of another program.
-fn is_backup(store: &PeekedStore<'_>) -> Result<bool> {
-    Ok(foreign::is_backup(store.head(), &foreign::last_bytes(store)?))
+fn is_backup(store: &PeekedStore<'_>, access: &BackupAccess) -> Result<bool> {
+    Ok(access.is_raw || foreign::is_backup(store.head(), &foreign::last_bytes(store)?))
 }
 
 /// Opens a backup of another program. `backing` is from [`BackupAccess::open_backing`]. `checks_all` says whether what is not handed out is
@@ -150,6 +153,7 @@ fn open_options<'a>(
         limits: access.limits,
         ask_passphrase,
         checks_all: false,
+        is_raw: access.is_raw,
         backing: &[],
     }
 }

@@ -72,6 +72,8 @@ pub struct RestoreOptions {
     pub preserve_special: bool,
     /// Whether the filesystem is told to compress what is written.
     pub compress: bool,
+    /// Bytes that may be written at most. `None` means as many as are free.
+    pub work_space_bytes: Option<u64>,
 }
 
 /// The counts of a restore.
@@ -263,6 +265,14 @@ impl<'a> Restore<'a> {
 
     /// Refuses a plan that does not fit. What is compressed may fit all the same, which shows when it is written.
     fn check_space(&self, plan: &RestorePlan) -> Result<()> {
+        if let Some(allowed_bytes) = self.options.work_space_bytes.filter(|_| self.source.announces())
+            && plan.bytes.needed_bytes > allowed_bytes
+        {
+            return Err(Error::WorkSpace {
+                path: self.options.to.clone(),
+                allowed_bytes,
+            });
+        }
         match plan.check_space(&self.options.to) {
             Err(error @ Error::DoesNotFit { .. }) if self.options.compress => {
                 self.monitor
@@ -414,6 +424,7 @@ impl<'a> Restore<'a> {
             } else {
                 RESERVE_BYTES
             },
+            work_space_bytes: self.options.work_space_bytes,
             restored,
             monitor: self.monitor,
         };

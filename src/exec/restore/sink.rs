@@ -39,6 +39,8 @@ pub(super) struct StagingSink<'a> {
     pub(super) seeds: SeedUse<'a>,
     /// Bytes that must stay free on the filesystem. What would leave fewer is not taken.
     pub(super) reserve_bytes: u64,
+    /// Bytes that may be written in all. What would exceed it is not taken.
+    pub(super) work_space_bytes: Option<u64>,
     /// The counts of the restore.
     pub(super) restored: &'a mut Restored,
     pub(super) monitor: &'a dyn Monitor,
@@ -61,6 +63,13 @@ impl StagingSink<'_> {
 
     /// Refuses to write so many bytes if too few would stay free. What was written and has no place on disk yet may still count as free.
     fn check_reserve(&mut self, bytes: u64) -> Result<()> {
+        let written_bytes = self.restored.written_bytes.saturating_add(bytes);
+        if let Some(allowed_bytes) = self.work_space_bytes.filter(|allowed| written_bytes > *allowed) {
+            return Err(Error::WorkSpace {
+                path: self.staging.path().to_owned(),
+                allowed_bytes,
+            });
+        }
         if self.reserve_bytes == 0 {
             return Ok(());
         }

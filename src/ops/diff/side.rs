@@ -64,7 +64,7 @@ impl<'a> Side<'a> {
     pub(super) fn of_backup(store: &FileStore, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Self> {
         let path = store.path().to_owned();
         let peeked = PeekedStore::new(store).map_err(Error::io("read", &path))?;
-        if !is_backup(&peeked)? {
+        if !is_backup(&peeked, access)? {
             return Err(Error::RefusedBackup {
                 path,
                 problem: "it is no backup of another program".into(),

@@ -86,7 +86,7 @@ fn export_from(
             Error::io("read", store.path())(error)
         }
     })?;
-    if !is_backup(&peeked)? {
+    if !is_backup(&peeked, &options.access)? {
         return Err(Error::RefusedBackup {
             path: store.path().to_owned(),
             problem: "it is no backup of another program".into(),

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::exec::restore::RestoreOptions;
 use crate::foreign::{self, Machine};
 use crate::monitor::Monitor;
-use crate::ops::{ArchivePlace, is_backup, open_backup, open_options};
+use crate::ops::{ArchivePlace, BackupAccess, is_backup, open_backup, open_options};
 use crate::plan::restore::chooser;
 use crate::qubes::Qubesd;
 use crate::report::{QubesImport, WrittenSkeleton};
@@ -61,7 +61,7 @@ struct Wanted {
 pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<QubesImport> {
     // Whether there is a daemon is found out before a passphrase is asked for.
     let machines = options.daemon.machines()?;
-    with_backup(&options.import.archive, monitor, |store| {
+    with_backup(&options.import.archive, &options.import.access, monitor, |store| {
         let backup = open_backup(store, &[], &options.import.access, false, monitor)?;
         let wanted = choose(backup.machines(), &options.import.restore.only, &options.renamed)?;
         let targets = targets::look(options.daemon, &machines, wanted)?;
@@ -125,7 +125,7 @@ pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monito
     if file.symlink_metadata().is_ok() {
         return Err(exists(file));
     }
-    with_backup(&options.archive, monitor, |store| {
+    with_backup(&options.archive, &options.access, monitor, |store| {
         let ask_passphrase = || options.access.passphrase(monitor);
         let skeleton = foreign::skeleton(store, &open_options(&options.access, &ask_passphrase), monitor)?;
         let chooser = Chooser::new(&options.restore.only)?;
@@ -179,6 +179,7 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Opens the file or the pipe of a backup.
 fn with_backup<T>(
     place: &ArchivePlace,
+    access: &BackupAccess,
     monitor: &dyn Monitor,
     work: impl FnOnce(&PeekedStore<'_>) -> Result<T>,
 ) -> Result<T> {
@@ -190,7 +191,7 @@ fn with_backup<T>(
                 Error::io("read", store.path())(error)
             }
         })?;
-        if is_backup(&peeked)? {
+        if is_backup(&peeked, access)? {
             return work(&peeked);
         }
         let path = shown(store.path());

@@ -7,7 +7,7 @@ mod stream;
 
 pub(in crate::foreign) use descriptor::{is_descriptor, why_not_a_disk};
 pub(super) use sparse::Sparse;
-pub(in crate::foreign) use stream::{Stream, StreamBackup};
+pub(in crate::foreign) use stream::{Stream, open_stream};
 
 use crate::foreign::array;
 

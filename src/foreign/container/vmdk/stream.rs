@@ -347,8 +347,19 @@ fn entries(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
     bytes.as_chunks::<4>().0.iter().map(|entry| u32::from_le_bytes(*entry))
 }
 
+/// Opens a backup that is such a stream. `compression` is the one that the input had.
+///
+/// # Errors
+/// Those of [`Stream::open`].
+pub(in crate::foreign) fn open_stream(
+    input: Input<'_>,
+    compression: Option<Compression>,
+) -> Result<Box<dyn Backup + '_>> {
+    Ok(Box::new(StreamBackup::open(input, compression)?))
+}
+
 /// A backup that is such a stream.
-pub(in crate::foreign) struct StreamBackup<'a> {
+struct StreamBackup<'a> {
     stream: Stream<'a>,
     /// The volume, until it was told.
     volume: Option<Volume>,
@@ -357,7 +368,7 @@ pub(in crate::foreign) struct StreamBackup<'a> {
 
 impl<'a> StreamBackup<'a> {
     /// Reads what lies before the grains. `compression` is the one that the input had.
-    pub(in crate::foreign) fn open(input: Input<'a>, compression: Option<Compression>) -> Result<Self> {
+    fn open(input: Input<'a>, compression: Option<Compression>) -> Result<Self> {
         let is_suffix = |suffix: &str| compression.is_some_and(|one| one.suffixes().contains(&suffix));
         let suffix = input.path().extension().and_then(|suffix| suffix.to_str());
         let path = match suffix.map(str::to_ascii_lowercase) {
