@@ -6,6 +6,7 @@ mod header;
 mod machines;
 mod parts;
 mod scrypt_file;
+mod stream;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashSet};

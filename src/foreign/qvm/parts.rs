@@ -10,17 +10,16 @@ use std::rc::Rc;
 use rayon::prelude::*;
 
 use super::scrypt_file::{HEADER_BYTES, Header, Keys, TAG_BYTES, Wrong};
+use super::stream::{StreamHeader, content, first_files, next_file, stream_header};
 use crate::error::{Error, Result};
 use crate::foreign::secret::Passphrase;
-use crate::foreign::tar::{BLOCK, has_checksum, number, pax_record, ustar_name};
-use crate::foreign::{Input, array, hand_out};
+use crate::foreign::tar::BLOCK;
+use crate::foreign::{Input, hand_out};
 use crate::store::Store;
 
 /// Bytes of a part before it is encrypted: where the writer cuts. A part of this length is never the last of a member.
 const PART_BYTES: usize = 100 << 20;
 const PART_STORED_BYTES_MAX: u64 = (PART_BYTES + HEADER_BYTES + TAG_BYTES) as u64;
-/// Bytes of a pax header, which has times only.
-const PAX_BYTES_MAX: u64 = 4096;
 /// A later part may cost so many times what the header cost, which was authenticated.
 const COST_FACTOR: u64 = 8;
 /// Parts of a backup: of 25 TB. What is known of them takes 64 MiB.
@@ -37,54 +36,6 @@ pub(super) struct Part {
     name: String,
     /// Bytes of its content in the stream.
     stored_bytes: u64,
-}
-
-/// A header in the stream.
-pub(super) enum StreamHeader {
-    /// A block of zeros. It is not the end.
-    Zeros,
-    /// Times of what follows.
-    Pax(u64),
-    /// A file.
-    File {
-        /// Its name.
-        name: String,
-        /// Bytes of its content.
-        bytes: u64,
-    },
-}
-
-/// Reads a header of the stream. Only what `tar --posix` writes of plain files is taken.
-pub(super) fn stream_header(header: &[u8; BLOCK]) -> std::result::Result<StreamHeader, &'static str> {
-    if header == &[0; BLOCK] {
-        return Ok(StreamHeader::Zeros);
-    }
-    if !has_checksum(header) {
-        return Err("the header of a part has another checksum");
-    }
-    let bytes = number(&header[124..136]).ok_or("a part has no proper size")?;
-    match header[156] {
-        b'x' if bytes <= PAX_BYTES_MAX => Ok(StreamHeader::Pax(bytes)),
-        b'0' => Ok(StreamHeader::File {
-            name: String::from_utf8(ustar_name(header)).map_err(|_| "a part has a name that is not allowed")?,
-            bytes,
-        }),
-        _ => Err("something else than a part stands between parts"),
-    }
-}
-
-/// Whether a pax header has times only.
-fn has_times_only(mut records: &[u8]) -> bool {
-    while !records.is_empty() {
-        let Some(((key, _), rest)) = pax_record(records) else {
-            return false;
-        };
-        if ![&b"mtime"[..], b"atime", b"ctime"].contains(&key) {
-            return false;
-        }
-        records = rest;
-    }
-    true
 }
 
 /// Reads the name of a part: a member, a number of three digits or more, and `.enc`.
@@ -169,28 +120,7 @@ impl<'a> Parts<'a> {
 
     /// The next file of the stream: its name and length. What of it is not a part is for the caller to judge.
     fn file(&mut self) -> Result<Option<(String, u64)>> {
-        loop {
-            let start = self.input.offset();
-            let mut header = [0; BLOCK];
-            match self.input.fill(&mut header)? {
-                0 if self.ends_in_zeros => return Ok(None),
-                BLOCK => {}
-                _ => return Err(self.damaged(start, None, "it is cut off")),
-            }
-            let header = stream_header(&header).map_err(|problem| self.damaged(start, None, problem))?;
-            self.ends_in_zeros = matches!(header, StreamHeader::Zeros);
-            match header {
-                StreamHeader::Zeros => {}
-                StreamHeader::Pax(bytes) => {
-                    let mut records = vec![0; usize::try_from(bytes).unwrap_or(0).next_multiple_of(BLOCK)];
-                    self.input.exact(&mut records, None)?;
-                    if !has_times_only(&records[..usize::try_from(bytes).unwrap_or(0)]) {
-                        return Err(self.damaged(start, None, "the header of a part says more than times"));
-                    }
-                }
-                StreamHeader::File { name, bytes } => return Ok(Some((name, bytes))),
-            }
-        }
+        next_file(&mut self.input, &mut self.ends_in_zeros)
     }
 
     /// Reads the backup's header and the copy of it that is authenticated. Returns its bytes.
@@ -290,10 +220,7 @@ impl<'a> Parts<'a> {
 
     /// The content of a file of the stream.
     fn stored(&mut self, bytes: u64) -> Result<Vec<u8>> {
-        let mut content = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
-        self.input.exact(&mut content, None)?;
-        self.input.skip(bytes.wrapping_neg() % BLOCK as u64)?;
-        Ok(content)
+        content(&mut self.input, bytes)
     }
 
     /// What the next part holds, once all of it is authenticated. `volume` is what it belongs to, for errors.
@@ -517,25 +444,15 @@ impl Read for MemberReader<'_> {
 
 /// Whether a stream begins with the header of a backup: behind a pax header, or at once.
 pub(in crate::foreign) fn begins_with_header(first: &[u8]) -> bool {
-    first_names(first).any(|name| name == b"backup-header")
+    first_files(first).any(|(name, _)| name == b"backup-header")
 }
 
 /// Whether a stream begins with something else of a backup, whose header is lost.
 pub(in crate::foreign) fn begins_without_header(first: &[u8]) -> bool {
-    first_names(first).any(|name| {
+    first_files(first).any(|(name, _)| {
         let is_part = std::str::from_utf8(&name).is_ok_and(|name| part_of(name, 0).is_some());
         is_part || name == b"backup-header.hmac"
     })
-}
-
-/// The names of what a stream begins with, and of what stands where a file stands that has a pax header.
-fn first_names(first: &[u8]) -> impl Iterator<Item = Vec<u8>> {
-    let headers = [0, 2 * BLOCK]
-        .into_iter()
-        .filter_map(|at| first.get(at..)?.first_chunk::<BLOCK>());
-    headers
-        .filter(|header| array::<5>(&header[..], 257) == *b"ustar")
-        .map(ustar_name)
 }
 
 #[cfg(test)]
