@@ -15,6 +15,8 @@ mod containers;
 mod exported;
 #[path = "foreign/qvm.rs"]
 mod qvm;
+#[path = "foreign/qvm3.rs"]
+mod qvm3;
 #[path = "foreign/vma.rs"]
 mod vma;
 

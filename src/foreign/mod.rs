@@ -164,7 +164,7 @@ pub fn open<'a>(
             checks_all: options.checks_all,
             monitor,
         };
-        return Ok(Box::new(qvm::Qvm::open(input, &options)?));
+        return qvm::open(input, &options);
     }
     if qvm::begins_without_header(first) {
         return Err(input.damaged(0, 0, None, "its backup-header is missing"));

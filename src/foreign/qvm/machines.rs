@@ -28,17 +28,7 @@ pub(super) struct Machine {
 /// # Errors
 /// Says what makes no sense.
 pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
-    let mut elements = xml.split('<');
-    // It has no namespaces, and finding out which of many is meant takes long.
-    if xml.contains("xmlns") || elements.any(|element| element.len() > ELEMENT_BYTES_MAX) {
-        return Err("its qubes.xml has elements that are not allowed".into());
-    }
-    let options = ParsingOptions {
-        nodes_limit: NODES_MAX,
-        ..ParsingOptions::default()
-    };
-    let document =
-        Document::parse_with_options(xml, options).map_err(|error| format!("its qubes.xml makes no sense: {error}"))?;
+    let document = document_of(xml)?;
     let domains = document.descendants().filter(|node| node.has_tag_name("domain"));
     let mut machines: Vec<Machine> = Vec::new();
     let mut known = HashSet::new();
@@ -78,6 +68,20 @@ pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
     Ok(machines)
 }
 
+/// Parses a description, within limits.
+pub(super) fn document_of(xml: &str) -> Result<Document<'_>, String> {
+    let mut elements = xml.split('<');
+    // It has no namespaces, and finding out which of many is meant takes long.
+    if xml.contains("xmlns") || elements.any(|element| element.len() > ELEMENT_BYTES_MAX) {
+        return Err("its qubes.xml has elements that are not allowed".into());
+    }
+    let options = ParsingOptions {
+        nodes_limit: NODES_MAX,
+        ..ParsingOptions::default()
+    };
+    Document::parse_with_options(xml, options).map_err(|error| format!("its qubes.xml makes no sense: {error}"))
+}
+
 /// The value of a child of a child, by its name.
 fn value_of<'a>(domain: Node<'a, '_>, list: &str, item: &str, name: &str) -> Option<&'a str> {
     let lists = domain.children().filter(|node| node.has_tag_name(list));
@@ -103,7 +107,7 @@ fn images_of(domain: Node<'_, '_>) -> Result<Vec<&'static str>, String> {
 }
 
 /// Whether a machine may have this name.
-fn is_name(name: &str) -> bool {
+pub(super) fn is_name(name: &str) -> bool {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     name.len() <= NAME_BYTES_MAX
         && name.starts_with(|first: char| first.is_ascii_alphabetic())

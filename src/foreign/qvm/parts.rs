@@ -451,7 +451,7 @@ pub(in crate::foreign) fn begins_with_header(first: &[u8]) -> bool {
 pub(in crate::foreign) fn begins_without_header(first: &[u8]) -> bool {
     first_files(first).any(|(name, _)| {
         let is_part = std::str::from_utf8(&name).is_ok_and(|name| part_of(name, 0).is_some());
-        is_part || name == b"backup-header.hmac"
+        is_part || name == b"backup-header.hmac" || name == b"qubes.xml.000"
     })
 }
 
