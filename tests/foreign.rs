@@ -17,6 +17,8 @@ mod exported;
 mod qvm;
 #[path = "foreign/qvm3.rs"]
 mod qvm3;
+#[path = "foreign/qvm_pipe.rs"]
+mod qvm_pipe;
 #[path = "foreign/vma.rs"]
 mod vma;
 

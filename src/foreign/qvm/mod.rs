@@ -311,9 +311,8 @@ impl<'a> Qvm<'a> {
     }
 
     fn damaged(&self, volume: Option<&PathBuf>, problem: &str) -> Error {
-        let mut parts = self.parts.borrow_mut();
-        let start = parts.input().offset();
-        parts.damaged(start, volume, problem)
+        let parts = self.parts.borrow();
+        parts.damaged(parts.position(), volume, problem)
     }
 }
 
@@ -323,6 +322,7 @@ impl Backup for Qvm<'_> {
     }
 
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
+        self.parts.borrow_mut().read_ahead();
         while !self.is_ended {
             if let Some(event) = self.content(buffer)? {
                 return Ok(Some(event));

@@ -1,6 +1,8 @@
 //! The parts of a backup of Qubes OS: members of a tar stream, each a scrypt file of its own. Only headers of the stream are parsed before a part
 //! is authenticated.
 
+mod ahead;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read};
@@ -9,6 +11,7 @@ use std::rc::Rc;
 
 use rayon::prelude::*;
 
+use self::ahead::{Pieces, ReadAhead};
 use super::scrypt_file::{HEADER_BYTES, Header, Keys, TAG_BYTES, Wrong};
 use super::stream::{StreamHeader, content, first_files, next_file, stream_header};
 use crate::error::{Error, Result};
@@ -89,6 +92,8 @@ pub(super) struct Parts<'a> {
     /// Whether the last block of the stream was one of zeros.
     ends_in_zeros: bool,
     count: usize,
+    /// What of a pipe was read ahead.
+    pipe: ReadAhead,
 }
 
 impl<'a> Parts<'a> {
@@ -111,11 +116,17 @@ impl<'a> Parts<'a> {
             skipped: HashSet::new(),
             ends_in_zeros: false,
             count: 0,
+            pipe: ReadAhead::default(),
         }
     }
 
     pub(super) fn input(&mut self) -> &mut Input<'a> {
         &mut self.input
+    }
+
+    /// Where the part lies that comes next.
+    pub(super) fn position(&self) -> u64 {
+        self.pipe.start().unwrap_or_else(|| self.input.offset())
     }
 
     /// The next file of the stream: its name and length. What of it is not a part is for the caller to judge.
@@ -192,6 +203,17 @@ impl<'a> Parts<'a> {
 
     /// The part whose content comes next, or `None` at the end of the stream.
     pub(super) fn peek(&mut self) -> Result<Option<&Part>> {
+        if self.pipe.first().is_some() {
+            return Ok(self.pipe.first());
+        }
+        match self.pipe.take_error() {
+            Some(error) => Err(error),
+            None => self.peek_stream(),
+        }
+    }
+
+    /// The part behind all that was read, or `None` at the end of the stream.
+    fn peek_stream(&mut self) -> Result<Option<&Part>> {
         if self.next.is_none() {
             let start = self.input.offset();
             let Some((name, bytes)) = self.file()? else {
@@ -211,6 +233,9 @@ impl<'a> Parts<'a> {
 
     /// Drops the next part.
     pub(super) fn skip(&mut self) -> Result<()> {
+        if self.skip_ahead()? {
+            return Ok(());
+        }
         if let Some(part) = self.next.take() {
             self.keys.remove(&part.name);
             self.input.skip(part.stored_bytes.next_multiple_of(BLOCK as u64))?;
@@ -335,7 +360,7 @@ impl<'a> Parts<'a> {
     }
 
     pub(super) fn damaged(&self, start: u64, volume: Option<&PathBuf>, problem: &str) -> Error {
-        let length = self.input.offset() - start;
+        let length = self.position().saturating_sub(start);
         self.input.damaged(start, length, volume.cloned(), problem)
     }
 }
@@ -378,7 +403,8 @@ pub(super) struct MemberReader<'a> {
     pub(super) member: String,
     pub(super) volume: Option<PathBuf>,
     number: u32,
-    plain: Vec<u8>,
+    /// What of the part that was opened last was not handed out, and how much was of the first piece.
+    plain: Pieces,
     at: usize,
     /// The length of the first part, which all but the last have.
     first_bytes: Option<usize>,
@@ -393,7 +419,7 @@ impl<'a> MemberReader<'a> {
             member,
             volume,
             number: 0,
-            plain: Vec::new(),
+            plain: Pieces::new(),
             at: 0,
             first_bytes: None,
             last_bytes: 0,
@@ -403,7 +429,7 @@ impl<'a> MemberReader<'a> {
     /// Opens the next part. Returns false at the end of the member.
     fn next_part(&mut self) -> Result<bool> {
         let mut parts = self.parts.borrow_mut();
-        let start = parts.input().offset();
+        let start = parts.position();
         let number = match parts.peek()? {
             Some(part) if part.member == self.member => part.number,
             _ => {
@@ -421,11 +447,10 @@ impl<'a> MemberReader<'a> {
         if self.first_bytes.is_some_and(|first| first != self.last_bytes) {
             return Err(parts.damaged(start, self.volume.as_ref(), "a part follows one that was the last"));
         }
-        self.plain = Vec::new();
-        self.plain = parts.open(self.volume.as_ref())?;
+        self.plain = parts.open_pieces(self.volume.as_ref())?;
         self.at = 0;
         self.number += 1;
-        self.last_bytes = self.plain.len();
+        self.last_bytes = self.plain.iter().map(Vec::len).sum();
         self.first_bytes.get_or_insert(self.last_bytes);
         Ok(true)
     }
@@ -433,12 +458,19 @@ impl<'a> MemberReader<'a> {
 
 impl Read for MemberReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.at == self.plain.len() && !buffer.is_empty() {
-            if !self.next_part().map_err(io::Error::other)? {
-                return Ok(0);
+        while !buffer.is_empty() {
+            if let Some(piece) = self.plain.front() {
+                if self.at < piece.len() {
+                    return Ok(hand_out(piece, &mut self.at, buffer));
+                }
+                let used = self.plain.pop_front().map_or(0, |piece| piece.len());
+                self.at = 0;
+                self.parts.borrow_mut().use_up(used);
+            } else if !self.next_part().map_err(io::Error::other)? {
+                break;
             }
         }
-        Ok(hand_out(&self.plain, &mut self.at, buffer))
+        Ok(0)
     }
 }
 
