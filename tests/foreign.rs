@@ -17,6 +17,10 @@ mod disks;
 mod exported;
 #[path = "foreign/qvm.rs"]
 mod qvm;
+#[path = "foreign/qvm3.rs"]
+mod qvm3;
+#[path = "foreign/qvm_pipe.rs"]
+mod qvm_pipe;
 #[path = "foreign/vma.rs"]
 mod vma;
 

@@ -26,6 +26,7 @@ need lzma xz-utils xz-lzma-compat
 need lz4 lz4 lz4
 need lzop lzop lzop
 need scrypt scrypt scrypt
+need openssl openssl openssl
 need qemu-io qemu-utils qemu-img
 need node nodejs nodejs
 need npm npm npm

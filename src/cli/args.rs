@@ -506,7 +506,7 @@ pub(super) struct Access {
 pub(super) struct Import {
     /// Archive file, or a backup that another program made; `-` for standard input
     ///
-    /// A pipe is read once and in order. Backups are those of Qubes OS (qvm-backup of R4.0 and later), archives of
+    /// A pipe is read once and in order. Backups are those of Qubes OS (qvm-backup of R2 and later), archives of
     /// Proxmox VE (.vma), tar archives and compressed raw images. All of them may be compressed by gzip, bzip2, xz,
     /// zstd, lz4 or lzop. Machines of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar archive are
     /// read in every form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content, whatever its name. It

@@ -211,7 +211,7 @@ pub fn open<'a>(
     }
     if qvm::begins_with_header(first) {
         let options = qvm_options(store, compression, options, monitor);
-        return Ok(Box::new(qvm::Qvm::open(input, &options)?));
+        return qvm::open(input, &options);
     }
     if qvm::begins_without_header(first) {
         return Err(input.damaged(0, 0, None, "its backup-header is missing"));

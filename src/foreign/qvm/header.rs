@@ -13,50 +13,82 @@ pub(super) struct BackupHeader {
     pub(super) id: String,
 }
 
+/// The values of a header, by their keys.
+pub(super) struct Values<'t>(BTreeMap<&'t str, &'t str>);
+
+impl<'t> Values<'t> {
+    /// Reads the lines of a header.
+    ///
+    /// # Errors
+    /// Says what makes no sense.
+    pub(super) fn read(bytes: &'t [u8]) -> Result<Self, String> {
+        let text = std::str::from_utf8(bytes).map_err(|_| "its header is no text")?;
+        let mut values = BTreeMap::new();
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            let (key, value) = line.split_once('=').ok_or("its header has a line without a value")?;
+            let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+            if !is_plain(key) || !is_plain(value) || values.insert(key, value).is_some() {
+                return Err("its header has a line that makes no sense".into());
+            }
+        }
+        Ok(Self(values))
+    }
+
+    /// The value of a key; empty if there is none.
+    pub(super) fn of(&self, key: &str) -> &'t str {
+        self.0.get(key).copied().unwrap_or_default()
+    }
+
+    /// Whether the value of a key means yes.
+    pub(super) fn is(&self, key: &str) -> bool {
+        matches!(self.of(key).to_ascii_lowercase().as_str(), "true" | "yes" | "1")
+    }
+}
+
+/// What version a header is of that begins with these bytes, as far as they tell. Nothing is authenticated yet.
+pub(super) fn version_of(first: &[u8]) -> Option<&str> {
+    let mut lines = first.split(|byte| *byte == b'\n');
+    let version = lines.find_map(|line| line.strip_prefix(b"version="))?;
+    std::str::from_utf8(version).ok()
+}
+
+/// Why a backup is not read that is of such a version.
+pub(super) fn other_version(version: &str) -> String {
+    match version {
+        "3" => "it is a backup of Qubes OS in version 3, of which only images are read".into(),
+        other => format!(
+            "it is a backup of Qubes OS in version `{other}`, which is not read: see the emergency procedure of Qubes OS"
+        ),
+    }
+}
+
 /// Reads a header.
 ///
 /// # Errors
 /// Says what is not read, or makes no sense.
 pub(super) fn parse(bytes: &[u8]) -> Result<BackupHeader, String> {
-    let text = std::str::from_utf8(bytes).map_err(|_| "its header is no text")?;
-    let mut values: BTreeMap<&str, &str> = BTreeMap::new();
-    for line in text.lines().filter(|line| !line.is_empty()) {
-        let (key, value) = line.split_once('=').ok_or("its header has a line without a value")?;
-        let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        if !is_plain(key) || !is_plain(value) || values.insert(key, value).is_some() {
-            return Err("its header has a line that makes no sense".into());
-        }
+    let values = Values::read(bytes)?;
+    if values.of("version") != "4" {
+        return Err(other_version(values.of("version")));
     }
-    let value = |key| values.get(key).copied().unwrap_or_default();
-    let is = |key| matches!(value(key).to_ascii_lowercase().as_str(), "true" | "yes" | "1");
-    match value("version") {
-        "4" => {}
-        "3" => {
-            return Err("it is a backup of Qubes OS in version 3, which this version of vmfold does not read".into());
-        }
-        other => {
-            return Err(format!(
-                "it is a backup of Qubes OS in version `{other}`, which is not read: see the emergency procedure of Qubes OS"
-            ));
-        }
-    }
-    if value("hmac-algorithm") != "scrypt" || !is("encrypted") {
+    if values.of("hmac-algorithm") != "scrypt" || !values.is("encrypted") {
         return Err("it is protected in a way that is not known".into());
     }
-    let id = value("backup-id");
+    let id = values.of("backup-id");
     if id.is_empty() || id.starts_with('-') {
         return Err("its header has no proper backup-id".into());
     }
     Ok(BackupHeader {
-        compression: is("compressed")
-            .then(|| filter(value("compression-filter")))
+        compression: values
+            .is("compressed")
+            .then(|| filter(values.of("compression-filter")))
             .transpose()?,
         id: id.to_owned(),
     })
 }
 
 /// The compression of a filter, which is the name of a program. No program is run.
-fn filter(name: &str) -> Result<Compression, String> {
+pub(super) fn filter(name: &str) -> Result<Compression, String> {
     Ok(match name {
         "gzip" | "pigz" => Compression::Gzip,
         "bzip2" | "pbzip2" => Compression::Bzip2,
@@ -111,5 +143,17 @@ mod tests {
             let problem = parse(format!("version={version}\n").as_bytes()).unwrap_err();
             assert!(problem.contains("version"), "{problem}");
         }
+    }
+
+    #[test]
+    fn the_version_is_found_among_the_first_bytes() {
+        assert_eq!(
+            version_of(b"encrypted=True\nversion=3\nhmac-algorithm=SHA512\n"),
+            Some("3")
+        );
+        assert_eq!(version_of(b"version=4"), Some("4"));
+        assert_eq!(version_of(b"encrypted=True\n"), None);
+        assert_eq!(version_of(b"version=\xff\n"), None);
+        assert!(other_version("2").contains("emergency procedure"));
     }
 }

@@ -30,17 +30,7 @@ pub struct Machine {
 /// # Errors
 /// Says what makes no sense.
 pub fn machines_of(xml: &str) -> Result<Vec<Machine>, String> {
-    let mut elements = xml.split('<');
-    // It has no namespaces, and finding out which of many is meant takes long.
-    if xml.contains("xmlns") || elements.any(|element| element.len() > ELEMENT_BYTES_MAX) {
-        return Err("its qubes.xml has elements that are not allowed".into());
-    }
-    let options = ParsingOptions {
-        nodes_limit: NODES_MAX,
-        ..ParsingOptions::default()
-    };
-    let document =
-        Document::parse_with_options(xml, options).map_err(|error| format!("its qubes.xml makes no sense: {error}"))?;
+    let document = document_of(xml)?;
     let domains = document.descendants().filter(|node| node.has_tag_name("domain"));
     let mut machines: Vec<Machine> = Vec::new();
     let mut known = HashSet::new();
@@ -79,6 +69,20 @@ pub fn machines_of(xml: &str) -> Result<Vec<Machine>, String> {
         machines.push(machine);
     }
     Ok(machines)
+}
+
+/// Parses a description, within limits.
+pub(super) fn document_of(xml: &str) -> Result<Document<'_>, String> {
+    let mut elements = xml.split('<');
+    // It has no namespaces, and finding out which of many is meant takes long.
+    if xml.contains("xmlns") || elements.any(|element| element.len() > ELEMENT_BYTES_MAX) {
+        return Err("its qubes.xml has elements that are not allowed".into());
+    }
+    let options = ParsingOptions {
+        nodes_limit: NODES_MAX,
+        ..ParsingOptions::default()
+    };
+    Document::parse_with_options(xml, options).map_err(|error| format!("its qubes.xml makes no sense: {error}"))
 }
 
 /// The value of a child of a child, by its name.

@@ -1,12 +1,15 @@
-//! Backups of Qubes OS in version 4, as `qvm-backup` of R4.0 and later writes them (qubes-core-admin, `qubes/backup.py`; qubes-core-admin-client,
-//! `qubesadmin/backup/restore.py`). Beyond what that reader checks, this one proves that nothing is missing: each machine that `qubes.xml` names
-//! has its images, each member has all of its parts, and each compressed stream and each tar archive has its end.
+//! Backups of Qubes OS: those in version 4, and in `v3` those in version 3. Version 4 is what `qvm-backup` of R4.0 and later writes (qubes-core-admin,
+//! `qubes/backup.py`; qubes-core-admin-client, `qubesadmin/backup/restore.py`). Beyond what that reader checks, this one proves that nothing is
+//! missing: each machine that `qubes.xml` names has its images, each member has all of its parts, and each compressed stream and each tar archive
+//! has its end.
 
 mod header;
 mod machines;
 mod parts;
 mod scrypt_file;
 mod skeleton;
+mod stream;
+mod v3;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashSet};
@@ -19,7 +22,7 @@ use self::parts::{MemberReader, Parts};
 pub(super) use self::parts::{begins_with_header, begins_without_header};
 pub use self::skeleton::Skeleton;
 use super::secret::AskPassphrase;
-use super::tar::{EntryKind, Stored, Tar};
+use super::tar::{Entry, EntryKind, Stored, Tar};
 use super::{Backup, Compression, Event, Input, Origin, Volume, volume_name};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
@@ -29,6 +32,8 @@ use crate::store::Store;
 const PART_BYTES: u64 = 1 << 20;
 /// Bytes of a `qubes.xml`.
 const XML_BYTES_MAX: u64 = 8 << 20;
+/// Bytes that a backup begins with, by which its version is known.
+const HEAD_BYTES: usize = 4096;
 /// What a machine has that nothing else was backed up of.
 const EMPTY: &str = "empty";
 
@@ -76,9 +81,39 @@ pub(super) struct QvmOptions<'a, 'b> {
     pub(super) monitor: &'a dyn Monitor,
 }
 
+/// Opens a backup, whose first file is its header.
+pub(super) fn open<'a>(mut input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Box<dyn Backup + 'a>> {
+    match version(&mut input)?.as_deref() {
+        Some("3") => Ok(Box::new(v3::Qvm3::open(input, options)?)),
+        _ => Ok(Box::new(Qvm::open(input, options)?)),
+    }
+}
+
+/// The version that the header of a backup tells, before anything is authenticated.
+fn version(input: &mut Input<'_>) -> Result<Option<String>> {
+    let files = stream::first_files(input.peek(HEAD_BYTES)?);
+    let mut headers = files.filter(|(name, _)| name == b"backup-header");
+    Ok(headers.find_map(|(_, content)| header::version_of(content).map(str::to_owned)))
+}
+
+/// What an entry of an archive holds, all of it. The caller has found that it is not too long.
+fn whole(tar: &mut Tar<'_>, entry: &Entry) -> Result<Vec<u8>> {
+    let mut content = vec![0; usize::try_from(entry.size).unwrap_or(0)];
+    let mut buffer = Vec::new();
+    for range in &entry.stored {
+        tar.content(&mut buffer, range.length)?;
+        let at = usize::try_from(range.offset).unwrap_or(usize::MAX);
+        content[at..at + buffer.len()].copy_from_slice(&buffer);
+    }
+    Ok(content)
+}
+
 impl<'a> Qvm<'a> {
     /// Reads the header, and what machines there are.
-    pub(super) fn open(input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Self> {
+    pub(super) fn open(mut input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Self> {
+        if let Some(other) = version(&mut input)?.filter(|version| version != "4") {
+            return Err(input.refused(header::other_version(&other)));
+        }
         let passphrase = (options.ask_passphrase)()?;
         let mut parts = Parts::new(input, options.store, passphrase, options.kdf_memory_bytes);
         if options.keeps {
@@ -125,13 +160,7 @@ impl<'a> Qvm<'a> {
                 .refused("its qubes.xml is larger than vmfold takes"));
         }
         self.origin.time = entry.time;
-        let mut xml = vec![0; usize::try_from(entry.size).unwrap_or(0)];
-        let mut buffer = Vec::new();
-        for range in &entry.stored {
-            tar.content(&mut buffer, range.length)?;
-            let at = usize::try_from(range.offset).unwrap_or(usize::MAX);
-            xml[at..at + buffer.len()].copy_from_slice(&buffer);
-        }
+        let xml = whole(&mut tar, &entry)?;
         Self::end_archive(&mut tar)?;
         let refused = |problem: String| self.parts.borrow_mut().input().refused(problem);
         let xml = String::from_utf8(xml).map_err(|_| refused("its qubes.xml is no text".into()))?;
@@ -173,7 +202,7 @@ impl<'a> Qvm<'a> {
     }
 
     /// The only entry of a member, which is a file of the member's name.
-    fn only_entry(&self, tar: &mut Tar<'a>, member: &str, volume: Option<&PathBuf>) -> Result<super::tar::Entry> {
+    fn only_entry(&self, tar: &mut Tar<'a>, member: &str, volume: Option<&PathBuf>) -> Result<Entry> {
         match tar.next_entry()? {
             Some(entry) if entry.kind == EntryKind::File && entry.name == member.as_bytes() => {
                 if entry.size > tar.input().limits().volume_bytes {
@@ -289,9 +318,8 @@ impl<'a> Qvm<'a> {
     }
 
     fn damaged(&self, volume: Option<&PathBuf>, problem: &str) -> Error {
-        let mut parts = self.parts.borrow_mut();
-        let start = parts.input().offset();
-        parts.damaged(start, volume, problem)
+        let parts = self.parts.borrow();
+        parts.damaged(parts.position(), volume, problem)
     }
 }
 
@@ -301,6 +329,7 @@ impl Backup for Qvm<'_> {
     }
 
     fn next(&mut self, buffer: &mut Vec<u8>) -> Result<Option<Event>> {
+        self.parts.borrow_mut().read_ahead();
         while !self.is_ended {
             if let Some(event) = self.content(buffer)? {
                 return Ok(Some(event));

@@ -1,6 +1,8 @@
 //! The parts of a backup of Qubes OS: members of a tar stream, each a scrypt file of its own. Only headers of the stream are parsed before a part
 //! is authenticated.
 
+mod ahead;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read};
@@ -10,18 +12,18 @@ use std::rc::Rc;
 use rayon::prelude::*;
 use zeroize::Zeroizing;
 
+use self::ahead::{Pieces, ReadAhead};
 use super::scrypt_file::{HEADER_BYTES, Header, Keys, Parameters, SALT_BYTES, TAG_BYTES, Wrong, encrypt};
+use super::stream::{StreamHeader, content, first_files, next_file, stream_header};
 use crate::error::{Error, Result};
 use crate::foreign::secret::Passphrase;
-use crate::foreign::tar::{BLOCK, has_checksum, number, pax_record, ustar_name};
-use crate::foreign::{Input, array, hand_out};
+use crate::foreign::tar::BLOCK;
+use crate::foreign::{Input, hand_out};
 use crate::store::Store;
 
 /// Bytes of a part before it is encrypted: where the writer cuts. A part of this length is never the last of a member.
 const PART_BYTES: usize = 100 << 20;
 const PART_STORED_BYTES_MAX: u64 = (PART_BYTES + HEADER_BYTES + TAG_BYTES) as u64;
-/// Bytes of a pax header, which has times only.
-const PAX_BYTES_MAX: u64 = 4096;
 /// A later part may cost so many times what the header cost, which was authenticated.
 const COST_FACTOR: u64 = 8;
 /// Parts of a backup: of 25 TB. What is known of them takes 64 MiB.
@@ -38,54 +40,6 @@ pub(super) struct Part {
     name: String,
     /// Bytes of its content in the stream.
     stored_bytes: u64,
-}
-
-/// A header in the stream.
-pub(super) enum StreamHeader {
-    /// A block of zeros. It is not the end.
-    Zeros,
-    /// Times of what follows.
-    Pax(u64),
-    /// A file.
-    File {
-        /// Its name.
-        name: String,
-        /// Bytes of its content.
-        bytes: u64,
-    },
-}
-
-/// Reads a header of the stream. Only what `tar --posix` writes of plain files is taken.
-pub(super) fn stream_header(header: &[u8; BLOCK]) -> std::result::Result<StreamHeader, &'static str> {
-    if header == &[0; BLOCK] {
-        return Ok(StreamHeader::Zeros);
-    }
-    if !has_checksum(header) {
-        return Err("the header of a part has another checksum");
-    }
-    let bytes = number(&header[124..136]).ok_or("a part has no proper size")?;
-    match header[156] {
-        b'x' if bytes <= PAX_BYTES_MAX => Ok(StreamHeader::Pax(bytes)),
-        b'0' => Ok(StreamHeader::File {
-            name: String::from_utf8(ustar_name(header)).map_err(|_| "a part has a name that is not allowed")?,
-            bytes,
-        }),
-        _ => Err("something else than a part stands between parts"),
-    }
-}
-
-/// Whether a pax header has times only.
-fn has_times_only(mut records: &[u8]) -> bool {
-    while !records.is_empty() {
-        let Some(((key, _), rest)) = pax_record(records) else {
-            return false;
-        };
-        if ![&b"mtime"[..], b"atime", b"ctime"].contains(&key) {
-            return false;
-        }
-        records = rest;
-    }
-    true
 }
 
 /// Reads the name of a part: a member, a number of three digits or more, and `.enc`.
@@ -141,6 +95,8 @@ pub(super) struct Parts<'a> {
     count: usize,
     /// The files that were opened, each with its name and as it was stored, if they are kept.
     kept: Option<Vec<(String, Vec<u8>)>>,
+    /// What of a pipe was read ahead.
+    pipe: ReadAhead,
 }
 
 impl<'a> Parts<'a> {
@@ -164,6 +120,7 @@ impl<'a> Parts<'a> {
             ends_in_zeros: false,
             count: 0,
             kept: None,
+            pipe: ReadAhead::default(),
         }
     }
 
@@ -181,30 +138,14 @@ impl<'a> Parts<'a> {
         &mut self.input
     }
 
+    /// Where the part lies that comes next.
+    pub(super) fn position(&self) -> u64 {
+        self.pipe.start().unwrap_or_else(|| self.input.offset())
+    }
+
     /// The next file of the stream: its name and length. What of it is not a part is for the caller to judge.
     fn file(&mut self) -> Result<Option<(String, u64)>> {
-        loop {
-            let start = self.input.offset();
-            let mut header = [0; BLOCK];
-            match self.input.fill(&mut header)? {
-                0 if self.ends_in_zeros => return Ok(None),
-                BLOCK => {}
-                _ => return Err(self.damaged(start, None, "it is cut off")),
-            }
-            let header = stream_header(&header).map_err(|problem| self.damaged(start, None, problem))?;
-            self.ends_in_zeros = matches!(header, StreamHeader::Zeros);
-            match header {
-                StreamHeader::Zeros => {}
-                StreamHeader::Pax(bytes) => {
-                    let mut records = vec![0; usize::try_from(bytes).unwrap_or(0).next_multiple_of(BLOCK)];
-                    self.input.exact(&mut records, None)?;
-                    if !has_times_only(&records[..usize::try_from(bytes).unwrap_or(0)]) {
-                        return Err(self.damaged(start, None, "the header of a part says more than times"));
-                    }
-                }
-                StreamHeader::File { name, bytes } => return Ok(Some((name, bytes))),
-            }
-        }
+        next_file(&mut self.input, &mut self.ends_in_zeros)
     }
 
     /// Reads the backup's header and the copy of it that is authenticated. Returns its bytes.
@@ -277,6 +218,17 @@ impl<'a> Parts<'a> {
 
     /// The part whose content comes next, or `None` at the end of the stream.
     pub(super) fn peek(&mut self) -> Result<Option<&Part>> {
+        if self.pipe.first().is_some() {
+            return Ok(self.pipe.first());
+        }
+        match self.pipe.take_error() {
+            Some(error) => Err(error),
+            None => self.peek_stream(),
+        }
+    }
+
+    /// The part behind all that was read, or `None` at the end of the stream.
+    fn peek_stream(&mut self) -> Result<Option<&Part>> {
         if self.next.is_none() {
             let start = self.input.offset();
             let Some((name, bytes)) = self.file()? else {
@@ -296,6 +248,9 @@ impl<'a> Parts<'a> {
 
     /// Drops the next part.
     pub(super) fn skip(&mut self) -> Result<()> {
+        if self.skip_ahead()? {
+            return Ok(());
+        }
         if let Some(part) = self.next.take() {
             self.keys.remove(&part.name);
             self.input.skip(part.stored_bytes.next_multiple_of(BLOCK as u64))?;
@@ -339,10 +294,7 @@ impl<'a> Parts<'a> {
 
     /// The content of a file of the stream.
     fn stored(&mut self, bytes: u64) -> Result<Vec<u8>> {
-        let mut content = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
-        self.input.exact(&mut content, None)?;
-        self.input.skip(bytes.wrapping_neg() % BLOCK as u64)?;
-        Ok(content)
+        content(&mut self.input, bytes)
     }
 
     /// What the next part holds, once all of it is authenticated. `volume` is what it belongs to, for errors.
@@ -461,7 +413,7 @@ impl<'a> Parts<'a> {
     }
 
     pub(super) fn damaged(&self, start: u64, volume: Option<&PathBuf>, problem: &str) -> Error {
-        let length = self.input.offset() - start;
+        let length = self.position().saturating_sub(start);
         self.input.damaged(start, length, volume.cloned(), problem)
     }
 }
@@ -538,7 +490,8 @@ pub(super) struct MemberReader<'a> {
     pub(super) member: String,
     pub(super) volume: Option<PathBuf>,
     number: u32,
-    plain: Vec<u8>,
+    /// What of the part that was opened last was not handed out, and how much was of the first piece.
+    plain: Pieces,
     at: usize,
     /// The length of the first part, which all but the last have.
     first_bytes: Option<usize>,
@@ -553,7 +506,7 @@ impl<'a> MemberReader<'a> {
             member,
             volume,
             number: 0,
-            plain: Vec::new(),
+            plain: Pieces::new(),
             at: 0,
             first_bytes: None,
             last_bytes: 0,
@@ -563,7 +516,7 @@ impl<'a> MemberReader<'a> {
     /// Opens the next part. Returns false at the end of the member.
     fn next_part(&mut self) -> Result<bool> {
         let mut parts = self.parts.borrow_mut();
-        let start = parts.input().offset();
+        let start = parts.position();
         let number = match parts.peek()? {
             Some(part) if part.member == self.member => part.number,
             _ => {
@@ -581,11 +534,10 @@ impl<'a> MemberReader<'a> {
         if self.first_bytes.is_some_and(|first| first != self.last_bytes) {
             return Err(parts.damaged(start, self.volume.as_ref(), "a part follows one that was the last"));
         }
-        self.plain = Vec::new();
-        self.plain = parts.open(self.volume.as_ref())?;
+        self.plain = parts.open_pieces(self.volume.as_ref())?;
         self.at = 0;
         self.number += 1;
-        self.last_bytes = self.plain.len();
+        self.last_bytes = self.plain.iter().map(Vec::len).sum();
         self.first_bytes.get_or_insert(self.last_bytes);
         Ok(true)
     }
@@ -593,36 +545,33 @@ impl<'a> MemberReader<'a> {
 
 impl Read for MemberReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.at == self.plain.len() && !buffer.is_empty() {
-            if !self.next_part().map_err(io::Error::other)? {
-                return Ok(0);
+        while !buffer.is_empty() {
+            if let Some(piece) = self.plain.front() {
+                if self.at < piece.len() {
+                    return Ok(hand_out(piece, &mut self.at, buffer));
+                }
+                let used = self.plain.pop_front().map_or(0, |piece| piece.len());
+                self.at = 0;
+                self.parts.borrow_mut().use_up(used);
+            } else if !self.next_part().map_err(io::Error::other)? {
+                break;
             }
         }
-        Ok(hand_out(&self.plain, &mut self.at, buffer))
+        Ok(0)
     }
 }
 
 /// Whether a stream begins with the header of a backup: behind a pax header, or at once.
 pub(in crate::foreign) fn begins_with_header(first: &[u8]) -> bool {
-    first_names(first).any(|name| name == b"backup-header")
+    first_files(first).any(|(name, _)| name == b"backup-header")
 }
 
 /// Whether a stream begins with something else of a backup, whose header is lost.
 pub(in crate::foreign) fn begins_without_header(first: &[u8]) -> bool {
-    first_names(first).any(|name| {
+    first_files(first).any(|(name, _)| {
         let is_part = std::str::from_utf8(&name).is_ok_and(|name| part_of(name, 0).is_some());
-        is_part || name == b"backup-header.hmac"
+        is_part || name == b"backup-header.hmac" || name == b"qubes.xml.000"
     })
-}
-
-/// The names of what a stream begins with, and of what stands where a file stands that has a pax header.
-fn first_names(first: &[u8]) -> impl Iterator<Item = Vec<u8>> {
-    let headers = [0, 2 * BLOCK]
-        .into_iter()
-        .filter_map(|at| first.get(at..)?.first_chunk::<BLOCK>());
-    headers
-        .filter(|header| array::<5>(&header[..], 257) == *b"ustar")
-        .map(ustar_name)
 }
 
 #[cfg(test)]

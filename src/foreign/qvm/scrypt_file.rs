@@ -1,6 +1,8 @@
 //! Files that `scrypt enc` writes: `FORMAT` of Tarsnap's scrypt. A key is derived from a passphrase; the content is encrypted by AES-256 in counter
 //! mode, and authenticated as a whole. Parameters come before anything is authenticated, so they are bounded before they are used.
 
+use std::collections::VecDeque;
+
 use aes::Aes256;
 use ctr::Ctr128BE;
 use ctr::cipher::{KeyIvInit, StreamCipher};
@@ -159,6 +161,34 @@ pub(super) fn encrypt(
     keys.apply_keystream(&mut file[HEADER_BYTES..]);
     file.extend(keys.tag(&file));
     Ok(file)
+}
+
+impl Header {
+    /// Decrypts what follows the header, as [`Header::open`] does, of a body that is in pieces.
+    pub(super) fn open_pieces(&self, keys: &Keys, pieces: &mut VecDeque<Vec<u8>>) -> Result<(), Wrong> {
+        let damaged = || Wrong::Damaged("a part is not what was encrypted");
+        let mut tag = Vec::with_capacity(TAG_BYTES);
+        while tag.len() < TAG_BYTES {
+            let mut last = pieces.pop_back().ok_or_else(damaged)?;
+            let from = last.len().saturating_sub(TAG_BYTES - tag.len());
+            tag.splice(..0, last.drain(from..));
+            if !last.is_empty() {
+                pieces.push_back(last);
+            }
+        }
+        let mut mac = keys.mac();
+        mac.update(&self.bytes);
+        for piece in &*pieces {
+            mac.update(piece);
+        }
+        mac.verify_slice(&tag).map_err(|_| damaged())?;
+        let key: Zeroizing<[u8; 32]> = Zeroizing::new(array(&*keys.0, 0));
+        let mut cipher = Ctr128BE::<Aes256>::new(&(*key).into(), &[0; 16].into());
+        for piece in pieces {
+            cipher.apply_keystream(piece);
+        }
+        Ok(())
+    }
 }
 
 impl Keys {
