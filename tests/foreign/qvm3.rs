@@ -410,7 +410,7 @@ fn a_damaged_backup_never_gives_a_wrong_byte() {
         for round in 0..100 {
             let at = usize::try_from(random.below(end as u64)).unwrap();
             let cut = &backup[..at];
-            if foreign::is_backup(cut) {
+            if super::is_backup(cut) {
                 let (whole, result) = read(cut);
                 assert!(result.is_err(), "round {round}: cut at {at}");
                 let mut whole = whole.iter();
@@ -430,7 +430,7 @@ fn a_damaged_backup_never_gives_a_wrong_byte() {
                 _ => usize::try_from(random.below(20_480)).unwrap(),
             };
             damaged[at] ^= 1 << random.below(8);
-            if foreign::is_backup(&damaged) {
+            if super::is_backup(&damaged) {
                 assert_nothing_wrong(
                     &damaged,
                     &expected,

@@ -5,7 +5,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use vmfold::error::{ErrorKind, Result};
-use vmfold::foreign;
 use vmfold::monitor::Silent;
 use vmfold::store::{MemoryStore, Store};
 
@@ -60,7 +59,7 @@ fn what_is_missing_in_a_pipe_is_told_as_in_a_file() {
         let kept = all.iter().enumerate().filter(|(at, _)| *at != dropped);
         let bytes = qvm::stream(&kept.map(|(_, one)| one.clone()).collect::<Vec<_>>());
         // Files of a machine that are no images may be missing.
-        if all[dropped].0.starts_with("vm7/firewall") || !foreign::is_backup(&bytes) {
+        if all[dropped].0.starts_with("vm7/firewall") || !super::is_backup(&bytes) {
             continue;
         }
         let ((piped, pipe), (_, file)) = (read_pipe(&bytes), read(&bytes));
@@ -89,7 +88,7 @@ fn a_pipe_that_is_damaged_never_gives_a_wrong_byte() {
             damaged[at] ^= 1 << random.below(8);
             damaged
         };
-        if !foreign::is_backup(&damaged) {
+        if !super::is_backup(&damaged) {
             continue;
         }
         let ((piped, pipe), (whole, file)) = (read_pipe(&damaged), read(&damaged));
