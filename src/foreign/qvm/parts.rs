@@ -504,6 +504,9 @@ impl Encryptor {
 fn walk(store: &dyn Store, input: &Input<'_>) -> Result<Vec<Located>> {
     let (mut located, mut at) = (Vec::new(), 0u64);
     loop {
+        if input.interrupted() {
+            return Err(Error::Interrupted);
+        }
         let mut header = [0; BLOCK];
         match store.read_exact_at(at, &mut header) {
             Ok(()) => {}
