@@ -19,6 +19,8 @@ mod common;
 #[path = "fuzz/harness.rs"]
 #[allow(dead_code, reason = "fuzzers use another part")]
 mod harness;
+#[path = "fuzz/hostile_backups.rs"]
+mod hostile_backups;
 #[path = "foreign/made.rs"]
 #[allow(dead_code, reason = "other tests use another part")]
 mod made;

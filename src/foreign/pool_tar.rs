@@ -64,7 +64,8 @@ pub(super) struct PoolTar<'a> {
     left_out: usize,
     /// Bytes of manifests.
     manifest_bytes: u64,
-    is_other_hash_noted: bool,
+    /// Manifests with hashes that are not checked.
+    unchecked_manifests: usize,
     is_decompressed: bool,
     monitor: &'a dyn Monitor,
 }
@@ -88,7 +89,7 @@ impl<'a> PoolTar<'a> {
             name_bytes: 0,
             left_out: 0,
             manifest_bytes: 0,
-            is_other_hash_noted: false,
+            unchecked_manifests: 0,
             is_decompressed,
             monitor,
         })
@@ -270,16 +271,17 @@ impl<'a> PoolTar<'a> {
         self.members.borrow_mut().tar.content(&mut text, entry.size)?;
         let mut manifest = self.manifest.take().unwrap_or_default();
         let other = manifest.take(&text).map_err(|problem| self.damaged(start, problem))?;
-        if let Some(kind) = other.filter(|_| !std::mem::replace(&mut self.is_other_hash_noted, true)) {
+        self.unchecked_manifests += usize::from(other.is_some());
+        if let Some(kind) = other.filter(|_| self.unchecked_manifests == 1) {
             let kind = shown(Path::new(&kind)).to_string();
             self.monitor.note(&format!(
                 "the manifest of the OVA has hashes of the kind {kind}, which are not checked"
             ));
         }
-        for (name, hash) in std::mem::take(&mut self.hashes) {
-            if !manifest.allows(&name, &hash) {
-                return Err(self.other_hash(&name));
-            }
+        let hashes = std::mem::take(&mut self.hashes);
+        let others = hashes.iter().filter(|(name, hash)| !manifest.allows(name, hash));
+        if let Some(name) = others.map(|(name, _)| name).min() {
+            return Err(self.other_hash(name));
         }
         self.manifest = Some(manifest);
         Ok(text)

@@ -300,6 +300,9 @@ pub(crate) struct Backups<'a> {
     peak_bytes: &'a dyn Fn() -> usize,
     /// How often something was done, how often that succeeded, and the longest time it took.
     pub(crate) counts: BTreeMap<String, (u64, u64, Duration)>,
+    /// How the last backup ended, if not well, and how many notes there were.
+    pub(crate) last_error: String,
+    pub(crate) last_notes: usize,
     problems: Vec<String>,
     /// Since when something runs, in milliseconds, for the thread that ends what hangs; 0 while nothing does.
     running: Arc<AtomicU64>,
@@ -325,6 +328,8 @@ impl<'a> Backups<'a> {
             folder,
             peak_bytes,
             counts: BTreeMap::new(),
+            last_error: String::new(),
+            last_notes: 0,
             problems: Vec::new(),
             running,
             begun,
@@ -383,6 +388,8 @@ impl<'a> Backups<'a> {
             read.bytes + given
         })?;
         let notes = monitor.notes.into_inner().unwrap();
+        self.last_notes = notes.0;
+        self.last_error = first.error.as_ref().map(|error| describe(error)).unwrap_or_default();
         if notes.0 > NOTES_MAX || notes.1.is_some() {
             self.problems.push(format!("{} notes, such as {:?}", notes.0, notes.1));
         }
@@ -395,7 +402,11 @@ impl<'a> Backups<'a> {
         self.problems.append(&mut first.problems);
         match &first.error {
             None => self.counts.entry(name).or_default().1 += 1,
-            Some(error) if is_of_backup(error) => {}
+            Some(error) if is_of_backup(error) => {
+                if self.last_error.len() > NOTE_BYTES_MAX || self.last_error.chars().any(char::is_control) {
+                    self.problems.push(format!("the error {:?}", self.last_error));
+                }
+            }
             Some(error) => self.problems.push(format!("{:?}: {}", error.kind(), describe(error))),
         }
         if let Some(expected) = &case.expected {
@@ -438,7 +449,7 @@ impl<'a> Backups<'a> {
         );
         let verify = || backup::verify(&path, &access, &monitor);
         let verified = self.run(&format!("{format} verify"), VERB_LIMIT_BYTES, verify, |_| work(&()));
-        self.check_error("verify", verified.as_ref().and_then(|verified| verified.as_ref().err()));
+        self.check_ended(format, "verify", verified.as_ref());
         let to = self.folder.join("to");
         let options = ImportOptions {
             archive: ArchivePlace::File(path.clone()),
@@ -459,7 +470,7 @@ impl<'a> Backups<'a> {
             || import(&options, &monitor),
             |_| work(&()),
         );
-        self.check_error("import", imported.as_ref().and_then(|imported| imported.as_ref().err()));
+        self.check_ended(format, "import", imported.as_ref());
         let is_imported = imported.is_some_and(|imported| imported.is_ok());
         self.check_files(&to, read, is_imported);
         let archive = self.folder.join("exported.vmfold");
@@ -475,7 +486,7 @@ impl<'a> Backups<'a> {
         };
         let export = || export_backup(&options, &monitor);
         let exported = self.run(&format!("{format} export"), VERB_LIMIT_BYTES, export, |_| work(&()));
-        self.check_error("export", exported.as_ref().and_then(|exported| exported.as_ref().err()));
+        self.check_ended(format, "export", exported.as_ref());
         if exported.is_some_and(|exported| exported.is_ok()) {
             let store = FileStore::open(&archive).unwrap();
             match verify_store(Arc::new(store), &Silent::default()) {
@@ -488,10 +499,16 @@ impl<'a> Backups<'a> {
         let _ = std::fs::remove_file(archive);
     }
 
-    fn check_error(&mut self, verb: &str, error: Option<&Error>) {
+    /// Counts how a verb ended, and notes an error that says nothing of the backup.
+    fn check_ended<T>(&mut self, format: &str, verb: &str, done: Option<&Result<T>>) {
+        let Some(done) = done else { return };
+        let Err(error) = done else {
+            self.counts.entry(format!("{format} {verb}")).or_default().1 += 1;
+            return;
+        };
         let is_allowed =
             |error: &Error| is_of_backup(error) || matches!(error.kind(), ErrorKind::Usage | ErrorKind::NoSpace);
-        if let Some(error) = error.filter(|error| !is_allowed(error)) {
+        if !is_allowed(error) {
             self.problems
                 .push(format!("{verb}: {:?}: {}", error.kind(), describe(error)));
         }

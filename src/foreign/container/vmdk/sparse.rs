@@ -106,3 +106,20 @@ impl<'a> Pieces<'a> for Sparse<'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_that_stand_for_zeros_are_passed_over_together() {
+        let entries = |numbers: &[u32]| {
+            let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+            Sparse::entries(&bytes, |entry| entry <= 1)
+        };
+        assert_eq!(entries(&[1, 0, 1, 5, 1]), (1, 3));
+        assert_eq!(entries(&[0, 1]), (0, 2));
+        assert_eq!(entries(&[5, 0]), (5, 1));
+        assert_eq!(entries(&[]), (0, 0));
+    }
+}
