@@ -15,6 +15,8 @@ mod containers;
 mod disks;
 #[path = "foreign/exported.rs"]
 mod exported;
+#[path = "foreign/made.rs"]
+mod made;
 #[path = "foreign/qvm.rs"]
 mod qvm;
 #[path = "foreign/qvm3.rs"]

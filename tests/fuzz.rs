@@ -10,13 +10,31 @@
     reason = "a test that cannot go on has failed; an allocator is unsafe by its trait"
 )]
 
+#[path = "fuzz/backup_seeds.rs"]
+mod backup_seeds;
+#[path = "fuzz/backups.rs"]
+mod backups;
 #[path = "common/mod.rs"]
 mod common;
 #[path = "fuzz/harness.rs"]
 #[allow(dead_code, reason = "fuzzers use another part")]
 mod harness;
+#[path = "fuzz/hostile_backups.rs"]
+mod hostile_backups;
+#[path = "foreign/made.rs"]
+#[allow(dead_code, reason = "other tests use another part")]
+mod made;
 #[path = "fuzz/mutate.rs"]
 mod mutate;
+#[path = "fuzz/mutate_backups.rs"]
+mod mutate_backups;
+#[path = "foreign/qvm.rs"]
+#[allow(dead_code, reason = "other tests use another part")]
+mod qvm;
+#[path = "fuzz/qvm_maker.rs"]
+mod qvm_maker;
+#[path = "foreign/vma.rs"]
+mod vma;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
@@ -53,6 +71,15 @@ unsafe impl GlobalAlloc for Counting {
         );
         // SAFETY: the caller keeps the contract of the trait.
         unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        PEAK.fetch_max(
+            NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size(),
+            Ordering::Relaxed,
+        );
+        // SAFETY: the caller keeps the contract of the trait.
+        unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
@@ -226,6 +253,57 @@ fn hostile_bodies_end_in_errors() {
         let took = peak_bytes();
         assert!(took < LIMIT_BYTES, "round {round} took {took} bytes");
     }
+}
+
+/// The formats that `VMFOLD_FUZZ_FORMATS` names; all of them if it is not set.
+fn formats() -> Vec<&'static str> {
+    let chosen = std::env::var("VMFOLD_FUZZ_FORMATS").unwrap_or_else(|_| backup_seeds::FORMATS.join(","));
+    let is_chosen = |name: &&&str| chosen.split(',').any(|one| one == **name);
+    backup_seeds::FORMATS.iter().filter(is_chosen).copied().collect()
+}
+
+#[test]
+fn hostile_backups_of_other_programs_end_in_errors() {
+    let _turn = TURN.lock();
+    let folder = tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap();
+    let (rounds, first) = (
+        from_environment("VMFOLD_FUZZ_ROUNDS", 20),
+        from_environment("VMFOLD_FUZZ_FIRST", 1),
+    );
+    let kept = std::env::var_os("VMFOLD_FUZZ_KEEP").map(std::path::PathBuf::from);
+    let mut harness = backups::Backups::new(folder.path(), &peak_bytes);
+    let mut failed = 0;
+    for name in formats() {
+        let made = folder.path().join(name);
+        std::fs::create_dir(&made).unwrap();
+        let mut format = backup_seeds::seeds(name, &made);
+        for seed in &mut format.seeds {
+            seed.expected = harness.trust(name, &seed.bytes, &seed.backing);
+        }
+        for round in first..first + rounds {
+            // Each round can be run alone.
+            let random = &mut Random(round.wrapping_mul(0x9e37));
+            let case = mutate_backups::mutated(&format, random);
+            if let Some(kept) = &kept {
+                std::fs::write(kept.join("last"), format!("{name} {round}")).unwrap();
+            }
+            let problems = harness.check(name, &case, random.below(16) == 0, random.below(4) == 0);
+            if !problems.is_empty() {
+                failed += 1;
+                println!("{name}, round {round}: {problems:#?}");
+                if let Some(kept) = &kept {
+                    std::fs::write(kept.join(format!("{name}-{round}")), &case.bytes).unwrap();
+                }
+                assert!(failed < 20, "too many rounds failed");
+            }
+        }
+    }
+    for (name, (runs, successes, longest)) in &harness.counts {
+        println!("{name}: {runs} runs, {successes} without an error, the longest took {longest:?}");
+    }
+    assert_eq!(failed, 0);
 }
 
 /// What the runs above found once, made by hand: nothing is wrong with what comes of these any more. Returns whether `verify` calls it intact.

@@ -12,6 +12,8 @@ use crate::store::{Store, StoreReader};
 
 /// Bytes that are read from a store at a time.
 const READ_BYTES: usize = 1 << 18;
+/// What a stream may decompress to, for each byte of content that its limits allow.
+const DECOMPRESSED_FACTOR: u64 = 2;
 
 /// The bytes of a backup, which are read once and in order, after decompression.
 pub struct Input<'a> {
@@ -89,6 +91,11 @@ impl<'a> Input<'a> {
         self.compression.is_some()
     }
 
+    /// Whether the user asked to stop.
+    pub fn interrupted(&self) -> bool {
+        self.monitor.interrupted()
+    }
+
     /// The offset of the next byte, after decompression.
     pub fn offset(&self) -> u64 {
         self.offset
@@ -146,6 +153,10 @@ impl<'a> Input<'a> {
         self.peeked.drain(..ready);
         let read = ready + self.read_full(&mut buffer[ready..])?;
         self.offset += read as u64;
+        // What is not content grows as well: padding, and what is skipped.
+        if self.compression.is_some() && self.offset / DECOMPRESSED_FACTOR > self.limits.volume_bytes {
+            return Err(self.refused("it decompresses to more than vmfold takes"));
+        }
         Ok(read)
     }
 

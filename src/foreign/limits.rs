@@ -5,7 +5,7 @@ use crate::sys::memory::limits;
 /// The limits of one backup. All of its readers share them.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bytes of all volumes together. What is known of them takes a bit for each 64 KiB at most.
+    /// Bytes of a volume, and of the content of all volumes together. What is known of a volume takes a bit for each 64 KiB at most.
     pub volume_bytes: u64,
     /// Volumes of a backup, and their further names.
     pub volumes: usize,

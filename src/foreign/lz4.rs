@@ -2,6 +2,7 @@
 //! frames are not read: nothing tells their end from a cut.
 
 use std::io::{self, BufRead, Read};
+use std::ops::Range;
 
 use lz4_flex::block::decompress_into_with_dict;
 use xxhash_rust::xxh32::{Xxh32, xxh32};
@@ -29,10 +30,12 @@ struct Frame {
 pub(super) struct Lz4<R> {
     input: R,
     frame: Option<Frame>,
-    /// What a block may refer to, and behind it the last block.
+    /// What a block may refer to, behind it the last block, and behind that room, which is not cleared for each block.
     content: Vec<u8>,
     /// Where in `content` the part begins that was not handed out yet.
     at: usize,
+    /// Where in `content` the last block ends.
+    end: usize,
     stored: Vec<u8>,
 }
 
@@ -47,6 +50,7 @@ impl<R: BufRead> Lz4<R> {
             frame: None,
             content: Vec::new(),
             at: 0,
+            end: 0,
             stored: Vec::new(),
         }
     }
@@ -59,8 +63,7 @@ impl<R: BufRead> Lz4<R> {
 
     /// Begins the next frame. Returns false at the end.
     fn begin(&mut self) -> io::Result<bool> {
-        self.content.clear();
-        self.at = 0;
+        (self.at, self.end) = (0, 0);
         loop {
             if self.input.fill_buf()?.is_empty() {
                 return Ok(false);
@@ -142,23 +145,8 @@ impl<R: BufRead> Lz4<R> {
         if frame.has_block_checksums && self.u32()? != xxh32(&self.stored, 0) {
             return Err(damaged("a block has another checksum"));
         }
-        let kept = if frame.are_blocks_linked {
-            self.content.len().min(WINDOW_BYTES)
-        } else {
-            0
-        };
-        self.content.drain(..self.content.len() - kept);
-        self.at = kept;
-        if length & STORED_BIT != 0 {
-            self.content.extend_from_slice(&self.stored);
-        } else {
-            self.content.resize(kept + frame.block_bytes_max, 0);
-            let (window, block) = self.content.split_at_mut(kept);
-            let length = decompress_into_with_dict(&self.stored, block, window)
-                .map_err(|_| damaged("a block cannot be decompressed"))?;
-            self.content.truncate(kept + length);
-        }
-        let block = &self.content[kept..];
+        let block = self.unpack(frame, length & STORED_BIT != 0)?;
+        let block = &self.content[block];
         if let Some(left) = &mut frame.left {
             *left = left
                 .checked_sub(block.len() as u64)
@@ -170,6 +158,30 @@ impl<R: BufRead> Lz4<R> {
         Ok(true)
     }
 
+    /// Puts what the stored bytes of a block stand for behind what it may refer to. Returns where that is.
+    fn unpack(&mut self, frame: &Frame, is_stored: bool) -> io::Result<Range<usize>> {
+        let kept = if frame.are_blocks_linked {
+            self.end.min(WINDOW_BYTES)
+        } else {
+            0
+        };
+        self.content.copy_within(self.end - kept..self.end, 0);
+        let room = kept + frame.block_bytes_max;
+        if self.content.len() < room {
+            self.content.resize(room, 0);
+        }
+        let (window, block) = self.content[..room].split_at_mut(kept);
+        let length = if is_stored {
+            block[..self.stored.len()].copy_from_slice(&self.stored);
+            self.stored.len()
+        } else {
+            decompress_into_with_dict(&self.stored, block, window)
+                .map_err(|_| damaged("a block cannot be decompressed"))?
+        };
+        (self.at, self.end) = (kept, kept + length);
+        Ok(self.at..self.end)
+    }
+
     fn read_stored(&mut self, length: usize) -> io::Result<()> {
         self.stored.resize(length, 0);
         self.input.read_exact(&mut self.stored)
@@ -178,7 +190,7 @@ impl<R: BufRead> Lz4<R> {
 
 impl<R: BufRead> Read for Lz4<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.at == self.content.len() && !buffer.is_empty() {
+        while self.at == self.end && !buffer.is_empty() {
             let has_more = if self.frame.is_some() {
                 self.block()? || self.begin()?
             } else {
@@ -188,6 +200,33 @@ impl<R: BufRead> Read for Lz4<R> {
                 return Ok(0);
             }
         }
-        Ok(super::hand_out(&self.content, &mut self.at, buffer))
+        Ok(super::hand_out(&self.content[..self.end], &mut self.at, buffer))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// A block says in a few bytes that it may be 4 MiB long. Room for that is not cleared for each of many.
+    #[test]
+    fn many_short_blocks_are_read_soon() {
+        const BLOCKS: usize = 20_000;
+        let descriptor = [0x40, 0x70];
+        let mut stream = MAGIC.to_le_bytes().to_vec();
+        stream.extend(descriptor);
+        stream.push(xxh32(&descriptor, 0).to_le_bytes()[1]);
+        for _ in 0..BLOCKS {
+            // One literal.
+            stream.extend([2, 0, 0, 0, 0x10, b'a']);
+        }
+        stream.extend([0; 4]);
+        let begun = Instant::now();
+        let mut content = Vec::new();
+        Lz4::new(&stream[..]).read_to_end(&mut content).unwrap();
+        assert!(content == vec![b'a'; BLOCKS]);
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     }
 }

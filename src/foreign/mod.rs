@@ -4,6 +4,7 @@
 //!
 //! To add a format, implement [`Backup`] in a file here and name its first bytes in [`is_backup`] and [`open`]. `tests/foreign.rs` has what each must stand.
 
+mod bounded;
 mod compression;
 #[cfg(feature = "containers")]
 mod container;
@@ -36,6 +37,7 @@ pub use limits::Limits;
 pub use qvm::{Machine, Skeleton, is_name, machines_of};
 pub use secret::{AskPassphrase, Passphrase};
 
+use bounded::Bounded;
 use container::{ContainerKind, is_fixed_vhd, vmdk};
 use random::RandomInput;
 
@@ -184,6 +186,16 @@ pub fn open<'a>(
     options: &OpenOptions<'_, 'a>,
     monitor: &'a dyn Monitor,
 ) -> Result<Box<dyn Backup + 'a>> {
+    let backup = open_unbounded(store, options, monitor)?;
+    Ok(Box::new(Bounded::new(backup, store.path(), options.limits)))
+}
+
+/// As [`open`]. What all readers have in common is not checked.
+fn open_unbounded<'a>(
+    store: &'a dyn Store,
+    options: &OpenOptions<'_, 'a>,
+    monitor: &'a dyn Monitor,
+) -> Result<Box<dyn Backup + 'a>> {
     let mut input = Input::of_store(store, options.limits, monitor);
     let first = input.peek(MAGIC_BYTES)?;
     if options.is_raw {
@@ -298,6 +310,8 @@ pub fn skeleton(store: &dyn Store, options: &OpenOptions<'_, '_>, monitor: &dyn 
     qvm::Qvm::open(input, &options)?.into_skeleton(options.kdf_memory_bytes)
 }
 
+/// Things of the same kind that the user is told of one backup, one by one.
+const NOTES_MAX: usize = 20;
 /// Bytes that tell what a stream holds, at most.
 const MAGIC_BYTES: usize = 1536;
 /// Bytes at its end that tell what a file is.

@@ -13,7 +13,7 @@ use super::tar::{Entry, EntryKind, Tar};
 use super::{Compression, Input, hand_out};
 use crate::error::{Error, Result};
 
-/// Bytes of a manifest.
+/// Bytes of all manifests. What is known of them takes about ten times as much.
 pub(super) const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 /// Bytes that tell what a member is. Those of a compressed one tell it after decompression.
 const FIRST_BYTES: usize = 4096;

@@ -3,13 +3,13 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::container::vmdk::Stream;
 use super::ova::{self, DiskForm, Hash, Manifest, MemberReader, Members};
 use super::tar::{Entry, EntryKind, Stored, Tar};
-use super::{Backup, Event, Input, Volume, volume_name};
+use super::{Backup, Event, Input, NOTES_MAX, Volume, volume_name};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::shown::shown;
@@ -57,9 +57,15 @@ pub(super) struct PoolTar<'a> {
     /// The numbers of the volumes by the names that they have in the archive.
     volumes: HashMap<Vec<u8>, usize>,
     current: Option<Current<'a>>,
-    /// Names that were told, and their bytes.
+    /// Entries that came, and the bytes of their names.
     names: usize,
     name_bytes: usize,
+    /// Entries that were left out.
+    left_out: usize,
+    /// Bytes of manifests.
+    manifest_bytes: u64,
+    /// Manifests with hashes that are not checked.
+    unchecked_manifests: usize,
     is_decompressed: bool,
     monitor: &'a dyn Monitor,
 }
@@ -81,6 +87,9 @@ impl<'a> PoolTar<'a> {
             current: None,
             names: 0,
             name_bytes: 0,
+            left_out: 0,
+            manifest_bytes: 0,
+            unchecked_manifests: 0,
             is_decompressed,
             monitor,
         })
@@ -174,13 +183,22 @@ impl<'a> PoolTar<'a> {
                     let volume = *volume.ok_or_else(|| self.damaged(start, "a link leads to no file before it"))?;
                     return Ok(Some(Event::Link { volume, path }));
                 }
-                (EntryKind::Other(_), Some(path)) => {
-                    let path = shown(&path).to_string();
-                    self.monitor
-                        .note(&format!("`{path}` is neither a file nor a folder, and is left out"));
-                }
+                (EntryKind::Other(_), Some(path)) => self.note_left_out(&path),
                 (_, None) => return Err(self.damaged(start, "a file has no name")),
             }
+        }
+    }
+
+    /// Tells the user of an entry that is left out, unless there were many.
+    fn note_left_out(&mut self, path: &Path) {
+        self.left_out += 1;
+        if self.left_out <= NOTES_MAX {
+            let path = shown(path);
+            self.monitor
+                .note(&format!("`{path}` is neither a file nor a folder, and is left out"));
+        } else if self.left_out == NOTES_MAX + 1 {
+            self.monitor
+                .note("More is left out that is neither a file nor a folder, and is not named here");
         }
     }
 
@@ -245,23 +263,25 @@ impl<'a> PoolTar<'a> {
     /// Reads a manifest, and checks the files that came before it.
     fn read_manifest(&mut self, entry: &Entry) -> Result<Vec<u8>> {
         let start = self.offset();
-        if entry.size > ova::MANIFEST_BYTES_MAX {
+        self.manifest_bytes = self.manifest_bytes.saturating_add(entry.size);
+        if self.manifest_bytes > ova::MANIFEST_BYTES_MAX {
             return Err(self.refused("its manifest is longer than allowed"));
         }
         let mut text = Vec::new();
         self.members.borrow_mut().tar.content(&mut text, entry.size)?;
         let mut manifest = self.manifest.take().unwrap_or_default();
         let other = manifest.take(&text).map_err(|problem| self.damaged(start, problem))?;
-        if let Some(kind) = other {
-            let kind = shown(std::path::Path::new(&kind)).to_string();
+        self.unchecked_manifests += usize::from(other.is_some());
+        if let Some(kind) = other.filter(|_| self.unchecked_manifests == 1) {
+            let kind = shown(Path::new(&kind)).to_string();
             self.monitor.note(&format!(
                 "the manifest of the OVA has hashes of the kind {kind}, which are not checked"
             ));
         }
-        for (name, hash) in std::mem::take(&mut self.hashes) {
-            if !manifest.allows(&name, &hash) {
-                return Err(self.other_hash(&name));
-            }
+        let hashes = std::mem::take(&mut self.hashes);
+        let others = hashes.iter().filter(|(name, hash)| !manifest.allows(name, hash));
+        if let Some(name) = others.map(|(name, _)| name).min() {
+            return Err(self.other_hash(name));
         }
         self.manifest = Some(manifest);
         Ok(text)
@@ -277,7 +297,7 @@ impl<'a> PoolTar<'a> {
             None => Ok(()),
             Some(name) => {
                 let name = String::from_utf8_lossy(&name[..name.len().min(200)]).into_owned();
-                let name = shown(std::path::Path::new(&name)).to_string();
+                let name = shown(Path::new(&name)).to_string();
                 Err(self.damaged(self.offset(), &format!("`{name}` is missing, which its manifest names")))
             }
         }
@@ -351,7 +371,6 @@ impl Backup for PoolTar<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn names_stay_below_the_folder() {

@@ -259,7 +259,9 @@ impl<'a> Tar<'a> {
         } else {
             (stored_bytes, vec![0, stored_bytes])
         };
-        let stored = map_of(&numbers, self.left, size).map_err(|problem| damaged(self, problem))?;
+        // What else has content is skipped.
+        let left = if kind == EntryKind::File { self.left } else { 0 };
+        let stored = map_of(&numbers, left, size).map_err(|problem| damaged(self, problem))?;
         Ok(Entry {
             kind,
             name,

@@ -276,7 +276,7 @@ impl<'a> Vma<'a> {
         buffer.resize(stored, 0);
         let path = volume.map(|volume| self.volumes[volume].path.clone());
         self.input.exact(buffer, path.as_deref())?;
-        let (Some(device), Some(volume)) = (device, volume) else {
+        let (Some(device), Some(volume)) = (device, volume.filter(|_| stored > 0)) else {
             return Ok(None);
         };
         let mut content = vec![0; CLUSTER_LEN];
@@ -290,7 +290,7 @@ impl<'a> Vma<'a> {
         let length = (device.size - offset).min(CLUSTER_BYTES);
         content.truncate(usize::try_from(length).unwrap_or(usize::MAX));
         std::mem::swap(buffer, &mut content);
-        Ok((stored > 0).then_some(Event::Data { volume, offset }))
+        Ok(Some(Event::Data { volume, offset }))
     }
 
     /// Tells the end of the next device, if all of it came.

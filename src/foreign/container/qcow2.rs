@@ -13,8 +13,8 @@ use self::image::{Extent, Image, Unpacker, What};
 use super::{ContainerKind, Disk, PART_BYTES, image_name};
 use crate::content::FileTime;
 use crate::error::Result;
-use crate::foreign::Volume;
 use crate::foreign::random::RandomInput;
+use crate::foreign::{NOTES_MAX, Volume};
 use crate::shown::shown;
 use crate::store::Store;
 
@@ -224,9 +224,14 @@ fn volumes(input: RandomInput<'_>, name: &Path, header: &Header, snapshots: &[Sn
         let mut revision = name.as_os_str().to_owned();
         revision.push(format!(".{}@{time}", number + 1));
         names[at] = PathBuf::from(revision);
-        let own_name = Path::new(OsStr::from_bytes(&snapshot.name));
-        let revision = shown(&names[at]);
-        input.note(&format!("`{revision}` is the snapshot `{}`", shown(own_name)));
+        if number < NOTES_MAX {
+            let own_name = Path::new(OsStr::from_bytes(&snapshot.name));
+            let revision = shown(&names[at]);
+            input.note(&format!("`{revision}` is the snapshot `{}`", shown(own_name)));
+        }
+    }
+    if let Some(more) = snapshots.len().checked_sub(NOTES_MAX).filter(|more| *more > 0) {
+        input.note(&format!("The names of {more} more snapshots are not shown"));
     }
     let volume = |path: &Path, size: u64, time: Option<FileTime>| Volume {
         path: path.to_owned(),

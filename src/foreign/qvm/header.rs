@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::foreign::Compression;
 
+/// Bytes of a key or a value. Messages show some of them.
+const VALUE_BYTES_MAX: usize = 200;
+
 /// What the header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct BackupHeader {
@@ -26,7 +29,9 @@ impl<'t> Values<'t> {
         let mut values = BTreeMap::new();
         for line in text.lines().filter(|line| !line.is_empty()) {
             let (key, value) = line.split_once('=').ok_or("its header has a line without a value")?;
-            let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+            let is_plain = |text: &str| {
+                text.len() <= VALUE_BYTES_MAX && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            };
             if !is_plain(key) || !is_plain(value) || values.insert(key, value).is_some() {
                 return Err("its header has a line that makes no sense".into());
             }
@@ -135,6 +140,7 @@ mod tests {
             "compressed=True\ncompression-filter=gzip;id\n",
             "version=4\n",
             "a=b=c\n",
+            &format!("compressed=True\ncompression-filter={}\n", "x".repeat(201)),
             "nothing\n",
         ] {
             assert!(header(wrong).is_err(), "{wrong}");

@@ -64,6 +64,8 @@ pub(super) struct Qvm<'a> {
     left_out: BTreeSet<usize>,
     checks_all: bool,
     is_ended: bool,
+    /// Whether it has the home folder of dom0, as far as it was read.
+    has_home: bool,
     monitor: &'a dyn Monitor,
 }
 
@@ -136,6 +138,7 @@ impl<'a> Qvm<'a> {
             left_out: BTreeSet::new(),
             checks_all: options.checks_all,
             is_ended: false,
+            has_home: false,
             monitor: options.monitor,
         };
         backup.take_machines()?;
@@ -237,8 +240,10 @@ impl<'a> Qvm<'a> {
                 return Ok(None);
             }
             None if folder == "dom0-home" => {
-                self.monitor
-                    .note("The home folder of dom0 is in the backup, and is left out");
+                if !std::mem::replace(&mut self.has_home, true) {
+                    self.monitor
+                        .note("The home folder of dom0 is in the backup, and is left out");
+                }
                 self.pass_over(&name)?;
                 return Ok(None);
             }

@@ -18,6 +18,8 @@ const LOG_BYTES_MAX: u64 = 256 * MIB;
 const CHANGES_MAX: usize = 1 << 16;
 /// Bytes behind the end of the file up to which a log may have content. Content goes to its place, and the log has tables only.
 const BEHIND_BYTES_MAX: u64 = 256 * MIB;
+/// Length of a file that a log may ask for. Sums of places and of lengths of tables stay far below what a number has room for.
+const LENGTH_MAX: u64 = 1 << 62;
 const ENTRY_HEADER_BYTES: u64 = 64;
 const DESCRIPTOR_BYTES: u64 = 32;
 
@@ -360,6 +362,9 @@ impl Log<'_> {
             }
         }
         file.length = file.length.max(entry.file_bytes);
+        if file.length > LENGTH_MAX {
+            return Err(damaged("its log makes it longer than any file may be"));
+        }
         Ok(())
     }
 }

@@ -51,13 +51,16 @@ impl<'a> Sparse<'a> {
         })
     }
 
-    /// The first entries that are the same, from one on: its value, and how many there are. An entry that is not zero is alone.
-    fn entries(bytes: &[u8]) -> (u32, u64) {
+    /// The first entry, and how many follow each other from it on that stand for zeros. An entry that does not is alone.
+    fn entries(bytes: &[u8], is_zeros: impl Fn(u32) -> bool) -> (u32, u64) {
         let (entries, _) = bytes.as_chunks::<4>();
-        match entries.first().map(|entry| u32::from_le_bytes(*entry)) {
-            Some(0) | None => (0, entries.iter().take_while(|entry| **entry == [0; 4]).count() as u64),
-            Some(entry) => (entry, 1),
+        let mut entries = entries.iter().map(|entry| u32::from_le_bytes(*entry));
+        let first = entries.clone().next().unwrap_or_default();
+        if !is_zeros(first) {
+            return (first, 1);
         }
+        let zeros = entries.position(|entry| !is_zeros(entry)).unwrap_or(bytes.len() / 4);
+        (first, zeros as u64)
     }
 }
 
@@ -82,7 +85,7 @@ impl<'a> Pieces<'a> for Sparse<'a> {
         let start = header.directory * SECTOR;
         let end = start + header.tables() * 4;
         let bytes = self.directory.bytes_at(start + table * 4, end, input.length(), read)?;
-        let (table_at, count) = Self::entries(bytes);
+        let (table_at, count) = Self::entries(bytes, |entry| entry == 0);
         if table_at == 0 {
             return Ok(zeros_to((table + count.max(1)) * TABLE_ENTRIES));
         }
@@ -91,8 +94,9 @@ impl<'a> Pieces<'a> for Sparse<'a> {
         // Tables may lie far from each other, so that no more than this one is read.
         let file_end = end.min(input.length());
         let bytes = self.tables.bytes_at(start + entry * 4, end, file_end, read)?;
-        let (place, count) = Self::entries(bytes);
-        if place == 0 || !header.is_stored(place) {
+        let is_zeros = |entry| !header.is_stored(entry);
+        let (place, count) = Self::entries(bytes, is_zeros);
+        if is_zeros(place) {
             return Ok(zeros_to(grain + count.max(1)));
         }
         let grain_bytes = header.grain * SECTOR;
@@ -100,5 +104,22 @@ impl<'a> Pieces<'a> for Sparse<'a> {
             end: (grain + 1) * grain_bytes,
             place: Some(u64::from(place) * SECTOR + at % grain_bytes),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_that_stand_for_zeros_are_passed_over_together() {
+        let entries = |numbers: &[u32]| {
+            let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+            Sparse::entries(&bytes, |entry| entry <= 1)
+        };
+        assert_eq!(entries(&[1, 0, 1, 5, 1]), (1, 3));
+        assert_eq!(entries(&[0, 1]), (0, 2));
+        assert_eq!(entries(&[5, 0]), (5, 1));
+        assert_eq!(entries(&[]), (0, 0));
     }
 }
