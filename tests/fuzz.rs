@@ -269,7 +269,7 @@ fn hostile_backups_of_other_programs_end_in_errors() {
         .or_else(|_| tempfile::tempdir())
         .unwrap();
     let (rounds, first) = (
-        from_environment("VMFOLD_FUZZ_ROUNDS", 20),
+        from_environment("VMFOLD_FUZZ_ROUNDS", 15),
         from_environment("VMFOLD_FUZZ_FIRST", 1),
     );
     let kept = std::env::var_os("VMFOLD_FUZZ_KEEP").map(std::path::PathBuf::from);

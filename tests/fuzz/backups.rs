@@ -271,7 +271,7 @@ fn check_path(path: &Path) -> std::result::Result<(), String> {
         name.len() <= 255 && name[0] != b'.' && name[0] != b'-' && name.iter().all(|byte| (b' '..0x7f).contains(byte))
     };
     if path.as_os_str().is_empty() || !path.components().all(is_safe) {
-        return Err(format!("the name {path:?}"));
+        return Err(format!("the name {}", path.display().to_string().escape_debug()));
     }
     Ok(())
 }
@@ -440,16 +440,13 @@ impl<'a> Backups<'a> {
         let path = self.folder.join("memory");
         std::fs::write(&path, &case.bytes).unwrap();
         let access = self.access(case);
-        let work = |_: &_| read.bytes + case.bytes.len() as u64;
+        let work = read.bytes + case.bytes.len() as u64;
         let monitor = Watching::new();
-        self.run(
-            &format!("{format} list"),
-            VERB_LIMIT_BYTES,
-            || backup::list(&path, &access, &monitor),
-            |_| work(&()),
-        );
+        let list = || backup::list(&path, &access, &monitor);
+        let listed = self.run(&format!("{format} list"), VERB_LIMIT_BYTES, list, |_| work);
+        self.check_ended(format, "list", listed.as_ref());
         let verify = || backup::verify(&path, &access, &monitor);
-        let verified = self.run(&format!("{format} verify"), VERB_LIMIT_BYTES, verify, |_| work(&()));
+        let verified = self.run(&format!("{format} verify"), VERB_LIMIT_BYTES, verify, |_| work);
         self.check_ended(format, "verify", verified.as_ref());
         let to = self.folder.join("to");
         let options = ImportOptions {
@@ -469,7 +466,7 @@ impl<'a> Backups<'a> {
             &format!("{format} import"),
             VERB_LIMIT_BYTES,
             || import(&options, &monitor),
-            |_| work(&()),
+            |_| work,
         );
         self.check_ended(format, "import", imported.as_ref());
         let is_imported = imported.is_some_and(|imported| imported.is_ok());
@@ -486,7 +483,7 @@ impl<'a> Backups<'a> {
             access,
         };
         let export = || export_backup(&options, &monitor);
-        let exported = self.run(&format!("{format} export"), VERB_LIMIT_BYTES, export, |_| work(&()));
+        let exported = self.run(&format!("{format} export"), VERB_LIMIT_BYTES, export, |_| work);
         self.check_ended(format, "export", exported.as_ref());
         if exported.is_some_and(|exported| exported.is_ok()) {
             let store = FileStore::open(&archive).unwrap();

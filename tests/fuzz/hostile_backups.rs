@@ -93,9 +93,8 @@ fn manifests_of_an_ova_are_read_up_to_a_length_and_noted_once() {
 #[test]
 fn files_of_an_ova_that_have_other_hashes_are_named_in_their_order() {
     let file = |number: u32| entry(b'0', &format!("file{number:02}"), b"some");
-    let lines: String = (0..20)
-        .map(|number| format!("SHA256(file{number:02})= {}\n", "0".repeat(64)))
-        .collect();
+    let line = |number: u32| format!("SHA256(file{number:02})= {}\n", "0".repeat(64));
+    let lines = (0..20).map(line).collect::<Vec<_>>().concat();
     let mut entries = vec![entry(b'0', "a.ovf", b"<Envelope/>")];
     entries.extend((0..20).rev().map(file));
     entries.push(entry(b'0', "a.mf", lines.as_bytes()));
@@ -231,7 +230,8 @@ fn long_maps_of_sparse_files_are_read_in_bounded_memory() {
 fn descriptions_of_machines_are_read_soon_whatever_is_in_them() {
     let size = (8 << 20) / SCALE;
     let filled = |text: &str| text.repeat(size / text.len());
-    let attributes: String = (0..1700).map(|number| format!(" a{number}=\"\"")).collect();
+    let attribute = |number: u32| format!(" a{number}=\"\"");
+    let attributes = (0..1700).map(attribute).collect::<Vec<_>>().concat();
     let domain = |number: usize| {
         format!(
             "<domain><properties><property name=\"name\">a{number}</property></properties><features>\

@@ -390,7 +390,7 @@ fn change_vma(bytes: &mut Vec<u8>, random: &mut Random) {
     let from = pick(&extents, random) + 40 + 8 * below(random, 6);
     match random.below(5) {
         0 => bytes.copy_within(from..from + 8, entry),
-        1 => bytes[entry + 3] = (random.below(7)) as u8,
+        1 => bytes[entry + 3] = pick(&[0, 1, 2, 3, 4, 5, 6], random),
         2 => bytes[entry..entry + 2].copy_from_slice(&[(random.next() & 0xff) as u8; 2]),
         3 => {
             // A whole extent once more.
@@ -404,7 +404,7 @@ fn change_vma(bytes: &mut Vec<u8>, random: &mut Random) {
 }
 
 /// Gives the footers and the header of a VHD their checksums.
-fn seal_vhd(bytes: &mut Vec<u8>, random: &mut Random) {
+fn seal_vhd(bytes: &mut [u8], random: &mut Random) {
     if bytes.len() < 2048 {
         return;
     }
@@ -456,7 +456,7 @@ fn seal_stream(bytes: &mut [u8]) {
 }
 
 /// Makes checksums right again, where a format has any.
-fn seal(format: &str, bytes: &mut Vec<u8>, random: &mut Random) {
+fn seal(format: &str, bytes: &mut [u8], random: &mut Random) {
     match format {
         "tar" | "ova" => seal_tar(bytes),
         "vma" => seal_vma(bytes, random),
@@ -662,7 +662,7 @@ fn change_text(model: &mut Model, random: &mut Random) {
         "x=\u{1b}",
     ];
     match random.below(3) {
-        0 => lines[at] = pick(&new, random).to_owned(),
+        0 => pick(&new, random).clone_into(&mut lines[at]),
         1 => lines.push(pick(&new, random).to_owned()),
         _ => drop(lines.remove(at)),
     }

@@ -5,12 +5,17 @@ use std::path::{Path, PathBuf};
 
 use roxmltree::{Document, Node, ParsingOptions};
 
+use crate::shown::shown;
+
 /// Elements and texts of a `qubes.xml`.
 const NODES_MAX: u32 = 1 << 20;
 /// Bytes of an element's tag and the text behind it: the parser compares the attributes of an element pair by pair.
 const ELEMENT_BYTES_MAX: usize = 16 << 10;
 /// Bytes of a machine's name (`qubes.vm.validate_name`).
 const NAME_BYTES_MAX: usize = 31;
+
+/// Characters of what the parser says.
+const PROBLEM_CHARS_MAX: usize = 200;
 
 /// A machine that was backed up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +87,11 @@ pub(super) fn document_of(xml: &str) -> Result<Document<'_>, String> {
         nodes_limit: NODES_MAX,
         ..ParsingOptions::default()
     };
-    Document::parse_with_options(xml, options).map_err(|error| format!("its qubes.xml makes no sense: {error}"))
+    Document::parse_with_options(xml, options).map_err(|error| {
+        // The parser tells what it found in the place of something else.
+        let found: String = error.to_string().chars().take(PROBLEM_CHARS_MAX).collect();
+        format!("its qubes.xml makes no sense: {}", shown(Path::new(&found)))
+    })
 }
 
 /// The value of a child of a child, by its name.
@@ -174,6 +183,14 @@ mod tests {
         assert!(twice.is_err());
         assert!(machines_of("<!DOCTYPE a [<!ENTITY b \"c\">]><qubes>&b;</qubes>").is_err());
         assert!(machines_of("<qubes>").is_err());
+        let long = format!("<{0}></a{0}>", "x".repeat(9000));
+        for xml in ["<qubes/\u{1b}", "<qubes a=\u{1b}", long.as_str()] {
+            let problem = machines_of(xml).unwrap_err();
+            assert!(
+                problem.len() < 300 && !problem.chars().any(char::is_control),
+                "{problem:?}"
+            );
+        }
         assert!(machines_of("<qubes xmlns:a=\"b\"/>").is_err());
         let many: Vec<String> = (0..5000).map(|number| format!(" a{number}=\"\"")).collect();
         assert!(machines_of(&format!("<qubes{}/>", many.concat())).is_err());

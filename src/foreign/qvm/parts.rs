@@ -455,12 +455,7 @@ impl Encryptor {
 /// Finds all parts of a store that can be read anywhere, by their headers.
 fn walk(store: &dyn Store, input: &Input<'_>) -> Result<Vec<Located>> {
     let (mut located, mut at) = (Vec::new(), 0u64);
-    let length = store.length().map_err(Error::io("look at", input.path()))?;
     loop {
-        // A header may say that its content ends far behind all that a file may have.
-        if length.is_none_or(|length| at >= length) {
-            return Ok(located);
-        }
         if input.interrupted() {
             return Err(Error::Interrupted);
         }
