@@ -669,6 +669,7 @@ mod tests {
                 needed_bytes: 1,
                 free_bytes: 0,
             }),
+            with(|path| Error::WorkSpace { path, allowed_bytes: 1 }),
             with(|path| Error::Reserve { path, reserve_bytes: 1 }),
         ]
     }
