@@ -508,16 +508,16 @@ pub(super) struct Import {
     ///
     /// A pipe is read once and in order. Backups are those of Qubes OS (qvm-backup of R2 and later), archives of
     /// Proxmox VE (.vma), tar archives and compressed raw images. All of them may be compressed by gzip, bzip2, xz,
-    /// zstd, lz4 or lzop. Machines of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar archive are
-    /// read in every form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content, whatever its name. It
-    /// is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
+    /// zstd, lz4 or lzop. Machines of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar
+    /// archive are read in every form, and its links that lead to files; owners and modes are not taken over. What a
+    /// backup is shows in its content, whatever its name. It is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
     /// the images that came whole before are restored, and the exit code is 1; of a backup that is compressed as a
     /// whole none are, because its checksum comes last. An image has the name of its volume, is readable by its owner
     /// alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long it should be: if it was
     /// compressed in several parts and some are missing, what is there is restored.
     ///
-    /// A qcow2 or VDI image in a file becomes a raw one, `NAME.img`, which shares the clusters of that file if both are
-    /// on one filesystem. Internal snapshots of a qcow2 image become revisions of it, `NAME.img.N@TIME`, numbered in the
+    /// A disk in a file of qcow2, VDI, VHD, VHDX or VMDK becomes a raw one, `NAME.img`, which shares the clusters of that
+    /// file if both are on one filesystem. A VMDK stream and an OVA may also come through a pipe or compressed. Internal snapshots of a qcow2 image become revisions of it, `NAME.img.N@TIME`, numbered in the
     /// order of their time; what they are called is said. The memory of a machine in a snapshot is left out.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
