@@ -619,6 +619,11 @@ mod tests {
 
     fn of_refusal() -> Vec<Error> {
         vec![
+            Error::Qubesd {
+                call: "admin.vm.List",
+                target: "work".into(),
+                problem: "it is not there".into(),
+            },
             with(|path| Error::NoSharing {
                 path,
                 filesystem: String::new(),
