@@ -2,23 +2,23 @@
 //! is authenticated.
 
 mod ahead;
+mod located;
+mod member;
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
-use rayon::prelude::*;
 use zeroize::Zeroizing;
 
-use self::ahead::{Pieces, ReadAhead};
+use self::ahead::ReadAhead;
+use self::located::{Located, walk};
+pub(super) use self::member::MemberReader;
 use super::scrypt_file::{HEADER_BYTES, Header, Keys, Parameters, SALT_BYTES, TAG_BYTES, Wrong, encrypt};
-use super::stream::{StreamHeader, content, first_files, next_file, stream_header};
+use super::stream::{content, first_files, next_file};
 use crate::error::{Error, Result};
+use crate::foreign::Input;
 use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::BLOCK;
-use crate::foreign::{Input, hand_out};
 use crate::store::Store;
 
 /// Bytes of a part before it is encrypted: where the writer cuts. A part of this length is never the last of a member.
@@ -65,12 +65,6 @@ fn part_of(name: &str, stored_bytes: u64) -> Option<Part> {
         name: whole.to_owned(),
         stored_bytes,
     })
-}
-
-/// Where parts of a stream lie that can be read anywhere.
-struct Located {
-    part: Part,
-    offset: u64,
 }
 
 /// The stream of parts, and what opens them.
@@ -347,58 +341,6 @@ impl<'a> Parts<'a> {
         header.parameters.cost() <= header_cost.saturating_mul(COST_FACTOR)
     }
 
-    /// The keys of a part, if they can be derived ahead: together with those of the parts that follow, on all cores.
-    fn key_of(&mut self, part: &Part) -> Option<(Header, Keys)> {
-        if let Some(known) = self.keys.remove(&part.name) {
-            return Some(known);
-        }
-        let (store, located) = self.ahead.as_mut()?;
-        let store = *store;
-        // Parts come in the order in which they were found.
-        let at = located.iter().rposition(|one| one.part == *part)?;
-        located.truncate(at + 1);
-        let (_, located) = self.ahead.as_ref()?;
-        let (mut chosen, mut memory_bytes) = (Vec::new(), 0u64);
-        for one in located
-            .iter()
-            .rev()
-            .filter(|one| !self.skipped.contains(&one.part.member))
-        {
-            let mut bytes = [0; HEADER_BYTES];
-            if one.part.stored_bytes < (HEADER_BYTES + TAG_BYTES) as u64
-                || store.read_exact_at(one.offset, &mut bytes).is_err()
-            {
-                break;
-            }
-            let Ok(header) = Header::read(&bytes, self.kdf_memory_bytes) else {
-                break;
-            };
-            memory_bytes = memory_bytes.saturating_add(header.parameters.memory_bytes());
-            let is_enough = chosen.len() >= rayon::current_num_threads() || memory_bytes > self.kdf_memory_bytes;
-            if is_enough && !chosen.is_empty() {
-                break;
-            }
-            if !self.is_cost_allowed(&header) {
-                break;
-            }
-            chosen.push((
-                one.part.name.clone(),
-                header,
-                self.full_passphrase(&one.part.name, false),
-            ));
-        }
-        // Where there are none, the part itself tells why.
-        let made: Vec<(String, (Header, Keys))> = chosen
-            .into_par_iter()
-            .filter_map(|(name, header, passphrase)| {
-                let keys = header.keys(&passphrase).ok()?;
-                Some((name, (header, keys)))
-            })
-            .collect();
-        self.keys.extend(made);
-        self.keys.remove(&part.name)
-    }
-
     /// The error for what is wrong with a part.
     fn wrong(&self, start: u64, volume: Option<&PathBuf>, wrong: Wrong) -> Error {
         match wrong {
@@ -449,118 +391,6 @@ impl Encryptor {
             path: self.path.clone(),
             problem: "its keys cannot be derived".into(),
         })
-    }
-}
-
-/// Finds all parts of a store that can be read anywhere, by their headers.
-fn walk(store: &dyn Store, input: &Input<'_>) -> Result<Vec<Located>> {
-    let (mut located, mut at) = (Vec::new(), 0u64);
-    loop {
-        if input.interrupted() {
-            return Err(Error::Interrupted);
-        }
-        let mut header = [0; BLOCK];
-        match store.read_exact_at(at, &mut header) {
-            Ok(()) => {}
-            // Where it is cut off, reading it says so.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(located),
-            Err(error) => return Err(Error::io("read", input.path())(error)),
-        }
-        at += BLOCK as u64;
-        let Ok(header) = stream_header(&header) else {
-            return Ok(located);
-        };
-        let bytes = match header {
-            StreamHeader::Zeros => 0,
-            StreamHeader::Pax(bytes) => bytes,
-            StreamHeader::File { name, bytes } => {
-                if let Some(part) = part_of(&name, bytes) {
-                    located.push(Located { part, offset: at });
-                }
-                if located.len() > PARTS_MAX {
-                    return Err(input.refused("it has more parts than vmfold takes"));
-                }
-                bytes
-            }
-        };
-        at = at.saturating_add(bytes.checked_next_multiple_of(BLOCK as u64).unwrap_or(u64::MAX));
-    }
-}
-
-/// What the parts of a member hold, one after the other.
-pub(super) struct MemberReader<'a> {
-    pub(super) parts: Rc<RefCell<Parts<'a>>>,
-    pub(super) member: String,
-    pub(super) volume: Option<PathBuf>,
-    number: u32,
-    /// What of the part that was opened last was not handed out, and how much was of the first piece.
-    plain: Pieces,
-    at: usize,
-    /// The length of the first part, which all but the last have.
-    first_bytes: Option<usize>,
-    last_bytes: usize,
-}
-
-impl<'a> MemberReader<'a> {
-    /// The member whose first part comes next.
-    pub(super) fn new(parts: &Rc<RefCell<Parts<'a>>>, member: String, volume: Option<PathBuf>) -> Self {
-        Self {
-            parts: Rc::clone(parts),
-            member,
-            volume,
-            number: 0,
-            plain: Pieces::new(),
-            at: 0,
-            first_bytes: None,
-            last_bytes: 0,
-        }
-    }
-
-    /// Opens the next part. Returns false at the end of the member.
-    fn next_part(&mut self) -> Result<bool> {
-        let mut parts = self.parts.borrow_mut();
-        let start = parts.position();
-        let number = match parts.peek()? {
-            Some(part) if part.member == self.member => part.number,
-            _ => {
-                // The writer begins another part after a full one, if need be an empty one.
-                if self.last_bytes == PART_BYTES {
-                    return Err(parts.damaged(start, self.volume.as_ref(), "its last part is missing"));
-                }
-                return Ok(false);
-            }
-        };
-        if number != self.number {
-            let problem = format!("part {:03} is missing, and {number:03} is there", self.number);
-            return Err(parts.damaged(start, self.volume.as_ref(), &problem));
-        }
-        if self.first_bytes.is_some_and(|first| first != self.last_bytes) {
-            return Err(parts.damaged(start, self.volume.as_ref(), "a part follows one that was the last"));
-        }
-        self.plain = parts.open_pieces(self.volume.as_ref())?;
-        self.at = 0;
-        self.number += 1;
-        self.last_bytes = self.plain.iter().map(Vec::len).sum();
-        self.first_bytes.get_or_insert(self.last_bytes);
-        Ok(true)
-    }
-}
-
-impl Read for MemberReader<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while !buffer.is_empty() {
-            if let Some(piece) = self.plain.front() {
-                if self.at < piece.len() {
-                    return Ok(hand_out(piece, &mut self.at, buffer));
-                }
-                let used = self.plain.pop_front().map_or(0, |piece| piece.len());
-                self.at = 0;
-                self.parts.borrow_mut().use_up(used);
-            } else if !self.next_part().map_err(io::Error::other)? {
-                break;
-            }
-        }
-        Ok(0)
     }
 }
 
