@@ -242,6 +242,12 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// A sealed archive has to be opened, and no key was given.
+    #[error("`{}` is sealed, and no key was given", shown(path))]
+    Locked {
+        /// The archive.
+        path: PathBuf,
+    },
     /// A file that would be written to was created by another user.
     #[error(
         "`{}` belongs to another user (uid {uid}), in a folder that is not yours alone",
@@ -495,6 +501,7 @@ impl Error {
             | Self::NoImages { .. }
             | Self::TwoFilesystems { .. }
             | Self::NotAnArchive { .. }
+            | Self::Locked { .. }
             | Self::NoSuchCommit { .. }
             | Self::Exists { .. }
             | Self::FolderInTheWay { .. } => ErrorKind::Usage,
@@ -558,6 +565,7 @@ impl Error {
             Self::Metadata { .. } => "run btrfs check or xfs_repair -n on the unmounted filesystem",
             Self::Io { source, .. } | Self::Unreadable { source, .. } => return hint_of(source),
             Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
+            Self::Locked { .. } => "name its key with --passphrase-file or --identity",
             Self::OfAnother { .. } => {
                 "whoever owns it could read what is written: name another file, or one in a folder of your own"
             }
@@ -608,6 +616,7 @@ mod tests {
                 second: path,
             }),
             with(|path| Error::NotAnArchive { path }),
+            with(|path| Error::Locked { path }),
             with(|path| Error::NoSuchCommit {
                 path,
                 commit: String::new(),

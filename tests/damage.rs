@@ -502,7 +502,7 @@ fn numbers_of_hostile_headers_are_not_believed() {
         );
         let unknown = |length| {
             let (lane, epoch) = (LaneId([0; 16]), EpochId(u64::MAX));
-            let mut header = RecordHeader::seal(RecordKind::Other(77), lane, epoch, u64::MAX - 1, &mut []).unwrap();
+            let mut header = RecordHeader::of_body(RecordKind::Other(77), lane, epoch, u64::MAX - 1, &mut []).unwrap();
             header.body_bytes = length;
             header.encode().to_vec()
         };

@@ -4,18 +4,21 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use super::head::FEATURE_SEALED;
 use super::limits::{COMMIT_PAYLOAD_BYTES_MAX, LABEL_BYTES_MAX, LISTS_MAX};
 use super::list::PART_IMAGES;
 use super::manifest::{file_time, store_block};
 use super::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord};
 use crate::codec::{
-    Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_string, put_varint, put_zigzag, skip_entry,
+    Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint, put_zigzag, skip_entry,
 };
 use crate::content::FileTime;
 use crate::numbers::{CommitNumber, StoreBlock};
 
 /// Bytes of a COMMIT before its payload, as this version writes it.
-const CLEAR_BYTES: usize = 104;
+pub(super) const CLEAR_BYTES: usize = 104;
+/// The entry of a sealed COMMIT that has the number of its keyring.
+const TAG_KEYRING: u8 = 0x81;
 
 /// Where a LIST is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,6 +125,8 @@ pub struct Commit {
     pub store_end: StoreBlock,
     /// Features that a writer that appends must know, a bit each.
     pub features_append: u64,
+    /// The number of the keyring that the archive had; none if it is not sealed.
+    pub keyring: Option<u32>,
     /// Where what it lists is.
     pub lists: Vec<ListLocation>,
 }
@@ -133,6 +138,9 @@ impl Commit {
     /// Returns what is malformed, or what this version does not know and must not skip.
     pub fn decode_of(body: &[u8], header: &RecordHeader) -> Decoded<Self> {
         let commit = Self::decode(body)?;
+        if commit.keyring.is_some() != header.seal.is_some() {
+            return Err("a COMMIT is sealed and does not say so, or the other way round".into());
+        }
         if (commit.lane, commit.epoch) == (header.lane, header.epoch) {
             Ok(commit)
         } else {
@@ -146,8 +154,8 @@ impl Commit {
     /// Returns the error that zstd gave.
     pub fn encode(&self) -> std::io::Result<Vec<u8>> {
         let mut body = Vec::new();
-        // The features that a reader must know: none.
-        body.extend([0; 8]);
+        let features_read = if self.keyring.is_some() { FEATURE_SEALED } else { 0 };
+        body.extend(features_read.to_le_bytes());
         body.extend(self.features_append.to_le_bytes());
         body.extend(self.number.0.to_le_bytes());
         body.extend(self.store_end.0.to_le_bytes());
@@ -176,6 +184,9 @@ impl Commit {
             }
             plain.extend(list.body_hash);
         }
+        if let Some(number) = self.keyring {
+            put_entry(&mut plain, TAG_KEYRING, |entry| put_varint(entry, number.into()));
+        }
         body.extend(payload_body([0; 3], &plain)?);
         Ok(body)
     }
@@ -186,7 +197,8 @@ impl Commit {
     /// Returns what is malformed, or what this version does not know and must not skip.
     pub fn decode(body: &[u8]) -> Decoded<Self> {
         let mut decoder = Decoder::new(body);
-        if decoder.u64()? != 0 {
+        let features_read = decoder.u64()?;
+        if features_read & !FEATURE_SEALED != 0 {
             return Err(Malformed::Unsupported(super::head::UNKNOWN_FEATURES));
         }
         let features_append = decoder.u64()?;
@@ -211,7 +223,7 @@ impl Commit {
             return Err("a reserved field is not 0".into());
         }
         let mut decoder = Decoder::new(&plain);
-        let commit = Self {
+        let mut commit = Self {
             number,
             time: file_time(&mut decoder)?,
             label: decoder.text(LABEL_BYTES_MAX)?,
@@ -223,10 +235,17 @@ impl Commit {
             previous,
             store_end,
             features_append,
+            keyring: None,
             lists: lists(&mut decoder)?,
         };
-        while let Some((tag, _)) = next_entry(&mut decoder)? {
-            skip_entry(tag)?;
+        while let Some((tag, mut entry)) = next_entry(&mut decoder)? {
+            match tag {
+                TAG_KEYRING => commit.keyring = Some(entry.varint32()?),
+                other => skip_entry(other)?,
+            }
+        }
+        if commit.keyring.is_some() != (features_read & FEATURE_SEALED != 0) {
+            return Err("a COMMIT is sealed by its features alone, or by its keyring alone".into());
         }
         Ok(commit)
     }

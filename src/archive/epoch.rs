@@ -405,7 +405,7 @@ mod tests {
         let own = archive.records.into_iter().filter(|record| record.epoch == id);
         for record in more.into_iter().chain(own.filter(keeps)) {
             let mut body = record.body.clone();
-            let header = RecordHeader::seal(record.kind, record.lane, record.epoch, record.sequence, &mut body)?;
+            let header = RecordHeader::of_body(record.kind, record.lane, record.epoch, record.sequence, &mut body)?;
             match record.kind {
                 RecordKind::Pack => drop(epoch.take_pack(&header, &record.body, StoreBlock::END_MAX)?),
                 RecordKind::Commit => return epoch.end(&header, &record.body),

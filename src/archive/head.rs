@@ -7,6 +7,8 @@ use crate::codec::{Decoded, Decoder, Malformed};
 
 /// What to say of features that a reader must know and does not.
 pub const UNKNOWN_FEATURES: &str = "it uses features that this version does not know";
+/// The feature that a reader must know: bodies of records are sealed.
+pub const FEATURE_SEALED: u64 = 1;
 /// The version of what a HEAD says: what an older reader must know changes this number.
 const MAJOR: u16 = 1;
 /// What an older reader may ignore changes this one.
@@ -17,6 +19,8 @@ const BODY_BYTES: usize = 72;
 /// What a HEAD says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Head {
+    /// Whether bodies of records are sealed.
+    pub is_sealed: bool,
     /// Bits of features that a writer that appends must know.
     features_append: u64,
     parameters: (u16, u16, u16),
@@ -28,10 +32,19 @@ impl Head {
     /// What this version writes.
     pub fn current() -> Self {
         Self {
+            is_sealed: false,
             features_append: 0,
             parameters: (PARAMETERS.min_blocks, PARAMETERS.average_blocks, PARAMETERS.max_blocks),
             cut_version: u16::try_from(chunk::VERSION).unwrap_or(u16::MAX),
             cut_digest: cut_digest(),
+        }
+    }
+
+    /// What this version writes to a sealed archive.
+    pub fn sealed() -> Self {
+        Self {
+            is_sealed: true,
+            ..Self::current()
         }
     }
 
@@ -41,7 +54,7 @@ impl Head {
         out.extend(MAJOR.to_le_bytes());
         out.extend(MINOR.to_le_bytes());
         out.extend(u32::try_from(BLOCK_BYTES).unwrap_or(u32::MAX).to_le_bytes());
-        out.extend(0u64.to_le_bytes());
+        out.extend(if self.is_sealed { FEATURE_SEALED } else { 0 }.to_le_bytes());
         out.extend(self.features_append.to_le_bytes());
         out.extend(0u64.to_le_bytes());
         let (min, average, max) = self.parameters;
@@ -69,12 +82,14 @@ impl Head {
         if u64::from(decoder.u32()?) != BLOCK_BYTES {
             return Err(Malformed::Unsupported("its blocks are not of 4096 bytes"));
         }
-        if decoder.u64()? != 0 {
+        let features_read = decoder.u64()?;
+        if features_read & !FEATURE_SEALED != 0 {
             return Err(Malformed::Unsupported(UNKNOWN_FEATURES));
         }
         let features_append = decoder.u64()?;
         let _other = decoder.u64()?;
         Ok(Self {
+            is_sealed: features_read & FEATURE_SEALED != 0,
             features_append,
             parameters: (decoder.u16()?, decoder.u16()?, decoder.u16()?),
             cut_version: decoder.u16()?,
@@ -84,7 +99,7 @@ impl Head {
 
     /// Whether this version may append.
     pub fn may_append(&self) -> bool {
-        *self == Self::current()
+        *self == Self::current() || *self == Self::sealed()
     }
 }
 

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::commit::{ChainPlace, Commit, CommitLocation, FOLLOWS_NOT, decode_tail};
 use super::head::Head;
+use super::keys::{KEY_BODY_BYTES, KeyRecord};
 use super::limits::{OTHER_LANES_MAX, RECORDS_MAX};
 use super::list::{Listed, OtherLane, PART_RECORDS};
 use super::reader::{Committed, Damage, RecordReader, damage_of};
@@ -231,10 +232,15 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
     if (header.lane, header.epoch) != (tail.lane, tail.epoch) {
         return Err(reader.problem(copy, "its TAIL does not stand behind a COMMIT"));
     }
+    if header.seal.is_some() {
+        open_keyring_before(reader, copy)?;
+    }
     let mut chains = Chains::new(reader);
     // What follows the commit leads to a copy that is intact.
     let first = reader.header_of(last.offset, &last.sought());
-    let is_intact = first.and_then(|header| reader.body_of(last.offset, &header)).is_ok();
+    let is_intact = first
+        .and_then(|header| reader.stored_body_of(last.offset, &header))
+        .is_ok();
     let hint = if is_intact { last.offset } else { copy };
     chains.follow(CommitLocation { offset: copy, ..last }, hint, tail.lane)?;
     let mut lanes_done = HashSet::from([tail.lane]);
@@ -264,6 +270,58 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
         may_append,
         damage: Vec::new(),
     })
+}
+
+/// Opens the keyring of the KEY record that stands directly before an offset.
+///
+/// # Errors
+/// [`Error::Damaged`] where there is none; those of [`ArchiveKeys::open`](super::keys::ArchiveKeys::open).
+fn open_keyring_before(reader: &RecordReader, end: u64) -> Result<()> {
+    for body_bytes in KEY_BODY_BYTES {
+        let Some(at) = end.checked_sub((HEADER_BYTES + body_bytes) as u64) else {
+            break;
+        };
+        match reader.header_at(at) {
+            Ok(header) if header.kind == RecordKind::Key && header.body_bytes == body_bytes as u64 => {
+                return open_keyring_at(reader, at, &header);
+            }
+            Ok(_) | Err(Error::Damaged { .. } | Error::Unsupported { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(reader.problem(end, "no KEY record stands before its last COMMIT"))
+}
+
+fn open_keyring_at(reader: &RecordReader, at: u64, header: &RecordHeader) -> Result<()> {
+    let body = reader.stored_body_of(at, header)?;
+    let record = KeyRecord::decode(&body).map_err(|problem| reader.malformed(at, problem))?;
+    reader.keys().open(reader.path(), &record)
+}
+
+/// Opens the newest keyring of the KEY records that a search found, and keeps the keys of their epochs.
+///
+/// # Errors
+/// The error of reading; those of [`ArchiveKeys::open`](super::keys::ArchiveKeys::open).
+fn open_found_keyrings(reader: &RecordReader, searched: &Searched) -> Result<()> {
+    let is_key = |(header, _): &&(RecordHeader, u64)| header.kind == RecordKind::Key;
+    let mut newest: Option<(u32, u64, RecordHeader)> = None;
+    for (header, at) in searched.records.iter().filter(is_key) {
+        let decoded = KeyRecord::decode(&reader.stored_body_of(*at, header)?);
+        if let Ok(record) = decoded
+            && newest.is_none_or(|(number, _, _)| number <= record.number)
+        {
+            newest = Some((record.number, *at, *header));
+        }
+    }
+    let Some((_, at, header)) = newest else { return Ok(()) };
+    open_keyring_at(reader, at, &header)?;
+    for (header, at) in searched.records.iter().filter(is_key) {
+        if let Ok(record) = KeyRecord::decode(&reader.stored_body_of(*at, header)?) {
+            // An epoch whose keys do not open is told where they are needed.
+            let _ = reader.keys().learn(header.lane, header.epoch, &record.wraps);
+        }
+    }
+    Ok(())
 }
 
 /// Follows chains of commits, each of which begins in the file before the one that follows it.
@@ -490,6 +548,7 @@ fn mark_forgotten(commits: &mut [Committed]) {
 /// [`Error::Unsupported`]; the error of reading; [`Error::NotAnArchive`] or [`Error::Damaged`] where no record is intact.
 pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened> {
     searched.check_commits_supported(reader)?;
+    open_found_keyrings(reader, searched)?;
     if searched.records.is_empty() {
         searched.check_any_supported(reader)?;
         return Err(reader.nothing_intact());
@@ -517,8 +576,9 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
             length: HEADER_BYTES as u64 + header.body_bytes,
             body_hash: header.body_hash,
         };
-        let body = reader.body_of(*offset, header)?;
-        let decoded = Commit::decode_of(&body, header).map_err(|problem| reader.malformed(*offset, problem));
+        let decoded = reader.body_of(*offset, header).and_then(|body| {
+            Commit::decode_of(&body, header).map_err(|problem| reader.malformed(*offset, problem))
+        });
         if decoded.is_ok() {
             seen.insert(header.body_hash);
             main = header.lane;

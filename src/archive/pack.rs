@@ -52,6 +52,11 @@ impl Frame {
         self.stored.len()
     }
 
+    /// Returns its bytes as they are stored in an archive that is not sealed.
+    pub fn stored(&self) -> &[u8] {
+        &self.stored
+    }
+
     /// Returns how many bytes it takes in memory.
     #[cfg(test)]
     pub fn allocated_bytes(&self) -> usize {
@@ -133,12 +138,11 @@ pub struct PackTable {
     pub end: u64,
 }
 
-/// Returns the body of a PACK, and its table hash. There is a frame at least, and they are in order.
-pub fn encode(frames: &[PlacedFrame]) -> (Vec<u8>, Hash) {
-    let data: usize = frames.iter().map(|placed| placed.frame.stored_bytes()).sum();
+/// Returns the table of a PACK, with which its body begins, and the hash of that. There is a frame at least, and they are in order.
+pub fn encode_table(frames: &[PlacedFrame]) -> (Vec<u8>, Hash) {
     let first = frames.first().map_or(StoreBlock(0), |placed| placed.first);
     let end = frames.last().map_or(first, PlacedFrame::end);
-    let mut body = Vec::with_capacity(FIXED_BYTES + frames.len() * LINE_BYTES + data);
+    let mut body = Vec::with_capacity(FIXED_BYTES + frames.len() * LINE_BYTES);
     body.extend(u64::from(first.0).to_le_bytes());
     body.extend(u32::try_from(frames.len()).unwrap_or(u32::MAX).to_le_bytes());
     body.extend((end - first).to_le_bytes());
@@ -150,6 +154,12 @@ pub fn encode(frames: &[PlacedFrame]) -> (Vec<u8>, Hash) {
         body.extend(frame.hash);
     }
     let hash = hash_of(&body);
+    (body, hash)
+}
+
+/// Returns the body of a PACK, and its table hash, as [`encode_table`] does.
+pub fn encode(frames: &[PlacedFrame]) -> (Vec<u8>, Hash) {
+    let (mut body, hash) = encode_table(frames);
     for PlacedFrame { frame, .. } in frames {
         body.extend_from_slice(&frame.stored);
     }

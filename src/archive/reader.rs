@@ -8,15 +8,17 @@ use std::sync::{Arc, OnceLock};
 use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, decode_tail};
 use super::index;
+use super::keys::ArchiveKeys;
 use super::lane::{LaneStore, ListedRecord};
 use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordLocation};
 use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use super::open::{self, Opened, Searched};
 use super::pack::{self, FrameInfo, PackTable};
 use super::record::{
-    DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, SoughtRecord, find_magic,
+    BlockHasher, DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, SoughtRecord, find_magic,
     hash_of,
 };
+use super::seal::{EpochKeys, PackOpener, SALT_BYTES, TAG_BYTES};
 use super::writer::EpochBase;
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::codec::Malformed;
@@ -88,6 +90,10 @@ pub struct LocatedFrame {
     pub frame: FrameInfo,
     /// The header of its PACK.
     header: RecordHeader,
+    /// Its place in the table.
+    number: usize,
+    /// The salt of its PACK; none if that is not sealed.
+    salt: Option<[u8; SALT_BYTES]>,
 }
 
 /// The hash of a block, and who says so.
@@ -106,6 +112,7 @@ pub struct ProvedHash {
 pub struct RecordReader {
     store: Arc<dyn Store>,
     length: u64,
+    keys: Arc<ArchiveKeys>,
 }
 
 impl RecordReader {
@@ -153,11 +160,25 @@ impl RecordReader {
         }
     }
 
-    /// Reads a body, without its mask.
+    /// Returns the keys of the archive.
+    pub fn keys(&self) -> &ArchiveKeys {
+        &self.keys
+    }
+
+    /// Reads a body, without its mask and its seal.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] where it does not match its hash, or does not open; [`Error::Locked`]; the error of reading.
+    pub fn body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
+        let stored = self.stored_body_of(offset, header)?;
+        self.keys.open_body(self.path(), offset, header, stored)
+    }
+
+    /// Reads a body as it is stored, without its mask.
     ///
     /// # Errors
     /// [`Error::Damaged`] where it does not match its hash, or the error of reading.
-    pub fn body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
+    pub fn stored_body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
         let start = offset + HEADER_BYTES as u64;
         if header.body_bytes > self.length.saturating_sub(start) {
             return Err(self.problem(offset, "it ends in the middle of a record"));
@@ -270,7 +291,15 @@ impl Archive {
     /// # Errors
     /// Says that it is none, has no commit left, or needs a later version.
     pub fn open(store: Arc<dyn Store>) -> Result<Self> {
-        let archive = Self::open_any(store)?;
+        Self::open_with(store, Arc::default())
+    }
+
+    /// Opens an archive that may be sealed.
+    ///
+    /// # Errors
+    /// Those of [`Archive::open`] and [`Archive::open_any_with`].
+    pub fn open_with(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>) -> Result<Self> {
+        let archive = Self::open_any_with(store, keys)?;
         if archive.commits().is_empty() {
             archive.searched()?.check_any_supported(&archive.reader)?;
             let problem = if archive.damage().is_empty() {
@@ -288,10 +317,18 @@ impl Archive {
     /// # Errors
     /// Says that it is none, or needs a later version.
     pub fn open_any(store: Arc<dyn Store>) -> Result<Self> {
+        Self::open_any_with(store, Arc::default())
+    }
+
+    /// Opens an archive that may be sealed, and may have no commit.
+    ///
+    /// # Errors
+    /// Those of [`Archive::open_any`]; [`Error::Locked`] where there is no key, and those of [`super::keys::Unlock::unlock`].
+    pub fn open_any_with(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>) -> Result<Self> {
         let failed = |error| Error::io("look at", store.path())(error);
         let length = store.length().map_err(failed)?;
         let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
-        let reader = RecordReader { store, length };
+        let reader = RecordReader { store, length, keys };
         let searched = OnceLock::new();
         let mut opened = match open::from_tail(&reader) {
             Err(Error::Damaged { .. }) => {
@@ -376,6 +413,16 @@ impl Archive {
     /// Returns its path.
     pub fn path(&self) -> &Path {
         self.reader.path()
+    }
+
+    /// Returns the keys of the archive.
+    pub fn keys(&self) -> &Arc<ArchiveKeys> {
+        &self.reader.keys
+    }
+
+    /// Returns what hashes blocks in this archive.
+    pub fn hasher(&self) -> BlockHasher {
+        self.reader.keys.hasher()
     }
 
     /// Returns the lane of the commit that stands last.
@@ -756,21 +803,54 @@ impl Archive {
                 header.apply_mask(0, &mut part);
                 Ok(part)
             };
-            let fixed = masked(pack::FIXED_BYTES)?;
-            let length = pack::table_bytes(&fixed).map_err(|problem| reader.malformed(offset, problem))?;
-            let table = pack::decode_table(&masked(length)?, header.body_bytes, Some(pack.first))
-                .map_err(|problem| reader.malformed(offset, problem))?;
+            let malformed = |problem| reader.malformed(offset, problem);
+            let (table, salt) = if header.seal.is_some() {
+                self.sealed_table(&header, &masked, &malformed)?
+            } else {
+                let fixed = masked(pack::FIXED_BYTES)?;
+                let length = pack::table_bytes(&fixed).map_err(malformed)?;
+                (masked(length)?, None)
+            };
+            let overhead = salt.map_or(0, |_| {
+                PackOpener::overhead((table.len() - pack::FIXED_BYTES) / pack::LINE_BYTES)
+            });
+            let body_bytes = header.body_bytes.saturating_sub(overhead);
+            let table = pack::decode_table(&table, body_bytes, Some(pack.first)).map_err(malformed)?;
             if table.hash != pack.table_hash || table.blocks != pack.blocks {
                 return Err(reader.problem(offset, "a PACK is not the one that its COMMIT lists"));
             }
-            let located = table.frames.into_iter().map(|frame| LocatedFrame {
-                offset: body + frame.offset,
+            let located = table.frames.into_iter().enumerate().map(|(number, frame)| LocatedFrame {
+                offset: body + frame.offset + salt.map_or(0, |_| PackOpener::shift_of(number)),
                 frame,
                 header,
+                number,
+                salt,
             });
             Ok(located.collect())
         };
         self.with_search(pack, read)
+    }
+
+    /// Reads the table of a sealed PACK, and the salt of the PACK. `read` reads so many bytes from the beginning of the body.
+    fn sealed_table(
+        &self,
+        header: &RecordHeader,
+        read: &dyn Fn(usize) -> Result<Vec<u8>>,
+        malformed: &dyn Fn(Malformed) -> Error,
+    ) -> Result<(Vec<u8>, Option<[u8; SALT_BYTES]>)> {
+        let keys = self.epoch_keys(header).map_err(malformed)?;
+        let beginning = read(PackOpener::BEGINNING)?;
+        let opener = PackOpener::new(&keys, header, &beginning).map_err(malformed)?;
+        let mut table = opener.fixed(&beginning).map_err(malformed)?;
+        let lines = opener.lines(&table).map_err(malformed)?;
+        let sealed = read(lines.end)?.split_off(lines.start);
+        table.append(&mut opener.open_lines(sealed).map_err(malformed)?);
+        Ok((table, beginning.first_chunk().copied()))
+    }
+
+    fn epoch_keys(&self, header: &RecordHeader) -> std::result::Result<Arc<EpochKeys>, Malformed> {
+        let keys = self.reader.keys.epoch(header.lane, header.epoch);
+        keys.ok_or_else(|| "the keys of its epoch are lost".into())
     }
 
     /// Reads all of a PACK, and returns its body and its table, if it is intact.
@@ -796,13 +876,14 @@ impl Archive {
     pub fn held_by(&self, committed: &Committed, pack: &RecordLocation) -> Result<Vec<Range<StoreBlock>>> {
         let (body, table) = self.whole_pack(pack)?;
         let hashes = self.hashes(committed, pack.first..pack.end())?;
+        let hasher = self.hasher();
         let mut held = Vec::new();
         for frame in &table.frames {
             let decoded = frame.slice(&body).and_then(|stored| frame.decode(stored));
             let content = decoded.map_err(|problem| in_record(self.reader.malformed(pack.offset, problem), pack))?;
             let expected = &hashes[(frame.first - pack.first) as usize..];
             let pairs = || content.chunks_exact(BLOCK_LEN).zip(expected);
-            if pairs().all(|(block, expected)| expected.is_none_or(|expected| expected == hash_of(block))) {
+            if pairs().all(|(block, expected)| expected.is_none_or(|expected| expected == hasher.of(block))) {
                 let is_known = pairs().map(|(_, expected)| expected.is_some());
                 held.extend(range::where_true(range::from(frame.first).zip(is_known)));
             }
@@ -815,12 +896,28 @@ impl Archive {
     /// # Errors
     /// [`Error::Damaged`], or the error of reading.
     pub fn frame(&self, located: &LocatedFrame) -> Result<Vec<u8>> {
-        let LocatedFrame { offset, frame, header } = located;
+        let LocatedFrame {
+            offset,
+            frame,
+            header,
+            number,
+            salt,
+        } = located;
+        let tag_bytes = salt.map_or(0, |_| TAG_BYTES);
+        let in_body = frame.offset + salt.map_or(0, |_| PackOpener::shift_of(*number));
         let read = |offset: u64, header: &RecordHeader| {
-            let mut stored = vec![0; frame.stored_bytes as usize];
+            let mut stored = vec![0; frame.stored_bytes as usize + tag_bytes];
             self.reader.read_exact(offset, &mut stored)?;
-            header.apply_mask(frame.offset, &mut stored);
-            frame.decode(&stored).map_err(|malformed| {
+            header.apply_mask(in_body, &mut stored);
+            let content = match salt {
+                Some(salt) => self
+                    .epoch_keys(header)
+                    .and_then(|keys| PackOpener::new(&keys, header, salt))
+                    .and_then(|opener| opener.open_frame(*number as u64, stored))
+                    .and_then(|stored| frame.decode(&stored)),
+                None => frame.decode(&stored),
+            };
+            content.map_err(|malformed| {
                 let problem = malformed.problem();
                 Error::damaged(self.path(), offset, frame.stored_bytes.into(), problem)
             })
@@ -831,7 +928,7 @@ impl Archive {
         };
         match self.searched()?.place_of(header.kind, &header.body_hash) {
             Some(place) if place < self.records_end => read(
-                place + HEADER_BYTES as u64 + frame.offset,
+                place + HEADER_BYTES as u64 + in_body,
                 &self.reader.header_at(place)?,
             ),
             _ => Err(error),

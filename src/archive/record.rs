@@ -1,5 +1,8 @@
 //! Records: the header that each part of an archive begins with, and the mask of its body.
 
+use std::sync::Arc;
+
+use super::seal::{KeySlot, Seal, SecretKey, Suite};
 use crate::block::ByteRange;
 use crate::codec::{Decoded, Decoder, Malformed};
 
@@ -26,6 +29,35 @@ pub fn hash_of(bytes: &[u8]) -> Hash {
     *blake3::hash(bytes).as_bytes()
 }
 
+/// Hashes blocks: with the key of a sealed archive, so that nobody else can tell which blocks it has.
+#[derive(Clone, Default)]
+pub struct BlockHasher {
+    key: Option<Arc<SecretKey>>,
+}
+
+impl std::fmt::Debug for BlockHasher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockHasher").finish_non_exhaustive()
+    }
+}
+
+impl BlockHasher {
+    /// Makes one with a key.
+    pub fn keyed(key: SecretKey) -> Self {
+        Self {
+            key: Some(Arc::new(key)),
+        }
+    }
+
+    /// Returns the hash of a block.
+    pub fn of(&self, block: &[u8]) -> Hash {
+        match &self.key {
+            Some(key) => *blake3::keyed_hash(key, block).as_bytes(),
+            None => hash_of(block),
+        }
+    }
+}
+
 /// The identity of a lane: the commits of one writer, each of which follows the one before.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LaneId(pub [u8; 16]);
@@ -49,6 +81,8 @@ pub enum RecordKind {
     Commit,
     /// Where the last COMMIT is.
     Tail,
+    /// The keys of a sealed archive, which only those open that it is for.
+    Key,
     /// Anything, which a reader skips.
     Note,
     /// What a COMMIT lists.
@@ -84,7 +118,7 @@ const KINDS: [KindRow; 11] = {
         row(RecordKind::Commit, 5, "COMMIT", true, 128 << 10),
         row(RecordKind::Tail, 6, "TAIL", false, 96),
         row(RecordKind::Other(7), 7, "PARITY", false, 33 << 20),
-        row(RecordKind::Other(8), 8, "KEY", true, 64 << 10),
+        row(RecordKind::Key, 8, "KEY", true, 64 << 10),
         row(RecordKind::Note, 9, "NOTE", false, 64 << 10),
         row(RecordKind::List, 10, "LIST", true, 5 << 20),
         row(RecordKind::Other(11), 11, "SIGNATURE", false, 4 << 10),
@@ -95,13 +129,14 @@ const OTHER_BYTES_MAX: u64 = 33 << 20;
 
 impl RecordKind {
     /// Every kind that this version writes.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Head,
         Self::Plan,
         Self::Pack,
         Self::Index,
         Self::Commit,
         Self::Tail,
+        Self::Key,
         Self::Note,
         Self::List,
     ];
@@ -152,6 +187,8 @@ impl RecordKind {
 pub struct RecordHeader {
     /// What the record holds.
     pub kind: RecordKind,
+    /// How its body is sealed; none if it is clear.
+    pub seal: Option<Seal>,
     /// The number of the body's mask; 0 if it has none.
     pub mask: u16,
     /// The lane it belongs to.
@@ -171,9 +208,24 @@ impl RecordHeader {
     ///
     /// # Errors
     /// Fails if no mask hides the magic, which does not happen by chance.
-    pub fn seal(kind: RecordKind, lane: LaneId, epoch: EpochId, sequence: u64, body: &mut [u8]) -> Decoded<Self> {
+    pub fn of_body(kind: RecordKind, lane: LaneId, epoch: EpochId, sequence: u64, body: &mut [u8]) -> Decoded<Self> {
+        Self::of_stored((kind, None), lane, epoch, sequence, body)
+    }
+
+    /// Makes the header of a record whose body may be sealed, as [`RecordHeader::of_body`] does.
+    ///
+    /// # Errors
+    /// Those of [`RecordHeader::of_body`].
+    pub fn of_stored(
+        (kind, seal): (RecordKind, Option<Seal>),
+        lane: LaneId,
+        epoch: EpochId,
+        sequence: u64,
+        body: &mut [u8],
+    ) -> Decoded<Self> {
         let mut header = Self {
             kind,
+            seal,
             mask: 0,
             lane,
             epoch,
@@ -214,9 +266,10 @@ impl RecordHeader {
         let mut encoded = Vec::with_capacity(HEADER_BYTES);
         encoded.extend(MAGIC);
         encoded.extend([self.kind.number(), VERSION]);
-        let flags = if self.kind.is_critical() { FLAG_CRITICAL } else { 0 };
-        encoded.extend(flags.to_le_bytes());
-        encoded.extend([0; 2]);
+        let critical = if self.kind.is_critical() { FLAG_CRITICAL } else { 0 };
+        let sealed = if self.seal.is_some() { FLAG_SEALED } else { 0 };
+        encoded.extend((critical | sealed).to_le_bytes());
+        encoded.extend(self.seal.map_or([0; 2], |seal| [seal.suite.number(), seal.slot.number()]));
         encoded.extend(self.mask.to_le_bytes());
         encoded.extend(self.lane.0);
         encoded.extend(self.epoch.0.to_le_bytes());
@@ -255,9 +308,15 @@ impl RecordHeader {
         }
         let mut decoder = Decoder::new(&hashed[MAGIC.len()..]);
         let (kind, version, flags) = (RecordKind::of(decoder.u8()?), decoder.u8()?, decoder.u16()?);
-        let reserved: [u8; 2] = decoder.array()?;
+        let sealed_with: [u8; 2] = decoder.array()?;
         let header = Self {
             kind,
+            seal: KeySlot::of(kind)
+                .filter(|_| flags & FLAG_SEALED != 0)
+                .map(|slot| Seal {
+                    suite: Suite::Aes256Gcm,
+                    slot,
+                }),
             mask: decoder.u16()?,
             lane: LaneId(decoder.array()?),
             epoch: EpochId(decoder.u64()?),
@@ -265,11 +324,11 @@ impl RecordHeader {
             body_bytes: decoder.u64()?,
             body_hash: decoder.array()?,
         };
-        if let Some(problem) = header.unsupported(version, flags) {
+        if let Some(problem) = header.unsupported(version, flags, sealed_with) {
             return Ok(DecodedHeader::Unsupported(UnsupportedRecord { header, problem }));
         }
-        if reserved != [0; 2] {
-            return Err("reserved bytes of a record header are not zero".into());
+        if sealed_with != header.seal.map_or([0; 2], |seal| [seal.suite.number(), seal.slot.number()]) {
+            return Err("a record header has another key or cipher than its kind".into());
         }
         if kind.row().is_some() && (flags & FLAG_CRITICAL != 0) != kind.is_critical() {
             return Err("a record has a flag that its kind does not have".into());
@@ -284,12 +343,15 @@ impl RecordHeader {
     }
 
     /// Returns why a record must not be used.
-    fn unsupported(&self, version: u8, flags: u16) -> Option<&'static str> {
+    fn unsupported(&self, version: u8, flags: u16, sealed_with: [u8; 2]) -> Option<&'static str> {
+        /// A cipher that the format knows and this version does not.
+        const CHACHA20_POLY1305: u8 = 2;
+        let is_sealed = flags & FLAG_SEALED != 0;
         if version != VERSION {
             Some("it has another version of the format")
-        } else if flags & FLAG_SEALED != 0 {
-            Some("it is sealed, which this version cannot read")
-        } else if flags & !FLAG_CRITICAL != 0 {
+        } else if is_sealed && (self.seal.is_none() || sealed_with[0] == CHACHA20_POLY1305) {
+            Some("it is sealed in a way that this version cannot read")
+        } else if flags & !(FLAG_CRITICAL | FLAG_SEALED) != 0 {
             Some("it has records with flags that this version does not know")
         } else if matches!(self.kind, RecordKind::Other(_)) && flags & FLAG_CRITICAL != 0 {
             Some("it has records of a kind that this version does not know")
@@ -357,7 +419,7 @@ mod tests {
     use super::*;
 
     fn header(kind: RecordKind, sequence: u64, body: &[u8]) -> RecordHeader {
-        RecordHeader::seal(kind, LaneId([7; 16]), EpochId(3), sequence, &mut body.to_vec()).unwrap()
+        RecordHeader::of_body(kind, LaneId([7; 16]), EpochId(3), sequence, &mut body.to_vec()).unwrap()
     }
 
     fn with_right_hash(mut bytes: [u8; HEADER_BYTES]) -> [u8; HEADER_BYTES] {
@@ -429,7 +491,7 @@ mod tests {
         let inner = header(RecordKind::Head, 0, b"").encode();
         let plain = [&[1; 5000][..], &inner, &[2; 100]].concat();
         let mut stored = plain.clone();
-        let header = RecordHeader::seal(RecordKind::Pack, LaneId([7; 16]), EpochId(3), 9, &mut stored).unwrap();
+        let header = RecordHeader::of_body(RecordKind::Pack, LaneId([7; 16]), EpochId(3), 9, &mut stored).unwrap();
         assert_eq!((header.mask, find_magic(&stored)), (1, None));
         assert_eq!(header.body_hash, hash_of(&plain));
         for range in [0..plain.len(), 10..20, 4090..4100, 4999..5150] {

@@ -204,7 +204,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn header(sequence: u64, body: &mut [u8]) -> RecordHeader {
-        RecordHeader::seal(RecordKind::Other(30), LaneId([1; 16]), EpochId(2), sequence, body).unwrap()
+        RecordHeader::of_body(RecordKind::Other(30), LaneId([1; 16]), EpochId(2), sequence, body).unwrap()
     }
 
     fn records(count: u8) -> Vec<Vec<u8>> {

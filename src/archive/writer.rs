@@ -7,11 +7,13 @@ use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, encode_tail};
 use super::head::Head;
 use super::index;
+use super::keys::EpochSealer;
 use super::limits::{LISTS_MAX, RECORDS_MAX};
 use super::list::{self, ImageSummary, Listed, RecordLocation};
 use super::manifest::{self, ManifestBuilder, PlanPart, PlanRecord};
 use super::pack::{self, PlacedFrame};
 use super::reader::Committed;
+use super::seal;
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SEQUENCES};
 use crate::codec::Malformed;
 use crate::content::Content;
@@ -54,6 +56,8 @@ pub struct ArchiveWriter {
     sequence: u64,
     offset: u64,
     records: Vec<RecordLocation>,
+    /// What seals bodies; none if the archive is not sealed.
+    sealer: Option<EpochSealer>,
     /// What a reader makes of the final images.
     images: ManifestBuilder,
 }
@@ -68,6 +72,19 @@ impl ArchiveWriter {
     /// # Errors
     /// Returns the error of the store, or says that the archive has used up the numbers of its commits.
     pub fn begin(store: Arc<dyn Store>, base: EpochBase, epoch: EpochId, budget: &Budget) -> io::Result<Self> {
+        Self::begin_with(store, base, (epoch, None), budget)
+    }
+
+    /// Begins an epoch whose records are sealed by something, or stay clear.
+    ///
+    /// # Errors
+    /// Those of [`ArchiveWriter::begin`].
+    pub fn begin_with(
+        store: Arc<dyn Store>,
+        base: EpochBase,
+        (epoch, sealer): (EpochId, Option<EpochSealer>),
+        budget: &Budget,
+    ) -> io::Result<Self> {
         if base.last_number >= CommitNumber::LAST {
             return Err(io::Error::other("the archive has used up the numbers of its commits"));
         }
@@ -78,9 +95,15 @@ impl ArchiveWriter {
             sequence: base.sequence,
             offset: base.length,
             records: Vec::new(),
+            sealer,
             images: ManifestBuilder::new(budget),
         };
-        writer.put(RecordKind::Head, Head::current().encode(), |_| ())?;
+        if writer.sealer.is_some() {
+            writer.put(RecordKind::Head, Head::sealed().encode(), |_| ())?;
+            writer.write_keys()?;
+        } else {
+            writer.put(RecordKind::Head, Head::current().encode(), |_| ())?;
+        }
         Ok(writer)
     }
 
@@ -125,24 +148,49 @@ impl ArchiveWriter {
         })
     }
 
-    /// Writes a PACK of some frames, which are in order; none if there are none.
+    /// Writes a PACK of some frames, which are in order; none if there are none. A sealed one is padded: to the length of all others if it is
+    /// full, and otherwise so that its length tells little.
     ///
     /// # Errors
     /// Returns the error of the store, or says what a reader would refuse.
-    pub fn put_pack(&mut self, frames: &[PlacedFrame]) -> io::Result<()> {
+    pub fn put_pack(&mut self, frames: &[PlacedFrame], is_full: bool) -> io::Result<()> {
         let Some(first) = frames.first().map(|placed| placed.first) else {
             return Ok(());
         };
-        let (body, table_hash) = pack::encode(frames);
-        let table = pack::decode_table(&body, body.len() as u64, None).map_err(too_large)?;
+        let (mut body, table_hash) = pack::encode_table(frames);
+        let stored_bytes = frames.iter().map(|placed| placed.frame.stored_bytes()).sum::<usize>();
+        let table = pack::decode_table(&body, (body.len() + stored_bytes) as u64, None).map_err(too_large)?;
         if (table.hash, table.first) != (table_hash, first) {
             return Err(too_large("a PACK is not what it should be".into()));
         }
-        self.put(RecordKind::Pack, body, |location| {
-            location.first = first;
-            location.blocks = table.blocks;
-            location.table_hash = table_hash;
-        })
+        let place = (self.base.lane, self.epoch);
+        let stored = if let Some(sealer) = &mut self.sealer {
+            let contents = frames.iter().map(|placed| placed.frame.stored());
+            let length = seal::padded_pack_bytes(frames.len(), stored_bytes, is_full);
+            sealer.seal_pack(place, &body, contents, length).map_err(too_large)?
+        } else {
+            body.reserve_exact(stored_bytes);
+            for placed in frames {
+                body.extend_from_slice(placed.frame.stored());
+            }
+            body
+        };
+        let mut location = self.write(RecordKind::Pack, stored)?;
+        location.first = first;
+        location.blocks = table.blocks;
+        location.table_hash = table_hash;
+        self.records.push(location);
+        Ok(())
+    }
+
+    /// Returns whether a PACK of so many frames would be longer with another one of `more_bytes` than the PACKs of a sealed archive are.
+    pub fn is_pack_full(&self, frames: usize, stored_bytes: usize, more_bytes: usize) -> bool {
+        self.sealer.is_some() && seal::pack_bytes(frames + 1, stored_bytes + more_bytes) > seal::PACK_BYTES
+    }
+
+    /// Returns whether records are sealed.
+    pub fn is_sealed(&self) -> bool {
+        self.sealer.is_some()
     }
 
     /// Writes an INDEX of the blocks from `first` on.
@@ -159,15 +207,35 @@ impl ArchiveWriter {
     }
 
     fn put(&mut self, kind: RecordKind, body: Vec<u8>, describe: impl FnOnce(&mut RecordLocation)) -> io::Result<()> {
-        let mut location = self.write(kind, body)?;
+        let stored = self.seal(kind, body)?;
+        let mut location = self.write(kind, stored)?;
         describe(&mut location);
         self.records.push(location);
         Ok(())
     }
 
+    /// Seals a body as its kind is sealed.
+    fn seal(&mut self, kind: RecordKind, body: Vec<u8>) -> io::Result<Vec<u8>> {
+        let place = (self.base.lane, self.epoch);
+        match &mut self.sealer {
+            Some(sealer) => sealer.seal(kind, place, body).map_err(too_large),
+            None => Ok(body),
+        }
+    }
+
+    /// Writes the KEY record of a sealed epoch.
+    fn write_keys(&mut self) -> io::Result<()> {
+        let Some(sealer) = &self.sealer else { return Ok(()) };
+        let body = sealer.key_body().map_err(too_large)?;
+        self.write(RecordKind::Key, body)?;
+        Ok(())
+    }
+
+    /// Writes a record whose body is as it is stored.
     fn write(&mut self, kind: RecordKind, mut body: Vec<u8>) -> io::Result<RecordLocation> {
-        let header =
-            RecordHeader::seal(kind, self.base.lane, self.epoch, self.sequence, &mut body).map_err(too_large)?;
+        let seal = self.sealer.as_ref().and_then(|_| EpochSealer::seal_of(kind));
+        let header = RecordHeader::of_stored((kind, seal), self.base.lane, self.epoch, self.sequence, &mut body)
+            .map_err(too_large)?;
         RecordHeader::decode(&header.encode()).map_err(too_large)?;
         if self.sequence >= SEQUENCES || self.base.records + self.records.len() + 2 * LISTS_MAX >= RECORDS_MAX {
             return Err(io::Error::other("the archive would have more records than allowed"));
@@ -214,29 +282,42 @@ impl ArchiveWriter {
         self.check_images(images, commit.store_end)?;
         let bodies = list::encode(&listed, images, self.base.lane)?;
         check_lists(&bodies, &listed, images, self.base.lane)?;
-        for (part, body) in &bodies {
-            let location = self.write(RecordKind::List, body.clone())?;
+        let mut stored_lists = Vec::new();
+        for (part, body) in bodies {
+            let stored = self.seal(RecordKind::List, body)?;
+            let location = self.write(RecordKind::List, stored.clone())?;
+            stored_lists.push(stored);
             commit.lists.push(ListLocation {
-                part: *part,
+                part,
                 sequence: location.sequence,
                 offset: location.offset,
                 length: location.length,
                 body_hash: location.body_hash,
             });
         }
+        commit.keyring = self.sealer.as_ref().map(EpochSealer::keyring_number);
         let body = commit.encode()?;
         if Commit::decode(&body).as_ref() != Ok(&commit) {
             return Err(io::Error::other(
                 "the commit has a longer label or more lists than the format allows",
             ));
         }
+        let place = (self.base.lane, self.epoch);
+        let body = match &mut self.sealer {
+            Some(sealer) => sealer.seal_commit(place, &body).map_err(too_large)?,
+            None => body,
+        };
         self.store.settle()?;
         let location = self.write(RecordKind::Commit, body.clone())?;
         self.store.settle()?;
-        for (_, list) in bodies {
+        for list in stored_lists {
             self.write(RecordKind::List, list)?;
         }
-        self.write(RecordKind::Note, vec![0; COPY_DISTANCE])?;
+        if self.sealer.is_some() {
+            self.write_keys()?;
+        } else {
+            self.write(RecordKind::Note, vec![0; COPY_DISTANCE])?;
+        }
         self.write(RecordKind::Commit, body)?;
         let last = CommitLocation {
             offset: location.offset,

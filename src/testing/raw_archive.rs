@@ -133,7 +133,7 @@ impl RawArchive {
             change(record.kind, &mut body);
             let table_hash = pack::decode_table(&body, body.len() as u64, None).map_or([0; 32], |table| table.hash);
             let number = Commit::decode(&body).map(|commit| commit.number.0);
-            let Ok(header) = RecordHeader::seal(record.kind, record.lane, record.epoch, record.sequence, &mut body)
+            let Ok(header) = RecordHeader::of_body(record.kind, record.lane, record.epoch, record.sequence, &mut body)
             else {
                 continue;
             };

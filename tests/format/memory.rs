@@ -262,7 +262,7 @@ fn very_many_records_take_bounded_memory() {
     let (lane, epoch) = (LaneId(head.header.lane.0), EpochId(head.header.epoch.0));
     let mut notes = Vec::with_capacity(usize::try_from(NOTES).unwrap() * HEADER_BYTES);
     for number in 0..NOTES {
-        let header = RecordHeader::seal(RecordKind::Note, lane, epoch, (1 << 20) + number, &mut []).unwrap();
+        let header = RecordHeader::of_body(RecordKind::Note, lane, epoch, (1 << 20) + number, &mut []).unwrap();
         notes.extend(header.encode());
     }
     let folder = scratch();

@@ -294,7 +294,7 @@ impl Placed {
             sequence,
             ..
         } = self.header;
-        let header = RecordHeader::seal(kind, lane, epoch, sequence, &mut body).unwrap();
+        let header = RecordHeader::of_body(kind, lane, epoch, sequence, &mut body).unwrap();
         [&header.encode()[..], &body].concat()
     }
 }

@@ -44,7 +44,7 @@ impl Writing {
             frame: Frame::compress(&plain, &mut compressor).unwrap(),
         };
         let hashes: Vec<Hash> = plain.chunks_exact(BLOCK_LEN).map(hash_of).collect();
-        self.writer.put_pack(&[placed]).unwrap();
+        self.writer.put_pack(&[placed], false).unwrap();
         self.writer.put_index(StoreBlock(0), &hashes).unwrap();
         hashes
     }

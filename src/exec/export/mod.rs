@@ -555,7 +555,7 @@ impl CorrectedBlocks {
             self.written_end += u32::from(frame.blocks);
             placed.push(PlacedFrame { first, frame });
         }
-        records.put_frames(&placed)?;
+        records.put_frames(&placed, false)?;
         self.content.clear();
         Ok(())
     }

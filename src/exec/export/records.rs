@@ -14,7 +14,7 @@ use crate::numbers::StoreBlock;
 
 /// Uncompressed bytes after which a frame ends. It ends with a chunk, so its last chunk may go beyond.
 pub(super) const FRAME_BYTES: usize = 1 << 20;
-/// Compressed bytes after which a PACK ends. A PACK of corrected blocks ends after as many uncompressed bytes.
+/// Compressed bytes after which a PACK ends in an archive that is not sealed. A PACK of corrected blocks ends after as many uncompressed bytes.
 pub(super) const PACK_BYTES: usize = 8 << 20;
 /// Frames after which a PACK ends, however small they are: then it covers a GiB of blocks.
 const PACK_FRAMES: usize = 1024;
@@ -52,8 +52,9 @@ impl RecordWriter<'_> {
         Ok(())
     }
 
-    pub(super) fn put_frames(&mut self, frames: &[PlacedFrame]) -> Result<()> {
-        self.writer.put_pack(frames).map_err(self.failed)
+    /// Writes a PACK. `is_full` says that no other frame fits into it.
+    pub(super) fn put_frames(&mut self, frames: &[PlacedFrame], is_full: bool) -> Result<()> {
+        self.writer.put_pack(frames, is_full).map_err(self.failed)
     }
 
     pub(super) fn put_index(&mut self, first: StoreBlock, hashes: &[Hash]) -> Result<()> {
@@ -146,14 +147,18 @@ impl PackWriter {
     ) -> Result<()> {
         for frame in frames {
             if (self.end - self.packed_end) + u32::from(frame.blocks) > PACK_BLOCKS_MAX {
-                self.end_pack(records)?;
+                self.end_pack(false, records)?;
+            }
+            if (records.writer).is_pack_full(self.frames.len(), self.stored_bytes, frame.stored_bytes()) {
+                self.end_pack(true, records)?;
             }
             self.stored_bytes += frame.stored_bytes();
             let first = self.end;
             self.end += u32::from(frame.blocks);
             self.frames.push(PlacedFrame { first, frame });
-            if self.stored_bytes >= PACK_BYTES || self.frames.len() >= PACK_FRAMES {
-                self.end_pack(records)?;
+            let is_long = self.stored_bytes >= PACK_BYTES || self.frames.len() >= PACK_FRAMES;
+            if is_long && !records.writer.is_sealed() || self.frames.len() >= FRAMES_MAX {
+                self.end_pack(false, records)?;
             }
         }
         while self.packed_end - self.indexed_end >= INDEX_BLOCKS {
@@ -167,9 +172,9 @@ impl PackWriter {
         self.indexed_end
     }
 
-    /// Writes the PACK that is being filled, if it has any frames.
-    fn end_pack(&mut self, records: &mut RecordWriter<'_>) -> Result<()> {
-        records.put_frames(&self.frames)?;
+    /// Writes the PACK that is being filled, if it has any frames. `is_full` says that another one would make it too long.
+    fn end_pack(&mut self, is_full: bool, records: &mut RecordWriter<'_>) -> Result<()> {
+        records.put_frames(&self.frames, is_full)?;
         self.frames.clear();
         self.stored_bytes = 0;
         self.packed_end = self.end;
@@ -185,7 +190,7 @@ impl PackWriter {
 
     /// Writes the last PACK and the INDEX records that are still missing.
     pub(super) fn finish(&mut self, hashes: &HashesOf<'_>, records: &mut RecordWriter<'_>) -> Result<()> {
-        self.end_pack(records)?;
+        self.end_pack(false, records)?;
         while self.end > self.indexed_end {
             self.put_index(INDEX_BLOCKS.min(self.end - self.indexed_end), hashes, records)?;
         }
