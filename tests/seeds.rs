@@ -56,6 +56,7 @@ fn simulated() -> Simulated {
 fn archive(folder: &Path) -> Archive {
     let fs = simulated();
     let options = ExportOptions {
+        sealing: Sealing::default(),
         scope: Scope {
             paths: Vec::new(),
             exclude: Vec::new(),

@@ -147,6 +147,7 @@ impl Scene {
 
     fn export(&self, store: Arc<dyn Store>) -> Result<Exported, Error> {
         let options = ExportOptions {
+            sealing: Sealing::default(),
             scope: Scope {
                 paths: vec![self.fs.pool()],
                 exclude: Vec::new(),

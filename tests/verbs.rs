@@ -93,6 +93,7 @@ impl Scene {
 
     fn export(&self, store: Arc<dyn Store>) -> Result<Exported, Error> {
         let options = ExportOptions {
+            sealing: Sealing::default(),
             scope: self.scope(),
             only: Vec::new(),
             revisions: Revisions::All,

@@ -10,7 +10,8 @@ use super::list::PART_IMAGES;
 use super::manifest::{file_time, store_block};
 use super::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord};
 use crate::codec::{
-    Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint, put_zigzag, skip_entry,
+    Decoded, Decoder, Malformed, next_entry, payload_body, payload_of, put_entry, put_string, put_varint, put_zigzag,
+    skip_entry,
 };
 use crate::content::FileTime;
 use crate::numbers::{CommitNumber, StoreBlock};

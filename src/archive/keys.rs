@@ -8,10 +8,10 @@ use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, Key, KeyInit, Nonce, Tag};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use x_wing::kem::KeyExport;
-use x_wing::{Ciphertext, Decapsulate, Decapsulator, DecapsulationKey, EncapsulationKey};
+use x_wing::{Ciphertext, Decapsulate, DecapsulationKey, Decapsulator, EncapsulationKey};
 
 use super::record::{BlockHasher, EpochId, LaneId, RecordHeader, RecordKind};
-use super::seal::{CLEAR_LENGTH, EpochKeys, KeySlot, Salts, Seal, SealedPlace, SecretKey, SIGNATURE, Suite, TAG_BYTES};
+use super::seal::{CLEAR_LENGTH, EpochKeys, KeySlot, SIGNATURE, Salts, Seal, SealedPlace, SecretKey, Suite, TAG_BYTES};
 use crate::codec::{Decoded, Decoder};
 use crate::error::{Error, Result};
 
@@ -91,7 +91,9 @@ struct OpenPair {
 
 impl std::fmt::Debug for Ring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring").field("number", &self.number).finish_non_exhaustive()
+        f.debug_struct("Ring")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
     }
 }
 
@@ -105,7 +107,10 @@ impl Ring {
             return Err("its keyring has no keys".into());
         }
         let pairs = secrets.pairs.iter().map(|pair| {
-            let (data, metadata) = (DecapsulationKey::from(*pair.data), DecapsulationKey::from(*pair.metadata));
+            let (data, metadata) = (
+                DecapsulationKey::from(*pair.data),
+                DecapsulationKey::from(*pair.metadata),
+            );
             OpenPair {
                 id: pair_id(data.encapsulation_key(), metadata.encapsulation_key()),
                 data,
@@ -113,7 +118,10 @@ impl Ring {
             }
         });
         let signing = SigningKey::from_bytes(&secrets.signing_seed);
-        let others = secrets.signers.iter().filter_map(|key| VerifyingKey::from_bytes(key).ok());
+        let others = secrets
+            .signers
+            .iter()
+            .filter_map(|key| VerifyingKey::from_bytes(key).ok());
         Ok(Self {
             number: secrets.number,
             pairs: pairs.collect(),
@@ -122,6 +130,11 @@ impl Ring {
             signers: std::iter::once(signing.verifying_key()).chain(others).collect(),
             signing,
         })
+    }
+
+    /// Returns what hashes blocks.
+    pub fn hasher(&self) -> BlockHasher {
+        self.hasher.clone()
     }
 
     /// Returns the keys of an epoch.
@@ -262,7 +275,9 @@ struct CommitSeal {
     wraps: Wraps,
 }
 
-const _: () = assert!(SIGNATURE.start == super::commit::CLEAR_BYTES + 4 + 8 && SIGNATURE.end - SIGNATURE.start == SIGNATURE_BYTES);
+const _: () = assert!(
+    SIGNATURE.start == super::commit::CLEAR_BYTES + 4 + 8 && SIGNATURE.end - SIGNATURE.start == SIGNATURE_BYTES
+);
 
 impl CommitSeal {
     fn put(&self, clear: &mut Vec<u8>) {
@@ -347,7 +362,10 @@ impl ArchiveKeys {
 
     /// Returns what hashes blocks in this archive.
     pub fn hasher(&self) -> BlockHasher {
-        self.state().ring.as_ref().map_or_else(BlockHasher::default, |ring| ring.hasher.clone())
+        self.state()
+            .ring
+            .as_ref()
+            .map_or_else(BlockHasher::default, |ring| ring.hasher.clone())
     }
 
     /// Opens the keyring of a KEY record, unless one with this number or a later one is open.
@@ -355,7 +373,12 @@ impl ArchiveKeys {
     /// # Errors
     /// [`Error::Locked`] if there is no key; those of [`Unlock::unlock`]; [`Error::Damaged`] where the number is another.
     pub fn open(&self, archive: &Path, record: &KeyRecord) -> Result<()> {
-        if self.state().ring.as_ref().is_some_and(|ring| ring.number >= record.number) {
+        if self
+            .state()
+            .ring
+            .as_ref()
+            .is_some_and(|ring| ring.number >= record.number)
+        {
             return Ok(());
         }
         let unlock = self.unlock.as_ref().ok_or_else(|| Error::Locked {

@@ -576,9 +576,9 @@ pub fn from_search(reader: &RecordReader, searched: &Searched) -> Result<Opened>
             length: HEADER_BYTES as u64 + header.body_bytes,
             body_hash: header.body_hash,
         };
-        let decoded = reader.body_of(*offset, header).and_then(|body| {
-            Commit::decode_of(&body, header).map_err(|problem| reader.malformed(*offset, problem))
-        });
+        let decoded = reader
+            .body_of(*offset, header)
+            .and_then(|body| Commit::decode_of(&body, header).map_err(|problem| reader.malformed(*offset, problem)));
         if decoded.is_ok() {
             seen.insert(header.body_hash);
             main = header.lane;

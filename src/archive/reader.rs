@@ -15,8 +15,8 @@ use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use super::open::{self, Opened, Searched};
 use super::pack::{self, FrameInfo, PackTable};
 use super::record::{
-    BlockHasher, DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, SoughtRecord, find_magic,
-    hash_of,
+    BlockHasher, DecodedHeader, EpochId, HEADER_BYTES, Hash, LaneId, MAGIC, RecordHeader, RecordKind, SoughtRecord,
+    find_magic, hash_of,
 };
 use super::seal::{EpochKeys, PackOpener, SALT_BYTES, TAG_BYTES};
 use super::writer::EpochBase;
@@ -819,13 +819,17 @@ impl Archive {
             if table.hash != pack.table_hash || table.blocks != pack.blocks {
                 return Err(reader.problem(offset, "a PACK is not the one that its COMMIT lists"));
             }
-            let located = table.frames.into_iter().enumerate().map(|(number, frame)| LocatedFrame {
-                offset: body + frame.offset + salt.map_or(0, |_| PackOpener::shift_of(number)),
-                frame,
-                header,
-                number,
-                salt,
-            });
+            let located = table
+                .frames
+                .into_iter()
+                .enumerate()
+                .map(|(number, frame)| LocatedFrame {
+                    offset: body + frame.offset + salt.map_or(0, |_| PackOpener::shift_of(number)),
+                    frame,
+                    header,
+                    number,
+                    salt,
+                });
             Ok(located.collect())
         };
         self.with_search(pack, read)
@@ -927,10 +931,9 @@ impl Archive {
             other => return other,
         };
         match self.searched()?.place_of(header.kind, &header.body_hash) {
-            Some(place) if place < self.records_end => read(
-                place + HEADER_BYTES as u64 + in_body,
-                &self.reader.header_at(place)?,
-            ),
+            Some(place) if place < self.records_end => {
+                read(place + HEADER_BYTES as u64 + in_body, &self.reader.header_at(place)?)
+            }
             _ => Err(error),
         }
     }

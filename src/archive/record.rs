@@ -269,7 +269,10 @@ impl RecordHeader {
         let critical = if self.kind.is_critical() { FLAG_CRITICAL } else { 0 };
         let sealed = if self.seal.is_some() { FLAG_SEALED } else { 0 };
         encoded.extend((critical | sealed).to_le_bytes());
-        encoded.extend(self.seal.map_or([0; 2], |seal| [seal.suite.number(), seal.slot.number()]));
+        encoded.extend(
+            self.seal
+                .map_or([0; 2], |seal| [seal.suite.number(), seal.slot.number()]),
+        );
         encoded.extend(self.mask.to_le_bytes());
         encoded.extend(self.lane.0);
         encoded.extend(self.epoch.0.to_le_bytes());
@@ -311,12 +314,10 @@ impl RecordHeader {
         let sealed_with: [u8; 2] = decoder.array()?;
         let header = Self {
             kind,
-            seal: KeySlot::of(kind)
-                .filter(|_| flags & FLAG_SEALED != 0)
-                .map(|slot| Seal {
-                    suite: Suite::Aes256Gcm,
-                    slot,
-                }),
+            seal: KeySlot::of(kind).filter(|_| flags & FLAG_SEALED != 0).map(|slot| Seal {
+                suite: Suite::Aes256Gcm,
+                slot,
+            }),
             mask: decoder.u16()?,
             lane: LaneId(decoder.array()?),
             epoch: EpochId(decoder.u64()?),
@@ -327,7 +328,11 @@ impl RecordHeader {
         if let Some(problem) = header.unsupported(version, flags, sealed_with) {
             return Ok(DecodedHeader::Unsupported(UnsupportedRecord { header, problem }));
         }
-        if sealed_with != header.seal.map_or([0; 2], |seal| [seal.suite.number(), seal.slot.number()]) {
+        if sealed_with
+            != header
+                .seal
+                .map_or([0; 2], |seal| [seal.suite.number(), seal.slot.number()])
+        {
             return Err("a record header has another key or cipher than its kind".into());
         }
         if kind.row().is_some() && (flags & FLAG_CRITICAL != 0) != kind.is_critical() {

@@ -184,15 +184,18 @@ impl RecordCipher {
     fn open(&self, segment: Segment, clear: &[u8], sealed: &mut [u8], tag: &[u8]) -> Decoded<()> {
         let known = [&self.place.bytes[..], clear].concat();
         let tag: [u8; TAG_BYTES] = tag.try_into().map_err(|_| WRONG_SEAL)?;
-        let opened =
-            self.cipher
-                .decrypt_inout_detached(&Self::nonce(segment), &known, sealed.into(), &Tag::from(tag));
+        let opened = self
+            .cipher
+            .decrypt_inout_detached(&Self::nonce(segment), &known, sealed.into(), &Tag::from(tag));
         Ok(opened.map_err(|_| WRONG_SEAL)?)
     }
 
     /// Opens a segment with its tag behind it. Returns its plain bytes.
     fn open_whole(&self, segment: Segment, clear: &[u8], mut sealed: Vec<u8>) -> Decoded<Vec<u8>> {
-        let end = sealed.len().checked_sub(TAG_BYTES).ok_or("a sealed record ends too early")?;
+        let end = sealed
+            .len()
+            .checked_sub(TAG_BYTES)
+            .ok_or("a sealed record ends too early")?;
         let (body, tag) = sealed.split_at_mut(end);
         self.open(segment, clear, body, tag)?;
         sealed.truncate(end);
@@ -241,7 +244,9 @@ pub struct Salts {
 
 impl std::fmt::Debug for Salts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Salts").field("count", &self.count).finish_non_exhaustive()
+        f.debug_struct("Salts")
+            .field("count", &self.count)
+            .finish_non_exhaustive()
     }
 }
 
@@ -340,7 +345,7 @@ pub fn seal_pack<'f>(
     let content = RecordCipher::new(&keys.data, &salt, place);
     let mut out = Vec::with_capacity(length);
     out.extend(salt);
-    let mut put = |cipher: &RecordCipher, segment, plain: &[u8], out: &mut Vec<u8>| -> Decoded<()> {
+    let put = |cipher: &RecordCipher, segment, plain: &[u8], out: &mut Vec<u8>| -> Decoded<()> {
         let start = out.len();
         out.extend(plain);
         let tag = cipher.seal(segment, &[], &mut out[start..])?;
@@ -391,7 +396,9 @@ pub fn open_body(keys: &EpochKeys, header: &RecordHeader, seal: Seal, stored: Ve
 pub fn clear_bytes(commit: &[u8]) -> Decoded<usize> {
     let length = commit.get(CLEAR_LENGTH).ok_or("it ends too early")?;
     let length = Decoder::new(length).u32()? as usize;
-    Ok(Some(length).filter(|length| *length <= commit.len()).ok_or("it ends too early")?)
+    Ok(Some(length)
+        .filter(|length| *length <= commit.len())
+        .ok_or("it ends too early")?)
 }
 
 fn salt_of(stored: &[u8]) -> Decoded<[u8; SALT_BYTES]> {

@@ -26,7 +26,7 @@ use crate::frame::Packer;
 use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::diff::{ComparedWith, diff};
-use crate::ops::export::{BackupExportOptions, ExportOptions, export, export_backup};
+use crate::ops::export::{BackupExportOptions, ExportOptions, Sealing, export, export_backup};
 use crate::ops::import::qubes::{QubesOptions, import as import_into_qubes, write_skeleton};
 use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list;
@@ -436,6 +436,7 @@ fn archive_place(named: &Path) -> ArchivePlace {
 impl args::Export {
     fn options(&self) -> Result<ExportOptions> {
         Ok(ExportOptions {
+            sealing: Sealing::default(),
             scope: self.scope.scope()?,
             only: self.only.clone(),
             revisions: self.revisions,
@@ -451,6 +452,7 @@ impl args::Export {
     /// The options for the backup `from`.
     fn backup_options(&self, from: &Path) -> BackupExportOptions {
         BackupExportOptions {
+            sealing: Sealing::default(),
             from: archive_place(from),
             only: self.only.clone(),
             archive: archive_place(&self.archive),
@@ -492,6 +494,7 @@ impl args::Import {
 impl args::Access {
     fn access(&self) -> BackupAccess {
         BackupAccess {
+            unlock: None,
             passphrase_file: self.passphrase_file.clone(),
             prompt: prompt::passphrase,
             limits: Limits {

@@ -5,10 +5,9 @@ use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::LazyLock;
 
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::{BlockHasher, Hash};
 use crate::block::BLOCK_LEN;
 use crate::content::{Content, Run};
 use crate::error::{Error, Result};
@@ -277,10 +276,10 @@ fn page_of(block: StoreBlock) -> StoreBlock {
 pub fn digest(
     runs: &[Run],
     size: u64,
-    monitor: &dyn Monitor,
+    (hasher, monitor): (&BlockHasher, &dyn Monitor),
     mut stored: impl FnMut(StoreBlock, u32, &mut Digest<'_>) -> Result<()>,
 ) -> Result<Hash> {
-    let mut digest = Digest::new(monitor);
+    let mut digest = Digest::of(hasher, monitor);
     for run in runs {
         match run.content {
             Content::Stored(first) => stored(first, run.blocks, &mut digest)?,
@@ -291,9 +290,8 @@ pub fn digest(
 }
 
 /// The hash of a block of zeros, which an archive may hold like any other.
-pub fn zero_hash() -> Hash {
-    static ZEROS: LazyLock<Hash> = LazyLock::new(|| hash_of(&[0; BLOCK_LEN]));
-    *ZEROS
+pub fn zero_hash(hasher: &BlockHasher) -> Hash {
+    hasher.of(&[0; BLOCK_LEN])
 }
 
 /// Makes the digest of an image, as the format defines it (`formats/archive-v1.md`, LIST). It depends on the content alone, and takes no time
@@ -313,13 +311,18 @@ impl<'a> Digest<'a> {
     /// Bytes of items that go into the hasher at a time. All cores hash them together.
     const PIECE_BYTES: usize = 4 << 20;
 
-    /// Begins the digest of an image, without blocks so far.
+    /// Begins the digest of an image in an archive that is not sealed, without blocks so far.
     pub fn new(monitor: &'a dyn Monitor) -> Self {
+        Self::of(&BlockHasher::default(), monitor)
+    }
+
+    /// Begins the digest of an image in an archive whose blocks this hashes.
+    pub fn of(blocks: &BlockHasher, monitor: &'a dyn Monitor) -> Self {
         Self {
             hasher: blake3::Hasher::new(),
             pending: Vec::new(),
             zeros: 0,
-            zero_hash: zero_hash(),
+            zero_hash: zero_hash(blocks),
             monitor,
         }
     }
@@ -379,6 +382,7 @@ impl<'a> Digest<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::archive::record::hash_of;
     use crate::monitor::Silent;
 
     #[test]

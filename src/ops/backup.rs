@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{BackupAccess, is_backup, open_backup};
-use crate::archive::record::LaneId;
+use crate::archive::record::{BlockHasher, LaneId};
 use crate::block::bytes;
 use crate::content::Content;
 use crate::error::{Error, Result};
@@ -86,6 +86,7 @@ pub fn verify(path: &Path, access: &BackupAccess, monitor: &dyn Monitor) -> Resu
         folder: std::env::temp_dir(),
         budget: super::runs_budget(None),
         earlier: Box::new(NoEarlierBlocks),
+        hasher: BlockHasher::default(),
     };
     let mut source = BackupSource::new(backup, path, options, monitor);
     let (contents, counts) = read_all(&mut source, None, |_| Ok(()), monitor)?;

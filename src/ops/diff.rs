@@ -16,7 +16,7 @@ use self::side::Side;
 use super::{BackupAccess, Scope, common_folder, is_backup};
 use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::{BlockHasher, Hash};
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, ByteRange, bytes};
 use crate::content::{Content, Run};
 use crate::error::{Error, Result};
@@ -65,11 +65,11 @@ pub fn diff(
             return Err(Error::Usage(problem.into()));
         }
         result.first = "the backup".into();
-        let first = Side::of_backup(&store, access, monitor)?;
+        let first = Side::of_backup(&store, access, BlockHasher::default(), monitor)?;
         compare(first, with, access, &mut result, monitor)?;
         return Ok(result);
     }
-    let archive = Archive::open(std::sync::Arc::new(store))?;
+    let archive = Archive::open_with(std::sync::Arc::new(store), access.keys())?;
     let name_of = |committed: &Committed| format!("commit {} ({})", committed.commit.number, committed.id());
     let committed = archive.commit(commit)?;
     result.first = name_of(committed);
@@ -101,7 +101,7 @@ fn compare(
         }
         ComparedWith::Backup(path) => {
             result.second = format!("`{}`", shown(path));
-            let second = Side::of_backup(&FileStore::open(path)?, access, monitor)?;
+            let second = Side::of_backup(&FileStore::open(path)?, access, first.hasher.clone(), monitor)?;
             result.images = diff_sides(first, second, monitor)?;
         }
     }
@@ -246,6 +246,7 @@ fn diff_file(
         file: &file,
         known: 0..0,
     };
+    let hasher = side.hasher.clone();
     for run in &image.runs {
         for skipped in (0..run.blocks).step_by(PART_BLOCKS as usize) {
             if monitor.interrupted() {
@@ -265,7 +266,7 @@ fn diff_file(
             }
             let file_hashes: Vec<Option<Hash>> = buffer
                 .par_chunks_exact(BLOCK_LEN)
-                .map(|block| block.iter().any(|byte| *byte != 0).then(|| hash_of(block)))
+                .map(|block| block.iter().any(|byte| *byte != 0).then(|| hasher.of(block)))
                 .collect();
             for (number, file_hash) in (0u32..).zip(file_hashes) {
                 if file_hash != side.hash_at(part.content, number)? {

@@ -13,6 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use self::from_backup::{BackupExportOptions, export_backup};
 use self::images::{Summarizer, corrected, put_images, with_inline};
+pub use self::open_archive::{MakeKeyring, NewKeyring, Sealing};
 use self::open_archive::{OpenArchive, random};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::Commit;
@@ -20,7 +21,7 @@ use crate::archive::limits::{LABEL_BYTES_MAX, RUNS_MAX};
 use crate::archive::list::ImageSummary;
 use crate::archive::manifest::{self, ArchivedFolder, ArchivedImage, PlanPart};
 use crate::archive::reader::Committed;
-use crate::archive::record::{EpochId, LaneId};
+use crate::archive::record::{BlockHasher, EpochId, LaneId};
 use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::FileTime;
@@ -67,6 +68,8 @@ pub struct ExportOptions {
     pub trusts_archive: bool,
     /// The label of the commit, which may be empty.
     pub label: String,
+    /// How the archive is sealed.
+    pub sealing: Sealing,
 }
 
 /// Exports a pool.
@@ -143,7 +146,7 @@ pub fn export_to(
     let names = found.images.iter();
     origin.names = names.map(|image| (image.path.clone(), image.names.clone())).collect();
     let scope = &options.scope;
-    let mut opened = OpenArchive::new(open()?)?;
+    let mut opened = OpenArchive::new(open()?, &options.sealing)?;
     let result = open_pool(found, Purpose::Read, monitor).and_then(|(fs, skipped)| {
         let pool = OpenPool::of(&*fs, skipped, scope, monitor);
         write(RUNS_MAX, pool, (&origin, options), &mut opened, monitor)
@@ -183,7 +186,7 @@ pub fn export_within(
         root: common_folder(folders),
         ..ImageOrigins::default()
     };
-    let mut opened = OpenArchive::new(store)?;
+    let mut opened = OpenArchive::new(store, &options.sealing)?;
     let result = write(runs_max, pool, (&origin, options), &mut opened, monitor);
     if result.is_err() {
         opened.undo(monitor);
@@ -303,7 +306,9 @@ impl Exporter<'_> {
         let epoch = EpochId(u64::from_le_bytes(random()?));
         opened.begin(self.monitor)?;
         let store = Arc::clone(&opened.store);
-        let mut writer = ArchiveWriter::begin(store, opened.base, epoch, facts.budget()).map_err(failed)?;
+        let sealer = opened.sealer(epoch)?;
+        let begun = ArchiveWriter::begin_with(store, opened.base, (epoch, sealer), facts.budget());
+        let mut writer = begun.map_err(failed)?;
         let mut records = RecordWriter {
             writer: &mut writer,
             failed: &failed,
@@ -314,11 +319,12 @@ impl Exporter<'_> {
         let fingerprints = |first, blocks| plan.fingerprints.range(first..first + blocks);
         announce(fs.function(), plan.first_new, &plan.chunks, fingerprints, &mut records)?;
         let old_hashes = || StoredHashes::new(opened.last(), plan.first_new);
+        let hasher = opened.hasher();
         let log = HashLog::new(plan.first_new, self.options.scope.index.clone());
         let outcome = store_blocks(
             (fs, facts),
             &plan,
-            self.settings(),
+            self.settings(&hasher),
             (old_hashes(), log),
             &mut records,
             self.monitor,
@@ -337,7 +343,7 @@ impl Exporter<'_> {
         left_out.append(&mut too_many);
         put_images(PlanPart::Final, entries, &left_out, last_runs, &mut records)?;
         self.monitor.phase("Committing", 0);
-        let summarizer = Summarizer::new(&outcome.hashes, old_hashes(), &path, self.monitor);
+        let summarizer = Summarizer::new(&outcome.hashes, old_hashes(), &path, (&hasher, self.monitor));
         let (summaries, uses) = summarizer.all(&images, &left_out, last_runs)?;
         let listed = opened.listed(uses);
         let commit = commit_of(
@@ -475,11 +481,12 @@ impl Exporter<'_> {
     }
 
     /// The settings for [`store_blocks`].
-    fn settings(&self) -> ExportSettings<'_> {
+    fn settings<'s>(&'s self, hasher: &'s BlockHasher) -> ExportSettings<'s> {
         ExportSettings {
             function: self.fs.function(),
             level: self.options.level,
             inline: &self.survey.inline,
+            hasher,
         }
     }
 

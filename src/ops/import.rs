@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::{ArchivePlace, BackupAccess, is_backup, open_backup};
 use crate::archive::reader::Archive;
-use crate::archive::record::{LaneId, hash_of};
+use crate::archive::record::{BlockHasher, LaneId, hash_of};
 use crate::error::{Error, Result};
 use crate::exec::restore::archive::ArchiveSource;
 use crate::exec::restore::backup::{BackupOptions, BackupSource, NoEarlierBlocks};
@@ -124,6 +124,7 @@ fn import_opened(
         folder: options.restore.to.clone(),
         budget: super::runs_budget(Some(&options.index)),
         earlier: Box::new(NoEarlierBlocks),
+        hasher: BlockHasher::default(),
     };
     let mut source = BackupSource::new(backup, store.path(), backup_options, monitor);
     restore(&mut source, in_place, options, monitor)
@@ -136,9 +137,9 @@ fn import_opened(
 pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn Monitor) -> Result<Imported> {
     monitor.phase("Reading the archive", 0);
     let mut archive = if options.restore.partial {
-        Archive::open_any(store)?
+        Archive::open_any_with(store, options.access.keys())?
     } else {
-        Archive::open(store)?
+        Archive::open_with(store, options.access.keys())?
     };
     if options.restore.partial && !archive.has_leftovers_only()? {
         archive.salvage()?;
@@ -160,6 +161,7 @@ pub fn import_in_order(store: &dyn Store, options: &ImportOptions, monitor: &dyn
         announces: seeds::are_possible(options),
         folder: options.restore.to.clone(),
         budget: super::runs_budget(Some(&options.index)),
+        keys: options.access.keys(),
     };
     let mut source = PipeSource::new(store, pipe_options, monitor);
     let imported = restore(&mut source, &[], options, monitor)?;

@@ -1,7 +1,9 @@
 //! `list`: shows the commits and images of an archive.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use crate::archive::keys::ArchiveKeys;
 use crate::archive::reader::{Archive, Committed, Damage};
 use crate::archive::writer::COPIES_BYTES;
 use crate::block::BLOCK_BYTES;
@@ -16,7 +18,15 @@ use crate::store::FileStore;
 /// # Errors
 /// Those of [`FileStore::open`], [`Archive::open`] and [`Archive::commit`].
 pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
-    let archive = Archive::open(std::sync::Arc::new(FileStore::open(path)?))?;
+    list_with(path, commit, Arc::default())
+}
+
+/// Lists the commits of an archive that may be sealed, or one of them.
+///
+/// # Errors
+/// Those of [`list`] and [`Archive::open_with`].
+pub fn list_with(path: &Path, commit: Option<&str>, keys: Arc<ArchiveKeys>) -> Result<Listed> {
+    let archive = Archive::open_with(Arc::new(FileStore::open(path)?), keys)?;
     let all = archive.commits();
     let places = match commit {
         Some(name) => {

@@ -12,7 +12,9 @@ pub mod verify;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::archive::keys::{ArchiveKeys, Unlock};
 use crate::block::{ByteRange, bytes};
 use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, allocate, fingerprint};
@@ -63,9 +65,11 @@ pub enum ArchivePlace {
     Pipe,
 }
 
-/// How backups of other programs are opened.
+/// How sealed archives, and backups of other programs, are opened.
 #[derive(Debug, Clone)]
 pub struct BackupAccess {
+    /// What opens the keyring of a sealed archive; none if no key was given.
+    pub unlock: Option<Arc<dyn Unlock>>,
     /// The file whose first line is the passphrase.
     pub passphrase_file: Option<PathBuf>,
     /// Asks the user for a passphrase where no file is named.
@@ -79,6 +83,12 @@ pub struct BackupAccess {
 }
 
 impl BackupAccess {
+    /// Returns the keys of an archive, which are opened once they are needed.
+    pub fn keys(&self) -> Arc<ArchiveKeys> {
+        let unlock = self.unlock.clone();
+        unlock.map_or_else(Arc::default, |unlock| Arc::new(ArchiveKeys::opened_by(unlock)))
+    }
+
     /// Opens the backing files.
     ///
     /// # Errors
@@ -108,6 +118,7 @@ impl BackupAccess {
 impl Default for BackupAccess {
     fn default() -> Self {
         Self {
+            unlock: None,
             passphrase_file: None,
             prompt: |_| {
                 Err(Error::Usage(

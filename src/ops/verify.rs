@@ -9,12 +9,13 @@ use rayon::prelude::*;
 
 use crate::archive::head::Head;
 use crate::archive::index;
+use crate::archive::keys::ArchiveKeys;
 use crate::archive::lane::ListedRecord;
 use crate::archive::list::{ImageSummary, RecordLocation, by_path};
 use crate::archive::manifest::{ImageRuns, Manifest, ManifestBuilder, PlanPart, PlanRecord};
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, MISSING_RUNS, ProvedHash, note_damage};
-use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordKind, hash_of};
+use crate::archive::record::{BlockHasher, HEADER_BYTES, Hash, LaneId, RecordKind};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::codec::{Decoded, Malformed};
 use crate::content::Content;
@@ -42,9 +43,17 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
 /// # Errors
 /// Those of [`verify`].
 pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
+    verify_sealed(store, Arc::default(), monitor)
+}
+
+/// Verifies the archive in a store, which may be sealed.
+///
+/// # Errors
+/// Those of [`verify`].
+pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dyn Monitor) -> Result<Verified> {
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
-    let mut archive = Archive::open_any(store)?;
+    let mut archive = Archive::open_any_with(store, keys)?;
     archive.check_listed_supported()?;
     let mut damage: Vec<Damage> = archive.look_for_damage()?;
     damage.append(&mut archive.stray_commits()?);
@@ -182,7 +191,8 @@ impl Verifier<'_> {
             if self.monitor.interrupted() {
                 return Err(Error::Interrupted);
             }
-            let checked = check_pack(archive, last, CheckedPack::new(pack, &ends[&last.lane], &self.budget));
+            let begun = CheckedPack::new(pack, &ends[&last.lane], archive.hasher(), &self.budget);
+            let checked = check_pack(archive, last, begun);
             self.monitor.advance(bytes(pack.location.blocks));
             checked
         });
@@ -367,7 +377,8 @@ impl Verifier<'_> {
             result.images += 1;
             listed.insert(path);
             let mut has_all = !image.is_incomplete();
-            let found = digest(&image.runs, image.image.size, self.monitor, |first, blocks, digest| {
+            let made_with = (&archive.hasher(), self.monitor);
+            let found = digest(&image.runs, image.image.size, made_with, |first, blocks, digest| {
                 has_all &= hashes.add_to(digest, first, blocks)?;
                 Ok(())
             })?;
@@ -519,6 +530,7 @@ struct CheckedPack<'a> {
     expected: Vec<Option<ProvedHash>>,
     /// Blocks that are what was stored.
     blocks: u64,
+    hasher: BlockHasher,
     held: Vec<(CommitNumber, Range<StoreBlock>)>,
     remade: SpillVec<(StoreBlock, Hash)>,
     /// What of it cannot be read: no damage if other PACKs hold it.
@@ -528,12 +540,13 @@ struct CheckedPack<'a> {
 }
 
 impl<'a> CheckedPack<'a> {
-    fn new(pack: &'a ListedRecord, ends: &'a StoreEnds, budget: &Budget) -> Self {
+    fn new(pack: &'a ListedRecord, ends: &'a StoreEnds, hasher: BlockHasher, budget: &Budget) -> Self {
         Self {
             pack,
             ends,
             expected: Vec::new(),
             blocks: 0,
+            hasher,
             held: Vec::new(),
             remade: SpillVec::new_in(budget),
             damage: Vec::new(),
@@ -549,7 +562,10 @@ impl<'a> CheckedPack<'a> {
     fn compare(&mut self, frame: &FrameInfo, offset: u64, content: &[u8]) {
         let first = (frame.first - self.pack.location.first) as usize;
         let expected = self.expected.get(first..).unwrap_or_default();
-        let hashes: Vec<Hash> = content.chunks_exact(BLOCK_LEN).map(hash_of).collect();
+        let hashes: Vec<Hash> = content
+            .chunks_exact(BLOCK_LEN)
+            .map(|block| self.hasher.of(block))
+            .collect();
         let blocks = || range::from(frame.first).zip(&hashes).zip(expected);
         let is_other = |hash: &Hash, proved: &ProvedHash| proved.hash != *hash || proved.is_disputed;
         let wrong = blocks().filter(|((_, hash), expected)| expected.is_some_and(|proved| is_other(hash, &proved)));

@@ -246,6 +246,7 @@ fn very_many_equal_revisions_are_exported_and_read() {
 fn a_label_that_is_too_long_is_refused_before_anything_is_read() {
     let scene = Scene::new();
     let options = |length: usize| ExportOptions {
+        sealing: Sealing::default(),
         label: "x".repeat(length),
         scope: vmfold::ops::Scope {
             paths: vec!["/nowhere".into()],

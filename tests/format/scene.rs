@@ -95,6 +95,7 @@ impl Scene {
 
     pub(crate) fn options(&self) -> ExportOptions {
         ExportOptions {
+            sealing: Sealing::default(),
             scope: Scope {
                 paths: Vec::new(),
                 exclude: Vec::new(),

@@ -473,6 +473,7 @@ impl<'a> Backups<'a> {
         self.check_files(&to, read, is_imported);
         let archive = self.folder.join("exported.vmfold");
         let options = BackupExportOptions {
+            sealing: Sealing::default(),
             from: ArchivePlace::File(path),
             only: Vec::new(),
             archive: ArchivePlace::File(archive.clone()),

@@ -172,6 +172,7 @@ impl Pool {
 
     fn export(&self, store: Arc<dyn Store>, folder: &Path) -> Result<vmfold::report::Exported, Error> {
         let options = ExportOptions {
+            sealing: Sealing::default(),
             scope: scope(folder),
             only: Vec::new(),
             revisions: Revisions::All,

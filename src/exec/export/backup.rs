@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use rayon::prelude::*;
 
 use super::records::{FRAME_BYTES, INDEX_BLOCKS, PackWriter, RecordWriter, announce, compress};
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::{BlockHasher, Hash};
 use crate::block::BLOCK_LEN;
 use crate::chunk::Chunker;
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ use crate::plan::restore::Contents;
 const BATCH_BYTES: usize = 16 << 20;
 
 /// How the blocks of a backup are stored.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct BackupSettings {
     /// The address of the first new block.
     pub first_new: StoreBlock,
@@ -32,6 +32,8 @@ pub struct BackupSettings {
     pub function: FingerprintFunction,
     /// The compression level of zstd.
     pub level: i32,
+    /// What hashes blocks in the archive.
+    pub hasher: BlockHasher,
 }
 
 /// Reads a backup to its end, and stores its new blocks. Meanwhile the batch before is compressed and written. Returns what the backup holds.
@@ -147,10 +149,10 @@ impl<'a, 'b> BatchWriter<'a, 'b> {
 
     fn write(&mut self, batch: &[u8]) -> Result<()> {
         let first = self.first_hash + u32::try_from(self.hashes.len()).unwrap_or(u32::MAX);
-        let function = self.settings.function;
+        let (function, hasher) = (self.settings.function, &self.settings.hasher);
         let made: Vec<(Hash, u32)> = batch
             .par_chunks_exact(BLOCK_LEN)
-            .map(|block| (hash_of(block), function.of(block)))
+            .map(|block| (hasher.of(block), function.of(block)))
             .collect();
         let (hashes, fingerprints): (Vec<Hash>, Vec<u32>) = made.into_iter().unzip();
         self.hashes.extend(hashes);

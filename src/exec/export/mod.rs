@@ -12,7 +12,7 @@ use self::records::{FRAME_BYTES, INDEX_BLOCKS, PACK_BYTES, PackWriter, compress}
 pub use self::records::{RecordWriter, announce};
 use super::hashes::{HashLog, StoredHashes};
 use crate::archive::pack::PlacedFrame;
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::{BlockHasher, Hash};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::chunk::Chunker;
 use crate::error::{Error, Result};
@@ -65,6 +65,8 @@ pub struct ExportSettings<'a> {
     pub level: i32,
     /// Images whose first block lies in metadata. No extent holds this block.
     pub inline: &'a [ImageId],
+    /// What hashes blocks in the archive.
+    pub hasher: &'a BlockHasher,
 }
 
 /// A range of slots of one extent that is read at once.
@@ -167,7 +169,10 @@ pub fn store_blocks(
                 || {
                     rayon::join(
                         || compress(settings.level, &frames),
-                        || next_tasks.map(|tasks| read_batch(fs, facts, plan, tasks, buffers, monitor)),
+                        || {
+                            next_tasks
+                                .map(|tasks| read_batch((fs, facts), plan, tasks, buffers, (settings.hasher, monitor)))
+                        },
                     )
                 },
             )
@@ -260,12 +265,11 @@ fn read_ahead(fs: &dyn Filesystem, facts: &Facts, tasks: Option<&[ReadTask]>) {
 
 /// Reads and hashes the blocks of some tasks, on all threads. The buffers in `spare` are used again.
 fn read_batch(
-    fs: &dyn Filesystem,
-    facts: &Facts,
+    (fs, facts): (&dyn Filesystem, &Facts),
     plan: &ExportPlan,
     tasks: &[ReadTask],
     mut spare: Vec<ReadBlocks>,
-    monitor: &dyn Monitor,
+    (hasher, monitor): (&BlockHasher, &dyn Monitor),
 ) -> Result<Vec<ReadBlocks>> {
     spare.resize_with(tasks.len(), ReadBlocks::default);
     tasks
@@ -282,7 +286,7 @@ fn read_batch(
                 let (from, to) = part_of(task, piece);
                 for block in blocks.by_ref().take((to - from) as usize) {
                     let is_proved = piece.source == ExportSource::Zeros && is_zero(block);
-                    read.hashes.push((!is_proved).then(|| hash_of(block)));
+                    read.hashes.push((!is_proved).then(|| hasher.of(block)));
                 }
             }
             monitor.advance(bytes(task.blocks));
@@ -458,14 +462,14 @@ impl<'a> Assembler<'a> {
                 .into_iter()
                 .flatten()
             {
-                if old_hashes.get(block)? == Some(hash_of(&blocks[*place])) {
+                if old_hashes.get(block)? == Some(settings.hasher.of(&blocks[*place])) {
                     inline[*place].block = Some(block);
                 }
             }
         }
         for (inline, block) in inline.iter_mut().zip(&blocks) {
             if inline.block.is_none() && !is_zero(block) {
-                inline.block = Some(self.corrected.add(block, hash_of(block))?);
+                inline.block = Some(self.corrected.add(block, settings.hasher.of(block))?);
             }
         }
         Ok(inline)

@@ -9,7 +9,7 @@ use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, Sourc
 use crate::archive::announced::AnnouncedBlocks;
 use crate::archive::lane::ListedRecord;
 use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame};
-use crate::archive::record::{Hash, LaneId, hash_of};
+use crate::archive::record::{BlockHasher, Hash, LaneId};
 use crate::archive::writer::COPIES_BYTES;
 use crate::block::BLOCK_LEN;
 use crate::error::{Error, Result, describe};
@@ -100,6 +100,7 @@ impl<'a> ArchiveSource<'a> {
             contents: Arc::new(contents),
             is_offered: false,
             hashes: ArchiveHashes {
+                hasher: archive.hasher(),
                 stored: StoredHashes::new(Some((archive, committed)), committed.commit.store_end),
                 has_unproved: false,
             },
@@ -202,9 +203,9 @@ fn content_of(
     remade: &Mutex<Vec<(StoreBlock, Hash)>>,
 ) -> Result<Vec<u8>> {
     let content = archive.frame(located)?;
-    let first = located.frame.first;
+    let (first, hasher) = (located.frame.first, archive.hasher());
     for ((block, content), expected) in range::from(first).zip(content.chunks_exact(BLOCK_LEN)).zip(expected) {
-        let hash = hash_of(content);
+        let hash = hasher.of(content);
         match expected {
             Some(expected) if *expected != hash => {
                 let problem = "a block is not the one that the INDEX says";
@@ -319,11 +320,16 @@ impl BlockSource for ArchiveSource<'_> {
 /// The hashes that the archive has.
 struct ArchiveHashes<'a> {
     stored: StoredHashes<'a>,
+    hasher: BlockHasher,
     /// Whether blocks were handed over that only digests can prove.
     has_unproved: bool,
 }
 
 impl BlockHashes for ArchiveHashes<'_> {
+    fn hasher(&self) -> BlockHasher {
+        self.hasher.clone()
+    }
+
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
         self.stored.get(block)
     }

@@ -35,7 +35,6 @@ use self::staging::{Journal, Staging};
 use crate::archive::announced::AnnouncedBlocks;
 use crate::archive::list::by_path;
 use crate::archive::manifest::ImageRuns;
-use crate::archive::record::hash_of;
 use crate::block::{BLOCK_LEN, bytes};
 use crate::content::Content;
 use crate::error::{Error, Result, describe};
@@ -407,8 +406,10 @@ impl<'a> Restore<'a> {
                 }
             }
         }
+        let hasher = self.source.hashes().hasher();
         let mut sink = StagingSink {
             staging,
+            hasher,
             // The blocks of a pipe come once, and a later commit may want those that this one does not. If images were chosen, only their
             // blocks are kept.
             wanted: (knows_hashes || !self.options.only.is_empty()).then_some(&plan.wanted),
@@ -531,13 +532,15 @@ impl<'a> Restore<'a> {
             let has_gaps = image.runs.iter().any(|run| run.content == Content::Lost);
             let mut has_all = true;
             let hashes = self.source.hashes();
-            let mut image_digest = digest(&image.runs, image.image.size, self.monitor, |first, blocks, digest| {
+            let hasher = hashes.hasher();
+            let made_with = (&hasher, self.monitor);
+            let mut image_digest = digest(&image.runs, image.image.size, made_with, |first, blocks, digest| {
                 has_all &= hashes.add_to(digest, first, blocks)?;
                 Ok(())
             })?;
             if !has_all && !has_gaps {
                 has_all = true;
-                image_digest = digest(&image.runs, image.image.size, self.monitor, |first, blocks, digest| {
+                image_digest = digest(&image.runs, image.image.size, made_with, |first, blocks, digest| {
                     has_all = has_all && add_staged(digest, first..first.saturating_add(blocks), hashes, staging)?;
                     Ok(())
                 })?;
@@ -606,6 +609,7 @@ fn add_staged(
     hashes: &mut dyn BlockHashes,
     staging: &Staging,
 ) -> Result<bool> {
+    let hasher = hashes.hasher();
     for part in range::parts(wanted, PROVED_BLOCKS) {
         let mut staged = vec![None; (part.end - part.start) as usize];
         for present in staging.present(part.clone()) {
@@ -613,7 +617,7 @@ fn add_staged(
             staging.read(present.start, &mut content)?;
             let made = staged[(present.start - part.start) as usize..].iter_mut();
             made.zip(content.chunks_exact(BLOCK_LEN))
-                .for_each(|(staged, block)| *staged = Some(hash_of(block)));
+                .for_each(|(staged, block)| *staged = Some(hasher.of(block)));
         }
         for (block, staged) in range::each(part).zip(staged) {
             match staged.map_or_else(|| hashes.get(block), |hash| Ok(Some(hash)))? {

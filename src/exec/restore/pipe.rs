@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex};
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use crate::archive::commit::{ChainPlace, CommitLocation, FOLLOWS_NOT};
 use crate::archive::epoch::{EndedEpoch, Epoch, ProvedBlocks};
+use crate::archive::keys::{ArchiveKeys, KeyRecord};
 use crate::archive::limits::FRAME_BLOCKS_MAX;
 use crate::archive::pack::{self, FrameInfo};
 use crate::archive::reader::{Committed, find_commit};
-use crate::archive::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, hash_of};
+use crate::archive::record::{BlockHasher, EpochId, Hash, LaneId, RecordHeader, RecordKind};
 use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::codec::{Decoded, Malformed};
@@ -45,6 +46,8 @@ pub struct PipeOptions {
     pub folder: PathBuf,
     /// Memory for runs.
     pub budget: Budget,
+    /// The keys of the archive, if it is sealed.
+    pub keys: Arc<ArchiveKeys>,
 }
 
 /// An archive that comes through a pipe.
@@ -120,6 +123,7 @@ impl<'a> PipeSource<'a> {
             pending: None,
             last_kind: None,
             hashes: PipeHashes {
+                keys: Arc::clone(&options.keys),
                 log: HashLog::new(StoreBlock(0), options.folder.clone()),
                 unknown: Vec::new(),
                 made: BTreeMap::new(),
@@ -171,7 +175,9 @@ impl<'a> PipeSource<'a> {
                         });
                     }
                     self.go_on_with(header.epoch);
-                    return Ok(Some(ReadRecord { header, offset, body }));
+                    if let Some(body) = self.opened(&header, offset, body)? {
+                        return Ok(Some(ReadRecord { header, offset, body }));
+                    }
                 }
                 Some(StreamEvent::Damage { range, problem, header }) => {
                     if let Some(header) = header {
@@ -189,6 +195,33 @@ impl<'a> PipeSource<'a> {
                     });
                 }
             }
+        }
+    }
+
+    /// The body of a record without its seal. A KEY record opens the seals of its epoch. None for a record that does not open, where the
+    /// restore goes on after damage.
+    fn opened(&mut self, header: &RecordHeader, offset: u64, body: Vec<u8>) -> Result<Option<Vec<u8>>> {
+        if header.kind == RecordKind::Key {
+            let path = self.path.clone();
+            let malformed = |problem: Malformed| match problem {
+                Malformed::Damaged(problem) => Error::damaged(&path, offset, header.body_bytes, problem),
+                Malformed::Unsupported(problem) => Error::Unsupported {
+                    path: path.clone(),
+                    problem,
+                },
+            };
+            let record = KeyRecord::decode(&body).map_err(malformed)?;
+            self.options.keys.open(&self.path, &record)?;
+            let learned = self.options.keys.learn(header.lane, header.epoch, &record.wraps);
+            learned.map_err(malformed)?;
+        }
+        match self.options.keys.open_body(&self.path, offset, header, body) {
+            Err(Error::Damaged { problem, .. }) => {
+                self.epoch.lose(Some(header));
+                self.note_damage(offset, header.body_bytes, &problem)?;
+                Ok(None)
+            }
+            other => other.map(Some),
         }
     }
 
@@ -298,10 +331,12 @@ impl<'a> PipeSource<'a> {
         let end_max = self.end_max();
         let table = self.epoch.take_pack(&record.header, &record.body, end_max);
         let table = table.map_err(malformed)?;
+        let hasher = self.options.keys.hasher();
         let mut first_error = None;
         let made: Mutex<Vec<(StoreBlock, Vec<Hash>)>> = Mutex::new(Vec::new());
         let mut taken: Vec<Range<StoreBlock>> = Vec::new();
         for frames in table.frames.chunks(FRAMES_AT_ONCE) {
+            let hasher = &hasher;
             let mut batch = Vec::with_capacity(frames.len());
             taken.extend(frames.iter().flat_map(|frame| sink.missing(frame.first..frame.end())));
             for frame in frames {
@@ -310,7 +345,9 @@ impl<'a> PipeSource<'a> {
                 let (malformed, made) = (&malformed, &made);
                 batch.push(SourceFrame {
                     blocks,
-                    content: Box::new(move || content_of(frame, &record.body, &expected, made).map_err(malformed)),
+                    content: Box::new(move || {
+                        content_of(frame, &record.body, (&expected, hasher), made).map_err(malformed)
+                    }),
                 });
             }
             for (_, error) in sink.take(&batch)? {
@@ -416,11 +453,11 @@ impl<'a> PipeSource<'a> {
 fn content_of(
     frame: &FrameInfo,
     body: &[u8],
-    expected: &[Option<Hash>],
+    (expected, hasher): (&[Option<Hash>], &BlockHasher),
     made: &Mutex<Vec<(StoreBlock, Vec<Hash>)>>,
 ) -> Decoded<Vec<u8>> {
     let content = frame.slice(body).and_then(|stored| frame.decode(stored))?;
-    let hashes: Vec<Hash> = content.chunks_exact(BLOCK_LEN).map(hash_of).collect();
+    let hashes: Vec<Hash> = content.chunks_exact(BLOCK_LEN).map(|block| hasher.of(block)).collect();
     let mut pairs = hashes.iter().zip(expected);
     if pairs.any(|(hash, expected)| expected.is_some_and(|expected| expected != *hash)) {
         return Err("a block is not the one that the INDEX says".into());
@@ -533,6 +570,7 @@ impl BlockSource for PipeSource<'_> {
 
 /// The hashes of the blocks that came so far: those of INDEXes and, until these come, those made of the blocks.
 struct PipeHashes {
+    keys: Arc<ArchiveKeys>,
     /// Of the blocks from 0 on.
     log: HashLog,
     /// Blocks before the end of the log whose hashes are not known, a list.
@@ -638,6 +676,10 @@ impl PipeHashes {
 }
 
 impl BlockHashes for PipeHashes {
+    fn hasher(&self) -> BlockHasher {
+        self.keys.hasher()
+    }
+
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
         Ok(self.known(block, 1)?.first().copied())
     }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::source::BlockHashes;
 use super::staging::Staging;
 use crate::archive::announced::AnnouncedBlocks;
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::Hash;
 use crate::block::{BLOCK_BYTES, BLOCK_LEN, NumberSet, bytes};
 use crate::error::{Error, Result};
 use crate::facts::Facts;
@@ -146,7 +146,11 @@ pub(super) fn proved(
     content: &[u8],
     hashes: &mut dyn BlockHashes,
 ) -> Result<Vec<Range<StoreBlock>>> {
-    let content_hashes: Vec<Hash> = content.par_chunks_exact(BLOCK_LEN).map(hash_of).collect();
+    let hasher = hashes.hasher();
+    let content_hashes: Vec<Hash> = content
+        .par_chunks_exact(BLOCK_LEN)
+        .map(|block| hasher.of(block))
+        .collect();
     let mut proved = Vec::new();
     for (block, hash) in range::each(range).zip(content_hashes) {
         if hashes.get(block)? == Some(hash) {

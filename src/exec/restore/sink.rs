@@ -10,7 +10,7 @@ use super::Restored;
 use super::seed::{PROVED_BLOCKS, Seed};
 use super::source::{BlockSink, SourceFrame};
 use super::staging::Staging;
-use crate::archive::record::{Hash, hash_of};
+use crate::archive::record::{BlockHasher, Hash};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
@@ -43,6 +43,8 @@ pub(super) struct StagingSink<'a> {
     pub(super) work_space_bytes: Option<u64>,
     /// The counts of the restore.
     pub(super) restored: &'a mut Restored,
+    /// What hashes blocks, as the source does.
+    pub(super) hasher: BlockHasher,
     pub(super) monitor: &'a dyn Monitor,
 }
 
@@ -178,7 +180,7 @@ impl BlockSink for StagingSink<'_> {
                 self.staging.read(present.start, &mut content)?;
                 let expected = &hashes[(present.start - first) as usize..];
                 let blocks = content.par_chunks_exact(BLOCK_LEN).zip(expected);
-                let differs: Vec<bool> = blocks.map(|(block, hash)| hash_of(block) != *hash).collect();
+                let differs: Vec<bool> = blocks.map(|(block, hash)| self.hasher.of(block) != *hash).collect();
                 differing.extend(range::where_true(range::each(present).zip(differs)));
             }
         }

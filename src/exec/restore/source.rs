@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::archive::announced::AnnouncedBlocks;
-use crate::archive::record::{Hash, LaneId};
+use crate::archive::record::{BlockHasher, Hash, LaneId};
 use crate::error::{Error, Result};
 use crate::exec::hashes::Digest;
 use crate::numbers::{CommitNumber, StoreBlock};
@@ -46,6 +46,9 @@ pub struct Stopped {
 
 /// The hashes of blocks, as far as a source has them.
 pub trait BlockHashes {
+    /// Returns what makes the hashes of blocks.
+    fn hasher(&self) -> BlockHasher;
+
     /// The hash of a block. It is `None` if it is lost, or did not come yet.
     ///
     /// # Errors

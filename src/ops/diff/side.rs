@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::archive::manifest::ImageRuns;
 use crate::archive::reader::{Archive, Committed, Damage};
-use crate::archive::record::{Hash, LaneId};
+use crate::archive::record::{BlockHasher, Hash, LaneId};
 use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::{HashLog, StoredHashes, zero_hash};
@@ -25,6 +25,9 @@ pub(super) struct Side<'a> {
     pub(super) lane: Option<LaneId>,
     path: PathBuf,
     hashes: Hashes<'a>,
+    /// What made these.
+    pub(super) hasher: BlockHasher,
+    zero_hash: Hash,
 }
 
 /// The hashes of blocks, by store address.
@@ -53,6 +56,8 @@ impl<'a> Side<'a> {
             images: by_path(manifest.images),
             lane: Some(committed.lane),
             path: archive.path().to_owned(),
+            zero_hash: zero_hash(&archive.hasher()),
+            hasher: archive.hasher(),
             hashes: Hashes::Archive(StoredHashes::new(
                 Some((archive, committed)),
                 committed.commit.store_end,
@@ -60,8 +65,13 @@ impl<'a> Side<'a> {
         })
     }
 
-    /// The images of a backup, all of which is read.
-    pub(super) fn of_backup(store: &FileStore, access: &BackupAccess, monitor: &dyn Monitor) -> Result<Self> {
+    /// The images of a backup, all of which is read. Its blocks are hashed as those of the other side.
+    pub(super) fn of_backup(
+        store: &FileStore,
+        access: &BackupAccess,
+        hasher: BlockHasher,
+        monitor: &dyn Monitor,
+    ) -> Result<Self> {
         let path = store.path().to_owned();
         let peeked = PeekedStore::new(store).map_err(Error::io("read", &path))?;
         if !is_backup(&peeked, access)? {
@@ -77,6 +87,7 @@ impl<'a> Side<'a> {
             folder: std::env::temp_dir(),
             budget: runs_budget(None),
             earlier: Box::new(NoEarlierBlocks),
+            hasher: hasher.clone(),
         };
         let backing = access.open_backing()?;
         let backup = open_backup(&peeked, &backing, access, false, monitor)?;
@@ -87,6 +98,8 @@ impl<'a> Side<'a> {
             images: by_path(contents.manifest.images),
             lane: None,
             path,
+            zero_hash: zero_hash(&hasher),
+            hasher,
             hashes: Hashes::Backup {
                 log: source.into_new_hashes(),
                 page: (StoreBlock(0), Vec::new()),
@@ -99,8 +112,8 @@ impl<'a> Side<'a> {
         let Content::Stored(first) = content else {
             return Ok(None);
         };
-        let hash = self.hashes.get(first + skipped)?;
-        hash.map(|hash| Some(hash).filter(|hash| *hash != zero_hash()))
+        let (hash, zero) = (self.hashes.get(first + skipped)?, self.zero_hash);
+        hash.map(|hash| Some(hash).filter(|hash| *hash != zero))
             .ok_or_else(|| lost(&self.path))
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::images::{Summarizer, put_images};
-use super::open_archive::{OpenArchive, held, random};
+use super::open_archive::{OpenArchive, Sealing, held, random};
 use super::{check_label, commit_of, to_place};
 use crate::archive::manifest::PlanPart;
 use crate::archive::reader::{Archive, Committed};
@@ -50,6 +50,8 @@ pub struct BackupExportOptions {
     pub folder: PathBuf,
     /// How the backup is opened.
     pub access: BackupAccess,
+    /// How the archive is sealed.
+    pub sealing: Sealing,
 }
 
 /// Exports a backup.
@@ -96,7 +98,7 @@ fn export_from(
     let backing = options.access.open_backing()?;
     let backup = open_backup(&peeked, &backing, &options.access, false, monitor)?;
     let run = |open: &mut dyn FnMut() -> Result<Arc<dyn Store>>| {
-        let mut opened = OpenArchive::new(open()?)?;
+        let mut opened = OpenArchive::new(open()?, &options.sealing)?;
         let exporter = BackupExporter {
             options,
             path: store.path(),
@@ -131,7 +133,8 @@ impl<'a> BackupExporter<'a> {
         let base = opened.base;
         let epoch = EpochId(u64::from_le_bytes(random()?));
         let budget = runs_budget(Some(&self.options.folder));
-        let begun = ArchiveWriter::begin(Arc::clone(&opened.store), base, epoch, &budget);
+        let sealer = opened.sealer(epoch)?;
+        let begun = ArchiveWriter::begin_with(Arc::clone(&opened.store), base, (epoch, sealer), &budget);
         let mut writer = begun.map_err(failed)?;
         let mut records = RecordWriter {
             writer: &mut writer,
@@ -144,6 +147,7 @@ impl<'a> BackupExporter<'a> {
             folder: self.options.folder.clone(),
             budget,
             earlier: self.earlier(opened),
+            hasher: opened.hasher(),
         };
         let mut source = BackupSource::new(backup, self.path, options, self.monitor);
         source.find_earlier()?;
@@ -151,6 +155,7 @@ impl<'a> BackupExporter<'a> {
             first_new: base.store_end,
             function: function_of(opened),
             level: self.options.level,
+            hasher: opened.hasher(),
         };
         let contents = store_backup(&mut source, settings, &mut records, self.monitor)?;
         let images = &contents.manifest.images;
@@ -162,8 +167,9 @@ impl<'a> BackupExporter<'a> {
         let runs_of = |place: usize| copy_of(&images[place].runs);
         let none = BTreeSet::new();
         put_images(PlanPart::Final, (&[], &archived), &none, runs_of, &mut records)?;
+        let hasher = opened.hasher();
         let old_hashes = StoredHashes::new(opened.last(), base.store_end);
-        let summarizer = Summarizer::new(source.new_hashes(), old_hashes, &path, self.monitor);
+        let summarizer = Summarizer::new(source.new_hashes(), old_hashes, &path, (&hasher, self.monitor));
         let (summaries, uses) = summarizer.all(&archived, &none, runs_of)?;
         let listed = opened.listed(uses);
         let mut commit = commit_of(self.label(&source), self.root(), source.new_hashes().end());

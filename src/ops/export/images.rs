@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::archive::list::ImageSummary;
 use crate::archive::manifest::{ArchivedFolder, ArchivedImage, PlanContents, PlanPart};
+use crate::archive::record::BlockHasher;
 use crate::block::NumberSet;
 use crate::content::{Content, Run, push_run};
 use crate::error::{Error, Result};
@@ -104,6 +105,7 @@ pub(super) struct Summarizer<'a> {
     used: UsedBlocks,
     /// The archive, for messages.
     archive: &'a Path,
+    hasher: &'a BlockHasher,
     monitor: &'a dyn Monitor,
 }
 
@@ -112,7 +114,7 @@ impl<'a> Summarizer<'a> {
         log: &'a HashLog,
         old_hashes: StoredHashes<'a>,
         archive: &'a Path,
-        monitor: &'a dyn Monitor,
+        (hasher, monitor): (&'a BlockHasher, &'a dyn Monitor),
     ) -> Self {
         Self {
             counted: NumberSet::new((log.end() - old_hashes.end()) as usize),
@@ -120,6 +122,7 @@ impl<'a> Summarizer<'a> {
             log,
             old_hashes,
             archive,
+            hasher,
             monitor,
         }
     }
@@ -162,7 +165,8 @@ impl<'a> Summarizer<'a> {
             }
         }
         let (log, old_hashes, archive) = (self.log, &mut self.old_hashes, self.archive);
-        let digest = digest(runs, image.size, self.monitor, |first, blocks, digest| {
+        let made_with = (self.hasher, self.monitor);
+        let digest = digest(runs, image.size, made_with, |first, blocks, digest| {
             let old_blocks = first_new.saturating_sub(first).min(blocks);
             if !old_hashes.add_to(digest, first, old_blocks)? {
                 return Err(Error::Damaged {

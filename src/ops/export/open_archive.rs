@@ -6,19 +6,56 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use zeroize::Zeroizing;
 
 use crate::archive::head::Head;
+use crate::archive::keys::{ArchiveKeys, EpochSealer, KeyringSecrets, Ring, Unlock};
 use crate::archive::lane::ListedRecord;
 use crate::archive::list::Listed;
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::{HEADER_BYTES, LaneId, MAGIC, RecordHeader, hash_of};
+use crate::archive::record::{BlockHasher, EpochId, HEADER_BYTES, LaneId, MAGIC, RecordHeader, hash_of};
 use crate::archive::writer::EpochBase;
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::range;
+use crate::shown::shown;
 use crate::store::Store;
+
+/// How an archive that is written to is sealed.
+#[derive(Debug, Clone, Default)]
+pub struct Sealing {
+    /// What opens the keyring of an archive that is sealed already.
+    pub unlock: Option<Arc<dyn Unlock>>,
+    /// What makes the keyring of one that has no commit yet; none if that is not to be sealed.
+    pub new: Option<Arc<dyn MakeKeyring>>,
+}
+
+impl Sealing {
+    fn keys(&self) -> Arc<ArchiveKeys> {
+        let unlock = self.unlock.clone();
+        unlock.map_or_else(Arc::default, |unlock| Arc::new(ArchiveKeys::opened_by(unlock)))
+    }
+}
+
+/// Makes the keyring of a new archive. It is asked once there is one to make.
+pub trait MakeKeyring: std::fmt::Debug + Send + Sync {
+    /// Makes it.
+    ///
+    /// # Errors
+    /// Says that there is nobody whom the archive could be sealed for, or that the user broke off.
+    fn make(&self) -> Result<NewKeyring>;
+}
+
+/// A keyring that was made, and how it stands in KEY records.
+#[derive(Debug)]
+pub struct NewKeyring {
+    /// What it holds.
+    pub secrets: KeyringSecrets,
+    /// Its bytes, sealed for those whom the archive is for.
+    pub keyring: Vec<u8>,
+}
 
 /// The archive that is written to.
 pub(super) struct OpenArchive {
@@ -27,6 +64,10 @@ pub(super) struct OpenArchive {
     pub(super) archive: Option<Archive>,
     /// The end of the archive, which the export continues.
     pub(super) base: EpochBase,
+    /// What opens and seals records.
+    keys: Arc<ArchiveKeys>,
+    /// The keyring of a sealed archive, and how it stands in KEY records.
+    seals: Option<(Arc<Ring>, Vec<u8>)>,
     /// Bytes behind it that an export left which did not end.
     leftover_bytes: u64,
     /// Whether anything was written or cut off.
@@ -35,11 +76,13 @@ pub(super) struct OpenArchive {
 
 impl OpenArchive {
     /// Opens the archive in a store, and removes from its end what an export that did not end left there.
-    pub(super) fn new(store: Arc<dyn Store>) -> Result<Self> {
+    pub(super) fn new(store: Arc<dyn Store>, sealing: &Sealing) -> Result<Self> {
         let path = store.path().to_owned();
         let mut opened = Self {
             store: Arc::clone(&store),
             archive: None,
+            keys: sealing.keys(),
+            seals: None,
             base: EpochBase {
                 lane: LaneId(random()?),
                 ..EpochBase::default()
@@ -49,13 +92,15 @@ impl OpenArchive {
         };
         let length = store.length().map_err(Error::io("look at", &path))?.unwrap_or(0);
         if length == 0 {
+            opened.seal_new(sealing)?;
             return Ok(opened);
         }
         if is_torn_beginning(&*store, length).map_err(Error::io("read", &path))? {
             opened.leftover_bytes = length;
+            opened.seal_new(sealing)?;
             return Ok(opened);
         }
-        let archive = Archive::open_any(store)?;
+        let archive = Archive::open_any_with(store, Arc::clone(&opened.keys))?;
         if !archive.may_append() {
             return Err(Error::Unsupported {
                 path: path.clone(),
@@ -78,8 +123,49 @@ impl OpenArchive {
                 problem,
             ));
         }
+        if let (Some(ring), Some(record)) = (opened.keys.ring(), opened.keys.key_record()) {
+            opened.seals = Some((ring, record.keyring.clone()));
+        } else if archive.last_of_main().is_none() {
+            opened.seal_new(sealing)?;
+        } else if sealing.new.is_some() {
+            let problem = format!(
+                "`{}` is not sealed, and cannot be sealed later: export to another archive with --encrypt",
+                shown(&path)
+            );
+            return Err(Error::Usage(problem));
+        }
         opened.archive = archive.last_of_main().is_some().then_some(archive);
         Ok(opened)
+    }
+
+    /// Makes the keyring of an archive that is to be sealed, and has no commit yet.
+    fn seal_new(&mut self, sealing: &Sealing) -> Result<()> {
+        let Some(new) = &sealing.new else { return Ok(()) };
+        let NewKeyring { secrets, keyring } = new.make()?;
+        let ring = Ring::new(&secrets).map_err(|problem| Error::Usage(problem.problem().into()))?;
+        self.seals = Some((Arc::new(ring), keyring));
+        Ok(())
+    }
+
+    /// Returns what hashes blocks in the archive.
+    pub(super) fn hasher(&self) -> BlockHasher {
+        self.seals
+            .as_ref()
+            .map_or_else(BlockHasher::default, |(ring, _)| ring.hasher())
+    }
+
+    /// Returns what seals the records of a new epoch; none if the archive is not sealed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there are no random bytes.
+    pub(super) fn sealer(&self, epoch: EpochId) -> Result<Option<EpochSealer>> {
+        let Some((ring, keyring)) = &self.seals else {
+            return Ok(None);
+        };
+        let random = Zeroizing::new(random()?);
+        let sealer = EpochSealer::new(ring, keyring.clone(), (self.base.lane, epoch), &random);
+        let sealer = sealer.map_err(|problem| Error::Usage(problem.problem().into()))?;
+        Ok(Some(sealer))
     }
 
     /// Returns the commit that an export goes on from, with its archive.

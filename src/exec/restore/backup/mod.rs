@@ -16,7 +16,7 @@ pub use self::distinct::{EarlierBlocks, NoEarlierBlocks};
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame, Stopped};
 use crate::archive::limits::{IMAGE_BYTES_MAX, RUNS_MAX};
 use crate::archive::manifest::{ArchivedImage, ImageRuns, Manifest};
-use crate::archive::record::{Hash, LaneId, hash_of};
+use crate::archive::record::{BlockHasher, Hash, LaneId};
 use crate::block::{BLOCK_LEN, bytes};
 use crate::content::{Content, FileTime, Metadata, Run, push_run};
 use crate::error::{Error, ErrorKind, Result, describe};
@@ -50,6 +50,8 @@ pub struct BackupOptions<'a> {
     pub budget: Budget,
     /// Blocks that are there before.
     pub earlier: Box<dyn EarlierBlocks + 'a>,
+    /// What hashes blocks, as those that are there before are hashed.
+    pub hasher: BlockHasher,
 }
 
 /// A run of a volume, and the block it begins with.
@@ -303,9 +305,10 @@ impl<'a> BackupSource<'a> {
         if !self.distinct.has_room(content.len() / BLOCK_LEN) {
             return Err(self.refused("it has more distinct blocks than vmfold takes"));
         }
+        let hasher = &self.options.hasher;
         let hashes: Vec<Option<Hash>> = content
             .par_chunks_exact(BLOCK_LEN)
-            .map(|block| (!is_zeros(block)).then(|| hash_of(block)))
+            .map(|block| (!is_zeros(block)).then(|| hasher.of(block)))
             .collect();
         let placed = self.distinct.place(&hashes)?;
         let new = placed.iter().zip(content.chunks_exact(BLOCK_LEN));
@@ -413,7 +416,8 @@ impl<'a> BackupSource<'a> {
             let image = self.image(volume)?;
             let runs = self.runs_of(state, &image)?;
             let distinct = &self.distinct;
-            let image_digest = digest(&runs, image.size, self.monitor, |first, blocks, digest| {
+            let made_with = (&self.options.hasher, self.monitor);
+            let image_digest = digest(&runs, image.size, made_with, |first, blocks, digest| {
                 for part in range::parts(first..first + blocks, FRAME_BLOCKS) {
                     let hashes = distinct.hashes(part.start, range::length(&part))?;
                     digest.update(&hashes.into_iter().flatten().collect::<Vec<_>>())?;
@@ -590,6 +594,10 @@ impl BlockSource for BackupSource<'_> {
 }
 
 impl BlockHashes for BackupSource<'_> {
+    fn hasher(&self) -> BlockHasher {
+        self.options.hasher.clone()
+    }
+
     fn get(&mut self, block: StoreBlock) -> Result<Option<Hash>> {
         if block >= self.distinct.log().end() {
             return Ok(None);
