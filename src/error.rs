@@ -242,12 +242,6 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// A sealed archive has to be opened, and no key was given.
-    #[error("`{}` is sealed, and no key was given", shown(path))]
-    Locked {
-        /// The archive.
-        path: PathBuf,
-    },
     /// A file that would be written to was created by another user.
     #[error(
         "`{}` belongs to another user (uid {uid}), in a folder that is not yours alone",
@@ -267,6 +261,44 @@ pub enum Error {
         /// The damaged range of the archive, if it is known.
         range: Option<ByteRange>,
         /// What is wrong.
+        problem: String,
+    },
+    /// A keyring is sealed, and the user gave nothing that could open it.
+    #[error("`{}` is encrypted, and no key was given: it opens by {slots}", shown(path))]
+    NoKey {
+        /// The archive.
+        path: PathBuf,
+        /// What opens it.
+        slots: String,
+    },
+    /// Nothing that the user gave opens a keyring.
+    #[error(
+        "the key is wrong: `{}` opens by {slots}, and by none of what was given{}",
+        shown(path),
+        problem.as_ref().map(|problem| format!(" ({problem})")).unwrap_or_default()
+    )]
+    WrongKey {
+        /// The archive.
+        path: PathBuf,
+        /// What opens it.
+        slots: String,
+        /// Why something was not tried.
+        problem: Option<String>,
+    },
+    /// A sealed keyring is not what was written.
+    #[error("the keyring of `{}` is damaged: {problem}", shown(path))]
+    DamagedKeyring {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A program that was to give a key failed.
+    #[error("no key came from `{}`: {problem}", shown(Path::new(program)))]
+    KeyProgram {
+        /// The command, or the name of the program.
+        program: String,
+        /// What went wrong.
         problem: String,
     },
     /// An archive uses a feature that this version does not support.
@@ -501,7 +533,7 @@ impl Error {
             | Self::NoImages { .. }
             | Self::TwoFilesystems { .. }
             | Self::NotAnArchive { .. }
-            | Self::Locked { .. }
+            | Self::NoKey { .. }
             | Self::NoSuchCommit { .. }
             | Self::Exists { .. }
             | Self::FolderInTheWay { .. } => ErrorKind::Usage,
@@ -519,8 +551,10 @@ impl Error {
             | Self::TooLarge
             | Self::Unsupported { .. }
             | Self::RefusedBackup { .. }
+            | Self::WrongKey { .. }
+            | Self::KeyProgram { .. }
             | Self::Qubesd { .. } => ErrorKind::Refused,
-            Self::Damaged { .. } | Self::DamagedBackup { .. } => ErrorKind::Damaged,
+            Self::Damaged { .. } | Self::DamagedBackup { .. } | Self::DamagedKeyring { .. } => ErrorKind::Damaged,
             Self::NoSpace { .. }
             | Self::Grows { .. }
             | Self::DoesNotFit { .. }
@@ -565,12 +599,16 @@ impl Error {
             Self::Metadata { .. } => "run btrfs check or xfs_repair -n on the unmounted filesystem",
             Self::Io { source, .. } | Self::Unreadable { source, .. } => return hint_of(source),
             Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
-            Self::Locked { .. } => "name its key with --passphrase-file or --identity",
             Self::OfAnother { .. } => {
                 "whoever owns it could read what is written: name another file, or one in a folder of your own"
             }
             Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",
             Self::Unsupported { .. } => "use a later version of vmfold",
+            Self::NoKey { .. } => {
+                "give it by --passphrase-file, --passphrase-fd or --passphrase-command, or name the file of an identity by --identity"
+            }
+            Self::WrongKey { .. } => "check what was given; vmfold key list tells who holds a key",
+            Self::DamagedKeyring { .. } => "no key opens it as it is: take another copy of the archive",
             Self::NoSuchCommit { .. } => "vmfold list shows what there is",
             Self::ChangedMeanwhile { .. } => "nothing was added to the archive; shut the machine down and run it again",
             Self::WorkSpace { .. } => "allow more, or choose fewer images",
@@ -585,7 +623,7 @@ impl Error {
             Self::Exists { .. } => "restore to another folder, or replace them with --replace",
             Self::Qubesd { .. } => "journalctl -u qubesd has more; run it again to go on",
             Self::DamagedBackup { .. } => "vmfold import --partial restores what came before the damage",
-            Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } => return None,
+            Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } | Self::KeyProgram { .. } => return None,
         })
     }
 }
@@ -616,7 +654,10 @@ mod tests {
                 second: path,
             }),
             with(|path| Error::NotAnArchive { path }),
-            with(|path| Error::Locked { path }),
+            with(|path| Error::NoKey {
+                path,
+                slots: String::new(),
+            }),
             with(|path| Error::NoSuchCommit {
                 path,
                 commit: String::new(),
@@ -646,6 +687,15 @@ mod tests {
             with(|path| Error::ReadOnly { path }),
             with(|path| Error::NotOurs { path }),
             with(|path| Error::OfAnother { path, uid: 1 }),
+            with(|path| Error::WrongKey {
+                path,
+                slots: String::new(),
+                problem: None,
+            }),
+            Error::KeyProgram {
+                program: "pass show vmfold".into(),
+                problem: "it failed".into(),
+            },
             Error::Kernel { release: (5, 3) },
             Error::NotRoot,
             Error::TooLarge,
@@ -660,6 +710,10 @@ mod tests {
     fn of_damage() -> Vec<Error> {
         vec![
             Error::damaged(Path::new("a"), 0, 1, ""),
+            with(|path| Error::DamagedKeyring {
+                path,
+                problem: String::new(),
+            }),
             with(|path| Error::DamagedBackup {
                 path,
                 range: ByteRange { start: 0, length: 1 },

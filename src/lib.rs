@@ -16,6 +16,7 @@
 //! qubes       a running Qubes OS: what its daemon is asked
 //! foreign     backups that other programs made: what they hold, reading
 //! archive     records of archives: what they hold, writing, reading
+//! keys        keys of sealed archives: secrets, the keyring, how people keep it and open it
 //! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
 //! frame       zstd frames that btrfs stores as they are
@@ -54,6 +55,7 @@ pub mod foreign;
 pub mod frame;
 pub mod fs;
 pub mod index;
+pub mod keys;
 pub mod monitor;
 pub mod numbers;
 pub mod ops;

@@ -26,7 +26,7 @@ use vmfold::fs::Filesystem;
 use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
 use vmfold::numbers::{Slot, StoreBlock};
-use vmfold::ops::export::{ExportOptions, Revisions, export_on};
+use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_on};
 use vmfold::ops::{ArchivePlace, OpenPool, Scope};
 use vmfold::plan;
 use vmfold::plan::seeds::SeedMatch;

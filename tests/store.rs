@@ -16,7 +16,7 @@ use common::{Mounted, Random, can_mount, state_of};
 use vmfold::error::Error;
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::monitor::Silent;
-use vmfold::ops::export::{ExportOptions, Revisions, export_to};
+use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_to};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
 use vmfold::ops::{ArchivePlace, BackupAccess, Scope};

@@ -15,7 +15,7 @@ use vmfold::frame::Packer;
 use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
 use vmfold::numbers::ImageId;
-use vmfold::ops::export::{ExportOptions, Revisions, export_on};
+use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_on};
 use vmfold::ops::reclaim::{ReclaimOptions, reclaim_on};
 use vmfold::ops::report::report_on;
 use vmfold::ops::scan::scan_on;

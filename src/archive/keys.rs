@@ -371,7 +371,7 @@ impl ArchiveKeys {
     /// Opens the keyring of a KEY record, unless one with this number or a later one is open.
     ///
     /// # Errors
-    /// [`Error::Locked`] if there is no key; those of [`Unlock::unlock`]; [`Error::Damaged`] where the number is another.
+    /// [`Error::NoKey`] if there is no key; those of [`Unlock::unlock`]; [`Error::Damaged`] where the number is another.
     pub fn open(&self, archive: &Path, record: &KeyRecord) -> Result<()> {
         if self
             .state()
@@ -381,9 +381,7 @@ impl ArchiveKeys {
         {
             return Ok(());
         }
-        let unlock = self.unlock.as_ref().ok_or_else(|| Error::Locked {
-            path: archive.to_owned(),
-        })?;
+        let unlock = self.unlock.as_ref().ok_or_else(|| no_key(archive))?;
         let secrets = unlock.unlock(archive, &record.keyring)?;
         let damaged = |problem: &str| Error::Damaged {
             path: archive.to_owned(),
@@ -437,7 +435,7 @@ impl ArchiveKeys {
     /// Opens a body. A record that its archive would have sealed is refused if it is not.
     ///
     /// # Errors
-    /// [`Error::Locked`] if there is no key; [`Error::Damaged`] where it does not open.
+    /// [`Error::NoKey`] if there is no key; [`Error::Damaged`] where it does not open.
     pub fn open_body(&self, archive: &Path, offset: u64, header: &RecordHeader, stored: Vec<u8>) -> Result<Vec<u8>> {
         let damaged = |malformed: crate::codec::Malformed| {
             Error::damaged(archive, offset, header.body_bytes, malformed.problem())
@@ -451,9 +449,7 @@ impl ArchiveKeys {
             };
         };
         if self.ring().is_none() {
-            return Err(Error::Locked {
-                path: archive.to_owned(),
-            });
+            return Err(no_key(archive));
         }
         if header.kind == RecordKind::Commit {
             self.learn_commit(header, &stored).map_err(damaged)?;
@@ -461,6 +457,13 @@ impl ArchiveKeys {
         let keys = self.epoch(header.lane, header.epoch);
         let keys = keys.ok_or_else(|| damaged("the keys of its epoch are lost".into()))?;
         super::seal::open_body(&keys, header, seal, stored).map_err(damaged)
+    }
+}
+
+fn no_key(archive: &Path) -> Error {
+    Error::NoKey {
+        path: archive.to_owned(),
+        slots: "a passphrase or an identity".to_owned(),
     }
 }
 

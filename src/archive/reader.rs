@@ -168,7 +168,7 @@ impl RecordReader {
     /// Reads a body, without its mask and its seal.
     ///
     /// # Errors
-    /// [`Error::Damaged`] where it does not match its hash, or does not open; [`Error::Locked`]; the error of reading.
+    /// [`Error::Damaged`] where it does not match its hash, or does not open; [`Error::NoKey`]; the error of reading.
     pub fn body_of(&self, offset: u64, header: &RecordHeader) -> Result<Vec<u8>> {
         let stored = self.stored_body_of(offset, header)?;
         self.keys.open_body(self.path(), offset, header, stored)
@@ -323,7 +323,7 @@ impl Archive {
     /// Opens an archive that may be sealed, and may have no commit.
     ///
     /// # Errors
-    /// Those of [`Archive::open_any`]; [`Error::Locked`] where there is no key, and those of [`super::keys::Unlock::unlock`].
+    /// Those of [`Archive::open_any`]; [`Error::NoKey`] where there is no key, and those of [`super::keys::Unlock::unlock`].
     pub fn open_any_with(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>) -> Result<Self> {
         let failed = |error| Error::io("look at", store.path())(error);
         let length = store.length().map_err(failed)?;

@@ -8,7 +8,7 @@ use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr
 use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
-use crate::foreign::Passphrase;
+use crate::keys::Passphrase;
 use crate::monitor::Monitor;
 use crate::store::{InputPipe, StoreReader};
 

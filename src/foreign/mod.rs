@@ -24,7 +24,6 @@ mod qvm;
 )]
 mod random;
 mod raw;
-mod secret;
 mod tar;
 mod vma;
 mod volume_name;
@@ -35,7 +34,8 @@ pub use compression::Compression;
 pub use input::Input;
 pub use limits::Limits;
 pub use qvm::{Machine, Skeleton, is_name, machines_of};
-pub use secret::{AskPassphrase, Passphrase};
+
+pub use crate::keys::Passphrase;
 
 use bounded::Bounded;
 use container::{ContainerKind, is_fixed_vhd, vmdk};
@@ -129,6 +129,9 @@ pub trait Backup {
         let _ = volume;
     }
 }
+
+/// Returns the passphrase of a backup. It is called once a backup has shown that it needs one.
+pub type AskPassphrase<'a> = dyn Fn() -> Result<Passphrase> + 'a;
 
 /// How a backup is opened.
 pub struct OpenOptions<'a, 's> {

@@ -2,5 +2,6 @@
 
 pub mod faulty_filesystem;
 pub mod faulty_store;
+pub mod fixed_keys;
 pub mod raw_archive;
 pub mod simulated;

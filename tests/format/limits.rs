@@ -21,7 +21,7 @@ use vmfold::fs::{Filesystem, Plain, Purpose};
 use vmfold::monitor::Silent;
 use vmfold::numbers::StoreBlock;
 use vmfold::ops::OpenPool;
-use vmfold::ops::export::{ExportOptions, Revisions, export_on, export_to, export_within};
+use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_on, export_to, export_within};
 use vmfold::plan::export::too_fragmented;
 use vmfold::pool::{self, Skip};
 use vmfold::report::Exported;

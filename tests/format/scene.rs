@@ -13,7 +13,7 @@ use vmfold::fingerprint::FingerprintFunction;
 use vmfold::fs::Filesystem;
 use vmfold::index::MemoryIndex;
 use vmfold::monitor::{Monitor, Silent};
-use vmfold::ops::export::{ExportOptions, Revisions, export_on};
+use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_on};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::verify::verify_store;
 use vmfold::ops::{ArchivePlace, BackupAccess, OpenPool, Scope};
@@ -187,6 +187,16 @@ impl Restored {
 }
 
 pub(crate) fn restore(bytes: &[u8], way: Way, commit: Option<&str>, partial: bool) -> Restored {
+    restore_with(bytes, way, (commit, partial), BackupAccess::default())
+}
+
+/// Restores what may be sealed.
+pub(crate) fn restore_with(
+    bytes: &[u8],
+    way: Way,
+    (commit, partial): (Option<&str>, bool),
+    access: BackupAccess,
+) -> Restored {
     let folder = scratch();
     let to = folder.path().join("to");
     let options = ImportOptions {
@@ -201,7 +211,7 @@ pub(crate) fn restore(bytes: &[u8], way: Way, commit: Option<&str>, partial: boo
         index: folder.path().join("index"),
         memory_bytes: Some(64 << 20),
         dry_run: false,
-        access: BackupAccess::default(),
+        access,
     };
     let monitor = Listening::default();
     let store = Arc::new(MemoryStore::of(bytes.to_vec()));

@@ -12,7 +12,7 @@ use vmfold::error::{Error, ErrorKind, Result, describe};
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::foreign::{self, Event, Limits, OpenOptions, Passphrase};
 use vmfold::monitor::{Monitor, Silent};
-use vmfold::ops::export::{BackupExportOptions, export_backup};
+use vmfold::ops::export::{BackupExportOptions, Sealing, export_backup};
 use vmfold::ops::import::{ImportOptions, import};
 use vmfold::ops::verify::verify_store;
 use vmfold::ops::{ArchivePlace, BackupAccess, backup};

@@ -25,7 +25,7 @@ use vmfold::index::MemoryIndex;
 use vmfold::monitor::Silent;
 use vmfold::numbers::StoreBlock;
 use vmfold::ops::diff::{ComparedWith, diff};
-use vmfold::ops::export::{ExportOptions, Revisions, export_on};
+use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_on};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
 use vmfold::ops::list::list;
 use vmfold::ops::verify::verify_store;

@@ -21,10 +21,10 @@ pub use self::machines::{Machine, is_name, machines_of};
 use self::parts::{MemberReader, Parts};
 pub(super) use self::parts::{begins_with_header, begins_without_header};
 pub use self::skeleton::Skeleton;
-use super::secret::AskPassphrase;
 use super::tar::{Entry, EntryKind, Stored, Tar};
 use super::{Backup, Compression, Event, Input, Origin, Volume, volume_name};
 use crate::error::{Error, Result};
+use crate::foreign::AskPassphrase;
 use crate::monitor::Monitor;
 use crate::store::Store;
 

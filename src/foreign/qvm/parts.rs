@@ -17,8 +17,8 @@ use super::scrypt_file::{HEADER_BYTES, Header, Keys, Parameters, SALT_BYTES, TAG
 use super::stream::{content, first_files, next_file};
 use crate::error::{Error, Result};
 use crate::foreign::Input;
-use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::BLOCK;
+use crate::keys::Passphrase;
 use crate::store::Store;
 
 /// Bytes of a part before it is encrypted: where the writer cuts. A part of this length is never the last of a member.
@@ -381,11 +381,7 @@ impl Encryptor {
     /// Encrypts a part, by the name that it has without `.enc`. It has a salt of its own.
     pub(super) fn encrypt(&self, name: &str, content: &[u8]) -> Result<Vec<u8>> {
         let mut salt = [0; SALT_BYTES];
-        let mut filled = 0;
-        while filled < salt.len() {
-            let got = rustix::rand::getrandom(&mut salt[filled..], rustix::rand::GetRandomFlags::empty());
-            filled += got.map_err(Error::io("read", Path::new("/dev/urandom")))?;
-        }
+        crate::sys::random::fill(&mut salt).map_err(Error::io("read", Path::new("/dev/urandom")))?;
         let passphrase = full_passphrase(Some(&self.backup_id), name, &self.passphrase);
         encrypt(self.parameters, &salt, &passphrase, content).map_err(|_| Error::RefusedBackup {
             path: self.path.clone(),

@@ -316,10 +316,6 @@ fn are_zeros(store: &dyn Store, from: u64, to: u64) -> std::io::Result<bool> {
 /// Random bytes of the kernel.
 pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-            .map_err(Error::io("get random bytes from", Path::new("/dev/urandom")))?;
-    }
+    crate::sys::random::fill(&mut bytes).map_err(Error::io("get random bytes from", Path::new("/dev/urandom")))?;
     Ok(bytes)
 }

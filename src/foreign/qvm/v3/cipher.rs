@@ -10,8 +10,8 @@ use cbc::cipher::{BlockModeDecrypt, KeyIvInit};
 use md5::{Digest, Md5};
 use zeroize::Zeroizing;
 
-use crate::foreign::secret::Passphrase;
 use crate::foreign::{array, hand_out};
+use crate::keys::Passphrase;
 
 const MAGIC: &[u8] = b"Salted__";
 /// Bytes before the content: the magic and a salt.

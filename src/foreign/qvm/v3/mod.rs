@@ -21,9 +21,9 @@ use self::machines::Machine;
 use self::parts::{MemberReader, Parts};
 use super::{PART_BYTES, QvmOptions, XML_BYTES_MAX, whole};
 use crate::error::{Error, Result};
-use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::{Entry, EntryKind, Stored, Tar};
 use crate::foreign::{Backup, Event, Input, Origin, Volume, volume_name};
+use crate::keys::Passphrase;
 use crate::monitor::Monitor;
 use crate::shown::shown;
 

@@ -10,9 +10,9 @@ use super::header::{BackupHeader, HASH_FILE_BYTES_MAX, HashAlgorithm, hash_of, p
 use super::machines::is_folder;
 use crate::error::{Error, Result};
 use crate::foreign::qvm::stream::{content, next_file};
-use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::BLOCK;
 use crate::foreign::{Input, hand_out};
+use crate::keys::Passphrase;
 
 /// Bytes of a part: where the writer cuts. A part of this length is never the last of a member.
 const PART_BYTES: u64 = 100 << 20;

@@ -1,0 +1,72 @@
+//! Recipients: to whom a file is written.
+
+use std::fmt::{Display, Formatter};
+
+use x25519_dalek::{PublicKey, StaticSecret};
+
+use super::header::Stanza;
+use super::{Failure, FileKey, base64, bech32, derive, wrap};
+use crate::keys::secret::Secret;
+
+/// The type of a stanza for such a recipient.
+pub(super) const X25519: &str = "X25519";
+/// The name under which recipients are written.
+const NAME: &str = "age";
+
+/// To whom a file is written: `age1...`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recipient {
+    /// The holder of an X25519 identity.
+    X25519([u8; 32]),
+}
+
+impl Display for Recipient {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::X25519(public) => f.write_str(&bech32::encode(NAME, public)),
+        }
+    }
+}
+
+impl Recipient {
+    /// Parses a recipient. Space around it does not count.
+    ///
+    /// # Errors
+    /// Says what is wrong with it, as a clause without a subject of its own.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        let text = text.trim();
+        if text.starts_with("AGE-SECRET-KEY-") {
+            return Err("is a secret key: its recipient begins with age1");
+        }
+        let (name, bytes) =
+            bech32::decode(text).ok_or("is not a recipient: it begins with age1, and it has a checksum")?;
+        if name != NAME {
+            return Err("is a recipient of a kind that is not known");
+        }
+        let public = bytes[..].try_into().map_err(|_| "is a recipient of another length")?;
+        Ok(Self::X25519(public))
+    }
+
+    /// Wraps the key of a file.
+    pub(super) fn wrap(&self, key: &FileKey) -> Result<Vec<Stanza>, Failure> {
+        match self {
+            Self::X25519(public) => {
+                let once = Secret::random().map_err(|_| super::NO_RANDOM)?;
+                let once = StaticSecret::from(*once.bytes());
+                let share = PublicKey::from(&once);
+                let wrapping = agreed(&once, &PublicKey::from(*public), share.as_bytes(), public)
+                    .ok_or(Failure::Malformed("a recipient is no point that can be used"))?;
+                let arguments = [X25519, &base64::encode(share.as_bytes())];
+                Ok(vec![Stanza::new(&arguments, &wrap(&wrapping, key)?)])
+            }
+        }
+    }
+}
+
+/// The key that both sides agree on. Returns none if the other side chose a point that gives the same one to everybody.
+pub(super) fn agreed(own: &StaticSecret, other: &PublicKey, share: &[u8; 32], public: &[u8; 32]) -> Option<Secret<32>> {
+    let shared = own.diffie_hellman(other);
+    let salt = [&share[..], public].concat();
+    let is_good = shared.was_contributory();
+    is_good.then(|| derive(shared.as_bytes(), &salt, b"age-encryption.org/v1/X25519"))
+}

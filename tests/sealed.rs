@@ -1,0 +1,314 @@
+//! Goal: a sealed archive gives nothing to who has no key, everything to who has one, and refuses by name whatever somebody else put into it.
+//! Method: a simulated pool is exported into memory and sealed with fixed keys; archives are then changed, and read in both ways.
+
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test that cannot go on has failed"
+)]
+
+mod common;
+#[path = "format/scene.rs"]
+#[allow(dead_code, reason = "other tests use another part")]
+mod scene;
+
+use std::sync::Arc;
+
+use scene::{Content, Placed, Restored, Scene, WAYS, Way, records, restore_with};
+use vmfold::archive::keys::ArchiveKeys;
+use vmfold::archive::reader::Archive;
+use vmfold::archive::record::{RecordHeader, RecordKind, find_magic};
+use vmfold::error::Error;
+use vmfold::monitor::Silent;
+use vmfold::ops::BackupAccess;
+use vmfold::ops::export::{ExportOptions, export_on};
+use vmfold::ops::verify::verify_sealed;
+use vmfold::report::Verified;
+use vmfold::store::MemoryStore;
+use vmfold::testing::fixed_keys::FixedKeys;
+use vmfold::testing::simulated::{INCOMPRESSIBLE, block_of};
+
+const KEYS: FixedKeys = FixedKeys { name: 1, number: 1 };
+const OTHER_KEYS: FixedKeys = FixedKeys { name: 2, number: 1 };
+
+fn keys_of(keys: FixedKeys) -> Arc<ArchiveKeys> {
+    Arc::new(ArchiveKeys::opened_by(Arc::new(keys)))
+}
+
+fn access_of(keys: Option<FixedKeys>) -> BackupAccess {
+    BackupAccess {
+        unlock: keys.map(|keys| Arc::new(keys) as _),
+        ..BackupAccess::default()
+    }
+}
+
+fn export(scene: &Scene, keys: FixedKeys, before: &[u8]) -> Result<Vec<u8>, Error> {
+    let store = Arc::new(MemoryStore::of(before.to_vec()));
+    let options = ExportOptions {
+        sealing: keys.sealing(),
+        ..scene.options()
+    };
+    export_on(scene.pool(false), &options, Arc::clone(&store) as _, &Silent::default())?;
+    Ok(store.to_vec())
+}
+
+/// A sealed archive of two commits, and what each of them holds.
+fn two_commits() -> (Vec<u8>, [Content; 2]) {
+    let scene = Scene::new();
+    let (one, first) = (export(&scene, KEYS, &[]).unwrap(), scene.content());
+    scene.grow();
+    (export(&scene, KEYS, &one).unwrap(), [first, scene.content()])
+}
+
+fn restore(bytes: &[u8], way: Way, commit: Option<&str>, keys: Option<FixedKeys>) -> Restored {
+    restore_with(bytes, way, (commit, false), access_of(keys))
+}
+
+fn verify(bytes: &[u8], keys: Option<FixedKeys>) -> Result<Verified, Error> {
+    let keys = keys.map_or_else(Arc::default, keys_of);
+    verify_sealed(Arc::new(MemoryStore::of(bytes.to_vec())), keys, &Silent::default())
+}
+
+fn is_intact(verified: &Verified) -> bool {
+    verified.damage.is_empty() && verified.lost.is_empty()
+}
+
+#[test]
+fn who_has_the_key_gets_all_back() {
+    let (bytes, contents) = two_commits();
+    for way in WAYS {
+        for (commit, content) in ["1", "2"].into_iter().zip(&contents) {
+            let restored = restore(&bytes, way, Some(commit), Some(KEYS));
+            assert!(restored.is_whole(), "{way:?} {commit}: {:?}", restored.done);
+            assert!(restored.content == *content, "{way:?} {commit}");
+        }
+    }
+    let verified = verify(&bytes, Some(KEYS)).unwrap();
+    assert!(is_intact(&verified), "{verified:?}");
+    assert_eq!(verified.commits, 2);
+}
+
+#[test]
+fn the_second_export_stores_no_block_again() {
+    let scene = Scene::new();
+    let one = export(&scene, KEYS, &[]).unwrap();
+    let two = export(&scene, KEYS, &one).unwrap();
+    let packs = |bytes: &[u8]| {
+        let found = records(bytes);
+        found.iter().filter(|record| record.header.kind == RecordKind::Pack).count()
+    };
+    assert!(packs(&one) > 0);
+    assert_eq!(packs(&one), packs(&two));
+}
+
+#[test]
+fn who_has_no_key_gets_nothing() {
+    let (bytes, _) = two_commits();
+    for keys in [None, Some(OTHER_KEYS)] {
+        for way in WAYS {
+            let restored = restore(&bytes, way, None, keys);
+            let is_refused = matches!(restored.done, Err(Error::NoKey { .. } | Error::WrongKey { .. }));
+            assert!(is_refused, "{:?}", restored.done);
+            assert!(restored.content.is_empty());
+        }
+    }
+    let scene = Scene::new();
+    assert!(matches!(export(&scene, OTHER_KEYS, &bytes), Err(Error::WrongKey { .. })));
+    // Neither content nor names stand in it.
+    let block = block_of(INCOMPRESSIBLE + 3);
+    assert!(memchr::memmem::find(&bytes, &block[100..164]).is_none());
+    assert!(memchr::memmem::find(&bytes, b"image-").is_none());
+    for record in records(&bytes) {
+        let is_clear = matches!(
+            record.header.kind,
+            RecordKind::Head | RecordKind::Key | RecordKind::Tail | RecordKind::Note
+        );
+        assert_eq!(record.header.seal.is_none(), is_clear, "{:?}", record.header.kind);
+    }
+}
+
+#[test]
+fn an_archive_that_is_not_sealed_is_not_taken_for_one() {
+    let scene = Scene::new();
+    let plain = scene.export(&[]);
+    for way in WAYS {
+        let restored = restore(&plain, way, None, Some(KEYS));
+        assert!(restored.done.is_err(), "{way:?}");
+        assert!(restored.content.is_empty());
+    }
+    assert!(matches!(export(&scene, KEYS, &plain), Err(Error::Usage(_))));
+}
+
+/// The bytes of a record with another header, whose hashes are right.
+fn with_header(record: &Placed, change: impl FnOnce(&mut RecordHeader)) -> Vec<u8> {
+    let mut header = record.header;
+    header.mask = 0;
+    change(&mut header);
+    assert_eq!(find_magic(&record.body), None);
+    [&header.encode()[..], &record.body].concat()
+}
+
+fn joined(records: &[Vec<u8>]) -> Vec<u8> {
+    records.concat()
+}
+
+/// Restores, and checks that no wrong byte came out. Returns whether all came.
+fn comes_out_right(bytes: &[u8], contents: &[Content; 2], case: &str) -> bool {
+    let mut all = true;
+    for way in WAYS {
+        for (commit, content) in ["1", "2"].into_iter().zip(contents) {
+            let restored = restore(bytes, way, Some(commit), Some(KEYS));
+            for (name, found) in &restored.content {
+                let is_image = !name.to_str().unwrap().contains(".vmfold");
+                assert!(!is_image || content.get(name) == Some(found), "{case}: {way:?} {commit}");
+            }
+            all &= restored.is_whole();
+        }
+    }
+    all
+}
+
+#[test]
+fn records_that_change_places_are_refused() {
+    let (bytes, contents) = two_commits();
+    let all: Vec<Placed> = records(&bytes);
+    let stored: Vec<Vec<u8>> = all.iter().map(|record| bytes[record.range.clone()].to_vec()).collect();
+    let (first, second) = (all[0].header.epoch, all.last().unwrap().header.epoch);
+    for kind in [RecordKind::Pack, RecordKind::Plan, RecordKind::Index, RecordKind::List] {
+        let of = |epoch| {
+            all.iter()
+                .position(|record| record.header.kind == kind && record.header.epoch == epoch)
+        };
+        let (Some(one), Some(other)) = (of(first), of(second)) else {
+            panic!("{kind:?} is not in both epochs");
+        };
+        // A body of the other epoch, with the header that it would have there.
+        let mut swapped = stored.clone();
+        swapped[other] = with_header(&all[one], |header| {
+            header.epoch = all[other].header.epoch;
+            header.sequence = all[other].header.sequence;
+        });
+        let case = format!("{kind:?}");
+        assert!(!comes_out_right(&joined(&swapped), &contents, &case), "{case}");
+        let verified = verify(&joined(&swapped), Some(KEYS));
+        assert!(!verified.is_ok_and(|verified| is_intact(&verified)), "{case}");
+    }
+}
+
+#[test]
+fn no_bit_of_a_header_may_flip() {
+    let (bytes, contents) = two_commits();
+    let pack = records(&bytes)
+        .into_iter()
+        .find(|record| record.header.kind == RecordKind::Pack)
+        .unwrap();
+    for bit in (0..96 * 8).step_by(7) {
+        let mut bad = bytes.clone();
+        bad[pack.range.start + bit / 8] ^= 1 << (bit % 8);
+        let case = format!("bit {bit}");
+        assert!(!comes_out_right(&bad, &contents, &case), "{case}");
+    }
+    // The same with hashes that are right: the header's own, which anyone can make.
+    for (what, change) in [
+        ("epoch", &(|header: &mut RecordHeader| header.epoch.0 ^= 1) as &dyn Fn(&mut RecordHeader)),
+        ("lane", &|header| header.lane.0[0] ^= 1),
+        ("sealed", &|header| header.seal = None),
+    ] {
+        let bad = [
+            &bytes[..pack.range.start],
+            &with_header(&pack, change),
+            &bytes[pack.range.end..],
+        ]
+        .concat();
+        assert!(!comes_out_right(&bad, &contents, what), "{what}");
+    }
+}
+
+#[test]
+fn a_forged_commit_is_refused() {
+    let (bytes, _) = two_commits();
+    // Whoever can write and has no key makes an archive of his own, with the keyring of the genuine one.
+    let forged = {
+        let scene = Scene::new();
+        let mine = export(&scene, OTHER_KEYS, &[]).unwrap();
+        let genuine = records(&bytes);
+        let keyring = genuine
+            .iter()
+            .find(|record| record.header.kind == RecordKind::Key)
+            .unwrap();
+        let parts = records(&mine).into_iter().map(|record| {
+            if record.header.kind == RecordKind::Key {
+                let (header, mut body) = (record.header, keyring.body.clone());
+                let made =
+                    RecordHeader::of_body(RecordKind::Key, header.lane, header.epoch, header.sequence, &mut body);
+                [&made.unwrap().encode()[..], &body].concat()
+            } else {
+                mine[record.range.clone()].to_vec()
+            }
+        });
+        joined(&parts.collect::<Vec<_>>())
+    };
+    for way in WAYS {
+        let restored = restore(&forged, way, None, Some(KEYS));
+        assert!(restored.done.is_err());
+        assert!(restored.content.is_empty());
+    }
+    // Each byte of the clear part of a COMMIT is proved.
+    let commit = scene::last_of(&bytes, RecordKind::Commit);
+    for at in (0..2600).step_by(13) {
+        let mut body = commit.body.clone();
+        body[at] ^= 1;
+        let header = commit.header;
+        let changed = RecordHeader::of_stored(
+            (RecordKind::Commit, header.seal),
+            header.lane,
+            header.epoch,
+            header.sequence,
+            &mut body,
+        )
+        .unwrap();
+        let keys = keys_of(KEYS);
+        let first = records(&bytes)
+            .into_iter()
+            .find(|record| record.header.kind == RecordKind::Key)
+            .unwrap();
+        let record = vmfold::archive::keys::KeyRecord::decode(&first.body).unwrap();
+        keys.open(std::path::Path::new("a"), &record).unwrap();
+        assert!(
+            keys.open_body(std::path::Path::new("a"), 0, &changed, body).is_err(),
+            "{at}"
+        );
+    }
+}
+
+#[test]
+fn a_keyring_that_is_older_than_the_last_commit_is_refused() {
+    let scene = Scene::new();
+    let one = export(&scene, KEYS, &[]).unwrap();
+    let newer = FixedKeys { number: 2, ..KEYS };
+    let other = export(&scene, newer, &[]).unwrap();
+    let old = records(&one)
+        .into_iter()
+        .find(|record| record.header.kind == RecordKind::Key)
+        .unwrap();
+    let parts = records(&other).into_iter().map(|record| {
+        if record.header.kind != RecordKind::Key {
+            return other[record.range.clone()].to_vec();
+        }
+        // The keys of the epoch stay; the keyring is the old one.
+        let mut body = record.body.clone();
+        body[4..8].copy_from_slice(&old.body[4..8]);
+        let at = body.windows(2).rposition(|pair| pair == [1, 2]).unwrap();
+        body[at..at + 2].copy_from_slice(&[1, 1]);
+        let header = record.header;
+        let made = RecordHeader::of_body(RecordKind::Key, header.lane, header.epoch, header.sequence, &mut body);
+        [&made.unwrap().encode()[..], &body].concat()
+    });
+    let stale = joined(&parts.collect::<Vec<_>>());
+    for way in WAYS {
+        let restored = restore(&stale, way, None, Some(newer));
+        assert!(restored.done.is_err(), "{way:?}");
+    }
+    let opened = Archive::open_with(Arc::new(MemoryStore::of(stale)), keys_of(newer));
+    assert!(opened.unwrap_err().to_string().contains("older"));
+}
