@@ -263,6 +263,15 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// A key was given for an archive that is not sealed.
+    #[error(
+        "`{}` is not encrypted, though a key was given for it: it may not be the archive that you mean",
+        shown(path)
+    )]
+    NotSealed {
+        /// The archive.
+        path: PathBuf,
+    },
     /// A keyring is sealed, and the user gave nothing that could open it.
     #[error("`{}` is encrypted, and no key was given: it opens by {slots}", shown(path))]
     NoKey {
@@ -552,6 +561,7 @@ impl Error {
             | Self::Unsupported { .. }
             | Self::RefusedBackup { .. }
             | Self::WrongKey { .. }
+            | Self::NotSealed { .. }
             | Self::KeyProgram { .. }
             | Self::Qubesd { .. } => ErrorKind::Refused,
             Self::Damaged { .. } | Self::DamagedBackup { .. } | Self::DamagedKeyring { .. } => ErrorKind::Damaged,
@@ -608,6 +618,7 @@ impl Error {
                 "give it by --passphrase-file, --passphrase-fd or --passphrase-command, or name the file of an identity by --identity"
             }
             Self::WrongKey { .. } => "check what was given; vmfold key list tells who holds a key",
+            Self::NotSealed { .. } => "if it is, leave the key out",
             Self::DamagedKeyring { .. } => "no key opens it as it is: take another copy of the archive",
             Self::NoSuchCommit { .. } => "vmfold list shows what there is",
             Self::ChangedMeanwhile { .. } => "nothing was added to the archive; shut the machine down and run it again",
@@ -669,6 +680,7 @@ mod tests {
 
     fn of_refusal() -> Vec<Error> {
         vec![
+            with(|path| Error::NotSealed { path }),
             Error::Qubesd {
                 call: "admin.vm.List",
                 target: "work".into(),

@@ -1,11 +1,7 @@
 //! Goal: a sealed archive gives nothing to who has no key, everything to who has one, and refuses by name whatever somebody else put into it.
 //! Method: a simulated pool is exported into memory and sealed with fixed keys; archives are then changed, and read in both ways.
 
-#![allow(
-    clippy::unwrap_used,
-    missing_docs,
-    reason = "a test that cannot go on has failed"
-)]
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on has failed")]
 
 mod common;
 #[path = "format/scene.rs"]
@@ -95,7 +91,10 @@ fn the_second_export_stores_no_block_again() {
     let two = export(&scene, KEYS, &one).unwrap();
     let packs = |bytes: &[u8]| {
         let found = records(bytes);
-        found.iter().filter(|record| record.header.kind == RecordKind::Pack).count()
+        found
+            .iter()
+            .filter(|record| record.header.kind == RecordKind::Pack)
+            .count()
     };
     assert!(packs(&one) > 0);
     assert_eq!(packs(&one), packs(&two));
@@ -113,7 +112,10 @@ fn who_has_no_key_gets_nothing() {
         }
     }
     let scene = Scene::new();
-    assert!(matches!(export(&scene, OTHER_KEYS, &bytes), Err(Error::WrongKey { .. })));
+    assert!(matches!(
+        export(&scene, OTHER_KEYS, &bytes),
+        Err(Error::WrongKey { .. })
+    ));
     // Neither content nor names stand in it.
     let block = block_of(INCOMPRESSIBLE + 3);
     assert!(memchr::memmem::find(&bytes, &block[100..164]).is_none());
@@ -136,7 +138,7 @@ fn an_archive_that_is_not_sealed_is_not_taken_for_one() {
         assert!(restored.done.is_err(), "{way:?}");
         assert!(restored.content.is_empty());
     }
-    assert!(matches!(export(&scene, KEYS, &plain), Err(Error::Usage(_))));
+    assert!(matches!(export(&scene, KEYS, &plain), Err(Error::NotSealed { .. })));
 }
 
 /// The bytes of a record with another header, whose hashes are right.
@@ -160,7 +162,10 @@ fn comes_out_right(bytes: &[u8], contents: &[Content; 2], case: &str) -> bool {
             let restored = restore(bytes, way, Some(commit), Some(KEYS));
             for (name, found) in &restored.content {
                 let is_image = !name.to_str().unwrap().contains(".vmfold");
-                assert!(!is_image || content.get(name) == Some(found), "{case}: {way:?} {commit}");
+                assert!(
+                    !is_image || content.get(name) == Some(found),
+                    "{case}: {way:?} {commit}"
+                );
             }
             all &= restored.is_whole();
         }
@@ -184,10 +189,13 @@ fn records_that_change_places_are_refused() {
         };
         // A body of the other epoch, with the header that it would have there.
         let mut swapped = stored.clone();
-        swapped[other] = with_header(&all[one], |header| {
-            header.epoch = all[other].header.epoch;
-            header.sequence = all[other].header.sequence;
-        });
+        let copies = (0..all.len()).filter(|place| all[*place].header.body_hash == all[other].header.body_hash);
+        for copy in copies {
+            swapped[copy] = with_header(&all[one], |header| {
+                header.epoch = all[copy].header.epoch;
+                header.sequence = all[copy].header.sequence;
+            });
+        }
         let case = format!("{kind:?}");
         assert!(!comes_out_right(&joined(&swapped), &contents, &case), "{case}");
         let verified = verify(&joined(&swapped), Some(KEYS));
@@ -202,7 +210,7 @@ fn no_bit_of_a_header_may_flip() {
         .into_iter()
         .find(|record| record.header.kind == RecordKind::Pack)
         .unwrap();
-    for bit in (0..96 * 8).step_by(7) {
+    for bit in (0..96 * 8).step_by(11) {
         let mut bad = bytes.clone();
         bad[pack.range.start + bit / 8] ^= 1 << (bit % 8);
         let case = format!("bit {bit}");
@@ -210,7 +218,10 @@ fn no_bit_of_a_header_may_flip() {
     }
     // The same with hashes that are right: the header's own, which anyone can make.
     for (what, change) in [
-        ("epoch", &(|header: &mut RecordHeader| header.epoch.0 ^= 1) as &dyn Fn(&mut RecordHeader)),
+        (
+            "epoch",
+            &(|header: &mut RecordHeader| header.epoch.0 ^= 1) as &dyn Fn(&mut RecordHeader),
+        ),
         ("lane", &|header| header.lane.0[0] ^= 1),
         ("sealed", &|header| header.seal = None),
     ] {

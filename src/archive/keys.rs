@@ -66,6 +66,9 @@ pub struct PairSeeds {
 
 /// Opens keyrings: asks for a passphrase, or reads a key from a file.
 pub trait Unlock: std::fmt::Debug + Send + Sync {
+    /// Returns whether the user named a key, so that an archive which is not sealed is not the one that he means.
+    fn is_given(&self) -> bool;
+
     /// Opens the keyring of an archive.
     ///
     /// # Errors
@@ -345,9 +348,30 @@ impl ArchiveKeys {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns whether the user gave a key, so that an archive which is not sealed is not the one that he means.
-    pub fn are_given(&self) -> bool {
-        self.unlock.is_some()
+    /// Fails if the user named a key, and none of the records so far was sealed: whoever can write to where archives lie could otherwise put one of
+    /// his own there.
+    ///
+    /// # Errors
+    /// [`Error::NotSealed`].
+    pub fn check_sealed(&self, archive: &Path) -> Result<()> {
+        if self.ring().is_none() && self.unlock.as_ref().is_some_and(|unlock| unlock.is_given()) {
+            return Err(Error::NotSealed {
+                path: archive.to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Fails if the keyring is older than a commit says that it was.
+    ///
+    /// # Errors
+    /// Says so.
+    pub fn check_current(&self, commit: &super::commit::Commit) -> Decoded<()> {
+        let number = self.ring().map(|ring| ring.number);
+        if commit.keyring > number {
+            return Err("its keyring is older than a commit: another KEY record was there when that was made".into());
+        }
+        Ok(())
     }
 
     /// Returns the keyring, once it is open.

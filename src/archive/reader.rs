@@ -339,6 +339,13 @@ impl Archive {
             }
             other => other?,
         };
+        if !opened.commits.is_empty() {
+            reader.keys.check_sealed(reader.path())?;
+        }
+        for committed in &opened.commits {
+            let checked = reader.keys.check_current(&committed.commit);
+            checked.map_err(|problem| reader.malformed(committed.location.offset, problem))?;
+        }
         let lanes = lanes_of(&opened.commits, length).map_err(|problem| reader.malformed(0, problem))?;
         let commits = std::mem::take(&mut opened.commits);
         let (forgotten, commits) = commits.into_iter().partition(|one| one.is_forgotten);

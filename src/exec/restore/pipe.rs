@@ -215,6 +215,9 @@ impl<'a> PipeSource<'a> {
             let learned = self.options.keys.learn(header.lane, header.epoch, &record.wraps);
             learned.map_err(malformed)?;
         }
+        if !matches!(header.kind, RecordKind::Head | RecordKind::Key) {
+            self.options.keys.check_sealed(&self.path)?;
+        }
         match self.options.keys.open_body(&self.path, offset, header, body) {
             Err(Error::Damaged { problem, .. }) => {
                 self.epoch.lose(Some(header));
@@ -375,6 +378,7 @@ impl<'a> PipeSource<'a> {
         let has_unproved = std::mem::replace(&mut self.has_unproved, true);
         let before = std::mem::take(&mut self.last_commit);
         let ended = self.epoch.end(&record.header, &record.body).map_err(malformed)?;
+        self.options.keys.check_current(&ended.commit).map_err(malformed)?;
         self.epoch = Epoch::new(Some(record.header.epoch), self.options.announces, &self.options.budget);
         let place_before = std::mem::replace(&mut self.last_place, ChainPlace::of(&ended.commit));
         if let Some(missing) = &ended.missing {
