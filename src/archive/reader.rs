@@ -373,9 +373,37 @@ impl Archive {
         Ok(self.searched.get_or_init(Searched::default))
     }
 
+    /// Whether the archive was searched from its beginning.
+    pub(super) fn was_searched(&self) -> bool {
+        self.searched.get().is_some()
+    }
+
+    /// Returns the whole records that a search from the beginning finds, in the order they stand.
+    pub(super) fn records_found(&self) -> Result<&[(RecordHeader, u64)]> {
+        Ok(&self.searched()?.records)
+    }
+
+    /// Returns what reads its records.
+    pub(super) fn record_reader(&self) -> &RecordReader {
+        &self.reader
+    }
+
     /// Returns its path.
     pub fn path(&self) -> &Path {
         self.reader.path()
+    }
+
+    /// Returns the store that it lies in.
+    pub fn store(&self) -> &dyn Store {
+        self.reader.store()
+    }
+
+    /// Reads the body of the COMMIT of a commit.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], or the error of reading.
+    pub fn commit_body(&self, committed: &Committed) -> Result<Vec<u8>> {
+        self.body_of_sought(&committed.location.sought())
     }
 
     /// Returns the lane of the commit that stands last.

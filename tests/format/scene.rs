@@ -107,6 +107,7 @@ impl Scene {
             level: 3,
             trusts_archive: false,
             label: String::new(),
+            parity: None,
         }
     }
 
