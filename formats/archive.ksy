@@ -51,6 +51,7 @@ types:
             kind::commit: commit
             kind::tail: tail
             kind::list: list
+            kind::parity: parity
   header:
     seq:
       - id: magic
@@ -284,6 +285,76 @@ types:
         type: commit_location
         repeat: expr
         repeat-expr: 2
+  parity:
+    seq:
+      - id: geometry
+        type: geometry
+      - id: tables_and_rows
+        size-eos: true
+        doc: |
+          Zeros to a multiple of 4096 in the file; the tables of cells and headers, in blocks of 4096 bytes; rows of 16384 bytes; the
+          geometry again.
+  geometry:
+    seq:
+      - id: version
+        type: u1
+        valid: 1
+      - id: percent
+        type: u1
+        valid:
+          min: 1
+          max: 100
+      - id: flags
+        type: u1
+        doc: Bit 0, a copy of a COMMIT and a TAIL follow.
+        valid:
+          max: 1
+      - id: num_records
+        type: u1
+        valid:
+          min: 1
+          max: 64
+      - id: number
+        type: u1
+      - id: reserved
+        contents: [0, 0, 0]
+      - id: ofs_group
+        type: u8
+      - id: len_group
+        type: u8
+        valid:
+          min: 1
+      - id: ofs_first_record
+        type: u8
+      - id: first_sequence
+        type: u8
+      - id: num_rows
+        type: u4
+        valid:
+          max: 63488
+      - id: num_code_rows
+        type: u4
+        valid: 2048
+      - id: num_stored_rows
+        type: u4
+        valid:
+          min: 1
+          max: 2048
+      - id: num_headers
+        type: u4
+        valid:
+          max: 65536
+      - id: archive
+        size: 16
+      - id: epoch
+        size: 8
+      - id: commit
+        type: commit_location
+      - id: reserved2
+        contents: [0, 0, 0, 0]
+      - id: checksum
+        type: u4
+        doc: CRC32C of the 132 bytes before.
   commit_location:
     seq:
       - id: offset

@@ -16,6 +16,7 @@
 //! qubes       a running Qubes OS: what its daemon is asked
 //! foreign     backups that other programs made: what they hold, reading
 //! archive     records of archives: what they hold, writing, reading
+//! parity      what is stored so that lost bytes of an archive can be computed
 //! keys        keys of sealed archives: secrets, the keyring, how people keep it and open it
 //! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
@@ -60,6 +61,7 @@ pub mod monitor;
 pub mod numbers;
 pub mod ops;
 pub mod own_folder;
+pub mod parity;
 pub mod plan;
 pub mod pool;
 pub mod qubes;

@@ -32,3 +32,6 @@ mod verification;
 
 #[path = "format/memory.rs"]
 mod memory;
+
+#[path = "format/parity.rs"]
+mod parity;

@@ -69,6 +69,7 @@ fn archive(folder: &Path) -> Archive {
         level: 3,
         trusts_archive: false,
         label: String::new(),
+        parity: None,
     };
     let pool = OpenPool::new(&fs, Some(MemoryIndex::default().open(FingerprintFunction::Crc32c)));
     let store = Arc::new(MemoryStore::default());

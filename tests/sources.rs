@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmfold::archive::reader::Archive;
-use vmfold::archive::record::{Hash, LaneId, hash_of};
+use vmfold::archive::record::{BlockHasher, Hash, LaneId, hash_of};
 use vmfold::block::{BLOCK_LEN, bytes};
 use vmfold::content::Content;
 use vmfold::error::{Error, Result};
@@ -90,6 +90,7 @@ impl Backup for MemoryBackup {
 /// A backup as a source.
 fn backup_source<'a>(backup: MemoryBackup, folder: &Path, monitor: &'a Silent) -> BackupSource<'a> {
     let options = BackupOptions {
+        hasher: BlockHasher::default(),
         takes: Box::new(|_| true),
         partial: false,
         id: LaneId([7; 16]),
@@ -185,7 +186,7 @@ fn conforms(source: &mut dyn BlockSource, context: &str) -> Sums {
         let found = digest(
             &image.runs,
             image.image.size,
-            &Silent::default(),
+            (&BlockHasher::default(), &Silent::default()),
             |first, blocks, digest| {
                 has_all &= hashes.add_to(digest, first, blocks)?;
                 Ok(())
@@ -207,6 +208,7 @@ fn archive() -> Archive {
 
 fn pipe_options(commit: Option<&str>, folder: &Path) -> PipeOptions {
     PipeOptions {
+        keys: Arc::default(),
         commit: commit.map(str::to_owned),
         partial: false,
         announces: true,

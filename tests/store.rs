@@ -160,6 +160,7 @@ impl Scene {
             level: 3,
             trusts_archive: false,
             label: String::new(),
+            parity: None,
         };
         export_to(&options, || Ok(store), &Silent::default())
     }

@@ -101,6 +101,7 @@ impl Scene {
             level: 3,
             trusts_archive: false,
             label: String::new(),
+            parity: None,
         };
         export_on(self.pool(), &options, store, &Silent::default())
     }

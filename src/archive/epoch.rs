@@ -378,7 +378,10 @@ impl Epoch {
                         return Err("a record came that is not the one that its COMMIT lists".into());
                     }
                 }
-                _ if matches!(record.kind, RecordKind::Other(_) | RecordKind::Note) => {}
+                _ if matches!(
+                    record.kind,
+                    RecordKind::Other(_) | RecordKind::Parity | RecordKind::Note
+                ) => {}
                 _ => missing = Some(*record),
             }
         }

@@ -2,9 +2,9 @@
 //! filesystem: [`crate::ops`] puts archives and images together.
 //!
 //! `limits` has the limits of what records hold, and `record` those of records. `record`, `head`, `manifest` with `attributes` and `announced`, `pack`, `index`, `list` and `commit`
-//! are the records; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage,
+//! are the records, and `parity` what heals them; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage,
 //! and `epoch` keeps what they say;
-//! `open`, `salvage` and `reader` find them in a store, and `lane` says which of them hold which blocks.
+//! `open`, `salvage` and `reader` find them in a store, `lane` says which of them hold which blocks, and `protected` how much has parity.
 
 pub mod announced;
 pub mod attributes;
@@ -19,6 +19,8 @@ pub mod list;
 pub mod manifest;
 pub mod open;
 pub mod pack;
+pub mod parity;
+pub mod protected;
 pub mod reader;
 pub mod record;
 mod salvage;

@@ -417,6 +417,21 @@ impl Archive {
         Ok(self.searched.get_or_init(Searched::default))
     }
 
+    /// Whether the archive was searched from its beginning.
+    pub(super) fn was_searched(&self) -> bool {
+        self.searched.get().is_some()
+    }
+
+    /// Returns the whole records that a search from the beginning finds, in the order they stand.
+    pub(super) fn records_found(&self) -> Result<&[(RecordHeader, u64)]> {
+        Ok(&self.searched()?.records)
+    }
+
+    /// Returns what reads its records.
+    pub(super) fn record_reader(&self) -> &RecordReader {
+        &self.reader
+    }
+
     /// Returns its path.
     pub fn path(&self) -> &Path {
         self.reader.path()
@@ -430,6 +445,30 @@ impl Archive {
     /// Returns what hashes blocks in this archive.
     pub fn hasher(&self) -> BlockHasher {
         self.reader.keys.hasher()
+    }
+
+    /// Returns the store that it lies in.
+    pub fn store(&self) -> &dyn Store {
+        self.reader.store()
+    }
+
+    /// Reads the body of the COMMIT of a commit as it is stored, without its mask, and whether it is sealed.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], or the error of reading.
+    pub fn stored_commit(&self, committed: &Committed) -> Result<(Vec<u8>, bool)> {
+        let sought = committed.location.sought();
+        let read = |offset| {
+            let header = self.reader.header_of(offset, &sought)?;
+            Ok((self.reader.stored_body_of(offset, &header)?, header.seal.is_some()))
+        };
+        match read(sought.offset) {
+            Err(Error::Damaged { .. }) => {
+                let found = self.searched()?.place_of(sought.kind, &sought.body_hash);
+                read(found.unwrap_or(sought.offset))
+            }
+            other => other,
+        }
     }
 
     /// Returns the lane of the commit that stands last.

@@ -83,6 +83,8 @@ pub enum RecordKind {
     Tail,
     /// The keys of a sealed archive, which only those open that it is for.
     Key,
+    /// What lost bytes of the archive are computed from.
+    Parity,
     /// Anything, which a reader skips.
     Note,
     /// What a COMMIT lists.
@@ -117,7 +119,7 @@ const KINDS: [KindRow; 11] = {
         row(RecordKind::Index, 4, "INDEX", false, 9 << 20),
         row(RecordKind::Commit, 5, "COMMIT", true, 128 << 10),
         row(RecordKind::Tail, 6, "TAIL", false, 96),
-        row(RecordKind::Other(7), 7, "PARITY", false, 33 << 20),
+        row(RecordKind::Parity, 7, "PARITY", false, 33 << 20),
         row(RecordKind::Key, 8, "KEY", true, 64 << 10),
         row(RecordKind::Note, 9, "NOTE", false, 64 << 10),
         row(RecordKind::List, 10, "LIST", true, 5 << 20),
@@ -129,7 +131,7 @@ const OTHER_BYTES_MAX: u64 = 33 << 20;
 
 impl RecordKind {
     /// Every kind that this version writes.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Head,
         Self::Plan,
         Self::Pack,
@@ -137,6 +139,7 @@ impl RecordKind {
         Self::Commit,
         Self::Tail,
         Self::Key,
+        Self::Parity,
         Self::Note,
         Self::List,
     ];
@@ -223,7 +226,7 @@ impl RecordHeader {
         sequence: u64,
         body: &mut [u8],
     ) -> Decoded<Self> {
-        let mut header = Self {
+        let header = Self {
             kind,
             seal,
             mask: 0,
@@ -233,15 +236,30 @@ impl RecordHeader {
             body_bytes: body.len() as u64,
             body_hash: hash_of(body),
         };
+        header.masked(body)
+    }
+
+    /// Masks a body that has no mask yet, if it holds the magic.
+    fn masked(mut self, body: &mut [u8]) -> Decoded<Self> {
         while find_magic(body).is_some() {
-            header.apply_mask(0, body);
-            header.mask = header
-                .mask
-                .checked_add(1)
-                .ok_or("no mask hides the magic in a record")?;
-            header.apply_mask(0, body);
+            self.apply_mask(0, body);
+            self.mask = self.mask.checked_add(1).ok_or("no mask hides the magic in a record")?;
+            self.apply_mask(0, body);
         }
-        Ok(header)
+        Ok(self)
+    }
+
+    /// Makes the header of a copy of the record under another number, and the copy's body out of the one without its mask.
+    ///
+    /// # Errors
+    /// Those of [`RecordHeader::of_body`].
+    pub fn copied(&self, sequence: u64, body: &mut [u8]) -> Decoded<Self> {
+        let unmasked = Self {
+            mask: 0,
+            sequence,
+            ..*self
+        };
+        unmasked.masked(body)
     }
 
     /// Masks a part of the body that begins `from` bytes behind the header, or takes its mask off.

@@ -12,6 +12,7 @@ use super::limits::{LISTS_MAX, RECORDS_MAX};
 use super::list::{self, ImageSummary, Listed, RecordLocation};
 use super::manifest::{self, ManifestBuilder, PlanPart, PlanRecord};
 use super::pack::{self, PlacedFrame};
+use super::parity::{FullGroup, ParityMaker, ParityPlace};
 use super::reader::Committed;
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SEQUENCES};
 use super::seal;
@@ -47,6 +48,15 @@ pub struct EpochBase {
     pub store_end: StoreBlock,
 }
 
+/// What an epoch has beside what it stores.
+#[derive(Debug, Default)]
+pub struct EpochOptions {
+    /// What seals its records; none if they stay clear.
+    pub sealer: Option<EpochSealer>,
+    /// What makes its parity, if any is made.
+    pub parity: Option<ParityMaker>,
+}
+
 /// Writes one epoch.
 #[derive(Debug)]
 pub struct ArchiveWriter {
@@ -56,10 +66,18 @@ pub struct ArchiveWriter {
     sequence: u64,
     offset: u64,
     records: Vec<RecordLocation>,
-    /// What seals bodies; none if the archive is not sealed.
+    /// What seals bodies; none if nothing is sealed any more.
     sealer: Option<EpochSealer>,
+    /// Whether the archive is sealed.
+    is_sealed: bool,
     /// What a reader makes of the final images.
     images: ManifestBuilder,
+    /// What makes the parity of the archive, if any is made.
+    parity: Option<ParityMaker>,
+    /// Bytes of PARITY records so far.
+    parity_bytes: u64,
+    /// The COMMIT once it is written, and its body.
+    committed: Option<(CommitLocation, Vec<u8>)>,
 }
 
 fn too_large(problem: Malformed) -> io::Error {
@@ -72,39 +90,67 @@ impl ArchiveWriter {
     /// # Errors
     /// Returns the error of the store, or says that the archive has used up the numbers of its commits.
     pub fn begin(store: Arc<dyn Store>, base: EpochBase, epoch: EpochId, budget: &Budget) -> io::Result<Self> {
-        Self::begin_with(store, base, (epoch, None), budget)
+        Self::begin_with(store, base, epoch, EpochOptions::default(), budget)
     }
 
-    /// Begins an epoch whose records are sealed by something, or stay clear.
+    /// Begins an epoch as [`ArchiveWriter::begin`] does, in an archive that is sealed or gets parity. What was written since the last parity gets it
+    /// first.
     ///
     /// # Errors
-    /// Those of [`ArchiveWriter::begin`].
+    /// Those of [`ArchiveWriter::begin`], and the error of reading.
     pub fn begin_with(
         store: Arc<dyn Store>,
         base: EpochBase,
-        (epoch, sealer): (EpochId, Option<EpochSealer>),
+        epoch: EpochId,
+        EpochOptions { sealer, parity }: EpochOptions,
         budget: &Budget,
     ) -> io::Result<Self> {
         if base.last_number >= CommitNumber::LAST {
             return Err(io::Error::other("the archive has used up the numbers of its commits"));
         }
+        let is_sealed = sealer.is_some();
         let mut writer = Self {
+            sealer,
+            is_sealed,
+            parity,
+            ..Self::new(store, base, epoch, budget)
+        };
+        let head = if is_sealed { Head::sealed() } else { Head::current() };
+        writer.put(RecordKind::Head, head.encode(), |_| ())?;
+        writer.write_keys()?;
+        writer.catch_up(&mut |_| Ok(()))?;
+        Ok(writer)
+    }
+
+    /// Goes on with the epoch of the last commit: for what no COMMIT lists. The COMMIT has this body as it is stored, and is sealed or not.
+    pub fn resume(
+        store: Arc<dyn Store>,
+        base: EpochBase,
+        epoch: EpochId,
+        (commit_body, is_sealed): (Vec<u8>, bool),
+    ) -> Self {
+        Self {
+            committed: Some((base.last, commit_body)),
+            is_sealed,
+            ..Self::new(store, base, epoch, &Budget::default())
+        }
+    }
+
+    fn new(store: Arc<dyn Store>, base: EpochBase, epoch: EpochId, budget: &Budget) -> Self {
+        Self {
             store,
             base,
             epoch,
             sequence: base.sequence,
             offset: base.length,
             records: Vec::new(),
-            sealer,
+            sealer: None,
+            is_sealed: false,
             images: ManifestBuilder::new(budget),
-        };
-        if writer.sealer.is_some() {
-            writer.put(RecordKind::Head, Head::sealed().encode(), |_| ())?;
-            writer.write_keys()?;
-        } else {
-            writer.put(RecordKind::Head, Head::current().encode(), |_| ())?;
+            parity: None,
+            parity_bytes: 0,
+            committed: None,
         }
-        Ok(writer)
     }
 
     /// Returns the number of the commit that this epoch makes.
@@ -185,12 +231,12 @@ impl ArchiveWriter {
 
     /// Returns whether a PACK of so many frames would be longer with another one of `more_bytes` than the PACKs of a sealed archive are.
     pub fn is_pack_full(&self, frames: usize, stored_bytes: usize, more_bytes: usize) -> bool {
-        self.sealer.is_some() && seal::pack_bytes(frames + 1, stored_bytes + more_bytes) > seal::PACK_BYTES
+        self.is_sealed && seal::pack_bytes(frames + 1, stored_bytes + more_bytes) > seal::PACK_BYTES
     }
 
     /// Returns whether records are sealed.
     pub fn is_sealed(&self) -> bool {
-        self.sealer.is_some()
+        self.is_sealed
     }
 
     /// Writes an INDEX of the blocks from `first` on.
@@ -231,13 +277,19 @@ impl ArchiveWriter {
         Ok(())
     }
 
-    /// Writes a record whose body is as it is stored.
-    fn write(&mut self, kind: RecordKind, mut body: Vec<u8>) -> io::Result<RecordLocation> {
-        let seal = self.sealer.as_ref().and_then(|_| EpochSealer::seal_of(kind));
+    /// Writes a record whose body is as it is stored, and the PARITY records of groups that are full with it.
+    fn write(&mut self, kind: RecordKind, body: Vec<u8>) -> io::Result<RecordLocation> {
+        let location = self.write_one(kind, body)?;
+        self.write_full_groups()?;
+        Ok(location)
+    }
+
+    fn write_one(&mut self, kind: RecordKind, mut body: Vec<u8>) -> io::Result<RecordLocation> {
+        let seal = EpochSealer::seal_of(kind).filter(|_| self.is_sealed);
         let header = RecordHeader::of_stored((kind, seal), self.base.lane, self.epoch, self.sequence, &mut body)
             .map_err(too_large)?;
         RecordHeader::decode(&header.encode()).map_err(too_large)?;
-        if self.sequence >= SEQUENCES || self.base.records + self.records.len() + 2 * LISTS_MAX >= RECORDS_MAX {
+        if self.sequence >= SEQUENCES || self.records_so_far() + 2 * LISTS_MAX >= RECORDS_MAX {
             return Err(io::Error::other("the archive would have more records than allowed"));
         }
         if body.len() > AT_ONCE_BYTES_MAX {
@@ -258,9 +310,98 @@ impl ArchiveWriter {
             body_hash: header.body_hash,
             table_hash: [0; 32],
         };
+        // Until all that is in the archive is read, it is read with that.
+        if let Some(parity) = self.parity.as_mut().filter(|parity| parity.position() == self.offset) {
+            parity.push(&header.encode());
+            parity.push(&body);
+        }
         self.sequence += 1;
         self.offset += location.length;
         Ok(location)
+    }
+
+    /// Writes the PARITY records of all groups that are full. Their own bytes are part of the next group.
+    fn write_full_groups(&mut self) -> io::Result<()> {
+        while let Some(full) = self.parity.as_mut().and_then(ParityMaker::next_full) {
+            self.write_parity(&full, None)?;
+        }
+        Ok(())
+    }
+
+    fn write_parity(&mut self, full: &FullGroup, commit: Option<CommitLocation>) -> io::Result<()> {
+        let geometry = full.geometry(&ParityPlace {
+            offset: self.offset,
+            sequence: self.sequence,
+            lane: self.base.lane,
+            epoch: self.epoch,
+            commit,
+        });
+        for number in 0..geometry.records {
+            let location = self.write_one(RecordKind::Parity, full.body(&geometry, number))?;
+            self.parity_bytes += location.length;
+        }
+        Ok(())
+    }
+
+    /// Reads what stands in the archive and has no parity yet, and writes the PARITY records of groups that are full with it. Calls `read` with
+    /// the bytes that it has read each time.
+    fn catch_up(&mut self, read: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        const PART_BYTES: usize = 4 << 20;
+        let mut buffer = vec![0; PART_BYTES];
+        while let Some(parity) = self.parity.as_mut()
+            && parity.position() < self.offset
+        {
+            let left = usize::try_from(self.offset - parity.position()).unwrap_or(usize::MAX);
+            let part = &mut buffer[..left.min(PART_BYTES)];
+            self.store.read_exact_at(parity.position(), part)?;
+            parity.push(part);
+            read(part)?;
+            self.write_full_groups()?;
+        }
+        Ok(())
+    }
+
+    /// Gives the archive parity, once an epoch was ended: PARITY records for all that has none, and then one more copy of the COMMIT and a TAIL. Calls
+    /// `read` with what it reads of the archive. If it fails, the archive is as it should be up to the length of [`ArchiveWriter::finish`]. Returns
+    /// what a next epoch would continue; none if there is no parity to be made.
+    ///
+    /// # Errors
+    /// Returns the error of the store, or of `read`.
+    pub fn protect(
+        &mut self,
+        parity: Option<ParityMaker>,
+        read: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<Option<EpochBase>> {
+        self.parity = self.parity.take().or(parity);
+        self.catch_up(read)?;
+        let (Some(rest), Some((commit, body))) =
+            (self.parity.take().and_then(ParityMaker::finish), self.committed.take())
+        else {
+            return Ok(None);
+        };
+        self.write_parity(&rest, Some(commit))?;
+        drop(rest);
+        // The copy leads to an end of the archive, whose parity is on disk then.
+        self.store.settle()?;
+        self.write_one(RecordKind::Commit, body)?;
+        self.write_one(RecordKind::Tail, encode_tail(&commit))?;
+        self.store.settle()?;
+        Ok(Some(EpochBase {
+            sequence: self.sequence,
+            length: self.offset,
+            records: self.records_so_far(),
+            ..self.base
+        }))
+    }
+
+    /// Returns the bytes of the PARITY records that were written.
+    pub fn parity_bytes(&self) -> u64 {
+        self.parity_bytes
+    }
+
+    /// Records of the file so far.
+    fn records_so_far(&self) -> usize {
+        self.base.records + usize::try_from(self.sequence - self.base.sequence).unwrap_or(0)
     }
 
     /// Ends the epoch. `commit` lacks its number, what it follows, and what it lists; `listed` lacks its records. Everything that the COMMIT
@@ -270,7 +411,7 @@ impl ArchiveWriter {
     /// # Errors
     /// Returns the error of the store, or says what a reader would refuse.
     pub fn finish(
-        mut self,
+        &mut self,
         mut commit: Commit,
         mut listed: Listed,
         images: &[ImageSummary],
@@ -318,7 +459,7 @@ impl ArchiveWriter {
         } else {
             self.write(RecordKind::Note, vec![0; COPY_DISTANCE])?;
         }
-        self.write(RecordKind::Commit, body)?;
+        self.write(RecordKind::Commit, body.clone())?;
         let last = CommitLocation {
             offset: location.offset,
             length: location.length,
@@ -332,9 +473,10 @@ impl ArchiveWriter {
             last,
             sequence: self.sequence,
             length: self.offset,
-            records: self.base.records + usize::try_from(self.sequence - self.base.sequence).unwrap_or(0),
+            records: self.records_so_far(),
             store_end: commit.store_end,
         };
+        self.committed = Some((last, body));
         let committed = Committed {
             commit,
             location: last,

@@ -108,6 +108,12 @@ pub(super) enum Command {
     ///
     /// It reads the whole archive. For each damaged place it names the images and the byte ranges that are lost.
     Verify(Verify),
+    /// Give an archive parity, from which lost bytes of it can be computed
+    ///
+    /// It reads what has no parity yet, and appends it. Nothing that is written changes. `export --parity` does the same
+    /// while it writes, without reading anything again. `vmfold repair` heals damage, and `verify` says how much
+    /// more would still heal.
+    Protect(Protect),
     /// Show what differs between two commits, or between one and images on disk
     ///
     /// It compares by hash, and shows which byte ranges of which images differ. The exit code is 5 if anything does.
@@ -399,6 +405,14 @@ pub(super) struct Export {
     /// `list`, `import` and `diff` find the commit by it. Of several with one label they take the last.
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub(super) label: String,
+    /// Percent of the archive that may be lost and still heal, 1 to 100; 0 for none
+    ///
+    /// Parity is written beside the commit, and covers all of the archive that has none yet. It takes somewhat more of the archive than this
+    /// percentage, and 128 MiB of memory. Any one lost stretch of so many percent of it heals, and as much in bad sectors here and there: see
+    /// `vmfold repair`. Without this option, an export that adds to an archive goes on as the last commit has it: with the same percentage, or
+    /// without. `vmfold protect` gives parity to an archive that has none.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(super) parity: Option<u8>,
     /// Refer to what the archive holds without reading it first
     ///
     /// An export that adds to an archive reads the packs that the images have blocks in common with, and stores blocks anew
@@ -438,6 +452,24 @@ pub(super) struct Verify {
     pub(super) archive: PathBuf,
     #[command(flatten)]
     pub(super) access: Access,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Protect {
+    /// Archive file
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    /// Percent of the archive that may be lost and still heal, 1 to 100
+    ///
+    /// Parity takes somewhat more of the archive than this percentage. Any one lost stretch of so many percent of it heals, and
+    /// as much in bad sectors here and there.
+    #[arg(long, value_name = "PERCENT", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(super) parity: u8,
+    /// Give parity also to what has some already
+    ///
+    /// It takes as much space again. It is for another percentage, or after bytes were healed from elsewhere.
+    #[arg(long)]
+    pub(super) again: bool,
 }
 
 #[derive(Debug, clap::Args)]

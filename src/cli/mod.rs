@@ -30,6 +30,7 @@ use crate::ops::export::{BackupExportOptions, ExportOptions, Sealing, export, ex
 use crate::ops::import::qubes::{QubesOptions, import as import_into_qubes, write_skeleton};
 use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list;
+use crate::ops::protect::{ProtectOptions, protect};
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
 use crate::ops::report::report;
 use crate::ops::scan::scan;
@@ -153,6 +154,12 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
         Command::Import(command) => run_import(command, json, terminal),
         Command::List(command) => run_list(command, json, terminal),
         Command::Verify(command) => run_verify(command, json, terminal),
+        Command::Protect(command) => {
+            let result = protect(&command.options(), terminal)?;
+            terminal.finish();
+            print("protect", &result, json)?;
+            Ok(Exit::Done)
+        }
         Command::Diff(command) => {
             let (first, with) = command.sides();
             let result = diff(
@@ -269,13 +276,16 @@ fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Resu
 
 fn run_export(command: &args::Export, json: bool, terminal: &Terminal) -> Result<Exit> {
     let archive = archive_place(&command.archive);
-    let result = match &command.from {
+    let mut result = match &command.from {
         Some(from) => export_backup(&command.backup_options(from), terminal),
         None => export(&command.options()?, terminal),
     }?;
     terminal.finish();
     let to_stderr = archive == ArchivePlace::Pipe;
     print_to(ReportFormat { json, to_stderr }, "export", &result)?;
+    if let Some(error) = result.failed.take() {
+        return Err(error);
+    }
     Ok(exit_of_pool(false, !result.skipped.is_empty()))
 }
 
@@ -444,6 +454,7 @@ impl args::Export {
             level: self.level,
             trusts_archive: self.trust_archive,
             label: self.label.clone(),
+            parity: self.parity,
         })
     }
 }
@@ -459,8 +470,20 @@ impl args::Export {
             level: self.level,
             trusts_archive: self.trust_archive,
             label: self.label.clone(),
+            parity: self.parity,
             folder: self.scope.index.clone(),
             access: self.access.access(),
+        }
+    }
+}
+
+impl args::Protect {
+    fn options(&self) -> ProtectOptions {
+        ProtectOptions {
+            sealing: Sealing::default(),
+            archive: self.archive.clone(),
+            percent: self.parity,
+            again: self.again,
         }
     }
 }

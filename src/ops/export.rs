@@ -2,7 +2,6 @@
 
 mod from_backup;
 mod images;
-mod open_archive;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -13,8 +12,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use self::from_backup::{BackupExportOptions, export_backup};
 use self::images::{Summarizer, corrected, put_images, with_inline};
-pub use self::open_archive::{MakeKeyring, NewKeyring, Sealing};
-use self::open_archive::{OpenArchive, random};
+pub use super::open_archive::{MakeKeyring, NewKeyring, Sealing};
+use super::open_archive::{OpenArchive, random};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::Commit;
 use crate::archive::limits::{LABEL_BYTES_MAX, RUNS_MAX};
@@ -22,7 +21,7 @@ use crate::archive::list::ImageSummary;
 use crate::archive::manifest::{self, ArchivedFolder, ArchivedImage, PlanPart};
 use crate::archive::reader::Committed;
 use crate::archive::record::{BlockHasher, EpochId, LaneId};
-use crate::archive::writer::{ArchiveWriter, EpochBase};
+use crate::archive::writer::{ArchiveWriter, EpochBase, EpochOptions};
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -70,6 +69,9 @@ pub struct ExportOptions {
     pub label: String,
     /// How the archive is sealed.
     pub sealing: Sealing,
+    /// Percent of the archive that can be lost and still heal; 0 for none. Without it, the archive stays as it is: with the parity of its last
+    /// commit, or without.
+    pub parity: Option<u8>,
 }
 
 /// Exports a pool.
@@ -304,10 +306,14 @@ impl Exporter<'_> {
         };
         let mut left_out = self.too_many_runs(images.len(), |place| runs_of(place, &plan.pieces).len());
         let epoch = EpochId(u64::from_le_bytes(random()?));
+        let parity = opened.parity(self.options.parity)?;
         opened.begin(self.monitor)?;
         let store = Arc::clone(&opened.store);
-        let sealer = opened.sealer(epoch)?;
-        let begun = ArchiveWriter::begin_with(store, opened.base, (epoch, sealer), facts.budget());
+        let options = EpochOptions {
+            sealer: opened.sealer(epoch)?,
+            parity,
+        };
+        let begun = ArchiveWriter::begin_with(store, opened.base, epoch, options, facts.budget());
         let mut writer = begun.map_err(failed)?;
         let mut records = RecordWriter {
             writer: &mut writer,
@@ -355,7 +361,10 @@ impl Exporter<'_> {
         // The archive has the commit: an error that follows does not undo it.
         let old_base = std::mem::replace(&mut opened.base, base);
         self.remember(index, (base.lane, &committed), &digests, &pieces);
-        let mut exported = self.exported(path, (&committed, &summaries), (old_base, base), &plan, &outcome);
+        let parity = opened.protect(&mut writer, self.monitor);
+        let bases = (old_base, opened.base);
+        let mut exported = self.exported(path, (&committed, &summaries), bases, &plan, &outcome);
+        (exported.parity_bytes, exported.failed) = (writer.parity_bytes(), parity.err());
         let fragmented = |place| Skipped::new(fs.path(ImageId::at(place)), Skip::TooFragmented);
         exported.skipped.extend(left_out.into_iter().map(fragmented));
         Ok(exported)
@@ -443,6 +452,7 @@ impl Exporter<'_> {
             corrected_bytes: outcome.corrections.len() as u64 * BLOCK_BYTES,
             archive_bytes: new_base.length,
             skipped: self.survey.skipped.clone(),
+            ..Exported::default()
         }
     }
 

@@ -5,6 +5,8 @@ pub mod diff;
 pub mod export;
 pub mod import;
 pub mod list;
+mod open_archive;
+pub mod protect;
 pub mod reclaim;
 pub mod report;
 pub mod scan;

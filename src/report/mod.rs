@@ -239,8 +239,31 @@ pub struct Exported {
     pub corrected_bytes: u64,
     /// The length of the archive in bytes.
     pub archive_bytes: u64,
+    /// Bytes of parity that were written.
+    pub parity_bytes: u64,
     /// Images that were left out.
     pub skipped: Vec<Skipped>,
+    /// The error that parity could not be written for, after the commit was.
+    #[serde(skip)]
+    pub failed: Option<Error>,
+}
+
+/// The report of `protect`.
+#[derive(Debug, Default, Serialize)]
+pub struct Protected {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// Percent of it that can be lost and still heal.
+    pub percent: u8,
+    /// Whether all of it had parity before, so that nothing was written.
+    pub was_protected: bool,
+    /// Bytes of it that got parity.
+    pub protected_bytes: u64,
+    /// Bytes of parity that were written.
+    pub parity_bytes: u64,
+    /// The length of the archive in bytes.
+    pub archive_bytes: u64,
 }
 
 /// The report of `import`.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{
     Change, Diffed, Done, Exported, FilledVolume, Imported, Listed, ListedBackup, LostImage, Planned, PoolBytes,
-    QubesImport, Reclaimed, Reported, Scanned, Verified, WrittenSkeleton,
+    Protected, QubesImport, Reclaimed, Reported, Scanned, Verified, WrittenSkeleton,
 };
 use crate::block::ByteRange;
 use crate::facts::PinReason;
@@ -89,6 +89,32 @@ impl Display for Exported {
             size(self.known_bytes),
             size(self.new_bytes),
             size(self.written_bytes),
+            size(self.archive_bytes)
+        )?;
+        if self.parity_bytes > 0 {
+            writeln!(f, "Parity: {} of what was written", size(self.parity_bytes))?;
+        }
+        Ok(())
+    }
+}
+
+impl Display for Protected {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        if self.was_protected {
+            return writeln!(
+                f,
+                "All of `{}` has parity already, of {} %: nothing was written",
+                shown(&self.archive),
+                self.percent
+            );
+        }
+        writeln!(
+            f,
+            "{} of `{}` got parity of {} %, which takes {}; the archive has {}",
+            size(self.protected_bytes),
+            shown(&self.archive),
+            self.percent,
+            size(self.parity_bytes),
             size(self.archive_bytes)
         )
     }

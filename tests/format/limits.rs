@@ -248,6 +248,7 @@ fn a_label_that_is_too_long_is_refused_before_anything_is_read() {
     let options = |length: usize| ExportOptions {
         sealing: Sealing::default(),
         label: "x".repeat(length),
+        parity: None,
         scope: vmfold::ops::Scope {
             paths: vec!["/nowhere".into()],
             ..scene.options().scope

@@ -108,6 +108,7 @@ impl Scene {
             level: 3,
             trusts_archive: false,
             label: String::new(),
+            parity: None,
         }
     }
 

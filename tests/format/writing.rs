@@ -64,7 +64,7 @@ impl Writing {
 
     /// Commits images, which were written. Returns the archive, or why it was not committed.
     pub(crate) fn finish(
-        self,
+        mut self,
         commit: Commit,
         images: &[(ArchivedImage, Vec<Run>)],
         hashes: &[Hash],

@@ -480,6 +480,7 @@ impl<'a> Backups<'a> {
             level: 1,
             trusts_archive: false,
             label: String::new(),
+            parity: None,
             folder: self.folder.to_owned(),
             access,
         };

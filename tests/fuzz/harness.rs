@@ -180,6 +180,7 @@ impl Pool {
             level: 1,
             trusts_archive: false,
             label: String::new(),
+            parity: None,
         };
         let pool = OpenPool::new(&self.fs, Some(self.index.open(FingerprintFunction::Crc32c)));
         export_on(pool, &options, store, &Silent::default())

@@ -7,12 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::images::{Summarizer, put_images};
-use super::open_archive::{OpenArchive, Sealing, held, random};
 use super::{check_label, commit_of, to_place};
 use crate::archive::manifest::PlanPart;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{EpochId, Hash, LaneId};
-use crate::archive::writer::ArchiveWriter;
+use crate::archive::writer::{ArchiveWriter, EpochOptions};
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -24,6 +23,7 @@ use crate::fingerprint::FingerprintFunction;
 use crate::foreign;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
+use crate::ops::open_archive::{OpenArchive, Sealing, held, random};
 use crate::ops::{ArchivePlace, BackupAccess, is_backup, open_backup, runs_budget};
 use crate::plan::restore::chooser;
 use crate::range;
@@ -46,6 +46,8 @@ pub struct BackupExportOptions {
     pub trusts_archive: bool,
     /// The label of the commit. If it is empty, the backup's own name is taken, or that of its file.
     pub label: String,
+    /// Parity, as in [`super::ExportOptions`].
+    pub parity: Option<u8>,
     /// The folder for files that hold what memory does not.
     pub folder: PathBuf,
     /// How the backup is opened.
@@ -127,14 +129,18 @@ struct BackupExporter<'a> {
 impl<'a> BackupExporter<'a> {
     /// Writes all records, and commits.
     fn run(&self, backup: Box<dyn foreign::Backup + 'a>, opened: &mut OpenArchive) -> Result<Exported> {
+        let parity = opened.parity(self.options.parity)?;
         opened.begin(self.monitor)?;
         let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
         let base = opened.base;
         let epoch = EpochId(u64::from_le_bytes(random()?));
         let budget = runs_budget(Some(&self.options.folder));
-        let sealer = opened.sealer(epoch)?;
-        let begun = ArchiveWriter::begin_with(Arc::clone(&opened.store), base, (epoch, sealer), &budget);
+        let options = EpochOptions {
+            sealer: opened.sealer(epoch)?,
+            parity,
+        };
+        let begun = ArchiveWriter::begin_with(Arc::clone(&opened.store), base, epoch, options, &budget);
         let mut writer = begun.map_err(failed)?;
         let mut records = RecordWriter {
             writer: &mut writer,
@@ -177,6 +183,7 @@ impl<'a> BackupExporter<'a> {
         let (new_base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;
         drop(source);
         opened.base = new_base;
+        let parity = opened.protect(&mut writer, self.monitor);
         let data_bytes = summaries.iter().map(|image| image.data_blocks * BLOCK_BYTES).sum();
         Ok(Exported {
             archive: path,
@@ -188,10 +195,12 @@ impl<'a> BackupExporter<'a> {
             read_bytes: data_bytes,
             known_bytes: 0,
             new_bytes: bytes(new_base.store_end - base.store_end),
-            written_bytes: new_base.length - base.length,
+            written_bytes: opened.base.length - base.length,
             corrected_bytes: 0,
-            archive_bytes: new_base.length,
+            archive_bytes: opened.base.length,
+            parity_bytes: writer.parity_bytes(),
             skipped: Vec::new(),
+            failed: parity.err(),
         })
     }
 

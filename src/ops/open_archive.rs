@@ -1,4 +1,4 @@
-//! The archive that an export goes on with.
+//! The archive that a verb appends to.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,9 +12,10 @@ use crate::archive::head::Head;
 use crate::archive::keys::{ArchiveKeys, EpochSealer, KeyringSecrets, Ring, Unlock};
 use crate::archive::lane::ListedRecord;
 use crate::archive::list::Listed;
+use crate::archive::parity::ParityMaker;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{BlockHasher, EpochId, HEADER_BYTES, LaneId, MAGIC, RecordHeader, hash_of};
-use crate::archive::writer::EpochBase;
+use crate::archive::writer::{ArchiveWriter, EpochBase};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
@@ -58,12 +59,12 @@ pub struct NewKeyring {
 }
 
 /// The archive that is written to.
-pub(super) struct OpenArchive {
-    pub(super) store: Arc<dyn Store>,
+pub(crate) struct OpenArchive {
+    pub(crate) store: Arc<dyn Store>,
     /// The archive as it is read. It is `None` if there is no commit in it yet.
-    pub(super) archive: Option<Archive>,
+    pub(crate) archive: Option<Archive>,
     /// The end of the archive, which the export continues.
-    pub(super) base: EpochBase,
+    pub(crate) base: EpochBase,
     /// What opens and seals records.
     keys: Arc<ArchiveKeys>,
     /// The keyring of a sealed archive, and how it stands in KEY records.
@@ -76,7 +77,7 @@ pub(super) struct OpenArchive {
 
 impl OpenArchive {
     /// Opens the archive in a store, and removes from its end what an export that did not end left there.
-    pub(super) fn new(store: Arc<dyn Store>, sealing: &Sealing) -> Result<Self> {
+    pub(crate) fn new(store: Arc<dyn Store>, sealing: &Sealing) -> Result<Self> {
         let path = store.path().to_owned();
         let mut opened = Self {
             store: Arc::clone(&store),
@@ -169,13 +170,13 @@ impl OpenArchive {
     }
 
     /// Returns the commit that an export goes on from, with its archive.
-    pub(super) fn last(&self) -> Option<(&Archive, &Committed)> {
+    pub(crate) fn last(&self) -> Option<(&Archive, &Committed)> {
         let archive = self.archive.as_ref()?;
         Some((archive, archive.last_of_main()?))
     }
 
     /// What a commit lists beside its records and images: the store addresses that it uses, and the other lanes.
-    pub(super) fn listed(&self, uses: Vec<Range<StoreBlock>>) -> Listed {
+    pub(crate) fn listed(&self, uses: Vec<Range<StoreBlock>>) -> Listed {
         Listed {
             uses,
             other_lanes: self.archive.as_ref().map_or_else(Vec::new, Archive::other_lanes),
@@ -188,7 +189,7 @@ impl OpenArchive {
     ///
     /// # Errors
     /// [`Error::Io`] if the archive cannot be read; [`Error::Interrupted`].
-    pub(super) fn lost(
+    pub(crate) fn lost(
         &self,
         wanted: &[Range<StoreBlock>],
         is_trusted: bool,
@@ -208,7 +209,7 @@ impl OpenArchive {
     ///
     /// # Errors
     /// [`Error::Io`] if that fails.
-    pub(super) fn begin(&mut self, monitor: &dyn Monitor) -> Result<()> {
+    pub(crate) fn begin(&mut self, monitor: &dyn Monitor) -> Result<()> {
         self.is_changed = true;
         if self.leftover_bytes > 0 {
             monitor.note(&format!(
@@ -221,8 +222,46 @@ impl OpenArchive {
         Ok(())
     }
 
+    /// What makes parity of so many percent, 0 for none, from where the archive has none. Without a percentage, it goes on as the last commit has it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the archive cannot be read.
+    pub(crate) fn parity(&self, wanted: Option<u8>) -> Result<Option<ParityMaker>> {
+        let Some(archive) = &self.archive else {
+            let percent = wanted.filter(|percent| *percent > 0);
+            return Ok(percent.map(|percent| ParityMaker::new(percent, 0)));
+        };
+        let mut known = archive.last_parity()?;
+        let percent = wanted.unwrap_or(known.percent);
+        if percent == 0 {
+            return Ok(None);
+        }
+        if known.percent == 0 {
+            known = archive.searched_parity()?;
+        }
+        Ok(Some(ParityMaker::new(percent, known.end)))
+    }
+
+    /// Writes the parity that is still missing once a commit is written. If that fails, what was written of it is cut off, and the commit stays.
+    ///
+    /// # Errors
+    /// Returns the error of writing; [`Error::Interrupted`].
+    pub(crate) fn protect(&mut self, writer: &mut ArchiveWriter, monitor: &dyn Monitor) -> Result<()> {
+        monitor.phase("Writing parity", 0);
+        match writer.protect(None, &mut |_| Ok(())) {
+            Ok(base) => {
+                self.base = base.unwrap_or(self.base);
+                Ok(())
+            }
+            Err(error) => {
+                self.undo(monitor);
+                Err(Error::io("write to", self.store.path())(error))
+            }
+        }
+    }
+
     /// Truncates the archive to its last commit, if it was written to. What an export wrote after it is of no use without a commit.
-    pub(super) fn undo(&self, monitor: &dyn Monitor) {
+    pub(crate) fn undo(&self, monitor: &dyn Monitor) {
         if !self.is_changed {
             return;
         }
@@ -235,7 +274,7 @@ impl OpenArchive {
 }
 
 /// Reads the PACKs that have some store addresses. Returns the addresses that those of them hold which are intact, a list.
-pub(super) fn held(
+pub(crate) fn held(
     archive: &Archive,
     last: &Committed,
     wanted: &[Range<StoreBlock>],
@@ -314,7 +353,7 @@ fn are_zeros(store: &dyn Store, from: u64, to: u64) -> std::io::Result<bool> {
 }
 
 /// Random bytes of the kernel.
-pub(super) fn random<const N: usize>() -> Result<[u8; N]> {
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
     crate::sys::random::fill(&mut bytes).map_err(Error::io("get random bytes from", Path::new("/dev/urandom")))?;
     Ok(bytes)
