@@ -39,9 +39,14 @@ fn access_of(keys: Option<FixedKeys>) -> BackupAccess {
 }
 
 fn export(scene: &Scene, keys: FixedKeys, before: &[u8]) -> Result<Vec<u8>, Error> {
+    export_with(scene, keys, before, None)
+}
+
+fn export_with(scene: &Scene, keys: FixedKeys, before: &[u8], parity: Option<u8>) -> Result<Vec<u8>, Error> {
     let store = Arc::new(MemoryStore::of(before.to_vec()));
     let options = ExportOptions {
         sealing: keys.sealing(),
+        parity,
         ..scene.options()
     };
     export_on(scene.pool(false), &options, Arc::clone(&store) as _, &Silent::default())?;
@@ -82,6 +87,29 @@ fn who_has_the_key_gets_all_back() {
     let verified = verify(&bytes, Some(KEYS)).unwrap();
     assert!(is_intact(&verified), "{verified:?}");
     assert_eq!(verified.commits, 2);
+}
+
+#[test]
+fn a_sealed_archive_with_parity_opens_from_its_end() {
+    let scene = Scene::new();
+    let one = export_with(&scene, KEYS, &[], Some(5)).unwrap();
+    scene.grow();
+    let two = export_with(&scene, KEYS, &one, None).unwrap();
+    for bytes in [&one, &two] {
+        assert!(
+            records(bytes)
+                .iter()
+                .any(|record| record.header.kind == RecordKind::Parity)
+        );
+        for way in WAYS {
+            let restored = restore(bytes, way, None, Some(KEYS));
+            assert!(restored.is_whole(), "{way:?}: {:?}", restored.done);
+        }
+        assert!(is_intact(&verify(bytes, Some(KEYS)).unwrap()));
+        let archive = Archive::open_with(Arc::new(MemoryStore::of(bytes.clone())), keys_of(KEYS)).unwrap();
+        assert!(!archive.was_searched());
+    }
+    assert_eq!(restore(&two, Way::File, None, Some(KEYS)).content, scene.content());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use vmfold::archive::commit::Commit;
 use vmfold::archive::list::{ImageSummary, Listed};
 use vmfold::archive::manifest::{ArchivedImage, PlanContents, PlanPart};
 use vmfold::archive::pack::{Frame, PlacedFrame};
-use vmfold::archive::record::{EpochId, Hash, LaneId, hash_of};
+use vmfold::archive::record::{BlockHasher, EpochId, Hash, LaneId, hash_of};
 use vmfold::archive::writer::{ArchiveWriter, EpochBase};
 use vmfold::block::{BLOCK_BYTES, BLOCK_LEN};
 use vmfold::content::{Content, Metadata, Run};
@@ -122,6 +122,12 @@ fn summary(image: &ArchivedImage, runs: &[Run], hashes: &[Hash]) -> ImageSummary
         size: image.size,
         data_blocks: runs.iter().filter(stored).map(|run| u64::from(run.blocks)).sum(),
         new_blocks: 0,
-        digest: digest(runs, image.size, &Silent::default(), of_store).unwrap(),
+        digest: digest(
+            runs,
+            image.size,
+            (&BlockHasher::default(), &Silent::default()),
+            of_store,
+        )
+        .unwrap(),
     }
 }
