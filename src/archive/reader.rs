@@ -418,7 +418,7 @@ impl Archive {
     }
 
     /// Whether the archive was searched from its beginning.
-    pub(super) fn was_searched(&self) -> bool {
+    pub fn was_searched(&self) -> bool {
         self.searched.get().is_some()
     }
 
