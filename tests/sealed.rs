@@ -113,6 +113,29 @@ fn a_sealed_archive_with_parity_opens_from_its_end() {
 }
 
 #[test]
+fn records_are_verified_without_a_key() {
+    let (bytes, _) = two_commits();
+    let verified = verify(&bytes, None).unwrap();
+    assert!(
+        verified.is_without_key && verified.is_sealed && verified.is_ended,
+        "{verified:?}"
+    );
+    assert_eq!((verified.commits, verified.damage.len()), (2, 0), "{verified:?}");
+    let all = records(&bytes);
+    for (number, record) in all.iter().enumerate() {
+        // A flipped bit in each record, and each record left out.
+        let mut bad = bytes.clone();
+        bad[record.range.start + 97 % record.range.len()] ^= 1;
+        let verified = verify(&bad, None).unwrap();
+        assert!(!verified.damage.is_empty(), "{number}: {:?}", record.header);
+        let less = scene::with(&bytes, record.range.clone(), &[]);
+        let verified = verify(&less, None).unwrap();
+        let is_told = !verified.damage.is_empty() || !verified.is_ended || number + 1 == all.len();
+        assert!(is_told, "{number}: {:?}", record.header);
+    }
+}
+
+#[test]
 fn the_second_export_stores_no_block_again() {
     let scene = Scene::new();
     let one = export(&scene, KEYS, &[]).unwrap();

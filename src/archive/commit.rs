@@ -132,6 +132,34 @@ pub struct Commit {
     pub lists: Vec<ListLocation>,
 }
 
+/// What a COMMIT says in its clear part, which needs no key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClearCommit {
+    /// Its number in its lane.
+    pub number: CommitNumber,
+    /// The one before.
+    pub previous: CommitLocation,
+}
+
+impl ClearCommit {
+    /// Decodes it from the body as it is stored.
+    ///
+    /// # Errors
+    /// Returns what is malformed.
+    pub fn decode(stored: &[u8]) -> Decoded<Self> {
+        let mut decoder = Decoder::new(stored);
+        let _features = (decoder.u64()?, decoder.u64()?);
+        let number = CommitNumber(decoder.u32()?);
+        let _store_end = decoder.u32()?;
+        Ok(Self {
+            number: Some(number)
+                .filter(|number| number.is_allowed())
+                .ok_or("a commit has a number that is not allowed")?,
+            previous: location(&mut decoder)?,
+        })
+    }
+}
+
 impl Commit {
     /// Decodes the body of a record, which proves the lane and the epoch of its header.
     ///

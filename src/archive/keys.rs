@@ -348,6 +348,11 @@ impl ArchiveKeys {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns whether the user named no key, so that only what is clear can be read.
+    pub fn is_missing(&self) -> bool {
+        !self.unlock.as_ref().is_some_and(|unlock| unlock.is_given())
+    }
+
     /// Fails if the user named a key, and none of the records so far was sealed: whoever can write to where archives lie could otherwise put one of
     /// his own there.
     ///

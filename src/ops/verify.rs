@@ -1,6 +1,7 @@
 //! `verify`: checks every hash of an archive, and every reference of every manifest.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use crate::archive::manifest::{ImageRuns, Manifest, ManifestBuilder, PlanPart, P
 use crate::archive::pack::FrameInfo;
 use crate::archive::reader::{Archive, Committed, Damage, LocatedFrame, MISSING_RUNS, ProvedHash, note_damage};
 use crate::archive::record::{BlockHasher, HEADER_BYTES, Hash, LaneId, RecordKind};
+use crate::archive::seal::KeySlot;
+use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::{BLOCK_LEN, ByteRange, bytes};
 use crate::codec::{Decoded, Malformed};
 use crate::content::Content;
@@ -27,7 +30,9 @@ use crate::plan::restore::lost_ranges;
 use crate::range;
 use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
 use crate::spill::{Budget, SpillVec};
-use crate::store::{FileStore, Store};
+use crate::store::{FileStore, Store, StoreReader};
+
+mod without_key;
 
 /// Verifies an archive.
 ///
@@ -46,11 +51,35 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
     verify_sealed(store, Arc::default(), monitor)
 }
 
-/// Verifies the archive in a store, which may be sealed.
+/// Whether the first records of a store are those of a sealed archive.
+fn is_sealed(store: &dyn Store) -> Result<bool> {
+    /// A damaged beginning hides it not, as long as a record is whole within so many bytes.
+    const LOOKED_AT: u64 = 64 << 20;
+    let failed = |error| Error::io("read", store.path())(error);
+    let mut stream = Stream::new(StoreReader::new(store, 0).take(LOOKED_AT), 0);
+    while let Some(event) = stream.next_event().map_err(failed)? {
+        match event {
+            StreamEvent::Record { header, body, .. } if header.kind == RecordKind::Head => {
+                return Ok(Head::decode(&body).is_ok_and(|head| head.is_sealed));
+            }
+            StreamEvent::Record { header, .. } if header.kind == RecordKind::Key || header.seal.is_some() => {
+                return Ok(true);
+            }
+            StreamEvent::Record { header, .. } if KeySlot::of(header.kind).is_some() => return Ok(false),
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+/// Verifies the archive in a store, which may be sealed. If it is, and no key was named, its records are verified, and not what is in them.
 ///
 /// # Errors
 /// Those of [`verify`].
 pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dyn Monitor) -> Result<Verified> {
+    if keys.is_missing() && is_sealed(&*store)? {
+        return without_key::verify_records(&store, monitor);
+    }
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
     let mut archive = Archive::open_any_with(store, keys)?;
@@ -71,6 +100,7 @@ pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dy
         archive_bytes: archive.length(),
         commits: archive.commits().len() as u64,
         is_ended: archive.is_ended(),
+        is_sealed: archive.keys().ring().is_some(),
         leftover_bytes: if has_leftovers_only { leftover_bytes } else { 0 },
         ..Verified::default()
     };

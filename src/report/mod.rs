@@ -510,6 +510,10 @@ pub struct Verified {
     pub leftover_bytes: u64,
     /// Whether it ends as an export that ended leaves it. Otherwise it may have been cut off.
     pub is_ended: bool,
+    /// Whether it is encrypted.
+    pub is_sealed: bool,
+    /// Whether its records were verified without a key, and what is in them was not.
+    pub is_without_key: bool,
     /// The damaged places.
     pub damage: Vec<DamagedPlace>,
     /// Images that cannot be restored as a whole for it.

@@ -314,6 +314,19 @@ impl Display for Verified {
                 "It does not end with its last commit: an export did not end, or it was cut off"
             )?;
         }
+        if self.is_without_key {
+            return writeln!(
+                f,
+                "{} commits in {}, encrypted: {}. What is in them was not verified, because no key was given",
+                self.commits,
+                size(self.archive_bytes),
+                if self.damage.is_empty() {
+                    "every record is intact"
+                } else {
+                    "damaged"
+                }
+            );
+        }
         writeln!(
             f,
             "{} commits with {} images, {} of blocks in {}: {}",

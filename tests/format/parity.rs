@@ -32,6 +32,7 @@ fn export(scene: &Scene, before: &[u8], parity: Option<u8>) -> Vec<u8> {
 fn protect(before: &[u8], percent: u8, again: bool) -> (Vec<u8>, Result<Protected, Error>) {
     let store = Arc::new(MemoryStore::of(before.to_vec()));
     let options = ProtectOptions {
+        sealing: Default::default(),
         archive: "memory".into(),
         percent,
         again,

@@ -1,0 +1,127 @@
+//! Verifies a sealed archive without its key: that each record is what was written, and that none is missing. What is in them is not looked at.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+use std::sync::Arc;
+
+use crate::archive::commit::{ClearCommit, decode_tail};
+use crate::archive::reader::Damage;
+use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
+use crate::archive::stream::{Stream, StreamEvent};
+use crate::block::ByteRange;
+use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+use crate::report::Verified;
+use crate::store::{Store, StoreReader};
+
+use super::places_of;
+
+/// Verifies the records of a sealed archive.
+///
+/// # Errors
+/// [`Error::Unsupported`]; the error of reading; [`Error::Interrupted`]. Damage is not an error.
+pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
+    let path = store.path().to_owned();
+    let failed = |error: std::io::Error| Error::io("read", &path)(error);
+    let length = store.length().map_err(failed)?.unwrap_or_default();
+    monitor.phase("Reading records", length);
+    let mut stream = Stream::new(StoreReader::new(&**store, 0).take(length), 0);
+    let mut found = FoundRecords::default();
+    let mut before = 0;
+    while let Some(event) = stream.next_event().map_err(failed)? {
+        if monitor.interrupted() {
+            return Err(Error::Interrupted);
+        }
+        monitor.advance(stream.offset() - before);
+        before = stream.offset();
+        match event {
+            StreamEvent::Record { header, offset, body } => found.add(&header, offset, &body),
+            StreamEvent::Damage { range, problem, .. } => found.damage.push(Damage::at(range, problem)),
+            StreamEvent::Unsupported(record) => {
+                return Err(Error::Unsupported {
+                    path,
+                    problem: record.problem,
+                });
+            }
+        }
+    }
+    found.check_chains();
+    let end = found.end;
+    let leftover_bytes = length.saturating_sub(end);
+    // What an export left that did not end is no damage.
+    found.damage.retain(|damage| damage.range.start < end);
+    Ok(Verified {
+        archive: path.clone(),
+        archive_bytes: length,
+        commits: found.commits.len() as u64,
+        is_sealed: true,
+        is_without_key: true,
+        is_ended: leftover_bytes == 0,
+        leftover_bytes,
+        damage: places_of(found.damage),
+        ..Verified::default()
+    })
+}
+
+/// What was found of the records of an archive.
+#[derive(Default)]
+struct FoundRecords {
+    /// The commits, by the hashes of their COMMITs.
+    commits: HashMap<Hash, (ClearCommit, ByteRange)>,
+    /// The number that the next record of each lane has at least.
+    next: BTreeMap<LaneId, u64>,
+    /// Where the last COMMIT or TAIL ends.
+    end: u64,
+    damage: Vec<Damage>,
+}
+
+impl FoundRecords {
+    fn add(&mut self, header: &RecordHeader, offset: u64, body: &[u8]) {
+        let range = ByteRange {
+            start: offset,
+            length: HEADER_BYTES as u64 + header.body_bytes,
+        };
+        let next = self.next.entry(header.lane).or_insert(0);
+        if header.sequence != *next {
+            let problem = format!(
+                "records before this {} are missing, or it stands twice",
+                header.kind.name()
+            );
+            self.damage.push(Damage::at(range, problem));
+        }
+        *next = header.sequence.saturating_add(1);
+        match header.kind {
+            RecordKind::Commit => match ClearCommit::decode(body) {
+                Ok(commit) => {
+                    self.commits.entry(header.body_hash).or_insert((commit, range));
+                    self.end = range.start + range.length;
+                }
+                Err(problem) => self.damage.push(Damage::at(range, problem.problem())),
+            },
+            RecordKind::Tail => {
+                let named = decode_tail(body);
+                if !named.is_ok_and(|named| self.commits.contains_key(&named.body_hash)) {
+                    self.damage.push(Damage::at(range, "a TAIL leads to no COMMIT"));
+                }
+                self.end = range.start + range.length;
+            }
+            _ => {}
+        }
+    }
+
+    /// Checks that each COMMIT but the first follows another one.
+    fn check_chains(&mut self) {
+        let mut damage = Vec::new();
+        for (commit, range) in self.commits.values() {
+            if commit.previous.is_none() {
+                continue;
+            }
+            let before = self.commits.get(&commit.previous.body_hash);
+            if !before.is_some_and(|(before, _)| before.number.next() == commit.number) {
+                damage.push(Damage::at(*range, "the COMMIT that this one follows is missing"));
+            }
+        }
+        damage.sort_by_key(|damage| damage.range.start);
+        self.damage.append(&mut damage);
+    }
+}
