@@ -1,6 +1,7 @@
 //! The command line: arguments, progress, printing and exit codes. Reports and archives go to stdout, everything else to stderr.
 
 mod args;
+mod key_args;
 mod log;
 mod man;
 mod progress;

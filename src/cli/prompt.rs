@@ -1,11 +1,10 @@
 //! Asks for a passphrase on the terminal, which does not show it.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
 
-use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
-use zeroize::Zeroizing;
+use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcsetattr};
 
 use crate::error::{Error, Result};
 use crate::keys::Passphrase;
@@ -13,7 +12,8 @@ use crate::monitor::Monitor;
 use crate::store::{InputPipe, StoreReader};
 
 const TERMINAL: &str = "/dev/tty";
-const BYTES_MAX: usize = 4096;
+/// What stands for a key that does nothing: `_POSIX_VDISABLE`.
+const NO_KEY: u8 = 0;
 
 /// A terminal that does not show what is typed, until it is dropped.
 struct Hidden {
@@ -26,6 +26,10 @@ impl Hidden {
         let before = tcgetattr(&terminal)?;
         let mut hidden = before.clone();
         hidden.local_modes.remove(LocalModes::ECHO);
+        // Ctrl-C ends the question, and the terminal is as before. Keys that would stop or kill this process leave it as it is: they are typed.
+        for key in [SpecialCodeIndex::VQUIT, SpecialCodeIndex::VSUSP] {
+            hidden.special_codes[key] = NO_KEY;
+        }
         tcsetattr(&terminal, OptionalActions::Flush, &hidden)?;
         Ok(Self { terminal, before })
     }
@@ -43,31 +47,28 @@ impl Drop for Hidden {
 /// # Errors
 /// [`Error::Usage`] if there is no terminal, or nothing is typed; [`Error::Interrupted`]; [`Error::Io`].
 pub(super) fn passphrase(monitor: &dyn Monitor) -> Result<Passphrase> {
+    ask(monitor, "Passphrase of the backup: ")?.ok_or_else(|| {
+        Error::Usage("the backup needs a passphrase, and there is no terminal to ask: see --passphrase-file".into())
+    })
+}
+
+/// Asks for a passphrase by a question. Returns none if there is no terminal.
+///
+/// # Errors
+/// [`Error::Usage`] if nothing is typed; [`Error::Interrupted`]; [`Error::Io`].
+pub(super) fn ask(monitor: &dyn Monitor, question: &str) -> Result<Option<Passphrase>> {
     let path = Path::new(TERMINAL);
     let failed = |error: std::io::Error| Error::io("read", path)(error);
-    let terminal = File::options().read(true).write(true).open(path).map_err(|_| {
-        Error::Usage("the backup needs a passphrase, and there is no terminal to ask: see --passphrase-file".into())
-    })?;
+    let Ok(terminal) = File::options().read(true).write(true).open(path) else {
+        return Ok(None);
+    };
     let input = InputPipe::of(terminal.try_clone().map_err(failed)?, monitor);
     let mut hidden = Hidden::new(terminal).map_err(|errno| failed(errno.into()))?;
-    hidden
-        .terminal
-        .write_all(b"Passphrase of the backup: ")
-        .map_err(failed)?;
-    let mut reader = StoreReader::new(&input, 0);
-    let mut line = Zeroizing::new(Vec::with_capacity(BYTES_MAX));
-    let mut byte = [0];
-    while line.len() < BYTES_MAX {
-        match reader.read(&mut byte) {
-            Ok(0) => break,
-            Ok(_) if byte == *b"\n" => break,
-            Ok(_) => line.push(byte[0]),
-            Err(_) if monitor.interrupted() => return Err(Error::Interrupted),
-            Err(error) => return Err(failed(error)),
-        }
+    hidden.terminal.write_all(question.as_bytes()).map_err(failed)?;
+    match Passphrase::of_line(&mut StoreReader::new(&input, 0)) {
+        Ok(Some(typed)) => Ok(Some(typed)),
+        Ok(None) => Err(Error::Usage("no passphrase was given".into())),
+        Err(_) if monitor.interrupted() => Err(Error::Interrupted),
+        Err(error) => Err(failed(error)),
     }
-    if line.is_empty() {
-        return Err(Error::Usage("no passphrase was given".into()));
-    }
-    Ok(Passphrase::new(line.to_vec()))
 }

@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use zeroize::Zeroizing;
 
 use super::age::{self, Identity, WorkFactor};
 use super::passphrase::{PASSPHRASE_BYTES_MAX, Passphrase};
+use super::program::Running;
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::shown::shown;
@@ -22,9 +23,16 @@ use crate::sys::descriptor;
 /// [`Error::Usage`] if nothing is typed; [`Error::Interrupted`]; [`Error::Io`].
 pub type Prompt = fn(&dyn Monitor, &str) -> Result<Option<Passphrase>>;
 
+/// How plugins are found, and what they ask the user.
+pub(super) struct Interaction<'a> {
+    pub(super) prompt: Prompt,
+    pub(super) plugin_folders: &'a [PathBuf],
+    pub(super) monitor: &'a dyn Monitor,
+}
+
 /// What the user gave to open a keyring.
 #[derive(Debug, Clone)]
-pub struct KeyAccess {
+pub struct GivenKeys {
     /// The file whose first line is the passphrase.
     pub passphrase_file: Option<PathBuf>,
     /// The descriptor from which the passphrase is read, up to the end of a line.
@@ -35,17 +43,15 @@ pub struct KeyAccess {
     pub identities: Vec<PathBuf>,
     /// Asks the user where nothing else is given.
     pub prompt: Prompt,
+    /// Where the programs of plugins are looked for: the absolute ones of these folders.
+    pub plugin_folders: Vec<PathBuf>,
     /// The work of trying a passphrase, for slots that are made.
     pub work_factor: WorkFactor,
     /// The most work that a slot may ask for.
     pub work_factor_max: WorkFactor,
-    /// The passphrase, once it was read. None if there is nobody to ask.
-    passphrase: OnceLock<Option<Passphrase>>,
-    /// The identities, once they were read.
-    read_identities: OnceLock<Vec<Identity>>,
 }
 
-impl Default for KeyAccess {
+impl Default for GivenKeys {
     fn default() -> Self {
         Self {
             passphrase_file: None,
@@ -53,18 +59,52 @@ impl Default for KeyAccess {
             passphrase_command: None,
             identities: Vec::new(),
             prompt: |_, _| Ok(None),
+            plugin_folders: std::env::var_os("PATH")
+                .map_or_else(Vec::new, |path| std::env::split_paths(&path).collect()),
             work_factor: WorkFactor::DEFAULT,
             work_factor_max: WorkFactor::DEFAULT,
-            passphrase: OnceLock::new(),
-            read_identities: OnceLock::new(),
         }
     }
 }
 
+/// What the user gave to open a keyring, and what was read of it.
+#[derive(Debug, Clone, Default)]
+pub struct KeyAccess {
+    given: GivenKeys,
+    /// The passphrase, once it was read. None if there is nobody to ask.
+    passphrase: OnceLock<Option<Passphrase>>,
+    /// The identities, once they were read.
+    identities: OnceLock<Vec<Identity>>,
+}
+
 impl KeyAccess {
+    /// Takes what the user gave. Nothing of it is read yet.
+    pub fn new(given: GivenKeys) -> Self {
+        Self {
+            given,
+            ..Self::default()
+        }
+    }
+
+    /// What the user gave.
+    pub fn given(&self) -> &GivenKeys {
+        &self.given
+    }
+
+    /// How plugins are found, and what they ask the user.
+    pub(super) fn interaction<'a>(&'a self, monitor: &'a dyn Monitor) -> Interaction<'a> {
+        Interaction {
+            prompt: self.given.prompt,
+            plugin_folders: &self.given.plugin_folders,
+            monitor,
+        }
+    }
+
     /// Whether a passphrase was given otherwise than by typing it.
     pub fn gives_passphrase(&self) -> bool {
-        self.passphrase_file.is_some() || self.passphrase_fd.is_some() || self.passphrase_command.is_some()
+        self.given.passphrase_file.is_some()
+            || self.given.passphrase_fd.is_some()
+            || self.given.passphrase_command.is_some()
     }
 
     /// The passphrase. If none was given, the user is asked by a question. Returns none if there is nobody to ask.
@@ -84,7 +124,7 @@ impl KeyAccess {
             if self.gives_passphrase() {
                 return self.read_passphrase("", monitor);
             }
-            ask_twice(self.prompt, monitor).map(Some)
+            ask_twice(self.given.prompt, monitor).map(Some)
         })?;
         asked.as_ref().ok_or_else(nobody_to_ask)
     }
@@ -103,16 +143,16 @@ impl KeyAccess {
 
     fn read_passphrase(&self, question: &str, monitor: &dyn Monitor) -> Result<Option<Passphrase>> {
         super::secret::forbid_core_dumps();
-        if let Some(path) = &self.passphrase_file {
+        if let Some(path) = &self.given.passphrase_file {
             return Passphrase::read(path).map(Some);
         }
-        if let Some(number) = self.passphrase_fd {
+        if let Some(number) = self.given.passphrase_fd {
             return of_descriptor(number, monitor).map(Some);
         }
-        if let Some(command) = &self.passphrase_command {
+        if let Some(command) = &self.given.passphrase_command {
             return of_command(command, monitor).map(Some);
         }
-        (self.prompt)(monitor, question)
+        (self.given.prompt)(monitor, question)
     }
 
     /// The identities of all files. One that is encrypted with a passphrase is decrypted by the one that was given, or that the user types.
@@ -120,9 +160,9 @@ impl KeyAccess {
     /// # Errors
     /// [`Error::Usage`] if a file holds none; [`Error::Io`]; as [`KeyAccess::passphrase`].
     pub fn identities(&self, monitor: &dyn Monitor) -> Result<&[Identity]> {
-        let read = once(&self.read_identities, || {
+        let read = once(&self.identities, || {
             let mut identities = Vec::new();
-            for path in &self.identities {
+            for path in &self.given.identities {
                 identities.extend(self.read_identities_of(path, monitor)?);
             }
             Ok(identities)
@@ -144,7 +184,7 @@ impl KeyAccess {
         if age::is_file(&content) {
             let question = format!("Passphrase of `{}`: ", shown(path));
             let passphrase = self.passphrase(&question, monitor)?.ok_or_else(nobody_to_ask)?;
-            let opened = age::open_with(&content, passphrase, self.work_factor_max);
+            let opened = age::open_with(&content, passphrase, self.given.work_factor_max);
             content = opened.map_err(|failure| wrong(&format!("cannot be opened: {failure}")))?;
         }
         let text = std::str::from_utf8(&content).map_err(|_| wrong("holds no identities: it is no text"))?;
@@ -234,15 +274,4 @@ fn of_command(command: &str, monitor: &dyn Monitor) -> Result<Passphrase> {
     }
     let line = Passphrase::of_line(&mut &printed[..]).map_err(|error| failed(error.to_string()))?;
     line.ok_or_else(|| failed("it printed no passphrase: its first line is it".into()))
-}
-
-/// A program that is ended when it is dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

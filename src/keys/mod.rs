@@ -5,18 +5,22 @@
 mod access;
 mod age;
 mod keyring;
+pub mod manage;
 mod passphrase;
+mod program;
 mod sealed;
 mod secret;
+mod sheet;
 
 use std::path::Path;
 
-pub use access::{KeyAccess, Prompt};
+pub use access::{GivenKeys, KeyAccess, Prompt};
 pub use age::{Identity, Recipient, WorkFactor};
 pub use keyring::{Keyring, Pair, Signer, Slot, SlotKind};
 pub use passphrase::{PASSPHRASE_BYTES_MAX, Passphrase};
 pub use sealed::{Lock, NewSlot, SEALED_BYTES_MAX, SealedKeyring, Unlocked};
 pub use secret::{Secret, forbid_core_dumps};
+pub use sheet::{SHEET_LABEL, Sheet, SheetPlace};
 
 use crate::error::Result;
 

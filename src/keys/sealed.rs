@@ -6,7 +6,7 @@ use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::{Aes256Gcm, Nonce};
 use zeroize::Zeroizing;
 
-use super::access::KeyAccess;
+use super::access::{Interaction, KeyAccess};
 use super::age::{self, Failure, FileKind, Recipient, WorkFactor};
 use super::keyring::{Keyring, LABEL_BYTES_MAX, Pair, SLOTS_MAX, Slot, SlotKind};
 use super::passphrase::Passphrase;
@@ -53,16 +53,24 @@ pub struct NewSlot {
 
 impl NewSlot {
     /// Makes the slot for the key of a keyring, and what the keyring notes of it.
-    fn make(&self, key: &KeyringKey) -> Result<(Vec<u8>, Slot)> {
-        let failed = |failure: Failure| Error::Usage(format!("cannot add the key `{}`: {failure}", self.label));
+    fn make(&self, key: &KeyringKey, with: &Interaction<'_>) -> Result<(Vec<u8>, Slot)> {
+        let failed = |failure: Failure| {
+            error_of(failure, |problem| {
+                Error::Usage(format!("cannot add the key `{}`: {problem}", self.label))
+            })
+        };
         let (file, kind, recipient) = match &self.lock {
             Lock::Passphrase(passphrase, work) => {
                 let file = age::seal_with(key.bytes(), passphrase, *work).map_err(failed)?;
                 (file, SlotKind::Passphrase, None)
             }
             Lock::Recipient(recipient) => {
-                let file = age::seal_to(key.bytes(), recipient).map_err(failed)?;
-                (file, SlotKind::Recipient, Some(recipient.to_string()))
+                let file = age::seal_to(key.bytes(), recipient, with).map_err(failed)?;
+                let kind = match recipient {
+                    Recipient::X25519(_) => SlotKind::Recipient,
+                    Recipient::Plugin { .. } => SlotKind::Plugin,
+                };
+                (file, kind, Some(recipient.to_string()))
             }
         };
         if self.label.len() > LABEL_BYTES_MAX {
@@ -97,11 +105,18 @@ pub struct SealedKeyring {
 }
 
 impl SealedKeyring {
-    /// Seals a new keyring. It gets the slots that are given, and number 1. `path` is what people call the archive.
+    /// Seals a new keyring. It gets the slots that are given, and number 1. `path` is what people call the archive. `access` says how plugins are
+    /// found.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there is no slot, or too many, or one cannot be made; [`Error::Io`].
-    pub fn create(path: &Path, keyring: Keyring, slots: &[NewSlot]) -> Result<(Self, Unlocked)> {
+    /// [`Error::Usage`] if there is no slot, or too many, or one cannot be made; [`Error::KeyProgram`]; [`Error::Io`].
+    pub fn create(
+        path: &Path,
+        keyring: Keyring,
+        slots: &[NewSlot],
+        access: &KeyAccess,
+        monitor: &dyn Monitor,
+    ) -> Result<(Self, Unlocked)> {
         let mut sealed = Self {
             path: path.to_owned(),
             slots: Vec::new(),
@@ -114,7 +129,7 @@ impl SealedKeyring {
         };
         unlocked.keyring.slots.clear();
         for slot in slots {
-            sealed.push(&mut unlocked, slot)?;
+            sealed.push(&mut unlocked, slot, &access.interaction(monitor))?;
         }
         sealed.seal(&mut unlocked)?;
         Ok((sealed, unlocked))
@@ -194,6 +209,17 @@ impl SealedKeyring {
         self.slots.iter().map(|slot| age::kind_of(slot))
     }
 
+    /// What kinds of keys open its slots, without opening it. A slot that is malformed is left out.
+    pub fn slot_kinds(&self) -> impl Iterator<Item = SlotKind> + '_ {
+        self.kinds().filter_map(|kind| {
+            Some(match kind.ok()? {
+                FileKind::Passphrase => SlotKind::Passphrase,
+                FileKind::X25519 => SlotKind::Recipient,
+                FileKind::Other => SlotKind::Plugin,
+            })
+        })
+    }
+
     /// Opens it by what the user gave. The user is asked for a passphrase only if nothing else was given, and there is a slot for one.
     ///
     /// # Errors
@@ -202,14 +228,23 @@ impl SealedKeyring {
     pub fn unlock(&self, access: &KeyAccess, monitor: &dyn Monitor) -> Result<Unlocked> {
         let mut problems = Problems::default();
         for identity in access.identities(monitor)? {
-            if let Some(key) = self.try_each(|slot| age::open_by(slot, identity), &mut problems) {
-                return self.open(key);
+            let with = access.interaction(monitor);
+            match age::open_one_of(&self.slots, identity, &with, |failure| problems.note(failure)) {
+                Ok(Some(content)) => return self.open(&content),
+                Ok(None) => {}
+                Err(Failure::Interrupted) => return Err(Error::Interrupted),
+                Err(failure) => problems.note(failure),
             }
         }
         if let Some(passphrase) = self.passphrase(access, monitor)? {
-            let most = access.work_factor_max;
-            if let Some(key) = self.try_each(|slot| age::open_with(slot, passphrase, most), &mut problems) {
-                return self.open(key);
+            for slot in &self.slots {
+                match age::open_with(slot, passphrase, access.given().work_factor_max) {
+                    Ok(content) => return self.open(&content),
+                    Err(failure) => problems.note(failure),
+                }
+                if monitor.interrupted() {
+                    return Err(Error::Interrupted);
+                }
             }
         } else if access.identities(monitor)?.is_empty() {
             return Err(Error::NoKey {
@@ -217,17 +252,7 @@ impl SealedKeyring {
                 slots: self.described(),
             });
         }
-        Err(match problems {
-            // Whoever holds the key of a damaged slot would look for another key in vain.
-            Problems {
-                damage: Some(problem), ..
-            } => damaged(&self.path, &format!("one of its slots is damaged: {problem}")),
-            Problems { too_much, .. } => Error::WrongKey {
-                path: self.path.clone(),
-                slots: self.described(),
-                problem: too_much.map(|failure| failure.to_string()),
-            },
-        })
+        Err(problems.error(&self.path, self.described()))
     }
 
     /// The passphrase to try. Where nothing was given and there is a slot for one, the user is asked.
@@ -241,30 +266,14 @@ impl SealedKeyring {
         }
     }
 
-    /// Tries a key on each slot.
-    fn try_each(
-        &self,
-        open: impl Fn(&[u8]) -> std::result::Result<Zeroizing<Vec<u8>>, Failure>,
-        problems: &mut Problems,
-    ) -> Option<KeyringKey> {
-        for slot in &self.slots {
-            match open(slot) {
-                Ok(content) => match content[..].try_into() {
-                    Ok(key) => return Some(Secret::of(key)),
-                    Err(_) => problems.damage = Some("it holds no key".into()),
-                },
-                Err(Failure::OtherKey) => {}
-                Err(failure @ Failure::TooMuchWork { .. }) => problems.too_much = Some(failure),
-                Err(failure @ (Failure::Malformed(_) | Failure::Damaged(_))) => {
-                    problems.damage = Some(failure.to_string())
-                }
-            }
-        }
-        None
+    /// Opens the keyring by what stood in a slot.
+    fn open(&self, content: &[u8]) -> Result<Unlocked> {
+        let key = content.try_into().map(KeyringKey::of);
+        self.open_by(key.map_err(|_| damaged(&self.path, "one of its slots holds no key"))?)
     }
 
     /// Opens the keyring by its key.
-    fn open(&self, key: KeyringKey) -> Result<Unlocked> {
+    fn open_by(&self, key: KeyringKey) -> Result<Unlocked> {
         let sealed = Payload {
             msg: &self.sealed,
             aad: &self.covered(),
@@ -288,9 +297,17 @@ impl SealedKeyring {
     /// Adds a slot. Nobody else's passphrase is needed.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there are too many, or it cannot be made; [`Error::Io`]. Both keyrings are then as they were.
-    pub fn add_slot(&mut self, unlocked: &mut Unlocked, slot: &NewSlot) -> Result<()> {
-        self.change(unlocked, |sealed, unlocked| sealed.push(unlocked, slot))
+    /// [`Error::Usage`] if there are too many, or it cannot be made; [`Error::KeyProgram`]; [`Error::Io`]. Both keyrings are then as they were.
+    pub fn add_slot(
+        &mut self,
+        unlocked: &mut Unlocked,
+        slot: &NewSlot,
+        access: &KeyAccess,
+        monitor: &dyn Monitor,
+    ) -> Result<()> {
+        self.change(unlocked, |sealed, unlocked| {
+            sealed.push(unlocked, slot, &access.interaction(monitor))
+        })
     }
 
     /// Removes the slot at a place, counted from 0. Whoever could open it can still read what the archive holds, if he kept a copy of it or of
@@ -315,7 +332,7 @@ impl SealedKeyring {
     }
 
     /// Gives the keyring a new key and a new pair of seeds, for what is written from now on. Older pairs stay. Recipients keep their slots. A slot
-    /// of a passphrase stays if `passphrase` opens it; other ones are dropped, and returned.
+    /// of a passphrase stays if the one at hand opens it; other ones are dropped, and returned.
     ///
     /// The key of ids, the key of indexes and the signing seed stay: whoever had the keyring can still tell whether a block that he knows is in
     /// the archive, and can sign. A caller who wants another signing seed puts it into [`Unlocked::keyring`] before.
@@ -326,9 +343,11 @@ impl SealedKeyring {
         &mut self,
         unlocked: &mut Unlocked,
         pair: Pair,
-        passphrase: Option<&Passphrase>,
         access: &KeyAccess,
+        monitor: &dyn Monitor,
     ) -> Result<Vec<Slot>> {
+        let passphrase = access.passphrase_at_hand(monitor)?;
+        let with = access.interaction(monitor);
         let mut dropped = Vec::new();
         self.change(unlocked, |sealed, unlocked| {
             let files = std::mem::take(&mut sealed.slots);
@@ -344,6 +363,7 @@ impl SealedKeyring {
                             lock,
                             added: slot.added,
                         },
+                        &with,
                     )?,
                     None => dropped.push(slot),
                 }
@@ -380,8 +400,8 @@ impl SealedKeyring {
         Ok(())
     }
 
-    fn push(&mut self, unlocked: &mut Unlocked, slot: &NewSlot) -> Result<()> {
-        let (file, noted) = slot.make(&unlocked.key)?;
+    fn push(&mut self, unlocked: &mut Unlocked, slot: &NewSlot, with: &Interaction<'_>) -> Result<()> {
+        let (file, noted) = slot.make(&unlocked.key, with)?;
         self.slots.push(file);
         unlocked.keyring.slots.push(noted);
         Ok(())
@@ -402,7 +422,7 @@ impl SealedKeyring {
         self.sealed = sealed.map_err(|_| too_much("it cannot be sealed"))?;
         let decoded = Self::parse(&self.path, &self.encode()).map_err(|malformed| too_much(malformed.problem()))?;
         let opened = decoded
-            .open(unlocked.key.clone())
+            .open_by(unlocked.key.clone())
             .map_err(|error| too_much(&error.to_string()))?;
         if decoded != *self || opened.keyring != unlocked.keyring {
             return Err(too_much("it would not come back"));
@@ -440,15 +460,55 @@ impl SealedKeyring {
 #[derive(Debug, Default)]
 struct Problems {
     damage: Option<String>,
-    too_much: Option<Failure>,
+    too_much: Option<String>,
+    program: Option<(String, String)>,
+}
+
+impl Problems {
+    fn note(&mut self, failure: Failure) {
+        match failure {
+            Failure::OtherKey | Failure::Interrupted => {}
+            Failure::TooMuchWork { .. } => self.too_much = Some(failure.to_string()),
+            Failure::Malformed(_) | Failure::Damaged(_) => self.damage = Some(failure.to_string()),
+            Failure::Program { name, problem } => self.program = Some((name, problem)),
+        }
+    }
+
+    /// The error if no slot opened. Whoever holds the key of a damaged slot would look for another key in vain, and so would whoever has a
+    /// plugin that failed.
+    fn error(self, path: &Path, slots: String) -> Error {
+        match self {
+            Self {
+                damage: Some(problem), ..
+            } => damaged(path, &format!("one of its slots is damaged: {problem}")),
+            Self {
+                program: Some((program, problem)),
+                ..
+            } => Error::KeyProgram { program, problem },
+            Self { too_much, .. } => Error::WrongKey {
+                path: path.to_owned(),
+                slots,
+                problem: too_much,
+            },
+        }
+    }
+}
+
+/// The error for a file that is not made.
+fn error_of(failure: Failure, other: impl FnOnce(String) -> Error) -> Error {
+    match failure {
+        Failure::Interrupted => Error::Interrupted,
+        Failure::Program { name, problem } => Error::KeyProgram { program: name, problem },
+        failure => other(failure.to_string()),
+    }
 }
 
 /// By what a slot is opened after a rotation; none if that is not at hand.
 fn lock_of(slot: &Slot, file: &[u8], passphrase: Option<&Passphrase>, access: &KeyAccess) -> Result<Option<Lock>> {
     let Some(recipient) = &slot.recipient else {
-        let fits = |passphrase: &&Passphrase| age::open_with(file, passphrase, access.work_factor_max).is_ok();
+        let fits = |passphrase: &&Passphrase| age::open_with(file, passphrase, access.given().work_factor_max).is_ok();
         let passphrase = passphrase.filter(fits).cloned();
-        return Ok(passphrase.map(|passphrase| Lock::Passphrase(passphrase, access.work_factor)));
+        return Ok(passphrase.map(|passphrase| Lock::Passphrase(passphrase, access.given().work_factor)));
     };
     let recipient = Recipient::parse(recipient)
         .map_err(|problem| Error::Usage(format!("the recipient of the key `{}` {problem}", slot.label)))?;

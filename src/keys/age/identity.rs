@@ -5,12 +5,14 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::header::Stanza;
 use super::recipient::{Recipient, X25519, agreed};
-use super::{Failure, FileKey, base64, bech32, unwrap};
+use super::{Failure, FileKey, base64, bech32, plugin};
 use crate::error::Result as CrateResult;
 use crate::keys::secret::Secret;
 
 /// The name under which secrets are written, in capital letters.
 const NAME: &str = "age-secret-key-";
+/// What the name of an identity of a plugin begins with.
+const PLUGIN: &str = "age-plugin-";
 /// What a secret begins with, when all hyphens are left out.
 const BEGIN: &str = "AGESECRETKEY1";
 /// The number of characters that follow: 32 bytes, and the checksum.
@@ -21,37 +23,16 @@ const CHARACTERS: usize = 58;
 pub enum Identity {
     /// The secret of an X25519 recipient.
     X25519(Secret<32>),
+    /// What a plugin knows a key of its own by.
+    Plugin {
+        /// The name of the plugin.
+        name: String,
+        /// The identity as it was given.
+        text: Zeroizing<String>,
+    },
 }
 
 impl Identity {
-    /// Makes a new one.
-    ///
-    /// # Errors
-    /// [`crate::error::Error::Io`] if the system gives no random bytes.
-    pub fn generate() -> CrateResult<Self> {
-        Secret::random().map(Self::X25519)
-    }
-
-    /// Who can be written to, for this identity to open it.
-    pub fn recipient(&self) -> Recipient {
-        match self {
-            Self::X25519(secret) => {
-                Recipient::X25519(*PublicKey::from(&StaticSecret::from(*secret.bytes())).as_bytes())
-            }
-        }
-    }
-
-    /// The text of the secret: `AGE-SECRET-KEY-1...`.
-    pub fn text(&self) -> Zeroizing<String> {
-        match self {
-            Self::X25519(secret) => {
-                let mut text = bech32::encode(NAME, secret.bytes());
-                text.make_ascii_uppercase();
-                text
-            }
-        }
-    }
-
     /// Parses the identities of a file. Lines that begin with `#` say something about them. Secrets may be typed from paper: in small letters,
     /// with spaces and line breaks anywhere, without the hyphens, and with digits and letters that look alike (`0` and `O`, `1`, `I` and `L`, `8`
     /// and `B`) in the place of each other.
@@ -61,12 +42,16 @@ impl Identity {
     pub fn parse_all(text: &str) -> Result<Vec<Self>, &'static str> {
         const NONE: &str = "holds no identity: one begins with AGE-SECRET-KEY-1";
         let mut typed = Zeroizing::new(String::with_capacity(text.len()));
+        let mut identities = Vec::new();
         for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
+            if line.to_ascii_lowercase().starts_with(PLUGIN) {
+                identities.push(Self::of_plugin(line).ok_or("holds an identity of a plugin that is malformed")?);
+                continue;
+            }
             let characters = line.chars().filter(|c| !c.is_whitespace() && *c != '-');
             typed.extend(characters.map(|c| c.to_ascii_uppercase()));
         }
         let mut rest = typed.as_str();
-        let mut identities = Vec::new();
         while !rest.is_empty() {
             let data = rest.strip_prefix(BEGIN).ok_or(if identities.is_empty() {
                 NONE
@@ -88,6 +73,16 @@ impl Identity {
         }
     }
 
+    /// Parses an identity of a plugin, which stands in a line of its own.
+    fn of_plugin(line: &str) -> Option<Self> {
+        let (name, _) = bech32::decode(line)?;
+        let name = name.strip_prefix(PLUGIN)?.strip_suffix('-')?;
+        plugin::is_name(name).then(|| Self::Plugin {
+            name: name.to_owned(),
+            text: Zeroizing::new(line.to_owned()),
+        })
+    }
+
     /// Decodes what follows [`BEGIN`].
     fn typed(data: &str) -> Option<Self> {
         let mut text = Zeroizing::new(String::with_capacity(NAME.len() + 1 + CHARACTERS));
@@ -106,25 +101,33 @@ impl Identity {
         secret.zeroize();
         Some(identity)
     }
+}
 
-    /// Unwraps the key of a file from a stanza; none if that is for somebody else.
-    pub(super) fn unwrap(&self, stanza: &Stanza) -> Result<Option<FileKey>, Failure> {
-        const MALFORMED: Failure = Failure::Malformed("a stanza of X25519 is malformed");
-        if stanza.kind() != X25519 {
-            return Ok(None);
-        }
-        let [_, share] = &stanza.arguments[..] else {
-            return Err(MALFORMED);
-        };
-        let share = base64::decode(share.as_bytes()).ok_or(MALFORMED)?;
-        let share: [u8; 32] = share[..].try_into().map_err(|_| MALFORMED)?;
-        match self {
-            Self::X25519(secret) => {
-                let secret = StaticSecret::from(*secret.bytes());
-                let public = PublicKey::from(&secret);
-                let wrapping = agreed(&secret, &PublicKey::from(share), &share, public.as_bytes());
-                unwrap(&wrapping.ok_or(MALFORMED)?, &stanza.body)
-            }
-        }
+/// Makes a new secret of X25519, and who can be written to for it to open that.
+///
+/// # Errors
+/// [`crate::error::Error::Io`] if the system gives no random bytes.
+pub(in crate::keys) fn generate() -> CrateResult<(Zeroizing<String>, Recipient)> {
+    let secret = Secret::random()?;
+    let public = PublicKey::from(&StaticSecret::from(*secret.bytes()));
+    let mut text = bech32::encode(NAME, secret.bytes());
+    text.make_ascii_uppercase();
+    Ok((text, Recipient::X25519(*public.as_bytes())))
+}
+
+/// Unwraps the key of a file from a stanza; none if that is for somebody else.
+pub(super) fn unwrap(secret: &Secret<32>, stanza: &Stanza) -> Result<Option<FileKey>, Failure> {
+    const MALFORMED: Failure = Failure::Malformed("a stanza of X25519 is malformed");
+    if stanza.kind() != X25519 {
+        return Ok(None);
     }
+    let [_, share] = &stanza.arguments[..] else {
+        return Err(MALFORMED);
+    };
+    let share = base64::decode(share.as_bytes()).ok_or(MALFORMED)?;
+    let share: [u8; 32] = share[..].try_into().map_err(|_| MALFORMED)?;
+    let secret = StaticSecret::from(*secret.bytes());
+    let public = PublicKey::from(&secret);
+    let wrapping = agreed(&secret, &PublicKey::from(share), &share, public.as_bytes());
+    super::unwrap(&wrapping.ok_or(MALFORMED)?, &stanza.body)
 }

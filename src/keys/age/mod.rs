@@ -2,10 +2,12 @@
 //!
 //! This is the format of <https://c2sp.org/age>. The crate `age` would add more to the program than all else that keys need.
 
+mod armor;
 mod base64;
 mod bech32;
 mod header;
 mod identity;
+mod plugin;
 mod recipient;
 mod stream;
 
@@ -18,8 +20,10 @@ use chacha20poly1305::{ChaCha20Poly1305, Nonce};
 
 use header::{Header, Stanza};
 pub use identity::Identity;
+pub(super) use identity::generate;
 pub use recipient::Recipient;
 
+use super::access::Interaction;
 use super::passphrase::Passphrase;
 use super::secret::Secret;
 use crate::sys::random;
@@ -31,7 +35,7 @@ type FileKey = Secret<16>;
 const WRAPPED: usize = 32;
 
 /// Why a file is not opened or made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Failure {
     /// The header does not keep to the format.
     #[error("{0}")]
@@ -50,6 +54,17 @@ pub(super) enum Failure {
         /// The logarithm of what is allowed.
         allowed: u8,
     },
+    /// A plugin failed.
+    #[error("{name}: {problem}")]
+    Program {
+        /// The name of its program.
+        name: String,
+        /// What went wrong.
+        problem: String,
+    },
+    /// The user stopped it.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 /// How much work it is to try a passphrase: the logarithm of scrypt's N. Its memory is 1 KiB times N.
@@ -94,17 +109,17 @@ pub(super) fn kind_of(file: &[u8]) -> Result<FileKind, Failure> {
     })
 }
 
-/// Whether bytes begin as a file of `age` does.
+/// Whether bytes begin as a file of `age` does, or as one that is text.
 pub(super) fn is_file(bytes: &[u8]) -> bool {
-    bytes.starts_with(header::VERSION)
+    bytes.starts_with(header::VERSION) || armor::is_armored(bytes)
 }
 
 /// Makes a file for one recipient. Its content has 64 KiB at most.
 ///
 /// # Errors
-/// [`Failure::Malformed`] if a recipient or the content cannot be used.
-pub(super) fn seal_to(plain: &[u8], recipient: &Recipient) -> Result<Vec<u8>, Failure> {
-    seal(plain, |key| recipient.wrap(key))
+/// [`Failure::Malformed`] if a recipient or the content cannot be used; those of plugins.
+pub(super) fn seal_to(plain: &[u8], recipient: &Recipient, with: &Interaction<'_>) -> Result<Vec<u8>, Failure> {
+    seal(plain, |key| recipient.wrap(key, with))
 }
 
 /// Makes a file for a passphrase. Its content has 64 KiB at most.
@@ -121,22 +136,50 @@ pub(super) fn seal_with(plain: &[u8], passphrase: &Passphrase, work: WorkFactor)
     })
 }
 
-/// Opens a file by an identity.
+/// Opens the first of several files that an identity opens. Returns none if it opens none of them. `problem` is told why others could not be
+/// opened that are for this identity, or malformed.
 ///
 /// # Errors
-/// Says why it is not opened.
-pub(super) fn open_by(file: &[u8], identity: &Identity) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    open(file, |stanzas| {
-        if stanzas.iter().any(|stanza| stanza.kind() == SCRYPT) {
-            return Ok(None);
+/// [`Failure::Program`] if a plugin fails; [`Failure::Interrupted`].
+pub(super) fn open_one_of(
+    files: &[Vec<u8>],
+    identity: &Identity,
+    with: &Interaction<'_>,
+    mut problem: impl FnMut(Failure),
+) -> Result<Option<Zeroizing<Vec<u8>>>, Failure> {
+    let mut parsed = Vec::new();
+    for file in files {
+        match parse(file) {
+            Ok((header, _)) if header.stanzas.iter().any(|stanza| stanza.kind() == SCRYPT) => {}
+            Ok(file) => parsed.push(file),
+            Err(failure) => problem(failure),
         }
-        for stanza in stanzas {
-            if let Some(key) = identity.unwrap(stanza)? {
-                return Ok(Some(key));
+    }
+    match identity {
+        Identity::X25519(secret) => {
+            for (header, payload) in parsed {
+                let key = header
+                    .stanzas
+                    .iter()
+                    .find_map(|stanza| identity::unwrap(secret, stanza).transpose());
+                match key.transpose().and_then(|key| finish(&header, payload, key)) {
+                    Ok(plain) => return Ok(Some(plain)),
+                    Err(Failure::OtherKey) => {}
+                    Err(failure) => problem(failure),
+                }
             }
+            Ok(None)
         }
-        Ok(None)
-    })
+        Identity::Plugin { name, text } => {
+            let stanzas: Vec<_> = parsed.iter().map(|(header, _)| header.stanzas.clone()).collect();
+            let found = plugin::unwrap(name, text, &stanzas, with)?;
+            let opened = found.map(|(number, key)| finish(&parsed[number].0, parsed[number].1, Some(key)));
+            opened.transpose().or_else(|failure| {
+                problem(failure);
+                Ok(None)
+            })
+        }
+    }
 }
 
 /// Opens a file by a passphrase, if that takes no more work than allowed.
@@ -144,19 +187,25 @@ pub(super) fn open_by(file: &[u8], identity: &Identity) -> Result<Zeroizing<Vec<
 /// # Errors
 /// Says why it is not opened.
 pub(super) fn open_with(file: &[u8], passphrase: &Passphrase, most: WorkFactor) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    open(file, |stanzas| {
-        let Some(stanza) = stanzas.iter().find(|stanza| stanza.kind() == SCRYPT) else {
-            return Ok(None);
-        };
-        let (salt, logarithm) = scrypt_arguments(stanza)?;
-        if logarithm > most.0 {
-            return Err(Failure::TooMuchWork {
-                asked: logarithm,
-                allowed: most.0,
-            });
-        }
-        unwrap(&scrypt_key(passphrase, &salt, logarithm)?, &stanza.body)
-    })
+    let decoded;
+    let file = if armor::is_armored(file) {
+        decoded = armor::decode(file)?;
+        &decoded
+    } else {
+        file
+    };
+    let (header, payload) = parse(file)?;
+    let stanza = header.stanzas.iter().find(|stanza| stanza.kind() == SCRYPT);
+    let stanza = stanza.ok_or(Failure::OtherKey)?;
+    let (salt, logarithm) = scrypt_arguments(stanza)?;
+    if logarithm > most.0 {
+        return Err(Failure::TooMuchWork {
+            asked: logarithm,
+            allowed: most.0,
+        });
+    }
+    let key = unwrap(&scrypt_key(passphrase, &salt, logarithm)?, &stanza.body)?;
+    finish(&header, payload, key)
 }
 
 /// The type of a stanza for a passphrase.
@@ -182,12 +231,9 @@ fn seal(plain: &[u8], wrap: impl FnOnce(&FileKey) -> Result<Vec<Stanza>, Failure
     Ok(file)
 }
 
-fn open(
-    file: &[u8],
-    unwrap: impl FnOnce(&[Stanza]) -> Result<Option<FileKey>, Failure>,
-) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    let (header, payload) = parse(file)?;
-    let key = unwrap(&header.stanzas)?.ok_or(Failure::OtherKey)?;
+/// Opens what follows a header by the key of the file.
+fn finish(header: &Header<'_>, payload: &[u8], key: Option<FileKey>) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let key = key.ok_or(Failure::OtherKey)?;
     header.check(&key)?;
     stream::open(payload, &key)
 }

@@ -5,25 +5,37 @@ use std::fmt::{Display, Formatter};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::header::Stanza;
-use super::{Failure, FileKey, base64, bech32, derive, wrap};
+use super::{Failure, FileKey, base64, bech32, derive, plugin, wrap};
+use crate::keys::access::Interaction;
+use crate::keys::keyring::RECIPIENT_BYTES_MAX;
 use crate::keys::secret::Secret;
 
 /// The type of a stanza for such a recipient.
 pub(super) const X25519: &str = "X25519";
 /// The name under which recipients are written.
 const NAME: &str = "age";
+/// What the name of a recipient of a plugin begins with.
+const PLUGIN: &str = "age1";
 
 /// To whom a file is written: `age1...`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recipient {
     /// The holder of an X25519 identity.
     X25519([u8; 32]),
+    /// The holder of an identity of a plugin.
+    Plugin {
+        /// The name of the plugin.
+        name: String,
+        /// The recipient as it was given.
+        text: String,
+    },
 }
 
 impl Display for Recipient {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::X25519(public) => f.write_str(&bech32::encode(NAME, public)),
+            Self::Plugin { text, .. } => f.write_str(text),
         }
     }
 }
@@ -40,6 +52,15 @@ impl Recipient {
         }
         let (name, bytes) =
             bech32::decode(text).ok_or("is not a recipient: it begins with age1, and it has a checksum")?;
+        if text.len() > RECIPIENT_BYTES_MAX {
+            return Err("is a recipient that is too long");
+        }
+        if let Some(plugin) = name.strip_prefix(PLUGIN).filter(|plugin| plugin::is_name(plugin)) {
+            return Ok(Self::Plugin {
+                name: plugin.to_owned(),
+                text: text.to_owned(),
+            });
+        }
         if name != NAME {
             return Err("is a recipient of a kind that is not known");
         }
@@ -48,8 +69,9 @@ impl Recipient {
     }
 
     /// Wraps the key of a file.
-    pub(super) fn wrap(&self, key: &FileKey) -> Result<Vec<Stanza>, Failure> {
+    pub(super) fn wrap(&self, key: &FileKey, with: &Interaction<'_>) -> Result<Vec<Stanza>, Failure> {
         match self {
+            Self::Plugin { name, text } => plugin::wrap(name, text, key, with),
             Self::X25519(public) => {
                 let once = Secret::random().map_err(|_| super::NO_RANDOM)?;
                 let once = StaticSecret::from(*once.bytes());
