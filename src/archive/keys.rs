@@ -303,6 +303,14 @@ impl CommitSeal {
     }
 }
 
+/// Returns the keys of its epoch that a sealed COMMIT has in its clear part.
+///
+/// # Errors
+/// Returns what is malformed.
+pub fn wraps_of(stored_commit: &[u8]) -> Decoded<Wraps> {
+    Ok(CommitSeal::decode(stored_commit)?.wraps)
+}
+
 fn signer_id(key: &VerifyingKey) -> [u8; 8] {
     let mut id = [0; 8];
     id.copy_from_slice(&blake3::hash(key.as_bytes()).as_bytes()[..8]);

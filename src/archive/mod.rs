@@ -25,5 +25,6 @@ pub mod reader;
 pub mod record;
 mod salvage;
 pub mod seal;
+pub mod sealed_end;
 pub mod stream;
 pub mod writer;

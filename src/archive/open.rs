@@ -6,18 +6,17 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::commit::{ChainPlace, Commit, CommitLocation, FOLLOWS_NOT, decode_tail};
 use super::head::Head;
-use super::keys::{KEY_BODY_BYTES, KeyRecord};
+use super::keys::KeyRecord;
 use super::limits::{OTHER_LANES_MAX, RECORDS_MAX};
 use super::list::{Listed, OtherLane, PART_RECORDS};
-use super::parity::geometry_in;
 use super::reader::{Committed, Damage, RecordReader, damage_of};
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord, UnsupportedRecord};
+use super::sealed_end;
 use super::stream::{Stream, StreamEvent};
 use crate::block::ByteRange;
 use crate::codec::{Decoded, Malformed};
 use crate::error::{Error, Result};
 use crate::numbers::CommitNumber;
-use crate::parity::geometry::GEOMETRY_BYTES;
 use crate::store::StoreReader;
 
 /// Zeros at the beginning or the end of a record by which it may be a write that did not end.
@@ -235,7 +234,8 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
         return Err(reader.problem(copy, "its TAIL does not stand behind a COMMIT"));
     }
     if header.seal.is_some() {
-        open_keyring_before(reader, copy, last.length)?;
+        let (at, header) = sealed_end::key_record_before(reader, copy, last.length)?;
+        open_keyring_at(reader, at, &header)?;
     }
     let mut chains = Chains::new(reader);
     // What follows the commit leads to a copy that is intact.
@@ -272,53 +272,6 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
         may_append,
         damage: Vec::new(),
     })
-}
-
-/// Opens the keyring of the KEY record that stands before the last copy of a COMMIT of so many bytes: directly before it or, where PARITY records
-/// do, before the copy that stands before those.
-///
-/// # Errors
-/// [`Error::Damaged`] where there is none; those of [`ArchiveKeys::open`](super::keys::ArchiveKeys::open).
-fn open_keyring_before(reader: &RecordReader, commit: u64, commit_bytes: u64) -> Result<()> {
-    let tail_bytes = HEADER_BYTES as u64 + RecordKind::Tail.body_bytes_max();
-    let mut first_parity = None;
-    while let Some(parity) = parity_before(reader, first_parity.unwrap_or(commit))? {
-        first_parity = Some(parity);
-    }
-    let end = match first_parity {
-        Some(parity) => parity.checked_sub(tail_bytes.saturating_add(commit_bytes)),
-        None => Some(commit),
-    };
-    let end = end.ok_or_else(|| reader.problem(commit, NO_KEY_RECORD))?;
-    for body_bytes in KEY_BODY_BYTES {
-        let Some(at) = end.checked_sub((HEADER_BYTES + body_bytes) as u64) else {
-            break;
-        };
-        match reader.header_at(at) {
-            Ok(header) if header.kind == RecordKind::Key && header.body_bytes == body_bytes as u64 => {
-                return open_keyring_at(reader, at, &header);
-            }
-            Ok(_) | Err(Error::Damaged { .. } | Error::Unsupported { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Err(reader.problem(end, NO_KEY_RECORD))
-}
-
-const NO_KEY_RECORD: &str = "no KEY record stands before its last COMMIT";
-
-/// Returns where the PARITY records begin that end at an offset, if there are any.
-fn parity_before(reader: &RecordReader, end: u64) -> Result<Option<u64>> {
-    let Some(trailer) = end.checked_sub(GEOMETRY_BYTES as u64) else {
-        return Ok(None);
-    };
-    let mut bytes = [0; GEOMETRY_BYTES];
-    reader.read_exact(trailer, &mut bytes)?;
-    let layouts = geometry_in(&bytes).map(|(geometry, _)| geometry.layouts(HEADER_BYTES as u64));
-    let ends_here = layouts.filter(|layouts| layouts.last().is_some_and(|last| last.end == end));
-    let first = ends_here.and_then(|layouts| layouts.first().map(|first| first.start));
-    // What says that it begins behind its end leads in a circle.
-    Ok(first.filter(|first| *first < end))
 }
 
 fn open_keyring_at(reader: &RecordReader, at: u64, header: &RecordHeader) -> Result<()> {

@@ -3,6 +3,7 @@
 use super::parity::geometry_in;
 use super::reader::Archive;
 use super::record::{HEADER_BYTES, RecordKind};
+use super::sealed_end;
 use crate::error::Result;
 use crate::parity::geometry::{GEOMETRY_BYTES, Geometry};
 
@@ -75,7 +76,10 @@ impl Archive {
             return Ok(None);
         };
         let behind = (HEADER_BYTES as u64 + RecordKind::Tail.body_bytes_max()).saturating_add(last.location.length);
-        let parity_end = self.base().length.saturating_sub(behind);
+        let mut parity_end = self.base().length.saturating_sub(behind);
+        while let Some(before) = sealed_end::end_before_keys(self.record_reader(), parity_end, last.location.length)? {
+            parity_end = before;
+        }
         let Some(trailer) = parity_end.checked_sub(GEOMETRY_BYTES as u64) else {
             return Ok(None);
         };

@@ -116,6 +116,21 @@ pub struct RecordReader {
 }
 
 impl RecordReader {
+    /// Makes one without keys.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the store has no length.
+    pub fn new(store: Arc<dyn Store>) -> Result<Self> {
+        Self::with_keys(store, Arc::default())
+    }
+
+    fn with_keys(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>) -> Result<Self> {
+        let failed = |error| Error::io("look at", store.path())(error);
+        let length = store.length().map_err(failed)?;
+        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
+        Ok(Self { store, length, keys })
+    }
+
     /// Returns the store.
     pub fn store(&self) -> &dyn Store {
         &*self.store
@@ -325,10 +340,8 @@ impl Archive {
     /// # Errors
     /// Those of [`Archive::open_any`]; [`Error::NoKey`] where there is no key, and those of [`super::keys::Unlock::unlock`].
     pub fn open_any_with(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>) -> Result<Self> {
-        let failed = |error| Error::io("look at", store.path())(error);
-        let length = store.length().map_err(failed)?;
-        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
-        let reader = RecordReader { store, length, keys };
+        let reader = RecordReader::with_keys(store, keys)?;
+        let length = reader.length;
         let searched = OnceLock::new();
         let mut opened = match open::from_tail(&reader) {
             Err(Error::Damaged { .. }) => {

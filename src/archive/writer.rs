@@ -7,7 +7,7 @@ use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, encode_tail};
 use super::head::Head;
 use super::index;
-use super::keys::EpochSealer;
+use super::keys::{EpochSealer, KeyRecord};
 use super::limits::{LISTS_MAX, RECORDS_MAX};
 use super::list::{self, ImageSummary, Listed, RecordLocation};
 use super::manifest::{self, ManifestBuilder, PlanPart, PlanRecord};
@@ -383,15 +383,34 @@ impl ArchiveWriter {
         drop(rest);
         // The copy leads to an end of the archive, whose parity is on disk then.
         self.store.settle()?;
+        self.end_again(commit, body).map(Some)
+    }
+
+    /// Appends other keys to an archive whose writer was resumed: a KEY record, and behind it one more copy of the COMMIT and a TAIL. Returns what
+    /// a next epoch would continue.
+    ///
+    /// # Errors
+    /// Returns the error of the store, or says what a reader would refuse. The archive then ends before what was written.
+    pub fn put_keys(&mut self, keys: &KeyRecord) -> io::Result<EpochBase> {
+        let Some((commit, body)) = self.committed.take() else {
+            return Err(io::Error::other("keys are appended behind a commit"));
+        };
+        self.write_one(RecordKind::Key, keys.encode().map_err(too_large)?)?;
+        self.store.settle()?;
+        self.end_again(commit, body)
+    }
+
+    /// Writes one more copy of the COMMIT, and a TAIL.
+    fn end_again(&mut self, commit: CommitLocation, body: Vec<u8>) -> io::Result<EpochBase> {
         self.write_one(RecordKind::Commit, body)?;
         self.write_one(RecordKind::Tail, encode_tail(&commit))?;
         self.store.settle()?;
-        Ok(Some(EpochBase {
+        Ok(EpochBase {
             sequence: self.sequence,
             length: self.offset,
             records: self.records_so_far(),
             ..self.base
-        }))
+        })
     }
 
     /// Returns the bytes of the PARITY records that were written.

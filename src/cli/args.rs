@@ -1,5 +1,6 @@
 //! The arguments of the command line. The doc comments of commands and options are their help, which is the reference.
 
+use super::key_args::{KeyArgs, NewKeyArgs};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
@@ -114,6 +115,11 @@ pub(super) enum Command {
     /// while it writes, without reading anything again. `vmfold repair` heals damage, and `verify` says how much
     /// more would still heal.
     Protect(Protect),
+    /// List, add, remove and rotate the keys of an encrypted archive, and print one on paper
+    ///
+    /// `export --encrypt` makes an archive that is encrypted. Any one of its keys opens it: a passphrase, or an identity of
+    /// age. Changes of keys are appended, and what the archive holds is not read for them.
+    Key(Key),
     /// Show what differs between two commits, or between one and images on disk
     ///
     /// It compares by hash, and shows which byte ranges of which images differ. The exit code is 5 if anything does.
@@ -369,8 +375,7 @@ pub(super) struct Export {
     /// Archive file, new or to be appended to; `-` for standard output
     ///
     /// An archive that is appended to is never rewritten: an export that is interrupted leaves it as it was. Only one
-    /// export writes to it at a time. Archives are not encrypted: put `age` or `gpg` behind `-`, or the file on an
-    /// encrypted disk.
+    /// export writes to it at a time.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Export a backup that another program made, in the place of images; `-` for standard input
@@ -383,6 +388,8 @@ pub(super) struct Export {
     pub(super) from: Option<PathBuf>,
     #[command(flatten)]
     pub(super) access: Access,
+    #[command(flatten)]
+    pub(super) new_keys: NewKeyArgs,
     #[command(flatten)]
     pub(super) scope: Named,
     /// Choose images that match this pattern; may be given more than once
@@ -420,6 +427,78 @@ pub(super) struct Export {
     /// damaged, the new commit is too, and `verify` tells.
     #[arg(long)]
     pub(super) trust_archive: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Key {
+    #[command(subcommand)]
+    pub(super) command: KeyCommand,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum KeyCommand {
+    /// Show the keys of an archive
+    ///
+    /// Without a key, it shows of what kinds they are.
+    List(KeyedArchive),
+    /// Add a key: a recipient of age or, without one, a new passphrase
+    Add(KeyAdd),
+    /// Remove a key
+    ///
+    /// Whoever had it can still read what is in the archive now, and what is exported later until the keys are rotated.
+    Remove(KeyRemove),
+    /// Encrypt what is exported from now on with new keys
+    ///
+    /// What was exported before stays as it is. Recipients keep their keys. So does the passphrase that is given; others are
+    /// dropped, and have to be added again.
+    Rotate(KeyedArchive),
+    /// Print a key on paper: a recovery sheet, with a text to type and a QR code
+    Sheet(KeySheet),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KeyedArchive {
+    /// Encrypted archive
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    #[command(flatten)]
+    pub(super) keys: KeyArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KeyAdd {
+    #[command(flatten)]
+    pub(super) of: KeyedArchive,
+    /// Recipient of age whose identity shall open the archive: age1...; may be given more than once
+    #[arg(long, value_name = "RECIPIENT")]
+    pub(super) recipient: Vec<String>,
+    /// File of recipients, one a line; may be given more than once
+    #[arg(long, value_name = "FILE")]
+    pub(super) recipients_file: Vec<PathBuf>,
+    /// File whose first line is the new passphrase
+    #[arg(long, value_name = "FILE")]
+    pub(super) new_passphrase_file: Option<PathBuf>,
+    /// What the key is called
+    #[arg(long, value_name = "TEXT")]
+    pub(super) label: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KeyRemove {
+    #[command(flatten)]
+    pub(super) of: KeyedArchive,
+    /// Which key: its number in `key list`, its name, or its recipient
+    #[arg(value_name = "KEY")]
+    pub(super) which: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KeySheet {
+    #[command(flatten)]
+    pub(super) of: KeyedArchive,
+    /// File to write the sheet to, which must not exist; without it, it is printed on the terminal
+    #[arg(long, value_name = "FILE")]
+    pub(super) to: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -470,6 +549,8 @@ pub(super) struct Protect {
     /// It takes as much space again. It is for another percentage, or after bytes were healed from elsewhere.
     #[arg(long)]
     pub(super) again: bool,
+    #[command(flatten)]
+    pub(super) keys: KeyArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -505,11 +586,8 @@ pub(super) struct Diff {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Access {
-    /// File whose first line is the passphrase of a backup of Qubes OS
-    ///
-    /// Without it, the passphrase is asked for on the terminal.
-    #[arg(long, value_name = "FILE")]
-    pub(super) passphrase_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) keys: KeyArgs,
     /// Memory for deriving the keys of a backup of Qubes OS, on all cores together; 1 GiB, or half of what is available
     ///
     /// Each part of 100 MiB has a key of its own, which takes as much memory as the host had to spare that made the

@@ -1,8 +1,4 @@
 //! Options that give keys of encrypted archives, and options that make them.
-#![expect(
-    dead_code,
-    reason = "the commands that read and write encrypted archives take these options"
-)]
 
 use std::path::PathBuf;
 

@@ -1,6 +1,7 @@
 //! The command line: arguments, progress, printing and exit codes. Reports and archives go to stdout, everything else to stderr.
 
 mod args;
+mod key;
 mod key_args;
 mod log;
 mod man;
@@ -30,16 +31,17 @@ use crate::ops::diff::{ComparedWith, diff};
 use crate::ops::export::{BackupExportOptions, ExportOptions, Sealing, export, export_backup};
 use crate::ops::import::qubes::{QubesOptions, import as import_into_qubes, write_skeleton};
 use crate::ops::import::{ImportOptions, import};
-use crate::ops::list::list;
+use crate::ops::list::list_with;
 use crate::ops::protect::{ProtectOptions, protect};
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
 use crate::ops::report::report;
 use crate::ops::scan::scan;
-use crate::ops::verify::verify;
+use crate::ops::verify::verify_sealed;
 use crate::ops::{self, ArchivePlace, BackupAccess};
 use crate::qubes::{SocketQubesd, Timeouts};
 use crate::report::Change;
 use crate::shown::shown;
+use crate::store::FileStore;
 use crate::sys::priority::give_way;
 use crate::sys::stdout;
 
@@ -133,7 +135,7 @@ fn print_error(error: &Error) {
 }
 
 /// Runs the command, and prints its report.
-fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
+fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
     if args.nice
         && let Err(errno) = give_way()
     {
@@ -146,7 +148,7 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
     match &args.command {
         Command::Reclaim(command) => run_reclaim(command, json, terminal),
         Command::Report(command) => for_each_filesystem(command.scopes()?, |scope| {
-            let result = report(&scope, terminal)?;
+            let result = report(&scope, &**terminal)?;
             terminal.finish();
             print("report", &result, json)?;
             Ok(exit_of_pool(terminal.interrupted(), !result.skipped.is_empty()))
@@ -156,19 +158,22 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
         Command::List(command) => run_list(command, json, terminal),
         Command::Verify(command) => run_verify(command, json, terminal),
         Command::Protect(command) => {
-            let result = protect(&command.options(), terminal)?;
+            let result = protect(&command.options(terminal), &**terminal)?;
             terminal.finish();
             print("protect", &result, json)?;
             Ok(Exit::Done)
         }
+        Command::Key(command) => key::run(command, json, terminal),
         Command::Diff(command) => {
             let (first, with) = command.sides();
             let result = diff(
                 &command.archive,
                 first.as_deref(),
                 &with,
-                &command.access.access(),
-                terminal,
+                &command
+                    .access
+                    .access(&command.archive, command.backup.is_some(), terminal),
+                &**terminal,
             )?;
             terminal.finish();
             print("diff", &result, json)?;
@@ -176,7 +181,7 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
             Ok(if same { Exit::Done } else { Exit::Differs })
         }
         Command::Scan(command) => {
-            let result = scan(&command.scope()?, terminal)?;
+            let result = scan(&command.scope()?, &**terminal)?;
             terminal.finish();
             print("scan", &result, json)?;
             Ok(exit_of_pool(result.interrupted, !result.skipped.is_empty()))
@@ -189,10 +194,10 @@ fn run(args: &Args, terminal: &Terminal) -> Result<Exit> {
     }
 }
 
-fn run_import(command: &args::Import, json: bool, terminal: &Terminal) -> Result<Exit> {
-    let options = command.options();
+fn run_import(command: &args::Import, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+    let options = command.options(terminal);
     if let Some(file) = &command.qubes.skeleton {
-        let result = write_skeleton(&options, file, terminal)?;
+        let result = write_skeleton(&options, file, &**terminal)?;
         terminal.finish();
         print("skeleton", &result, json)?;
         return Ok(Exit::Done);
@@ -200,7 +205,7 @@ fn run_import(command: &args::Import, json: bool, terminal: &Terminal) -> Result
     if command.qubes.qubes {
         return run_import_qubes(command, options, json, terminal);
     }
-    let mut result = import(&options, terminal)?;
+    let mut result = import(&options, &**terminal)?;
     terminal.finish();
     print("import", &result, json)?;
     if let Some(error) = result.failed.take() {
@@ -227,24 +232,39 @@ fn run_import_qubes(command: &args::Import, import: ImportOptions, json: bool, t
     })))
 }
 
-fn run_list(command: &args::List, json: bool, terminal: &Terminal) -> Result<Exit> {
-    if let Some(result) = ops::backup::list(&command.archive, &command.access.access(), terminal)? {
+fn run_list(command: &args::List, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+    if let Some(result) = ops::backup::list(
+        &command.archive,
+        &command.access.access(&command.archive, false, terminal),
+        &**terminal,
+    )? {
         check_no_commit(command.commit.as_deref())?;
         terminal.finish();
         print("backup", &result, json)?;
     } else {
-        print("list", &list(&command.archive, command.commit.as_deref())?, json)?;
+        let keys = command.access.access(&command.archive, false, terminal).keys();
+        print(
+            "list",
+            &list_with(&command.archive, command.commit.as_deref(), keys)?,
+            json,
+        )?;
     }
     Ok(Exit::Done)
 }
 
-fn run_verify(command: &args::Verify, json: bool, terminal: &Terminal) -> Result<Exit> {
-    if let Some(result) = ops::backup::verify(&command.archive, &command.access.access(), terminal)? {
+fn run_verify(command: &args::Verify, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+    if let Some(result) = ops::backup::verify(
+        &command.archive,
+        &command.access.access(&command.archive, false, terminal),
+        &**terminal,
+    )? {
         terminal.finish();
         print("backup", &result, json)?;
         return Ok(Exit::Done);
     }
-    let result = verify(&command.archive, terminal)?;
+    let keys = command.access.access(&command.archive, false, terminal).keys();
+    let store = Arc::new(FileStore::open(&command.archive)?);
+    let result = verify_sealed(store, keys, &**terminal)?;
     terminal.finish();
     print("verify", &result, json)?;
     Ok(exit_of_archive(result.damage.is_empty() && result.lost.is_empty()))
@@ -275,11 +295,11 @@ fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Resu
     })
 }
 
-fn run_export(command: &args::Export, json: bool, terminal: &Terminal) -> Result<Exit> {
+fn run_export(command: &args::Export, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
     let archive = archive_place(&command.archive);
     let mut result = match &command.from {
-        Some(from) => export_backup(&command.backup_options(from), terminal),
-        None => export(&command.options()?, terminal),
+        Some(from) => export_backup(&command.backup_options(from, terminal), &**terminal),
+        None => export(&command.options(terminal)?, &**terminal),
     }?;
     terminal.finish();
     let to_stderr = archive == ArchivePlace::Pipe;
@@ -445,9 +465,9 @@ fn archive_place(named: &Path) -> ArchivePlace {
 }
 
 impl args::Export {
-    fn options(&self) -> Result<ExportOptions> {
+    fn options(&self, terminal: &Arc<Terminal>) -> Result<ExportOptions> {
         Ok(ExportOptions {
-            sealing: Sealing::default(),
+            sealing: self.sealing(terminal),
             scope: self.scope.scope()?,
             only: self.only.clone(),
             revisions: self.revisions,
@@ -462,9 +482,9 @@ impl args::Export {
 
 impl args::Export {
     /// The options for the backup `from`.
-    fn backup_options(&self, from: &Path) -> BackupExportOptions {
+    fn backup_options(&self, from: &Path, terminal: &Arc<Terminal>) -> BackupExportOptions {
         BackupExportOptions {
-            sealing: Sealing::default(),
+            sealing: self.sealing(terminal),
             from: archive_place(from),
             only: self.only.clone(),
             archive: archive_place(&self.archive),
@@ -473,15 +493,18 @@ impl args::Export {
             label: self.label.clone(),
             parity: self.parity,
             folder: self.scope.index.clone(),
-            access: self.access.access(),
+            access: self.access.access(from, false, terminal),
         }
     }
 }
 
 impl args::Protect {
-    fn options(&self) -> ProtectOptions {
+    fn options(&self, terminal: &Arc<Terminal>) -> ProtectOptions {
         ProtectOptions {
-            sealing: Sealing::default(),
+            sealing: Sealing {
+                unlock: Some(self.keys.unlock(&self.archive, false, terminal)),
+                new: None,
+            },
             archive: self.archive.clone(),
             percent: self.parity,
             again: self.again,
@@ -490,7 +513,7 @@ impl args::Protect {
 }
 
 impl args::Import {
-    fn options(&self) -> ImportOptions {
+    fn options(&self, terminal: &Arc<Terminal>) -> ImportOptions {
         ImportOptions {
             archive: archive_place(&self.archive),
             commit: self.commit.clone(),
@@ -510,16 +533,17 @@ impl args::Import {
             index: self.index.clone(),
             memory_bytes: self.memory,
             dry_run: self.dry_run,
-            access: self.access.access(),
+            access: self.access.access(&self.archive, false, terminal),
         }
     }
 }
 
 impl args::Access {
-    fn access(&self) -> BackupAccess {
+    /// How an archive, or a backup in its place, is opened. `is_for_backup` says that a passphrase is that of a backup which is read beside it.
+    fn access(&self, archive: &Path, is_for_backup: bool, terminal: &Arc<Terminal>) -> BackupAccess {
         BackupAccess {
-            unlock: None,
-            passphrase_file: self.passphrase_file.clone(),
+            unlock: Some(self.keys.unlock(archive, is_for_backup, terminal)),
+            given: Some(Arc::new(self.keys.access())),
             prompt: prompt::passphrase,
             limits: Limits {
                 kdf_memory_bytes: self.kdf_memory,

@@ -307,7 +307,7 @@ fn change(
     let mut sealed = SealedKeyring::decode(place.path(), &place.read()?)?;
     let mut unlocked = sealed.unlock(access, monitor)?;
     let mut changed = change(&mut sealed, &mut unlocked)?;
-    place.replace(&sealed.encode())?;
+    place.replace(unlocked.keyring.number, &sealed.encode())?;
     changed.keys = unlocked.keyring.slots.len();
     Ok(changed)
 }

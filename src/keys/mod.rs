@@ -35,9 +35,9 @@ pub trait KeyringPlace {
     /// Those of the place; [`crate::error::Error::Usage`] if it has none.
     fn read(&self) -> Result<Vec<u8>>;
 
-    /// Puts another one in its place. Once this returns, it survives a power failure.
+    /// Puts another one in its place, with its number. Once this returns, it survives a power failure.
     ///
     /// # Errors
     /// Those of the place. The keyring that was there is then still the newest.
-    fn replace(&mut self, bytes: &[u8]) -> Result<()>;
+    fn replace(&mut self, number: u32, bytes: &[u8]) -> Result<()>;
 }

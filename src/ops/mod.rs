@@ -4,6 +4,7 @@ pub mod backup;
 pub mod diff;
 pub mod export;
 pub mod import;
+pub mod key;
 pub mod list;
 mod open_archive;
 pub mod protect;
@@ -24,6 +25,7 @@ use crate::facts::Facts;
 use crate::foreign;
 use crate::fs::{self, Filesystem, Purpose};
 use crate::index::{self, ChunkIndex};
+use crate::keys::KeyAccess;
 use crate::keys::Passphrase;
 use crate::monitor::Monitor;
 use crate::numbers::ImageId;
@@ -73,8 +75,8 @@ pub enum ArchivePlace {
 pub struct BackupAccess {
     /// What opens the keyring of a sealed archive; none if no key was given.
     pub unlock: Option<Arc<dyn Unlock>>,
-    /// The file whose first line is the passphrase.
-    pub passphrase_file: Option<PathBuf>,
+    /// What gives the passphrase of a backup, if it is given otherwise than by typing it.
+    pub given: Option<Arc<KeyAccess>>,
     /// Asks the user for a passphrase where no file is named.
     pub prompt: fn(&dyn Monitor) -> Result<Passphrase>,
     /// What they must not exceed.
@@ -111,10 +113,11 @@ impl BackupAccess {
     }
 
     fn passphrase(&self, monitor: &dyn Monitor) -> Result<Passphrase> {
-        match &self.passphrase_file {
-            Some(path) => Passphrase::read(path),
-            None => (self.prompt)(monitor),
-        }
+        let given = match &self.given {
+            Some(access) => access.passphrase_at_hand(monitor)?.cloned(),
+            None => None,
+        };
+        given.map_or_else(|| (self.prompt)(monitor), Ok)
     }
 }
 
@@ -122,7 +125,7 @@ impl Default for BackupAccess {
     fn default() -> Self {
         Self {
             unlock: None,
-            passphrase_file: None,
+            given: None,
             prompt: |_| {
                 Err(Error::Usage(
                     "the backup needs a passphrase: name a file that holds it by --passphrase-file".into(),

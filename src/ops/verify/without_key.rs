@@ -5,7 +5,8 @@ use std::io::Read;
 use std::sync::Arc;
 
 use crate::archive::commit::{ClearCommit, decode_tail};
-use crate::archive::reader::Damage;
+use crate::archive::open::{self, End};
+use crate::archive::reader::{Damage, RecordReader};
 use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
 use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::ByteRange;
@@ -48,8 +49,16 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
     found.check_chains();
     let end = found.end;
     let leftover_bytes = length.saturating_sub(end);
+    let reader = RecordReader::new(Arc::clone(store))?;
+    let tells_end = End {
+        offset: end,
+        ..End::default()
+    };
+    let has_leftovers_only = open::ends_in_leftovers_only(&reader, tells_end)?;
     // What an export left that did not end is no damage.
-    found.damage.retain(|damage| damage.range.start < end);
+    found
+        .damage
+        .retain(|damage| damage.range.start < end || !has_leftovers_only);
     Ok(Verified {
         archive: path.clone(),
         archive_bytes: length,
@@ -57,7 +66,7 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
         is_sealed: true,
         is_without_key: true,
         is_ended: leftover_bytes == 0,
-        leftover_bytes,
+        leftover_bytes: if has_leftovers_only { leftover_bytes } else { 0 },
         damage: places_of(found.damage),
         ..Verified::default()
     })
