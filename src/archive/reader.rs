@@ -109,6 +109,17 @@ pub struct RecordReader {
 }
 
 impl RecordReader {
+    /// Makes a reader of a store.
+    ///
+    /// # Errors
+    /// Returns the error of the store, which is [`std::io::ErrorKind::Unsupported`] if its length is not known.
+    pub fn new(store: Arc<dyn Store>) -> Result<Self> {
+        let failed = |error| Error::io("look at", store.path())(error);
+        let length = store.length().map_err(failed)?;
+        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
+        Ok(Self { store, length })
+    }
+
     /// Returns the store.
     pub fn store(&self) -> &dyn Store {
         &*self.store
@@ -288,10 +299,8 @@ impl Archive {
     /// # Errors
     /// Says that it is none, or needs a later version.
     pub fn open_any(store: Arc<dyn Store>) -> Result<Self> {
-        let failed = |error| Error::io("look at", store.path())(error);
-        let length = store.length().map_err(failed)?;
-        let length = length.ok_or_else(|| failed(std::io::ErrorKind::Unsupported.into()))?;
-        let reader = RecordReader { store, length };
+        let reader = RecordReader::new(store)?;
+        let length = reader.length;
         let searched = OnceLock::new();
         let mut opened = match open::from_tail(&reader) {
             Err(Error::Damaged { .. }) => {
@@ -381,6 +390,11 @@ impl Archive {
     /// Returns the whole records that a search from the beginning finds, in the order they stand.
     pub(super) fn records_found(&self) -> Result<&[(RecordHeader, u64)]> {
         Ok(&self.searched()?.records)
+    }
+
+    /// Returns the kinds of records whose headers a search finds, and whose bodies are damaged.
+    pub(super) fn broken_kinds(&self) -> Result<impl Iterator<Item = RecordKind>> {
+        Ok(self.searched()?.broken.keys().map(|(kind, _)| *kind))
     }
 
     /// Returns what reads its records.

@@ -20,11 +20,12 @@ use crate::codec::{Decoded, Malformed};
 use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
+use crate::exec::repair::Healer;
 use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::lost_ranges;
 use crate::range;
-use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
+use crate::report::{DamagedPlace, LostImage, LostIn, ParityState, Verified};
 use crate::spill::{Budget, SpillVec};
 use crate::store::{FileStore, Store};
 
@@ -44,7 +45,7 @@ pub fn verify(path: &Path, monitor: &dyn Monitor) -> Result<Verified> {
 pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
-    let mut archive = Archive::open_any(store)?;
+    let mut archive = Archive::open_any(Arc::clone(&store))?;
     archive.check_listed_supported()?;
     let mut damage: Vec<Damage> = archive.look_for_damage()?;
     damage.append(&mut archive.stray_commits()?);
@@ -99,7 +100,25 @@ pub fn verify_store(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Veri
         verifier.damage.push(Damage::at(all, "none of its commits is intact"));
     }
     result.damage = places_of(verifier.damage);
+    result.parity = parity_of(&archive, store, monitor)?;
     Ok(result)
+}
+
+/// What the parity of an archive can do, if it has any.
+fn parity_of(archive: &Archive, store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Option<ParityState>> {
+    if !archive.has_parity()? {
+        return Ok(None);
+    }
+    let cells = tempfile::tempfile().map_err(Error::io("make a file in", &std::env::temp_dir()))?;
+    let healing = Healer::new(store, None, cells, monitor)?.look()?;
+    Ok((healing.groups > 0).then_some(ParityState {
+        percent: healing.percent,
+        protected_bytes: healing.protected_bytes,
+        unprotected_bytes: healing.length.saturating_sub(healing.protected_bytes),
+        lost_bytes: healing.lost_bytes,
+        heals: healing.spare_bytes.is_some(),
+        spare_bytes: healing.spare_bytes.unwrap_or(0),
+    }))
 }
 
 /// What PACKs were found to hold of a lane's store.
