@@ -35,3 +35,6 @@ mod memory;
 
 #[path = "format/parity.rs"]
 mod parity;
+
+#[path = "format/repair.rs"]
+mod repair;

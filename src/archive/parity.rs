@@ -93,6 +93,14 @@ impl Group {
         }
     }
 
+    /// Makes the group that a geometry tells, whose bytes are to come.
+    pub fn of(geometry: &Geometry) -> Self {
+        Self {
+            length_max: geometry.length,
+            ..Self::new(geometry.percent, geometry.offset)
+        }
+    }
+
     /// Returns where it ends so far.
     pub fn end(&self) -> u64 {
         self.offset + self.length
@@ -207,6 +215,13 @@ impl FullGroup {
         }
     }
 
+    /// Returns whether a geometry is that of the group, wherever its parity lies.
+    pub fn is_of(&self, geometry: &Geometry) -> bool {
+        let counts = (self.parity.count(), self.headers.len());
+        (self.offset, self.length) == (geometry.offset, geometry.length)
+            && counts == (geometry.stored(), geometry.headers as usize)
+    }
+
     /// Returns the body of the PARITY record with a number, from 0.
     pub fn body(&self, geometry: &Geometry, number: u8) -> Vec<u8> {
         let layouts = geometry.layouts(HEADER_BYTES as u64);
@@ -217,16 +232,26 @@ impl FullGroup {
         let length = usize::try_from(layout.end - body_start).unwrap_or(0);
         let mut body = Vec::with_capacity(length);
         geometry.put(number, &mut body);
-        body.resize(usize::try_from(layout.tables - body_start).unwrap_or(0), 0);
-        tables::put(&self.sums, SUM_BYTES, &mut body);
-        let mut headers = Vec::with_capacity(self.headers.len() * HeaderPlace::BYTES);
-        self.headers.iter().for_each(|header| header.put(&mut headers));
-        tables::put(&headers, HeaderPlace::BYTES, &mut body);
+        let first = layout.tables.min(layout.parity);
+        body.resize(usize::try_from(first - body_start).unwrap_or(0), 0);
+        if layout.tables < layout.parity {
+            self.put_tables(&mut body);
+        }
         for row in layout.rows.clone() {
             self.parity.put(row, &mut body);
         }
+        if layout.tables > layout.parity {
+            self.put_tables(&mut body);
+        }
         geometry.put(number, &mut body);
         body
+    }
+
+    fn put_tables(&self, body: &mut Vec<u8>) {
+        tables::put(&self.sums, SUM_BYTES, body);
+        let mut headers = Vec::with_capacity(self.headers.len() * HeaderPlace::BYTES);
+        self.headers.iter().for_each(|header| header.put(&mut headers));
+        tables::put(&headers, HeaderPlace::BYTES, body);
     }
 }
 

@@ -17,6 +17,16 @@ pub struct Protected {
 }
 
 impl Archive {
+    /// Returns whether a search finds PARITY records, intact or not.
+    ///
+    /// # Errors
+    /// Returns the error of reading.
+    pub fn has_parity(&self) -> Result<bool> {
+        let is_parity = |kind: RecordKind| kind == RecordKind::Parity;
+        let is_found = self.records_found()?.iter().any(|(header, _)| is_parity(header.kind));
+        Ok(is_found || self.broken_kinds()?.any(is_parity))
+    }
+
     /// Returns the parity that the last commit has: from the archive's end, or from a search if one was made.
     ///
     /// # Errors

@@ -440,6 +440,11 @@ impl Archive {
         Ok(&self.searched()?.records)
     }
 
+    /// Returns the kinds of records whose headers a search finds, and whose bodies are damaged.
+    pub(super) fn broken_kinds(&self) -> Result<impl Iterator<Item = RecordKind>> {
+        Ok(self.searched()?.broken.keys().map(|(kind, _)| *kind))
+    }
+
     /// Returns what reads its records.
     pub(super) fn record_reader(&self) -> &RecordReader {
         &self.reader

@@ -120,6 +120,13 @@ pub(super) enum Command {
     /// `export --encrypt` makes an archive that is encrypted. Any one of its keys opens it: a passphrase, or an identity of
     /// age. Changes of keys are appended, and what the archive holds is not read for them.
     Key(Key),
+    /// Heal a damaged archive from its parity
+    ///
+    /// It heals bytes that were changed, zeroed or cannot be read, and such that are missing or stand twice, as far as parity
+    /// reaches, into a copy or in place. No key is needed. What parity cannot heal is taken from another copy, if one is
+    /// named. All that is healed is proved by the hashes of records before anything is written. The exit code is 0
+    /// only if all of the archive is intact then; otherwise it says what is left.
+    Repair(Repair),
     /// Show what differs between two commits, or between one and images on disk
     ///
     /// It compares by hash, and shows which byte ranges of which images differ. The exit code is 5 if anything does.
@@ -551,6 +558,38 @@ pub(super) struct Protect {
     pub(super) again: bool,
     #[command(flatten)]
     pub(super) keys: KeyArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("target").required(true).args(["to", "in_place", "dry_run"])))]
+pub(super) struct Repair {
+    /// Archive file
+    #[arg(value_name = "ARCHIVE")]
+    pub(super) archive: PathBuf,
+    /// Write the repaired archive to this new file
+    ///
+    /// It has its name once it is complete and on disk. The archive is only read.
+    #[arg(long, value_name = "COPY")]
+    pub(super) to: Option<PathBuf>,
+    /// Write what was healed into the archive itself
+    ///
+    /// A journal beside the archive, `.NAME.vmfold-repair`, first gets all that is to be written. A repair that is
+    /// killed is ended by the next one. A disk that loses sectors is better left alone: use --to.
+    #[arg(long)]
+    pub(super) in_place: bool,
+    /// Only say what would heal
+    #[arg(
+        long,
+        short = 'n',
+        long_help = "Only say what would heal\n\nAll of it is computed and proved. Nothing is written."
+    )]
+    pub(super) dry_run: bool,
+    /// Take what parity cannot heal from this other copy of the archive
+    ///
+    /// It may be damaged too, and have fewer or other commits at its end. Records are found in it by their hashes, and proved
+    /// by them.
+    #[arg(long, value_name = "SECOND_COPY")]
+    pub(super) from: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -34,6 +34,7 @@ use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list_with;
 use crate::ops::protect::{ProtectOptions, protect};
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
+use crate::ops::repair::{RepairOptions, RepairTo, repair};
 use crate::ops::report::report;
 use crate::ops::scan::scan;
 use crate::ops::verify::verify_sealed;
@@ -164,6 +165,12 @@ fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
             Ok(Exit::Done)
         }
         Command::Key(command) => key::run(command, json, terminal),
+        Command::Repair(command) => {
+            let result = repair(&command.options(), &**terminal)?;
+            terminal.finish();
+            print("repair", &result, json)?;
+            Ok(exit_of_archive(result.damage.is_empty()))
+        }
         Command::Diff(command) => {
             let (first, with) = command.sides();
             let result = diff(
@@ -508,6 +515,20 @@ impl args::Protect {
             archive: self.archive.clone(),
             percent: self.parity,
             again: self.again,
+        }
+    }
+}
+
+impl args::Repair {
+    fn options(&self) -> RepairOptions {
+        RepairOptions {
+            archive: self.archive.clone(),
+            to: match &self.to {
+                Some(to) => RepairTo::Copy(to.clone()),
+                None if self.in_place => RepairTo::InPlace,
+                None => RepairTo::Nowhere,
+            },
+            from: self.from.clone(),
         }
     }
 }

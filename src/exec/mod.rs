@@ -5,4 +5,5 @@ pub mod export;
 pub mod fingerprints;
 pub mod hashes;
 pub mod reclaim;
+pub mod repair;
 pub mod restore;

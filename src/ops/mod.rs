@@ -9,6 +9,7 @@ pub mod list;
 mod open_archive;
 pub mod protect;
 pub mod reclaim;
+pub mod repair;
 pub mod report;
 pub mod scan;
 pub mod verify;

@@ -24,11 +24,12 @@ use crate::codec::{Decoded, Malformed};
 use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::exec::hashes::{StoredHashes, digest};
+use crate::exec::repair::Healer;
 use crate::monitor::Monitor;
 use crate::numbers::{CommitNumber, StoreBlock};
 use crate::plan::restore::lost_ranges;
 use crate::range;
-use crate::report::{DamagedPlace, LostImage, LostIn, Verified};
+use crate::report::{DamagedPlace, LostImage, LostIn, ParityState, Verified};
 use crate::spill::{Budget, SpillVec};
 use crate::store::{FileStore, Store, StoreReader};
 
@@ -82,7 +83,7 @@ pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dy
     }
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
-    let mut archive = Archive::open_any_with(store, keys)?;
+    let mut archive = Archive::open_any_with(Arc::clone(&store), keys)?;
     archive.check_listed_supported()?;
     let mut damage: Vec<Damage> = archive.look_for_damage()?;
     damage.append(&mut archive.stray_commits()?);
@@ -138,7 +139,24 @@ pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dy
         verifier.damage.push(Damage::at(all, "none of its commits is intact"));
     }
     result.damage = places_of(verifier.damage);
+    if archive.has_parity()? {
+        result.parity = parity_of(store, monitor)?;
+    }
     Ok(result)
+}
+
+/// What the parity of an archive can do.
+fn parity_of(store: Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Option<ParityState>> {
+    let cells = tempfile::tempfile().map_err(Error::io("make a file in", &std::env::temp_dir()))?;
+    let healing = Healer::new(store, None, cells, monitor)?.look()?;
+    Ok((healing.groups > 0).then_some(ParityState {
+        percent: healing.percent,
+        protected_bytes: healing.protected_bytes,
+        unprotected_bytes: healing.length.saturating_sub(healing.protected_bytes),
+        lost_bytes: healing.lost_bytes,
+        heals: healing.spare_bytes.is_some(),
+        spare_bytes: healing.spare_bytes.unwrap_or(0),
+    }))
 }
 
 /// What PACKs were found to hold of a lane's store.

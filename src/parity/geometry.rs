@@ -145,9 +145,15 @@ impl Geometry {
         let mut start = self.place;
         let layouts = (0..records).map(|number| {
             let rows = number * stored / records..(number + 1) * stored / records;
-            let tables = (start + header_bytes + GEOMETRY_BYTES as u64).next_multiple_of(cell);
-            let parity = tables + table_bytes;
-            let trailer = parity + (rows.len() * ROW_BYTES) as u64;
+            let first = (start + header_bytes + GEOMETRY_BYTES as u64).next_multiple_of(cell);
+            let rows_bytes = (rows.len() * ROW_BYTES) as u64;
+            // A stretch that takes all but the end of the last record leaves the tables there.
+            let (tables, parity) = if number > 0 && number + 1 == records {
+                (first + rows_bytes, first)
+            } else {
+                (first, first + table_bytes)
+            };
+            let trailer = first + table_bytes + rows_bytes;
             let layout = RecordLayout {
                 start,
                 tables,
@@ -392,8 +398,24 @@ mod tests {
         for layout in &layouts {
             assert_eq!((layout.start, layout.rows.start), (end, row));
             assert_eq!((layout.tables % 4096, layout.parity % 4096), (0, 0));
-            assert!(layout.tables >= layout.start + 96 + GEOMETRY_BYTES as u64);
-            assert_eq!(layout.trailer - layout.parity, (layout.rows.len() * ROW_BYTES) as u64);
+            let (first, second) = (layout.tables.min(layout.parity), layout.tables.max(layout.parity));
+            assert!(first >= layout.start + 96 + GEOMETRY_BYTES as u64 && first < layout.start + 96 + 8192);
+            assert_eq!(
+                first == layout.parity,
+                layout.rows.end == 129,
+                "tables come last in the last record"
+            );
+            let rows_bytes = (layout.rows.len() * ROW_BYTES) as u64;
+            let table_bytes = (geometry().sum_blocks() + geometry().header_blocks()) as u64 * 4096;
+            assert_eq!(layout.trailer - first, rows_bytes + table_bytes);
+            assert_eq!(
+                second - first,
+                if first == layout.parity {
+                    rows_bytes
+                } else {
+                    table_bytes
+                }
+            );
             (end, row) = (layout.end, layout.rows.end);
         }
         assert_eq!(row, 129);

@@ -518,6 +518,60 @@ pub struct Verified {
     pub damage: Vec<DamagedPlace>,
     /// Images that cannot be restored as a whole for it.
     pub lost: Vec<LostIn>,
+    /// Its parity, if it has any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parity: Option<ParityState>,
+}
+
+/// What the parity of an archive can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ParityState {
+    /// Percent of the last group that heal.
+    pub percent: u8,
+    /// Bytes of the archive that have parity.
+    pub protected_bytes: u64,
+    /// Bytes of it that have none. Those of the last parity itself, and what follows that, can be made again.
+    pub unprotected_bytes: u64,
+    /// Bytes that are lost where there is parity, in whole sectors.
+    pub lost_bytes: u64,
+    /// Whether all of these would heal.
+    pub heals: bool,
+    /// Bytes of any one stretch of each group that could be lost besides, and still heal.
+    pub spare_bytes: u64,
+}
+
+/// The report of `repair`.
+#[derive(Debug, Default, Serialize)]
+pub struct Repaired {
+    /// The archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub archive: PathBuf,
+    /// The new file that it was written to, if it was.
+    #[serde(
+        serialize_with = "crate::shown::serialize_some",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub to: Option<PathBuf>,
+    /// Whether it was written into the archive itself.
+    pub in_place: bool,
+    /// Whether it was only said what would heal.
+    pub dry_run: bool,
+    /// The length of the repaired archive in bytes.
+    pub archive_bytes: u64,
+    /// Percent of it that can be lost and still heal; 0 if it has no parity.
+    pub percent: u8,
+    /// Bytes of it that have parity.
+    pub protected_bytes: u64,
+    /// Bytes that were lost where there is parity, in whole sectors.
+    pub lost_bytes: u64,
+    /// Bytes that stood elsewhere, because others are missing or stand twice.
+    pub moved_bytes: u64,
+    /// Bytes that were computed from parity.
+    pub healed_bytes: u64,
+    /// Bytes of records that were taken from another copy.
+    pub taken_bytes: u64,
+    /// What is still damaged.
+    pub damage: Vec<DamagedPlace>,
 }
 
 /// Whether an image differs between the two sides.

@@ -5,8 +5,8 @@ use std::fmt::{Display, Formatter, Result};
 use std::path::Path;
 
 use super::{
-    Change, Diffed, Done, Exported, FilledVolume, Imported, Listed, ListedBackup, LostImage, Planned, PoolBytes,
-    Protected, QubesImport, Reclaimed, Reported, Scanned, Verified, WrittenSkeleton,
+    Change, Diffed, Done, Exported, FilledVolume, Imported, Listed, ListedBackup, LostImage, ParityState, Planned,
+    PoolBytes, Protected, QubesImport, Reclaimed, Repaired, Reported, Scanned, Verified, WrittenSkeleton,
 };
 use crate::block::ByteRange;
 use crate::facts::PinReason;
@@ -314,6 +314,9 @@ impl Display for Verified {
                 "It does not end with its last commit: an export did not end, or it was cut off"
             )?;
         }
+        if let Some(parity) = &self.parity {
+            parity.fmt(f)?;
+        }
         if self.is_without_key {
             return writeln!(
                 f,
@@ -340,6 +343,59 @@ impl Display for Verified {
                 _ => "damaged",
             }
         )
+    }
+}
+
+impl Display for ParityState {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        write!(
+            f,
+            "Parity of {} % for {}, none for {}: ",
+            self.percent,
+            size(self.protected_bytes),
+            size(self.unprotected_bytes)
+        )?;
+        if !self.heals {
+            return writeln!(f, "{} are lost, more than it can heal", size(self.lost_bytes));
+        }
+        match self.lost_bytes {
+            0 => write!(f, "nothing is lost there")?,
+            lost => write!(f, "{} are lost, and would heal by vmfold repair", size(lost))?,
+        }
+        writeln!(f, "; {} more would still heal, at any place", size(self.spare_bytes))
+    }
+}
+
+impl Display for Repaired {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        for place in &self.damage {
+            writeln!(f, "Damaged: {}: {}", place.range, place.problem)?;
+        }
+        match self.percent {
+            0 => writeln!(f, "It has no parity")?,
+            percent => writeln!(
+                f,
+                "Parity of {percent} % for {}: {} lost, {} computed, {} moved",
+                size(self.protected_bytes),
+                size(self.lost_bytes),
+                size(self.healed_bytes),
+                size(self.moved_bytes)
+            )?,
+        }
+        if self.taken_bytes > 0 {
+            writeln!(f, "Taken from the other copy: {}", size(self.taken_bytes))?;
+        }
+        let state = match self.damage.len() {
+            0 => "all intact".to_owned(),
+            1 => "one place is still damaged".to_owned(),
+            places => format!("{places} places are still damaged"),
+        };
+        match &self.to {
+            Some(to) => writeln!(f, "`{}`, {}: {state}", shown(to), size(self.archive_bytes)),
+            None if self.dry_run => writeln!(f, "A repair would give {}: {state}", size(self.archive_bytes)),
+            None if self.in_place => writeln!(f, "Repaired in place, {}: {state}", size(self.archive_bytes)),
+            None => writeln!(f, "Nothing was written: {state}"),
+        }
     }
 }
 

@@ -58,6 +58,44 @@ impl FileStore {
         Self::open_as(path, path.symlink_metadata(), libc::O_NONBLOCK | libc::O_NOFOLLOW)
     }
 
+    /// Makes a store of an open file, which is only read.
+    pub fn of(file: File, path: &Path) -> Self {
+        Self {
+            file,
+            path: path.to_owned(),
+            writing: None,
+        }
+    }
+
+    /// Returns the device and the inode of the file.
+    ///
+    /// # Errors
+    /// Returns the error of the system.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        let metadata = self.file.metadata()?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// Writes bytes in the place of others, for a repair.
+    ///
+    /// # Errors
+    /// As for [`Store::append`].
+    pub fn overwrite(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.writing.as_ref().ok_or_else(|| unsupported(READ_ONLY))?;
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// Makes the file so long, for a repair: what it then has more is zeros.
+    ///
+    /// # Errors
+    /// As for [`Store::append`].
+    pub fn resize(&self, length: u64) -> io::Result<()> {
+        if self.file.metadata()?.len() == length {
+            return Ok(());
+        }
+        self.truncate(length)
+    }
+
     fn open_as(path: &Path, metadata: io::Result<Metadata>, flags: i32) -> Result<Self> {
         match metadata {
             // Opening a device may have an effect, and opening a pipe without a writer would block.

@@ -15,7 +15,7 @@ use crate::monitor::Monitor;
 use crate::report::Verified;
 use crate::store::{Store, StoreReader};
 
-use super::places_of;
+use super::{parity_of, places_of};
 
 /// Verifies the records of a sealed archive.
 ///
@@ -67,6 +67,11 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
         is_without_key: true,
         is_ended: leftover_bytes == 0,
         leftover_bytes: if has_leftovers_only { leftover_bytes } else { 0 },
+        parity: if found.has_parity {
+            parity_of(Arc::clone(store), monitor)?
+        } else {
+            None
+        },
         damage: places_of(found.damage),
         ..Verified::default()
     })
@@ -81,6 +86,7 @@ struct FoundRecords {
     next: BTreeMap<LaneId, u64>,
     /// Where the last COMMIT or TAIL ends.
     end: u64,
+    has_parity: bool,
     damage: Vec<Damage>,
 }
 
@@ -114,6 +120,7 @@ impl FoundRecords {
                 }
                 self.end = range.start + range.length;
             }
+            RecordKind::Parity => self.has_parity = true,
             _ => {}
         }
     }
