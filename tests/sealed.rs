@@ -18,6 +18,7 @@ use vmfold::error::Error;
 use vmfold::monitor::Silent;
 use vmfold::ops::BackupAccess;
 use vmfold::ops::export::{ExportOptions, export_on};
+use vmfold::ops::repair::{RepairOptions, RepairTo, repair};
 use vmfold::ops::verify::verify_sealed;
 use vmfold::report::Verified;
 use vmfold::store::MemoryStore;
@@ -132,6 +133,33 @@ fn records_are_verified_without_a_key() {
         let verified = verify(&less, None).unwrap();
         let is_told = !verified.damage.is_empty() || !verified.is_ended || number + 1 == all.len();
         assert!(is_told, "{number}: {:?}", record.header);
+    }
+}
+
+#[test]
+fn a_sealed_archive_heals_without_a_key() {
+    let scene = Scene::new();
+    let bytes = export_with(&scene, KEYS, &[], Some(20)).unwrap();
+    let folder = scene::scratch();
+    let (damaged, healed) = (folder.path().join("damaged"), folder.path().join("healed"));
+    let length = bytes.len();
+    for (what, range) in [
+        ("the beginning", 0..20_000),
+        ("the middle", length / 3..length / 3 + 20_000),
+        ("the end", length - 9_000..length),
+    ] {
+        let mut bad = bytes.clone();
+        bad[range].fill(0);
+        std::fs::write(&damaged, &bad).unwrap();
+        let options = RepairOptions {
+            archive: damaged.clone(),
+            to: RepairTo::Copy(healed.clone()),
+            from: None,
+        };
+        let repaired = repair(&options, &Silent::default()).unwrap();
+        assert!(repaired.damage.is_empty(), "{what}: {repaired:?}");
+        assert!(std::fs::read(&healed).unwrap() == bytes, "{what}");
+        std::fs::remove_file(&healed).unwrap();
     }
 }
 
