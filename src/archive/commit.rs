@@ -361,6 +361,7 @@ mod tests {
                 previous: if numbers.0 <= 1 { CommitLocation::default() } else { CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] } },
                 store_end: StoreBlock(100),
                 features_append: 0,
+                keyring: (lists % 2 == 1).then_some(numbers.0),
                 lists: (0..lists).map(list).collect(),
             };
             prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));

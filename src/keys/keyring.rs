@@ -233,3 +233,87 @@ fn items<'a, T>(
     }
     (0..count).map(|_| item(decoder)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> Keyring {
+        let slot = |label: &str, kind, recipient: Option<&str>| Slot {
+            label: label.into(),
+            kind,
+            recipient: recipient.map(str::to_owned),
+            added: 1_700_000_000,
+        };
+        Keyring {
+            number: 3,
+            pairs: vec![Pair::random().unwrap(), Pair::random().unwrap()],
+            signers: vec![Signer {
+                name: "höst".into(),
+                public: [5; 32],
+            }],
+            slots: vec![
+                slot("", SlotKind::Passphrase, None),
+                slot("on paper", SlotKind::Recipient, Some("age1a")),
+                slot("token", SlotKind::Plugin, Some("age1b1a")),
+            ],
+            ..Keyring::new(1_800_000_000).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_keyring_comes_back() {
+        let keyring = sample();
+        let bytes = keyring.encode();
+        assert_eq!(Keyring::decode(&bytes).unwrap(), keyring);
+        // No reallocation has left a copy of secrets behind.
+        assert!(bytes.len() <= bytes.capacity() && bytes.capacity() < bytes.len() + 512);
+        for end in 0..bytes.len() {
+            assert!(Keyring::decode(&bytes[..end]).is_err(), "{end}");
+        }
+        assert!(Keyring::decode(&[&bytes[..], b"\0"].concat()).is_err());
+        assert!(!format!("{keyring:?}").contains(&format!("{:?}", keyring.id_key.bytes())));
+    }
+
+    #[test]
+    fn counts_and_lengths_have_limits() {
+        let fixed = &sample().encode()[..1 + 4 + 8 + 96];
+        let huge = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01];
+        let with = |rest: &[&[u8]]| Keyring::decode(&[&[fixed][..], rest].concat().concat()).err();
+        let pair = [7; 64];
+        assert!(with(&[&[0, 0, 0]]).is_some(), "no pair");
+        assert!(with(&[&[1], &pair, &[0, 0]]).is_none());
+        assert!(with(&[&huge]).is_some());
+        assert!(with(&[&[65], &pair.repeat(65), &[0, 0]]).is_some(), "too many pairs");
+        assert!(with(&[&[1], &pair, &huge]).is_some());
+        assert!(with(&[&[1], &pair, &[0], &huge]).is_some());
+        assert!(
+            with(&[&[1], &pair, &[0, 65], &[0; 11].repeat(65)]).is_some(),
+            "too many slots"
+        );
+        let slot = |kind: u8, recipient: &[u8]| {
+            let length = u8::try_from(recipient.len()).unwrap();
+            with(&[&[1], &pair, &[0, 1, 1, b'a', kind, length], recipient, &[0; 8]])
+        };
+        assert_eq!(slot(0, b""), None);
+        assert_eq!(slot(1, b"age1"), None);
+        assert!(slot(0, b"age1").is_some() && slot(1, b"").is_some() && slot(1, b"\xff").is_some());
+        assert!(matches!(slot(3, b"age1"), Some(Malformed::Unsupported(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>, flips in proptest::collection::vec((0..400usize, 0..8u8), 1..4)) {
+            let _ = Keyring::decode(&bytes);
+            let mut changed = sample().encode();
+            for (place, bit) in flips {
+                let place = place % changed.len();
+                changed[place] ^= 1 << bit;
+            }
+            if let Ok(keyring) = Keyring::decode(&changed) {
+                prop_assert_eq!(&keyring.encode()[..], &changed[..]);
+            }
+        }
+    }
+}

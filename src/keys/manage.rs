@@ -430,6 +430,7 @@ pub fn sheet(
     monitor: &dyn Monitor,
 ) -> Result<KeyChange> {
     let sheet = Sheet::new(place.path(), about, now)?;
+    let mut written = false;
     let changed = change(place, access, monitor, |sealed, unlocked| {
         let slot = NewSlot {
             label: SHEET_LABEL.into(),
@@ -439,10 +440,15 @@ pub fn sheet(
         let mut changed = KeyChange::default();
         add_slot(sealed, unlocked, &slot, access, monitor, &mut changed)?;
         sheet.write(to)?;
+        written = true;
         Ok(changed)
     });
-    if let (Err(_), SheetPlace::Terminal) = (&changed, to) {
-        monitor.note("a sheet that was printed is of no use: its key was not added");
+    if changed.is_err() && written {
+        match to {
+            SheetPlace::Terminal => monitor.note("the sheet that was printed is of no use: its key was not added"),
+            // It opens nothing, and whoever found it would believe that it does.
+            SheetPlace::File(path) => drop(std::fs::remove_file(path)),
+        }
     }
     changed
 }

@@ -41,3 +41,6 @@ pub trait KeyringPlace {
     /// Those of the place. The keyring that was there is then still the newest.
     fn replace(&mut self, number: u32, bytes: &[u8]) -> Result<()>;
 }
+
+#[cfg(test)]
+mod tests;

@@ -154,12 +154,12 @@ impl SealedKeyring {
             return Err("it is longer than allowed".into());
         }
         let (content, check) = bytes.split_last_chunk::<CHECK>().ok_or("it ends too early")?;
+        if check_of(content) != *check {
+            return Err("it is not what was written".into());
+        }
         let mut decoder = Decoder::new(content);
         if decoder.u8()? != VERSION {
             return Err(Malformed::Unsupported("its keyring is of a later version"));
-        }
-        if check_of(content) != *check {
-            return Err("it is not what was written".into());
         }
         let count = usize::from(decoder.u8()?);
         if !(1..=SLOTS_MAX).contains(&count) {

@@ -286,3 +286,14 @@ fn unwrap(wrapping: &Secret<32>, wrapped: &[u8]) -> Result<Option<FileKey>, Fail
     let opened = cipher.decrypt(&Nonce::default(), wrapped).map(Zeroizing::new);
     Ok(opened.ok().and_then(|key| Some(Secret::of(key[..].try_into().ok()?))))
 }
+
+/// A recipient and an identity of a plugin.
+#[cfg(test)]
+pub(super) fn texts_of_plugin(name: &str) -> (String, String) {
+    let recipient = bech32::encode(&format!("age1{name}"), &[7; 20]).to_string();
+    let identity = bech32::encode(&format!("age-plugin-{name}-"), &[7; 20]).to_uppercase();
+    (recipient, identity)
+}
+
+#[cfg(test)]
+mod tests;

@@ -27,7 +27,8 @@ fn cipher(key: &FileKey, salt: &[u8]) -> ChaCha20Poly1305 {
 /// Opens a payload.
 pub(super) fn open(payload: &[u8], key: &FileKey) -> Result<Zeroizing<Vec<u8>>, Failure> {
     const DAMAGED: Failure = Failure::Damaged("its payload is damaged");
-    let (salt, sealed) = payload.split_at_checked(SALT).ok_or(DAMAGED)?;
+    let parts = payload.split_at_checked(SALT);
+    let (salt, sealed) = parts.ok_or(Failure::Malformed("its payload ends too early"))?;
     let cipher = cipher(key, salt);
     let mut plain = Zeroizing::new(Vec::with_capacity(sealed.len()));
     let last = sealed.len().div_ceil(SEGMENT + TAG).checked_sub(1).ok_or(DAMAGED)?;
