@@ -38,6 +38,7 @@ fn exported(scene: &Scene, before: &[u8], parity: Option<u8>) -> Vec<u8> {
 fn protected(before: &[u8], percent: u8, again: bool) -> Vec<u8> {
     let store = Arc::new(MemoryStore::of(before.to_vec()));
     let options = ProtectOptions {
+        sealing: Default::default(),
         archive: "memory".into(),
         percent,
         again,
