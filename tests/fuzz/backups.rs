@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vmfold::error::{Error, ErrorKind, Result, describe};
 use vmfold::exec::restore::RestoreOptions;
 use vmfold::foreign::{self, Event, Limits, OpenOptions, Passphrase};
+use vmfold::keys::{GivenKeys, KeyAccess};
 use vmfold::monitor::{Monitor, Silent};
 use vmfold::ops::export::{BackupExportOptions, Sealing, export_backup};
 use vmfold::ops::import::{ImportOptions, import};
@@ -428,7 +429,10 @@ impl<'a> Backups<'a> {
             path
         });
         BackupAccess {
-            passphrase_file: Some(self.folder.join("passphrase")),
+            given: Some(Arc::new(KeyAccess::new(GivenKeys {
+                passphrase_file: Some(self.folder.join("passphrase")),
+                ..GivenKeys::default()
+            }))),
             limits: case.limits.unwrap_or_else(limits),
             backing: backing.collect(),
             ..BackupAccess::default()

@@ -8,7 +8,7 @@ use vmfold::archive::commit::Commit;
 use vmfold::archive::list::{self, ImageSummary, Listed, RecordLocation};
 use vmfold::archive::pack::{self, Frame, PlacedFrame};
 use vmfold::archive::reader::Archive;
-use vmfold::archive::record::{EpochId, Hash, LaneId, RecordKind, hash_of};
+use vmfold::archive::record::{BlockHasher, EpochId, Hash, LaneId, RecordKind, hash_of};
 use vmfold::block::BLOCK_LEN;
 use vmfold::codec::{Decoder, payload_body, payload_of, put_varint};
 use vmfold::exec::hashes::digest;
@@ -541,12 +541,17 @@ pub(crate) fn with_right_digests(archive: &mut RawArchive) {
         let monitor = Silent::default();
         let mut images = Vec::new();
         for image in manifest.images.iter().filter(|image| image.image.size < 1 << 30) {
-            let found = digest(&image.runs, image.image.size, &monitor, |first, blocks, digest| {
-                for block in range::each(first..first.saturating_add(blocks)) {
-                    digest.update(&[hashes.get(&block).copied().unwrap_or_default()])?;
-                }
-                Ok(())
-            });
+            let found = digest(
+                &image.runs,
+                image.image.size,
+                (&BlockHasher::default(), &monitor),
+                |first, blocks, digest| {
+                    for block in range::each(first..first.saturating_add(blocks)) {
+                        digest.update(&[hashes.get(&block).copied().unwrap_or_default()])?;
+                    }
+                    Ok(())
+                },
+            );
             images.push(ImageSummary {
                 number: image.image.number,
                 path: image.image.path().to_owned(),
