@@ -1037,3 +1037,51 @@ fn help_of_reclaim() {
     --- exit 0
     ");
 }
+
+#[test]
+fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::create_dir(folder.path().join("pool")).unwrap();
+    std::fs::write(folder.path().join("pool/a.img"), Random(3).data(1 << 20)).unwrap();
+    for (name, secret) in [("one", "correct horse"), ("two", "battery"), ("wrong", "staple")] {
+        std::fs::write(folder.path().join(name), format!("{secret}\n")).unwrap();
+    }
+    let (archive, index) = (&path("a.vmfold"), &path("index"));
+    let with = |name| format!("--passphrase-file={}", path(name));
+    let run = |arguments: &[&str]| outcome(&vmfold(arguments), folder.path());
+    let mut settings = insta::Settings::clone_current();
+    for (what, name) in [
+        (r"\([0-9a-f]{8}\)", "([name])"),
+        (r"\d{4}-\d\d-\d\d", "[day]"),
+        (r"[\d.]+ [KM]iB", "[size]"),
+    ] {
+        settings.add_filter(what, name);
+    }
+    let _bound = settings.bind_to_scope();
+    let pool = &path("pool");
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--encrypt", "--parity", "10", &with("one")]), @"");
+    insta::assert_snapshot!(run(&["list", archive]), @"");
+    insta::assert_snapshot!(run(&["list", archive, &with("wrong")]), @"");
+    insta::assert_snapshot!(run(&["verify", archive]), @"");
+    insta::assert_snapshot!(run(&["verify", archive, &with("one")]), @"");
+    let second = format!("--new-passphrase-file={}", path("two"));
+    insta::assert_snapshot!(run(&["key", "add", archive, &second, "--label", "second", &with("one")]), @"");
+    insta::assert_snapshot!(run(&["key", "list", archive]), @"");
+    insta::assert_snapshot!(run(&["key", "list", archive, &with("two")]), @"");
+    insta::assert_snapshot!(run(&["key", "remove", archive, "1", &with("two")]), @"");
+    insta::assert_snapshot!(run(&["list", archive, &with("one")]), @"");
+    insta::assert_snapshot!(run(&["key", "rotate", archive, &with("two")]), @"");
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, &with("two")]), @"");
+    let mut bytes = std::fs::read(archive).unwrap();
+    bytes[500_000..520_000].fill(0);
+    std::fs::write(archive, &bytes).unwrap();
+    insta::assert_snapshot!(run(&["verify", archive]), @"");
+    let healed = &path("healed.vmfold");
+    insta::assert_snapshot!(run(&["repair", archive, "--to", healed]), @"");
+    let to = &path("to");
+    insta::assert_snapshot!(run(&["import", healed, "--to", to, "--index", index, &with("two")]), @"");
+    let content = |folder: &str| std::fs::read(Path::new(folder).join("a.img")).unwrap();
+    assert!(content(to) == content(pool));
+    insta::assert_snapshot!(run(&["key", "list", &path("one")]), @"");
+}
