@@ -5,6 +5,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use crate::archive::commit::{ClearCommit, decode_tail};
+use crate::archive::limits::RECORDS_MAX;
 use crate::archive::open::{self, End};
 use crate::archive::reader::{Damage, RecordReader};
 use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
@@ -36,8 +37,18 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
         monitor.advance(stream.offset() - before);
         before = stream.offset();
         match event {
-            StreamEvent::Record { header, offset, body } => found.add(&header, offset, &body),
-            StreamEvent::Damage { range, problem, .. } => found.damage.push(Damage::at(range, problem)),
+            StreamEvent::Record { header, offset, body } => {
+                found.add(&header, offset, &body);
+                if found.records > RECORDS_MAX {
+                    return Err(Error::damaged(
+                        &path,
+                        offset,
+                        header.body_bytes,
+                        "it has more records than allowed",
+                    ));
+                }
+            }
+            StreamEvent::Damage { range, problem, .. } => found.note(Damage::at(range, problem)),
             StreamEvent::Unsupported(record) => {
                 return Err(Error::Unsupported {
                     path,
@@ -87,10 +98,24 @@ struct FoundRecords {
     /// Where the last COMMIT or TAIL ends.
     end: u64,
     has_parity: bool,
+    records: usize,
     damage: Vec<Damage>,
 }
 
 impl FoundRecords {
+    /// Notes damage. Beyond a number of places that nobody reads, it is one place.
+    fn note(&mut self, damage: Damage) {
+        const PLACES_MAX: usize = 10_000;
+        let count = self.damage.len();
+        match self.damage.last_mut() {
+            Some(last) if count >= PLACES_MAX => {
+                last.range.length = (damage.range.start + damage.range.length).saturating_sub(last.range.start);
+                "very many places are damaged".clone_into(&mut last.problem);
+            }
+            _ => self.damage.push(damage),
+        }
+    }
+
     fn add(&mut self, header: &RecordHeader, offset: u64, body: &[u8]) {
         let range = ByteRange {
             start: offset,
@@ -102,21 +127,22 @@ impl FoundRecords {
                 "records before this {} are missing, or it stands twice",
                 header.kind.name()
             );
-            self.damage.push(Damage::at(range, problem));
+            self.note(Damage::at(range, problem));
         }
         *next = header.sequence.saturating_add(1);
+        self.records += 1;
         match header.kind {
             RecordKind::Commit => match ClearCommit::decode(body) {
                 Ok(commit) => {
                     self.commits.entry(header.body_hash).or_insert((commit, range));
                     self.end = range.start + range.length;
                 }
-                Err(problem) => self.damage.push(Damage::at(range, problem.problem())),
+                Err(problem) => self.note(Damage::at(range, problem.problem())),
             },
             RecordKind::Tail => {
                 let named = decode_tail(body);
                 if !named.is_ok_and(|named| self.commits.contains_key(&named.body_hash)) {
-                    self.damage.push(Damage::at(range, "a TAIL leads to no COMMIT"));
+                    self.note(Damage::at(range, "a TAIL leads to no COMMIT"));
                 }
                 self.end = range.start + range.length;
             }
