@@ -1047,6 +1047,30 @@ fn a_name_of_a_file_that_is_not_chosen_is_not_left_out_silently() {
 }
 
 #[test]
+fn what_is_left_of_a_file_gets_no_name_of_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = folder.path().join("files");
+    std::fs::create_dir(&files).unwrap();
+    std::fs::write(files.join("a.img.vmfold-partial"), content(1, 10_000)).unwrap();
+    std::fs::write(files.join("a.img"), content(2, 3 << 20)).unwrap();
+    let command = format!("tar -cO -C '{}' a.img.vmfold-partial a.img", files.display());
+    let archive = piped(&command, b"");
+    std::fs::write(folder.path().join("cut.tar"), &archive[..5 << 19]).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_vmfold"))
+        .current_dir(folder.path())
+        .args(["import", "cut.tar", "--to", "to", "--partial"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    assert!(text.contains("the rest of it is `a.img.2.vmfold-partial`"), "{text}");
+    let read = |name: &str| std::fs::read(folder.path().join("to").join(name)).unwrap();
+    assert!(read("a.img.vmfold-partial") == content(1, 10_000));
+    assert!(read("a.img.2.vmfold-partial")[..1 << 20] == content(2, 3 << 20)[..1 << 20]);
+    assert!(!folder.path().join("to/a.img").exists());
+}
+
+#[test]
 fn a_name_that_is_taken_is_refused_before_anything_is_written() {
     if !can_mount() {
         return;
