@@ -829,6 +829,29 @@ fn a_machine_that_was_started_meanwhile_keeps_what_it_has() {
 }
 
 #[test]
+fn a_run_that_could_not_restore_all_images_says_how_it_is_gone_on_with() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let path = scene.folder.path().join("backup");
+    let backup = std::fs::read(&path).unwrap();
+    let mut damaged = backup.clone();
+    let at = backup.iter().rposition(|byte| *byte != 0).unwrap();
+    damaged[at] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+    let error = scene.run(&[], &[], false).expect_err("it is damaged");
+    assert!(matches!(error, Error::DamagedBackup { .. }), "{error:?}");
+    assert!(scene.qubesd.orders().is_empty());
+    let notes = scene.notes();
+    assert!(notes.contains("running the same again goes on from there"), "{notes}");
+    assert!(!notes.contains("--resume"), "{notes}");
+    std::fs::write(&path, backup).unwrap();
+    scene.run(&[], &[], false).unwrap();
+    scene.check_done();
+}
+
+#[test]
 fn a_run_that_is_killed_or_interrupted_is_gone_on_with() {
     if !can_mount() {
         return;

@@ -254,9 +254,15 @@ impl<'a> Restore<'a> {
                 Ok(outcome)
             }
             Err(error) => {
+                // A run that was told to resume, or that always does, is repeated as it was.
+                let how = if self.options.resume {
+                    "running the same again"
+                } else {
+                    "--resume"
+                };
+                let folder = shown(&folder);
                 self.monitor.note(&format!(
-                    "What was restored so far is kept in `{}`: --resume goes on from there",
-                    shown(&folder)
+                    "What was restored so far is kept in `{folder}`: {how} goes on from there"
                 ));
                 Err(error)
             }
