@@ -21,6 +21,8 @@ mod made;
 mod qvm;
 #[path = "foreign/qvm3.rs"]
 mod qvm3;
+#[path = "foreign/qvm3_maker.rs"]
+mod qvm3_maker;
 #[path = "foreign/qvm_pipe.rs"]
 mod qvm_pipe;
 #[path = "foreign/vma.rs"]
@@ -29,6 +31,7 @@ mod vma;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use common::{Mounted, Random, can_mount, sh};
 use qvm::Machine;
@@ -45,6 +48,30 @@ fn open_options<'a>(ask_passphrase: &'a AskPassphrase<'a>) -> OpenOptions<'a, 's
         checks_all: false,
         is_raw: false,
         backing: &[],
+    }
+}
+
+/// A monitor that keeps what it is told.
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Monitor for Notes {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn note(&self, message: &str) {
+        self.0.lock().unwrap().push(message.to_owned());
+    }
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+impl Notes {
+    /// What was noted when a backup was read, which must come whole.
+    fn of(store: &dyn Store) -> Vec<String> {
+        let notes = Self::default();
+        read_store(store, &[], &notes, &mut BTreeMap::new()).unwrap();
+        notes.0.into_inner().unwrap()
     }
 }
 
