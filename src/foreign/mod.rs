@@ -187,7 +187,7 @@ pub fn open<'a>(
     monitor: &'a dyn Monitor,
 ) -> Result<Box<dyn Backup + 'a>> {
     let backup = open_unbounded(store, options, monitor)?;
-    Ok(Box::new(Bounded::new(backup, store.path(), options.limits)))
+    Ok(Box::new(Bounded::new(backup, store.path(), options.limits, monitor)))
 }
 
 /// As [`open`]. What all readers have in common is not checked.
