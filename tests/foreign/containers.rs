@@ -659,7 +659,11 @@ fn more_snapshots_than_a_disk_has_room_for_are_refused() {
     let entry = image[at..at + 56].to_vec();
     let table = image.len().next_multiple_of(8);
     for (count, name, part) in [
-        (100u32, 3usize, "bytes, which is more than vmfold takes"),
+        (
+            100u32,
+            3usize,
+            "bytes, which is more than vmfold takes, 35184372088832 at most",
+        ),
         (300, 60_000, "the names of its snapshots are longer than vmfold takes"),
     ] {
         image.resize(table, 0);
