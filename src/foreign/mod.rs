@@ -307,7 +307,7 @@ pub fn skeleton(store: &dyn Store, options: &OpenOptions<'_, '_>, monitor: &dyn 
         keeps: true,
         ..qvm_options(store, compression, options, monitor)
     };
-    qvm::Qvm::open(input, &options)?.into_skeleton(options.kdf_memory_bytes)
+    qvm::skeleton(input, &options)
 }
 
 /// Things of the same kind that the user is told of one backup, one by one.

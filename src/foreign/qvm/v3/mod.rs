@@ -8,6 +8,7 @@ mod cipher;
 mod header;
 mod machines;
 mod parts;
+mod skeleton;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
@@ -17,9 +18,10 @@ use std::rc::Rc;
 
 use self::cipher::Decrypting;
 use self::header::BackupHeader;
-use self::machines::Machine;
 use self::parts::{MemberReader, Parts};
-use super::{PART_BYTES, QvmOptions, XML_BYTES_MAX, whole};
+use super::machines::Machine;
+use super::skeleton::{IS_SKELETON, is_skeleton};
+use super::{EMPTY, PART_BYTES, QvmOptions, XML_BYTES_MAX, whole};
 use crate::error::{Error, Result};
 use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::{Entry, EntryKind, Stored, Tar};
@@ -90,7 +92,7 @@ impl<'a> Qvm3<'a> {
     /// Reads the header, and what machines there are.
     pub(super) fn open(input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Self> {
         let passphrase = (options.ask_passphrase)()?;
-        let (parts, header) = Parts::open(input, passphrase.clone())?;
+        let (parts, header) = Parts::open(input, passphrase.clone(), options.keeps)?;
         options.monitor.note(LACKS);
         let mut backup = Self {
             parts: Rc::new(RefCell::new(parts)),
@@ -183,7 +185,7 @@ impl<'a> Qvm3<'a> {
             self.pass_over(&name)?;
             return Ok(None);
         };
-        if file == VOLATILE {
+        if [VOLATILE, EMPTY].contains(&file) {
             self.pass_over(&name)?;
             return Ok(None);
         }
@@ -373,6 +375,10 @@ impl<'a> Qvm3<'a> {
 
     /// Checks that each image came that the machines must have.
     fn check_images(&self) -> Result<()> {
+        let has_image = |machine: &Machine, image: &str| self.found.contains(&machine.path.join(image));
+        if is_skeleton(&self.machines, has_image, |member| self.seen.contains(member)) {
+            return Err(self.refused(IS_SKELETON));
+        }
         for machine in &self.machines {
             for image in &machine.images {
                 let path = machine.path.join(image);
@@ -496,6 +502,10 @@ impl Backup for Qvm3<'_> {
 
     fn proves_each_volume(&self) -> bool {
         true
+    }
+
+    fn machines(&self) -> &[Machine] {
+        &self.machines
     }
 
     fn leave_out(&mut self, volume: usize) {
