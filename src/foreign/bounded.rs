@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Backup, Event, Limits, Machine, NOTES_MAX, Origin, volume_name};
+use super::{Backup, Event, Limits, Machine, Notes, Origin, volume_name};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::shown::shown;
@@ -20,7 +20,7 @@ pub(super) struct Bounded<'a> {
     names: usize,
     name_bytes: usize,
     /// Names that are shorter than those that the backup has.
-    shortened: usize,
+    shortened: Notes,
     /// Bytes of content that were handed over.
     content_bytes: u64,
     monitor: &'a dyn Monitor,
@@ -35,7 +35,7 @@ impl<'a> Bounded<'a> {
             limits,
             names: 0,
             name_bytes: 0,
-            shortened: 0,
+            shortened: Notes::default(),
             content_bytes: 0,
             monitor,
         }
@@ -59,16 +59,14 @@ impl<'a> Bounded<'a> {
 
     /// Tells the user of a name that is not the one that the backup has.
     fn note_shortened(&mut self, name: &Path) {
-        self.shortened += 1;
-        if self.shortened <= NOTES_MAX {
-            self.monitor.note(&format!(
+        let note = || {
+            format!(
                 "`{}` has a longer name in the backup, which is cut off: the digits tell it from others",
                 shown(name)
-            ));
-        } else if self.shortened == NOTES_MAX + 1 {
-            self.monitor
-                .note("More names are longer in the backup, and are not shown here");
-        }
+            )
+        };
+        let more = "More names are longer in the backup, and are not shown here";
+        self.shortened.tell(self.monitor, note, more);
     }
 
     fn refused(&self, problem: &str) -> Error {

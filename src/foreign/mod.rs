@@ -15,6 +15,7 @@ mod input;
 mod limits;
 mod lz4;
 mod lzop;
+mod notes;
 mod ova;
 mod pool_tar;
 mod qvm;
@@ -39,6 +40,7 @@ pub use secret::{AskPassphrase, Passphrase};
 
 use bounded::Bounded;
 use container::{ContainerKind, is_fixed_vhd, vmdk};
+use notes::Notes;
 use random::RandomInput;
 
 use crate::content::FileTime;

@@ -25,9 +25,8 @@ use super::{EMPTY, PART_BYTES, QvmOptions, XML_BYTES_MAX, whole};
 use crate::error::{Error, Result};
 use crate::foreign::secret::Passphrase;
 use crate::foreign::tar::{Entry, EntryKind, Stored, Tar};
-use crate::foreign::{Backup, Event, Input, Origin, Volume, volume_name};
+use crate::foreign::{Backup, Event, Input, Notes, Origin, Volume, volume_name};
 use crate::monitor::Monitor;
-use crate::shown::shown;
 
 /// What a machine makes anew when it starts.
 const VOLATILE: &str = "volatile.img";
@@ -85,6 +84,10 @@ pub(super) struct Qvm3<'a> {
     events: VecDeque<Event>,
     checks_all: bool,
     is_ended: bool,
+    /// Whether it has the home folder of dom0, as far as it was read.
+    has_home: bool,
+    /// Entries that are neither files nor folders.
+    not_taken: Notes,
     monitor: &'a dyn Monitor,
 }
 
@@ -110,6 +113,8 @@ impl<'a> Qvm3<'a> {
             events: VecDeque::new(),
             checks_all: options.checks_all,
             is_ended: false,
+            has_home: false,
+            not_taken: Notes::default(),
             monitor: options.monitor,
         };
         backup.take_machines()?;
@@ -180,8 +185,10 @@ impl<'a> Qvm3<'a> {
             if folder != "dom0-home" {
                 return Err(self.damaged(None, "it has a member of a machine that its qubes.xml does not have"));
             }
-            self.monitor
-                .note("The home folder of dom0 is in the backup, and is left out");
+            if !std::mem::replace(&mut self.has_home, true) {
+                self.monitor
+                    .note("The home folder of dom0 is in the backup, and is left out");
+            }
             self.pass_over(&name)?;
             return Ok(None);
         };
@@ -339,9 +346,7 @@ impl<'a> Qvm3<'a> {
                 Ok(None)
             }
             EntryKind::Other(_) => {
-                let path = shown(&member.path.join(below)).to_string();
-                self.monitor
-                    .note(&format!("`{path}` is neither a file nor a folder, and is left out"));
+                self.not_taken.tell_left_out(self.monitor, &member.path.join(below));
                 Ok(None)
             }
         }
