@@ -29,8 +29,8 @@ pub fn size(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
 }
 
-/// Formats an identifier as hexadecimal digits.
-pub fn hex(id: &[u8; 16]) -> String {
+/// Formats bytes of an identifier or a hash as hexadecimal digits.
+pub fn hex(id: &[u8]) -> String {
     id.iter()
         .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

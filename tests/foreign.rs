@@ -21,6 +21,8 @@ mod made;
 mod qvm;
 #[path = "foreign/qvm3.rs"]
 mod qvm3;
+#[path = "foreign/qvm3_maker.rs"]
+mod qvm3_maker;
 #[path = "foreign/qvm_pipe.rs"]
 mod qvm_pipe;
 #[path = "foreign/vma.rs"]
@@ -29,6 +31,7 @@ mod vma;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use common::{Mounted, Random, can_mount, sh};
 use qvm::Machine;
@@ -45,6 +48,30 @@ fn open_options<'a>(ask_passphrase: &'a AskPassphrase<'a>) -> OpenOptions<'a, 's
         checks_all: false,
         is_raw: false,
         backing: &[],
+    }
+}
+
+/// A monitor that keeps what it is told.
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Monitor for Notes {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn note(&self, message: &str) {
+        self.0.lock().unwrap().push(message.to_owned());
+    }
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+impl Notes {
+    /// What was noted when a backup was read, which must come whole.
+    fn of(store: &dyn Store) -> Vec<String> {
+        let notes = Self::default();
+        read_store(store, &[], &notes, &mut BTreeMap::new()).unwrap();
+        notes.0.into_inner().unwrap()
     }
 }
 
@@ -598,6 +625,28 @@ fn names_lead_nowhere() {
 }
 
 #[test]
+fn names_that_are_shortened_are_noted_up_to_twenty_times() {
+    let archive = |files: usize| {
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..files {
+            std::fs::write(folder.path().join(format!("{}{number}.img", "x".repeat(200))), b"a").unwrap();
+        }
+        std::fs::write(folder.path().join("short.img"), b"a").unwrap();
+        piped(&format!("tar -cO -C '{}' .", folder.path().display()), b"")
+    };
+    for (files, notes) in [(0, 0), (1, 1), (20, 20), (30, 21)] {
+        let noted = Notes::of(&MemoryStore::of(archive(files)));
+        assert_eq!(noted.len(), notes, "{noted:?}");
+        assert!(
+            noted
+                .iter()
+                .take(20)
+                .all(|note| note.contains("has a longer name in the backup"))
+        );
+    }
+}
+
+#[test]
 fn what_asks_for_too_much_memory_or_is_no_image_is_refused() {
     let image = content(9, 300_000);
     let huge_window = piped(
@@ -1004,6 +1053,30 @@ fn of_a_damaged_backup_only_what_came_whole_gets_its_name() {
             .all(|(part, whole)| part == whole || part.iter().all(|byte| *byte == 0))
     );
     assert!(blocks.filter(|(part, whole)| part != whole).count() > 0);
+}
+
+#[test]
+fn what_is_left_of_a_file_gets_no_name_of_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = folder.path().join("files");
+    std::fs::create_dir(&files).unwrap();
+    std::fs::write(files.join("a.img.vmfold-partial"), content(1, 10_000)).unwrap();
+    std::fs::write(files.join("a.img"), content(2, 3 << 20)).unwrap();
+    let command = format!("tar -cO -C '{}' a.img.vmfold-partial a.img", files.display());
+    let archive = piped(&command, b"");
+    std::fs::write(folder.path().join("cut.tar"), &archive[..5 << 19]).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_vmfold"))
+        .current_dir(folder.path())
+        .args(["import", "cut.tar", "--to", "to", "--partial"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    assert!(text.contains("the rest of it is `a.img.2.vmfold-partial`"), "{text}");
+    let read = |name: &str| std::fs::read(folder.path().join("to").join(name)).unwrap();
+    assert!(read("a.img.vmfold-partial") == content(1, 10_000));
+    assert!(read("a.img.2.vmfold-partial")[..1 << 20] == content(2, 3 << 20)[..1 << 20]);
+    assert!(!folder.path().join("to/a.img").exists());
 }
 
 #[test]

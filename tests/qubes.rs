@@ -13,6 +13,8 @@ mod common;
 #[allow(dead_code, reason = "the tests of foreign backups use the rest")]
 #[path = "foreign/qvm.rs"]
 mod qvm;
+#[path = "foreign/qvm3_maker.rs"]
+mod qvm3_maker;
 #[path = "qubes/stand_in.rs"]
 mod stand_in;
 
@@ -25,6 +27,7 @@ use std::time::Duration;
 
 use common::{Mounted, Random, can_mount, sh};
 use qvm::Machine;
+use qvm3_maker::Maker;
 use stand_in::{Fault, StandIn};
 use vmfold::error::{Error, ErrorKind, Result};
 use vmfold::exec::restore::RestoreOptions;
@@ -87,6 +90,29 @@ fn make(folder: &Path, filter: &str) -> PathBuf {
     let (machines_folder, backup) = (folder.join("machines"), folder.join("backup"));
     qvm::write_machines(&machines_folder, &machines());
     qvm::make_backup(&machines_folder, &backup, filter, 300_000, "--sparse");
+    std::fs::write(folder.join("pass"), "secret\n").unwrap();
+    backup
+}
+
+/// Makes a backup of the same machines in version 3.
+fn make_3(folder: &Path, filter: &'static str, is_encrypted: bool) -> PathBuf {
+    let told = |machine: Machine| match machine.class {
+        TEMPLATE => (
+            "vm-templates/debian-12",
+            "QubesTemplateVm",
+            3,
+            "template_qid=\"none\"",
+            machine.files,
+        ),
+        _ if machine.name == "work" => {
+            let files = machine.files.into_iter().filter(|(name, _)| *name != "notes.txt");
+            ("appvms/work", "QubesAppVm", 7, "template_qid=\"3\"", files.collect())
+        }
+        _ => ("appvms/vault", "QubesAppVm", 8, "template_qid=\"3\"", machine.files),
+    };
+    let machines: Vec<qvm3_maker::Machine> = machines().into_iter().map(told).collect();
+    let backup = folder.join("backup");
+    std::fs::write(&backup, Maker::new(filter, 300_000, is_encrypted).make(&machines)).unwrap();
     std::fs::write(folder.join("pass"), "secret\n").unwrap();
     backup
 }
@@ -188,10 +214,91 @@ fn a_skeleton_is_the_backup_without_its_images() {
             std::fs::read(&skeleton).unwrap().len() as u64,
             skeleton.metadata().unwrap().size()
         );
-        // As a backup, it lacks what it lacks.
-        let list = vmfold(at, &["list", "new skeleton", "--passphrase-file", "pass"]);
-        assert_eq!(list.status.code(), Some(4));
-        assert!(text(&list.stderr).contains("it is not there, and its machine was backed up"));
+        assert_no_backup(at, "new skeleton");
+    }
+}
+
+/// Checks that a skeleton is called what it is, from a file and a pipe, and that nothing is restored of it.
+fn assert_no_backup(folder: &Path, skeleton: &str) {
+    for command in [
+        "vmfold list SKELETON",
+        "vmfold verify SKELETON",
+        "vmfold import SKELETON --to of-file",
+        "cat SKELETON | vmfold import - --to of-pipe",
+        "vmfold import SKELETON --to in-part --partial",
+        "vmfold import SKELETON --qubes --skeleton another",
+    ] {
+        let line = command
+            .replace("SKELETON", &format!("'{skeleton}'"))
+            .replace("vmfold", env!("CARGO_BIN_EXE_vmfold"));
+        let output = Command::new("bash")
+            .current_dir(folder)
+            .args(["-c", &format!("{line} --passphrase-file pass")])
+            .output()
+            .unwrap();
+        let text = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{command}: {text}");
+        assert!(text.contains("it is a skeleton"), "{command}: {text}");
+    }
+    assert!(!folder.join("another").exists());
+    for to in ["of-file", "of-pipe", "in-part"] {
+        // What was staged may stay.
+        let is_work = |entry: &std::fs::DirEntry| entry.file_name().to_str().unwrap().starts_with(".vmfold-import-");
+        let mut entries = std::fs::read_dir(folder.join(to)).into_iter().flatten();
+        assert!(entries.all(|entry| is_work(&entry.unwrap())), "{to}");
+    }
+}
+
+#[test]
+fn a_skeleton_of_version_3_is_the_backup_without_its_images_as_well() {
+    for (filter, is_encrypted) in [("gzip", true), ("gzip", false), ("none", true), ("bzip2", true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        let backup = make_3(at, filter, is_encrypted);
+        let output = vmfold(
+            at,
+            &[
+                "import",
+                "backup",
+                "--qubes",
+                "--skeleton",
+                "s",
+                "--passphrase-file",
+                "pass",
+            ],
+        );
+        assert_eq!(output.status.code(), Some(0), "{filter}: {}", text(&output.stderr));
+        let command = "qvm-backup-restore --ignore-missing --skip-dom0-home s\n";
+        assert!(text(&output.stdout).contains(command), "{}", text(&output.stdout));
+        assert!(text(&output.stderr).contains("someone exchanged parts"));
+        let mut found = files_of(&std::fs::read(at.join("s")).unwrap());
+        let made = found.split_off(found.len() - 4);
+        let mut expected = files_of(&std::fs::read(&backup).unwrap());
+        expected
+            .retain(|(name, _)| !name.contains(".img.") && !name.contains("/..") && !name.starts_with("dom0-home/"));
+        assert!(found == expected, "{filter}");
+        assert!(
+            expected
+                .iter()
+                .any(|(name, _)| name.ends_with("/firewall.xml.000.hmac"))
+        );
+        let [template, vault] = if is_encrypted {
+            ["vm3", "vm8"]
+        } else {
+            ["vm-templates/debian-12", "appvms/vault"]
+        };
+        let names: Vec<&str> = made.iter().map(|(name, _)| name.as_str()).collect();
+        let expected = [template, vault].map(|folder| [".000", ".000.hmac"].map(|end| format!("{folder}/empty{end}")));
+        assert_eq!(names, expected.concat());
+        // The tools of upstream's reader find each hash right.
+        sh(&format!(
+            "set -e; cd '{}'; mkdir out; tar -ixf s -C out; cd out
+             for hash in $(find . -name '*.hmac'); do
+               [ \"$(openssl dgst -sha512 -hmac secret < ${{hash%.hmac}} | sed 's/.*= *//')\" = \"$(sed 's/.*= *//' < $hash)\" ]
+             done",
+            at.display()
+        ));
+        assert_no_backup(at, "s");
     }
 }
 
@@ -218,6 +325,14 @@ fn a_skeleton_from_a_pipe_names_the_machines_that_were_chosen() {
         .map(|(name, _)| name)
         .collect();
     assert!(names.contains(&"vm3/empty.000.enc".to_owned()), "{names:?}");
+}
+
+/// What upstream's reader makes of a skeleton: machines, whether something was imported into their volumes, and how many errors there were.
+fn restored_by_upstream(client: &std::ffi::OsStr, skeleton: &Path) -> (String, String) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qubes/restore-upstream.py");
+    let mut command = Command::new("python3");
+    let output = command.arg(script).arg(client).arg(skeleton).output().unwrap();
+    (text(&output.stdout), text(&output.stderr))
 }
 
 /// What upstream's reader makes of a skeleton: `VMFOLD_QUBES_CLIENT` names a checkout of qubes-core-admin-client, and its Python has lxml.
@@ -250,12 +365,7 @@ fn upstream_makes_machines_of_a_skeleton() {
             "pass",
         ];
         assert_eq!(vmfold(at, &arguments).status.code(), Some(0));
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qubes/restore-upstream.py");
-        let restore = |name: &str| {
-            let mut command = Command::new("python3");
-            let output = command.arg(script).arg(&client).arg(at.join(name)).output().unwrap();
-            (text(&output.stdout), text(&output.stderr))
-        };
+        let restore = |name: &str| restored_by_upstream(&client, &at.join(name));
         let (made, problems) = restore("s");
         let expected =
             "debian-12 TemplateVM: root False, private False\nwork AppVM: private False\nvault AppVM: private False\n";
@@ -267,6 +377,24 @@ fn upstream_makes_machines_of_a_skeleton() {
         let (made, problems) = restore("without");
         assert_eq!(made, format!("{expected}errors: 1\n"));
         assert!(problems.contains("Not found in archive"), "{problems}");
+    }
+    for (filter, is_encrypted) in [("gzip", true), ("gzip", false), ("none", true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        make_3(at, filter, is_encrypted);
+        let arguments = [
+            "import",
+            "backup",
+            "--qubes",
+            "--skeleton",
+            "s",
+            "--passphrase-file",
+            "pass",
+        ];
+        assert_eq!(vmfold(at, &arguments).status.code(), Some(0));
+        let (made, problems) = restored_by_upstream(&client, &at.join("s"));
+        let expected = "debian-12 TemplateVM: root False, private False\nwork AppVM: private False\nvault AppVM: private False\nerrors: 0\n";
+        assert_eq!(made, expected, "{problems}");
     }
 }
 
@@ -373,8 +501,15 @@ impl Scene {
     }
 
     fn on(fs: Mounted) -> Self {
+        Self::of(fs, |folder| {
+            make(folder, "zstd");
+        })
+    }
+
+    /// A pool on a filesystem, beside a backup that is made in a folder.
+    fn of(fs: Mounted, make: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        make(folder.path(), "zstd");
+        make(folder.path());
         let qubesd = StandIn::new(&fs.mount.join("qubes"));
         qubesd.add("debian-12", TEMPLATE, &["root", "private"]);
         qubesd.add("work", "AppVM", &["private"]);
@@ -552,6 +687,32 @@ fn they_come_back_on_xfs_as_well() {
     let image = scene.qubesd.image("vault", "AppVM", "private");
     let extents = sh(&format!("filefrag -v '{}'", image.display()));
     assert!(extents.contains("shared"), "{extents}");
+}
+
+#[test]
+fn they_come_back_from_a_backup_in_version_3_as_well() {
+    if !can_mount() {
+        return;
+    }
+    for is_encrypted in [true, false] {
+        let scene = Scene::of(Mounted::btrfs(), |folder| {
+            make_3(folder, "gzip", is_encrypted);
+        });
+        let report = scene
+            .run(&["work", "vm-templates/debian-12/private.img"], &[], false)
+            .unwrap();
+        let filled: Vec<String> = report
+            .filled
+            .iter()
+            .map(|filled| format!("{}:{}", filled.machine, filled.volume))
+            .collect();
+        assert_eq!(filled, ["debian-12:private", "work:private"]);
+        scene
+            .run(&["vault", "vm-templates/debian-12/root.img"], &[], false)
+            .unwrap();
+        scene.check_done();
+        scene.fs.check();
+    }
 }
 
 fn refuses_without_daemon(scene: &Scene) {
@@ -826,6 +987,29 @@ fn a_machine_that_was_started_meanwhile_keeps_what_it_has() {
         "{again}"
     );
     assert_eq!(std::fs::read(&image).unwrap(), b"what the user has");
+}
+
+#[test]
+fn a_run_that_could_not_restore_all_images_says_how_it_is_gone_on_with() {
+    if !can_mount() {
+        return;
+    }
+    let scene = Scene::new();
+    let path = scene.folder.path().join("backup");
+    let backup = std::fs::read(&path).unwrap();
+    let mut damaged = backup.clone();
+    let at = backup.iter().rposition(|byte| *byte != 0).unwrap();
+    damaged[at] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+    let error = scene.run(&[], &[], false).expect_err("it is damaged");
+    assert!(matches!(error, Error::DamagedBackup { .. }), "{error:?}");
+    assert!(scene.qubesd.orders().is_empty());
+    let notes = scene.notes();
+    assert!(notes.contains("running the same again goes on from there"), "{notes}");
+    assert!(!notes.contains("--resume"), "{notes}");
+    std::fs::write(&path, backup).unwrap();
+    scene.run(&[], &[], false).unwrap();
+    scene.check_done();
 }
 
 #[test]

@@ -655,15 +655,16 @@ pub(super) struct Access {
 pub(super) struct Import {
     /// Archive file, or a backup that another program made; `-` for standard input
     ///
-    /// A pipe is read once and in order. Backups are those of Qubes OS (qvm-backup of R2 and later), archives of
-    /// Proxmox VE (.vma), tar archives and compressed raw images. All of them may be compressed by gzip, bzip2, xz,
-    /// zstd, lz4 or lzop. Machines of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar
-    /// archive are read in every form, and its links that lead to files; owners and modes are not taken over. What a
-    /// backup is shows in its content, whatever its name. It is read once: what it takes is known at the end, and a dry run reads all of it. If the disk is too small for it,
-    /// the images that came whole before are restored, and the exit code is 1; of a backup that is compressed as a
-    /// whole none are, because its checksum comes last. An image has the name of its volume, is readable by its owner
-    /// alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long it should be: if it was
-    /// compressed in several parts and some are missing, what is there is restored.
+    /// A pipe is read once and in order. Backups are those of Qubes OS (qvm-backup in version 4, of R4.0 and later, and in
+    /// version 3, of R2 to R3.2, which protects neither names nor order of its parts), archives of Proxmox VE (.vma), tar
+    /// archives and compressed raw images. All of them may be compressed by gzip, bzip2, xz, zstd, lz4 or lzop. Machines
+    /// of Qubes OS are named as in a pool: `appvms/work/private.img`. Sparse files of a tar archive are read in every
+    /// form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content,
+    /// whatever its name. It is read once: what it takes is known at the end, and a dry run reads all of it. If the disk
+    /// is too small for it, the images that came whole before are restored, and the exit code is 1; of a backup that is
+    /// compressed as a whole none are, because its checksum comes last. An image has the name of its volume, is readable
+    /// by its owner alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long it should be:
+    /// if it was compressed in several parts and some are missing, what is there is restored.
     ///
     /// A disk in a file of qcow2, VDI, VHD, VHDX or VMDK becomes a raw one, `NAME.img`, which shares the clusters of that
     /// file if both are on one filesystem. A VMDK stream and an OVA may also come through a pipe or compressed. Internal snapshots of a qcow2 image become revisions of it, `NAME.img.N@TIME`, numbered in the
@@ -786,9 +787,9 @@ pub(super) struct ImportQubes {
     pub(super) qubes: bool,
     /// Write a backup without images to this new file, of which qvm-backup-restore makes the machines
     ///
-    /// It holds what the backup has beside images: properties, firewall rules and notes, as they are, encrypted with the
-    /// same passphrase. The command that makes the machines of it is printed. They have blank volumes, which --qubes
-    /// fills. Nothing else is written, and no root is needed.
+    /// It holds what the backup has beside images: properties, firewall rules and notes, as they are, protected by the
+    /// same passphrase; of a template in version 3 only properties. The command that makes the machines of it is
+    /// printed. They have blank volumes, which --qubes fills. Nothing else is written, and no root is needed.
     #[arg(long, value_name = "FILE", requires = "qubes", conflicts_with_all = ["dry_run", "renamed"])]
     pub(super) skeleton: Option<PathBuf>,
     /// Restore the machine OLD of the backup into the machine NEW; may be given more than once

@@ -1,9 +1,12 @@
-//! What holds of each backup, whatever its format: it has no more volumes, longer names or more content than the limits allow.
+//! What holds of each backup, whatever its format: it has no more volumes, longer names or more content than the limits allow. The user is told
+//! which names are not those that the backup has.
 
 use std::path::{Path, PathBuf};
 
-use super::{Backup, Event, Limits, Machine, Origin};
+use super::{Backup, Event, Limits, Machine, Notes, Origin, volume_name};
 use crate::error::{Error, Result};
+use crate::monitor::Monitor;
+use crate::shown::shown;
 
 /// Components of a name. Each costs a look at all names that are known.
 const COMPONENTS_MAX: usize = 64;
@@ -16,20 +19,25 @@ pub(super) struct Bounded<'a> {
     /// Names that were told, and their bytes.
     names: usize,
     name_bytes: usize,
+    /// Names that are shorter than those that the backup has.
+    shortened: Notes,
     /// Bytes of content that were handed over.
     content_bytes: u64,
+    monitor: &'a dyn Monitor,
 }
 
 impl<'a> Bounded<'a> {
     /// The backup of this path with these limits.
-    pub(super) fn new(backup: Box<dyn Backup + 'a>, path: &Path, limits: Limits) -> Self {
+    pub(super) fn new(backup: Box<dyn Backup + 'a>, path: &Path, limits: Limits, monitor: &'a dyn Monitor) -> Self {
         Self {
             backup,
             path: path.to_owned(),
             limits,
             names: 0,
             name_bytes: 0,
+            shortened: Notes::default(),
             content_bytes: 0,
+            monitor,
         }
     }
 
@@ -43,7 +51,22 @@ impl<'a> Bounded<'a> {
         if name.components().nth(COMPONENTS_MAX).is_some() {
             return Err(self.refused("a file lies in more folders than vmfold takes"));
         }
+        if volume_name::is_shortened(name) {
+            self.note_shortened(name);
+        }
         Ok(())
+    }
+
+    /// Tells the user of a name that is not the one that the backup has.
+    fn note_shortened(&mut self, name: &Path) {
+        let note = || {
+            format!(
+                "`{}` has a longer name in the backup, which is cut off: the digits tell it from others",
+                shown(name)
+            )
+        };
+        let more = "More names are longer in the backup, and are not shown here";
+        self.shortened.tell(self.monitor, note, more);
     }
 
     fn refused(&self, problem: &str) -> Error {
@@ -100,6 +123,7 @@ impl Backup for Bounded<'_> {
 mod tests {
     use super::*;
     use crate::foreign::Volume;
+    use crate::monitor::Silent;
 
     /// A backup of these events.
     struct Told(Vec<(Event, Vec<u8>)>);
@@ -128,7 +152,8 @@ mod tests {
             ..Limits::default()
         };
         events.reverse();
-        let mut backup = Bounded::new(Box::new(Told(events)), Path::new("told"), limits);
+        let monitor = Silent::default();
+        let mut backup = Bounded::new(Box::new(Told(events)), Path::new("told"), limits, &monitor);
         loop {
             match backup.next(&mut Vec::new()) {
                 Ok(Some(_)) => {}

@@ -91,6 +91,11 @@ impl<'a> Input<'a> {
         self.compression.is_some()
     }
 
+    /// Tells the user something that is no error.
+    pub fn note(&self, message: &str) {
+        self.monitor.note(message);
+    }
+
     /// Whether the user asked to stop.
     pub fn interrupted(&self) -> bool {
         self.monitor.interrupted()

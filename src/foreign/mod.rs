@@ -15,6 +15,7 @@ mod input;
 mod limits;
 mod lz4;
 mod lzop;
+mod notes;
 mod ova;
 mod pool_tar;
 mod qvm;
@@ -39,6 +40,7 @@ pub use crate::keys::Passphrase;
 
 use bounded::Bounded;
 use container::{ContainerKind, is_fixed_vhd, vmdk};
+use notes::Notes;
 use random::RandomInput;
 
 use crate::content::FileTime;
@@ -190,7 +192,7 @@ pub fn open<'a>(
     monitor: &'a dyn Monitor,
 ) -> Result<Box<dyn Backup + 'a>> {
     let backup = open_unbounded(store, options, monitor)?;
-    Ok(Box::new(Bounded::new(backup, store.path(), options.limits)))
+    Ok(Box::new(Bounded::new(backup, store.path(), options.limits, monitor)))
 }
 
 /// As [`open`]. What all readers have in common is not checked.
@@ -310,7 +312,7 @@ pub fn skeleton(store: &dyn Store, options: &OpenOptions<'_, '_>, monitor: &dyn 
         keeps: true,
         ..qvm_options(store, compression, options, monitor)
     };
-    qvm::Qvm::open(input, &options)?.into_skeleton(options.kdf_memory_bytes)
+    qvm::skeleton(input, &options)
 }
 
 /// Things of the same kind that the user is told of one backup, one by one.

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use super::container::vmdk::Stream;
 use super::ova::{self, DiskForm, Hash, Manifest, MemberReader, Members};
 use super::tar::{Entry, EntryKind, Stored, Tar};
-use super::{Backup, Event, Input, NOTES_MAX, Volume, volume_name};
+use super::{Backup, Event, Input, Notes, Volume, volume_name};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::shown::shown;
@@ -61,7 +61,7 @@ pub(super) struct PoolTar<'a> {
     names: usize,
     name_bytes: usize,
     /// Entries that were left out.
-    left_out: usize,
+    left_out: Notes,
     /// Bytes of manifests.
     manifest_bytes: u64,
     /// Manifests with hashes that are not checked.
@@ -87,7 +87,7 @@ impl<'a> PoolTar<'a> {
             current: None,
             names: 0,
             name_bytes: 0,
-            left_out: 0,
+            left_out: Notes::default(),
             manifest_bytes: 0,
             unchecked_manifests: 0,
             is_decompressed,
@@ -183,22 +183,9 @@ impl<'a> PoolTar<'a> {
                     let volume = *volume.ok_or_else(|| self.damaged(start, "a link leads to no file before it"))?;
                     return Ok(Some(Event::Link { volume, path }));
                 }
-                (EntryKind::Other(_), Some(path)) => self.note_left_out(&path),
+                (EntryKind::Other(_), Some(path)) => self.left_out.tell_left_out(self.monitor, &path),
                 (_, None) => return Err(self.damaged(start, "a file has no name")),
             }
-        }
-    }
-
-    /// Tells the user of an entry that is left out, unless there were many.
-    fn note_left_out(&mut self, path: &Path) {
-        self.left_out += 1;
-        if self.left_out <= NOTES_MAX {
-            let path = shown(path);
-            self.monitor
-                .note(&format!("`{path}` is neither a file nor a folder, and is left out"));
-        } else if self.left_out == NOTES_MAX + 1 {
-            self.monitor
-                .note("More is left out that is neither a file nor a folder, and is not named here");
         }
     }
 

@@ -5,8 +5,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::compression::Compression;
-use super::{Backup, Event, Input, Volume, volume_name};
+use super::container::is_fixed_vhd;
+use super::{Backup, Event, Input, LAST_BYTES, Volume, volume_name};
 use crate::error::Result;
+use crate::shown::shown;
 
 /// Bytes that are handed over at a time.
 const PART_BYTES: usize = 1 << 20;
@@ -16,21 +18,47 @@ pub(super) struct Raw<'a> {
     input: Input<'a>,
     /// The volume, until it was told.
     volume: Option<Volume>,
+    name: PathBuf,
+    /// The last bytes that came.
+    last: Vec<u8>,
     is_ended: bool,
 }
 
 impl<'a> Raw<'a> {
     /// The image that the rest of an input holds, which may have been compressed.
     pub(super) fn new(input: Input<'a>, compression: Option<Compression>) -> Self {
+        let name = name_of(input.path(), compression);
         let volume = Volume {
-            path: name_of(input.path(), compression),
+            path: name.clone(),
             size: None,
             time: None,
         };
         Self {
             input,
             volume: Some(volume),
+            name,
+            last: Vec::new(),
             is_ended: false,
+        }
+    }
+
+    /// Keeps the last of the bytes that came.
+    fn keep_last(&mut self, came: &[u8]) {
+        let came = &came[came.len().saturating_sub(LAST_BYTES)..];
+        let too_many = (self.last.len() + came.len()).saturating_sub(LAST_BYTES);
+        self.last.drain(..too_many);
+        self.last.extend_from_slice(came);
+    }
+
+    /// Tells the user of a footer, which is not cut off: the guest of a raw image may have written it, and the image keeps the name of a disk that
+    /// has one.
+    fn note_footer(&self) {
+        if is_fixed_vhd(&self.last) {
+            let name = shown(&self.name);
+            self.input.note(&format!(
+                "`{name}` ends with the footer of a fixed VHD. If it is one, its last {LAST_BYTES} bytes are no part of the disk: out of a file that is not \
+                 compressed, it is read without them"
+            ));
         }
     }
 }
@@ -81,11 +109,13 @@ impl Backup for Raw<'_> {
         }
         if read == 0 {
             self.is_ended = true;
+            self.note_footer();
             return Ok(Some(Event::End {
                 volume: 0,
                 size: offset,
             }));
         }
+        self.keep_last(buffer);
         Ok(Some(Event::Data { volume: 0, offset }))
     }
 }

@@ -1,7 +1,7 @@
 //! Names of volumes, from names that others chose.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Bytes of a name (`NAME_MAX` of linux/limits.h), less what a restore may append to it.
 const NAME_BYTES_MAX: usize = 200;
@@ -40,6 +40,17 @@ pub(super) fn component(name: &[u8]) -> PathBuf {
     PathBuf::from(text)
 }
 
+/// Whether a component of a path looks as [`component`] makes it of a name that is too long. A suffix may have been appended.
+pub(super) fn is_shortened(path: &Path) -> bool {
+    path.iter().any(|name| {
+        let end = name
+            .as_encoded_bytes()
+            .get(NAME_BYTES_MAX - HASH_DIGITS - 1..NAME_BYTES_MAX);
+        let is_digit = |byte: &u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        end.is_some_and(|end| end[0] == b'.' && end[1..].iter().all(is_digit))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,6 +81,18 @@ mod tests {
         assert_eq!(component(&[b'x'; 200]).as_os_str().len(), 200);
     }
 
+    #[test]
+    fn names_that_were_shortened_are_known() {
+        let long = component(&[b'\n'; 70]);
+        assert!(is_shortened(&long) && is_shortened(&Path::new("folder").join(&long)));
+        let mut with_suffix = long.into_os_string();
+        with_suffix.push(".img");
+        assert!(is_shortened(Path::new(&with_suffix)));
+        for whole in [vec![b'x'; 200], vec![b'a'; 199], b"a.img".to_vec(), Vec::new()] {
+            assert!(!is_shortened(&component(&whole)), "{whole:?}");
+        }
+    }
+
     proptest! {
         #[test]
         fn a_name_is_one_component(name: Vec<u8>) {
@@ -77,6 +100,11 @@ mod tests {
             let components: Vec<_> = path.components().collect();
             prop_assert!(matches!(components[..], [Component::Normal(_)]));
             prop_assert!(path.as_os_str().len() <= NAME_BYTES_MAX);
+        }
+
+        #[test]
+        fn only_long_names_are_shortened(name in proptest::collection::vec(b'a'..=b'z', 150..300)) {
+            prop_assert_eq!(is_shortened(&component(&name)), name.len() > NAME_BYTES_MAX);
         }
     }
 }

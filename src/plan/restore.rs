@@ -76,21 +76,44 @@ pub struct RestoredImage {
 }
 
 impl RestoredImage {
-    /// The name that what is left of it gets if it is damaged.
-    pub fn partial_name(&self) -> PathBuf {
+    /// The name that what is left of it gets if it is damaged. A number tells it from others that are in the way: the first has none.
+    fn partial_name(&self, number: usize) -> PathBuf {
         let first = self.names.first().map_or(Path::new("image"), PathBuf::as_path);
         let name = first.file_name().unwrap_or_default().as_bytes();
+        let suffix = match number {
+            1 => PARTIAL.to_owned(),
+            _ => format!(".{number}{PARTIAL}"),
+        };
         let mut partial = name.to_vec();
-        if name.len() + PARTIAL.len() > NAME_BYTES_MAX {
+        if name.len() + suffix.len() > NAME_BYTES_MAX {
             // Others may begin in the same way.
             let hash = blake3::hash(name).to_hex();
-            partial.truncate(NAME_BYTES_MAX - PARTIAL.len() - HASH_DIGITS - 1);
+            partial.truncate(NAME_BYTES_MAX - suffix.len() - HASH_DIGITS - 1);
             partial.push(b'.');
             partial.extend_from_slice(&hash.as_bytes()[..HASH_DIGITS]);
         }
-        partial.extend_from_slice(PARTIAL.as_bytes());
+        partial.extend_from_slice(suffix.as_bytes());
         first.with_file_name(OsStr::from_bytes(&partial))
     }
+}
+
+/// The names that what is left of damaged images gets, by their places in the manifest. None is a name of another image, or of a folder that one
+/// lies in: someone may have stored what an earlier restore left.
+pub fn partial_names(images: &[RestoredImage], damaged: &BTreeSet<usize>) -> BTreeMap<usize, PathBuf> {
+    let mut given = BTreeMap::new();
+    if damaged.is_empty() {
+        return given;
+    }
+    let names = images.iter().flat_map(|image| &image.names);
+    let mut taken: BTreeSet<PathBuf> = names.flat_map(|name| name.ancestors()).map(Path::to_owned).collect();
+    for image in images.iter().filter(|image| damaged.contains(&image.image)) {
+        let mut number = 1;
+        while !taken.insert(image.partial_name(number)) {
+            number += 1;
+        }
+        given.insert(image.image, image.partial_name(number));
+    }
+    given
 }
 
 /// The images that were asked for.
@@ -765,23 +788,53 @@ mod tests {
         assert!(named(1, true).bytes().all(|byte| byte.is_ascii_alphanumeric()));
     }
 
-    #[test]
-    fn partial_names_are_no_longer_than_a_name_may_be() {
-        let restored = |name: String| RestoredImage {
-            image: 0,
+    /// The names that what is left of images in a folder gets, of which those are damaged.
+    fn partial_names_of(names: &[&str], damaged: &[usize]) -> Vec<String> {
+        let restored = |(image, name): (usize, &&str)| RestoredImage {
+            image,
             path: PathBuf::new(),
             names: vec![Path::new("folder").join(name)],
             size: 0,
         };
-        let (one, other) = (restored("a".repeat(254) + "b"), restored("a".repeat(254) + "c"));
-        for image in [&one, &other] {
-            assert!(image.partial_name().file_name().unwrap().len() <= NAME_BYTES_MAX);
+        let images: Vec<RestoredImage> = names.iter().enumerate().map(restored).collect();
+        let given = partial_names(&images, &damaged.iter().copied().collect());
+        let names = given.values().map(|name| name.strip_prefix("folder").unwrap());
+        names.map(|name| name.to_str().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn partial_names_are_no_longer_than_a_name_may_be() {
+        let (one, other) = ("a".repeat(254) + "b", "a".repeat(254) + "c");
+        let given = partial_names_of(&[&one, &other], &[0, 1]);
+        assert!(given.iter().all(|name| name.len() <= NAME_BYTES_MAX), "{given:?}");
+        assert_ne!(given[0], given[1]);
+        let again = partial_names_of(&[&one, &other, &given[0]], &[0]);
+        assert!(again[0].len() <= NAME_BYTES_MAX && again[0] != given[0], "{again:?}");
+    }
+
+    #[test]
+    fn partial_names_are_no_names_of_others() {
+        for (names, damaged, expected) in [
+            (&["a.img", "b.img"][..], &[0][..], &["a.img.vmfold-partial"][..]),
+            (&["a.img", "b.img"], &[], &[]),
+            (&["a.img", "a.img.vmfold-partial"], &[0], &["a.img.2.vmfold-partial"]),
+            (
+                &["a.img", "a.img.vmfold-partial", "a.img.2"],
+                &[0, 1, 2],
+                &[
+                    "a.img.2.vmfold-partial",
+                    "a.img.vmfold-partial.vmfold-partial",
+                    "a.img.2.2.vmfold-partial",
+                ],
+            ),
+            (
+                &["a.img", "a.img.vmfold-partial/b.img"],
+                &[0],
+                &["a.img.2.vmfold-partial"],
+            ),
+        ] {
+            assert_eq!(partial_names_of(names, damaged), expected, "{names:?}");
         }
-        assert_ne!(one.partial_name(), other.partial_name());
-        assert_eq!(
-            restored("a.img".into()).partial_name(),
-            Path::new("folder/a.img.vmfold-partial")
-        );
     }
 
     #[test]

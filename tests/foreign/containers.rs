@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::Instant;
 
 use vmfold::error::{Error, ErrorKind, Result};
@@ -13,7 +12,7 @@ use vmfold::monitor::{Monitor, Silent};
 use vmfold::store::{FileStore, Store};
 
 use super::common::{Mounted, Random, can_mount, sh};
-use super::{content, events, is_backup, read, read_store};
+use super::{Notes, content, events, is_backup, read, read_store};
 
 /// The content of volumes, by path.
 type Volumes = BTreeMap<PathBuf, Vec<u8>>;
@@ -76,21 +75,6 @@ impl Folder {
     /// Why an image is not read.
     fn problem(&self, name: &str, backing: &[&str]) -> String {
         self.read(name, backing).1.expect_err(name).to_string()
-    }
-}
-
-/// What was noted.
-#[derive(Default)]
-struct Notes(Mutex<Vec<String>>);
-
-impl Monitor for Notes {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn note(&self, message: &str) {
-        self.0.lock().unwrap().push(message.to_owned());
-    }
-    fn interrupted(&self) -> bool {
-        false
     }
 }
 
@@ -675,7 +659,11 @@ fn more_snapshots_than_a_disk_has_room_for_are_refused() {
     let entry = image[at..at + 56].to_vec();
     let table = image.len().next_multiple_of(8);
     for (count, name, part) in [
-        (100u32, 3usize, "bytes, which is more than vmfold takes"),
+        (
+            100u32,
+            3usize,
+            "bytes, which is more than vmfold takes, 35184372088832 at most",
+        ),
         (300, 60_000, "the names of its snapshots are longer than vmfold takes"),
     ] {
         image.resize(table, 0);

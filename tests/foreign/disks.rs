@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::made::{Fault, LogMaker, SECTOR, crc_at, footer_stream, sum_at, with_log};
-use super::{content, events, is_backup, open_options, piped, read};
+use super::{Notes, content, events, is_backup, open_options, piped, read};
 use crate::common::Random;
 use vmfold::error::{Error, ErrorKind};
 use vmfold::foreign::{self, Event, Passphrase};
@@ -671,5 +671,23 @@ fn the_log_of_a_vhdx_is_replayed() {
         ),
     ] {
         assert!(text.contains(part), "{text}");
+    }
+}
+
+/// Nothing of a compressed disk is cut off, since the end of a raw image is its guest's to choose.
+#[test]
+fn the_footer_of_a_compressed_disk_is_noted_and_kept() {
+    for length in [512, 65_024, 1 << 20, (1 << 20) + 512, (5 << 20) - 512] {
+        let disk = converted(&image(61, length), VHD[1]);
+        let compressed = piped("gzip", &disk);
+        assert!(only_volume(&compressed, "compressed") == disk);
+        let notes = Notes::of(&MemoryStore::of(compressed));
+        assert!(
+            matches!(&notes[..], [note] if note.contains("ends with the footer of a fixed VHD")),
+            "{length} bytes: {notes:?}"
+        );
+        assert_eq!(Notes::of(&MemoryStore::of(disk.clone())), [""; 0]);
+        let cut = piped("gzip", &disk[..disk.len() - 1]);
+        assert_eq!(Notes::of(&MemoryStore::of(cut)), [""; 0]);
     }
 }

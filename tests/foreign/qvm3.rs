@@ -3,24 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
-use std::time::Duration;
 
 use vmfold::foreign::{self, Passphrase};
-use vmfold::monitor::{Monitor, Silent};
+use vmfold::monitor::Silent;
 use vmfold::store::MemoryStore;
 
 use super::common::Random;
-use super::{assert_nothing_wrong, content, open_options, piped, qvm, read, read_store};
-
-/// Where machines are, how `qubes.xml` tells them, and what they hold.
-type Machine = (
-    &'static str,
-    &'static str,
-    u32,
-    &'static str,
-    Vec<(&'static str, Vec<u8>)>,
-);
+use super::qvm3_maker::{Machine, Maker};
+use super::{Notes, assert_nothing_wrong, content, open_options, piped, qvm, read, read_store};
 
 fn machines() -> Vec<Machine> {
     let mut private = vec![0; 500_000];
@@ -82,85 +72,6 @@ fn expected() -> BTreeMap<PathBuf, Vec<u8>> {
     expected
 }
 
-/// How a backup is made.
-struct Maker {
-    filter: &'static str,
-    bytes: u64,
-    is_encrypted: bool,
-    hash: &'static str,
-}
-
-impl Maker {
-    fn new(filter: &'static str, bytes: u64, is_encrypted: bool) -> Self {
-        Self {
-            filter,
-            bytes,
-            is_encrypted,
-            hash: "SHA512",
-        }
-    }
-
-    fn make(&self) -> Vec<u8> {
-        let folder = tempfile::tempdir().unwrap();
-        let mut xml = String::from("<?xml version=\"1.0\"?><QubesVmCollection default_template=\"3\">");
-        for (place, class, qid, more, files) in machines() {
-            let backup_path = if self.is_encrypted {
-                format!("vm{qid}")
-            } else {
-                place.to_owned()
-            };
-            let (_, name) = place.split_once('/').unwrap();
-            let element = format!(
-                "<{class} backup_content=\"True\" backup_path=\"{backup_path}\" name=\"{name}\" qid=\"{qid}\" dir_path=\"/var/lib/qubes/{place}\" {more}/>"
-            );
-            xml += &element;
-            for (name, content) in files {
-                let path = folder.path().join(place).join(name);
-                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-                qvm::write_sparse(&path, &content);
-            }
-            std::fs::write(folder.path().join(place).join(".qid"), qid.to_string()).unwrap();
-        }
-        xml += "<QubesAppVm name=\"other\" qid=\"9\" template_qid=\"3\"/>\
-            <QubesAdminVm backup_content=\"True\" backup_path=\"dom0-home/user\" name=\"dom0\" qid=\"0\"/></QubesVmCollection>";
-        std::fs::write(folder.path().join("qubes.xml"), xml).unwrap();
-        let template = folder.path().join("vm-templates/fedora-20-x64");
-        std::fs::hard_link(template.join("fedora-20-x64.conf"), template.join("link.conf")).unwrap();
-        std::fs::create_dir_all(folder.path().join("dom0-home/user")).unwrap();
-        std::fs::write(folder.path().join("dom0-home/user/.bashrc"), "umask 022\n").unwrap();
-        let out = folder.path().join("backup");
-        let output = Command::new("bash")
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/foreign/make-qvm-backup-3"))
-            .arg(&out)
-            .args([self.filter, &self.bytes.to_string()])
-            .arg(folder.path())
-            .arg(if self.is_encrypted { "yes" } else { "no" })
-            .env("HASH", self.hash)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        std::fs::read(out).unwrap()
-    }
-}
-
-/// A monitor that keeps what it is told.
-#[derive(Default)]
-struct Notes(Mutex<Vec<String>>);
-
-impl Monitor for Notes {
-    fn phase(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn note(&self, message: &str) {
-        self.0.lock().unwrap().push(message.to_owned());
-    }
-    fn interrupted(&self) -> bool {
-        false
-    }
-    fn time_left(&self) -> Option<Duration> {
-        None
-    }
-}
-
 #[test]
 fn a_backup_comes_back_whatever_its_filter_its_parts_and_its_protection() {
     for maker in [
@@ -182,7 +93,7 @@ fn a_backup_comes_back_whatever_its_filter_its_parts_and_its_protection() {
         },
     ] {
         let what = format!("{} {} {} {}", maker.filter, maker.bytes, maker.is_encrypted, maker.hash);
-        let backup = maker.make();
+        let backup = maker.make(&machines());
         let (notes, mut whole) = (Notes::default(), BTreeMap::new());
         read_store(&MemoryStore::of(backup), &[], &notes, &mut whole).unwrap_or_else(|error| panic!("{what}: {error}"));
         let expected = expected();
@@ -198,7 +109,11 @@ fn a_backup_comes_back_whatever_its_filter_its_parts_and_its_protection() {
 #[test]
 fn the_emergency_procedure_reads_the_same_backups() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("backup"), Maker::new("gzip", 20_000, true).make()).unwrap();
+    std::fs::write(
+        folder.path().join("backup"),
+        Maker::new("gzip", 20_000, true).make(&machines()),
+    )
+    .unwrap();
     let procedure = format!(
         "set -e -o pipefail; cd '{}'; mkdir all out; tar -i -xf backup -C all; cd all
         for hash in $(find . -name '*.hmac'); do
@@ -260,7 +175,7 @@ fn assert_only_right(bytes: &[u8], part: &str, what: &str) {
 #[test]
 fn what_is_missing_is_found_and_named() {
     for (filter, is_encrypted) in [("gzip", true), ("none", true), ("gzip", false)] {
-        let all = qvm::members(&Maker::new(filter, 20_000, is_encrypted).make());
+        let all = qvm::members(&Maker::new(filter, 20_000, is_encrypted).make(&machines()));
         assert!(read(&qvm::stream(&all)).1.is_ok());
         let (work, template) = if is_encrypted {
             ("vm7", "vm3")
@@ -336,7 +251,7 @@ fn what_is_missing_is_found_and_named() {
 
 #[test]
 fn empty_parts_may_follow_the_last_and_others_may_not() {
-    let all = qvm::members(&Maker::new("gzip", 20_000, true).make());
+    let all = qvm::members(&Maker::new("gzip", 20_000, true).make(&machines()));
     let end = all
         .iter()
         .rposition(|(name, _)| name.starts_with("vm8/root.img."))
@@ -369,7 +284,7 @@ fn empty_parts_may_follow_the_last_and_others_may_not() {
 
 #[test]
 fn parts_that_were_exchanged_are_found_where_they_are_compressed() {
-    let all = qvm::members(&Maker::new("gzip", 20_000, true).make());
+    let all = qvm::members(&Maker::new("gzip", 20_000, true).make(&machines()));
     // The content and the hash of a part get the names of another.
     let at = |name: &str| all.iter().position(|(one, _)| one == name).unwrap();
     let content_of = |name: &str| {
@@ -403,7 +318,7 @@ fn parts_that_were_exchanged_are_found_where_they_are_compressed() {
 fn a_damaged_backup_never_gives_a_wrong_byte() {
     let expected = expected();
     for maker in [Maker::new("gzip", 60_000, true), Maker::new("none", 60_000, false)] {
-        let backup = maker.make();
+        let backup = maker.make(&machines());
         let mut random = Random(46);
         // Zeros at the end that belong to no part may be missing.
         let end = backup.iter().rposition(|byte| *byte != 0).unwrap();
@@ -443,7 +358,7 @@ fn a_damaged_backup_never_gives_a_wrong_byte() {
 
 #[test]
 fn a_flipped_bit_in_a_hash_a_part_or_the_header_is_found() {
-    let backup = Maker::new("none", 60_000, false).make();
+    let backup = Maker::new("none", 60_000, false).make(&machines());
     let place = |text: &[u8]| backup.windows(text.len()).position(|window| window == text).unwrap();
     let part = place(b"vm-templates/fedora-20-x64/./root.img");
     for (at, problem) in [
@@ -463,7 +378,7 @@ fn a_flipped_bit_in_a_hash_a_part_or_the_header_is_found() {
 
 #[test]
 fn a_wrong_passphrase_and_what_is_not_read_are_told() {
-    let backup = Maker::new("gzip", 104_857_600, true).make();
+    let backup = Maker::new("gzip", 104_857_600, true).make(&machines());
     let open = |bytes: &[u8], passphrase: &'static str| {
         let (store, monitor) = (MemoryStore::of(bytes.to_vec()), Silent::default());
         let ask = || Ok(Passphrase::new(passphrase.into()));
@@ -514,7 +429,11 @@ fn a_wrong_passphrase_and_what_is_not_read_are_told() {
 #[test]
 fn it_is_listed_and_verified() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("q"), Maker::new("gzip", 20_000, true).make()).unwrap();
+    std::fs::write(
+        folder.path().join("q"),
+        Maker::new("gzip", 20_000, true).make(&machines()),
+    )
+    .unwrap();
     std::fs::write(folder.path().join("pass"), "secret\n").unwrap();
     let run = |verb: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmfold"));

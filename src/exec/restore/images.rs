@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::fs::attributes;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
-use crate::plan::restore::{RestorePlan, RestoredImage};
+use crate::plan::restore::{RestorePlan, RestoredImage, partial_names};
 use crate::shown::shown;
 use crate::sys::open_files::raise_file_limit;
 
@@ -139,12 +139,12 @@ pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: 
 fn image_jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
     let mut folders: BTreeMap<PathBuf, Arc<OwnedFd>> = BTreeMap::new();
     let (mut jobs, mut made_folders) = (Vec::new(), BTreeSet::new());
+    let partial = partial_names(&site.plan.images, &losses.damaged);
     let images = site.plan.images.iter();
     for restored in images.filter(|image| !losses.left_out.contains(&image.image)) {
-        let names = if losses.damaged.contains(&restored.image) {
-            vec![restored.partial_name()]
-        } else {
-            restored.names.clone()
+        let names = match partial.get(&restored.image) {
+            Some(name) => vec![name.clone()],
+            None => restored.names.clone(),
         };
         let mut places = Vec::new();
         for name in names {

@@ -44,7 +44,7 @@ use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::plan::restore::{
     Contents, Destination, LostImage, RESERVE_BYTES, RestorePlan, Selected, lost_ranges, name_as_revisions,
-    revisions_to_name, select, wanted_by,
+    partial_names, revisions_to_name, select, wanted_by,
 };
 use crate::range;
 use crate::shown::{hex, shown};
@@ -253,9 +253,15 @@ impl<'a> Restore<'a> {
                 Ok(outcome)
             }
             Err(error) => {
+                // A run that was told to resume, or that always does, is repeated as it was.
+                let how = if self.options.resume {
+                    "running the same again"
+                } else {
+                    "--resume"
+                };
+                let folder = shown(&folder);
                 self.monitor.note(&format!(
-                    "What was restored so far is kept in `{}`: --resume goes on from there",
-                    shown(&folder)
+                    "What was restored so far is kept in `{folder}`: {how} goes on from there"
                 ));
                 Err(error)
             }
@@ -492,13 +498,14 @@ impl<'a> Restore<'a> {
             monitor: self.monitor,
         };
         let counts = make_images(site, staging, &losses)?;
+        let partial = partial_names(&plan.images, &losses.damaged);
         for lost in &mut lost {
             let image = plan.images.iter().find(|image| {
                 losses.damaged.contains(&image.image)
                     && !losses.left_out.contains(&image.image)
                     && image.path == lost.path
             });
-            lost.restored_as = image.map(crate::plan::restore::RestoredImage::partial_name);
+            lost.restored_as = image.and_then(|image| partial.get(&image.image).cloned());
         }
         restored.images = (plan.images.len() - losses.damaged.len()) as u64;
         restored.clones = counts.clones;

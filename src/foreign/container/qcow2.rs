@@ -246,10 +246,13 @@ fn volumes(input: RandomInput<'_>, name: &Path, header: &Header, snapshots: &[Sn
         .collect();
     let sizes = volumes.iter().map(|volume| volume.size.unwrap_or_default());
     let all_bytes = sizes.fold(0, u64::saturating_add);
-    if all_bytes > input.limits().volume_bytes {
-        return Err(input.refused(format!(
-            "its disk and the snapshots of it have {all_bytes} bytes, which is more than vmfold takes"
-        )));
+    let limit = input.limits().volume_bytes;
+    if all_bytes > limit {
+        let problem = format!(
+            "its disk and the snapshots of it have {all_bytes} bytes, which is more than vmfold takes, {limit} at most: `qemu-img convert` makes an \
+             image of the disk alone, and with -l of a snapshot"
+        );
+        return Err(input.refused(problem));
     }
     Ok(volumes)
 }

@@ -59,12 +59,9 @@ pub(super) fn version_of(first: &[u8]) -> Option<&str> {
 
 /// Why a backup is not read that is of such a version.
 pub(super) fn other_version(version: &str) -> String {
-    match version {
-        "3" => "it is a backup of Qubes OS in version 3, of which only images are read".into(),
-        other => format!(
-            "it is a backup of Qubes OS in version `{other}`, which is not read: see the emergency procedure of Qubes OS"
-        ),
-    }
+    format!(
+        "it is a backup of Qubes OS in version `{version}`, which is not read: see the emergency procedure of Qubes OS"
+    )
 }
 
 /// Reads a header.

@@ -22,7 +22,7 @@ const PROBLEM_CHARS_MAX: usize = 200;
 pub struct Machine {
     /// Its name, of letters, digits, `_`, `.` and `-`.
     pub name: String,
-    /// Its folder in the backup, such as `vm7`.
+    /// Its folder in the backup, such as `vm7`, or in version 3 also `appvms/work`.
     pub(super) folder: String,
     /// Its folder in a pool, such as `appvms/work`.
     pub path: PathBuf,

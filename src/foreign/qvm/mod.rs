@@ -21,6 +21,7 @@ pub use self::machines::{Machine, is_name, machines_of};
 use self::parts::{MemberReader, Parts};
 pub(super) use self::parts::{begins_with_header, begins_without_header};
 pub use self::skeleton::Skeleton;
+use self::skeleton::{IS_SKELETON, is_skeleton};
 use super::tar::{Entry, EntryKind, Stored, Tar};
 use super::{Backup, Compression, Event, Input, Origin, Volume, volume_name};
 use crate::error::{Error, Result};
@@ -88,6 +89,14 @@ pub(super) fn open<'a>(mut input: Input<'a>, options: &QvmOptions<'a, '_>) -> Re
     match version(&mut input)?.as_deref() {
         Some("3") => Ok(Box::new(v3::Qvm3::open(input, options)?)),
         _ => Ok(Box::new(Qvm::open(input, options)?)),
+    }
+}
+
+/// Makes a skeleton of a backup, whose first file is its header.
+pub(super) fn skeleton<'a>(mut input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Skeleton> {
+    match version(&mut input)?.as_deref() {
+        Some("3") => v3::Qvm3::open(input, options)?.into_skeleton(),
+        _ => Qvm::open(input, options)?.into_skeleton(options.kdf_memory_bytes),
     }
 }
 
@@ -177,9 +186,13 @@ impl<'a> Qvm<'a> {
 
     /// Checks that each image is there that the machines must have.
     fn check_images(&self, is_there: impl Fn(&str) -> bool) -> Result<()> {
+        let has_image = |machine: &Machine, image: &str| is_there(&format!("{}/{image}", machine.folder));
+        if is_skeleton(&self.machines, has_image, &is_there) {
+            return Err(self.parts.borrow_mut().input().refused(IS_SKELETON));
+        }
         for machine in &self.machines {
             for image in &machine.images {
-                if !is_there(&format!("{}/{image}", machine.folder)) {
+                if !has_image(machine, image) {
                     let path = machine.path.join(image);
                     return Err(self.damaged(Some(&path), "it is not there, and its machine was backed up"));
                 }

@@ -1,7 +1,8 @@
 //! The skeleton of a backup of Qubes OS: the same backup without its images. Its parts are bound to the backup's id and to their names, and not to
 //! each other, so that what is left of them is a backup as well. `qvm-backup-restore` makes machines of it that have their settings and blank
 //! volumes. Parts are copied as they are. A machine of which nothing is left gets what `qvm-backup` writes of a machine without files: a member
-//! `empty`, which holds an empty file. That reader extracts nothing of it, and fails if a machine has no member at all.
+//! `empty`, which holds an empty file. That reader extracts nothing of it, and fails if a machine has no member at all. A machine that must have
+//! images has such a member in skeletons only: by that they are told from backups that have lost images.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -33,9 +34,48 @@ pub struct Skeleton {
     pub lacks_home: bool,
 }
 
+/// What a skeleton is refused with where images are to be read.
+pub(super) const IS_SKELETON: &str = "it is a skeleton, which `vmfold import --qubes --skeleton` wrote for qvm-backup-restore: it has no images, and the \
+    backup that it was made of has them";
+
+/// Whether a backup is a skeleton. `has_image` tells whether a machine's image is there, and `has_member` whether a member is.
+pub(super) fn is_skeleton(
+    machines: &[Machine],
+    has_image: impl Fn(&Machine, &str) -> bool,
+    has_member: impl Fn(&str) -> bool,
+) -> bool {
+    let has_any = |machine: &Machine| machine.images.iter().any(|image| has_image(machine, image));
+    let is_marked = |machine: &Machine| !machine.images.is_empty() && has_member(&empty_of(&machine.folder));
+    machines.iter().any(is_marked) && !machines.iter().any(has_any)
+}
+
+/// The folders of machines that get a member `empty` in a skeleton: those that have nothing else of what is in `have`, and at least one that must
+/// have images. `has_member` tells whether a member is in the backup.
+pub(super) fn to_be_marked(
+    machines: &[Machine],
+    have: &BTreeSet<String>,
+    has_member: impl Fn(&str) -> bool,
+) -> Vec<String> {
+    let is_free = |machine: &&Machine| !has_member(&empty_of(&machine.folder));
+    let mut marked: Vec<&Machine> = machines
+        .iter()
+        .filter(|machine| !have.contains(&machine.folder))
+        .collect();
+    let mut with_images = machines.iter().filter(|machine| !machine.images.is_empty());
+    if marked.iter().all(|machine| machine.images.is_empty()) && with_images.clone().all(|machine| is_free(&machine)) {
+        marked.extend(with_images.next());
+    }
+    marked.iter().map(|machine| machine.folder.clone()).collect()
+}
+
+/// The member of a machine without files.
+pub(super) fn empty_of(folder: &str) -> String {
+    format!("{folder}/{EMPTY}")
+}
+
 impl Qvm<'_> {
     /// Reads on to the end, and makes a skeleton. What is copied of it is not decrypted.
-    pub(in crate::foreign) fn into_skeleton(mut self, kdf_memory_bytes: u64) -> Result<Skeleton> {
+    pub(super) fn into_skeleton(mut self, kdf_memory_bytes: u64) -> Result<Skeleton> {
         self.monitor.phase("Reading the backup", 0);
         let mut skeleton = Skeleton {
             bytes: Vec::new(),
@@ -72,9 +112,8 @@ impl Qvm<'_> {
         }
         self.machines.clone_from(&skeleton.machines);
         self.check_images(|member| self.seen.contains(member))?;
-        let machines = skeleton.machines.iter().map(|machine| &machine.folder);
-        let missing: Vec<String> = machines.filter(|folder| !have.contains(*folder)).cloned().collect();
-        self.add_empty(&mut skeleton, &missing, kdf_memory_bytes)?;
+        let marked = to_be_marked(&self.machines, &have, |member| self.seen.contains(member));
+        self.add_empty(&mut skeleton, &marked, kdf_memory_bytes)?;
         Ok(skeleton)
     }
 
@@ -101,7 +140,7 @@ impl Qvm<'_> {
         }
     }
 
-    /// Adds what a machine has of which nothing else is there. Keys are derived on as many cores as memory allows.
+    /// Adds the member of machines without files. Keys are derived on as many cores as memory allows.
     fn add_empty(&self, skeleton: &mut Skeleton, folders: &[String], kdf_memory_bytes: u64) -> Result<()> {
         let at_once = self.parts.borrow().keys_at_once(kdf_memory_bytes);
         for folders in folders.chunks(at_once) {
@@ -111,10 +150,11 @@ impl Qvm<'_> {
             let mut plain = Vec::new();
             for folder in folders {
                 let mut archive = Vec::new();
-                add_file(&mut archive, &format!("{folder}/{EMPTY}"), &[])
+                let member = empty_of(folder);
+                add_file(&mut archive, &member, &[])
                     .map_err(|problem| self.parts.borrow_mut().input().refused(problem))?;
                 archive.resize(archive.len().next_multiple_of(RECORD_BYTES), 0);
-                let name = format!("{folder}/{EMPTY}.000");
+                let name = format!("{member}.000");
                 let content = compressed(&archive, self.compression).map_err(|error| {
                     let parts = self.parts.borrow();
                     Error::io("make a part of", parts.path())(error)
@@ -135,23 +175,23 @@ impl Qvm<'_> {
 
     /// Adds a file to a skeleton.
     fn add(&self, skeleton: &mut Skeleton, name: &str, content: &[u8]) -> Result<()> {
-        let refused = |problem: &str| self.parts.borrow_mut().input().refused(problem);
-        if skeleton.bytes.len() + content.len() > BYTES_MAX {
-            return Err(refused("what it has beside images is larger than vmfold takes"));
-        }
-        add_file(&mut skeleton.bytes, name, content).map_err(refused)
+        let added = add_file(&mut skeleton.bytes, name, content);
+        added.map_err(|problem| self.parts.borrow_mut().input().refused(problem))
     }
 }
 
 /// Whether a file of a machine is an image.
-fn is_image(file: &str) -> bool {
+pub(super) fn is_image(file: &str) -> bool {
     std::path::Path::new(file)
         .extension()
         .is_some_and(|extension| extension == "img")
 }
 
-/// Adds an archive of one file to a stream of them, as `tar --format=ustar` writes it.
-fn add_file(stream: &mut Vec<u8>, name: &str, content: &[u8]) -> std::result::Result<(), &'static str> {
+/// Adds an archive of one file to a stream of them, as `tar --format=ustar` writes it. Returns why that is not possible.
+pub(super) fn add_file(stream: &mut Vec<u8>, name: &str, content: &[u8]) -> std::result::Result<(), &'static str> {
+    if stream.len() + content.len() > BYTES_MAX {
+        return Err("what it has beside images is larger than vmfold takes");
+    }
     if name.len() > NAME_BYTES_MAX {
         return Err("it has a part with a longer name than vmfold takes");
     }
@@ -212,6 +252,52 @@ fn compressed(bytes: &[u8], compression: Option<Compression>) -> io::Result<Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_skeleton_is_known_by_what_no_backup_has() {
+        let machine = |folder: &str, images: &[&'static str]| Machine {
+            name: folder.into(),
+            folder: folder.into(),
+            path: folder.into(),
+            images: images.to_vec(),
+        };
+        let machines = [
+            machine("vm1", &[]),
+            machine("vm2", &["private.img"]),
+            machine("vm3", &["root.img"]),
+        ];
+        let of = |members: &[&str]| {
+            let has = |member: &str| members.contains(&member);
+            is_skeleton(
+                &machines,
+                |machine, image| has(&format!("{}/{image}", machine.folder)),
+                has,
+            )
+        };
+        assert!(of(&["vm2/empty"]) && of(&["vm1/empty", "vm2/firewall.xml", "vm3/empty"]));
+        for members in [
+            &[][..],
+            &["vm1/empty"],
+            &["vm2/firewall.xml"],
+            &["vm2/empty", "vm3/root.img"],
+            &["vm2/private.img", "vm3/root.img"],
+        ] {
+            assert!(!of(members), "{members:?}");
+        }
+        let marked = |have: &[&str], members: &[&str]| {
+            let have = have.iter().map(|folder| (*folder).to_owned()).collect();
+            to_be_marked(&machines, &have, |member| members.contains(&member)).join(" ")
+        };
+        for (have, members, expected) in [
+            (&[][..], &[][..], "vm1 vm2 vm3"),
+            (&["vm1", "vm2"], &[], "vm3"),
+            (&["vm2", "vm3"], &[], "vm1 vm2"),
+            (&["vm1", "vm2", "vm3"], &[], "vm2"),
+            (&["vm1", "vm2", "vm3"], &["vm3/empty"], ""),
+        ] {
+            assert_eq!(marked(have, members), expected, "{have:?} {members:?}");
+        }
+    }
 
     #[test]
     fn what_is_compressed_is_what_the_readers_take() {

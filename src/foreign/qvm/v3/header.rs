@@ -7,6 +7,7 @@ use sha2::{Sha256, Sha384, Sha512};
 
 use crate::foreign::Compression;
 use crate::foreign::qvm::header::{Values, filter, other_version};
+use crate::shown::hex;
 
 /// Bytes of a file that holds a hash.
 pub(super) const HASH_FILE_BYTES_MAX: u64 = 4096;
@@ -75,6 +76,24 @@ impl HashAlgorithm {
             Self::Sha512 => has_hash::<Hmac<Sha512>>(hash, content, passphrase),
         }
     }
+
+    /// The hash of a content under a passphrase, as OpenSSL tells it.
+    pub(super) fn hash_text(self, content: &[u8], passphrase: &[u8]) -> Vec<u8> {
+        let hash = match self {
+            Self::Sha256 => hash_of_content::<Hmac<Sha256>>(content, passphrase),
+            Self::Sha384 => hash_of_content::<Hmac<Sha384>>(content, passphrase),
+            Self::Sha512 => hash_of_content::<Hmac<Sha512>>(content, passphrase),
+        };
+        format!("(stdin)= {}\n", hex(&hash)).into_bytes()
+    }
+}
+
+fn hash_of_content<M: Mac + KeyInit>(content: &[u8], passphrase: &[u8]) -> Vec<u8> {
+    let Ok(mut mac) = <M as KeyInit>::new_from_slice(passphrase) else {
+        return Vec::new();
+    };
+    mac.update(content);
+    mac.finalize().into_bytes().to_vec()
 }
 
 fn has_hash<M: Mac + KeyInit>(hash: &[u8], content: &[u8], passphrase: &[u8]) -> bool {
@@ -188,6 +207,7 @@ mod tests {
         ] {
             let hash = hash_of(hash.as_bytes()).unwrap();
             assert!(algorithm.is_hash_of(&hash, content, key));
+            assert_eq!(hash_of(&algorithm.hash_text(content, key)), Some(hash.clone()));
             assert!(!algorithm.is_hash_of(&hash, content, b"jefe"));
             assert!(!algorithm.is_hash_of(&hash[1..], content, key));
             assert!(!algorithm.is_hash_of(&[], content, key));

@@ -6,21 +6,10 @@ use std::path::{Path, PathBuf};
 
 use roxmltree::Node;
 
-use crate::foreign::qvm::machines::{document_of, is_name};
+use crate::foreign::qvm::machines::{Machine, document_of, is_name};
 
 /// Folders that machines are in.
 const PARENTS: [&str; 3] = ["appvms", "servicevms", "vm-templates"];
-
-/// A machine that was backed up.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Machine {
-    /// Its folder in the backup, such as `vm7` or `appvms/work`.
-    pub(super) folder: String,
-    /// Its folder in a pool, such as `appvms/work`.
-    pub(super) path: PathBuf,
-    /// The names of its images that must be there.
-    pub(super) images: Vec<&'static str>,
-}
 
 /// The machines that a description says were backed up. Dom0 is none of them.
 ///
@@ -46,6 +35,7 @@ pub(super) fn parse(xml: &str) -> Result<Vec<Machine>, String> {
         }
         let parent = if is_template(element) { "vm-templates" } else { "appvms" };
         let machine = Machine {
+            name: name.to_owned(),
             folder: folder.to_owned(),
             path: Path::new(parent).join(name),
             images: images_of(element),

@@ -8,6 +8,7 @@ mod cipher;
 mod header;
 mod machines;
 mod parts;
+mod skeleton;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
@@ -17,15 +18,15 @@ use std::rc::Rc;
 
 use self::cipher::Decrypting;
 use self::header::BackupHeader;
-use self::machines::Machine;
 use self::parts::{MemberReader, Parts};
-use super::{PART_BYTES, QvmOptions, XML_BYTES_MAX, whole};
+use super::machines::Machine;
+use super::skeleton::{IS_SKELETON, is_skeleton};
+use super::{EMPTY, PART_BYTES, QvmOptions, XML_BYTES_MAX, whole};
 use crate::error::{Error, Result};
 use crate::foreign::tar::{Entry, EntryKind, Stored, Tar};
-use crate::foreign::{Backup, Event, Input, Origin, Volume, volume_name};
+use crate::foreign::{Backup, Event, Input, Notes, Origin, Volume, volume_name};
 use crate::keys::Passphrase;
 use crate::monitor::Monitor;
-use crate::shown::shown;
 
 /// What a machine makes anew when it starts.
 const VOLATILE: &str = "volatile.img";
@@ -83,6 +84,10 @@ pub(super) struct Qvm3<'a> {
     events: VecDeque<Event>,
     checks_all: bool,
     is_ended: bool,
+    /// Whether it has the home folder of dom0, as far as it was read.
+    has_home: bool,
+    /// Entries that are neither files nor folders.
+    not_taken: Notes,
     monitor: &'a dyn Monitor,
 }
 
@@ -90,7 +95,7 @@ impl<'a> Qvm3<'a> {
     /// Reads the header, and what machines there are.
     pub(super) fn open(input: Input<'a>, options: &QvmOptions<'a, '_>) -> Result<Self> {
         let passphrase = (options.ask_passphrase)()?;
-        let (parts, header) = Parts::open(input, passphrase.clone())?;
+        let (parts, header) = Parts::open(input, passphrase.clone(), options.keeps)?;
         options.monitor.note(LACKS);
         let mut backup = Self {
             parts: Rc::new(RefCell::new(parts)),
@@ -108,6 +113,8 @@ impl<'a> Qvm3<'a> {
             events: VecDeque::new(),
             checks_all: options.checks_all,
             is_ended: false,
+            has_home: false,
+            not_taken: Notes::default(),
             monitor: options.monitor,
         };
         backup.take_machines()?;
@@ -178,12 +185,14 @@ impl<'a> Qvm3<'a> {
             if folder != "dom0-home" {
                 return Err(self.damaged(None, "it has a member of a machine that its qubes.xml does not have"));
             }
-            self.monitor
-                .note("The home folder of dom0 is in the backup, and is left out");
+            if !std::mem::replace(&mut self.has_home, true) {
+                self.monitor
+                    .note("The home folder of dom0 is in the backup, and is left out");
+            }
             self.pass_over(&name)?;
             return Ok(None);
         };
-        if file == VOLATILE {
+        if [VOLATILE, EMPTY].contains(&file) {
             self.pass_over(&name)?;
             return Ok(None);
         }
@@ -337,9 +346,7 @@ impl<'a> Qvm3<'a> {
                 Ok(None)
             }
             EntryKind::Other(_) => {
-                let path = shown(&member.path.join(below)).to_string();
-                self.monitor
-                    .note(&format!("`{path}` is neither a file nor a folder, and is left out"));
+                self.not_taken.tell_left_out(self.monitor, &member.path.join(below));
                 Ok(None)
             }
         }
@@ -373,6 +380,10 @@ impl<'a> Qvm3<'a> {
 
     /// Checks that each image came that the machines must have.
     fn check_images(&self) -> Result<()> {
+        let has_image = |machine: &Machine, image: &str| self.found.contains(&machine.path.join(image));
+        if is_skeleton(&self.machines, has_image, |member| self.seen.contains(member)) {
+            return Err(self.refused(IS_SKELETON));
+        }
         for machine in &self.machines {
             for image in &machine.images {
                 let path = machine.path.join(image);
@@ -496,6 +507,10 @@ impl Backup for Qvm3<'_> {
 
     fn proves_each_volume(&self) -> bool {
         true
+    }
+
+    fn machines(&self) -> &[Machine] {
+        &self.machines
     }
 
     fn leave_out(&mut self, volume: usize) {

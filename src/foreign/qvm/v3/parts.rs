@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::header::{BackupHeader, HASH_FILE_BYTES_MAX, HashAlgorithm, hash_of, parse};
 use super::machines::is_folder;
 use crate::error::{Error, Result};
+use crate::foreign::qvm::skeleton::add_file;
 use crate::foreign::qvm::stream::{content, next_file};
 use crate::foreign::tar::BLOCK;
 use crate::foreign::{Input, hand_out};
@@ -31,6 +32,12 @@ pub(super) struct Part {
     name: String,
     /// Bytes of its content in the stream.
     bytes: u64,
+}
+
+/// The hash of a file, and the text that tells it.
+struct FileHash {
+    text: Vec<u8>,
+    value: Vec<u8>,
 }
 
 /// Reads the name of a part: a member, and a number of three digits or more.
@@ -68,11 +75,13 @@ pub(super) struct Parts<'a> {
     /// Whether the last block of the stream was one of zeros.
     ends_in_zeros: bool,
     count: usize,
+    /// A stream of all files that were opened, if there is to be one.
+    copy: Option<Vec<u8>>,
 }
 
 impl<'a> Parts<'a> {
-    /// Reads the header of a backup, and authenticates it.
-    pub(super) fn open(input: Input<'a>, passphrase: Passphrase) -> Result<(Self, BackupHeader)> {
+    /// Reads the header of a backup, and authenticates it. With `copies`, what is opened is copied.
+    pub(super) fn open(input: Input<'a>, passphrase: Passphrase, copies: bool) -> Result<(Self, BackupHeader)> {
         let mut parts = Self {
             input,
             next: None,
@@ -80,6 +89,7 @@ impl<'a> Parts<'a> {
             algorithm: HashAlgorithm::Sha512,
             ends_in_zeros: false,
             count: 0,
+            copy: copies.then(Vec::new),
         };
         let start = parts.input.offset();
         let bytes = match parts.file()? {
@@ -89,9 +99,10 @@ impl<'a> Parts<'a> {
             _ => return Err(parts.damaged(start, None, "its header is missing, or in another place")),
         };
         let hash = parts.hash("backup-header", None)?;
+        parts.copy("backup-header", &bytes, &hash)?;
         let header = parse(&bytes).map_err(|problem| parts.input.refused(problem))?;
         parts.algorithm = header.algorithm;
-        if !parts.is_authentic(&hash, &bytes) {
+        if !parts.is_authentic(&hash.value, &bytes) {
             let problem = "the passphrase is another one, or its header is damaged";
             return Err(parts.input.refused(problem));
         }
@@ -110,8 +121,27 @@ impl<'a> Parts<'a> {
         self.algorithm.is_hash_of(hash, content, self.passphrase.bytes())
     }
 
+    /// Adds a file and its hash to the copy.
+    fn copy(&mut self, name: &str, content: &[u8], hash: &FileHash) -> Result<()> {
+        let Some(copy) = &mut self.copy else { return Ok(()) };
+        let added = add_file(copy, name, content).and_then(|()| add_file(copy, &format!("{name}.hmac"), &hash.text));
+        added.map_err(|problem| self.input.refused(problem))
+    }
+
+    /// Adds a part of these bytes to the copy, with its hash.
+    pub(super) fn add_to_copy(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        let text = self.algorithm.hash_text(content, self.passphrase.bytes());
+        let value = Vec::new();
+        self.copy(name, content, &FileHash { text, value })
+    }
+
+    /// Returns the copy.
+    pub(super) fn take_copy(&mut self) -> Vec<u8> {
+        self.copy.take().unwrap_or_default()
+    }
+
     /// The hash of a file, which comes behind it.
-    fn hash(&mut self, name: &str, volume: Option<&PathBuf>) -> Result<Vec<u8>> {
+    fn hash(&mut self, name: &str, volume: Option<&PathBuf>) -> Result<FileHash> {
         let start = self.input.offset();
         let text = match self.file()? {
             Some((hash_name, bytes))
@@ -121,7 +151,8 @@ impl<'a> Parts<'a> {
             }
             _ => return Err(self.damaged(start, volume, "the hash of a part is missing, or in another place")),
         };
-        hash_of(&text).ok_or_else(|| self.damaged(start, volume, "the hash of a part makes no sense"))
+        let value = hash_of(&text).ok_or_else(|| self.damaged(start, volume, "the hash of a part makes no sense"))?;
+        Ok(FileHash { text, value })
     }
 
     /// The part whose content comes next, or `None` at the end of the stream.
@@ -160,9 +191,10 @@ impl<'a> Parts<'a> {
         let start = self.input.offset();
         let stored = content(&mut self.input, part.bytes)?;
         let hash = self.hash(&part.name, volume)?;
-        if !self.is_authentic(&hash, &stored) {
+        if !self.is_authentic(&hash.value, &stored) {
             return Err(self.damaged(start, volume, "a part has another hash"));
         }
+        self.copy(&part.name, &stored, &hash)?;
         Ok(stored)
     }
 
