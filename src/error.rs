@@ -253,6 +253,12 @@ pub enum Error {
         /// Its owner.
         uid: u32,
     },
+    /// A path to write to leads through a symbolic link that another user can have put there.
+    #[error("`{}` is a symbolic link in a folder that others can write to", shown(path))]
+    SharedLink {
+        /// The link.
+        path: PathBuf,
+    },
     /// An archive does not hold what was written to it.
     #[error("the archive `{}` is damaged{}: {problem}", shown(path), range.map(|range| format!(" at {range}")).unwrap_or_default())]
     Damaged {
@@ -507,6 +513,7 @@ impl Error {
             | Self::ReadOnly { .. }
             | Self::NotOurs { .. }
             | Self::OfAnother { .. }
+            | Self::SharedLink { .. }
             | Self::Kernel { .. }
             | Self::NotRoot
             | Self::TooLarge
@@ -561,6 +568,7 @@ impl Error {
             Self::OfAnother { .. } => {
                 "whoever owns it could read what is written: name another file, or one in a folder of your own"
             }
+            Self::SharedLink { .. } => "they could lead it elsewhere: name what it leads to",
             Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",
             Self::Unsupported { .. } => "use a later version of vmfold",
             Self::NoSuchCommit { .. } => "vmfold list shows what there is",
@@ -637,6 +645,7 @@ mod tests {
             with(|path| Error::ReadOnly { path }),
             with(|path| Error::NotOurs { path }),
             with(|path| Error::OfAnother { path, uid: 1 }),
+            with(|path| Error::SharedLink { path }),
             Error::Kernel { release: (5, 3) },
             Error::NotRoot,
             Error::TooLarge,

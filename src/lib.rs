@@ -21,6 +21,7 @@
 //! frame       zstd frames that btrfs stores as they are
 //! chunk       content-defined chunks
 //! fingerprint fingerprints of blocks
+//! named_folder  folders that the user named, without links of others on the way
 //! own_folder  folders that nobody else can write to
 //! monitor     the caller's progress and interruption, as a trait
 //! error       every error, with its kind and its hint
@@ -55,6 +56,7 @@ pub mod frame;
 pub mod fs;
 pub mod index;
 pub mod monitor;
+pub mod named_folder;
 pub mod numbers;
 pub mod ops;
 pub mod own_folder;

@@ -10,6 +10,7 @@ pub mod clone;
 pub mod commit;
 pub mod dedupe;
 pub mod encoded_write;
+pub mod existing;
 pub mod fiemap;
 pub mod fs_info;
 pub mod fsmap;

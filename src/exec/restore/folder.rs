@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -13,12 +13,15 @@ use rustix::io::Errno;
 
 use crate::content::FileTime;
 use crate::error::{Error, Result};
-use crate::fs::existing;
+use crate::named_folder::NamedFolder;
 use crate::pool::users::FileId;
+use crate::sys::beneath::Folder;
 
 /// The folder that is restored to.
 #[derive(Debug)]
 pub struct Root {
+    /// The folder, as far as it exists.
+    named: NamedFolder,
     /// The open folder. While it does not exist, this is the deepest folder above it that does.
     file: File,
     path: PathBuf,
@@ -65,14 +68,14 @@ impl Root {
     /// Opens the folder that is restored to, or the deepest folder above it that exists. It makes nothing.
     ///
     /// # Errors
-    /// [`Error::Io`] if that folder cannot be opened.
+    /// Those of [`NamedFolder::look`].
     pub fn look(path: &Path) -> Result<Self> {
-        let existing = existing(path);
+        let named = NamedFolder::look(path)?;
         Ok(Self {
-            file: File::open(existing).map_err(Error::io("open", existing))?,
+            file: file_of(named.nearest(), path)?,
             path: path.to_owned(),
-            // This follows from the one look-up: a folder that someone makes meanwhile is not the one that was opened.
-            is_there: existing == path,
+            is_there: named.exists(),
+            named,
         })
     }
 
@@ -110,13 +113,13 @@ impl Root {
     /// Makes the folder if it does not exist, and then keeps other imports off it.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be made or opened; those of [`Root::keep_others_off`].
+    /// Those of [`NamedFolder::make`] and [`Root::keep_others_off`].
     pub fn make(&mut self) -> Result<()> {
         if self.is_there {
             return Ok(());
         }
-        std::fs::create_dir_all(&self.path).map_err(Error::io("make the folder", &self.path))?;
-        self.file = File::open(&self.path).map_err(Error::io("open", &self.path))?;
+        let made = self.named.make(Mode::RWXU | Mode::RWXG | Mode::RWXO)?;
+        self.file = file_of(&made, &self.path)?;
         self.is_there = true;
         self.keep_others_off()
     }
@@ -193,6 +196,12 @@ impl Root {
             path: self.path.join(relative),
         }
     }
+}
+
+/// An open folder as a file.
+fn file_of(folder: &Folder, path: &Path) -> Result<File> {
+    let file = folder.as_fd().try_clone_to_owned();
+    file.map(File::from).map_err(Error::io("open", path))
 }
 
 impl FileState {
