@@ -69,16 +69,18 @@ impl NamedFolder {
         &self.nearest
     }
 
-    /// Makes what is missing of the folder with a mode, which the umask restricts, and opens it.
+    /// Makes what is missing of the folder with a mode, which the umask restricts, and opens it. Calls `made` with the name of each folder that
+    /// was made, and with the folder that it lies in.
     ///
     /// # Errors
     /// [`Error::Io`] if a folder cannot be made, or if another user puts something else in its place.
-    pub fn make(&self, mode: Mode) -> Result<Folder> {
+    pub fn make(&self, mode: Mode, mut made: impl FnMut(&Folder, &OsStr)) -> Result<Folder> {
         let (mut folder, mut path) = (self.nearest.clone(), self.nearest_path.clone());
         for name in &self.missing {
             path.push(name);
             match rustix::fs::mkdirat(&folder, name, mode) {
-                Ok(()) | Err(Errno::EXIST) => {}
+                Ok(()) => made(&folder, name),
+                Err(Errno::EXIST) => {}
                 Err(errno) => return Err(Error::io("make the folder", &path)(errno)),
             }
             folder = folder
@@ -320,7 +322,7 @@ mod tests {
     const OTHER: u32 = 12345;
 
     fn make(path: &Path) -> Result<Folder> {
-        NamedFolder::look(path)?.make(Mode::RWXU)
+        NamedFolder::look(path)?.make(Mode::RWXU, |_, _| {})
     }
 
     fn is_same(folder: &Folder, path: &Path) -> bool {
@@ -367,15 +369,15 @@ mod tests {
         symlink("a", path("link")).unwrap();
         let named = NamedFolder::look(&path("link/x/../y/z")).unwrap();
         assert!(!named.exists() && is_same(named.nearest(), &path("a")) && !path("a/y").exists());
-        assert!(is_same(&named.make(Mode::RWXU).unwrap(), &path("a/y/z")));
+        assert!(is_same(&named.make(Mode::RWXU, |_, _| {}).unwrap(), &path("a/y/z")));
         assert!(!path("a/x").exists());
         // Someone was faster: a folder serves, and a link does not.
         let (folder, link) = (path("new/x"), path("newer/x"));
         let looked = [&folder, &link].map(|path| NamedFolder::look(path).unwrap());
         std::fs::create_dir_all(&folder).unwrap();
         symlink("a", path("newer")).unwrap();
-        assert!(looked[0].make(Mode::RWXU).is_ok());
-        assert!(looked[1].make(Mode::RWXU).is_err());
+        assert!(looked[0].make(Mode::RWXU, |_, _| {}).is_ok());
+        assert!(looked[1].make(Mode::RWXU, |_, _| {}).is_err());
         assert!(!path("a/x").exists());
     }
 

@@ -27,6 +27,8 @@ pub struct Root {
     path: PathBuf,
     /// Whether the folder exists.
     is_there: bool,
+    /// The folders that were made, each with the one above it.
+    made: Vec<(Folder, OsString)>,
 }
 
 /// The identity and the state of a file. As long as nothing of it changes, the content is the same.
@@ -75,6 +77,7 @@ impl Root {
             file: file_of(named.nearest(), path)?,
             path: path.to_owned(),
             is_there: named.exists(),
+            made: Vec::new(),
             named,
         })
     }
@@ -118,10 +121,19 @@ impl Root {
         if self.is_there {
             return Ok(());
         }
-        let made = self.named.make(Mode::RWXU | Mode::RWXG | Mode::RWXO)?;
+        let note = |above: &Folder, name: &OsStr| self.made.push((above.clone(), name.to_owned()));
+        let made = self.named.make(Mode::RWXU | Mode::RWXG | Mode::RWXO, note)?;
         self.file = file_of(&made, &self.path)?;
         self.is_there = true;
         self.keep_others_off()
+    }
+
+    /// Removes the folders that [`Root::make`] made, if nothing is in them.
+    pub fn remove_made(&self) {
+        for (above, name) in self.made.iter().rev() {
+            // An empty folder that stays does no harm.
+            let _ = rustix::fs::unlinkat(above, name, AtFlags::REMOVEDIR);
+        }
     }
 
     /// The path of the folder.

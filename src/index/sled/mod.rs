@@ -137,7 +137,7 @@ fn folder_of(indexes: &Path, uuid: &[u8; 16]) -> Result<PathBuf> {
     if !named.is_ours_all_the_way() {
         return Err(not_ours());
     }
-    let made = named.make(Mode::RWXU)?;
+    let made = named.make(Mode::RWXU, |_, _| {})?;
     let stat = rustix::fs::fstat(&made).map_err(Error::io("look at", indexes))?;
     let mode = Mode::from_raw_mode(stat.st_mode);
     let is_mine = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();

@@ -87,7 +87,8 @@ pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<Qubes
         }
         let mut work = work.map_or_else(|| Work::make(&path), Ok)?;
         if !work.is_restored() {
-            let imported = import_opened(backup, store, &[], &import, monitor)?;
+            let imported = import_opened(backup, store, &[], &import, monitor);
+            let imported = imported.inspect_err(|_| work.remove_if_unused())?;
             let is_whole = imported.done.is_some() && imported.lost.is_empty() && imported.failed.is_none();
             report.imported = Some(imported);
             if !is_whole {
