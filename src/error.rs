@@ -253,6 +253,12 @@ pub enum Error {
         /// Its owner.
         uid: u32,
     },
+    /// A path to write to leads through a symbolic link that another user can have put there.
+    #[error("`{}` is a symbolic link in a folder that others can write to", shown(path))]
+    SharedLink {
+        /// The link.
+        path: PathBuf,
+    },
     /// An archive does not hold what was written to it.
     #[error("the archive `{}` is damaged{}: {problem}", shown(path), range.map(|range| format!(" at {range}")).unwrap_or_default())]
     Damaged {
@@ -555,6 +561,7 @@ impl Error {
             | Self::ReadOnly { .. }
             | Self::NotOurs { .. }
             | Self::OfAnother { .. }
+            | Self::SharedLink { .. }
             | Self::Kernel { .. }
             | Self::NotRoot
             | Self::TooLarge
@@ -612,6 +619,7 @@ impl Error {
             Self::OfAnother { .. } => {
                 "whoever owns it could read what is written: name another file, or one in a folder of your own"
             }
+            Self::SharedLink { .. } => "they could lead it elsewhere: name what it leads to",
             Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",
             Self::Unsupported { .. } => "use a later version of vmfold",
             Self::NoKey { .. } => {
@@ -708,6 +716,7 @@ mod tests {
                 program: "pass show vmfold".into(),
                 problem: "it failed".into(),
             },
+            with(|path| Error::SharedLink { path }),
             Error::Kernel { release: (5, 3) },
             Error::NotRoot,
             Error::TooLarge,

@@ -23,6 +23,7 @@
 //! frame       zstd frames that btrfs stores as they are
 //! chunk       content-defined chunks
 //! fingerprint fingerprints of blocks
+//! named_folder  folders that the user named, without links of others on the way
 //! own_folder  folders that nobody else can write to
 //! monitor     the caller's progress and interruption, as a trait
 //! error       every error, with its kind and its hint
@@ -58,6 +59,7 @@ pub mod fs;
 pub mod index;
 pub mod keys;
 pub mod monitor;
+pub mod named_folder;
 pub mod numbers;
 pub mod ops;
 pub mod own_folder;

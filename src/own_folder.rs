@@ -1,13 +1,14 @@
 //! Opens folders that no other user can write to, so that vmfold may trust the files in them and write to them by name.
 
-use std::fs::{DirBuilder, File};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::File;
 use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::process::geteuid;
 
 use crate::error::{Error, Result};
+use crate::named_folder;
 use crate::sys::beneath::Folder;
 
 /// Opens a folder that only this user can write to, and makes it if it does not exist. In a folder where everybody may make folders,
@@ -15,20 +16,20 @@ use crate::sys::beneath::Folder;
 ///
 /// # Errors
 /// Returns [`Error::NotOurs`] if another user owns the folder or can write to it, or if the path is a symbolic link or no folder, and
-/// [`Error::Io`] if a system call fails.
+/// [`Error::Io`] if a system call fails; those of [`named_folder::open`].
 pub fn own_folder(path: &Path) -> Result<Folder> {
     let io = |errno| Error::io("open the folder", path)(errno);
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(Error::io("make the folder", path)(error));
-        }
-        _ => {}
+    let name = path.file_name().ok_or(Errno::INVAL).map_err(io)?;
+    let parent = named_folder::open_parent(path)?;
+    match rustix::fs::mkdirat(&parent, name, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(Error::io("make the folder", path)(errno)),
     }
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let not_ours = || Error::NotOurs { path: path.to_owned() };
-    let folder = match rustix::fs::open(path, flags, Mode::empty()) {
+    let folder = match rustix::fs::openat(&parent, name, flags, Mode::empty()) {
         Ok(folder) => File::from(folder),
-        Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR | rustix::io::Errno::ACCESS) => return Err(not_ours()),
+        Err(Errno::LOOP | Errno::NOTDIR | Errno::ACCESS) => return Err(not_ours()),
         Err(errno) => return Err(io(errno)),
     };
     let stat = rustix::fs::fstat(&folder).map_err(io)?;
@@ -42,6 +43,9 @@ pub fn own_folder(path: &Path) -> Result<Folder> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::DirBuilder;
+    use std::os::unix::fs::DirBuilderExt;
+
     use super::*;
 
     #[test]

@@ -376,3 +376,114 @@ fn a_machine_that_keeps_a_template_out_is_named() {
     assert!(by_template.is_some_and(|name| name.ends_with("(left alone)")), "{done}");
     assert!(held.keys().all(|name| Path::new(name).starts_with(&fs.mount)), "{done}");
 }
+
+/// The paths of everything in a folder.
+fn all_in(folder: &Path) -> Vec<PathBuf> {
+    let entries = walkdir::WalkDir::new(folder).min_depth(1).into_iter();
+    entries.map(|entry| entry.unwrap().into_path()).collect()
+}
+
+/// A folder of another user's beside a folder of root's that the other user leads to, and a backup of one image.
+fn folders_of_two() -> (tempfile::TempDir, PathBuf, PathBuf, PathBuf) {
+    let root = tempfile::tempdir().unwrap();
+    set_mode(root.path(), 0o755);
+    let path = |name: &str| root.path().join(name);
+    for folder in ["theirs", "victim", "backup"] {
+        std::fs::create_dir(path(folder)).unwrap();
+    }
+    chown(&path("theirs"), OTHER);
+    std::fs::write(path("backup/x.img"), Random(7).data(4095)).unwrap();
+    let (backup, folder) = (path("backup.tar"), path("backup"));
+    sh(&format!("tar -cf {} -C {} x.img", backup.display(), folder.display()));
+    let (theirs, victim) = (path("theirs"), path("victim"));
+    (root, theirs, victim, backup)
+}
+
+fn vmfold(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vmfold"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn what_root_writes_goes_through_no_link_of_another_user() {
+    if !can_mount() {
+        return;
+    }
+    let (root, theirs, victim, backup) = folders_of_two();
+    let link = theirs.join("link");
+    symlink(&victim, &link).unwrap();
+    chown(&link, OTHER);
+    let (backup, image) = (backup.to_str().unwrap(), root.path().join("backup/x.img"));
+    let below = |name: &str| link.join(name).to_str().unwrap().to_owned();
+    let (here, sub, index, log) = (below(""), below("sub"), below("index"), below("log"));
+    let own_index = root.path().join("index").to_str().unwrap().to_owned();
+    for arguments in [
+        &["import", backup, "--to", here.trim_end_matches('/')][..],
+        &["import", backup, "--to", &here],
+        &["import", backup, "--to", &sub],
+        &["import", backup, "--to", &sub, "--dry-run"],
+        &[
+            "export",
+            image.to_str().unwrap(),
+            "--to",
+            &below("a.vmfold"),
+            "--index",
+            &own_index,
+        ],
+        &["list", backup, "--log-file", &log],
+        &["man", &sub],
+        &["man", &here],
+    ] {
+        let output = vmfold(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {}", text(&output));
+        let problem = format!("`{}` belongs to another user (uid {OTHER})", link.display());
+        assert!(text(&output).contains(&problem), "{arguments:?}: {}", text(&output));
+    }
+    let output = vmfold(&["scan", "--index", &index, image.to_str().unwrap()]);
+    assert_ne!(output.status.code(), Some(0), "{}", text(&output));
+    assert_eq!(all_in(&victim), Vec::<PathBuf>::new());
+    // A folder of theirs serves, if root names it, and so does a link of root's own.
+    let own = root.path().join("own");
+    symlink(theirs.join("restored"), &own).unwrap();
+    std::fs::create_dir(theirs.join("restored")).unwrap();
+    let output = vmfold(&["import", backup, "--to", own.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(theirs.join("restored/x.img").exists());
+}
+
+#[test]
+fn a_link_that_comes_and_goes_is_never_followed() {
+    if !can_mount() {
+        return;
+    }
+    let (_root, theirs, victim, backup) = folders_of_two();
+    let racing = format!(
+        "cd {} && while :; do ln -s {} new; rm -rf new; done",
+        theirs.display(),
+        victim.display()
+    );
+    let mut other = Command::new("setpriv")
+        .args([
+            &format!("--reuid={OTHER}"),
+            &format!("--regid={OTHER}"),
+            "--clear-groups",
+        ])
+        .args(["sh", "-c", &racing])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let (new, sub) = (theirs.join("new"), theirs.join("new/sub"));
+    let mut ends = HashSet::new();
+    for round in 0..60 {
+        let to = if round % 2 == 0 { &new } else { &sub };
+        let output = vmfold(&["import", backup.to_str().unwrap(), "--to", to.to_str().unwrap()]);
+        ends.insert(output.status.code());
+        let _ = std::fs::remove_dir_all(&new);
+    }
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert_eq!(all_in(&victim), Vec::<PathBuf>::new(), "{ends:?}");
+    assert!(ends.contains(&Some(1)), "the link was there at times: {ends:?}");
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 30] = [
+const ORDER: [&str; 31] = [
     "sys",
     "numbers",
     "block",
@@ -15,6 +15,7 @@ const ORDER: [&str; 30] = [
     "spill",
     "content",
     "error",
+    "named_folder",
     "own_folder",
     "monitor",
     "fingerprint",

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::MakeWriter;
@@ -15,6 +16,7 @@ use tracing_subscriber::registry::Registry;
 use super::args::Args;
 use super::progress::{NOTES, Terminal};
 use crate::error::{Error, Result};
+use crate::named_folder::open_parent;
 
 /// A destination of the log.
 type LogLayer = Box<dyn Layer<Registry> + Send + Sync>;
@@ -64,7 +66,9 @@ where
 fn open(path: &Path) -> Result<File> {
     let flags =
         OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let opened = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
+    let name = path.file_name().ok_or(Errno::ISDIR);
+    let name = name.map_err(Error::io("open the log", path))?;
+    let opened = rustix::fs::openat(open_parent(path)?, name, flags, Mode::RUSR | Mode::WUSR);
     let file = File::from(opened.map_err(Error::io("open the log", path))?);
     let stat = rustix::fs::fstat(&file).map_err(Error::io("look at", path))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {

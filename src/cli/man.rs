@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use clap::CommandFactory;
 use clap_mangen::Man;
 use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
 use serde::Serialize;
 
 use super::args::Args;
 use crate::error::{Error, Result};
+use crate::named_folder::NamedFolder;
 use crate::shown::shown;
 use crate::sys::beneath::Folder;
 
@@ -34,10 +34,11 @@ impl std::fmt::Display for ManPages {
 /// [`Error::NoSuchPath`] if there is no such folder; [`Error::Io`] or [`Error::NoSpace`], with the path, if it cannot be opened or a page
 /// cannot be written. The pages before that one are in place then.
 pub(super) fn write_man_pages(path: &Path) -> Result<ManPages> {
-    let folder = Folder::open(path).map_err(|errno| match errno {
-        Errno::NOENT => Error::NoSuchPath { path: path.to_owned() },
-        _ => Error::io("open the folder", path)(errno),
-    })?;
+    let named = NamedFolder::look(path)?;
+    if !named.exists() {
+        return Err(Error::NoSuchPath { path: path.to_owned() });
+    }
+    let folder = named.nearest();
     let mut command = Args::command().disable_help_subcommand(true);
     command.build();
     let verbs = command.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned();
@@ -45,7 +46,7 @@ pub(super) fn write_man_pages(path: &Path) -> Result<ManPages> {
     for command in std::iter::once(command.clone()).chain(verbs) {
         let man = Man::new(command);
         let page = path.join(man.get_filename());
-        write_page(&folder, &man).map_err(Error::writing("write", &page))?;
+        write_page(folder, &man).map_err(Error::writing("write", &page))?;
         pages.push(page);
     }
     Ok(ManPages { pages })

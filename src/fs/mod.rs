@@ -31,7 +31,7 @@ use crate::range;
 use crate::spill::{Budget, SpillVec};
 
 pub use accounting::{freed_bytes, physical_bytes};
-pub use open::{HoldingImage, compresses_files, existing, images_holding, may_find_holders, open, uuid_at};
+pub use open::{HoldingImage, compresses_files, images_holding, may_find_holders, open, uuid_at};
 pub use plain::Plain;
 pub use prove::prove_slots;
 

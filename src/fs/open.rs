@@ -9,6 +9,7 @@ use super::{Filesystem, Plain, Purpose, btrfs, xfs};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::pool::{FoundImage, NamedPath, Skipped};
+use crate::sys::existing::existing;
 use crate::sys::fs_info::{FilesystemKind, FsInfo, fs_info};
 
 /// Opens the images of a pool, and returns which of them are left alone. Dirty data of the filesystem is on disk afterwards. What is only read
@@ -88,15 +89,6 @@ fn filesystem_at(path: &Path) -> Option<(File, FsInfo)> {
     let folder = File::open(existing(path)).ok()?;
     let info = fs_info(&folder).ok()?;
     Some((folder, info))
-}
-
-/// Returns the nearest existing ancestor of a path, which may be the path itself.
-pub fn existing(path: &Path) -> &Path {
-    // The last ancestor of a relative path is empty; it stands for the current folder.
-    let exists = path
-        .ancestors()
-        .find(|folder| !folder.as_os_str().is_empty() && folder.exists());
-    exists.unwrap_or(Path::new("."))
 }
 
 /// Whether the named paths lie on a filesystem that cannot share extents, as far as vmfold knows.

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::{Store, unsupported};
 use crate::content::FileTime;
 use crate::error::{Error, Result};
+use crate::named_folder;
 use crate::sys::beneath;
 
 /// A file that is read, or read and appended to. Only the user who runs vmfold can read a file that it creates.
@@ -181,7 +182,7 @@ impl FileStore {
             let name = candidate.file_name().ok_or_else(|| not_an_archive(path))?.to_owned();
             let parent = candidate.parent().filter(|parent| !parent.as_os_str().is_empty());
             let parent = parent.unwrap_or(Path::new("."));
-            let folder = beneath::Folder::open(parent).map_err(Error::io("open", parent))?;
+            let folder = named_folder::open(parent)?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             match rustix::fs::openat(&folder, &name, flags, Mode::RUSR | Mode::WUSR) {
                 Ok(file) => {
@@ -197,12 +198,12 @@ impl FileStore {
             let stat = rustix::fs::fstat(&path_only).map_err(failed)?;
             match FileType::from_raw_mode(stat.st_mode) {
                 FileType::RegularFile => {
-                    refuse_if_of_another(&folder, &stat, path)?;
+                    named_folder::refuse_if_of_another(&folder, &stat, path)?;
                     let file = beneath::reopen(&path_only, OFlags::RDWR | OFlags::NONBLOCK).map_err(failed)?;
                     return Ok((file, Name { folder, name }, false));
                 }
                 FileType::Symlink => {
-                    refuse_if_of_another(&folder, &stat, path)?;
+                    named_folder::refuse_link_of_another(&folder, &stat, path)?;
                     let link = rustix::fs::readlinkat(&path_only, "", Vec::new()).map_err(failed)?;
                     candidate = parent.join(OsStr::from_bytes(link.to_bytes()));
                 }
@@ -270,35 +271,4 @@ const READ_ONLY: &str = "it was opened for reading only";
 
 fn not_an_archive(path: &Path) -> Error {
     Error::NotAnArchive { path: path.to_owned() }
-}
-
-/// Refuses a file or symbolic link that neither the user of this process nor root owns, in a folder where others can put one. A filesystem
-/// that stores no owners, or those of another host, cannot tell.
-fn refuse_if_of_another(folder: &beneath::Folder, stat: &rustix::fs::Stat, path: &Path) -> Result<()> {
-    /// The magic numbers of vfat, exfat, ntfs3, cifs, smb2, nfs, 9p and fuse (linux/magic.h).
-    const WITHOUT_OWNERS: [i64; 8] = [
-        0x4d44,
-        0x2011_bab0,
-        0x7366_746e,
-        0xff53_4d42,
-        0xfe53_4d42,
-        0x6969,
-        0x0102_1997,
-        0x6573_5546,
-    ];
-    let failed = Error::io("look at the folder of", path);
-    let is_mine = |uid: u32| uid == 0 || uid == rustix::process::geteuid().as_raw();
-    if is_mine(stat.st_uid) {
-        return Ok(());
-    }
-    let of_folder = rustix::fs::fstat(folder).map_err(failed)?;
-    let others_write = Mode::from_raw_mode(of_folder.st_mode).intersects(Mode::WGRP | Mode::WOTH);
-    let magic = rustix::fs::fstatfs(folder).map_or(0, |found| found.f_type);
-    if (is_mine(of_folder.st_uid) && !others_write) || WITHOUT_OWNERS.contains(&magic) {
-        return Ok(());
-    }
-    Err(Error::OfAnother {
-        path: path.to_owned(),
-        uid: stat.st_uid,
-    })
 }

@@ -11,6 +11,7 @@ pub mod commit;
 pub mod dedupe;
 pub mod descriptor;
 pub mod encoded_write;
+pub mod existing;
 pub mod fiemap;
 pub mod fs_info;
 pub mod fsmap;

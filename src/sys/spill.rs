@@ -16,6 +16,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw, RemapOptions};
 use rustix::fs::{FallocateFlags, IFlags, fallocate, fstatvfs};
 use rustix::io::Errno;
 
+use super::existing::existing;
 use super::inode_flags::add_inode_flags;
 
 /// Size from which an allocation counts as large; smaller ones are left to the global allocator.
@@ -65,7 +66,6 @@ impl Budget {
     pub fn file(&self, bytes: u64) -> Result<SpillFile> {
         let space = self.0.as_deref().ok_or(ErrorKind::Unsupported)?;
         let folder = lock(space).folder.clone();
-        std::fs::create_dir_all(&folder)?;
         let mut file = SpillFile::new(&folder)?;
         file.allocate_blocks_if_possible(bytes)?;
         file.file.set_len(bytes)?;
@@ -170,7 +170,6 @@ impl LargeBlock {
     /// Maps a new file whose blocks are all allocated: a later write to a page without a block would end the process by a signal if the
     /// disk was full. The file takes at most one in `share` of the free space.
     fn in_file(bytes: usize, folder: &Path, share: u64) -> Result<Self> {
-        std::fs::create_dir_all(folder)?;
         let mut file = SpillFile::new(folder)?;
         file.allocate_blocks(bytes as u64, share)?;
         let map = MmapOptions::new().len(bytes).map_raw(&file.file)?;
@@ -207,12 +206,12 @@ pub struct SpillFile {
 }
 
 impl SpillFile {
-    /// Makes an empty file.
+    /// Makes an empty file in a folder, or in the deepest folder above it that exists.
     ///
     /// # Errors
     /// Returns the error of making an unnamed file in the folder.
     pub fn new(folder: &Path) -> Result<Self> {
-        let file = tempfile::tempfile_in(folder)?;
+        let file = tempfile::tempfile_in(existing(folder))?;
         // With copy on write, btrfs would allocate new blocks on each write, for which there may be no space. Other filesystems do not know
         // the flag.
         let _ = add_inode_flags(&file, IFlags::NOCOW);

@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -13,17 +13,22 @@ use rustix::io::Errno;
 
 use crate::content::FileTime;
 use crate::error::{Error, Result};
-use crate::fs::existing;
+use crate::named_folder::NamedFolder;
 use crate::pool::users::FileId;
+use crate::sys::beneath::Folder;
 
 /// The folder that is restored to.
 #[derive(Debug)]
 pub struct Root {
+    /// The folder, as far as it exists.
+    named: NamedFolder,
     /// The open folder. While it does not exist, this is the deepest folder above it that does.
     file: File,
     path: PathBuf,
     /// Whether the folder exists.
     is_there: bool,
+    /// The folders that were made, each with the one above it.
+    made: Vec<(Folder, OsString)>,
 }
 
 /// The identity and the state of a file. As long as nothing of it changes, the content is the same.
@@ -65,14 +70,15 @@ impl Root {
     /// Opens the folder that is restored to, or the deepest folder above it that exists. It makes nothing.
     ///
     /// # Errors
-    /// [`Error::Io`] if that folder cannot be opened.
+    /// Those of [`NamedFolder::look`].
     pub fn look(path: &Path) -> Result<Self> {
-        let existing = existing(path);
+        let named = NamedFolder::look(path)?;
         Ok(Self {
-            file: File::open(existing).map_err(Error::io("open", existing))?,
+            file: file_of(named.nearest(), path)?,
             path: path.to_owned(),
-            // This follows from the one look-up: a folder that someone makes meanwhile is not the one that was opened.
-            is_there: existing == path,
+            is_there: named.exists(),
+            made: Vec::new(),
+            named,
         })
     }
 
@@ -110,15 +116,24 @@ impl Root {
     /// Makes the folder if it does not exist, and then keeps other imports off it.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be made or opened; those of [`Root::keep_others_off`].
+    /// Those of [`NamedFolder::make`] and [`Root::keep_others_off`].
     pub fn make(&mut self) -> Result<()> {
         if self.is_there {
             return Ok(());
         }
-        std::fs::create_dir_all(&self.path).map_err(Error::io("make the folder", &self.path))?;
-        self.file = File::open(&self.path).map_err(Error::io("open", &self.path))?;
+        let note = |above: &Folder, name: &OsStr| self.made.push((above.clone(), name.to_owned()));
+        let made = self.named.make(Mode::RWXU | Mode::RWXG | Mode::RWXO, note)?;
+        self.file = file_of(&made, &self.path)?;
         self.is_there = true;
         self.keep_others_off()
+    }
+
+    /// Removes the folders that [`Root::make`] made, if nothing is in them.
+    pub fn remove_made(&self) {
+        for (above, name) in self.made.iter().rev() {
+            // An empty folder that stays does no harm.
+            let _ = rustix::fs::unlinkat(above, name, AtFlags::REMOVEDIR);
+        }
     }
 
     /// The path of the folder.
@@ -193,6 +208,12 @@ impl Root {
             path: self.path.join(relative),
         }
     }
+}
+
+/// An open folder as a file.
+fn file_of(folder: &Folder, path: &Path) -> Result<File> {
+    let file = folder.as_fd().try_clone_to_owned();
+    file.map(File::from).map_err(Error::io("open", path))
 }
 
 impl FileState {

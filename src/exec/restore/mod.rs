@@ -225,7 +225,8 @@ impl<'a> Restore<'a> {
     /// # Errors
     /// Before anything is written: [`Error::Usage`] if an interrupted restore lies there and is not resumed, and [`Error::DoesNotFit`].
     /// Later: those of the source, [`Error::NoSpace`] or [`Error::Io`] if the folder cannot be written, and [`Error::Interrupted`]. The
-    /// blocks that were staged until then are kept.
+    /// blocks that were staged until then are kept if a later run can use them, which takes a source that [knows](BlockSource::knows_hashes)
+    /// their hashes. Otherwise nothing is left.
     pub fn execute(mut self) -> Result<RestoreOutcome> {
         let planned = self.take_plan()?;
         let folder = self.work_folder();
@@ -244,28 +245,26 @@ impl<'a> Restore<'a> {
         self.check_space(&planned.plan)?;
         self.root.make()?;
         let mut staging = Staging::open(self.root.file(), &folder)?;
-        if self.options.compress {
-            staging.compress()?;
+        let result = self.run(planned, &mut staging);
+        if result.is_ok() {
+            staging.remove()?;
+        } else if self.source.knows_hashes() || staging.has_images() {
+            // A run that was told to resume, or that always does, is repeated as it was.
+            let how = if self.options.resume {
+                "running the same again"
+            } else {
+                "--resume"
+            };
+            let folder = shown(&folder);
+            self.monitor.note(&format!(
+                "What was restored so far is kept in `{folder}`: {how} goes on from there"
+            ));
+        } else {
+            // The blocks serve no later run, which could not tell which blocks of the source they are. The error is what the user must learn.
+            let _ = staging.remove();
+            self.root.remove_made();
         }
-        match self.run(planned, &mut staging) {
-            Ok(outcome) => {
-                staging.remove()?;
-                Ok(outcome)
-            }
-            Err(error) => {
-                // A run that was told to resume, or that always does, is repeated as it was.
-                let how = if self.options.resume {
-                    "running the same again"
-                } else {
-                    "--resume"
-                };
-                let folder = shown(&folder);
-                self.monitor.note(&format!(
-                    "What was restored so far is kept in `{folder}`: {how} goes on from there"
-                ));
-                Err(error)
-            }
-        }
+        result
     }
 
     /// Refuses a plan that does not fit. What is compressed may fit all the same, which shows when it is written.
@@ -358,6 +357,9 @@ impl<'a> Restore<'a> {
 
     /// Stages the blocks of all offers, and makes the images that were committed last.
     fn run(&mut self, first: PreparedRestore, staging: &mut Staging) -> Result<RestoreOutcome> {
+        if self.options.compress {
+            staging.compress()?;
+        }
         let journal = staging.journal_at_start().clone();
         let mut restored = Restored::default();
         let (mut planned, mut committed) = (first, None);

@@ -54,6 +54,8 @@ pub struct Staging {
     dirty: Option<Range<u64>>,
     /// What the journal said when it was opened.
     journal_at_start: Journal,
+    /// Whether the journal has files of images.
+    has_images: bool,
 }
 
 /// The content of a journal.
@@ -304,6 +306,7 @@ impl Staging {
             pending: Vec::new(),
             pending_bytes: 0,
             dirty: None,
+            has_images: !journal_at_start.images.is_empty(),
             journal_at_start,
         })
     }
@@ -327,6 +330,11 @@ impl Staging {
     /// What the journal said when it was opened.
     pub fn journal_at_start(&self) -> &Journal {
         &self.journal_at_start
+    }
+
+    /// Whether files were made of images, in this run or in the interrupted one.
+    pub fn has_images(&self) -> bool {
+        self.has_images
     }
 
     /// Bytes that the staging file takes on disk.
@@ -469,6 +477,7 @@ impl Staging {
     /// [`Error::NoSpace`] or [`Error::Io`] if the journal cannot be written.
     pub fn note_made(&mut self, made: impl Iterator<Item = FileOfImage>) -> Result<()> {
         let device = self.device()?;
+        self.has_images = true;
         let lines: String = made.map(|one| line_of("made", one.image, &one.state, device)).collect();
         self.note(&lines)
     }

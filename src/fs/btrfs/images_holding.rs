@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use crate::fs::{HoldingImage, existing};
+use crate::fs::HoldingImage;
+use crate::sys::existing::existing;
 use crate::sys::logical_ino;
 
 /// Returns the files of the subvolume that `path` is or will be in that hold extents at these addresses.

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use walkdir::WalkDir;
 
-use crate::fs::{HoldingImage, existing};
+use crate::fs::HoldingImage;
 use crate::monitor::Monitor;
 use crate::pool;
 use crate::sys::beneath::Folder;
+use crate::sys::existing::existing;
 use crate::sys::fiemap::fiemap;
 
 /// Returns the images on the XFS that map the addresses where extents begin. XFS cannot be asked who holds an extent, so that images are

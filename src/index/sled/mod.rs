@@ -2,8 +2,6 @@
 
 mod database;
 
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
@@ -17,6 +15,7 @@ use crate::block::BLOCK_BYTES;
 use crate::error::{Error, Result};
 use crate::fingerprint::FingerprintFunction;
 use crate::monitor::Monitor;
+use crate::named_folder::NamedFolder;
 use crate::own_folder::own_folder;
 use crate::shown::{hex, shown};
 
@@ -131,20 +130,20 @@ pub fn all_in(folder: &Path, monitor: &dyn Monitor) -> Result<Vec<IndexStatus>> 
 /// Returns the folder of a filesystem's index, and creates it if it does not exist. Files in it are trusted, and written to by name, so
 /// that no other user may be able to put a file or another folder there.
 fn folder_of(indexes: &Path, uuid: &[u8; 16]) -> Result<PathBuf> {
-    let failed = Error::io("look at", indexes);
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(indexes)
-        .map_err(Error::io("make the folder", indexes))?;
-    let stat = rustix::fs::stat(indexes).map_err(failed)?;
+    let not_ours = || Error::NotOurs {
+        path: indexes.to_owned(),
+    };
+    let named = NamedFolder::look(indexes)?;
+    if !named.is_ours_all_the_way() {
+        return Err(not_ours());
+    }
+    let made = named.make(Mode::RWXU, |_, _| {})?;
+    let stat = rustix::fs::fstat(&made).map_err(Error::io("look at", indexes))?;
     let mode = Mode::from_raw_mode(stat.st_mode);
     let is_mine = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
     let others_move = mode.intersects(Mode::WGRP | Mode::WOTH) && !mode.contains(Mode::SVTX);
     if !is_mine || others_move {
-        return Err(Error::NotOurs {
-            path: indexes.to_owned(),
-        });
+        return Err(not_ours());
     }
     let folder = indexes.join(hex(uuid));
     own_folder(&folder)?;

@@ -8,10 +8,12 @@ mod targets;
 mod work;
 
 use std::collections::BTreeSet;
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use self::fill::Filling;
 use self::targets::Target;
@@ -22,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::exec::restore::RestoreOptions;
 use crate::foreign::{self, Machine};
 use crate::monitor::Monitor;
+use crate::named_folder::open_parent;
 use crate::ops::{ArchivePlace, BackupAccess, is_backup, open_backup, open_options};
 use crate::plan::restore::chooser;
 use crate::qubes::Qubesd;
@@ -84,7 +87,8 @@ pub fn import(options: &QubesOptions<'_>, monitor: &dyn Monitor) -> Result<Qubes
         }
         let mut work = work.map_or_else(|| Work::make(&path), Ok)?;
         if !work.is_restored() {
-            let imported = import_opened(backup, store, &[], &import, monitor)?;
+            let imported = import_opened(backup, store, &[], &import, monitor);
+            let imported = imported.inspect_err(|_| work.remove_if_unused())?;
             let is_whole = imported.done.is_some() && imported.lost.is_empty() && imported.failed.is_none();
             report.imported = Some(imported);
             if !is_whole {
@@ -163,15 +167,17 @@ fn exists(file: &Path) -> Error {
 
 /// Writes a new file that only the user can read, all of it or none.
 fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
-    let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-    let mut file = match opened {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Err(exists(path)),
-        other => other.map_err(Error::io("make", path))?,
+    let name = path.file_name().ok_or(Errno::ISDIR).map_err(Error::io("make", path))?;
+    let folder = open_parent(path)?;
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut file = match rustix::fs::openat(&folder, name, flags, Mode::RUSR | Mode::WUSR) {
+        Err(Errno::EXIST) => return Err(exists(path)),
+        other => File::from(other.map_err(Error::io("make", path))?),
     };
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
     written.map_err(|error| {
         // It is the file that was made above, and nothing else is lost with it.
-        let _ = std::fs::remove_file(path);
+        let _ = rustix::fs::unlinkat(&folder, name, AtFlags::empty());
         Error::writing("write", path)(error)
     })
 }

@@ -121,15 +121,14 @@ impl FoundRecords {
             start: offset,
             length: HEADER_BYTES as u64 + header.body_bytes,
         };
-        let next = self.next.entry(header.lane).or_insert(0);
-        if header.sequence != *next {
+        let after = header.sequence.saturating_add(1);
+        if self.next.insert(header.lane, after).unwrap_or(0) != header.sequence {
             let problem = format!(
                 "records before this {} are missing, or it stands twice",
                 header.kind.name()
             );
             self.note(Damage::at(range, problem));
         }
-        *next = header.sequence.saturating_add(1);
         self.records += 1;
         match header.kind {
             RecordKind::Commit => match ClearCommit::decode(body) {

@@ -231,6 +231,12 @@ impl Work {
         open().unwrap_or(false)
     }
 
+    /// Removes the folder if nothing was restored to it that another run can use.
+    pub(super) fn remove_if_unused(&self) {
+        // An empty folder that stays does no harm: the next run uses it.
+        let _ = std::fs::remove_dir(&self.path);
+    }
+
     /// Removes the folder, with all that is left in it.
     pub(super) fn remove(&self) -> Result<()> {
         std::fs::remove_dir_all(&self.path).map_err(Error::io("remove", &self.path))
