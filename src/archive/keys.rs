@@ -486,7 +486,15 @@ impl ArchiveKeys {
             };
         };
         if self.ring().is_none() {
-            return Err(no_key(archive));
+            // Whoever meets a sealed COMMIT has looked for KEY records, and had the first that there was opened.
+            return Err(if header.kind == RecordKind::Commit {
+                damaged("its KEY records are lost".into())
+            } else {
+                Error::Unsupported {
+                    path: archive.to_owned(),
+                    problem: "it has sealed records, and is not sealed as a whole",
+                }
+            });
         }
         if header.kind == RecordKind::Commit {
             self.learn_commit(header, &stored).map_err(damaged)?;

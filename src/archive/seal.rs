@@ -429,7 +429,7 @@ fn open_pack(keys: &EpochKeys, header: &RecordHeader, stored: &[u8]) -> Decoded<
     body.append(&mut opener.open_lines(part(stored, lines)?)?);
     let count = (body.len() - pack::FIXED_BYTES) / pack::LINE_BYTES;
     let lengths: Vec<usize> = (0..count).map(|frame| stored_bytes(&body, frame)).collect();
-    let mut at = opener.frames_at(count);
+    let mut at = PackOpener::frames_at(count);
     for (number, length) in (PACK_FRAMES..).zip(lengths) {
         let end = at + length + TAG_BYTES;
         body.append(&mut opener.open_frame(number - PACK_FRAMES, part(stored, at..end)?)?);
@@ -502,7 +502,7 @@ impl PackOpener {
         self.about.open_whole(Segment::inner(PACK_LINES), &[], sealed)
     }
 
-    fn frames_at(&self, count: usize) -> usize {
+    fn frames_at(count: usize) -> usize {
         PACK_LINES_AT + count * pack::LINE_BYTES + TAG_BYTES
     }
 

@@ -440,21 +440,7 @@ impl ArchiveWriter {
         (commit.lane, commit.epoch) = (self.base.lane, self.epoch);
         listed.records = std::mem::take(&mut self.records);
         self.check_images(images, commit.store_end)?;
-        let bodies = list::encode(&listed, images, self.base.lane)?;
-        check_lists(&bodies, &listed, images, self.base.lane)?;
-        let mut stored_lists = Vec::new();
-        for (part, body) in bodies {
-            let stored = self.seal(RecordKind::List, body)?;
-            let location = self.write(RecordKind::List, stored.clone())?;
-            stored_lists.push(stored);
-            commit.lists.push(ListLocation {
-                part,
-                sequence: location.sequence,
-                offset: location.offset,
-                length: location.length,
-                body_hash: location.body_hash,
-            });
-        }
+        let stored_lists = self.write_lists(&mut commit, &listed, images)?;
         commit.keyring = self.sealer.as_ref().map(EpochSealer::keyring_number);
         let body = commit.encode()?;
         if Commit::decode(&body).as_ref() != Ok(&commit) {
@@ -505,6 +491,31 @@ impl ArchiveWriter {
             ..Committed::default()
         };
         Ok((base, committed))
+    }
+
+    /// Writes what a COMMIT lists, and tells the COMMIT where. Returns the bodies as they are stored.
+    fn write_lists(
+        &mut self,
+        commit: &mut Commit,
+        listed: &Listed,
+        images: &[ImageSummary],
+    ) -> io::Result<Vec<Vec<u8>>> {
+        let bodies = list::encode(listed, images, self.base.lane)?;
+        check_lists(&bodies, listed, images, self.base.lane)?;
+        let mut stored_lists = Vec::new();
+        for (part, body) in bodies {
+            let stored = self.seal(RecordKind::List, body)?;
+            let location = self.write(RecordKind::List, stored.clone())?;
+            stored_lists.push(stored);
+            commit.lists.push(ListLocation {
+                part,
+                sequence: location.sequence,
+                offset: location.offset,
+                length: location.length,
+                body_hash: location.body_hash,
+            });
+        }
+        Ok(stored_lists)
     }
 
     /// Checks that the final images are what a reader takes, and are all there.

@@ -12,16 +12,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use self::from_backup::{BackupExportOptions, export_backup};
 use self::images::{Summarizer, corrected, put_images, with_inline};
+use super::open_archive::OpenArchive;
 pub use super::open_archive::{MakeKeyring, NewKeyring, Sealing};
-use super::open_archive::{OpenArchive, random};
 use super::{ArchivePlace, OpenPool, Scope, Survey, common_folder, discover, open_pool, survey};
 use crate::archive::commit::Commit;
 use crate::archive::limits::{LABEL_BYTES_MAX, RUNS_MAX};
 use crate::archive::list::ImageSummary;
 use crate::archive::manifest::{self, ArchivedFolder, ArchivedImage, PlanPart};
 use crate::archive::reader::Committed;
-use crate::archive::record::{BlockHasher, EpochId, LaneId};
-use crate::archive::writer::{ArchiveWriter, EpochBase, EpochOptions};
+use crate::archive::record::{BlockHasher, LaneId};
+use crate::archive::writer::EpochBase;
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -305,16 +305,7 @@ impl Exporter<'_> {
             export::runs_of(facts, pieces, ImageId::at(place), images[place].blocks())
         };
         let mut left_out = self.too_many_runs(images.len(), |place| runs_of(place, &plan.pieces).len());
-        let epoch = EpochId(u64::from_le_bytes(random()?));
-        let parity = opened.parity(self.options.parity)?;
-        opened.begin(self.monitor)?;
-        let store = Arc::clone(&opened.store);
-        let options = EpochOptions {
-            sealer: opened.sealer(epoch)?,
-            parity,
-        };
-        let begun = ArchiveWriter::begin_with(store, opened.base, epoch, options, facts.budget());
-        let mut writer = begun.map_err(failed)?;
+        let mut writer = opened.begin_epoch(self.options.parity, facts.budget(), self.monitor)?;
         let mut records = RecordWriter {
             writer: &mut writer,
             failed: &failed,
@@ -338,13 +329,8 @@ impl Exporter<'_> {
         self.check_unchanged()?;
         let pieces = corrected(&plan, &outcome.corrections);
         let last_runs = |place| with_inline(runs_of(place, &pieces), place, &outcome);
-        let kept_runs = |place| {
-            if left_out.contains(&place) {
-                0
-            } else {
-                last_runs(place).len()
-            }
-        };
+        let is_kept = |place: &usize| !left_out.contains(place);
+        let kept_runs = |place| Some(place).filter(is_kept).map_or(0, |place| last_runs(place).len());
         let mut too_many = self.too_many_runs(images.len(), kept_runs);
         left_out.append(&mut too_many);
         put_images(PlanPart::Final, entries, &left_out, last_runs, &mut records)?;
@@ -352,11 +338,8 @@ impl Exporter<'_> {
         let summarizer = Summarizer::new(&outcome.hashes, old_hashes(), &path, (&hasher, self.monitor));
         let (summaries, uses) = summarizer.all(&images, &left_out, last_runs)?;
         let listed = opened.listed(uses);
-        let commit = commit_of(
-            self.options.label.clone(),
-            self.origin.root.clone(),
-            outcome.hashes.end(),
-        );
+        let (label, root) = (self.options.label.clone(), self.origin.root.clone());
+        let commit = commit_of(label, root, outcome.hashes.end());
         let (base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;
         // The archive has the commit: an error that follows does not undo it.
         let old_base = std::mem::replace(&mut opened.base, base);

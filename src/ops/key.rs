@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::open_archive::{MakeKeyring, NewKeyring};
 use crate::archive::keys::{KeyRecord, KeyringSecrets, PairSeeds, Unlock};
 use crate::archive::record::LaneId;
 use crate::archive::seal::SecretKey;
@@ -12,7 +13,6 @@ use crate::error::{Error, Result};
 use crate::keys::manage::{self, NewKeys};
 use crate::keys::{KeyAccess, Keyring, KeyringPlace, SealedKeyring, Secret};
 use crate::monitor::Monitor;
-use crate::ops::export::{MakeKeyring, NewKeyring};
 use crate::store::{FileStore, Store};
 
 /// The keyring of an archive in a file.

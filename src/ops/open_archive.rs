@@ -15,13 +15,14 @@ use crate::archive::list::Listed;
 use crate::archive::parity::ParityMaker;
 use crate::archive::reader::{Archive, Committed};
 use crate::archive::record::{BlockHasher, EpochId, HEADER_BYTES, LaneId, MAGIC, RecordHeader, hash_of};
-use crate::archive::writer::{ArchiveWriter, EpochBase};
+use crate::archive::writer::{ArchiveWriter, EpochBase, EpochOptions};
 use crate::error::{Error, Result};
 use crate::exec::hashes::StoredHashes;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
 use crate::range;
 use crate::shown::shown;
+use crate::spill::Budget;
 use crate::store::Store;
 
 /// How an archive that is written to is sealed.
@@ -220,6 +221,26 @@ impl OpenArchive {
             cut.map_err(Error::io("write to", self.store.path()))?;
         }
         Ok(())
+    }
+
+    /// Begins an epoch behind the last commit, sealed as the archive is, and with parity as [`OpenArchive::parity`] has it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the archive cannot be read or written, or there are no random bytes.
+    pub(crate) fn begin_epoch(
+        &mut self,
+        parity: Option<u8>,
+        budget: &Budget,
+        monitor: &dyn Monitor,
+    ) -> Result<ArchiveWriter> {
+        let epoch = EpochId(u64::from_le_bytes(random()?));
+        let options = EpochOptions {
+            sealer: self.sealer(epoch)?,
+            parity: self.parity(parity)?,
+        };
+        self.begin(monitor)?;
+        let begun = ArchiveWriter::begin_with(Arc::clone(&self.store), self.base, epoch, options, budget);
+        begun.map_err(Error::io("write to", self.store.path()))
     }
 
     /// What makes parity of so many percent, 0 for none, from where the archive has none. Without a percentage, it goes on as the last commit has it.

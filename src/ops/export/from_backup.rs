@@ -10,8 +10,7 @@ use super::images::{Summarizer, put_images};
 use super::{check_label, commit_of, to_place};
 use crate::archive::manifest::PlanPart;
 use crate::archive::reader::{Archive, Committed};
-use crate::archive::record::{EpochId, Hash, LaneId};
-use crate::archive::writer::{ArchiveWriter, EpochOptions};
+use crate::archive::record::{Hash, LaneId};
 use crate::block::{BLOCK_BYTES, bytes};
 use crate::content::FileTime;
 use crate::error::{Error, Result};
@@ -23,7 +22,7 @@ use crate::fingerprint::FingerprintFunction;
 use crate::foreign;
 use crate::monitor::Monitor;
 use crate::numbers::StoreBlock;
-use crate::ops::open_archive::{OpenArchive, Sealing, held, random};
+use crate::ops::open_archive::{OpenArchive, Sealing, held};
 use crate::ops::{ArchivePlace, BackupAccess, is_backup, open_backup, runs_budget};
 use crate::plan::restore::chooser;
 use crate::range;
@@ -129,19 +128,11 @@ struct BackupExporter<'a> {
 impl<'a> BackupExporter<'a> {
     /// Writes all records, and commits.
     fn run(&self, backup: Box<dyn foreign::Backup + 'a>, opened: &mut OpenArchive) -> Result<Exported> {
-        let parity = opened.parity(self.options.parity)?;
-        opened.begin(self.monitor)?;
         let path = opened.store.path().to_owned();
         let failed = |error: std::io::Error| Error::io("write to", &path)(error);
         let base = opened.base;
-        let epoch = EpochId(u64::from_le_bytes(random()?));
         let budget = runs_budget(Some(&self.options.folder));
-        let options = EpochOptions {
-            sealer: opened.sealer(epoch)?,
-            parity,
-        };
-        let begun = ArchiveWriter::begin_with(Arc::clone(&opened.store), base, epoch, options, &budget);
-        let mut writer = begun.map_err(failed)?;
+        let mut writer = opened.begin_epoch(self.options.parity, &budget, self.monitor)?;
         let mut records = RecordWriter {
             writer: &mut writer,
             failed: &failed,

@@ -158,7 +158,7 @@ impl FoundRecords {
                 continue;
             }
             let before = self.commits.get(&commit.previous.body_hash);
-            if !before.is_some_and(|(before, _)| before.number.next() == commit.number) {
+            if before.is_none_or(|(before, _)| before.number.next() != commit.number) {
                 damage.push(Damage::at(*range, "the COMMIT that this one follows is missing"));
             }
         }
