@@ -42,10 +42,10 @@ pub(super) fn wrap(name: &str, recipient: &str, key: &FileKey, with: &Interactio
         }
         _ => false,
     })?;
-    match stanzas.is_empty() {
-        true => Err(plugin.failed("it wrapped no key")),
-        false => Ok(stanzas),
+    if stanzas.is_empty() {
+        return Err(plugin.failed("it wrapped no key"));
     }
+    Ok(stanzas)
 }
 
 /// Has the key of one of several files unwrapped. Returns the number of the file, and its key; none if all are for somebody else.
