@@ -412,12 +412,14 @@ impl Archive {
         self.reader.store()
     }
 
-    /// Reads the body of the COMMIT of a commit.
+    /// Reads the COMMIT of a commit where it should be: its header, and its body without its mask.
     ///
     /// # Errors
     /// [`Error::Damaged`], or the error of reading.
-    pub fn commit_body(&self, committed: &Committed) -> Result<Vec<u8>> {
-        self.body_of_sought(&committed.location.sought())
+    pub fn commit_record(&self, committed: &Committed) -> Result<(RecordHeader, Vec<u8>)> {
+        let sought = committed.location.sought();
+        let header = self.reader.header_of(sought.offset, &sought)?;
+        Ok((header, self.reader.body_of(sought.offset, &header)?))
     }
 
     /// Returns the lane of the commit that stands last.

@@ -61,8 +61,10 @@ pub struct ArchiveWriter {
     parity: Option<ParityMaker>,
     /// Bytes of PARITY records so far.
     parity_bytes: u64,
-    /// The COMMIT once it is written, and its body.
-    committed: Option<(CommitLocation, Vec<u8>)>,
+    /// The header of the record that was written last.
+    last_header: Option<RecordHeader>,
+    /// The COMMIT once it is written, its header, and its body.
+    committed: Option<(CommitLocation, RecordHeader, Vec<u8>)>,
 }
 
 fn too_large(problem: Malformed) -> io::Error {
@@ -101,11 +103,11 @@ impl ArchiveWriter {
         Ok(writer)
     }
 
-    /// Goes on with the epoch of the last commit, whose COMMIT has this body: for parity, which no COMMIT lists.
-    pub fn resume(store: Arc<dyn Store>, base: EpochBase, epoch: EpochId, commit_body: Vec<u8>) -> Self {
+    /// Goes on with the epoch of the last commit, whose COMMIT this is: for parity, which no COMMIT lists.
+    pub fn resume(store: Arc<dyn Store>, base: EpochBase, (header, body): (RecordHeader, Vec<u8>)) -> Self {
         Self {
-            committed: Some((base.last, commit_body)),
-            ..Self::new(store, base, epoch, &Budget::default())
+            committed: Some((base.last, header, body)),
+            ..Self::new(store, base, header.epoch, &Budget::default())
         }
     }
 
@@ -120,6 +122,7 @@ impl ArchiveWriter {
             images: ManifestBuilder::new(budget),
             parity: None,
             parity_bytes: 0,
+            last_header: None,
             committed: None,
         }
     }
@@ -215,18 +218,23 @@ impl ArchiveWriter {
     fn write_one(&mut self, kind: RecordKind, mut body: Vec<u8>) -> io::Result<RecordLocation> {
         let header =
             RecordHeader::seal(kind, self.base.lane, self.epoch, self.sequence, &mut body).map_err(too_large)?;
+        self.write_stored(&header, &body)
+    }
+
+    /// Writes a record as it is stored.
+    fn write_stored(&mut self, header: &RecordHeader, body: &[u8]) -> io::Result<RecordLocation> {
         RecordHeader::decode(&header.encode()).map_err(too_large)?;
         if self.sequence >= SEQUENCES || self.records_so_far() + 2 * LISTS_MAX >= RECORDS_MAX {
             return Err(io::Error::other("the archive would have more records than allowed"));
         }
         if body.len() > AT_ONCE_BYTES_MAX {
             self.store.append(&header.encode())?;
-            self.store.append(&body)?;
+            self.store.append(body)?;
         } else {
-            self.store.append(&[&header.encode()[..], &body].concat())?;
+            self.store.append(&[&header.encode()[..], body].concat())?;
         }
         let location = RecordLocation {
-            kind,
+            kind: header.kind,
             part: 0,
             lane: self.base.lane,
             sequence: self.sequence,
@@ -240,8 +248,9 @@ impl ArchiveWriter {
         // Until all that is in the archive is read, it is read with that.
         if let Some(parity) = self.parity.as_mut().filter(|parity| parity.position() == self.offset) {
             parity.push(&header.encode());
-            parity.push(&body);
+            parity.push(body);
         }
+        self.last_header = Some(*header);
         self.sequence += 1;
         self.offset += location.length;
         Ok(location)
@@ -301,7 +310,7 @@ impl ArchiveWriter {
     ) -> io::Result<Option<EpochBase>> {
         self.parity = self.parity.take().or(parity);
         self.catch_up(read)?;
-        let (Some(rest), Some((commit, body))) =
+        let (Some(rest), Some((commit, header, mut body))) =
             (self.parity.take().and_then(ParityMaker::finish), self.committed.take())
         else {
             return Ok(None);
@@ -310,7 +319,8 @@ impl ArchiveWriter {
         drop(rest);
         // The copy leads to an end of the archive, whose parity is on disk then.
         self.store.settle()?;
-        self.write_one(RecordKind::Commit, body)?;
+        let copy = header.copied(self.sequence, &mut body).map_err(too_large)?;
+        self.write_stored(&copy, &body)?;
         self.write_one(RecordKind::Tail, encode_tail(&commit))?;
         self.store.settle()?;
         Ok(Some(EpochBase {
@@ -367,7 +377,9 @@ impl ArchiveWriter {
             ));
         }
         self.store.settle()?;
-        let location = self.write(RecordKind::Commit, body.clone())?;
+        let location = self.write_one(RecordKind::Commit, body.clone())?;
+        let header = self.last_header;
+        self.write_full_groups()?;
         self.store.settle()?;
         for (_, list) in bodies {
             self.write(RecordKind::List, list)?;
@@ -390,7 +402,13 @@ impl ArchiveWriter {
             records: self.records_so_far(),
             store_end: commit.store_end,
         };
-        self.committed = Some((last, body));
+        self.committed = header.map(|header| (last, header, body));
+        self.base = EpochBase {
+            last_number: base.last_number,
+            last,
+            store_end: base.store_end,
+            ..self.base
+        };
         let committed = Committed {
             commit,
             location: last,
