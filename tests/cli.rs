@@ -453,6 +453,11 @@ fn json_is_as_its_schema_says() {
         vec!["export", &archive, "--index", &index, &pool],
         vec!["list", &archive],
         vec!["verify", &archive],
+        vec!["protect", &archive],
+        vec!["protect", &archive],
+        vec!["verify", &archive],
+        vec!["repair", &archive, "--dry-run"],
+        vec!["repair", &archive, "--to", &at("copy")],
         vec!["diff", &archive, "--pool", &pool],
         vec!["import", &archive, "--index", &index, "--to", &at("to"), "--dry-run"],
         vec!["import", &archive, "--index", &index, "--to", &at("to")],
@@ -613,6 +618,8 @@ fn help_and_usage() {
       import   Restore images from an archive or another backup, sharing what they have in common
       list     Show the commits and images of an archive
       verify   Check every hash and reference of an archive
+      protect  Give an archive parity, from which lost bytes of it can be computed
+      repair   Heal a damaged archive from its parity
       diff     Show what differs between two commits, or between one and images on disk
       scan     Fill the index only
       status   Show what the index knows
@@ -710,6 +717,8 @@ fn man_pages_name_every_option() {
     [folder]/man1/vmfold-import.1
     [folder]/man1/vmfold-list.1
     [folder]/man1/vmfold-verify.1
+    [folder]/man1/vmfold-protect.1
+    [folder]/man1/vmfold-repair.1
     [folder]/man1/vmfold-diff.1
     [folder]/man1/vmfold-scan.1
     [folder]/man1/vmfold-status.1

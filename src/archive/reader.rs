@@ -470,15 +470,15 @@ impl Archive {
         self.reader.store()
     }
 
-    /// Reads the body of the COMMIT of a commit as it is stored, without its mask, and whether it is sealed.
+    /// Reads the COMMIT of a commit: its header, and its body as it is stored, without its mask.
     ///
     /// # Errors
     /// [`Error::Damaged`], or the error of reading.
-    pub fn stored_commit(&self, committed: &Committed) -> Result<(Vec<u8>, bool)> {
+    pub fn commit_record(&self, committed: &Committed) -> Result<(RecordHeader, Vec<u8>)> {
         let sought = committed.location.sought();
         let read = |offset| {
             let header = self.reader.header_of(offset, &sought)?;
-            Ok((self.reader.stored_body_of(offset, &header)?, header.seal.is_some()))
+            Ok((header, self.reader.stored_body_of(offset, &header)?))
         };
         match read(sought.offset) {
             Err(Error::Damaged { .. }) => {

@@ -25,8 +25,8 @@ pub struct SealedEnd {
     pub wraps: Wraps,
     /// The last epoch.
     pub epoch: EpochId,
-    /// The body of its COMMIT, as it is stored.
-    pub commit: Vec<u8>,
+    /// Its COMMIT: the header, and the body as it is stored.
+    pub commit: (RecordHeader, Vec<u8>),
     /// What is appended behind it. It has no counts of records or blocks.
     pub base: EpochBase,
     /// Whether PARITY records stand at the end.
@@ -67,7 +67,7 @@ impl SealedEnd {
             keys,
             wraps,
             epoch: header.epoch,
-            commit,
+            commit: (header, commit),
             base: EpochBase {
                 lane: header.lane,
                 last: CommitLocation { ..last },

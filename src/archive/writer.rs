@@ -76,8 +76,10 @@ pub struct ArchiveWriter {
     parity: Option<ParityMaker>,
     /// Bytes of PARITY records so far.
     parity_bytes: u64,
-    /// The COMMIT once it is written, and its body.
-    committed: Option<(CommitLocation, Vec<u8>)>,
+    /// The header of the record that was written last.
+    last_header: Option<RecordHeader>,
+    /// The COMMIT once it is written, its header, and its body.
+    committed: Option<(CommitLocation, RecordHeader, Vec<u8>)>,
 }
 
 fn too_large(problem: Malformed) -> io::Error {
@@ -122,17 +124,12 @@ impl ArchiveWriter {
         Ok(writer)
     }
 
-    /// Goes on with the epoch of the last commit: for what no COMMIT lists. The COMMIT has this body as it is stored, and is sealed or not.
-    pub fn resume(
-        store: Arc<dyn Store>,
-        base: EpochBase,
-        epoch: EpochId,
-        (commit_body, is_sealed): (Vec<u8>, bool),
-    ) -> Self {
+    /// Goes on with the epoch of the last commit, whose COMMIT this is as it is stored: for what no COMMIT lists.
+    pub fn resume(store: Arc<dyn Store>, base: EpochBase, (header, body): (RecordHeader, Vec<u8>)) -> Self {
         Self {
-            committed: Some((base.last, commit_body)),
-            is_sealed,
-            ..Self::new(store, base, epoch, &Budget::default())
+            committed: Some((base.last, header, body)),
+            is_sealed: header.seal.is_some(),
+            ..Self::new(store, base, header.epoch, &Budget::default())
         }
     }
 
@@ -149,6 +146,7 @@ impl ArchiveWriter {
             images: ManifestBuilder::new(budget),
             parity: None,
             parity_bytes: 0,
+            last_header: None,
             committed: None,
         }
     }
@@ -288,18 +286,23 @@ impl ArchiveWriter {
         let seal = EpochSealer::seal_of(kind).filter(|_| self.is_sealed);
         let header = RecordHeader::of_stored((kind, seal), self.base.lane, self.epoch, self.sequence, &mut body)
             .map_err(too_large)?;
+        self.write_stored(&header, &body)
+    }
+
+    /// Writes a record as it is stored.
+    fn write_stored(&mut self, header: &RecordHeader, body: &[u8]) -> io::Result<RecordLocation> {
         RecordHeader::decode(&header.encode()).map_err(too_large)?;
         if self.sequence >= SEQUENCES || self.records_so_far() + 2 * LISTS_MAX >= RECORDS_MAX {
             return Err(io::Error::other("the archive would have more records than allowed"));
         }
         if body.len() > AT_ONCE_BYTES_MAX {
             self.store.append(&header.encode())?;
-            self.store.append(&body)?;
+            self.store.append(body)?;
         } else {
-            self.store.append(&[&header.encode()[..], &body].concat())?;
+            self.store.append(&[&header.encode()[..], body].concat())?;
         }
         let location = RecordLocation {
-            kind,
+            kind: header.kind,
             part: 0,
             lane: self.base.lane,
             sequence: self.sequence,
@@ -313,8 +316,9 @@ impl ArchiveWriter {
         // Until all that is in the archive is read, it is read with that.
         if let Some(parity) = self.parity.as_mut().filter(|parity| parity.position() == self.offset) {
             parity.push(&header.encode());
-            parity.push(&body);
+            parity.push(body);
         }
+        self.last_header = Some(*header);
         self.sequence += 1;
         self.offset += location.length;
         Ok(location)
@@ -374,7 +378,7 @@ impl ArchiveWriter {
     ) -> io::Result<Option<EpochBase>> {
         self.parity = self.parity.take().or(parity);
         self.catch_up(read)?;
-        let (Some(rest), Some((commit, body))) =
+        let (Some(rest), Some((commit, header, body))) =
             (self.parity.take().and_then(ParityMaker::finish), self.committed.take())
         else {
             return Ok(None);
@@ -383,7 +387,7 @@ impl ArchiveWriter {
         drop(rest);
         // The copy leads to an end of the archive, whose parity is on disk then.
         self.store.settle()?;
-        self.end_again(commit, body).map(Some)
+        self.end_again(commit, &header, body).map(Some)
     }
 
     /// Appends other keys to an archive whose writer was resumed: a KEY record, and behind it one more copy of the COMMIT and a TAIL. Returns what
@@ -392,17 +396,18 @@ impl ArchiveWriter {
     /// # Errors
     /// Returns the error of the store, or says what a reader would refuse. The archive then ends before what was written.
     pub fn put_keys(&mut self, keys: &KeyRecord) -> io::Result<EpochBase> {
-        let Some((commit, body)) = self.committed.take() else {
+        let Some((commit, header, body)) = self.committed.take() else {
             return Err(io::Error::other("keys are appended behind a commit"));
         };
         self.write_one(RecordKind::Key, keys.encode().map_err(too_large)?)?;
         self.store.settle()?;
-        self.end_again(commit, body)
+        self.end_again(commit, &header, body)
     }
 
     /// Writes one more copy of the COMMIT, and a TAIL.
-    fn end_again(&mut self, commit: CommitLocation, body: Vec<u8>) -> io::Result<EpochBase> {
-        self.write_one(RecordKind::Commit, body)?;
+    fn end_again(&mut self, commit: CommitLocation, header: &RecordHeader, mut body: Vec<u8>) -> io::Result<EpochBase> {
+        let copy = header.copied(self.sequence, &mut body).map_err(too_large)?;
+        self.write_stored(&copy, &body)?;
         self.write_one(RecordKind::Tail, encode_tail(&commit))?;
         self.store.settle()?;
         Ok(EpochBase {
@@ -454,7 +459,9 @@ impl ArchiveWriter {
             None => body,
         };
         self.store.settle()?;
-        let location = self.write(RecordKind::Commit, body.clone())?;
+        let location = self.write_one(RecordKind::Commit, body.clone())?;
+        let header = self.last_header;
+        self.write_full_groups()?;
         self.store.settle()?;
         for list in stored_lists {
             self.write(RecordKind::List, list)?;
@@ -481,7 +488,13 @@ impl ArchiveWriter {
             records: self.records_so_far(),
             store_end: commit.store_end,
         };
-        self.committed = Some((last, body));
+        self.committed = header.map(|header| (last, header, body));
+        self.base = EpochBase {
+            last_number: base.last_number,
+            last,
+            store_end: base.store_end,
+            ..self.base
+        };
         let committed = Committed {
             commit,
             location: last,

@@ -73,7 +73,7 @@ impl KeyringPlace for ArchiveKeyring {
     fn replace(&mut self, number: u32, bytes: &[u8]) -> Result<()> {
         let end = self.end()?;
         let failed = |error| Error::io("write to", &self.path)(error);
-        let mut writer = ArchiveWriter::resume(Arc::clone(&self.store) as _, end.base, end.epoch, (end.commit, true));
+        let mut writer = ArchiveWriter::resume(Arc::clone(&self.store) as _, end.base, end.commit);
         let appended = writer.put_keys(&KeyRecord {
             number,
             wraps: end.wraps,

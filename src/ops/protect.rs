@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::open_archive::{OpenArchive, Sealing};
 use crate::archive::parity::ParityMaker;
-use crate::archive::reader::{Archive, Committed};
+use crate::archive::reader::Archive;
 use crate::archive::stream::{Stream, StreamEvent};
 use crate::archive::writer::ArchiveWriter;
 use crate::error::{Error, Result};
@@ -64,7 +64,8 @@ pub fn protect_on(store: Arc<dyn Store>, options: &ProtectOptions, monitor: &dyn
         false => archive.searched_parity()?.end,
     };
     check_intact(archive, from, end, monitor)?;
-    let mut writer = writer_of(archive, last, &opened)?;
+    let commit = archive.commit_record(last)?;
+    let mut writer = ArchiveWriter::resume(Arc::clone(&opened.store), opened.base, commit);
     opened.begin(monitor)?;
     monitor.phase("Writing parity", end - from);
     let parity = ParityMaker::new(options.percent, from);
@@ -93,13 +94,6 @@ pub fn protect_on(store: Arc<dyn Store>, options: &ProtectOptions, monitor: &dyn
 
 fn no_commit(path: &Path, length: u64) -> Error {
     Error::damaged(path, 0, length, "it has no commit: there is nothing to protect")
-}
-
-/// A writer that goes on with the epoch of the last commit.
-fn writer_of(archive: &Archive, last: &Committed, opened: &OpenArchive) -> Result<ArchiveWriter> {
-    let stored = archive.stored_commit(last)?;
-    let store = Arc::clone(&opened.store);
-    Ok(ArchiveWriter::resume(store, opened.base, last.epoch, stored))
 }
 
 /// Checks that every record of a range is what was written: parity of damage would keep it for ever.

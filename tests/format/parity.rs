@@ -23,6 +23,8 @@ fn export(scene: &Scene, before: &[u8], parity: Option<u8>) -> Vec<u8> {
     let exported = export_on(scene.pool(false), &options, Arc::clone(&store) as _, &Silent::default()).unwrap();
     let archive = store.to_vec();
     assert_eq!(exported.archive_bytes, archive.len() as u64);
+    assert_eq!(exported.commit.0 as usize, verify(&archive).unwrap().commits as usize);
+    assert!(exported.new_bytes > 0 || !before.is_empty(), "{exported:?}");
     // What an export left that did not end is cut off before.
     let written = usize::try_from(exported.written_bytes).unwrap();
     assert_eq!(exported.parity_bytes, parity_bytes(&archive[archive.len() - written..]));

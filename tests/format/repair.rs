@@ -6,14 +6,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use vmfold::archive::record::RecordKind;
+use vmfold::archive::parity::{Group, ParityPlace, geometry_in};
+use vmfold::archive::record::{RecordHeader, RecordKind};
 use vmfold::error::Error;
+use vmfold::exec::repair::Healer;
 use vmfold::monitor::Silent;
 use vmfold::ops::export::{ExportOptions, export_on};
 use vmfold::ops::protect::{ProtectOptions, protect_on};
 use vmfold::ops::repair::{RepairOptions, RepairTo, repair};
+use vmfold::parity::geometry::Geometry;
 use vmfold::report::Repaired;
-use vmfold::store::MemoryStore;
+use vmfold::store::{MemoryStore, Store};
 use vmfold::testing::simulated::INCOMPRESSIBLE;
 
 use crate::scene::{Scene, is_intact, records, scratch, verify};
@@ -334,4 +337,236 @@ fn nothing_is_replaced_and_no_other_file_is_touched() {
         assert!(matches!(run(to), Err(Error::NotAnArchive { .. })));
     }
     assert_eq!(names(folder.path()), ["a", "b"]);
+}
+
+/// A PARITY record with any body.
+fn parity_record(like: &RecordHeader, sequence: u64, mut body: Vec<u8>) -> Vec<u8> {
+    let header = RecordHeader::of_body(RecordKind::Parity, like.lane, like.epoch, sequence, &mut body).unwrap();
+    [&header.encode()[..], &body].concat()
+}
+
+fn last_parity(bytes: &[u8]) -> (RecordHeader, Geometry) {
+    let parity = records(bytes)
+        .into_iter()
+        .rfind(|record| record.header.kind == RecordKind::Parity)
+        .unwrap();
+    (parity.header, geometry_in(&parity.body).unwrap().0)
+}
+
+/// Geometries whose checksums are right and whose numbers are hostile, alone and very many together: nothing that is intact changes, and it takes
+/// time in proportion.
+#[test]
+fn hostile_geometries_cost_nothing() {
+    let was = archive(60, 5);
+    let (header, good) = last_parity(&was);
+    let hostile = [
+        Geometry {
+            place: good.place + (1 << 20),
+            ..good
+        },
+        Geometry {
+            offset: 4096,
+            length: good.length - 4096,
+            ..good
+        },
+        Geometry {
+            length: 1 << 29,
+            place: 1 << 30,
+            ..good
+        },
+        Geometry {
+            length: 1 << 29,
+            place: 1 << 29,
+            stored: 2048,
+            ..good
+        },
+        Geometry {
+            place: 1 << 61,
+            sequence: 1 << 61,
+            ..good
+        },
+        Geometry {
+            stored: 2048,
+            records: 64,
+            ..good
+        },
+        Geometry {
+            headers: 1 << 16,
+            ..good
+        },
+        Geometry {
+            percent: 100,
+            stored: 1,
+            records: 1,
+            ..good
+        },
+        Geometry { commit: None, ..good },
+        Geometry {
+            lane: [9; 16],
+            epoch: 3,
+            ..good
+        },
+    ];
+    let body = |geometry: &Geometry| {
+        let mut body = Vec::new();
+        geometry.put(0, &mut body);
+        body.resize(20_000, 7);
+        geometry.put(0, &mut body);
+        body
+    };
+    let check = |bytes: &[u8], case: &str| {
+        let (copy, _) = repaired(bytes);
+        assert!(copy.starts_with(&was), "{case}");
+    };
+    for geometry in &hostile {
+        let bytes = [&was[..], &parity_record(&header, 1 << 40, body(geometry))].concat();
+        check(&bytes, &format!("{geometry:?}"));
+    }
+    let many = (0..300u64).flat_map(|number| {
+        let geometry = Geometry {
+            sequence: 1000 * number,
+            ..hostile[usize::try_from(number % 10).unwrap()]
+        };
+        parity_record(&header, (1 << 40) + number, body(&geometry))
+    });
+    let bytes: Vec<u8> = was.iter().copied().chain(many).collect();
+    check(&bytes, "many");
+}
+
+/// Parity of other bytes: it would heal what is intact into something else, and must not.
+#[test]
+fn an_intact_record_stays_whatever_parity_says() {
+    let was = archive(60, 5);
+    let (header, good) = last_parity(&was);
+    let mut other = was.clone();
+    other[8192..60_000].fill(0x33);
+    let mut group = Group::of(&Geometry {
+        length: good.length,
+        ..good
+    });
+    group.push(&other[..usize::try_from(good.length).unwrap()]);
+    let full = group.finish(Some(60)).unwrap();
+    let place = ParityPlace {
+        offset: was.len() as u64,
+        sequence: 1 << 40,
+        lane: header.lane,
+        epoch: header.epoch,
+        commit: None,
+    };
+    let geometry = full.geometry(&place);
+    let mut forged = was.clone();
+    for number in 0..geometry.records {
+        forged.extend(parity_record(
+            &header,
+            place.sequence + u64::from(number),
+            full.body(&geometry, number),
+        ));
+    }
+    let (copy, _) = repaired(&forged);
+    assert!(copy.starts_with(&was));
+    // What is damaged heals by what is right.
+    forged[20_000..20_100].fill(1);
+    let (copy, _) = repaired(&forged);
+    assert!(copy.starts_with(&was));
+}
+
+/// A store of which some bytes cannot be read, as a disk with bad sectors gives them.
+#[derive(Debug)]
+struct BadSectors {
+    inner: MemoryStore,
+    bad: Vec<u64>,
+}
+
+impl Store for BadSectors {
+    fn path(&self) -> &Path {
+        self.inner.path()
+    }
+    fn length(&self) -> std::io::Result<Option<u64>> {
+        self.inner.length()
+    }
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let sectors = offset / 4096..(offset + buffer.len() as u64).div_ceil(4096);
+        if self.bad.iter().any(|sector| sectors.contains(sector)) {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.inner.read_at(offset, buffer)
+    }
+    fn append(&self, _: &[u8]) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn settle(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn truncate(&self, _: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[test]
+fn sectors_that_cannot_be_read_heal() {
+    let was = archive(900, 5);
+    let last = was.len() as u64 / 4096;
+    let store = BadSectors {
+        inner: MemoryStore::of(was.clone()),
+        bad: vec![0, 17, 18, 400, 901, last - 3, last],
+    };
+    let silent = Silent::default();
+    let healer = Healer::new(Arc::new(store), None, tempfile::tempfile().unwrap(), &silent).unwrap();
+    let (view, healing) = healer.heal().unwrap();
+    let mut healed = vec![0; usize::try_from(view.len()).unwrap()];
+    view.read_exact_at(0, &mut healed).unwrap();
+    assert!(healed == was, "{healing:?}");
+}
+
+#[test]
+fn verify_says_what_parity_can_do() {
+    let was = archive(900, 5);
+    let state = verify(&was).unwrap().parity.unwrap();
+    assert_eq!((state.percent, state.lost_bytes, state.heals), (5, 0, true));
+    assert!(state.spare_bytes * 20 >= state.protected_bytes, "{state:?}");
+    let mut bad = was.clone();
+    bad[100_000..180_000].fill(1);
+    let less = verify(&bad).unwrap().parity.unwrap();
+    assert!(
+        less.heals && less.lost_bytes >= 80_000 && less.spare_bytes < state.spare_bytes,
+        "{less:?}"
+    );
+    bad[100_000..900_000].fill(1);
+    let none = verify(&bad).unwrap().parity.unwrap();
+    assert!(!none.heals && none.spare_bytes == 0, "{none:?}");
+    assert!(verify(&crate::scene::two_commits().0).unwrap().parity.is_none());
+}
+
+/// What an interrupted repair in place left is removed, or ended, or refused if another put it there.
+#[test]
+fn what_an_interrupted_repair_left_is_seen() {
+    let folder = scratch();
+    let (path, journal) = (folder.path().join("a"), folder.path().join(".a.vmfold-repair"));
+    let was = archive(60, 5);
+    let mut bad = was.clone();
+    bad[5000..6000].fill(3);
+    let run = |to| {
+        let options = RepairOptions {
+            archive: path.clone(),
+            to,
+            from: None,
+        };
+        repair(&options, &Silent::default())
+    };
+    for left in [&b""[..], &[7; 10_000]] {
+        std::fs::write(&path, &bad).unwrap();
+        std::fs::write(&journal, left).unwrap();
+        assert!(run(RepairTo::Nowhere).unwrap().damage.is_empty());
+        assert!(run(RepairTo::InPlace).unwrap().in_place);
+        assert!(std::fs::read(&path).unwrap() == was && !journal.exists());
+    }
+    std::os::unix::fs::symlink(&path, &journal).unwrap();
+    assert!(run(RepairTo::InPlace).is_err());
+    assert!(std::fs::read(&path).unwrap() == was && journal.is_symlink());
+    std::fs::remove_file(&journal).unwrap();
+    std::fs::write(&journal, "").unwrap();
+    if std::os::unix::fs::chown(&journal, Some(12_345), None).is_ok() {
+        assert!(matches!(run(RepairTo::InPlace), Err(Error::OfAnother { .. })));
+        assert!(journal.exists());
+    }
 }

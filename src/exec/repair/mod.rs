@@ -81,8 +81,6 @@ pub struct Healer<'a> {
 struct State {
     group: Group,
     look: Look,
-    /// Whether its PARITY records, and what follows them, are intact.
-    is_ended: bool,
 }
 
 impl<'a> Healer<'a> {
@@ -121,7 +119,6 @@ impl<'a> Healer<'a> {
         let states = groups.into_iter().map(|group| State {
             group,
             look: Look::default(),
-            is_ended: true,
         });
         Ok(Self {
             view,
@@ -208,11 +205,10 @@ impl<'a> Healer<'a> {
     /// did.
     fn end_group(&mut self, place: usize) -> Result<bool> {
         let view = &self.view;
-        let State { group, look, is_ended } = &mut self.groups[place];
+        let State { group, look } = &self.groups[place];
         let mut is_changed = false;
-        if !group.has_whole_parity(view) {
-            *is_ended = look.lost() == 0 && group.remake_parity(view, self.monitor)?;
-            is_changed |= *is_ended;
+        if look.lost() == 0 && !group.has_whole_parity(view) {
+            is_changed |= group.remake_parity(view, self.monitor)?;
         }
         if let (Some(commit), Some(last)) = (group.geometry.commit, group.layouts.last()) {
             is_changed |= end_archive(view, &group.geometry, &commit, last.end)?;
