@@ -10,7 +10,7 @@ except ImportError as missing:
     sys.exit(f"read_archive.py needs {missing.name}: pip install blake3 zstandard")
 
 BLOCK, KIB, MIB, U32, U64 = 4096, 1 << 10, 1 << 20, 2**32 - 1, 2**64 - 1
-HEAD, PLAN, PACK, INDEX, COMMIT, TAIL, NOTE, LIST = 1, 2, 3, 4, 5, 6, 9, 10
+HEAD, PLAN, PACK, INDEX, COMMIT, TAIL, KEY, NOTE, LIST = 1, 2, 3, 4, 5, 6, 8, 9, 10
 KINDS = dict(enumerate((  # name, whether it is critical, the greatest length of a body
     ("HEAD", 1, 4 * KIB), ("PLAN", 1, 5 * MIB), ("PACK", 1, 33 * MIB), ("INDEX", 0, 9 * MIB), ("COMMIT", 1, 128 * KIB), ("TAIL", 0, 96),
     ("PARITY", 0, 33 * MIB), ("KEY", 1, 64 * KIB), ("NOTE", 0, 64 * KIB), ("LIST", 1, 5 * MIB), ("SIGNATURE", 0, 4 * KIB)), 1))
@@ -21,6 +21,7 @@ LIMITS = {**OF_FILE, "other lanes": 64, "images and folders": 2**18, "bytes of n
 # Entries that are known, by their tags: what a limit counts; their fields and the limits of these, as Cursor.get has them.
 RECORDS = {0x81: ("listed records", "BBBvvvvvh"), 0x82: ("forgotten commits", "h"), 0x83: ("dead ranges", "vv"), 4: ("", ""),
            5: ("other lanes", "lvvvh")}
+SEALED = {0x81: ("", "v")}  # of a COMMIT: the number of the keyring
 IMAGES = {0x81: ("images and folders", "vvvvhp")}
 PLANS = {0x81: ("images and folders", "p"), 0x82: ("images and folders", "vvv", U32, 2**44 - BLOCK, 65535), 0x83: ("", "vvv")}
 ATTRIBUTES = {1: ("", "v", 0o7777), 2: ("", "vvss", U32, U32, 256, 256), 3: ("", "zv", U64, 10**9 - 1), 4: ("", "sr", 255, 64 * KIB),
@@ -180,7 +181,8 @@ class Commit:
         must(len(body) >= 104, "a COMMIT is cut")
         fields = struct.unpack_from("<QQIIQQ32sII16s8s", body)
         features, _, self.number, self.store_end, at, length, self.previous, clear, zero, *same = fields
-        refuse(features, f"features {features:#x}, which COMMIT {self.id[:16]} tells")
+        refuse(features & ~1, f"features {features:#x}, which COMMIT {self.id[:16]} tells")
+        must(features == bool(header.seal), "a COMMIT does not tell whether it is sealed")
         must(1 <= self.number < U32 and self.store_end < U32, "a COMMIT has numbers beyond their limits")
         must(104 <= clear <= len(body) and not zero and same == [self.lane, self.epoch], "the clear part of a COMMIT is wrong")
         must(((at, length, self.previous) == (0, 0, bytes(32))) == (self.number == 1), "commit 1, and no other, has none before it")
@@ -188,7 +190,9 @@ class Commit:
         lists = fields.get("zvssssv", U64, 10**9 - 1, 4096, 4096, 4096, 4096, 1024)[-1]
         self.lists = [fields.get("Bvvvh") for _ in range(lists)]
         refuse(any(part > 1 for part, *_ in self.lists), "an unknown part of a LIST")
-        collections.deque(fields.entries({}, "an entry of a COMMIT", self.budget), 0)
+        numbers = [values[0] for tag, values, _ in fields.entries(SEALED if header.seal else {}, "an entry of a COMMIT", self.budget) if tag == 0x81]
+        must(len(numbers) == bool(header.seal) and max(numbers, default=0) <= U32, "a sealed COMMIT does not tell the number of its keyring once")
+        self.keyring = max(numbers, default=0)
 
     def listed(self, tag, values, fields):
         """An entry of a LIST of records."""
@@ -204,8 +208,8 @@ class Commit:
 
     def listed_record(self, fields, kind, flags, part, sequence, _at, length, first, blocks, body_hash):
         known, critical, stores = kind in (HEAD, PLAN, PACK, INDEX), KINDS.get(kind, ("", 0))[1], kind in (PACK, INDEX)
-        refuse(flags > 3 or not known and flags & 1 or kind == PLAN and part > 2, f"a listed {name(kind)}, flags {flags:#x}, part {part}")
-        must(kind not in (COMMIT, TAIL, NOTE, LIST) and sequence < 2**63, "a LIST names a record that it should not")
+        refuse(flags > 3 or not known and kind != KEY and flags & 1 or kind == PLAN and part > 2, f"a listed {name(kind)}, flags {flags:#x}, part {part}")
+        must(kind not in (COMMIT, TAIL, KEY, NOTE, LIST) and sequence < 2**63, "a LIST names a record that it should not")
         must((flags & 1) == critical and (kind == PLAN or not part), "a listed record has another flag or part than its kind")
         table_hash = fields.take(32) if kind == PACK else None
         must(not flags & 2 or stores and fields.take(16) != self.lane, "a record of another lane is none")

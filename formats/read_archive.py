@@ -1,31 +1,36 @@
 #!/usr/bin/env python3
-"""Reads archives of vmfold, version 1: read_archive.py ARCHIVE --to DIR. It was written from archive-v1.md alone, as a check of that text.
+"""Reads archives of vmfold, version 1: read_archive.py ARCHIVE --to DIR. It was written from archive-v1.md and encryption-v1.md alone, as a
+check of these texts.
 
-It needs Python 3.9, `blake3` and `zstandard` from PyPI, and archive_payloads.py beside it. It looks for records in the whole file, so that
-no offset in it matters. Of attributes it restores only the mode.
+It needs Python 3.9, `blake3` and `zstandard` from PyPI, and archive_payloads.py and archive_seals.py beside it; for sealed archives `cryptography`
+from PyPI, too. It looks for records in the whole file, so that no offset in it matters. Of attributes it restores only the mode.
 Exit codes: 0 all that was read is intact; 1 another error; 2 usage; 3 the archive needs a newer reader; 4 damaged.
 """
 import argparse, bisect, collections, contextlib, functools, itertools, json, os, re, signal, struct, sys
 from array import array
-from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KINDS, LIST, MIB, NOTE, PACK, PLAN, PLANS, RECORDS, TAIL, U32, U64
-from archive_payloads import Budget, Commit, Damaged, Plan, Ranges, Store, Unsupported, must, name, payload, refuse, zstd
+from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KEY, KINDS, LIST, MIB, NOTE, PACK, PLAN, PLANS, RECORDS, TAIL, U32
+from archive_payloads import U64, Budget, Commit, Damaged, Plan, Ranges, Store, Unsupported, must, name, payload, refuse, zstd
 try:
     from blake3 import blake3
 except ImportError as missing:
     sys.exit(f"read_archive.py needs {missing.name}: pip install blake3 zstandard")
+from archive_seals import DATA, INDEXES, METADATA, SALT, TAG, Keys, KeyRecord, Locked, Seals, associated, identities, open_keyring
 
-MAGIC, ZEROS, ZERO_HASH = b"\x89vmfold\n", bytes(BLOCK), blake3(bytes(BLOCK)).digest()
+MAGIC, ZEROS = b"\x89vmfold\n", bytes(BLOCK)
+SEALED = {PLAN: METADATA, PACK: DATA, INDEX: INDEXES, COMMIT: METADATA, LIST: METADATA}  # the key that seals a kind
 TAIL_ZEROS = "its last block is not zeros behind its end"
 COPIES_TRIED, CACHED_FRAMES, CACHED_TABLES, USES = 16, 16, 32, 2**22
-Header = collections.namedtuple("Header", "at end key kind lane epoch mask refused malformed")
+Header = collections.namedtuple("Header", "at end key kind lane epoch mask seal refused malformed")
 Frame = collections.namedtuple("Frame", "first end at stored encoding hash")
 
 
 class Archive:
-    def __init__(self, file, damage, notes):
+    def __init__(self, file, damage, notes, keys):
         self.file, self.size, self.end, self.latest, self.budget = file, file.seek(0, os.SEEK_END), 0, None, Budget()
         self.found, self.broken, self.refused, self.tails, self.gaps = {}, {}, {}, [], []
         self.damage, self.notes, self.loaded, self.commits, self.stores, self.spared = damage, notes, {}, [], {}, set()
+        self.keys, self.sealed, self.seals, self.unlocking, self.block_hash = keys, None, None, {}, lambda block: blake3(block).digest()
+        self.zero_hash = self.block_hash(ZEROS)
         self.table, self.frame = functools.lru_cache(CACHED_TABLES)(self.table), functools.lru_cache(CACHED_FRAMES)(self.frame)
 
     def harm(self, what):
@@ -52,10 +57,15 @@ class Archive:
         if data[:8] != MAGIC or blake3(data[:88]).digest()[:8] != data[88:]:
             return None
         kind, version, flags, suite, key, mask, lane, epoch, sequence, length, its = struct.unpack_from("<BBHBBH16s8sQQ32s", data, 8)
-        _, critical, at_most = KINDS.get(kind, ("", flags, 33 * MIB))
-        refused = None if version == 1 and flags < 2 else f"version {version} or flags {flags:#x} (2: sealed) of a record"
-        malformed = suite or key or sequence >= 2**63 or length > at_most or flags != critical
-        return Header(at, at + 96 + length, (kind, its), kind, lane, epoch, data[14:48] * bool(mask), refused, malformed and not refused)
+        _, critical, at_most = KINDS.get(kind, ("", flags & 1, 33 * MIB))
+        refused = None if version == 1 and flags < 4 else f"version {version} or flags {flags:#x} of a record"
+        malformed, seal = sequence >= 2**63 or length > at_most or flags & 1 != critical, associated(data) if flags & 2 else b""
+        if not refused and seal:
+            refused = None if suite != 2 and self.sealed is not False else f"suite {suite} of a sealed record, or one in an archive that is clear"
+            malformed = malformed or suite != 1 or kind in KINDS and key != SEALED.get(kind)
+        else:
+            malformed = malformed or suite or key or self.sealed and kind in SEALED
+        return Header(at, at + 96 + length, (kind, its), kind, lane, epoch, data[14:48] * bool(mask), seal, refused, malformed and not refused)
 
     def part(self, header, start=0, count=None):
         """Some bytes of a body, or all of it, without its mask."""
@@ -71,6 +81,8 @@ class Archive:
             for match in re.finditer(MAGIC, self.read(start, min(MIB + 7, self.size - start))):
                 self.budget.spend("records")
                 magics.append(start + match.start())
+        headers = (one for one in map(self.header, magics) if one and not one.refused and not one.malformed)
+        self.sealed = any(one.kind == KEY or one.kind == COMMIT and one.seal for one in headers)
         for at, following in zip([*magics, self.size], [*magics[1:], self.size, self.size]):
             if end < at:
                 self.gaps.append((end, at))
@@ -88,6 +100,8 @@ class Archive:
                 committed = header.epoch if header.kind == COMMIT or header.epoch == committed else None
                 end = header.end
                 self.found.setdefault(header.key, array("Q")).append(at)
+                if self.sealed and header.kind in (COMMIT, KEY):
+                    self.unlocking.setdefault((header.lane, header.epoch), {})[header.key] = at
                 self.end = end if header.kind in (COMMIT, TAIL) else self.end
                 if header.kind == TAIL:
                     _, length, told = struct.unpack_from("<QQ32s", body.ljust(96))
@@ -99,14 +113,62 @@ class Archive:
         return not any(self.read(at, min(MIB, end - at)).strip(b"\0") for at in range(first, end, MIB))
 
     def record(self, kind, body_hash, length=None):
-        """The body of a record that is intact, and as long as what leads to it tells."""
+        """The body of a record that is intact, and as long as what leads to it tells: without its seal, but for a PACK."""
         refuse((kind, body_hash) in self.refused, self.refused.get((kind, body_hash)))
-        first = min(self.found.get((kind, body_hash), [self.end]))
-        must(first < self.end, f"{name(kind)} {body_hash.hex()[:16]} is lost")
-        body = self.part(self.header(first))
+        headers = [self.header(at) for at in self.found.get((kind, body_hash), ())[:COPIES_TRIED] if at < self.end]
+        must(headers, f"{name(kind)} {body_hash.hex()[:16]} is lost")
+        body = self.part(headers[0])
         must(length in (None, len(body) + 96), f"{name(kind)} {body_hash.hex()[:16]} has another length")
         must(blake3(body).digest() == body_hash, "the archive changes")
-        return body
+        return self.opened(body, {one.seal: one for one in headers}) if headers[0].seal and kind != PACK else body
+
+    def opened(self, body, headers):
+        """A body without its seal, which proves one of these headers."""
+        for number, header in enumerate(headers.values(), 1):
+            try:
+                if header.kind == COMMIT:
+                    return self.seals.commit(header.seal, body)
+                return self.seals.padded(self.unlocked(header), body)
+            except Damaged as error:
+                must(number < len(headers), f"{name(header.kind)} {header.key[1].hex()[:16]}: {error}")
+
+    def unlocked(self, header):
+        """What the seal of a record proves of its header, once the keys of its epoch are known. They stand in its COMMITs and KEYs."""
+        if header.kind != INDEX and (header.lane, header.epoch) not in self.seals.epochs:
+            those = sorted(self.unlocking.get((header.lane, header.epoch), {}).items(), key=lambda one: one[0][0])
+            for (kind, _), at in [one for one in those if one[1] < self.end][:COPIES_TRIED]:
+                with self.guard("", True):
+                    body, seal = self.part(self.header(at)), self.header(at).seal
+                    if kind == COMMIT:
+                        self.seals.learn(seal, body)
+                    else:
+                        self.seals.epochs[header.lane, header.epoch] = self.seals.unwrap(KeyRecord(body).wrapped, header.lane, header.epoch)
+                    break
+            must((header.lane, header.epoch) in self.seals.epochs, "the keys of an epoch are lost")
+        return header.seal
+
+    def piece(self, header, number, at, count, last=False):
+        """Some bytes of a PACK. Of one that is sealed, they are the segment of this number: 0 its first fields, 1 its table, and then its frames."""
+        if not header.seal:
+            return self.part(header, at, count)
+        sealed = self.part(header, SALT + at + TAG * number, count + TAG)
+        return self.seals.segment(METADATA if number < 2 else DATA, self.unlocked(header), self.part(header, 0, SALT), number, last, sealed)
+
+    def unlock(self):
+        """Opens the keyring with the greatest number, the last of those."""
+        if not self.sealed:
+            return self.notes.append("the archive is not sealed, and needs no key") if self.keys.any() else None
+        if not self.keys.any():
+            raise Locked("the archive is sealed, and no key was given: --passphrase-file FILE or --identity FILE")
+        newest = None
+        for at in sorted(at for (kind, _), places in self.found.items() if kind == KEY for at in places if at < self.end):
+            with self.guard(f"KEY at byte {at}"):
+                one = KeyRecord(self.part(self.header(at)))
+                newest = one if not newest or one.number >= newest.number else newest
+        must(newest, "no KEY is intact")
+        self.seals = Seals(open_keyring(newest, self.keys, self.harm))
+        self.block_hash = lambda block: blake3(block, key=self.seals.keyring.id_key).digest()
+        self.zero_hash = self.block_hash(ZEROS)
 
     def check_refused(self):
         """Where not all commits may be known, a COMMIT or TAIL that is refused may be the last."""
@@ -115,6 +177,7 @@ class Archive:
 
     def open(self):
         self.search()
+        self.unlock()
         if not self.latest or not self.reach([self.latest]):
             self.check_refused()
             broken = ((key, self.header(at)) for key, places in self.broken.items() for at in places)
@@ -137,7 +200,8 @@ class Archive:
                 body = self.record(HEAD, heads[0].hash, heads[0].length)
                 must(len(body) >= 72, "its HEAD is cut")
                 major, _, block, features = struct.unpack_from("<HHIQ", body)
-                refuse(major != 1 or block != BLOCK or features, f"major {major}, blocks of {block} bytes, features {features:#x}")
+                refuse(major != 1 or block != BLOCK or features & ~1, f"major {major}, blocks of {block} bytes, features {features:#x}")
+                must(features == self.sealed, "its HEAD does not tell whether it is sealed")
 
     def check_end(self):
         """What stands behind the last intact COMMIT or TAIL is no part of the archive, and damage only if it may have been a commit."""
@@ -166,6 +230,7 @@ class Archive:
                 with self.guard(f"COMMIT {body_hash.hex()[:16]}"):
                     body = self.record(COMMIT, body_hash)
                     commit = self.loaded[body_hash] = Commit(self.header(self.found[COMMIT, body_hash][-1]), body, self.budget)
+                    must(not self.sealed or commit.keyring <= self.seals.keyring.number, "the keyring is older than it")
                     self.lists(commit, 0, RECORDS, commit.listed, commit.budget)
                     queue += commit.others + [commit.previous] * (commit.number > 1)
         return all(self.loaded.values())
@@ -278,9 +343,10 @@ class Archive:
         """The frames of a PACK, whose table is proved by its hash. The rest of the PACK need not be there."""
         for header in self.places(entry):
             with self.guard("", True):
-                count, blocks = struct.unpack("<II", self.part(header, 8, 8))
+                fields = self.piece(header, 0, 0, 16)
+                count, blocks = struct.unpack_from("<II", fields, 8)
                 must(count <= 8192, "a PACK has too many frames")
-                data, frames, end, at = self.part(header, 0, 16 + 48 * count), [], entry.first, 16 + 48 * count
+                data, frames, end, at = fields + self.piece(header, 1, 16, 48 * count), [], entry.first, 16 + 48 * count
                 whole = blake3(data).digest() == entry.table_hash and count and entry.first + blocks == entry.end
                 for block, stored, length, encoding, zero, zeros, its_hash in struct.iter_unpack("<IIHBBI32s", data[16:]):
                     first = entry.first + block
@@ -288,20 +354,24 @@ class Archive:
                     whole = whole and stored <= length * BLOCK and encoding <= 1 and (encoding or stored == length * BLOCK)
                     end, at = first + length, at + stored
                     frames.append(Frame(first, end, at - stored, stored, encoding, its_hash))
-                must(whole and end == entry.end and header.at + 96 + at <= header.end, "a PACK's table is wrong")
+                must(whole and end == entry.end and 0 <= self.padding(header, at, count), "a PACK's table is wrong")
                 return frames
         return []
+
+    def padding(self, header, at, frames):
+        """The length of what stands behind the frames of a PACK, which end there."""
+        return header.end - header.at - 96 - at - (SALT + TAG * (frames + 3) if header.seal else 0)
 
     def frame(self, entry, number):
         """The bytes of a frame and the hash of each block, or None where it is lost."""
         frame = self.table(entry)[number]
         for header in self.places(entry):
             with self.guard("", True):
-                data = self.part(header, frame.at, frame.stored)
+                data = self.piece(header, 2 + number, frame.at, frame.stored)
                 must(blake3(data).digest() == frame.hash, "a frame does not match its hash")
                 plain = zstd(data, (frame.end - frame.first) * BLOCK) if frame.encoding else data
                 blocks = (plain[at : at + BLOCK] for at in range(0, len(plain), BLOCK))
-                return plain, [ZERO_HASH if block == ZEROS else blake3(block).digest() for block in blocks]
+                return plain, [self.zero_hash if block == ZEROS else self.block_hash(block) for block in blocks]
         return None
 
     def blocks(self, commit, first, end, but=None):
@@ -327,7 +397,7 @@ class Archive:
             for first, data, hashes in self.blocks(commit, address, address + (length >> 2)) if stored else ():
                 must(hashes, f"block {first} of the store is lost")
                 for number, block_hash in enumerate(hashes):
-                    zeros, before = (zeros + 1, 0) if block_hash == ZERO_HASH else (0, zeros)
+                    zeros, before = (zeros + 1, 0) if block_hash == self.zero_hash else (0, zeros)
                     if not zeros:
                         hasher.update((bytes(24) + struct.pack("<Q", before) if before else b"") + block_hash)
                         must((at + 1) * BLOCK <= image.size or not any(data[number * BLOCK + image.size % BLOCK : (number + 1) * BLOCK]), TAIL_ZEROS)
@@ -348,7 +418,10 @@ class Archive:
         except Damaged:
             return [(entry.first, entry.end)]
         if entry.kind == PACK:
-            must(frames and not body[frames[-1].at + frames[-1].stored :].strip(b"\0"), "its table or padding is wrong")
+            must(frames, "its table is wrong")
+            header, at = self.header(self.found[PACK, entry.hash][0]), frames[-1].at + frames[-1].stored
+            padding = self.piece(header, 2 + len(frames), at, self.padding(header, at, len(frames)), True)
+            must(not padding.strip(b"\0"), "its padding is wrong")
         elif entry.kind == INDEX:
             count = entry.end - entry.first
             must(len(body) == 16 + 32 * count and body[8:16] == struct.pack("<II", count, 0), "its length is wrong")
@@ -382,14 +455,24 @@ class Archive:
             if first < self.end:
                 self.harm(f"bytes {first} to {end} are in no record")
         for header in (self.header(at) for places in self.broken.values() for at in places if at < self.end):
-            if header.malformed or header.key not in self.spared and not (header.epoch in forgotten and header.kind not in (PACK, LIST, COMMIT, TAIL, NOTE)):
+            if header.malformed or header.key not in self.spared and not (header.epoch in forgotten and header.kind not in (PACK, LIST, COMMIT, TAIL, KEY, NOTE)):
                 self.harm(f"{name(header.kind)} at byte {header.at} does not match its hash, or is malformed")
         for commit in self.commits:
             if any((self.header(at).lane, self.header(at).epoch) != (commit.lane, commit.epoch) for at in self.found[COMMIT, commit.hash]):
                 self.harm(f"COMMIT {commit.id[:16]} has the header of another record")
+        self.verify_keys()
         for body_hash in [its for kind, its in self.found if kind == COMMIT] + self.tails:
             if body_hash not in chosen:
                 self.harm("nothing leads to a COMMIT, or a TAIL to none")
+
+    def verify_keys(self):
+        """Checks that each KEY has the keys of its epoch, and names the pair that they are wrapped for."""
+        for at in [at for (kind, _), places in self.found.items() if kind == KEY for at in places if at < self.end]:
+            header = self.header(at)
+            with self.guard(f"KEY at byte {at}"):
+                record, of = KeyRecord(self.part(header)), (header.lane, header.epoch)
+                must(record.number <= self.seals.keyring.number, "it has a greater number than the keyring")
+                must(self.seals.unwrap(record.wrapped, *of) == self.seals.epochs.get(of), "it has other keys than the COMMIT of its epoch")
 
 
 def place(archive, commit, root, image, digest):
@@ -451,6 +534,18 @@ def run(archive, arguments, commits):
         archive.verify_rest()
 
 
+def read_keys(arguments):
+    """What the user gave to open an archive with."""
+    keys = Keys()
+    if arguments.passphrase_file:
+        with open(arguments.passphrase_file, "rb") as file:
+            keys.passphrase = file.readline(4096).rstrip(b"\r\n")
+    for path in arguments.identity:
+        with open(path, encoding="ascii", errors="replace") as file:
+            keys.secrets += identities(file.read(MIB))
+    return keys
+
+
 def main():
     parser = argparse.ArgumentParser(description="Reads archives of vmfold, version 1.")
     parser.add_argument("archive", metavar="ARCHIVE")
@@ -459,12 +554,14 @@ def main():
     parser.add_argument("--to", metavar="DIR", help="restore the images of a commit, the latest by default, to a new or empty folder")
     parser.add_argument("--commit", metavar="N|ID|latest")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--passphrase-file", metavar="FILE", help="file whose first line is the passphrase of a sealed archive")
+    parser.add_argument("--identity", metavar="FILE", action="append", default=[], help="file of age identities that open a sealed archive")
     arguments, report, code, damage = parser.parse_args(), {"commits": [], "notes": []}, 0, {}
     try:
         with open(arguments.archive, "rb") as file:
-            archive = Archive(file, damage, report["notes"])
+            archive = Archive(file, damage, report["notes"], read_keys(arguments))
             run(archive, arguments, report["commits"])
-    except (Unsupported, OSError, KeyboardInterrupt, argparse.ArgumentTypeError) as error:
+    except (Unsupported, Locked, OSError, KeyboardInterrupt, argparse.ArgumentTypeError) as error:
         code = 3 if isinstance(error, Unsupported) else 2 if isinstance(error, argparse.ArgumentTypeError) else 1
         report["notes"].append(f"unsupported: {error}" if code == 3 else str(error) or "interrupted")
     except Exception as error:  # A hostile archive ends in a message, whatever was overlooked here.
