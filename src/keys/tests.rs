@@ -142,6 +142,7 @@ fn each_key_opens_the_keyring_and_no_other_does() {
 
 #[test]
 fn a_user_is_asked_only_if_nothing_was_given() {
+    #[expect(clippy::unnecessary_wraps, reason = "a prompt may fail")]
     fn typed(_: &dyn crate::monitor::Monitor, question: &str) -> Result<Option<Passphrase>> {
         assert!(
             [
@@ -153,6 +154,7 @@ fn a_user_is_asked_only_if_nothing_was_given() {
         );
         Ok(Some(Passphrase::new(b"typed".to_vec())))
     }
+    #[expect(clippy::unnecessary_wraps, reason = "a prompt may fail")]
     fn differs(_: &dyn crate::monitor::Monitor, question: &str) -> Result<Option<Passphrase>> {
         Ok(Some(Passphrase::new(question.into())))
     }
@@ -620,8 +622,10 @@ say("done")
 "#;
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a test that does not run says so")]
 fn a_plugin_holds_a_key() {
     use std::os::unix::fs::PermissionsExt;
+    #[expect(clippy::unnecessary_wraps, reason = "a prompt may fail")]
     fn pin(_: &dyn crate::monitor::Monitor, question: &str) -> Result<Option<Passphrase>> {
         assert_eq!(question, "age-plugin-test: PIN: ");
         Ok(Some(Passphrase::new(b"1234".to_vec())))

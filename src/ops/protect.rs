@@ -71,18 +71,19 @@ pub fn protect_on(store: Arc<dyn Store>, options: &ProtectOptions, monitor: &dyn
     let parity = ParityMaker::new(options.percent, from);
     let written = writer.protect(Some(parity), &mut |read| {
         monitor.advance(read.len() as u64);
-        match monitor.interrupted() {
-            true => Err(std::io::Error::other("interrupted")),
-            false => Ok(()),
+        if monitor.interrupted() {
+            return Err(std::io::Error::other("interrupted"));
         }
+        Ok(())
     });
     match written {
         Ok(base) => opened.base = base.unwrap_or(opened.base),
         Err(error) => {
             opened.undo(monitor);
-            return Err(match monitor.interrupted() {
-                true => Error::Interrupted,
-                false => Error::io("write to", opened.store.path())(error),
+            return Err(if monitor.interrupted() {
+                Error::Interrupted
+            } else {
+                Error::io("write to", opened.store.path())(error)
             });
         }
     }

@@ -23,7 +23,7 @@ fn export(scene: &Scene, before: &[u8], parity: Option<u8>) -> Vec<u8> {
     let exported = export_on(scene.pool(false), &options, Arc::clone(&store) as _, &Silent::default()).unwrap();
     let archive = store.to_vec();
     assert_eq!(exported.archive_bytes, archive.len() as u64);
-    assert_eq!(exported.commit.0 as usize, verify(&archive).unwrap().commits as usize);
+    assert_eq!(u64::from(exported.commit.0), verify(&archive).unwrap().commits);
     assert!(exported.new_bytes > 0 || !before.is_empty(), "{exported:?}");
     // What an export left that did not end is cut off before.
     let written = usize::try_from(exported.written_bytes).unwrap();
@@ -34,7 +34,7 @@ fn export(scene: &Scene, before: &[u8], parity: Option<u8>) -> Vec<u8> {
 fn protect(before: &[u8], percent: u8, again: bool) -> (Vec<u8>, Result<Protected, Error>) {
     let store = Arc::new(MemoryStore::of(before.to_vec()));
     let options = ProtectOptions {
-        sealing: Default::default(),
+        sealing: vmfold::ops::export::Sealing::default(),
         archive: "memory".into(),
         percent,
         again,

@@ -41,7 +41,7 @@ fn exported(scene: &Scene, before: &[u8], parity: Option<u8>) -> Vec<u8> {
 fn protected(before: &[u8], percent: u8, again: bool) -> Vec<u8> {
     let store = Arc::new(MemoryStore::of(before.to_vec()));
     let options = ProtectOptions {
-        sealing: Default::default(),
+        sealing: vmfold::ops::export::Sealing::default(),
         archive: "memory".into(),
         percent,
         again,
@@ -513,7 +513,7 @@ fn sectors_that_cannot_be_read_heal() {
     let silent = Silent::default();
     let healer = Healer::new(Arc::new(store), None, tempfile::tempfile().unwrap(), &silent).unwrap();
     let (view, healing) = healer.heal().unwrap();
-    let mut healed = vec![0; usize::try_from(view.len()).unwrap()];
+    let mut healed = vec![0; usize::try_from(view.length()).unwrap()];
     view.read_exact_at(0, &mut healed).unwrap();
     assert!(healed == was, "{healing:?}");
 }

@@ -33,7 +33,7 @@ pub fn write_copy(
             paths: vec![to.to_owned()],
         });
     }
-    monitor.phase("Writing", view.len());
+    monitor.phase("Writing", view.length());
     let temporaries = TemporaryNames::random()?;
     let (new, _) = UnnamedFile::make(&place, &temporaries, true, |file| {
         fill(view, file, to, monitor)?;
@@ -71,11 +71,11 @@ fn fill(view: &View, file: &File, to: &Path, monitor: &dyn Monitor) -> Result<()
     let failed = |error| Error::writing("write", to)(error);
     let mut buffer = vec![0; PART_BYTES];
     let mut at = 0;
-    while at < view.len() {
+    while at < view.length() {
         if monitor.interrupted() {
             return Err(Error::Interrupted);
         }
-        let left = usize::try_from(view.len() - at).unwrap_or(usize::MAX);
+        let left = usize::try_from(view.length() - at).unwrap_or(usize::MAX);
         let part = &mut buffer[..left.min(PART_BYTES)];
         view.read_exact_at(at, part).map_err(Error::io("read", view.path()))?;
         file.write_all_at(part, at).map_err(failed)?;

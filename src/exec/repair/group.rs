@@ -180,7 +180,7 @@ impl Group {
             let last = cells.min(first + CELLS_AT_ONCE);
             let (start, end) = (self.cell(first).start, self.cell(last - 1).end);
             let part = &mut buffer[..usize::try_from(end - start).unwrap_or(0)];
-            self.read_part(view, start, part).map_err(failed)?;
+            Self::read_part(view, start, part).map_err(failed)?;
             monitor.advance(part.len() as u64);
             for (cell, content) in (first..last).zip(part.chunks_mut(CELL_BYTES)) {
                 if !self
@@ -196,8 +196,8 @@ impl Group {
     }
 
     /// Reads a part of the archive, with zeros in place of what lies behind its end.
-    fn read_part(&self, view: &View, start: u64, part: &mut [u8]) -> std::io::Result<()> {
-        let there = usize::try_from(view.len().saturating_sub(start))
+    fn read_part(view: &View, start: u64, part: &mut [u8]) -> std::io::Result<()> {
+        let there = usize::try_from(view.length().saturating_sub(start))
             .unwrap_or(usize::MAX)
             .min(part.len());
         part[there..].fill(0);
@@ -242,7 +242,7 @@ impl Group {
                     continue;
                 };
                 let (origin, number) = self.parity_cell(row, column);
-                self.read_part(view, origin, &mut content)?;
+                Self::read_part(view, origin, &mut content)?;
                 self.unmask(&masks, number, origin, &mut content);
                 let mut is_intact = sum_of(&content) == sum;
                 for source in sources {
@@ -282,7 +282,7 @@ impl Group {
                     .iter()
                     .map(|row| row * COLUMNS + column)
                     .zip(cells.chunks(CELL_BYTES));
-                healed += self.put_healed(look, view, cells.collect())?;
+                healed += self.put_healed(look, view, &cells.collect::<Vec<_>>())?;
             }
         }
         Ok(healed)
@@ -304,12 +304,12 @@ impl Group {
                     .unwrap_or(0)
                     .min(part.len());
                 part[there..].fill(0);
-                self.read_part(view, start, &mut part[..there])
+                Self::read_part(view, start, &mut part[..there])
             }
             ColumnCell::Parity(row) => {
                 let (origin, number) = self.parity_cell(row, column);
                 let origin = origin + range.start as u64;
-                self.read_part(view, origin, part)?;
+                Self::read_part(view, origin, part)?;
                 self.unmask(masks, number, origin, part);
                 Ok(())
             }
@@ -317,7 +317,7 @@ impl Group {
     }
 
     /// Puts computed cells into the archive. If the checksum of any is another, what they were computed from was wrong.
-    fn put_healed(&self, look: &Look, view: &View, cells: Vec<(usize, &[u8])>) -> Result<usize> {
+    fn put_healed(&self, look: &Look, view: &View, cells: &[(usize, &[u8])]) -> Result<usize> {
         let own = |cell: usize, content: &'_ [u8]| {
             let range = self.cell(cell);
             content
@@ -331,7 +331,7 @@ impl Group {
         if !cells.iter().all(is_right) {
             return Ok(0);
         }
-        for (cell, content) in &cells {
+        for (cell, content) in cells {
             let content = &content[..own(*cell, content)];
             let written = view.write(self.cell(*cell).start, content);
             written.map_err(Error::writing("write what was computed for", view.path()))?;
@@ -366,7 +366,7 @@ impl Group {
             }
             let left = usize::try_from(self.geometry.end() - at).unwrap_or(usize::MAX);
             let part = &mut buffer[..left.min(CELLS_AT_ONCE * CELL_BYTES)];
-            self.read_part(view, at, part).map_err(Error::io("read", view.path()))?;
+            Self::read_part(view, at, part).map_err(Error::io("read", view.path()))?;
             group.push(part);
             at += part.len() as u64;
         }
@@ -405,7 +405,7 @@ pub(super) fn record_at(view: &View, origin: u64) -> Option<(RecordHeader, Vec<u
     view.read_exact_at(origin, &mut bytes).ok()?;
     let header = RecordHeader::decode(&bytes).ok()?;
     let start = origin + HEADER_BYTES as u64;
-    if header.body_bytes > view.len().saturating_sub(start) {
+    if header.body_bytes > view.length().saturating_sub(start) {
         return None;
     }
     let mut body = vec![0; usize::try_from(header.body_bytes).ok()?];

@@ -205,7 +205,7 @@ impl InPlace {
         }
         let pending = Pending {
             cells: view.cells_by_slot(),
-            new_length: view.len(),
+            new_length: view.length(),
         };
         self.complete(&pending).map_err(failed)?;
         self.journal.sync_folder()?;

@@ -235,7 +235,7 @@ impl<'a> Healer<'a> {
             groups: self.groups.len(),
             percent: self.groups.first().map_or(0, |state| state.group.geometry.percent),
             protected_bytes: protected,
-            length: self.view.len(),
+            length: self.view.length(),
             spare_bytes: spare.flatten().map(stretch),
             ..self.healing
         }

@@ -52,7 +52,7 @@ impl SecondCopy {
     /// # Errors
     /// Returns the error of reading, or of writing what was taken; [`Error::Interrupted`].
     pub(super) fn fill(&self, view: &View, monitor: &dyn Monitor) -> Result<u64> {
-        let intact = Scan::new(view, view.len(), monitor)?;
+        let intact = Scan::new(view, view.length(), monitor)?;
         let places: HashMap<HeaderHash, u64> = intact.records.iter().map(|record| (record.hash, record.at)).collect();
         let starts: Vec<(u64, u64)> = intact.records.iter().map(|record| (record.at, record.length)).collect();
         // Whether an intact record of the archive lies in a range.
@@ -69,7 +69,7 @@ impl SecondCopy {
                 next = Some(at + record.length);
                 continue;
             }
-            let Some(at) = next.filter(|at| at + record.length <= view.len() && !is_taken(*at, at + record.length))
+            let Some(at) = next.filter(|at| at + record.length <= view.length() && !is_taken(*at, at + record.length))
             else {
                 next = None;
                 continue;

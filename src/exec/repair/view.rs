@@ -133,7 +133,7 @@ impl View {
     }
 
     /// Returns the length of the healed archive in bytes.
-    pub fn len(&self) -> u64 {
+    pub fn length(&self) -> u64 {
         self.length
     }
 
@@ -306,7 +306,7 @@ mod tests {
     use crate::store::MemoryStore;
 
     fn bytes_of(view: &View) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(view.len()).unwrap()];
+        let mut bytes = vec![0; usize::try_from(view.length()).unwrap()];
         view.read_exact_at(0, &mut bytes).unwrap();
         bytes
     }
