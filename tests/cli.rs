@@ -592,79 +592,80 @@ fn help(arguments: &[&str]) -> String {
 
 #[test]
 fn help_and_usage() {
-    insta::assert_snapshot!(help(&["--help"]), @"
-    Gives virtual machine images their disk back: what images and revisions have in common becomes
-    shared extents
+    insta::assert_snapshot!(help(&["--help"]), @r#"
+        Gives virtual machine images their disk back: what images and revisions have in common becomes
+        shared extents
 
-    vmfold works on the images of machines that are shut down, on btrfs and on XFS with reflinks. It
-    shares what images have in common, frees the rest, and keeps images in archives. Images keep every
-    byte, their times, inodes, links, mode and owner. An image that someone has open is left alone and
-    named. On btrfs it takes root.
+        vmfold works on the images of machines that are shut down, on btrfs and on XFS with reflinks. It
+        shares what images have in common, frees the rest, and keeps images in archives. Images keep every
+        byte, their times, inodes, links, mode and owner. An image that someone has open is left alone and
+        named. On btrfs it takes root.
 
-    Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some images were left alone or the time was
-    over; 4 the archive is damaged; 5 diff found differences; 130 interrupted. What each means for each
-    command stands in `formats/scripting.md`.
+        Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some images were left alone or the time was
+        over; 4 the archive is damaged; 5 diff found differences; 130 interrupted. What each means for each
+        command stands in `formats/scripting.md`.
 
-    Sizes are bytes, or have a unit: 16K and 16KiB are 16384 bytes, 16KB are 16000. Patterns are globs
-    as in a shell: `*` stands for any text, also across slashes, and `?` for one character. A pattern
-    without a slash holds at any depth. Quote patterns, or the shell expands them.
+        Sizes are bytes, or have a unit: 16K and 16KiB are 16384 bytes, 16KB are 16000. Patterns are globs
+        as in a shell: `*` stands for any text, also across slashes, and `?` for one character. A pattern
+        without a slash holds at any depth. Quote patterns, or the shell expands them.
 
-    Usage: vmfold [OPTIONS] <COMMAND>
+        Usage: vmfold [OPTIONS] <COMMAND>
 
-    Commands:
-      reclaim  Share what images have in common, and free the rest
-      report   Show what each image holds, and what deleting it would free
-      export   Write images and revisions to an archive, each distinct block once
-      import   Restore images from an archive or another backup, sharing what they have in common
-      list     Show the commits and images of an archive
-      verify   Check every hash and reference of an archive
-      protect  Give an archive parity, from which lost bytes of it can be computed
-      repair   Heal a damaged archive from its parity
-      diff     Show what differs between two commits, or between one and images on disk
-      scan     Fill the index only
-      status   Show what the index knows
-      help     Print this message or the help of the given subcommand(s)
+        Commands:
+          reclaim  Share what images have in common, and free the rest
+          report   Show what each image holds, and what deleting it would free
+          export   Write images and revisions to an archive, each distinct block once
+          import   Restore images from an archive or another backup, sharing what they have in common
+          list     Show the commits and images of an archive
+          verify   Check every hash and reference of an archive
+          protect  Give an archive parity, from which lost bytes of it can be computed
+          key      List, add, remove and rotate the keys of an encrypted archive, and print one on paper
+          repair   Heal a damaged archive from its parity
+          diff     Show what differs between two commits, or between one and images on disk
+          scan     Fill the index only
+          status   Show what the index knows
+          help     Print this message or the help of the given subcommand(s)
 
-    Options:
-          --json
-              Print one JSON document instead of text
+        Options:
+              --json
+                  Print one JSON document instead of text
 
-              The document goes to standard output when the command has ended, and has the form of
-              `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
-              goes to standard output. `--qubes` prints one document for each filesystem.
+                  The document goes to standard output when the command has ended, and has the form of
+                  `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
+                  goes to standard output. `--qubes` prints one document for each filesystem.
 
-          --nice
-              Give way to all other work on the processor and the disk
+              --nice
+                  Give way to all other work on the processor and the disk
 
-              vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
-              long as somebody waits for an image it holds.
+                  vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
+                  long as somebody waits for an image it holds.
 
-      -v, --verbose...
-              Say on standard error what is decided about each image, and with -vv about each range
+          -v, --verbose...
+                  Say on standard error what is decided about each image, and with -vv about each range
 
-              Once: which images are worked on, which are left alone and why, what is planned, what
-              names restored images get. Twice: also each range that is not shared or cannot be read,
-              with the reason, and each extent that goes.
+                  Once: which images are worked on, which are left alone and why, what is planned, what
+                  names restored images get. Twice: also each range that is not shared or cannot be read,
+                  with the reason, and each extent that goes.
 
-          --log-file <FILE>
-              Append a log of all decisions to a file
+              --log-file <FILE>
+                  Append a log of all decisions to a file
 
-              The file gets what -vv says, with times, and the notes. It is made if it does not exist,
-              for its user alone. A file that belongs to another user, and a link, are refused.
+                  The file gets what -vv says, with times, and the notes. It is made if it does not exist,
+                  for its user alone. A file that belongs to another user, and a link, are refused.
 
-          --log-json
-              Write the lines of -v and --log-file as JSON
+              --log-json
+                  Write the lines of -v and --log-file as JSON
 
-              Each line is one object, with the level, the message, and what it is about.
+                  Each line is one object, with the level, the message, and what it is about.
 
-      -h, --help
-              Print help (see a summary with '-h')
+          -h, --help
+                  Print help (see a summary with '-h')
 
-      -V, --version
-              Print version
-    --- stderr
-    --- exit 0
-    ");
+          -V, --version
+                  Print version
+        --- stderr
+        --- exit 0
+    "#);
     insta::assert_snapshot!(outcome(&vmfold(&["reclaim"]), Path::new("/none")), @r#"
         --- stderr
         error: the following required arguments were not provided:
@@ -710,20 +711,21 @@ fn man_pages_name_every_option() {
     symlink(&outside, pages.join("vmfold-list.1")).unwrap();
     std::fs::write(pages.join("vmfold-diff.1"), "an older page").unwrap();
     insta::assert_snapshot!(write_pages(), @r#"
-    [folder]/man1/vmfold.1
-    [folder]/man1/vmfold-reclaim.1
-    [folder]/man1/vmfold-report.1
-    [folder]/man1/vmfold-export.1
-    [folder]/man1/vmfold-import.1
-    [folder]/man1/vmfold-list.1
-    [folder]/man1/vmfold-verify.1
-    [folder]/man1/vmfold-protect.1
-    [folder]/man1/vmfold-repair.1
-    [folder]/man1/vmfold-diff.1
-    [folder]/man1/vmfold-scan.1
-    [folder]/man1/vmfold-status.1
-    --- stderr
-    --- exit 0
+        [folder]/man1/vmfold.1
+        [folder]/man1/vmfold-reclaim.1
+        [folder]/man1/vmfold-report.1
+        [folder]/man1/vmfold-export.1
+        [folder]/man1/vmfold-import.1
+        [folder]/man1/vmfold-list.1
+        [folder]/man1/vmfold-verify.1
+        [folder]/man1/vmfold-protect.1
+        [folder]/man1/vmfold-key.1
+        [folder]/man1/vmfold-repair.1
+        [folder]/man1/vmfold-diff.1
+        [folder]/man1/vmfold-scan.1
+        [folder]/man1/vmfold-status.1
+        --- stderr
+        --- exit 0
     "#);
     assert_eq!(std::fs::read_to_string(&outside).unwrap(), "untouched");
     let mut count = 0;
@@ -1063,34 +1065,119 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     for (what, name) in [
         (r"\([0-9a-f]{8}\)", "([name])"),
         (r"\d{4}-\d\d-\d\d", "[day]"),
-        (r"[\d.]+ [KM]iB", "[size]"),
+        (r"[\d.]+ [KMG]iB", "[size]"),
+        (r"bytes \d+\.\.\d+", "bytes [range]"),
     ] {
         settings.add_filter(what, name);
     }
     let _bound = settings.bind_to_scope();
     let pool = &path("pool");
-    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--encrypt", "--parity", "10", &with("one")]), @"");
-    insta::assert_snapshot!(run(&["list", archive]), @"");
-    insta::assert_snapshot!(run(&["list", archive, &with("wrong")]), @"");
-    insta::assert_snapshot!(run(&["verify", archive]), @"");
-    insta::assert_snapshot!(run(&["verify", archive, &with("one")]), @"");
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--encrypt", "--parity", "10", &with("one")]), @r#"
+        Commit 1 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Read [size], 0 B known from before; [size] new, stored in [size]; the archive has [size]
+        Parity: [size] of what was written
+        --- stderr
+        note: `[folder]/a.vmfold` has one key. If it is lost, everything in the archive is lost: nobody can restore it then. Add another key with vmfold key add, or print one with vmfold key sheet
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["list", archive]), @r#"
+        --- stderr
+        error: `[folder]/a.vmfold` is encrypted, and no key was given: it opens by a passphrase (give it by --passphrase-file, --passphrase-fd or --passphrase-command, or name the file of an identity by --identity)
+        --- exit 2
+    "#);
+    insta::assert_snapshot!(run(&["list", archive, &with("wrong")]), @r#"
+        --- stderr
+        error: the key is wrong: `[folder]/a.vmfold` opens by a passphrase, and by none of what was given (check what was given; vmfold key list tells who holds a key)
+        --- exit 1
+    "#);
+    insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        Parity of 10 % for [size], none for [size]: nothing is lost there; [size] more would still heal, at any place
+        1 commits in [size], encrypted: every record is intact. What is in them was not verified, because no key was given
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["verify", archive, &with("one")]), @r#"
+        Parity of 10 % for [size], none for [size]: nothing is lost there; [size] more would still heal, at any place
+        1 commits with 1 images, [size] of blocks in [size]: all intact
+        --- stderr
+        --- exit 0
+    "#);
     let second = format!("--new-passphrase-file={}", path("two"));
-    insta::assert_snapshot!(run(&["key", "add", archive, &second, "--label", "second", &with("one")]), @"");
-    insta::assert_snapshot!(run(&["key", "list", archive]), @"");
-    insta::assert_snapshot!(run(&["key", "list", archive, &with("two")]), @"");
-    insta::assert_snapshot!(run(&["key", "remove", archive, "1", &with("two")]), @"");
-    insta::assert_snapshot!(run(&["list", archive, &with("one")]), @"");
-    insta::assert_snapshot!(run(&["key", "rotate", archive, &with("two")]), @"");
-    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, &with("two")]), @"");
+    insta::assert_snapshot!(run(&["key", "add", archive, &second, "--label", "second", &with("one")]), @r#"
+        Added key 2: a passphrase, `second`, added on [day]
+        There are 2 keys now.
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["key", "list", archive]), @r#"
+        1: a passphrase
+        2: a passphrase
+        Give one of these keys to see what they are called
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["key", "list", archive, &with("two")]), @r#"
+        1: a passphrase, `passphrase`, added on [day]
+        2: a passphrase, `second`, added on [day]
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["key", "remove", archive, "1", &with("two")]), @r#"
+        Removed key 1: a passphrase, `passphrase`, added on [day]
+        Whoever had it can still read what is in the archive now, in any copy of it. If he kept what it opened, he can read what is exported later, too: vmfold key rotate ends that.
+        There is one key now. If it is lost, everything in the archive is lost.
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["list", archive, &with("one")]), @r#"
+        --- stderr
+        error: the key is wrong: `[folder]/a.vmfold` opens by a passphrase, and by none of what was given (check what was given; vmfold key list tells who holds a key)
+        --- exit 1
+    "#);
+    insta::assert_snapshot!(run(&["key", "rotate", archive, &with("two")]), @r#"
+        What is exported from now on is protected by new keys. What was exported before stays as it is: whoever had a key until now can still read that in any copy of the archive, and can still tell whether a block that he knows is in it.
+        There is one key now. If it is lost, everything in the archive is lost.
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, &with("two")]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Read [size], 0 B known from before; 0 B new, stored in [size]; the archive has [size]
+        Parity: [size] of what was written
+        --- stderr
+        --- exit 0
+    "#);
     let mut bytes = std::fs::read(archive).unwrap();
     bytes[500_000..520_000].fill(0);
     std::fs::write(archive, &bytes).unwrap();
-    insta::assert_snapshot!(run(&["verify", archive]), @"");
+    insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        Damaged: bytes [range]: a record does not match its hash
+        Parity of 10 % for [size], none for [size]: [size] are lost, and would heal by vmfold repair; [size] more would still heal, at any place
+        2 commits in [size], encrypted: damaged. What is in them was not verified, because no key was given
+        --- stderr
+        --- exit 4
+    "#);
     let healed = &path("healed.vmfold");
-    insta::assert_snapshot!(run(&["repair", archive, "--to", healed]), @"");
+    insta::assert_snapshot!(run(&["repair", archive, "--to", healed]), @r#"
+        Parity of 10 % for [size]: [size] lost, [size] computed, 0 B moved
+        `[folder]/healed.vmfold`, [size]: all intact
+        --- stderr
+        --- exit 0
+    "#);
     let to = &path("to");
-    insta::assert_snapshot!(run(&["import", healed, "--to", to, "--index", index, &with("two")]), @"");
+    insta::assert_snapshot!(run(&["import", healed, "--to", to, "--index", index, &with("two")]), @r#"
+        Commit 2 ([name]) of `[folder]/healed.vmfold`: 1 images, [size] of data in [size]
+        [size] distinct: [size] new, 0 B on this disk already; takes up to [size], [size] free
+        Restored 1 images to `[folder]/to`: [size] written, 0 B shared with what was there
+        --- stderr
+        note: The filesystem cannot share extents: images are restored as plain sparse files, each with its own blocks
+        --- exit 0
+    "#);
     let content = |folder: &str| std::fs::read(Path::new(folder).join("a.img")).unwrap();
     assert!(content(to) == content(pool));
-    insta::assert_snapshot!(run(&["key", "list", &path("one")]), @"");
+    insta::assert_snapshot!(run(&["key", "list", &path("one")]), @r#"
+        --- stderr
+        error: `[folder]/one` is not an archive of vmfold (name a file that vmfold export wrote)
+        --- exit 2
+    "#);
 }

@@ -299,6 +299,10 @@ fn the_paper_on_tests_names_tests_that_exist() {
             functions.extend(names_after(&text, "\nfn ").map(str::to_owned));
         }
     }
+    for entry in std::fs::read_dir(folder.join("format")).unwrap() {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default();
+        functions.extend(names_after(&text, "\nfn ").map(str::to_owned));
+    }
     let (_, situations) = paper.split_once("## Situations").unwrap();
     let named = situations.split('`').skip(1).step_by(2);
     // Long names are cut, with dots in the place of the rest.

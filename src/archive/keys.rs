@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 const WRAP_BYTES: usize = x_wing::CIPHERTEXT_SIZE + 32 + TAG_BYTES;
 /// Random bytes that wrapping a key takes.
 const WRAP_RANDOM_BYTES: usize = x_wing::ENCAPSULATION_RANDOMNESS_SIZE;
+/// What to say of a sealed record in an archive that is not sealed.
+pub(super) const SEALED_IN_PART: &str = "it has sealed records, and is not sealed as a whole";
 /// What keys are derived for.
 const WRAP_CONTEXT: &str = "vmfold 2026 epoch key v1";
 const COMMIT_CONTEXT: &str = "vmfold 2026 commit v1";
@@ -492,7 +494,7 @@ impl ArchiveKeys {
             } else {
                 Error::Unsupported {
                     path: archive.to_owned(),
-                    problem: "it has sealed records, and is not sealed as a whole",
+                    problem: SEALED_IN_PART,
                 }
             });
         }

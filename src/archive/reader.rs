@@ -917,6 +917,9 @@ impl Archive {
     }
 
     fn epoch_keys(&self, header: &RecordHeader) -> std::result::Result<Arc<EpochKeys>, Malformed> {
+        if self.reader.keys.ring().is_none() {
+            return Err(Malformed::Unsupported(super::keys::SEALED_IN_PART));
+        }
         let keys = self.reader.keys.epoch(header.lane, header.epoch);
         keys.ok_or_else(|| "the keys of its epoch are lost".into())
     }

@@ -6,7 +6,7 @@ use super::commit::{CommitLocation, decode_tail};
 use super::keys::{KEY_BODY_BYTES, KeyRecord, Wraps, wraps_of};
 use super::parity::geometry_in;
 use super::reader::RecordReader;
-use super::record::{EpochId, HEADER_BYTES, RecordHeader, RecordKind};
+use super::record::{EpochId, HEADER_BYTES, MAGIC, RecordHeader, RecordKind};
 use super::writer::EpochBase;
 use crate::error::{Error, Result};
 use crate::parity::geometry::GEOMETRY_BYTES;
@@ -40,6 +40,10 @@ impl SealedEnd {
     /// [`Error::Damaged`] if the archive does not end as it should; [`Error::NotSealed`]; [`Error::Unsupported`]; the error of reading.
     pub fn read(store: Arc<dyn Store>) -> Result<Self> {
         let reader = RecordReader::new(store)?;
+        let mut start = [0; MAGIC.len()];
+        if reader.read_exact(0, &mut start).is_err() || start != MAGIC {
+            return Err(reader.nothing_intact());
+        }
         let at = reader
             .length()
             .checked_sub(TAIL_BYTES)

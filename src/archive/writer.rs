@@ -446,18 +446,7 @@ impl ArchiveWriter {
         listed.records = std::mem::take(&mut self.records);
         self.check_images(images, commit.store_end)?;
         let stored_lists = self.write_lists(&mut commit, &listed, images)?;
-        commit.keyring = self.sealer.as_ref().map(EpochSealer::keyring_number);
-        let body = commit.encode()?;
-        if Commit::decode(&body).as_ref() != Ok(&commit) {
-            return Err(io::Error::other(
-                "the commit has a longer label or more lists than the format allows",
-            ));
-        }
-        let place = (self.base.lane, self.epoch);
-        let body = match &mut self.sealer {
-            Some(sealer) => sealer.seal_commit(place, &body).map_err(too_large)?,
-            None => body,
-        };
+        let body = self.stored_commit(&mut commit)?;
         self.store.settle()?;
         let location = self.write_one(RecordKind::Commit, body.clone())?;
         let header = self.last_header;
@@ -504,6 +493,22 @@ impl ArchiveWriter {
             ..Committed::default()
         };
         Ok((base, committed))
+    }
+
+    /// Returns the body of a COMMIT as it is stored.
+    fn stored_commit(&mut self, commit: &mut Commit) -> io::Result<Vec<u8>> {
+        commit.keyring = self.sealer.as_ref().map(EpochSealer::keyring_number);
+        let body = commit.encode()?;
+        if Commit::decode(&body).as_ref() != Ok(commit) {
+            return Err(io::Error::other(
+                "the commit has a longer label or more lists than the format allows",
+            ));
+        }
+        let place = (self.base.lane, self.epoch);
+        match &mut self.sealer {
+            Some(sealer) => sealer.seal_commit(place, &body).map_err(too_large),
+            None => Ok(body),
+        }
     }
 
     /// Writes what a COMMIT lists, and tells the COMMIT where. Returns the bodies as they are stored.

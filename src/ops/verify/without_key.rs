@@ -48,7 +48,10 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
                     ));
                 }
             }
-            StreamEvent::Damage { range, problem, .. } => found.note(Damage::at(range, problem)),
+            StreamEvent::Damage { range, problem, .. } => {
+                found.note(Damage::at(range, problem));
+                found.is_behind_damage = true;
+            }
             StreamEvent::Unsupported(record) => {
                 return Err(Error::Unsupported {
                     path,
@@ -98,6 +101,8 @@ struct FoundRecords {
     /// Where the last COMMIT or TAIL ends.
     end: u64,
     has_parity: bool,
+    /// Whether what came last was damage.
+    is_behind_damage: bool,
     records: usize,
     damage: Vec<Damage>,
 }
@@ -122,7 +127,9 @@ impl FoundRecords {
             length: HEADER_BYTES as u64 + header.body_bytes,
         };
         let after = header.sequence.saturating_add(1);
-        if self.next.insert(header.lane, after).unwrap_or(0) != header.sequence {
+        let expected = self.next.insert(header.lane, after).unwrap_or(0);
+        // What is missing behind damage is the record that was damaged.
+        if !std::mem::take(&mut self.is_behind_damage) && expected != header.sequence {
             let problem = format!(
                 "records before this {} are missing, or it stands twice",
                 header.kind.name()
