@@ -1050,6 +1050,7 @@ fn help_of_reclaim() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one outcome after the other")]
 fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
