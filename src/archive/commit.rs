@@ -390,8 +390,11 @@ mod tests {
         longer.splice(CLEAR_BYTES..CLEAR_BYTES, [7; 10]);
         assert_eq!(Commit::decode(&longer), Ok(commit));
         let mut features = body.clone();
-        features[0] = 1;
+        features[0] = 2;
         assert!(matches!(Commit::decode(&features), Err(Malformed::Unsupported(_))));
+        // It says that it is sealed, and has no keyring.
+        features[0] = 1;
+        assert!(matches!(Commit::decode(&features), Err(Malformed::Damaged(_))));
         let mut append = body.clone();
         append[8] = 1;
         assert!(Commit::decode(&append).is_ok());

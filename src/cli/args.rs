@@ -543,6 +543,8 @@ pub(super) struct Verify {
 #[derive(Debug, clap::Args)]
 pub(super) struct Protect {
     /// Archive file
+    ///
+    /// One that is encrypted needs its key, since parity follows its last commit.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Percent of the archive that may be lost and still heal, 1 to 100
@@ -564,6 +566,8 @@ pub(super) struct Protect {
 #[command(group(clap::ArgGroup::new("target").required(true).args(["to", "in_place", "dry_run"])))]
 pub(super) struct Repair {
     /// Archive file
+    ///
+    /// It may be encrypted: no key is needed.
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: PathBuf,
     /// Write the repaired archive to this new file

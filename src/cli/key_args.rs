@@ -59,7 +59,10 @@ pub(super) struct NewKeyArgs {
     /// every key of an archive loses all that is in it: nobody can restore it then.
     #[arg(long)]
     pub(super) encrypt: bool,
-    /// Recipient of age whose identity opens the archive: age1...; may be given more than once
+    /// Recipient of age whose identity opens the archive; may be given more than once
+    ///
+    /// It begins with `age1`. `age-keygen` makes an identity, and prints its recipient. Recipients of plugins are taken if the
+    /// program age-plugin-NAME is in one of the folders of PATH.
     #[arg(long, value_name = "RECIPIENT", requires = "encrypt")]
     pub(super) recipient: Vec<String>,
     /// File of recipients, one a line; may be given more than once
