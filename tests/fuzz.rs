@@ -31,6 +31,8 @@ mod mutate_backups;
 #[path = "foreign/qvm.rs"]
 #[allow(dead_code, reason = "other tests use another part")]
 mod qvm;
+#[path = "foreign/qvm3_maker.rs"]
+mod qvm3_maker;
 #[path = "fuzz/qvm_maker.rs"]
 mod qvm_maker;
 #[path = "foreign/vma.rs"]

@@ -9,7 +9,8 @@ use vmfold::monitor::Silent;
 use vmfold::store::{MemoryStore, Store};
 
 use super::common::Random;
-use super::{qubes_backup, qubes_expected, qvm, read, read_store};
+use super::qvm4::{qubes_backup, qubes_expected};
+use super::{qvm, read, read_store};
 
 /// A store that is read in order, and whose length nobody knows.
 #[derive(Debug)]

@@ -42,9 +42,9 @@ pub(crate) struct Format {
 }
 
 /// The names of all formats.
-pub(crate) const FORMATS: [&str; 16] = [
-    "gzip", "bzip2", "xz", "zstd", "lz4", "lzop", "tar", "ova", "vma", "qvm", "qcow2", "vdi", "vhd", "vhdx", "vmdk",
-    "stream",
+pub(crate) const FORMATS: [&str; 17] = [
+    "gzip", "bzip2", "xz", "zstd", "lz4", "lzop", "tar", "ova", "vma", "qvm", "qvm3", "qcow2", "vdi", "vhd", "vhdx",
+    "vmdk", "stream",
 ];
 
 /// An image of blocks that are full, and of holes.
@@ -238,6 +238,7 @@ pub(crate) fn seeds(name: &'static str, folder: &Path) -> Format {
         "ova" => ovas(folder),
         "vma" => vmas(),
         "qvm" => crate::qvm_maker::models(folder).into_iter().map(of_model).collect(),
+        "qvm3" => crate::qvm_maker::models_3(folder).into_iter().map(of_model).collect(),
         "qcow2" => qcow2s(folder),
         "vdi" => converted(folder, &["vdi", "vdi -o static=on"]),
         "vhd" => converted(
@@ -259,8 +260,10 @@ pub(crate) fn seeds(name: &'static str, folder: &Path) -> Format {
         }
         _ => compressed(folder, name),
     };
-    if name == "qvm" {
-        seeds.push(Seed::new(crate::qvm_maker::genuine(folder)));
+    match name {
+        "qvm" => seeds.push(Seed::new(crate::qvm_maker::genuine(folder))),
+        "qvm3" => seeds.extend(crate::qvm_maker::genuine_3().into_iter().map(Seed::new)),
+        _ => {}
     }
     Format { name, seeds }
 }

@@ -104,16 +104,36 @@ fn files_of_an_ova_that_have_other_hashes_are_named_in_their_order() {
 
 #[test]
 fn the_home_folder_of_dom0_is_noted_once() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut model: Model = backup_seeds::seeds("qvm", folder.path()).seeds[0]
-        .model
-        .clone()
-        .unwrap();
-    for number in 0..30 {
-        let archive = model.members[0].1.clone();
-        model.members.push((format!("dom0-home/user{number}"), archive));
+    // Version 3 is noted as well.
+    for (format, notes) in [("qvm", 1), ("qvm3", 2)] {
+        let mut model = some_model(format);
+        for number in 0..30 {
+            let archive = model.members[0].1.clone();
+            model.members.push((format!("dom0-home/user{number}"), archive));
+        }
+        model.members.retain(|(name, _)| !name.ends_with("/."));
+        assert_eq!(outcome("homes", &of(model.make())).1, notes);
     }
-    assert_eq!(outcome("homes", &of(model.make())), (String::new(), 1));
+}
+
+#[test]
+fn what_is_left_out_of_a_folder_of_qubes_is_named_up_to_twenty_times() {
+    let mut model = some_model("qvm3");
+    let template = model.members.iter_mut().find(|(name, _)| name == "vm2/.").unwrap();
+    template.1 = archive(
+        &(0..100)
+            .map(|number| entry(b'6', &format!("vm2/./pipe{number}"), b""))
+            .chain(["root.img", "private.img"].map(|name| entry(b'0', &format!("vm2/./{name}"), b"")))
+            .collect::<Vec<_>>(),
+    );
+    assert_eq!(outcome("pipes", &of(model.make())), (String::new(), 22));
+}
+
+/// What the first backup of a format is made of.
+fn some_model(format: &'static str) -> Model {
+    let folder = tempfile::tempdir().unwrap();
+    let seeds = backup_seeds::seeds(format, folder.path()).seeds;
+    seeds.into_iter().find_map(|seed| seed.model).unwrap()
 }
 
 /// A part whose header says that it ends behind all that a file may have is damage, and no error of the disk.

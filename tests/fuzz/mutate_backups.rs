@@ -469,7 +469,7 @@ fn seal(format: &str, bytes: &mut [u8], random: &mut Random) {
 
 /// Whether a format has a hash of all that it holds.
 fn is_hashed(format: &str) -> bool {
-    ["gzip", "bzip2", "xz", "zstd", "lz4", "lzop", "qvm"].contains(&format)
+    ["gzip", "bzip2", "xz", "zstd", "lz4", "lzop", "qvm", "qvm3"].contains(&format)
 }
 
 /// A backup of a format that was changed.
@@ -625,6 +625,12 @@ fn change_parts(parts: &mut Vec<Part>, random: &mut Random) {
                 "qubes.xml.001",
                 "vm7/a b.000",
                 "vm2/x.000",
+                "vm2/empty.000",
+                "vm2/..999",
+                "vm7/..000",
+                "vm7/volatile.img.000",
+                "appvms/work/root.img.000",
+                "servicevms/work/x.000",
             ];
             let name = pick(&names, random).to_owned();
             (parts[at].name, parts[at].key_name) = (name.clone(), name);
@@ -650,8 +656,13 @@ fn change_text(model: &mut Model, random: &mut Random) {
     let at = below(random, lines.len());
     let new = [
         "version=3",
+        "version=4",
         "version=",
         "encrypted=False",
+        "encrypted=True",
+        "crypto-algorithm=bf-cbc",
+        "hmac-algorithm=sha256",
+        "hmac-algorithm=whirlpool",
         "compressed=False",
         "compression-filter=sh",
         "compression-filter=xz",
@@ -687,6 +698,11 @@ fn change_xml(archive: &mut Vec<u8>, random: &mut Random) {
         "</domain>",
         "<domain class=\"AppVM\">",
         "save_on_stop",
+        "backup_content",
+        "backup_path",
+        "template_qid",
+        "QubesTemplateVm",
+        "private.img",
     ];
     let from = pick(&tokens, random);
     let to = pick(
@@ -704,6 +720,9 @@ fn change_xml(archive: &mut Vec<u8>, random: &mut Random) {
             "<!DOCTYPE a>",
             "\u{1b}[0m",
             "root",
+            "none",
+            "vm-templates/debian-12",
+            "appvms/../x",
         ],
         random,
     );

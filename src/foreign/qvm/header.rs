@@ -29,9 +29,6 @@ impl<'t> Values<'t> {
         let mut values = BTreeMap::new();
         for line in text.lines().filter(|line| !line.is_empty()) {
             let (key, value) = line.split_once('=').ok_or("its header has a line without a value")?;
-            let is_plain = |text: &str| {
-                text.len() <= VALUE_BYTES_MAX && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-            };
             if !is_plain(key) || !is_plain(value) || values.insert(key, value).is_some() {
                 return Err("its header has a line that makes no sense".into());
             }
@@ -50,11 +47,16 @@ impl<'t> Values<'t> {
     }
 }
 
-/// What version a header is of that begins with these bytes, as far as they tell. Nothing is authenticated yet.
+/// Whether a text is what keys and values are.
+fn is_plain(text: &str) -> bool {
+    text.len() <= VALUE_BYTES_MAX && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+/// What version a header is of that begins with these bytes, as far as they tell. Nothing is authenticated yet, and messages show it.
 pub(super) fn version_of(first: &[u8]) -> Option<&str> {
     let mut lines = first.split(|byte| *byte == b'\n');
     let version = lines.find_map(|line| line.strip_prefix(b"version="))?;
-    std::str::from_utf8(version).ok()
+    std::str::from_utf8(version).ok().filter(|version| is_plain(version))
 }
 
 /// Why a backup is not read that is of such a version.
@@ -156,7 +158,10 @@ mod tests {
         );
         assert_eq!(version_of(b"version=4"), Some("4"));
         assert_eq!(version_of(b"encrypted=True\n"), None);
-        assert_eq!(version_of(b"version=\xff\n"), None);
+        for damaged in [&b"version=\xff\n"[..], b"version=\x1b[31m\n", b"version=4\x002\n"] {
+            assert_eq!(version_of(damaged), None, "{damaged:?}");
+        }
+        assert_eq!(version_of(&[&b"version="[..], &[b'3'; 201]].concat()), None);
         assert!(other_version("2").contains("emergency procedure"));
     }
 }

@@ -62,8 +62,7 @@ impl Qvm3<'_> {
             return Err(self.refused(IS_SKELETON));
         }
         for machine in &self.machines {
-            let missing = machine.images.iter().find(|image| !has_image(&machine.folder, image));
-            if let Some(image) = missing {
+            if let Some(image) = machine.images.iter().find(|image| !has_image(&machine.folder, image)) {
                 let path = machine.path.join(image);
                 return Err(self.damaged(Some(&path), "it is not there, and its machine was backed up"));
             }
