@@ -233,9 +233,9 @@ impl Model {
                 );
             };
             add("backup-header", "backup-header", self.header.as_bytes());
-            parts
-                .iter()
-                .for_each(|part| add(&part.name, &part.key_name, &part.plain));
+            for part in parts {
+                add(&part.name, &part.key_name, &part.plain);
+            }
             return stream;
         }
         let id = value("backup-id=").unwrap_or(ID);
