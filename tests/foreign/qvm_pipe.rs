@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use vmfold::error::{ErrorKind, Result};
+use vmfold::error::{Error, ErrorKind, Result};
 use vmfold::monitor::Silent;
 use vmfold::store::{MemoryStore, Store};
 
@@ -97,7 +97,15 @@ fn a_pipe_that_is_damaged_never_gives_a_wrong_byte() {
             assert!(expected.get(path) == Some(content), "byte {at}: {}", path.display());
         }
         // What came before the damage is not lost by reading ahead. Of a file, what is missing is known before anything comes.
-        assert!(piped.len() >= whole.len(), "byte {at}: {pipe:?} instead of {file:?}");
+        // Where the header behind a volume is cut, a pipe cannot tell whether that was the volume's last part.
+        let is_cut_behind = match &pipe {
+            Err(Error::DamagedBackup { range, problem, .. }) => range.length < 512 && problem == "it ends too early",
+            _ => false,
+        };
+        assert!(
+            piped.len() + usize::from(is_cut_behind) >= whole.len(),
+            "byte {at}: {pipe:?} instead of {file:?}"
+        );
         match (pipe, file) {
             (Ok(()), Ok(())) => {}
             (Err(pipe), Err(_)) => assert!(matches!(pipe.kind(), ErrorKind::Damaged | ErrorKind::Refused)),
