@@ -11,6 +11,7 @@ use vmfold::report::Protected;
 use vmfold::store::{MemoryStore, OutputPipe, Store};
 use vmfold::testing::faulty_store::{FaultyStore, StoreCall, StoreFault};
 
+use crate::common::readers::agree_on_archives_below;
 use crate::scene::{Scene, WAYS, check_commit, is_intact, records, restore, two_commits, verify};
 
 /// Exports behind what an archive holds, with parity as it is asked for.
@@ -110,6 +111,11 @@ fn an_archive_gets_parity_later() {
     let scene = Scene::new();
     let third = export(&scene, &again, None);
     assert!(ends_with_parity(&third) && is_intact(&verify(&third).unwrap()));
+    let folder = tempfile::tempdir().unwrap();
+    for (name, archive) in [("protected", &protected), ("again", &again), ("third", &third)] {
+        std::fs::write(folder.path().join(format!("{name}.vmfold")), archive).unwrap();
+    }
+    agree_on_archives_below(folder.path());
 }
 
 #[test]

@@ -417,6 +417,11 @@ fn hostile_geometries_cost_nothing() {
     let check = |bytes: &[u8], case: &str| {
         let (copy, _) = repaired(bytes);
         assert!(copy.starts_with(&was), "{case}");
+        // What is damaged heals all the same, as long as nothing is moved.
+        let mut bad = bytes.to_vec();
+        bad[30_000..30_100].fill(0x44);
+        let (copy, _) = repaired(&bad);
+        assert!(copy.starts_with(&was), "{case}, damaged");
     };
     for geometry in &hostile {
         let bytes = [&was[..], &parity_record(&header, 1 << 40, body(geometry))].concat();

@@ -11,6 +11,7 @@ use vmfold::archive::commit::{Commit, decode_tail};
 use vmfold::archive::head::Head;
 use vmfold::archive::list::{self, ImageSummary, Listed};
 use vmfold::archive::manifest;
+use vmfold::archive::parity::geometry_in;
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{HEADER_BYTES, Hash, LaneId, RecordHeader, hash_of};
 use vmfold::archive::stream::{Stream, StreamEvent};
@@ -65,6 +66,9 @@ pub(crate) fn decoders(bytes: &[u8]) {
         }
     }
     let _ = index::decode(bytes);
+    if let Some((geometry, _)) = geometry_in(bytes) {
+        geometry.layouts(96);
+    }
     let _ = Commit::decode(bytes);
     let _ = decode_tail(bytes);
     let _ = list::add_any(&mut Listed::default(), &mut Vec::new(), bytes, LaneId([1; 16]));

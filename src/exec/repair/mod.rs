@@ -1,5 +1,5 @@
 //! Repairs an archive from its parity: finds what is lost, puts where it belongs what stands elsewhere, computes the rest, and proves all of it by the
-//! hashes of records before anything is written.
+//! hashes of records before anything is written. Whatever PARITY records say, every record that is intact stays intact.
 //!
 //! `scan` reads the file once; `shifts` says where bytes stand that were moved; `view` is the archive as it is healed; `group` heals a group; `second` takes
 //! what parity cannot heal from another copy of the archive; `copy` and `in_place` write what was healed.
@@ -21,7 +21,7 @@ pub use self::in_place::{InPlace, refuse_pending};
 pub use self::view::View;
 
 use self::group::{Group, Look, put_record, record_at};
-use self::scan::{Anchor, HeaderHash, Scan};
+use self::scan::{Anchor, FoundRecord, HeaderHash, Scan};
 use self::second::SecondCopy;
 use self::shifts::Shifts;
 use self::view::{Kept, Moved, Readable};
@@ -73,6 +73,8 @@ pub struct Healer<'a> {
     /// In the order in which they heal: those whose PARITY records stand last come first.
     groups: Vec<State>,
     second: Option<SecondCopy>,
+    /// The records of the file that are intact.
+    records: Vec<FoundRecord>,
     healing: Healing,
     monitor: &'a dyn Monitor,
 }
@@ -124,6 +126,7 @@ impl<'a> Healer<'a> {
             view,
             groups: states.collect(),
             second,
+            records: scan.records,
             healing: Healing::default(),
             monitor,
         })
@@ -148,6 +151,34 @@ impl<'a> Healer<'a> {
     /// # Errors
     /// [`Error::Io`]; [`Error::NoSpace`] if there is no space for what is computed; [`Error::Interrupted`].
     pub fn heal(mut self) -> Result<(Arc<View>, Healing)> {
+        self.heal_groups()?;
+        if !self.view.is_the_file() && self.loses_records()? {
+            // What PARITY records say of places is wrong. Without that, all that is intact stays where it is.
+            let kept = self.records.iter().map(|record| Kept {
+                origin: record.at,
+                length: record.length,
+                at: record.at,
+            });
+            let unmoved = self.view.unmoved(kept.collect());
+            self.view = Arc::new(unmoved.map_err(Error::io("make a file for", self.view.path()))?);
+            self.healing = Healing::default();
+            self.heal_groups()?;
+        }
+        let mut healing = self.healing_so_far();
+        if let Some(second) = &self.second {
+            healing.taken_bytes = second.fill(&self.view, self.monitor)?;
+        }
+        Ok((self.view, healing))
+    }
+
+    /// Returns whether a record that is intact in the file is not in the archive as it is healed so far.
+    fn loses_records(&self) -> Result<bool> {
+        let healed = Scan::new(&*self.view, self.view.length(), self.monitor)?;
+        let intact: HashSet<HeaderHash> = healed.records.iter().map(|record| record.hash).collect();
+        Ok(self.records.iter().any(|record| !intact.contains(&record.hash)))
+    }
+
+    fn heal_groups(&mut self) -> Result<()> {
         let total: u64 = self.groups.iter().map(|state| state.group.geometry.length).sum();
         for round in 0..ROUNDS {
             self.monitor.phase("Healing", total);
@@ -166,11 +197,7 @@ impl<'a> Healer<'a> {
                 break;
             }
         }
-        let mut healing = self.healing_so_far();
-        if let Some(second) = &self.second {
-            healing.taken_bytes = second.fill(&self.view, self.monitor)?;
-        }
-        Ok((self.view, healing))
+        Ok(())
     }
 
     fn look_at(&mut self, place: usize) -> Result<()> {

@@ -132,6 +132,18 @@ impl View {
         }
     }
 
+    /// Makes a view of the same file in which nothing is moved and nothing is computed yet.
+    pub(super) fn unmoved(&self, kept: Vec<Kept>) -> io::Result<Self> {
+        let file = Moved {
+            store: Arc::clone(&self.file.store),
+            length: self.file.length,
+            shifts: Shifts::default(),
+        };
+        let cells = self.cells.try_clone()?;
+        cells.set_len(0)?;
+        Ok(Self::new(file, self.file.length, kept, cells))
+    }
+
     /// Returns the length of the healed archive in bytes.
     pub fn length(&self) -> u64 {
         self.length
