@@ -426,9 +426,8 @@ fn what_root_writes_goes_through_no_link_of_another_user() {
         &["import", backup, "--to", &sub, "--dry-run"],
         &[
             "export",
-            image.to_str().unwrap(),
-            "--to",
             &below("a.vmfold"),
+            image.to_str().unwrap(),
             "--index",
             &own_index,
         ],
