@@ -155,17 +155,17 @@ class Archive:
         return self.seals.segment(METADATA if number < 2 else DATA, self.unlocked(header), self.part(header, 0, SALT), number, last, sealed)
 
     def key_headers(self):
-        """KEYs that are intact, the one before the last COMMIT first, and then from the beginning."""
+        """KEYs that are intact, in their order."""
         those = [self.header(at) for (kind, _), places in self.found.items() if kind == KEY for at in places if at < self.end]
-        return sorted(those, key=lambda one: (one.end != self.latest_at, one.at))
+        return sorted(those, key=lambda one: one.at)
 
     def unlock(self):
-        """Opens the keyring before the COMMIT that the TAIL tells or, where it is missing, the one with the greatest number, the last of those."""
+        """Opens the keyring with the greatest number, the last of those."""
         if not self.sealed:
             return self.notes.append("the archive is not sealed, and needs no key") if self.keys.any() else None
         if not self.keys.any():
             raise Locked("the archive is sealed, and no key was given: --passphrase-file FILE or --identity FILE")
-        newest = unknown = None
+        newest = before = unknown = None
         for header in self.key_headers():
             with self.guard(f"KEY at byte {header.at}"):
                 try:
@@ -174,11 +174,12 @@ class Archive:
                     refuse(header.end == self.latest_at, error)
                     unknown = error
                     continue
-                newest = one if not newest or one.number >= newest.number or header.end == self.latest_at else newest
-                if header.end == self.latest_at:
-                    break
+                newest = one if not newest or one.number >= newest.number else newest
+                before = one if header.end == self.latest_at else before
         refuse(unknown and not newest, unknown)
         must(newest, "no KEY is intact")
+        if before and before.number < newest.number:
+            self.harm("the KEY before the last COMMIT is older than another")
         self.seals = Seals(open_keyring(newest, self.keys, self.harm))
         self.block_hash = lambda block: blake3(block, key=self.seals.keyring.id_key).digest()
         self.zero_hash = self.block_hash(ZEROS)

@@ -201,6 +201,8 @@ def forgeries(sample):
         yield f"a keyring's number {new.hex()}", replaced(sample, COMMIT, last, lambda header, body: (header, resealed(sample, header, body, change_payload, signer=own))), what
     old = [one for one in sample.records if one[0][8] != KEY or seals.KeyRecord(one[1]).number < sample.key.number]
     yield "an old keyring", joined(old), "pair|older"
+    oldest = next(one for one in sample.records if one[0][8] == KEY)
+    yield "an old KEY at the end", joined([*sample.records, oldest, *sample.records[-2:]]), "older than another"
     yield "no KEY at all", joined([one for one in sample.records if one[0][8] != KEY]), "no KEY"
     for at, what in ((0, "version 0"), (1, "KEM 0"), (2, "fields"), (4, "number"), (12, "pair"), (20, "does not open"), (1200, "does not open"), (2360, "check"), (16000, "padding")):
         yield f"KEYs with another byte {at}", replaced(sample, KEY, last, lambda header, body: (header, flip(body, at))), what
