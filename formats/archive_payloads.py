@@ -10,7 +10,7 @@ except ImportError as missing:
     sys.exit(f"read_archive.py needs {missing.name}: pip install blake3 zstandard")
 
 BLOCK, KIB, MIB, U32, U64 = 4096, 1 << 10, 1 << 20, 2**32 - 1, 2**64 - 1
-HEAD, PLAN, PACK, INDEX, COMMIT, TAIL, KEY, NOTE, LIST = 1, 2, 3, 4, 5, 6, 8, 9, 10
+HEAD, PLAN, PACK, INDEX, COMMIT, TAIL, KEY, NOTE, LIST, SIGNATURE = 1, 2, 3, 4, 5, 6, 8, 9, 10, 11
 KINDS = dict(enumerate((  # name, whether it is critical, the greatest length of a body
     ("HEAD", 1, 4 * KIB), ("PLAN", 1, 5 * MIB), ("PACK", 1, 33 * MIB), ("INDEX", 0, 9 * MIB), ("COMMIT", 1, 128 * KIB), ("TAIL", 0, 96),
     ("PARITY", 0, 33 * MIB), ("KEY", 1, 64 * KIB), ("NOTE", 0, 64 * KIB), ("LIST", 1, 5 * MIB), ("SIGNATURE", 0, 4 * KIB)), 1))
@@ -191,7 +191,7 @@ class Commit:
         self.lists = [fields.get("Bvvvh") for _ in range(lists)]
         refuse(any(part > 1 for part, *_ in self.lists), "an unknown part of a LIST")
         numbers = [values[0] for tag, values, _ in fields.entries(SEALED if header.seal else {}, "an entry of a COMMIT", self.budget) if tag == 0x81]
-        must(len(numbers) == bool(header.seal) and max(numbers, default=0) <= U32, "a sealed COMMIT does not tell the number of its keyring once")
+        must(numbers or not header.seal, "a sealed COMMIT does not tell the number of its keyring")
         self.keyring = max(numbers, default=0)
 
     def listed(self, tag, values, fields):

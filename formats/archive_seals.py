@@ -220,7 +220,7 @@ def identities(text):
     """The secrets of a file of identities of age, typed or printed however."""
     if text.startswith(("age-encryption.org/", "-----BEGIN AGE")):
         raise Locked("a file of identities is encrypted; decrypt it first: age -d")
-    lines = (line for line in text.splitlines() if not line.startswith("#") and not line.upper().startswith("AGE-PLUGIN-"))
+    lines = (line for line in text.splitlines() if not line.lstrip().upper().startswith(("#", "AGE-PLUGIN-")))
     joined = re.sub(r"[\s-]", "", "".join(lines)).upper()
     secrets = [unbech32(one, "age-secret-key-") for one in joined.split("AGESECRETKEY1")[1:]]
     if not secrets or None in secrets or not joined.startswith("AGESECRETKEY1"):
@@ -315,7 +315,7 @@ class KeyRecord:
         must(len(body) in KEY_LENGTHS, "a KEY has another length")
         version, kem, zero, self.number, length, self.wrapped = struct.unpack_from("<BBHII2344s", body)
         refuse(version != 1 or kem != 1, f"a KEY of version {version}, KEM {kem}")
-        must(not zero and length <= min(KEYRING_MOST, len(body) - KEYRING_AT), "the fields of a KEY are wrong")
+        must(self.number and not zero and length <= min(KEYRING_MOST, len(body) - KEYRING_AT), "the fields of a KEY are wrong")
         must(not body[KEYRING_AT + length :].strip(b"\0"), "the padding of a KEY is not zeros")
         self.sealed = body[KEYRING_AT : KEYRING_AT + length]
         must(length >= 2 + SALT + TAG + 16 and blake3(self.sealed[:-16]).digest()[:16] == self.sealed[-16:], "a keyring does not match its check")
@@ -355,7 +355,7 @@ class Keyring:
 
 def open_keyring(record, keys, harm):
     """Tries all slots. One that is damaged is told, and the others serve."""
-    slots, key = [], None
+    slots, key, opened = [], None, []
     for data in record.slots:
         try:
             slots.append(Slot(data))
@@ -365,7 +365,9 @@ def open_keyring(record, keys, harm):
         try:
             key = key or slot.open(keys)
         except Damaged as error:
+            opened.append(str(error))
             harm(str(error))
+    must(key or not opened, "; ".join(opened))
     if key is None:
         hints = "".join(f"; {hint}" for hint in keys.hints)
         raise Locked(f"the key is wrong: none of the {len(record.slots)} slots opens by what was given{hints}")
@@ -418,7 +420,7 @@ class Seals:
         """Checks all that the clear part of a COMMIT tells of its seal, and its signature, before any of it is used. Gives the length of that part."""
         must(len(body) >= CLEAR, "a sealed COMMIT is cut")
         clear, (version, kem, zero, signer) = int.from_bytes(body[72:76], "little"), struct.unpack_from("<BBH8s", body, 104)
-        refuse(version != 1 or kem != 1, f"a COMMIT sealed by version {version}, KEM {kem}")
+        must(version == 1 and kem == 1, f"the seal of a COMMIT has version {version}, KEM {kem}")
         message = derive("vmfold 2026 commit v1", header + body[:SIGNED_AT] + bytes(SIGNATURE) + body[KEYS_AT:])
         signers = [one for one in self.keyring.signers if blake3(one).digest()[:8] == signer]
         must(signers, "a COMMIT is signed by nobody that the keyring knows")

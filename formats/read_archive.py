@@ -8,8 +8,8 @@ Exit codes: 0 all that was read is intact; 1 another error; 2 usage; 3 the archi
 """
 import argparse, bisect, collections, contextlib, functools, itertools, json, os, re, signal, struct, sys
 from array import array
-from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KEY, KINDS, LIST, MIB, NOTE, PACK, PLAN, PLANS, RECORDS, TAIL, U32
-from archive_payloads import U64, Budget, Commit, Damaged, Plan, Ranges, Store, Unsupported, must, name, payload, refuse, zstd
+from archive_payloads import BLOCK, COMMIT, HEAD, IMAGES, INDEX, KEY, KINDS, LIST, MIB, NOTE, PACK, PLAN, PLANS, RECORDS, SIGNATURE, TAIL
+from archive_payloads import U32, U64, Budget, Commit, Damaged, Plan, Ranges, Store, Unsupported, must, name, payload, refuse, zstd
 try:
     from blake3 import blake3
 except ImportError as missing:
@@ -29,7 +29,7 @@ class Archive:
         self.file, self.size, self.end, self.latest, self.budget = file, file.seek(0, os.SEEK_END), 0, None, Budget()
         self.found, self.broken, self.refused, self.tails, self.gaps = {}, {}, {}, [], []
         self.damage, self.notes, self.loaded, self.commits, self.stores, self.spared = damage, notes, {}, [], {}, set()
-        self.keys, self.sealed, self.seals, self.unlocking, self.block_hash = keys, None, None, {}, lambda block: blake3(block).digest()
+        self.keys, self.sealed, self.seals, self.unlocking, self.latest_at, self.block_hash = keys, None, None, {}, 0, lambda block: blake3(block).digest()
         self.zero_hash = self.block_hash(ZEROS)
         self.table, self.frame = functools.lru_cache(CACHED_TABLES)(self.table), functools.lru_cache(CACHED_FRAMES)(self.frame)
 
@@ -62,7 +62,7 @@ class Archive:
         malformed, seal = sequence >= 2**63 or length > at_most or flags & 1 != critical, associated(data) if flags & 2 else b""
         if not refused and seal:
             refused = None if suite != 2 and self.sealed is not False else f"suite {suite} of a sealed record, or one in an archive that is clear"
-            malformed = malformed or suite != 1 or kind in KINDS and key != SEALED.get(kind)
+            malformed = malformed or suite != 1 or kind in KINDS and kind != SIGNATURE and key != SEALED.get(kind)
         else:
             malformed = malformed or suite or key or self.sealed and kind in SEALED
         return Header(at, at + 96 + length, (kind, its), kind, lane, epoch, data[14:48] * bool(mask), seal, refused, malformed and not refused)
@@ -107,7 +107,7 @@ class Archive:
                     _, length, told = struct.unpack_from("<QQ32s", body.ljust(96))
                     self.tails.append(told if body == body[:48] * 2 else None)
                     if end == self.size and self.tails[-1] and at - length in self.found.get((COMMIT, told), ()):
-                        self.latest = told
+                        self.latest, self.latest_at = told, at - length
 
     def is_zeros(self, first, end):
         return not any(self.read(at, min(MIB, end - at)).strip(b"\0") for at in range(first, end, MIB))
@@ -154,18 +154,32 @@ class Archive:
         sealed = self.part(header, SALT + at + TAG * number, count + TAG)
         return self.seals.segment(METADATA if number < 2 else DATA, self.unlocked(header), self.part(header, 0, SALT), number, last, sealed)
 
+    def key_headers(self):
+        """KEYs that are intact, in their order."""
+        those = [self.header(at) for (kind, _), places in self.found.items() if kind == KEY for at in places if at < self.end]
+        return sorted(those, key=lambda one: one.at)
+
     def unlock(self):
         """Opens the keyring with the greatest number, the last of those."""
         if not self.sealed:
             return self.notes.append("the archive is not sealed, and needs no key") if self.keys.any() else None
         if not self.keys.any():
             raise Locked("the archive is sealed, and no key was given: --passphrase-file FILE or --identity FILE")
-        newest = None
-        for at in sorted(at for (kind, _), places in self.found.items() if kind == KEY for at in places if at < self.end):
-            with self.guard(f"KEY at byte {at}"):
-                one = KeyRecord(self.part(self.header(at)))
+        newest = before = unknown = None
+        for header in self.key_headers():
+            with self.guard(f"KEY at byte {header.at}"):
+                try:
+                    one = KeyRecord(self.part(header))
+                except Unsupported as error:
+                    refuse(header.end == self.latest_at, error)
+                    unknown = error
+                    continue
                 newest = one if not newest or one.number >= newest.number else newest
+                before = one if header.end == self.latest_at else before
+        refuse(unknown and not newest, unknown)
         must(newest, "no KEY is intact")
+        if before and before.number < newest.number:
+            self.harm("the KEY before the last COMMIT is older than another")
         self.seals = Seals(open_keyring(newest, self.keys, self.harm))
         self.block_hash = lambda block: blake3(block, key=self.seals.keyring.id_key).digest()
         self.zero_hash = self.block_hash(ZEROS)
@@ -467,12 +481,11 @@ class Archive:
 
     def verify_keys(self):
         """Checks that each KEY has the keys of its epoch, and names the pair that they are wrapped for."""
-        for at in [at for (kind, _), places in self.found.items() if kind == KEY for at in places if at < self.end]:
-            header = self.header(at)
-            with self.guard(f"KEY at byte {at}"):
+        for header in self.key_headers():
+            with self.guard(f"KEY at byte {header.at}"), contextlib.suppress(Unsupported):
                 record, of = KeyRecord(self.part(header)), (header.lane, header.epoch)
                 must(record.number <= self.seals.keyring.number, "it has a greater number than the keyring")
-                must(self.seals.unwrap(record.wrapped, *of) == self.seals.epochs.get(of), "it has other keys than the COMMIT of its epoch")
+                must(self.seals.unwrap(record.wrapped, *of) == self.seals.epochs.get(of), "it has other keys than the COMMIT of its epoch, or there is none")
 
 
 def place(archive, commit, root, image, digest):
@@ -539,7 +552,7 @@ def read_keys(arguments):
     keys = Keys()
     if arguments.passphrase_file:
         with open(arguments.passphrase_file, "rb") as file:
-            keys.passphrase = file.readline(4096).rstrip(b"\r\n")
+            keys.passphrase = file.readline(4096).rstrip(b"\n")
     for path in arguments.identity:
         with open(path, encoding="ascii", errors="replace") as file:
             keys.secrets += identities(file.read(MIB))
