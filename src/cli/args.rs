@@ -666,9 +666,11 @@ pub(super) struct Import {
     /// form, and its links that lead to files; owners and modes are not taken over. What a backup is shows in its content,
     /// whatever its name. It is read once: what it takes is known at the end, and a dry run reads all of it. If the disk
     /// is too small for it, the images that came whole before are restored, and the exit code is 1; of a backup that is
-    /// compressed as a whole none are, because its checksum comes last. An image has the name of its volume, is readable
-    /// by its owner alone, and belongs to who restores it. Of a compressed raw image, nothing tells how long it should be:
-    /// if it was compressed in several parts and some are missing, what is there is restored.
+    /// compressed as a whole none are, because its checksum comes last. An image has the name of its volume, as far as a
+    /// file can have it: a control character, or a byte that is no UTF-8, becomes `%` and two hexadecimal digits, and a
+    /// name of more than 255 bytes is cut, which is said. It is readable by its owner alone, and belongs to who restores
+    /// it. Of a compressed raw image, nothing tells how long it should be: if it was compressed in several parts and some
+    /// are missing, what is there is restored.
     ///
     /// A disk in a file of qcow2, VDI, VHD, VHDX or VMDK becomes a raw one, `NAME.img`, which shares the clusters of that
     /// file if both are on one filesystem. A VMDK stream and an OVA may also come through a pipe or compressed. Internal snapshots of a qcow2 image become revisions of it, `NAME.img.N@TIME`, numbered in the

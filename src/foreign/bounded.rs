@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Backup, Event, Limits, Machine, Notes, Origin, volume_name};
+use super::volume_name::{self, Changed};
+use super::{Backup, Event, Limits, Machine, Notes, Origin};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
 use crate::shown::shown;
@@ -19,8 +20,8 @@ pub(super) struct Bounded<'a> {
     /// Names that were told, and their bytes.
     names: usize,
     name_bytes: usize,
-    /// Names that are shorter than those that the backup has.
-    shortened: Notes,
+    /// Names that are not those that the backup has.
+    changed: Notes,
     /// Bytes of content that were handed over.
     content_bytes: u64,
     monitor: &'a dyn Monitor,
@@ -35,7 +36,7 @@ impl<'a> Bounded<'a> {
             limits,
             names: 0,
             name_bytes: 0,
-            shortened: Notes::default(),
+            changed: Notes::default(),
             content_bytes: 0,
             monitor,
         }
@@ -51,22 +52,25 @@ impl<'a> Bounded<'a> {
         if name.components().nth(COMPONENTS_MAX).is_some() {
             return Err(self.refused("a file lies in more folders than vmfold takes"));
         }
-        if volume_name::is_shortened(name) {
-            self.note_shortened(name);
+        if let Some(changed) = volume_name::changed(name) {
+            self.note_changed(name, changed);
         }
         Ok(())
     }
 
     /// Tells the user of a name that is not the one that the backup has.
-    fn note_shortened(&mut self, name: &Path) {
-        let note = || {
-            format!(
-                "`{}` has a longer name in the backup, which is cut off: the digits tell it from others",
-                shown(name)
-            )
+    fn note_changed(&mut self, name: &Path, changed: Changed) {
+        let name = shown(name);
+        let note = || match changed {
+            Changed::Shortened => {
+                format!("`{name}` has a longer name in the backup, which is cut: the digits tell it from others")
+            }
+            Changed::Escaped => format!(
+                "`{name}` has another name in the backup, which no file may have here: `%` and two digits stand for a byte"
+            ),
         };
-        let more = "More names are longer in the backup, and are not shown here";
-        self.shortened.tell(self.monitor, note, more);
+        let more = "More names are others in the backup, and are not shown here";
+        self.changed.tell(self.monitor, note, more);
     }
 
     fn refused(&self, problem: &str) -> Error {

@@ -365,6 +365,7 @@ mod tests {
             (&b"./appvms/work/private.img"[..], Some("appvms/work/private.img")),
             (b"/var/lib/qubes/a.img", Some("var/lib/qubes/a.img")),
             (b"../../a", Some("%2e./%2e./a")),
+            (b"disk (1).img", Some("disk (1).img")),
             (b"a//b/", Some("a/b")),
             (b"./", None),
             (b"", None),

@@ -131,7 +131,7 @@ mod tests {
             ("disk.raw.GZ", "disk.raw"),
             ("disk.tgz", "disk.tgz.img"),
             ("stdin", "stdin.img"),
-            (".zst", "%2ezst.img"),
+            (".zst", ".zst.img"),
             ("...zst", "%2e."),
         ] {
             let compression = if path.ends_with("GZ") {

@@ -2,8 +2,6 @@
 //! written. Clusters come in any order. Each device has each of its clusters exactly once, those of zeros too, which proves that nothing is
 //! missing: the format has no end. Hashes protect headers only; content is as sound as the compression around the archive says.
 
-use std::path::PathBuf;
-
 use md5::{Digest, Md5};
 
 use super::{Backup, Event, Input, Origin, Volume, array, damaged_at, volume_name};
@@ -137,10 +135,8 @@ impl<'a> Vma<'a> {
             }
             let is_memory = name == MEMORY;
             let volume = (!is_memory).then(|| {
-                let mut path = volume_name::component(name).into_os_string();
-                path.push(".raw");
                 self.known(Known::Volume(Volume {
-                    path: PathBuf::from(path),
+                    path: volume_name::component(&[name, b".raw"].concat()),
                     size: Some(size),
                     time: Some(time),
                 }))

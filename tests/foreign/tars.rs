@@ -205,8 +205,8 @@ fn names_lead_nowhere() {
         };
         read(&maker.make()).0.into_keys().next().unwrap()
     };
-    assert_eq!(name(b"../../etc/shadow"), Path::new("%2e.%2f..%2fetc%2fshadow.raw"));
-    assert_eq!(name(b"\xff\x1b[31m"), Path::new("%ff%1b%5b31m.raw"));
+    assert_eq!(name(b"../../etc/shadow"), Path::new("..%2f..%2fetc%2fshadow.raw"));
+    assert_eq!(name(b"\xff\x1b[31m"), Path::new("%ff%1b[31m.raw"));
     assert!(name(&[b'x'; 255]).as_os_str().len() <= 255);
 }
 
@@ -215,7 +215,7 @@ fn names_that_are_shortened_are_noted_up_to_twenty_times() {
     let archive = |files: usize| {
         let folder = tempfile::tempdir().unwrap();
         for number in 0..files {
-            std::fs::write(folder.path().join(format!("{}{number}.img", "x".repeat(200))), b"a").unwrap();
+            std::fs::write(folder.path().join(format!("{}{number}.img", "\n".repeat(200))), b"a").unwrap();
         }
         std::fs::write(folder.path().join("short.img"), b"a").unwrap();
         piped(&format!("tar -cO -C '{}' .", folder.path().display()), b"")

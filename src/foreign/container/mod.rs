@@ -105,9 +105,7 @@ pub(super) fn image_name(path: &Path, suffixes: &[&str]) -> PathBuf {
     };
     let is_replaced = has(suffixes) || has(&["img"]);
     let name = whole.file_stem().filter(|_| is_replaced).unwrap_or(whole.as_os_str());
-    let mut name = volume_name::component(name.as_bytes()).into_os_string();
-    name.push(".img");
-    PathBuf::from(name)
+    volume_name::component(&[name.as_bytes(), b".img"].concat())
 }
 
 /// A container as a backup: its volumes one after the other, each in the order of its bytes.
@@ -190,12 +188,12 @@ mod tests {
             ("disk.img", "disk.img"),
             ("disk.vdi", "disk.vdi.img"),
             ("disk", "disk.img"),
-            (".qcow2", "%2eqcow2.img"),
+            (".qcow2", ".qcow2.img"),
             ("a\nb.qcow2", "a%0ab.img"),
         ] {
             assert_eq!(image_name(Path::new(path), &["qcow2", "qcow"]), Path::new(expected));
         }
         let long = image_name(Path::new(&("x".repeat(249) + ".qcow2")), &["qcow2"]);
-        assert!(long.as_os_str().len() == 204 && long.extension() == Some(OsStr::new("img")));
+        assert!(long.as_os_str().len() == 253 && long.extension() == Some(OsStr::new("img")));
     }
 }
