@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FileType;
 
 use super::fill::can_share;
-use super::folder::{Place, Root};
+use super::folder::{Place, Places, Root};
 use super::replaced::ReplacedFiles;
 use super::staging::Journal;
 use crate::error::Result;
@@ -161,13 +161,13 @@ fn revisions_of(root: &Root, of: &Path, images: &[usize], journal: Option<&Journ
 /// [`crate::error::Error::InUse`].
 pub(super) fn check_use(root: &Root, images: &[RestoredImage], destination: &Destination, replace: bool) -> Result<()> {
     raise_file_limit();
-    let mut places = Vec::new();
+    let (mut folders, mut places) = (Places::default(), Vec::new());
     for (_, name) in names_of(images) {
         let may_be_given = destination
             .names
             .get(name)
             .is_some_and(|state| state.may_be_given(replace));
-        if may_be_given && let Some(place) = root.place(name, false, |_| {})? {
+        if may_be_given && let Some(place) = folders.place(root, name, false, |_| {})? {
             places.push(place);
         }
     }

@@ -1,6 +1,7 @@
 //! Paths below the folder that is restored to. They are opened component by component, so that no name in an archive and no symbolic link in
 //! the folder leads out of it.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -55,6 +56,43 @@ pub struct Place {
     name: OsString,
     /// The whole path, for messages.
     pub path: PathBuf,
+}
+
+/// Opens places below a [`Root`] so that those in the same folder share its descriptor: there may be more images than files can be open.
+#[derive(Debug, Default)]
+pub struct Places {
+    folders: BTreeMap<PathBuf, Arc<OwnedFd>>,
+}
+
+impl Places {
+    /// A name below. If its folder does not exist, it is made with `make`, and otherwise the result is `None`.
+    ///
+    /// # Errors
+    /// Those of [`Root::folder`].
+    pub fn place(
+        &mut self,
+        root: &Root,
+        relative: &Path,
+        make: bool,
+        made: impl FnMut(&Path),
+    ) -> Result<Option<Place>> {
+        let parent = relative.parent().unwrap_or(Path::new(""));
+        let folder = if let Some(folder) = self.folders.get(parent) {
+            Arc::clone(folder)
+        } else {
+            let Some(folder) = root.folder(parent, make, made)?.map(Arc::new) else {
+                return Ok(None);
+            };
+            self.folders.insert(parent.to_owned(), Arc::clone(&folder));
+            folder
+        };
+        Ok(Some(root.place_in(folder, relative)))
+    }
+
+    /// The number of folders that are open.
+    pub fn open_folders(&self) -> usize {
+        self.folders.len()
+    }
 }
 
 /// The flags that folders are opened with.
@@ -196,12 +234,11 @@ impl Root {
     /// # Errors
     /// Those of [`Root::folder`].
     pub fn place(&self, relative: &Path, make: bool, made: impl FnMut(&Path)) -> Result<Option<Place>> {
-        let folder = self.folder(relative.parent().unwrap_or(Path::new("")), make, made)?;
-        Ok(folder.map(|folder| self.place_in(Arc::new(folder), relative)))
+        Places::default().place(self, relative, make, made)
     }
 
     /// A name below, in a folder that is open already.
-    pub fn place_in(&self, folder: Arc<OwnedFd>, relative: &Path) -> Place {
+    fn place_in(&self, folder: Arc<OwnedFd>, relative: &Path) -> Place {
         Place {
             folder,
             name: relative.file_name().unwrap_or_default().to_owned(),

@@ -1,11 +1,9 @@
 //! Makes the images of a plan from the staging file, makes them durable, and gives them their names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rayon::prelude::*;
 use rustix::io::Errno;
@@ -13,7 +11,7 @@ use rustix::io::Errno;
 use super::RestoreOptions;
 use super::destination::{self, Interrupted};
 use super::fill::{FillCounts, fill, without_checksums};
-use super::folder::{FileState, Place, Root};
+use super::folder::{FileState, Place, Places, Root};
 use super::names::{NewImage, TemporaryNames, UnnamedFile, give_names};
 use super::replaced::ReplacedFiles;
 use super::staging::{FileOfImage, Journal, Staging};
@@ -137,7 +135,7 @@ pub(super) fn make_images(site: RestoreSite<'_>, staging: &mut Staging, losses: 
 
 /// The images that are to be made, with their names. It makes the folders that do not exist.
 fn image_jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a>> {
-    let mut folders: BTreeMap<PathBuf, Arc<OwnedFd>> = BTreeMap::new();
+    let mut folders = Places::default();
     let (mut jobs, mut made_folders) = (Vec::new(), BTreeSet::new());
     let partial = partial_names(&site.plan.images, &losses.damaged);
     let images = site.plan.images.iter();
@@ -148,26 +146,16 @@ fn image_jobs<'a>(site: RestoreSite<'a>, losses: &Losses) -> Result<ImageJobs<'a
         };
         let mut places = Vec::new();
         for name in names {
-            let parent = name.parent().unwrap_or(Path::new(""));
-            let folder = if let Some(folder) = folders.get(parent) {
-                Arc::clone(folder)
-            } else {
-                let opened = site.root.folder(parent, true, |path| {
-                    made_folders.insert(path.to_owned());
-                })?;
-                let Some(folder) = opened.map(Arc::new) else {
-                    continue;
-                };
-                folders.insert(parent.to_owned(), Arc::clone(&folder));
-                folder
-            };
-            places.push(site.root.place_in(folder, &name));
+            let place = folders.place(site.root, &name, true, |path| {
+                made_folders.insert(path.to_owned());
+            })?;
+            places.extend(place);
         }
         jobs.push(ImageJob { restored, places });
     }
     Ok(ImageJobs {
         images: jobs,
-        open_folders: folders.len(),
+        open_folders: folders.open_folders(),
         made_folders,
     })
 }
