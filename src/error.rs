@@ -612,12 +612,13 @@ impl Error {
             Self::TooLarge => "run once for each folder",
             Self::Index { .. } => "name another folder with --index, or delete this one: it is only a cache",
             Self::NoSpace { is_quota: true, .. } => QUOTA_HINT,
-            Self::NoSpace { .. } => "free some space and run it again: it goes on where it stopped",
+            Self::NoSpace { .. } => "free some space, and run it again",
             Self::Metadata { .. } => "run btrfs check or xfs_repair -n on the unmounted filesystem",
             Self::Io { source, .. } | Self::Unreadable { source, .. } => return hint_of(source),
-            Self::NotAnArchive { .. } => "name a file that vmfold export wrote",
+            Self::NotAnArchive { .. } => "name a file that vmfold export wrote; with --raw, import takes a raw image",
+            Self::NotAFile { .. } => "name a file, or give a pipe as standard input, which `-` stands for",
             Self::OfAnother { .. } => {
-                "whoever owns it could read what is written: name another file, or one in a folder of your own"
+                "whoever owns it could read what is written, or lead it elsewhere: name another place, or one of your own"
             }
             Self::SharedLink { .. } => "they could lead it elsewhere: name what it leads to",
             Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",

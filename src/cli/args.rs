@@ -715,7 +715,8 @@ pub(super) struct Import {
     pub(super) replace: bool,
     /// Go on with an import that was interrupted
     ///
-    /// Only what its journal proves to be unchanged since then is not made anew.
+    /// Only what its journal proves to be unchanged since then is not made anew. What is read in order, which is a pipe or
+    /// a backup of another program, is read again as a whole.
     #[arg(long)]
     pub(super) resume: bool,
     /// Restore what is intact of a damaged archive

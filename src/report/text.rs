@@ -149,15 +149,19 @@ impl Display for Imported {
             size(planned.data_bytes),
             size(planned.logical_bytes)
         )?;
-        writeln!(
+        write!(
             f,
-            "{} distinct: {} new, {} on this disk already; takes up to {}, {} free",
+            "{} distinct: {} new, {} on this disk already",
             size(planned.distinct_bytes),
             size(planned.new_bytes),
-            size(planned.seeded_bytes),
-            size(planned.needed_bytes),
-            size(planned.free_bytes)
+            size(planned.seeded_bytes)
         )?;
+        // What an image that was left out took is not in the plan.
+        if self.failed.is_none() {
+            let (needed, free) = (size(planned.needed_bytes), size(planned.free_bytes));
+            write!(f, "; takes up to {needed}, {free} free")?;
+        }
+        writeln!(f)?;
         if self.later_damage {
             f.write_str(match self.kind {
                 Some(_) => "The backup is damaged: what came behind the damage is lost\n",
@@ -167,6 +171,12 @@ impl Display for Imported {
         self.lost.iter().try_for_each(|lost| write!(f, "{lost}"))?;
         let mut left_out = self.left_out.iter();
         left_out.try_for_each(|path| writeln!(f, "Left out for lack of space: `{}`", shown(path)))?;
+        if self.failed.is_some() {
+            writeln!(
+                f,
+                "Left out as well: what comes behind that in the backup, if anything does"
+            )?;
+        }
         if self.done.is_none() && !self.lost.is_empty() {
             writeln!(f, "Nothing was restored: --partial restores what is intact")?;
         }

@@ -205,6 +205,7 @@ fn on_a_disk_that_is_too_small_what_came_whole_is_kept() {
     for part in [
         "Left out for lack of space: `drive-scsi0.raw`",
         "Restored 1 images",
+        "Restored as a whole: `qemu-server.conf`. Another run does not go on from there",
         "no space is left",
     ] {
         assert!(text.contains(part), "{text}");

@@ -513,12 +513,16 @@ impl<'a> Restore<'a> {
         restored.clones = counts.clones;
         restored.shared_bytes = counts.cloned_bytes;
         restored.copied_bytes = counts.copied_bytes;
+        let stopped = self.source.stopped();
+        if stopped.is_some() {
+            note_whole(&plan, self.monitor);
+        }
         Ok(RestoreOutcome {
             plan,
             restored: Some(restored),
             lost,
             later_damage,
-            stopped: self.source.stopped(),
+            stopped,
         })
     }
 
@@ -646,6 +650,28 @@ fn ends_in_zeros(image: &ImageRuns, staging: &Staging) -> Result<bool> {
     let mut content = [0; BLOCK_LEN];
     staging.read(block, &mut content)?;
     Ok(content[from..].iter().all(|byte| *byte == 0))
+}
+
+/// Tells the user which images were restored of a source that stopped, and how the others are.
+fn note_whole(plan: &RestorePlan, monitor: &dyn Monitor) {
+    const SHOWN_MAX: usize = 20;
+    let mut names: Vec<String> = plan
+        .images
+        .iter()
+        .map(|image| format!("`{}`", shown(&image.path)))
+        .collect();
+    let others = names.len().saturating_sub(SHOWN_MAX);
+    names.truncate(SHOWN_MAX);
+    let more = if others > 0 {
+        format!(" and {others} more")
+    } else {
+        String::new()
+    };
+    monitor.note(&format!(
+        "Restored as a whole: {}{more}. Another run does not go on from there: choose the other images by patterns, or restore all of them to another \
+         folder or with --replace",
+        names.join(", ")
+    ));
 }
 
 /// Logs the plan, image by image.
