@@ -35,10 +35,20 @@ const MAGICS: [(&[u8], Compression); 6] = [
 ];
 
 impl Compression {
-    /// The compression of a stream that begins with these bytes.
+    /// The compression of a stream that begins with these bytes. What zstd and LZ4 skip at its beginning is skipped. If that is all there is, it is
+    /// taken for zstd.
     pub fn of(first: &[u8]) -> Option<Self> {
-        let (_, compression) = MAGICS.iter().find(|(magic, _)| first.starts_with(magic))?;
-        Some(*compression)
+        let mut rest = first;
+        while let Some(header) = rest.first_chunk::<8>().filter(|header| is_skipped(**header)) {
+            let length = u32::from_le_bytes(super::array(header, 4)) as usize;
+            match rest.get(8 + length..).filter(|rest| rest.len() >= 4) {
+                Some(behind) => rest = behind,
+                None => return Some(Self::Zstd),
+            }
+        }
+        let (_, compression) = MAGICS.iter().find(|(magic, _)| rest.starts_with(magic))?;
+        let may_begin_with_skipped = matches!(compression, Self::Zstd | Self::Lz4);
+        (may_begin_with_skipped || rest.len() == first.len()).then_some(*compression)
     }
 
     /// Its name.
@@ -92,5 +102,49 @@ impl Compression {
             Self::Lz4 => Box::new(Lz4::new(input)),
             Self::Lzop => Box::new(Lzop::new(input)),
         })
+    }
+}
+
+/// Whether something begins with a frame that zstd and LZ4 skip: with one of sixteen numbers (RFC 8878, 3.1.2), and behind it its length.
+fn is_skipped(header: [u8; 8]) -> bool {
+    matches!(header, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn skipped(length: u32) -> Vec<u8> {
+        let content = vec![7; length as usize];
+        [&b"\x53\x2a\x4d\x18"[..], &length.to_le_bytes(), &content].concat()
+    }
+
+    #[test]
+    fn frames_that_are_skipped_tell_nothing() {
+        let zstd = zstd::encode_all(&b"content"[..], 1).unwrap();
+        for (before, behind, expected) in [
+            (vec![skipped(4)], &zstd[..], Some(Compression::Zstd)),
+            (vec![skipped(0), skipped(900)], &zstd, Some(Compression::Zstd)),
+            (vec![skipped(4)], b"\x04\x22\x4d\x18", Some(Compression::Lz4)),
+            (vec![skipped(5000)], b"", Some(Compression::Zstd)),
+            (vec![skipped(4)], b"\x1f\x8b\x08\0", None),
+            (vec![skipped(4)], b"what else", None),
+            (vec![], b"\x53\x2a\x4d\x19\0\0\0\0", None),
+        ] {
+            let stream = [before.concat(), behind.to_vec()].concat();
+            assert_eq!(Compression::of(&stream[..stream.len().min(1536)]), expected);
+        }
+    }
+
+    #[test]
+    fn frames_that_are_skipped_are_skipped() {
+        for length in [0, 4, 100_000] {
+            let zstd = zstd::encode_all(&b"content"[..], 1).unwrap();
+            let stream = [skipped(length), zstd, skipped(length)].concat();
+            let mut decoder = Compression::Zstd.decoder(Box::new(&stream[..]), 1 << 20).unwrap();
+            let mut content = Vec::new();
+            decoder.read_to_end(&mut content).unwrap();
+            assert_eq!(content, b"content");
+        }
     }
 }

@@ -8,6 +8,7 @@ use super::limits::Limits;
 use crate::block::ByteRange;
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::shown::size;
 use crate::store::{Store, StoreReader};
 
 /// Bytes that are read from a store at a time.
@@ -237,6 +238,11 @@ impl<'a> Input<'a> {
             Err(error) => error,
         };
         match self.compression {
+            Some(compression) if needs_memory(&error) => self.refused(format!(
+                "decompressing its {} needs more memory than vmfold takes, which is {}",
+                compression.name(),
+                size(self.limits.window_bytes)
+            )),
             Some(compression) if error.raw_os_error().is_none() => {
                 let problem = format!("its {} does not go on: {error}", compression.name());
                 self.damaged(self.offset + done as u64, 0, None, problem)
@@ -263,4 +269,9 @@ impl<'a> Input<'a> {
             problem: problem.into(),
         }
     }
+}
+
+/// Whether a decompressor gave up because its window or dictionary has more bytes than it may. zstd has only a text for that.
+fn needs_memory(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::OutOfMemory || error.to_string() == "Frame requires too much memory for decoding"
 }
