@@ -204,7 +204,7 @@ fn open_unbounded<'a>(
     let mut input = Input::of_store(store, options.limits, monitor);
     let first = input.peek(MAGIC_BYTES)?;
     if options.is_raw {
-        return open_raw(input);
+        return open_raw(store, input, options.limits, monitor);
     }
     if is_fixed_vhd(&last_bytes(store)?) {
         // What a fixed disk begins with, its guest wrote, and perhaps also what something else ends with.
@@ -260,12 +260,20 @@ fn open_unbounded<'a>(
 }
 
 /// Opens a raw image, compressed or not.
-fn open_raw(mut input: Input<'_>) -> Result<Box<dyn Backup + '_>> {
-    let compression = Compression::of(input.peek(MAGIC_BYTES)?);
-    if let Some(compression) = compression {
-        input = input.decompressed(compression)?;
+fn open_raw<'a>(
+    store: &'a dyn Store,
+    mut input: Input<'a>,
+    limits: Limits,
+    monitor: &'a dyn Monitor,
+) -> Result<Box<dyn Backup + 'a>> {
+    if let Some(compression) = Compression::of(input.peek(MAGIC_BYTES)?) {
+        let input = input.decompressed(compression)?;
+        return Ok(Box::new(raw::Raw::new(input, Some(compression))));
     }
-    Ok(Box::new(raw::Raw::new(input, compression)))
+    Ok(Box::new(match RandomInput::of_store(store, limits, monitor)? {
+        Some(file) => raw::Raw::of_file(file, input),
+        None => raw::Raw::new(input, None),
+    }))
 }
 
 /// Why something is not read that begins with these bytes, if it is known.

@@ -50,6 +50,11 @@ impl<'a> RandomInput<'a> {
         self.length
     }
 
+    /// Where the first byte from an offset on lies that may be no zero, or its end.
+    pub(super) fn data_from(&self, offset: u64) -> u64 {
+        self.store.data_from(offset).min(self.length)
+    }
+
     /// The limits of the backup.
     pub(super) fn limits(&self) -> &Limits {
         &self.limits

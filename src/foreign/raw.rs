@@ -6,16 +6,22 @@ use std::path::{Path, PathBuf};
 
 use super::compression::Compression;
 use super::container::is_fixed_vhd;
+use super::random::RandomInput;
 use super::{Backup, Event, Input, LAST_BYTES, Volume, volume_name};
+use crate::block::BLOCK_BYTES;
 use crate::error::Result;
 use crate::shown::shown;
 
 /// Bytes that are handed over at a time.
 const PART_BYTES: usize = 1 << 20;
 
-/// A raw image. Its size shows at its end.
+/// A raw image. If it does not lie in a file as it is, its size shows at its end.
 pub(super) struct Raw<'a> {
     input: Input<'a>,
+    /// The file, if it lies in one as it is. Then its holes are not read.
+    file: Option<RandomInput<'a>>,
+    /// The offset of what comes next in the file.
+    at: u64,
     /// The volume, until it was told.
     volume: Option<Volume>,
     name: PathBuf,
@@ -35,11 +41,46 @@ impl<'a> Raw<'a> {
         };
         Self {
             input,
+            file: None,
+            at: 0,
             volume: Some(volume),
             name,
             last: Vec::new(),
             is_ended: false,
         }
+    }
+
+    /// The image that a file is.
+    pub(super) fn of_file(file: RandomInput<'a>, input: Input<'a>) -> Self {
+        let mut raw = Self::new(input, None);
+        if let Some(volume) = &mut raw.volume {
+            volume.size = Some(file.length());
+        }
+        raw.file = Some(file);
+        raw
+    }
+
+    /// The next content of a file, or its end.
+    fn next_of_file(&mut self, file: RandomInput<'_>, buffer: &mut Vec<u8>) -> Result<Event> {
+        let (from, size) = (file.data_from(self.at), file.length());
+        if size > file.limits().volume_bytes {
+            return Err(self.input.refused("it has more bytes than an image may have"));
+        }
+        if from >= size {
+            self.is_ended = true;
+            self.last
+                .resize(LAST_BYTES.min(usize::try_from(size).unwrap_or(usize::MAX)), 0);
+            file.exact_at(size - self.last.len() as u64, &mut self.last, None)?;
+            self.note_footer();
+            return Ok(Event::End { volume: 0, size });
+        }
+        // Images are made of whole blocks.
+        let offset = (from - from % BLOCK_BYTES).max(self.at);
+        let length = (size - offset).min(PART_BYTES as u64);
+        buffer.resize(usize::try_from(length).unwrap_or(usize::MAX), 0);
+        file.exact_at(offset, buffer, None)?;
+        self.at = offset + length;
+        Ok(Event::Data { volume: 0, offset })
     }
 
     /// Keeps the last of the bytes that came.
@@ -99,6 +140,9 @@ impl Backup for Raw<'_> {
         }
         if self.is_ended {
             return Ok(None);
+        }
+        if let Some(file) = self.file {
+            return self.next_of_file(file, buffer).map(Some);
         }
         let offset = self.input.offset();
         buffer.resize(PART_BYTES, 0);

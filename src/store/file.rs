@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{Store, unsupported};
@@ -237,6 +237,19 @@ impl Store for FileStore {
             return Ok(0);
         }
         self.file.read_at(buffer, offset)
+    }
+
+    fn data_from(&self, offset: u64) -> u64 {
+        // Nothing else uses the position that this moves.
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(at) => at.max(offset),
+            // There is a hole up to the end.
+            Err(Errno::NXIO) => self
+                .file
+                .metadata()
+                .map_or(offset, |metadata| metadata.len().max(offset)),
+            Err(_) => offset,
+        }
     }
 
     fn append(&self, bytes: &[u8]) -> io::Result<()> {

@@ -53,6 +53,12 @@ pub trait Store: Debug + Send + Sync {
     /// Returns [`io::ErrorKind::Unsupported`] if nothing can be taken back, and otherwise the error of the system.
     fn truncate(&self, length: u64) -> io::Result<()>;
 
+    /// Returns where the first byte from an offset on lies that may be no zero, or the end of the store. Without a file that can have holes, that
+    /// is the offset.
+    fn data_from(&self, offset: u64) -> u64 {
+        offset
+    }
+
     /// Fills a buffer with the bytes at an offset.
     ///
     /// # Errors

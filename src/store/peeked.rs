@@ -62,6 +62,10 @@ impl Store for PeekedStore<'_> {
         }
     }
 
+    fn data_from(&self, offset: u64) -> u64 {
+        self.store.data_from(offset)
+    }
+
     fn append(&self, _: &[u8]) -> io::Result<()> {
         Err(unsupported("it is only read"))
     }
