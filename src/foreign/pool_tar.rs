@@ -161,6 +161,9 @@ impl<'a> PoolTar<'a> {
     /// The next entry that is told, or `None` behind the last.
     fn entry(&mut self) -> Result<Option<Event>> {
         loop {
+            if !self.is_at_first {
+                self.members.borrow_mut().tar.skip_rest()?;
+            }
             let start = self.offset();
             let entry = if std::mem::take(&mut self.is_at_first) {
                 self.first.take()
@@ -177,7 +180,7 @@ impl<'a> PoolTar<'a> {
                 (EntryKind::Folder, _) => {}
                 // Before there was a letter for folders, a slash at the end said so.
                 (EntryKind::File, _) if entry.name.ends_with(b"/") && entry.size == 0 => {}
-                (EntryKind::File, Some(path)) => return self.file(entry, path, start).map(Some),
+                (EntryKind::File, Some(path)) => return self.file(entry, path).map(Some),
                 (EntryKind::HardLink, Some(path)) => {
                     let volume = self.volumes.get(&entry.link);
                     let volume = *volume.ok_or_else(|| self.damaged(start, "a link leads to no file before it"))?;
@@ -190,13 +193,17 @@ impl<'a> PoolTar<'a> {
     }
 
     /// Begins a file.
-    fn file(&mut self, entry: Entry, path: PathBuf, start: u64) -> Result<Event> {
+    fn file(&mut self, entry: Entry, path: PathBuf) -> Result<Event> {
         if entry.size > self.limits().volume_bytes {
             return Err(self.refused("a file is larger than vmfold takes"));
         }
         let volume = self.volumes.len();
         if self.volumes.insert(entry.name.clone(), volume).is_some() {
-            return Err(self.damaged(start, "it has a file twice"));
+            // tar would restore the last one. The first one may have been restored by then.
+            return Err(self.refused(&format!(
+                "it has `{}` twice: extract it, and choose one of the two",
+                shown(&path)
+            )));
         }
         let is_whole = entry.stored
             == [Stored {

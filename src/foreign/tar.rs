@@ -135,7 +135,8 @@ impl<'a> Tar<'a> {
         self.input.damaged(start, BLOCK as u64, None, problem)
     }
 
-    fn skip_rest(&mut self) -> Result<()> {
+    /// Skips what was not read of the current entry.
+    pub(super) fn skip_rest(&mut self) -> Result<()> {
         let length = self.left.saturating_add(self.padding);
         (self.left, self.padding) = (0, 0);
         self.input.skip(length)

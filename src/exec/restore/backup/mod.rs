@@ -188,7 +188,10 @@ impl<'a> BackupSource<'a> {
         // Paths are ordered by their components, so that those below one follow it.
         let next = self.names.range(name.to_owned()..).next();
         if is_below || next.is_some_and(|next| next.starts_with(name)) {
-            return Err(self.refused("two of its volumes have the same name, or one lies below the other"));
+            return Err(self.refused(&format!(
+                "two of its volumes have the name `{}`, or one lies below the other",
+                shown(name)
+            )));
         }
         if self.names.len() >= VOLUMES_MAX {
             return Err(self.refused("it has more volumes than vmfold takes"));
