@@ -33,6 +33,8 @@ mod qvm3_maker;
 mod qvm4;
 #[path = "foreign/qvm_pipe.rs"]
 mod qvm_pipe;
+#[path = "foreign/refused.rs"]
+mod refused;
 #[path = "foreign/restored.rs"]
 mod restored;
 #[path = "foreign/tars.rs"]
