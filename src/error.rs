@@ -242,6 +242,12 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// What was named as an archive or a backup is no regular file.
+    #[error("`{}` is not a regular file, which an archive or a backup must be", shown(path))]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
     /// A file that would be written to was created by another user.
     #[error(
         "`{}` belongs to another user (uid {uid}), in a folder that is not yours alone",
@@ -352,7 +358,7 @@ pub enum Error {
         problem: String,
     },
     /// An archive does not have the commit that was asked for.
-    #[error("the archive `{}` has no commit `{commit}`", shown(path))]
+    #[error("the archive `{}` has no commit `{}`", shown(path), shown(Path::new(commit)))]
     NoSuchCommit {
         /// The archive.
         path: PathBuf,
@@ -367,14 +373,19 @@ pub enum Error {
     },
     /// There is too little free space to restore the images.
     #[error(
-        "restoring takes {needed_bytes} bytes at `{}`, where {free_bytes} are free",
-        shown(path)
+        "restoring takes {} at `{}`, with {} that stay free, and {} are free",
+        size(*needed_bytes),
+        shown(path),
+        size(*reserve_bytes),
+        size(*free_bytes)
     )]
     DoesNotFit {
         /// The folder.
         path: PathBuf,
-        /// The bytes that restoring takes, metadata included.
+        /// The bytes that restoring takes, metadata and the reserve included.
         needed_bytes: u64,
+        /// The bytes of them that stay free.
+        reserve_bytes: u64,
         /// The bytes that are free.
         free_bytes: u64,
     },
@@ -549,6 +560,7 @@ impl Error {
             | Self::TwoFilesystems { .. }
             | Self::NotAnArchive { .. }
             | Self::NoKey { .. }
+            | Self::NotAFile { .. }
             | Self::NoSuchCommit { .. }
             | Self::Exists { .. }
             | Self::FolderInTheWay { .. } => ErrorKind::Usage,
@@ -606,7 +618,8 @@ impl Error {
             Self::ReadOnly { .. } => "remount it read-write, or use --dry-run or report",
             Self::Busy { .. } | Self::Restoring { .. } | Self::Appending { .. } => "wait until it has ended",
             Self::HalfReplaced { source, .. } => return source.hint(),
-            Self::NotOurs { .. } => "remove it, or set XDG_RUNTIME_DIR to a folder of yours",
+            Self::NotOurs { path } if is_work_folder(path) => "remove it, or restore to a folder of yours",
+            Self::NotOurs { .. } => "name a folder of yours: for the index by --index, for locks by XDG_RUNTIME_DIR",
             Self::Kernel { .. } => "use Linux 5.4 or later",
             Self::NotRoot => "run it with sudo",
             Self::TooLarge => "run once for each folder",
@@ -648,6 +661,12 @@ impl Error {
     }
 }
 
+/// Whether a folder has the name of one that imports work in, beside the images.
+fn is_work_folder(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    name.starts_with(b".vmfold-")
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -678,6 +697,7 @@ mod tests {
                 path,
                 slots: String::new(),
             }),
+            with(|path| Error::NotAFile { path }),
             with(|path| Error::NoSuchCommit {
                 path,
                 commit: String::new(),
@@ -757,6 +777,7 @@ mod tests {
             with(|path| Error::DoesNotFit {
                 path,
                 needed_bytes: 1,
+                reserve_bytes: 1,
                 free_bytes: 0,
             }),
             with(|path| Error::WorkSpace { path, allowed_bytes: 1 }),

@@ -688,7 +688,7 @@ pub(super) struct Import {
     /// Nothing is written outside it, whatever names an archive holds. While an import runs, it keeps its blocks in
     /// `.vmfold-import-…` in this folder. Images can share blocks on btrfs and on XFS with reflinks; elsewhere they
     /// become plain sparse files.
-    #[arg(long, value_name = "DIR", required_unless_present = "qubes")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["qubes", "skeleton"])]
     pub(super) to: Option<PathBuf>,
     #[command(flatten)]
     pub(super) qubes: ImportQubes,

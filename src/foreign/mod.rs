@@ -344,7 +344,11 @@ const NOT_READ: [(&[u8], &str); 2] = [
 ];
 
 /// First bytes of disks that are known, and not read.
-const NOT_A_DISK: [(&[u8], &str); 2] = [
+const NOT_A_DISK: [(&[u8], &str); 3] = [
+    (
+        b"QED\0",
+        "it is a QED image, which is not read: convert it by qemu-img first",
+    ),
     (
         b"\xbe\xba\xfe\xca\0\0\0\0",
         "it is a VMDK of the type seSparse, which belongs to a descriptor: convert the disk into one file first",

@@ -103,7 +103,7 @@ impl BackupAccess {
         let open = |path: &PathBuf| -> Result<Box<dyn Store>> {
             match FileStore::open_without_link(path) {
                 Ok(store) => Ok(Box::new(store)),
-                Err(Error::NotAnArchive { path }) => Err(Error::Usage(format!(
+                Err(Error::NotAFile { path }) => Err(Error::Usage(format!(
                     "`{}` is no regular file, which a backing file must be",
                     shown(&path)
                 ))),
@@ -113,12 +113,19 @@ impl BackupAccess {
         self.backing.iter().map(open).collect()
     }
 
-    fn passphrase(&self, monitor: &dyn Monitor) -> Result<Passphrase> {
+    /// The passphrase of a backup.
+    fn passphrase(&self, backup: &Path, monitor: &dyn Monitor) -> Result<Passphrase> {
         let given = match &self.given {
             Some(access) => access.passphrase_at_hand(monitor)?.cloned(),
             None => None,
         };
-        given.map_or_else(|| (self.prompt)(monitor), Ok)
+        let Some(passphrase) = given else {
+            return (self.prompt)(monitor).map_err(|error| match error {
+                Error::Usage(problem) => Error::Usage(format!("`{}`: {problem}", shown(backup))),
+                other => other,
+            });
+        };
+        Ok(passphrase)
     }
 }
 
@@ -140,8 +147,18 @@ impl Default for BackupAccess {
 }
 
 /// Whether a store holds a backup of another program.
+///
+/// # Errors
+/// [`Error::Usage`] if it holds none, and a backing file is named; [`Error::Io`].
 fn is_backup(store: &PeekedStore<'_>, access: &BackupAccess) -> Result<bool> {
-    Ok(access.is_raw || foreign::is_backup(store.head(), &foreign::last_bytes(store)?))
+    let is_backup = access.is_raw || foreign::is_backup(store.head(), &foreign::last_bytes(store)?);
+    if !is_backup && !access.backing.is_empty() {
+        return Err(Error::Usage(format!(
+            "--backing names a file, and `{}` is no qcow2 image, which alone has a backing file",
+            shown(store.path())
+        )));
+    }
+    Ok(is_backup)
 }
 
 /// Opens a backup of another program. `backing` is from [`BackupAccess::open_backing`]. `checks_all` says whether what is not handed out is
@@ -153,7 +170,7 @@ fn open_backup<'a>(
     checks_all: bool,
     monitor: &'a dyn Monitor,
 ) -> Result<Box<dyn foreign::Backup + 'a>> {
-    let ask_passphrase = || access.passphrase(monitor);
+    let ask_passphrase = || access.passphrase(store.path(), monitor);
     let options = foreign::OpenOptions {
         checks_all,
         backing,

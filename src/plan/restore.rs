@@ -446,6 +446,7 @@ impl RestorePlan {
             return Err(Error::DoesNotFit {
                 path: destination.to_owned(),
                 needed_bytes,
+                reserve_bytes: RESERVE_BYTES,
                 free_bytes: self.bytes.free_bytes,
             });
         }

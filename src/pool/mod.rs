@@ -547,7 +547,10 @@ pub fn group(images: &mut [FoundImage], groups: &[String]) -> Result<()> {
 pub fn patterns(patterns: &[String]) -> Result<GlobSet> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
-        let bad = |error: globset::Error| Error::Usage(format!("`{pattern}` is no pattern: {error}"));
+        let bad = |error: globset::Error| {
+            let problem = format!("`{pattern}` is no pattern: {error}");
+            Error::Usage(crate::shown::shown(Path::new(&problem)).to_string())
+        };
         set.add(Glob::new(pattern).map_err(bad)?);
         // A pattern without a slash matches at any depth, as with other tools.
         if !pattern.contains('/') {

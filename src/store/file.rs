@@ -45,7 +45,7 @@ impl FileStore {
     /// Opens a file for reading.
     ///
     /// # Errors
-    /// Returns [`Error::NoSuchPath`] if the path does not exist, [`Error::NotAnArchive`] if it is not a regular file, and [`Error::Io`] if
+    /// Returns [`Error::NoSuchPath`] if the path does not exist, [`Error::NotAFile`] if it is not a regular file, and [`Error::Io`] if
     /// it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_as(path, path.metadata(), libc::O_NONBLOCK)
@@ -100,7 +100,7 @@ impl FileStore {
     fn open_as(path: &Path, metadata: io::Result<Metadata>, flags: i32) -> Result<Self> {
         match metadata {
             // Opening a device may have an effect, and opening a pipe without a writer would block.
-            Ok(metadata) if !metadata.is_file() => return Err(not_an_archive(path)),
+            Ok(metadata) if !metadata.is_file() => return Err(not_a_file(path)),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::NoSuchPath { path: path.to_owned() });
@@ -111,7 +111,7 @@ impl FileStore {
         options.read(true).custom_flags(flags);
         let file = options.open(path).map_err(Error::io("open", path))?;
         if !file.metadata().map_err(Error::io("look at", path))?.is_file() {
-            return Err(not_an_archive(path));
+            return Err(not_a_file(path));
         }
         Ok(Self {
             file,
@@ -135,7 +135,7 @@ impl FileStore {
     /// Opens a file for appending, creates it if it does not exist, and locks it against other writers for as long as it is open.
     ///
     /// # Errors
-    /// Returns [`Error::Appending`] if another process appends to the file, [`Error::NotAnArchive`] if it is not a regular file,
+    /// Returns [`Error::Appending`] if another process appends to the file, [`Error::NotAFile`] if it is not a regular file,
     /// [`Error::OfAnother`] if another user put it there, who could read what is written, and [`Error::Io`] if it cannot be opened.
     pub fn append_to(path: &Path) -> Result<Self> {
         let (file, name, is_new) = Self::find_or_make(path)?;
@@ -179,7 +179,7 @@ impl FileStore {
         const LINKS_MAX: u32 = 8;
         let mut candidate = path.to_owned();
         for _ in 0..LINKS_MAX {
-            let name = candidate.file_name().ok_or_else(|| not_an_archive(path))?.to_owned();
+            let name = candidate.file_name().ok_or_else(|| not_a_file(path))?.to_owned();
             let parent = candidate.parent().filter(|parent| !parent.as_os_str().is_empty());
             let parent = parent.unwrap_or(Path::new("."));
             let folder = named_folder::open(parent)?;
@@ -207,7 +207,7 @@ impl FileStore {
                     let link = rustix::fs::readlinkat(&path_only, "", Vec::new()).map_err(failed)?;
                     candidate = parent.join(OsStr::from_bytes(link.to_bytes()));
                 }
-                _ => return Err(not_an_archive(path)),
+                _ => return Err(not_a_file(path)),
             }
         }
         Err(Error::io("open", path)(Errno::LOOP))
@@ -282,6 +282,6 @@ impl Store for FileStore {
 
 const READ_ONLY: &str = "it was opened for reading only";
 
-fn not_an_archive(path: &Path) -> Error {
-    Error::NotAnArchive { path: path.to_owned() }
+fn not_a_file(path: &Path) -> Error {
+    Error::NotAFile { path: path.to_owned() }
 }

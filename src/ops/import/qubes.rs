@@ -123,14 +123,14 @@ fn without_images(mut report: QubesImport, monitor: &dyn Monitor) -> QubesImport
 /// the command that makes them.
 ///
 /// # Errors
-/// [`Error::Exists`] if there is such a file; those of [`foreign::skeleton`] and [`super::import_backup`].
+/// [`Error::Usage`] if there is such a file; those of [`foreign::skeleton`] and [`super::import_backup`].
 pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monitor) -> Result<WrittenSkeleton> {
     // What exists is found out before a long time is spent.
     if file.symlink_metadata().is_ok() {
         return Err(exists(file));
     }
     with_backup(&options.archive, &options.access, monitor, |store| {
-        let ask_passphrase = || options.access.passphrase(monitor);
+        let ask_passphrase = || options.access.passphrase(store.path(), monitor);
         let skeleton = foreign::skeleton(store, &open_options(&options.access, &ask_passphrase), monitor)?;
         let chooser = Chooser::new(&options.restore.only)?;
         let machines = skeleton
@@ -160,9 +160,7 @@ pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monito
 }
 
 fn exists(file: &Path) -> Error {
-    Error::Exists {
-        paths: vec![file.to_owned()],
-    }
+    Error::Usage(format!("`{}` exists already: name a new file", shown(file)))
 }
 
 /// Writes a new file that only the user can read, all of it or none.
