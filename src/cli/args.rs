@@ -685,9 +685,9 @@ pub(super) struct Import {
     pub(super) only: Vec<String>,
     /// Folder to restore to; it is made if it does not exist
     ///
-    /// Nothing is written outside it, whatever names an archive holds. While an import runs, it keeps its blocks in
-    /// `.vmfold-import-…` in this folder. Images can share blocks on btrfs and on XFS with reflinks; elsewhere they
-    /// become plain sparse files.
+    /// Nothing is written outside it, whatever names an archive holds. On the way to it, no link is followed that another
+    /// user can have put there. While an import runs, it keeps its blocks in `.vmfold-import-…` in this folder. Images can
+    /// share blocks on btrfs and on XFS with reflinks; elsewhere they become plain sparse files.
     #[arg(long, value_name = "DIR", required_unless_present_any = ["qubes", "skeleton"])]
     pub(super) to: Option<PathBuf>,
     #[command(flatten)]
