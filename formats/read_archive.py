@@ -62,7 +62,7 @@ class Archive:
         malformed, seal = sequence >= 2**63 or length > at_most or flags & 1 != critical, associated(data) if flags & 2 else b""
         if not refused and seal:
             refused = None if suite != 2 and self.sealed is not False else f"suite {suite} of a sealed record, or one in an archive that is clear"
-            malformed = malformed or suite != 1 or kind in KINDS and kind != SIGNATURE and key != SEALED.get(kind)
+            malformed = malformed or suite != 1 or kind in KINDS and kind != SIGNATURE and key != SEALED.get(kind) and (kind, key) != (PLAN, INDEXES)
         else:
             malformed = malformed or suite or key or self.sealed and kind in SEALED
         return Header(at, at + 96 + length, (kind, its), kind, lane, epoch, data[14:48] * bool(mask), seal, refused, malformed and not refused)
@@ -128,7 +128,9 @@ class Archive:
             try:
                 if header.kind == COMMIT:
                     return self.seals.commit(header.seal, body)
-                return self.seals.padded(self.unlocked(header), body)
+                plain = self.seals.padded(self.unlocked(header), body)
+                must(header.kind != PLAN or header.seal[5] != INDEXES or plain[1:2] == b"\1", "a PLAN of images is sealed with the index key")
+                return plain
             except Damaged as error:
                 must(number < len(headers), f"{name(header.kind)} {header.key[1].hex()[:16]}: {error}")
 

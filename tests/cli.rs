@@ -1178,7 +1178,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     assert!(content(to) == content(pool));
     insta::assert_snapshot!(run(&["key", "list", &path("one")]), @r#"
         --- stderr
-        error: `[folder]/one` is not an archive of vmfold (name a file that vmfold export wrote)
+        error: `[folder]/one` is not an archive of vmfold (name a file that vmfold export wrote; with --raw, import takes a raw image)
         --- exit 2
     "#);
 }

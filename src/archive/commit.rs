@@ -139,6 +139,10 @@ pub struct ClearCommit {
     pub number: CommitNumber,
     /// The one before.
     pub previous: CommitLocation,
+    /// The end of the lane's store after it.
+    pub store_end: StoreBlock,
+    /// Features that a writer that appends must know, a bit each.
+    pub features_append: u64,
 }
 
 impl ClearCommit {
@@ -148,14 +152,16 @@ impl ClearCommit {
     /// Returns what is malformed.
     pub fn decode(stored: &[u8]) -> Decoded<Self> {
         let mut decoder = Decoder::new(stored);
-        let _features = (decoder.u64()?, decoder.u64()?);
+        let (_, features_append) = (decoder.u64()?, decoder.u64()?);
         let number = CommitNumber(decoder.u32()?);
-        let _store_end = decoder.u32()?;
+        let store_end = StoreBlock(decoder.u32()?);
         Ok(Self {
             number: Some(number)
                 .filter(|number| number.is_allowed())
                 .ok_or("a commit has a number that is not allowed")?,
             previous: location(&mut decoder)?,
+            store_end,
+            features_append,
         })
     }
 }

@@ -10,15 +10,17 @@ use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use x_wing::kem::KeyExport;
 use x_wing::{Ciphertext, Decapsulate, DecapsulationKey, Decapsulator, EncapsulationKey};
 
-use super::record::{BlockHasher, EpochId, LaneId, RecordHeader, RecordKind};
-use super::seal::{CLEAR_LENGTH, EpochKeys, KeySlot, SIGNATURE, Salts, Seal, SealedPlace, SecretKey, Suite, TAG_BYTES};
+use super::list::RecordLocation;
+use super::manifest::PlanPart;
+use super::record::{BlockHasher, EpochId, Hash, LaneId, RecordHeader, RecordKind};
+use super::seal::{CLEAR_LENGTH, EpochKeys, KeySlot, SIGNATURE, Salts, Seal, SealedPlace, SecretKey, TAG_BYTES};
 use crate::codec::{Decoded, Decoder};
 use crate::error::{Error, Result};
 
 /// Bytes that a wrapped key takes: the ciphertext of X-Wing, the key sealed with what that carries, and the tag.
 const WRAP_BYTES: usize = x_wing::CIPHERTEXT_SIZE + 32 + TAG_BYTES;
 /// Random bytes that wrapping a key takes.
-const WRAP_RANDOM_BYTES: usize = x_wing::ENCAPSULATION_RANDOMNESS_SIZE;
+pub const WRAP_RANDOM_BYTES: usize = x_wing::ENCAPSULATION_RANDOMNESS_SIZE;
 /// What to say of a sealed record in an archive that is not sealed.
 pub(super) const SEALED_IN_PART: &str = "it has sealed records, and is not sealed as a whole";
 /// What keys are derived for.
@@ -81,6 +83,9 @@ pub trait Unlock: std::fmt::Debug + Send + Sync {
 /// A keyring that was opened.
 pub struct Ring {
     number: u32,
+    /// What epoch keys are wrapped to.
+    newest: PublicPair,
+    /// What opens epochs; nothing if it is that of a host which may only write.
     pairs: Vec<OpenPair>,
     index_key: SecretKey,
     hasher: BlockHasher,
@@ -89,9 +94,35 @@ pub struct Ring {
 }
 
 struct OpenPair {
-    id: [u8; 8],
+    id: PairId,
     data: DecapsulationKey,
     metadata: DecapsulationKey,
+}
+
+/// What names a pair.
+pub type PairId = [u8; 8];
+
+/// The public keys of a pair.
+struct PublicPair {
+    id: PairId,
+    data: EncapsulationKey,
+    metadata: EncapsulationKey,
+}
+
+/// What a host has that may add to a sealed archive, and not read it.
+pub struct HostKeys {
+    /// The number of the keyring when it was made.
+    pub number: u32,
+    /// The public keys of the newest pair, of 1216 bytes each: that for what blocks hold, and that for what is known of images.
+    pub pair: [Vec<u8>; 2],
+    /// The key of INDEX records.
+    pub index_key: SecretKey,
+    /// The key of block hashes.
+    pub id_key: SecretKey,
+    /// The seed of the key that the host signs commits with.
+    pub signing_seed: SecretKey,
+    /// The key by which those sign who have the keyring.
+    pub signer: [u8; 32],
 }
 
 impl std::fmt::Debug for Ring {
@@ -108,9 +139,6 @@ impl Ring {
     /// # Errors
     /// Says that it has no pair of keys.
     pub fn new(secrets: &KeyringSecrets) -> Decoded<Self> {
-        if secrets.pairs.is_empty() {
-            return Err("its keyring has no keys".into());
-        }
         let pairs = secrets.pairs.iter().map(|pair| {
             let (data, metadata) = (
                 DecapsulationKey::from(*pair.data),
@@ -122,6 +150,8 @@ impl Ring {
                 metadata,
             }
         });
+        let pairs: Vec<OpenPair> = pairs.collect();
+        let newest = pairs.first().ok_or("its keyring has no keys")?;
         let signing = SigningKey::from_bytes(&secrets.signing_seed);
         let others = secrets
             .signers
@@ -129,7 +159,12 @@ impl Ring {
             .filter_map(|key| VerifyingKey::from_bytes(key).ok());
         Ok(Self {
             number: secrets.number,
-            pairs: pairs.collect(),
+            newest: PublicPair {
+                id: newest.id,
+                data: newest.data.encapsulation_key().clone(),
+                metadata: newest.metadata.encapsulation_key().clone(),
+            },
+            pairs,
             index_key: secrets.index_key.clone(),
             hasher: BlockHasher::keyed(secrets.id_key.clone()),
             signers: std::iter::once(signing.verifying_key()).chain(others).collect(),
@@ -137,9 +172,105 @@ impl Ring {
         })
     }
 
+    /// Makes the keys of a host that may only write.
+    ///
+    /// # Errors
+    /// Says that a key makes no sense.
+    pub fn of_host(keys: &HostKeys) -> Decoded<Self> {
+        let public = |bytes: &[u8]| EncapsulationKey::try_from(bytes).map_err(|_| "a public key makes no sense");
+        let (data, metadata) = (public(&keys.pair[0])?, public(&keys.pair[1])?);
+        let signing = SigningKey::from_bytes(&keys.signing_seed);
+        let owner = VerifyingKey::from_bytes(&keys.signer).map_err(|_| "a public key makes no sense")?;
+        Ok(Self {
+            number: keys.number,
+            newest: PublicPair {
+                id: pair_id(&data, &metadata),
+                data,
+                metadata,
+            },
+            pairs: Vec::new(),
+            index_key: keys.index_key.clone(),
+            hasher: BlockHasher::keyed(keys.id_key.clone()),
+            signers: vec![signing.verifying_key(), owner],
+            signing,
+        })
+    }
+
+    /// Returns the public keys of the newest pair: that for what blocks hold, and that for what is known of images.
+    pub fn newest_public(&self) -> [Vec<u8>; 2] {
+        [&self.newest.data, &self.newest.metadata].map(|key| key.to_bytes().to_vec())
+    }
+
+    /// Returns the key that those sign with who have the ring.
+    pub fn signer(&self) -> [u8; 32] {
+        self.signing.verifying_key().to_bytes()
+    }
+
+    /// Returns its number.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Returns what names the pair that epoch keys are wrapped to.
+    pub fn newest_pair(&self) -> PairId {
+        self.newest.id
+    }
+
     /// Returns what hashes blocks.
     pub fn hasher(&self) -> BlockHasher {
         self.hasher.clone()
+    }
+
+    /// Returns the hash that the clear part of a COMMIT has of what the index key seals in its epoch: see [`index_hash`]. None if the signature is not of
+    /// somebody whom this ring names, or if a former version made it.
+    pub(super) fn signed_index(&self, header: &RecordHeader, stored: &[u8]) -> Option<Hash> {
+        self.check_signature(header, stored).ok()?.index
+    }
+
+    /// Checks who signed a COMMIT, and returns what its clear part says of that.
+    fn check_signature(&self, header: &RecordHeader, stored: &[u8]) -> Decoded<CommitSeal> {
+        let seal = CommitSeal::decode(stored)?;
+        let signer = self.signers.iter().find(|key| signer_id(key) == seal.signer);
+        let signer = signer.ok_or("a COMMIT is signed by somebody whom its keyring does not name")?;
+        let message = signed(SealedPlace::of(header).as_bytes(), stored);
+        signer
+            .verify_strict(&message, &Signature::from_bytes(&seal.signature))
+            .map_err(|_| "the signature of a COMMIT is wrong: it was forged or changed")?;
+        Ok(seal)
+    }
+
+    /// Wraps the keys of an epoch anew, to the newest pair, with random bytes.
+    ///
+    /// # Errors
+    /// Says that they do not open, or that a key cannot be wrapped.
+    pub fn wrap_anew(
+        &self,
+        (lane, epoch): (LaneId, EpochId),
+        wraps: &Wraps,
+        random: &[u8; 2 * WRAP_RANDOM_BYTES],
+    ) -> Decoded<Wraps> {
+        let keys = self.unwrap(lane, epoch, wraps)?;
+        self.wrap((lane, epoch), &keys, random)
+    }
+
+    /// Wraps the keys of an epoch to the newest pair.
+    fn wrap(
+        &self,
+        (lane, epoch): (LaneId, EpochId),
+        keys: &EpochKeys,
+        random: &[u8; 2 * WRAP_RANDOM_BYTES],
+    ) -> Decoded<Wraps> {
+        let pair = &self.newest;
+        let mut decoder = Decoder::new(random);
+        let mut wrap = |slot, public: &EncapsulationKey, key: &SecretKey| {
+            let random: [u8; WRAP_RANDOM_BYTES] = decoder.array()?;
+            wrap_key(public, &random, &wrapped_for(slot, lane, epoch), key)
+        };
+        Ok(Wraps {
+            pair: pair.id,
+            data: wrap(KeySlot::Data, &pair.data, &keys.data)?,
+            metadata: wrap(KeySlot::Metadata, &pair.metadata, &keys.metadata)?,
+        })
     }
 
     /// Returns the keys of an epoch.
@@ -171,7 +302,7 @@ impl Ring {
     }
 }
 
-fn pair_id(data: &EncapsulationKey, metadata: &EncapsulationKey) -> [u8; 8] {
+fn pair_id(data: &EncapsulationKey, metadata: &EncapsulationKey) -> PairId {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&data.to_bytes());
     hasher.update(&metadata.to_bytes());
@@ -196,7 +327,8 @@ fn wrapped_for(slot: KeySlot, lane: LaneId, epoch: EpochId) -> [u8; 25] {
 /// The keys of an epoch, each wrapped to a public key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wraps {
-    pair: [u8; 8],
+    /// The pair that both are wrapped to.
+    pub pair: PairId,
     data: Box<[u8; WRAP_BYTES]>,
     metadata: Box<[u8; WRAP_BYTES]>,
 }
@@ -278,6 +410,8 @@ struct CommitSeal {
     signer: [u8; 8],
     signature: [u8; SIGNATURE_BYTES],
     wraps: Wraps,
+    /// The [`index_hash`] of its epoch; none where a former version made it.
+    index: Option<Hash>,
 }
 
 const _: () = assert!(
@@ -290,6 +424,7 @@ impl CommitSeal {
         clear.extend(self.signer);
         clear.extend(self.signature);
         self.wraps.put(clear);
+        clear.extend(self.index.iter().flatten());
     }
 
     fn decode(commit: &[u8]) -> Decoded<Self> {
@@ -301,8 +436,23 @@ impl CommitSeal {
             signer: decoder.array()?,
             signature: decoder.array()?,
             wraps: Wraps::decode(&mut decoder)?,
+            index: decoder.array().ok(),
         })
     }
+}
+
+/// Returns the hash that the clear part of a COMMIT has of the records of its epoch which the index key seals. By it, whoever may only write tells them
+/// from records that somebody else who has that key put there: what the COMMIT lists is sealed for him.
+pub fn index_hash<'a>(records: impl Iterator<Item = &'a RecordLocation>) -> Hash {
+    let mut hasher = blake3::Hasher::new();
+    let is_indexed = |record: &&RecordLocation| {
+        let announces = record.kind == RecordKind::Plan && record.part == PlanPart::Blocks.number();
+        record.kind == RecordKind::Index || announces
+    };
+    for record in records.filter(is_indexed) {
+        hasher.update(&record.body_hash);
+    }
+    *hasher.finalize().as_bytes()
 }
 
 /// Returns the keys of its epoch that a sealed COMMIT has in its clear part.
@@ -351,6 +501,17 @@ impl ArchiveKeys {
         Self {
             unlock: Some(unlock),
             state: Mutex::default(),
+        }
+    }
+
+    /// Makes keys of a keyring that is open.
+    pub fn of_ring(ring: Arc<Ring>) -> Self {
+        Self {
+            unlock: None,
+            state: Mutex::new(State {
+                ring: Some(ring),
+                ..State::default()
+            }),
         }
     }
 
@@ -461,14 +622,19 @@ impl ArchiveKeys {
     /// Says that nobody signed it who may, or that its keys do not open.
     pub fn learn_commit(&self, header: &RecordHeader, stored: &[u8]) -> Decoded<()> {
         let Some(ring) = self.ring() else { return Ok(()) };
-        let seal = CommitSeal::decode(stored)?;
-        let signer = ring.signers.iter().find(|key| signer_id(key) == seal.signer);
-        let signer = signer.ok_or("a COMMIT is signed by somebody whom its keyring does not name")?;
-        let message = signed(SealedPlace::of(header).as_bytes(), stored);
-        signer
-            .verify_strict(&message, &Signature::from_bytes(&seal.signature))
-            .map_err(|_| "the signature of a COMMIT is wrong: it was forged or changed")?;
+        let seal = ring.check_signature(header, stored)?;
         self.learn(header.lane, header.epoch, &seal.wraps)
+    }
+
+    /// Checks that the keyring which is open now is one of the archive's: that it names who signed a COMMIT, and opens the keys of its epoch. Whoever
+    /// knows only recipients cannot make one that does.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn prove_commit(&self, header: &RecordHeader, stored: &[u8]) -> Decoded<()> {
+        let Some(ring) = self.ring() else { return Ok(()) };
+        let seal = ring.check_signature(header, stored)?;
+        ring.unwrap(header.lane, header.epoch, &seal.wraps).map(drop)
     }
 
     /// Opens a body. A record that its archive would have sealed is refused if it is not.
@@ -501,6 +667,9 @@ impl ArchiveKeys {
         if header.kind == RecordKind::Commit {
             self.learn_commit(header, &stored).map_err(damaged)?;
         }
+        if let Some(ring) = self.ring().filter(|_| seal.slot == KeySlot::Index) {
+            return super::seal::open_indexed(&ring.index_key, header, stored).map_err(damaged);
+        }
         let keys = self.epoch(header.lane, header.epoch);
         let keys = keys.ok_or_else(|| damaged("the keys of its epoch are lost".into()))?;
         super::seal::open_body(&keys, header, seal, stored).map_err(damaged)
@@ -532,41 +701,30 @@ impl EpochSealer {
     /// Random bytes that an epoch takes.
     pub const RANDOM_BYTES: usize = 3 * 32 + 2 * WRAP_RANDOM_BYTES;
 
-    /// Makes the keys of an epoch from random bytes, and wraps them to the newest pair of a keyring.
+    /// Makes the keys of an epoch from random bytes, and wraps them to the newest pair of a keyring. The keyring has a number, and stands in KEY records
+    /// as these bytes.
     ///
     /// # Errors
     /// Says that a key cannot be wrapped.
     pub fn new(
         ring: &Ring,
-        keyring: Vec<u8>,
+        (number, keyring): (u32, Vec<u8>),
         (lane, epoch): (LaneId, EpochId),
         random: &zeroize::Zeroizing<[u8; Self::RANDOM_BYTES]>,
     ) -> Decoded<Self> {
-        let pair = ring.pairs.first().ok_or("its keyring has no keys")?;
         let mut decoder = Decoder::new(&random[..]);
         let mut key = || Decoded::Ok(SecretKey::new(decoder.array()?));
         let (data, metadata, seed) = (key()?, key()?, key()?);
-        let mut wrap = |slot, public: &EncapsulationKey, key: &SecretKey| {
-            let random: [u8; WRAP_RANDOM_BYTES] = decoder.array()?;
-            wrap_key(public, &random, &wrapped_for(slot, lane, epoch), key)
+        let keys = EpochKeys {
+            data,
+            metadata,
+            index: ring.index_key.clone(),
         };
-        let wraps = Wraps {
-            pair: pair.id,
-            data: wrap(KeySlot::Data, pair.data.encapsulation_key(), &data)?,
-            metadata: wrap(KeySlot::Metadata, pair.metadata.encapsulation_key(), &metadata)?,
-        };
+        let wraps = ring.wrap((lane, epoch), &keys, &decoder.array()?)?;
         Ok(Self {
-            keys: EpochKeys {
-                data,
-                metadata,
-                index: ring.index_key.clone(),
-            },
+            keys,
             salts: Salts::new(seed),
-            record: KeyRecord {
-                number: ring.number,
-                wraps,
-                keyring,
-            },
+            record: KeyRecord { number, wraps, keyring },
             signing: ring.signing.clone(),
         })
     }
@@ -584,24 +742,19 @@ impl EpochSealer {
         self.record.encode()
     }
 
-    /// Returns how records of a kind are sealed; none if they stay clear.
-    pub fn seal_of(kind: RecordKind) -> Option<Seal> {
-        KeySlot::of(kind).map(|slot| Seal {
-            suite: Suite::Aes256Gcm,
-            slot,
-        })
-    }
-
-    /// Seals the body of a PLAN, LIST or INDEX. Other kinds stay as they are.
+    /// Seals the body of a PLAN, LIST or INDEX with the key of a slot.
     ///
     /// # Errors
     /// Says that it is too long.
-    pub fn seal(&mut self, kind: RecordKind, (lane, epoch): (LaneId, EpochId), body: Vec<u8>) -> Decoded<Vec<u8>> {
-        let Some(seal) = Self::seal_of(kind) else {
-            return Ok(body);
-        };
+    pub fn seal(
+        &mut self,
+        (kind, slot): (RecordKind, KeySlot),
+        (lane, epoch): (LaneId, EpochId),
+        body: &[u8],
+    ) -> Decoded<Vec<u8>> {
+        let seal = Seal::with(slot);
         let place = SealedPlace::of_new(kind, seal, lane, epoch);
-        super::seal::seal_body(&self.keys, seal, place, &mut self.salts, &body)
+        super::seal::seal_body(&self.keys, seal, place, &mut self.salts, body)
     }
 
     /// Seals a PACK of these parts to so many bytes.
@@ -615,19 +768,16 @@ impl EpochSealer {
         frames: impl Iterator<Item = &'f [u8]>,
         length: usize,
     ) -> Decoded<Vec<u8>> {
-        let seal = Seal {
-            suite: Suite::Aes256Gcm,
-            slot: KeySlot::Data,
-        };
+        let seal = Seal::with(KeySlot::Data);
         let place = SealedPlace::of_new(RecordKind::Pack, seal, lane, epoch);
         super::seal::seal_pack(&self.keys, place, &mut self.salts, table, frames, length)
     }
 
-    /// Seals and signs a COMMIT.
+    /// Seals and signs a COMMIT. `index` is the [`index_hash`] of what its epoch has.
     ///
     /// # Errors
     /// Says that it is too long.
-    pub fn seal_commit(&mut self, (lane, epoch): (LaneId, EpochId), body: &[u8]) -> Decoded<Vec<u8>> {
+    pub fn seal_commit(&mut self, (lane, epoch): (LaneId, EpochId), body: &[u8], index: &Hash) -> Decoded<Vec<u8>> {
         let clear_bytes = super::seal::clear_bytes(body)?;
         let (clear, payload) = body.split_at(clear_bytes);
         let mut clear = clear.to_vec();
@@ -635,14 +785,12 @@ impl EpochSealer {
             signer: signer_id(&self.signing.verifying_key()),
             signature: [0; SIGNATURE_BYTES],
             wraps: self.record.wraps.clone(),
+            index: Some(*index),
         };
         commit_seal.put(&mut clear);
         let length = u32::try_from(clear.len()).map_err(|_| "a COMMIT is too long")?;
         clear[CLEAR_LENGTH].copy_from_slice(&length.to_le_bytes());
-        let seal = Seal {
-            suite: Suite::Aes256Gcm,
-            slot: KeySlot::Metadata,
-        };
+        let seal = Seal::with(KeySlot::Metadata);
         let place = SealedPlace::of_new(RecordKind::Commit, seal, lane, epoch);
         let mut stored = super::seal::seal_behind(&self.keys, seal, place, &mut self.salts, &clear, payload)?;
         let signature = self.signing.sign(&signed(place.as_bytes(), &stored));

@@ -9,6 +9,7 @@ use super::head::Head;
 use super::keys::KeyRecord;
 use super::limits::{OTHER_LANES_MAX, RECORDS_MAX};
 use super::list::{Listed, OtherLane, PART_RECORDS};
+use super::newest_keys::newest_of;
 use super::reader::{Committed, Damage, RecordReader, damage_of};
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SoughtRecord, UnsupportedRecord};
 use super::sealed_end;
@@ -149,6 +150,25 @@ impl Searched {
         refuse_first(reader, &self.unsupported, tells_of_commit)
     }
 
+    /// Returns the whole KEY records, with where they begin.
+    pub fn keys(&self) -> impl Iterator<Item = (RecordHeader, u64)> {
+        let is_key = |(header, _): &&(RecordHeader, u64)| header.kind == RecordKind::Key;
+        self.records.iter().filter(is_key).copied()
+    }
+
+    /// Fails if a KEY record is damaged, or must be refused: it may be the newest.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`]; [`Error::Unsupported`].
+    pub fn check_keys_intact(&self, reader: &RecordReader) -> Result<()> {
+        refuse_first(reader, &self.unsupported, |kind| kind == RecordKind::Key)?;
+        let mut broken = self.broken.iter();
+        match broken.find(|((kind, _), _)| *kind == RecordKind::Key) {
+            Some((_, offset)) => Err(reader.problem(*offset, "a KEY record is damaged, which may be the newest")),
+            None => Ok(()),
+        }
+    }
+
     /// Fails if any record must be refused.
     ///
     /// # Errors
@@ -258,6 +278,8 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
         records,
         ..
     } = chains;
+    // Then another KEY record has a greater number, or none is left.
+    check_current(reader, &commits)?;
     commits.sort_by_key(|one| (one.lane == tail.lane, one.lane, one.commit.number));
     mark_forgotten(&mut commits);
     Ok(Opened {
@@ -274,6 +296,18 @@ pub fn from_tail(reader: &RecordReader) -> Result<Opened> {
     })
 }
 
+/// Fails if the keyring is older than a commit says that it was.
+///
+/// # Errors
+/// [`Error::Damaged`].
+pub(super) fn check_current(reader: &RecordReader, commits: &[Committed]) -> Result<()> {
+    for committed in commits {
+        let checked = reader.keys().check_current(&committed.commit);
+        checked.map_err(|problem| reader.malformed(committed.location.offset, problem))?;
+    }
+    Ok(())
+}
+
 fn open_keyring_at(reader: &RecordReader, at: u64, header: &RecordHeader) -> Result<()> {
     let body = reader.stored_body_of(at, header)?;
     let record = KeyRecord::decode(&body).map_err(|problem| reader.malformed(at, problem))?;
@@ -285,20 +319,12 @@ fn open_keyring_at(reader: &RecordReader, at: u64, header: &RecordHeader) -> Res
 /// # Errors
 /// The error of reading; those of [`ArchiveKeys::open`](super::keys::ArchiveKeys::open).
 fn open_found_keyrings(reader: &RecordReader, searched: &Searched) -> Result<()> {
-    let is_key = |(header, _): &&(RecordHeader, u64)| header.kind == RecordKind::Key;
-    let mut newest: Option<(u32, u64, RecordHeader)> = None;
-    for (header, at) in searched.records.iter().filter(is_key) {
-        let decoded = KeyRecord::decode(&reader.stored_body_of(*at, header)?);
-        if let Ok(record) = decoded
-            && newest.is_none_or(|(number, _, _)| number <= record.number)
-        {
-            newest = Some((record.number, *at, *header));
-        }
-    }
-    let Some((_, at, header)) = newest else { return Ok(()) };
-    open_keyring_at(reader, at, &header)?;
-    for (header, at) in searched.records.iter().filter(is_key) {
-        if let Ok(record) = KeyRecord::decode(&reader.stored_body_of(*at, header)?) {
+    let Some(newest) = newest_of(reader, searched.keys())? else {
+        return Ok(());
+    };
+    reader.keys().open(reader.path(), &newest.record)?;
+    for (header, at) in searched.keys() {
+        if let Ok(record) = KeyRecord::decode(&reader.stored_body_of(at, &header)?) {
             // An epoch whose keys do not open is told where they are needed.
             let _ = reader.keys().learn(header.lane, header.epoch, &record.wraps);
         }

@@ -8,10 +8,11 @@ use std::sync::{Arc, OnceLock};
 use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, decode_tail};
 use super::index;
-use super::keys::ArchiveKeys;
+use super::keys::{ArchiveKeys, KeyRecord, Ring};
 use super::lane::{LaneStore, ListedRecord};
 use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordLocation};
 use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
+use super::newest_keys;
 use super::open::{self, Opened, Searched};
 use super::pack::{self, FrameInfo, PackTable};
 use super::record::{
@@ -19,6 +20,7 @@ use super::record::{
     find_magic, hash_of,
 };
 use super::seal::{EpochKeys, PackOpener, SALT_BYTES, TAG_BYTES};
+use super::write_only::{self, OpenedToAdd};
 use super::writer::EpochBase;
 use crate::block::{BLOCK_LEN, ByteRange};
 use crate::codec::Malformed;
@@ -157,7 +159,11 @@ impl RecordReader {
         }
     }
 
-    fn any_header_at(&self, offset: u64) -> Result<DecodedHeader> {
+    /// Reads the header of a record of which it is not known whether it is needed.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] where there is none, or the error of reading.
+    pub(super) fn any_header_at(&self, offset: u64) -> Result<DecodedHeader> {
         let mut bytes = [0; HEADER_BYTES];
         self.read_exact(offset, &mut bytes)?;
         RecordHeader::decode_any(&bytes).map_err(|problem| self.malformed(offset, problem))
@@ -341,9 +347,8 @@ impl Archive {
     /// Those of [`Archive::open_any`]; [`Error::NoKey`] where there is no key, and those of [`super::keys::Unlock::unlock`].
     pub fn open_any_with(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>) -> Result<Self> {
         let reader = RecordReader::with_keys(store, keys)?;
-        let length = reader.length;
         let searched = OnceLock::new();
-        let mut opened = match open::from_tail(&reader) {
+        let opened = match open::from_tail(&reader) {
             Err(Error::Damaged { .. }) => {
                 let found = open::search(&reader)?;
                 let opened = open::from_search(&reader, &found)?;
@@ -355,11 +360,22 @@ impl Archive {
         if !opened.commits.is_empty() {
             reader.keys.check_sealed(reader.path())?;
         }
-        for committed in &opened.commits {
-            let checked = reader.keys.check_current(&committed.commit);
-            checked.map_err(|problem| reader.malformed(committed.location.offset, problem))?;
-        }
-        let lanes = lanes_of(&opened.commits, length).map_err(|problem| reader.malformed(0, problem))?;
+        open::check_current(&reader, &opened.commits)?;
+        Self::of(reader, opened, searched)
+    }
+
+    /// Opens a sealed archive with the ring of a host that may only write. Returns the newest KEY record as well.
+    ///
+    /// # Errors
+    /// Those of [`write_only::open`].
+    pub fn open_to_add(store: Arc<dyn Store>, ring: &Arc<Ring>) -> Result<(Self, KeyRecord)> {
+        let reader = RecordReader::with_keys(store, Arc::new(ArchiveKeys::of_ring(Arc::clone(ring))))?;
+        let OpenedToAdd { opened, keys } = write_only::open(&reader, ring)?;
+        Ok((Self::of(reader, opened, OnceLock::new())?, keys))
+    }
+
+    fn of(reader: RecordReader, mut opened: Opened, searched: OnceLock<Searched>) -> Result<Self> {
+        let lanes = lanes_of(&opened.commits, reader.length).map_err(|problem| reader.malformed(0, problem))?;
         let commits = std::mem::take(&mut opened.commits);
         let (forgotten, commits) = commits.into_iter().partition(|one| one.is_forgotten);
         Ok(Self {
@@ -381,6 +397,27 @@ impl Archive {
     pub fn has_leftovers_only(&self) -> Result<bool> {
         let has_any = self.opened.end.offset < self.length() && !self.commits.is_empty();
         Ok(has_any && self.ends_in_leftovers_only()?)
+    }
+
+    /// Opens the newest keyring, if the archive is sealed, wherever it stands: what is written from now on is for those that it names. It must open
+    /// the last commit: who can write to where the archive lies could otherwise put a keyring of his own there, for a recipient that he knows.
+    ///
+    /// # Errors
+    /// Those of [`newest_keys::newest`] and [`ArchiveKeys::open`]; [`Error::Damaged`] where the last commit does not open.
+    pub fn open_newest_keys(&self) -> Result<()> {
+        let keys = &self.reader.keys;
+        let (Some(_), Some(last)) = (keys.ring(), self.last_of_main()) else {
+            return Ok(());
+        };
+        let Some(newest) = newest_keys::newest(&self.reader)? else {
+            return Ok(());
+        };
+        keys.open(self.path(), &newest.record)?;
+        let (header, stored) = self.commit_record(last)?;
+        let proved = keys.prove_commit(&header, &stored);
+        proved.map_err(|problem| self.reader.malformed(newest.offset, problem))?;
+        let current = keys.check_current(&last.commit);
+        current.map_err(|problem| self.reader.malformed(newest.offset, problem))
     }
 
     /// Adds what can be told of exports whose COMMIT is lost: of those whose final images are all there. What an export left that did not end is

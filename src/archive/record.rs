@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::seal::{KeySlot, Seal, SecretKey, Suite};
+use super::seal::{KeySlot, Seal, SecretKey};
 use crate::block::ByteRange;
 use crate::codec::{Decoded, Decoder, Malformed};
 
@@ -338,10 +338,9 @@ impl RecordHeader {
         let sealed_with: [u8; 2] = decoder.array()?;
         let header = Self {
             kind,
-            seal: KeySlot::of(kind).filter(|_| flags & FLAG_SEALED != 0).map(|slot| Seal {
-                suite: Suite::Aes256Gcm,
-                slot,
-            }),
+            seal: KeySlot::in_header(kind, sealed_with[1])
+                .filter(|_| flags & FLAG_SEALED != 0)
+                .map(Seal::with),
             mask: decoder.u16()?,
             lane: LaneId(decoder.array()?),
             epoch: EpochId(decoder.u64()?),

@@ -5,6 +5,7 @@ use aes_gcm::aead::AeadInOut;
 use aes_gcm::{Aes256Gcm, Key, KeyInit, Nonce, Tag};
 use zeroize::Zeroizing;
 
+use super::manifest::PlanPart;
 use super::pack;
 use super::record::{EpochId, Hash, LaneId, RecordHeader, RecordKind, hash_of};
 use crate::codec::{Decoded, Decoder};
@@ -20,6 +21,8 @@ pub const TAG_BYTES: usize = 16;
 pub(super) const CLEAR_LENGTH: std::ops::Range<usize> = 72..76;
 /// The signature in the clear part of a COMMIT. Its seal is made before it, as if this were zeros.
 pub(super) const SIGNATURE: std::ops::Range<usize> = 116..180;
+/// Where the body of a PLAN has its part.
+const PART_AT: usize = 1;
 /// What record keys are derived for.
 const RECORD_CONTEXT: &str = "vmfold 2026 record v1";
 /// What to say of a body that its key does not open.
@@ -62,7 +65,7 @@ impl KeySlot {
         }
     }
 
-    /// Returns the slot that records of a kind are sealed with; none if they stay clear.
+    /// Returns the slot that records of a kind are sealed with; none if they stay clear. A PLAN that announces blocks has [`KeySlot::Index`].
     pub fn of(kind: RecordKind) -> Option<Self> {
         match kind {
             RecordKind::Pack => Some(Self::Data),
@@ -70,6 +73,12 @@ impl KeySlot {
             RecordKind::Index => Some(Self::Index),
             _ => None,
         }
+    }
+
+    /// Returns the slot of a record as its header has it: the one of its kind, unless that may have the other.
+    pub(super) fn in_header(kind: RecordKind, number: u8) -> Option<Self> {
+        let announces = kind == RecordKind::Plan && number == Self::Index.number();
+        if announces { Some(Self::Index) } else { Self::of(kind) }
     }
 }
 
@@ -80,6 +89,16 @@ pub struct Seal {
     pub suite: Suite,
     /// The key.
     pub slot: KeySlot,
+}
+
+impl Seal {
+    /// Returns the seal that this version makes with the key of a slot.
+    pub fn with(slot: KeySlot) -> Self {
+        Self {
+            suite: Suite::Aes256Gcm,
+            slot,
+        }
+    }
 }
 
 /// The keys that records of an epoch are sealed with.
@@ -381,12 +400,25 @@ pub fn open_body(keys: &EpochKeys, header: &RecordHeader, seal: Seal, stored: Ve
                 .get_mut(SIGNATURE)
                 .ok_or("a sealed COMMIT ends too early")?
                 .fill(0);
-            let mut body = open_single(keys, header, seal, &unsigned, sealed)?;
+            let mut body = open_single(keys.of(seal.slot), header, &unsigned, sealed)?;
             clear.append(&mut body);
             Ok(clear)
         }
-        _ => open_single(keys, header, seal, &[], stored),
+        _ => open_single(keys.of(seal.slot), header, &[], stored),
     }
+}
+
+/// Opens the body of a record that the index key seals.
+///
+/// # Errors
+/// Says that it was changed, or is none that this key seals.
+pub fn open_indexed(index_key: &SecretKey, header: &RecordHeader, stored: Vec<u8>) -> Decoded<Vec<u8>> {
+    let body = open_single(index_key, header, &[], stored)?;
+    let announces = || body.get(PART_AT) == Some(&PlanPart::Blocks.number());
+    if header.kind == RecordKind::Plan && !announces() {
+        return Err("a PLAN of images is sealed with the index key".into());
+    }
+    Ok(body)
 }
 
 /// Returns how many bytes of a COMMIT are clear.
@@ -405,15 +437,9 @@ fn salt_of(stored: &[u8]) -> Decoded<[u8; SALT_BYTES]> {
     Ok(*stored.first_chunk().ok_or("a sealed record ends too early")?)
 }
 
-fn open_single(
-    keys: &EpochKeys,
-    header: &RecordHeader,
-    seal: Seal,
-    clear: &[u8],
-    mut stored: Vec<u8>,
-) -> Decoded<Vec<u8>> {
+fn open_single(key: &SecretKey, header: &RecordHeader, clear: &[u8], mut stored: Vec<u8>) -> Decoded<Vec<u8>> {
     let salt = salt_of(&stored)?;
-    let cipher = RecordCipher::new(keys.of(seal.slot), &salt, SealedPlace::of(header));
+    let cipher = RecordCipher::new(key, &salt, SealedPlace::of(header));
     let plain = cipher.open_whole(Segment::ONLY, clear, stored.split_off(SALT_BYTES))?;
     let mut decoder = Decoder::new(&plain);
     let length = decoder.u32()? as usize;

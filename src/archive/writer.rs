@@ -7,7 +7,7 @@ use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, encode_tail};
 use super::head::Head;
 use super::index;
-use super::keys::{EpochSealer, KeyRecord};
+use super::keys::{self, EpochSealer, KeyRecord};
 use super::limits::{LISTS_MAX, RECORDS_MAX};
 use super::list::{self, ImageSummary, Listed, RecordLocation};
 use super::manifest::{self, ManifestBuilder, PlanPart, PlanRecord};
@@ -15,7 +15,7 @@ use super::pack::{self, PlacedFrame};
 use super::parity::{FullGroup, ParityMaker, ParityPlace};
 use super::reader::Committed;
 use super::record::{EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, SEQUENCES};
-use super::seal;
+use super::seal::{self, KeySlot, Seal};
 use crate::codec::Malformed;
 use crate::content::Content;
 use crate::numbers::{CommitNumber, StoreBlock};
@@ -185,7 +185,8 @@ impl ArchiveWriter {
         let body = manifest::encode(self.commit_number(), PlanPart::Blocks, false, &content)?;
         let decoded = PlanRecord::decode(&body).and_then(|record| record.announced());
         decoded.map_err(too_large)?;
-        self.put(RecordKind::Plan, body, |location| {
+        // Whoever may only write finds blocks by it.
+        self.put_sealed((RecordKind::Plan, Some(KeySlot::Index)), body, |location| {
             location.part = PlanPart::Blocks.number();
             location.first = announced.first;
             location.blocks = announced.end() - announced.first;
@@ -251,19 +252,30 @@ impl ArchiveWriter {
     }
 
     fn put(&mut self, kind: RecordKind, body: Vec<u8>, describe: impl FnOnce(&mut RecordLocation)) -> io::Result<()> {
-        let stored = self.seal(kind, body)?;
-        let mut location = self.write(kind, stored)?;
+        self.put_sealed((kind, KeySlot::of(kind)), body, describe)
+    }
+
+    /// Writes a record that is sealed with the key of a slot.
+    fn put_sealed(
+        &mut self,
+        (kind, slot): (RecordKind, Option<KeySlot>),
+        body: Vec<u8>,
+        describe: impl FnOnce(&mut RecordLocation),
+    ) -> io::Result<()> {
+        let stored = self.seal((kind, slot), body)?;
+        let mut location = self.write_one_sealed((kind, slot), stored)?;
+        self.write_full_groups()?;
         describe(&mut location);
         self.records.push(location);
         Ok(())
     }
 
-    /// Seals a body as its kind is sealed.
-    fn seal(&mut self, kind: RecordKind, body: Vec<u8>) -> io::Result<Vec<u8>> {
+    /// Seals a body with the key of a slot.
+    fn seal(&mut self, (kind, slot): (RecordKind, Option<KeySlot>), body: Vec<u8>) -> io::Result<Vec<u8>> {
         let place = (self.base.lane, self.epoch);
-        match &mut self.sealer {
-            Some(sealer) => sealer.seal(kind, place, body).map_err(too_large),
-            None => Ok(body),
+        match (&mut self.sealer, slot) {
+            (Some(sealer), Some(slot)) => sealer.seal((kind, slot), place, &body).map_err(too_large),
+            _ => Ok(body),
         }
     }
 
@@ -282,8 +294,16 @@ impl ArchiveWriter {
         Ok(location)
     }
 
-    fn write_one(&mut self, kind: RecordKind, mut body: Vec<u8>) -> io::Result<RecordLocation> {
-        let seal = EpochSealer::seal_of(kind).filter(|_| self.is_sealed);
+    fn write_one(&mut self, kind: RecordKind, body: Vec<u8>) -> io::Result<RecordLocation> {
+        self.write_one_sealed((kind, KeySlot::of(kind)), body)
+    }
+
+    fn write_one_sealed(
+        &mut self,
+        (kind, slot): (RecordKind, Option<KeySlot>),
+        mut body: Vec<u8>,
+    ) -> io::Result<RecordLocation> {
+        let seal = slot.map(Seal::with).filter(|_| self.is_sealed);
         let header = RecordHeader::of_stored((kind, seal), self.base.lane, self.epoch, self.sequence, &mut body)
             .map_err(too_large)?;
         self.write_stored(&header, &body)
@@ -446,7 +466,7 @@ impl ArchiveWriter {
         listed.records = std::mem::take(&mut self.records);
         self.check_images(images, commit.store_end)?;
         let stored_lists = self.write_lists(&mut commit, &listed, images)?;
-        let body = self.stored_commit(&mut commit)?;
+        let body = self.stored_commit(&mut commit, &keys::index_hash(listed.records.iter()))?;
         self.store.settle()?;
         let location = self.write_one(RecordKind::Commit, body.clone())?;
         let header = self.last_header;
@@ -496,7 +516,7 @@ impl ArchiveWriter {
     }
 
     /// Returns the body of a COMMIT as it is stored.
-    fn stored_commit(&mut self, commit: &mut Commit) -> io::Result<Vec<u8>> {
+    fn stored_commit(&mut self, commit: &mut Commit, index_hash: &Hash) -> io::Result<Vec<u8>> {
         commit.keyring = self.sealer.as_ref().map(EpochSealer::keyring_number);
         let body = commit.encode()?;
         if Commit::decode(&body).as_ref() != Ok(commit) {
@@ -506,7 +526,7 @@ impl ArchiveWriter {
         }
         let place = (self.base.lane, self.epoch);
         match &mut self.sealer {
-            Some(sealer) => sealer.seal_commit(place, &body).map_err(too_large),
+            Some(sealer) => sealer.seal_commit(place, &body, index_hash).map_err(too_large),
             None => Ok(body),
         }
     }
@@ -522,7 +542,7 @@ impl ArchiveWriter {
         check_lists(&bodies, listed, images, self.base.lane)?;
         let mut stored_lists = Vec::new();
         for (part, body) in bodies {
-            let stored = self.seal(RecordKind::List, body)?;
+            let stored = self.seal((RecordKind::List, KeySlot::of(RecordKind::List)), body)?;
             let location = self.write(RecordKind::List, stored.clone())?;
             stored_lists.push(stored);
             commit.lists.push(ListLocation {

@@ -397,6 +397,11 @@ pub(super) struct Export {
     pub(super) access: Access,
     #[command(flatten)]
     pub(super) new_keys: NewKeyArgs,
+    /// Add to an encrypted archive with the credentials of a host that cannot read it
+    ///
+    /// `vmfold key host` makes them. The archive is not read before it is added to, as it cannot be: see --trust-archive.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["encrypt", "identity"])]
+    pub(super) write_only: Option<PathBuf>,
     #[command(flatten)]
     pub(super) scope: Named,
     /// Choose images that match this pattern; may be given more than once
@@ -459,6 +464,13 @@ pub(super) enum KeyCommand {
     /// What was exported before stays as it is. Recipients keep their keys. So does the passphrase that is given; others are
     /// dropped, and have to be added again.
     Rotate(KeyedArchive),
+    /// Make credentials for a host that adds to the archive and cannot read it
+    ///
+    /// `export --write-only FILE` takes them. The host shares what the archive holds already, as far as it was exported by who
+    /// has a key, or by the host itself; what other hosts wrote is stored again. Whoever steals the credentials can read
+    /// nothing, not even what the host exported. He can add commits, and can tell whether a block that he knows is in the
+    /// archive. After `key rotate`, hosts need new credentials.
+    Host(KeyHost),
     /// Print a key on paper: a recovery sheet, with a text to type and a QR code
     Sheet(KeySheet),
 }
@@ -497,6 +509,18 @@ pub(super) struct KeyRemove {
     /// Which key: its number in `key list`, its name, or its recipient
     #[arg(value_name = "KEY")]
     pub(super) which: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KeyHost {
+    #[command(flatten)]
+    pub(super) of: KeyedArchive,
+    /// What the host is called, for people
+    #[arg(value_name = "NAME")]
+    pub(super) name: String,
+    /// File to write the credentials to, which must not exist
+    #[arg(long, value_name = "FILE")]
+    pub(super) to: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]

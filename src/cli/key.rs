@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::keys::SheetPlace;
 use crate::keys::manage::{self, NewKeys};
 use crate::ops::export::{MakeKeyring, Sealing};
-use crate::ops::key::{ArchiveKeyring, UserKeys};
+use crate::ops::key::{ArchiveKeyring, UserKeys, add_host, host_of};
 
 /// Seconds since 1970.
 fn now() -> u64 {
@@ -48,7 +48,16 @@ impl KeyArgs {
 
 impl Export {
     /// How the archive is sealed.
-    pub(super) fn sealing(&self, terminal: &Arc<Terminal>) -> Sealing {
+    ///
+    /// # Errors
+    /// Those of [`host_of`].
+    pub(super) fn sealing(&self, terminal: &Arc<Terminal>) -> Result<Sealing> {
+        if let Some(credentials) = &self.write_only {
+            return Ok(Sealing {
+                host: Some(host_of(credentials)?),
+                ..Sealing::default()
+            });
+        }
         let is_for_backup = self.from.is_some();
         let new = self.new_keys.new_keys();
         let keys = Arc::new(self.access.keys.user_keys(
@@ -57,10 +66,11 @@ impl Export {
             is_for_backup,
             terminal,
         ));
-        Sealing {
+        Ok(Sealing {
             unlock: Some(Arc::clone(&keys) as _),
             new: new.map(|_| keys as Arc<dyn MakeKeyring>),
-        }
+            host: None,
+        })
     }
 }
 
@@ -77,6 +87,7 @@ pub(super) fn run(command: &Key, json: bool, terminal: &Terminal) -> Result<Exit
         KeyCommand::Add(add) => &add.of,
         KeyCommand::Remove(remove) => &remove.of,
         KeyCommand::Sheet(sheet) => &sheet.of,
+        KeyCommand::Host(host) => &host.of,
     };
     let mut place = ArchiveKeyring::open_to_change(&of.archive)?;
     let access = of.keys.access();
@@ -99,6 +110,7 @@ pub(super) fn run(command: &Key, json: bool, terminal: &Terminal) -> Result<Exit
             let about = place.lane()?.to_string();
             manage::sheet(&mut place, &to, &about, &access, now(), terminal)?
         }
+        KeyCommand::Host(host) => add_host(&mut place, (&host.name, &host.to), &access, terminal)?,
         KeyCommand::List(_) | KeyCommand::Rotate(_) => manage::rotate(&mut place, &access, terminal)?,
     };
     terminal.finish();

@@ -305,7 +305,7 @@ fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Resu
 fn run_export(command: &args::Export, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
     let archive = archive_place(&command.archive);
     let mut result = match &command.from {
-        Some(from) => export_backup(&command.backup_options(from, terminal), &**terminal),
+        Some(from) => export_backup(&command.backup_options(from, terminal)?, &**terminal),
         None => export(&command.options(terminal)?, &**terminal),
     }?;
     terminal.finish();
@@ -474,7 +474,7 @@ fn archive_place(named: &Path) -> ArchivePlace {
 impl args::Export {
     fn options(&self, terminal: &Arc<Terminal>) -> Result<ExportOptions> {
         Ok(ExportOptions {
-            sealing: self.sealing(terminal),
+            sealing: self.sealing(terminal)?,
             scope: self.scope.scope()?,
             only: self.only.clone(),
             revisions: self.revisions,
@@ -489,9 +489,9 @@ impl args::Export {
 
 impl args::Export {
     /// The options for the backup `from`.
-    fn backup_options(&self, from: &Path, terminal: &Arc<Terminal>) -> BackupExportOptions {
-        BackupExportOptions {
-            sealing: self.sealing(terminal),
+    fn backup_options(&self, from: &Path, terminal: &Arc<Terminal>) -> Result<BackupExportOptions> {
+        Ok(BackupExportOptions {
+            sealing: self.sealing(terminal)?,
             from: archive_place(from),
             only: self.only.clone(),
             archive: archive_place(&self.archive),
@@ -501,7 +501,7 @@ impl args::Export {
             parity: self.parity,
             folder: self.scope.index.clone(),
             access: self.access.access(from, false, terminal),
-        }
+        })
     }
 }
 
@@ -510,7 +510,7 @@ impl args::Protect {
         ProtectOptions {
             sealing: Sealing {
                 unlock: Some(self.keys.unlock(&self.archive, false, terminal)),
-                new: None,
+                ..Sealing::default()
             },
             archive: self.archive.clone(),
             percent: self.parity,

@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use super::KeyringPlace;
 use super::access::{KeyAccess, ask_twice};
 use super::age::Recipient;
-use super::keyring::{Keyring, Pair, Slot, SlotKind};
+use super::host::HostCredentials;
+use super::keyring::{Keyring, LABEL_BYTES_MAX, Pair, Signer, Slot, SlotKind};
 use super::passphrase::Passphrase;
 use super::sealed::{Lock, NewSlot, SealedKeyring, Unlocked};
+use super::secret::Secret;
 use super::sheet::{SHEET_LABEL, Sheet, SheetPlace, date_of};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
@@ -255,6 +257,9 @@ pub struct KeyChange {
     pub removed: Vec<ShownKey>,
     /// Whether new keys protect what is written from now on.
     pub rotated: bool,
+    /// The host for which credentials were made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// The number of keys that there are now.
     pub keys: usize,
 }
@@ -266,6 +271,16 @@ impl Display for KeyChange {
         }
         for key in &self.removed {
             writeln!(f, "Removed key {key}")?;
+        }
+        if let Some(host) = &self.host {
+            writeln!(
+                f,
+                "Made credentials of the host `{}`. With them, it adds to the archive by vmfold export --write-only. It cannot read what is in it, \
+                 not even what it exported itself. Whoever steals them can add commits, and can tell whether a block that he knows is in the \
+                 archive.",
+                shown(Path::new(host))
+            )?;
+            return Ok(());
         }
         if self.rotated {
             writeln!(
@@ -307,7 +322,7 @@ fn change(
     let mut sealed = SealedKeyring::decode(place.path(), &place.read()?)?;
     let mut unlocked = sealed.unlock(access, monitor)?;
     let mut changed = change(&mut sealed, &mut unlocked)?;
-    place.replace(unlocked.keyring.number, &sealed.encode())?;
+    place.replace(&unlocked.keyring, &sealed.encode())?;
     changed.keys = unlocked.keyring.slots.len();
     Ok(changed)
 }
@@ -414,6 +429,47 @@ pub fn rotate(place: &mut dyn KeyringPlace, access: &KeyAccess, monitor: &dyn Mo
             ..KeyChange::default()
         })
     })
+}
+
+/// Makes credentials by which a host adds to an archive, and cannot read it: writes them to a new file, and then has the archive trust what the host
+/// signs. `make` makes them of the keyring and of the seed that the host signs with. The archive trusts it from then on for good: it holds commits that it signed.
+///
+/// # Errors
+/// As [`SealedKeyring::unlock`] and [`HostCredentials::write`]; [`Error::Usage`] if the name is too long, or there are too many hosts; those of the
+/// place.
+pub fn add_host(
+    place: &mut dyn KeyringPlace,
+    (name, to): (&str, &Path),
+    make: impl FnOnce(&Keyring, Secret<32>) -> Result<HostCredentials>,
+    access: &KeyAccess,
+    monitor: &dyn Monitor,
+) -> Result<KeyChange> {
+    if name.is_empty() || name.len() > LABEL_BYTES_MAX {
+        let problem = format!("a host has a name of at most {LABEL_BYTES_MAX} bytes");
+        return Err(Error::Usage(problem));
+    }
+    let mut written = false;
+    let changed = change(place, access, monitor, |sealed, unlocked| {
+        let seed = Secret::<32>::random()?;
+        unlocked.keyring.signers.push(Signer {
+            name: name.to_owned(),
+            public: ed25519_dalek::SigningKey::from_bytes(seed.bytes())
+                .verifying_key()
+                .to_bytes(),
+        });
+        sealed.reseal(unlocked)?;
+        make(&unlocked.keyring, seed)?.write(to)?;
+        written = true;
+        Ok(KeyChange {
+            host: Some(name.to_owned()),
+            ..KeyChange::default()
+        })
+    });
+    if changed.is_err() && written {
+        // The archive does not trust it.
+        drop(std::fs::remove_file(to));
+    }
+    changed
 }
 
 /// Adds a key to an archive that stands on paper only. `about` is what tells the archive from others, such as the id of its lane. The sheet is

@@ -4,8 +4,10 @@
 
 mod access;
 mod age;
+mod host;
 mod keyring;
 pub mod manage;
+mod new_file;
 mod passphrase;
 mod program;
 mod sealed;
@@ -16,6 +18,7 @@ use std::path::Path;
 
 pub use access::{GivenKeys, KeyAccess, Prompt};
 pub use age::{Identity, Recipient, WorkFactor};
+pub use host::HostCredentials;
 pub use keyring::{Keyring, Pair, Signer, Slot, SlotKind};
 pub use passphrase::{PASSPHRASE_BYTES_MAX, Passphrase};
 pub use sealed::{Lock, NewSlot, SEALED_BYTES_MAX, SealedKeyring, Unlocked};
@@ -35,11 +38,12 @@ pub trait KeyringPlace {
     /// Those of the place; [`crate::error::Error::Usage`] if it has none.
     fn read(&self) -> Result<Vec<u8>>;
 
-    /// Puts another one in its place, with its number. Once this returns, it survives a power failure.
+    /// Puts another one in its place, which is sealed in `bytes`. Once this returns, it survives a power failure.
     ///
     /// # Errors
-    /// Those of the place. The keyring that was there is then still the newest.
-    fn replace(&mut self, number: u32, bytes: &[u8]) -> Result<()>;
+    /// Those of the place; [`crate::error::Error::Damaged`] if it does not come after the one that the place was used with last. The keyring that was there is
+    /// then still the newest.
+    fn replace(&mut self, keyring: &Keyring, bytes: &[u8]) -> Result<()>;
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use qrcode::{Color, EcLevel, QrCode};
 use zeroize::Zeroizing;
 
 use super::age::{Recipient, generate};
+use super::new_file;
 use crate::error::{Error, Result};
 use crate::shown::shown;
 
@@ -144,19 +144,7 @@ impl Sheet {
             })?;
             return terminal.write_all(text.as_bytes()).map_err(Error::io("write to", path));
         };
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-        let mut file = file.map_err(|error| match error.kind() {
-            std::io::ErrorKind::AlreadyExists => Error::Usage(format!(
-                "`{}` exists: a sheet is written to a new file only",
-                shown(path)
-            )),
-            _ => Error::writing("make", path)(error),
-        })?;
-        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
-        written.map_err(|error| {
-            let _ = std::fs::remove_file(path);
-            Error::writing("write to", path)(error)
-        })
+        new_file::write(path, text.as_bytes(), "a sheet")
     }
 }
 

@@ -26,7 +26,7 @@ impl KeyringPlace for Memory {
     fn read(&self) -> Result<Vec<u8>> {
         Ok(self.bytes.borrow().clone())
     }
-    fn replace(&mut self, _: u32, bytes: &[u8]) -> Result<()> {
+    fn replace(&mut self, _: &Keyring, bytes: &[u8]) -> Result<()> {
         if self.fails {
             return Err(Error::Interrupted);
         }

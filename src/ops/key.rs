@@ -3,16 +3,23 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::open_archive::{MakeKeyring, NewKeyring};
-use crate::archive::keys::{KeyRecord, KeyringSecrets, PairSeeds, Unlock};
+use zeroize::Zeroizing;
+
+use super::open_archive::{MakeKeyring, NewKeyring, random};
+use crate::archive::commit::Commit;
+use crate::archive::keys::{ArchiveKeys, HostKeys, KeyRecord, KeyringSecrets, PairSeeds, Ring, Unlock};
+use crate::archive::newest_keys;
+use crate::archive::reader::RecordReader;
 use crate::archive::record::LaneId;
 use crate::archive::seal::SecretKey;
 use crate::archive::sealed_end::SealedEnd;
 use crate::archive::writer::ArchiveWriter;
+use crate::codec::Malformed;
 use crate::error::{Error, Result};
-use crate::keys::manage::{self, NewKeys};
-use crate::keys::{KeyAccess, Keyring, KeyringPlace, SealedKeyring, Secret};
+use crate::keys::manage::{self, KeyChange, NewKeys};
+use crate::keys::{HostCredentials, KeyAccess, Keyring, KeyringPlace, SealedKeyring, Secret};
 use crate::monitor::Monitor;
+use crate::shown::shown;
 use crate::store::{FileStore, Store};
 
 /// The keyring of an archive in a file.
@@ -59,6 +66,27 @@ impl ArchiveKeyring {
     fn end(&self) -> Result<SealedEnd> {
         SealedEnd::read(Arc::clone(&self.store) as _)
     }
+
+    /// Checks that a changed keyring comes from one of this archive, and from none that is older than the last commit.
+    fn check(&self, end: &SealedEnd, keyring: &Keyring, ring: &Arc<Ring>) -> Result<()> {
+        let (header, stored) = &end.commit;
+        let keys = ArchiveKeys::of_ring(Arc::clone(ring));
+        let body = keys.open_body(&self.path, end.base.last.offset, header, stored.clone())?;
+        let commit = Commit::decode_of(&body, header).map_err(|problem| self.malformed(&problem))?;
+        if commit.keyring.is_none_or(|number| number >= keyring.number) {
+            let problem = "its keyring is older than its last commit: the KEY record that was there then is gone";
+            return Err(self.malformed(&problem.into()));
+        }
+        Ok(())
+    }
+
+    fn malformed(&self, problem: &Malformed) -> Error {
+        Error::Damaged {
+            path: self.path.clone(),
+            range: None,
+            problem: problem.problem().into(),
+        }
+    }
 }
 
 impl KeyringPlace for ArchiveKeyring {
@@ -67,25 +95,78 @@ impl KeyringPlace for ArchiveKeyring {
     }
 
     fn read(&self) -> Result<Vec<u8>> {
-        Ok(self.end()?.keys.keyring)
+        let end = self.end()?;
+        let newest = newest_keys::newest(&RecordReader::new(Arc::clone(&self.store) as _)?)?;
+        Ok(newest.map_or(end.keys, |newest| newest.record).keyring)
     }
 
-    fn replace(&mut self, number: u32, bytes: &[u8]) -> Result<()> {
+    fn replace(&mut self, keyring: &Keyring, bytes: &[u8]) -> Result<()> {
         let end = self.end()?;
-        let failed = |error| Error::io("write to", &self.path)(error);
-        let mut writer = ArchiveWriter::resume(Arc::clone(&self.store) as _, end.base, end.commit);
-        let appended = writer.put_keys(&KeyRecord {
-            number,
-            wraps: end.wraps,
+        let malformed = |problem| self.malformed(&problem);
+        let ring = Arc::new(Ring::new(&secrets_of(keyring)).map_err(malformed)?);
+        self.check(&end, keyring, &ring)?;
+        // Whoever may only write sees by this which pair is the newest.
+        let wraps = ring.wrap_anew((end.base.lane, end.epoch), &end.wraps, &Zeroizing::new(random()?));
+        let record = KeyRecord {
+            number: keyring.number,
+            wraps: wraps.map_err(malformed)?,
             keyring: bytes.to_vec(),
-        });
-        if let Err(error) = appended {
+        };
+        let mut writer = ArchiveWriter::resume(Arc::clone(&self.store) as _, end.base, end.commit);
+        if let Err(error) = writer.put_keys(&record) {
             // The keys that were there are the newest again. If that fails too, what was written is left behind the last commit.
             let _ = self.store.truncate(end.base.length);
-            return Err(failed(error));
+            return Err(Error::io("write to", &self.path)(error));
         }
         Ok(())
     }
+}
+
+/// Makes credentials by which a host adds to an archive, and cannot read it. They are written to a new file.
+///
+/// # Errors
+/// Those of [`manage::add_host`].
+pub fn add_host(
+    place: &mut ArchiveKeyring,
+    (name, to): (&str, &Path),
+    access: &KeyAccess,
+    monitor: &dyn Monitor,
+) -> Result<KeyChange> {
+    let archive = place.lane()?.0;
+    let make = |keyring: &Keyring, signing_seed: Secret<32>| {
+        let ring = Ring::new(&secrets_of(keyring)).map_err(|problem| Error::Usage(problem.problem().into()))?;
+        Ok(HostCredentials {
+            archive,
+            number: keyring.number,
+            name: name.to_owned(),
+            pair: ring.newest_public(),
+            index_key: keyring.index_key.clone(),
+            id_key: keyring.id_key.clone(),
+            signing_seed,
+            signer: ring.signer(),
+        })
+    };
+    manage::add_host(place, (name, to), make, access, monitor)
+}
+
+/// Returns what a host with credentials in a file may seal, and the archive that it may add to.
+///
+/// # Errors
+/// Those of [`HostCredentials::read`]; [`Error::Usage`] if a key makes no sense.
+pub fn host_of(credentials: &Path) -> Result<(LaneId, Arc<Ring>)> {
+    crate::keys::forbid_core_dumps();
+    let read = HostCredentials::read(credentials)?;
+    let key = |secret: &Secret<32>| SecretKey::new(*secret.bytes());
+    let ring = Ring::of_host(&HostKeys {
+        number: read.number,
+        pair: read.pair,
+        index_key: key(&read.index_key),
+        id_key: key(&read.id_key),
+        signing_seed: key(&read.signing_seed),
+        signer: read.signer,
+    });
+    let ring = ring.map_err(|problem| Error::Usage(format!("`{}`: {}", shown(credentials), problem.problem())))?;
+    Ok((LaneId(read.archive), Arc::new(ring)))
 }
 
 /// What the user gave to open keyrings, and to make them.

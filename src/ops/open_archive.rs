@@ -32,6 +32,8 @@ pub struct Sealing {
     pub unlock: Option<Arc<dyn Unlock>>,
     /// What makes the keyring of one that has no commit yet; none if that is not to be sealed.
     pub new: Option<Arc<dyn MakeKeyring>>,
+    /// What a host has that may only write, and to which archive. Then nothing else opens that.
+    pub host: Option<(LaneId, Arc<Ring>)>,
 }
 
 impl Sealing {
@@ -59,6 +61,15 @@ pub struct NewKeyring {
     pub keyring: Vec<u8>,
 }
 
+/// What a sealed archive is sealed with.
+struct Seals {
+    ring: Arc<Ring>,
+    /// The number of the keyring.
+    number: u32,
+    /// The keyring as it stands in KEY records.
+    keyring: Vec<u8>,
+}
+
 /// The archive that is written to.
 pub(crate) struct OpenArchive {
     pub(crate) store: Arc<dyn Store>,
@@ -68,8 +79,10 @@ pub(crate) struct OpenArchive {
     pub(crate) base: EpochBase,
     /// What opens and seals records.
     keys: Arc<ArchiveKeys>,
-    /// The keyring of a sealed archive, and how it stands in KEY records.
-    seals: Option<(Arc<Ring>, Vec<u8>)>,
+    /// What a sealed archive is sealed with.
+    seals: Option<Seals>,
+    /// Whether nothing that is sealed can be read, but what the index key seals.
+    is_write_only: bool,
     /// Bytes behind it that an export left which did not end.
     leftover_bytes: u64,
     /// Whether anything was written or cut off.
@@ -85,6 +98,7 @@ impl OpenArchive {
             archive: None,
             keys: sealing.keys(),
             seals: None,
+            is_write_only: sealing.host.is_some(),
             base: EpochBase {
                 lane: LaneId(random()?),
                 ..EpochBase::default()
@@ -93,6 +107,23 @@ impl OpenArchive {
             is_changed: false,
         };
         let length = store.length().map_err(Error::io("look at", &path))?.unwrap_or(0);
+        if let Some((lane, ring)) = &sealing.host {
+            if length == 0 {
+                let problem = format!("`{}` is no archive yet: who has its key makes it", shown(&path));
+                return Err(Error::Usage(problem));
+            }
+            let (archive, keys) = Archive::open_to_add(store, ring)?;
+            if archive.id() != *lane {
+                let problem = format!("the credentials of this host are not of `{}`", shown(&path));
+                return Err(Error::Usage(problem));
+            }
+            opened.seals = Some(Seals {
+                ring: Arc::clone(ring),
+                number: keys.number,
+                keyring: keys.keyring,
+            });
+            return opened.with(archive);
+        }
         if length == 0 {
             opened.seal_new(sealing)?;
             return Ok(opened);
@@ -103,31 +134,17 @@ impl OpenArchive {
             return Ok(opened);
         }
         let archive = Archive::open_any_with(store, Arc::clone(&opened.keys))?;
-        if !archive.may_append() {
-            return Err(Error::Unsupported {
-                path: path.clone(),
-                problem: "it was made by another version, which cuts chunks in another way or knows more features",
-            });
-        }
-        // A disk image that holds an archive is none, whatever it holds.
-        if !archive.begins_with_record()? {
-            let problem = "it does not begin with a record: copy what is intact of it by import and export";
-            return Err(Error::damaged(&path, 0, archive.length(), problem));
-        }
-        opened.base = archive.base();
-        opened.leftover_bytes = archive.length() - opened.base.length;
-        if opened.leftover_bytes > 0 && !archive.ends_in_leftovers_only()? {
-            let problem = "what follows its last intact commit is not just an export that did not end";
-            return Err(Error::damaged(
-                &path,
-                opened.base.length,
-                opened.leftover_bytes,
-                problem,
-            ));
+        let mut opened = opened.with(archive)?;
+        if let Some(archive) = &opened.archive {
+            archive.open_newest_keys()?;
         }
         if let (Some(ring), Some(record)) = (opened.keys.ring(), opened.keys.key_record()) {
-            opened.seals = Some((ring, record.keyring.clone()));
-        } else if archive.last_of_main().is_none() {
+            opened.seals = Some(Seals {
+                ring,
+                number: record.number,
+                keyring: record.keyring.clone(),
+            });
+        } else if opened.archive.is_none() {
             opened.seal_new(sealing)?;
         } else if sealing.new.is_some() {
             let problem = format!(
@@ -136,8 +153,35 @@ impl OpenArchive {
             );
             return Err(Error::Usage(problem));
         }
-        opened.archive = archive.last_of_main().is_some().then_some(archive);
         Ok(opened)
+    }
+
+    /// Takes an archive to append to, if that is possible.
+    fn with(mut self, archive: Archive) -> Result<Self> {
+        if !archive.may_append() {
+            return Err(Error::Unsupported {
+                path: archive.path().to_owned(),
+                problem: "it was made by another version, which cuts chunks in another way or knows more features",
+            });
+        }
+        // A disk image that holds an archive is none, whatever it holds.
+        if !archive.begins_with_record()? {
+            let problem = "it does not begin with a record: copy what is intact of it by import and export";
+            return Err(Error::damaged(archive.path(), 0, archive.length(), problem));
+        }
+        self.base = archive.base();
+        self.leftover_bytes = archive.length() - self.base.length;
+        if self.leftover_bytes > 0 && !archive.ends_in_leftovers_only()? {
+            let problem = "what follows its last intact commit is not just an export that did not end";
+            return Err(Error::damaged(
+                archive.path(),
+                self.base.length,
+                self.leftover_bytes,
+                problem,
+            ));
+        }
+        self.archive = archive.last_of_main().is_some().then_some(archive);
+        Ok(self)
     }
 
     /// Makes the keyring of an archive that is to be sealed, and has no commit yet.
@@ -145,7 +189,11 @@ impl OpenArchive {
         let Some(new) = &sealing.new else { return Ok(()) };
         let NewKeyring { secrets, keyring } = new.make()?;
         let ring = Ring::new(&secrets).map_err(|problem| Error::Usage(problem.problem().into()))?;
-        self.seals = Some((Arc::new(ring), keyring));
+        self.seals = Some(Seals {
+            number: ring.number(),
+            ring: Arc::new(ring),
+            keyring,
+        });
         Ok(())
     }
 
@@ -153,7 +201,7 @@ impl OpenArchive {
     pub(super) fn hasher(&self) -> BlockHasher {
         self.seals
             .as_ref()
-            .map_or_else(BlockHasher::default, |(ring, _)| ring.hasher())
+            .map_or_else(BlockHasher::default, |seals| seals.ring.hasher())
     }
 
     /// Returns what seals the records of a new epoch; none if the archive is not sealed.
@@ -161,11 +209,12 @@ impl OpenArchive {
     /// # Errors
     /// [`Error::Io`] if there are no random bytes.
     pub(super) fn sealer(&self, epoch: EpochId) -> Result<Option<EpochSealer>> {
-        let Some((ring, keyring)) = &self.seals else {
+        let Some(seals) = &self.seals else {
             return Ok(None);
         };
         let random = Zeroizing::new(random()?);
-        let sealer = EpochSealer::new(ring, keyring.clone(), (self.base.lane, epoch), &random);
+        let keyring = (seals.number, seals.keyring.clone());
+        let sealer = EpochSealer::new(&seals.ring, keyring, (self.base.lane, epoch), &random);
         let sealer = sealer.map_err(|problem| Error::Usage(problem.problem().into()))?;
         Ok(Some(sealer))
     }
@@ -185,6 +234,11 @@ impl OpenArchive {
         }
     }
 
+    /// Returns whether what the archive holds is referred to without being read first: as the user wants it, or because it cannot be read.
+    pub(crate) fn is_trusted(&self, trusts_archive: bool) -> bool {
+        trusts_archive || self.is_write_only
+    }
+
     /// Returns which of some store addresses are lost: those without a hash, and those of PACKs that are damaged, all of which are read unless
     /// the archive is trusted. Whoever refers to them would not get them back.
     ///
@@ -200,7 +254,7 @@ impl OpenArchive {
             return Ok(Vec::new());
         };
         let mut lost = StoredHashes::new(Some((archive, last)), last.commit.store_end).lost(wanted)?;
-        if !is_trusted {
+        if !self.is_trusted(is_trusted) {
             lost.extend(range::without(wanted, &held(archive, last, wanted, monitor)?));
         }
         Ok(range::joined(lost))

@@ -3,7 +3,7 @@
 //! This is the format of <https://c2sp.org/age>. The crate `age` would add more to the program than all else that keys need.
 
 mod armor;
-mod base64;
+pub(super) mod base64;
 mod bech32;
 mod header;
 mod identity;

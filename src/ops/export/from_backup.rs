@@ -206,7 +206,7 @@ impl<'a> BackupExporter<'a> {
                 archive,
                 last,
                 hashes: RefCell::new(StoredHashes::new(Some((archive, last)), last.commit.store_end)),
-                is_trusted: self.options.trusts_archive,
+                is_trusted: opened.is_trusted(self.options.trusts_archive),
                 checked: RefCell::default(),
                 monitor: self.monitor,
             }),
