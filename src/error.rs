@@ -357,6 +357,14 @@ pub enum Error {
         /// Why.
         problem: String,
     },
+    /// A sealed archive is not what this host has seen of it.
+    #[error("`{}`: {problem}", shown(path))]
+    RolledBack {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// An archive does not have the commit that was asked for.
     #[error("the archive `{}` has no commit `{}`", shown(path), shown(Path::new(commit)))]
     NoSuchCommit {
@@ -581,6 +589,7 @@ impl Error {
             | Self::RefusedBackup { .. }
             | Self::WrongKey { .. }
             | Self::NotSealed { .. }
+            | Self::RolledBack { .. }
             | Self::KeyProgram { .. }
             | Self::Qubesd { .. } => ErrorKind::Refused,
             Self::Damaged { .. } | Self::DamagedBackup { .. } | Self::DamagedKeyring { .. } => ErrorKind::Damaged,
@@ -633,6 +642,7 @@ impl Error {
             Self::OfAnother { .. } => {
                 "whoever owns it could read what is written, or lead it elsewhere: name another place, or one of your own"
             }
+            Self::RolledBack { .. } => "if you put it there yourself, say so with --accept-rollback",
             Self::SharedLink { .. } => "they could lead it elsewhere: name what it leads to",
             Self::Damaged { .. } => "vmfold verify tells what is lost; vmfold import --partial restores the rest",
             Self::Unsupported { .. } => "use a later version of vmfold",
@@ -710,6 +720,10 @@ mod tests {
     fn of_refusal() -> Vec<Error> {
         vec![
             with(|path| Error::NotSealed { path }),
+            with(|path| Error::RolledBack {
+                path,
+                problem: String::new(),
+            }),
             Error::Qubesd {
                 call: "admin.vm.List",
                 target: "work".into(),

@@ -17,6 +17,7 @@
 //! foreign     backups that other programs made: what they hold, reading
 //! archive     records of archives: what they hold, writing, reading
 //! parity      what is stored so that lost bytes of an archive can be computed
+//! seen        what this host has seen of sealed archives
 //! keys        keys of sealed archives: secrets, the keyring, how people keep it and open it
 //! store       where archives live: files, pipes, memory
 //! facts       extents and references, as plans see them
@@ -69,6 +70,7 @@ pub mod pool;
 pub mod qubes;
 pub mod range;
 pub mod report;
+pub mod seen;
 pub mod shown;
 pub mod spill;
 pub mod store;

@@ -1061,7 +1061,11 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     }
     let (archive, index) = (&path("a.vmfold"), &path("index"));
     let with = |name| format!("--passphrase-file={}", path(name));
-    let run = |arguments: &[&str]| outcome(&vmfold(arguments), folder.path());
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmfold"));
+        command.env_clear().env("VMFOLD_STATE", path("state"));
+        outcome(&command.args(arguments).output().unwrap(), folder.path())
+    };
     let mut settings = insta::Settings::clone_current();
     for (what, name) in [
         (r"\([0-9a-f]{8}\)", "([name])"),
@@ -1130,6 +1134,32 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
         --- stderr
         --- exit 0
     "#);
+    let older = std::fs::read(archive).unwrap();
+    insta::assert_snapshot!(run(&["key", "host", archive, "laptop", "--to", &path("laptop"), &with("two")]), @r#"
+        Made credentials of the host `laptop`. With them, it adds to the archive by vmfold export --write-only. It cannot read what is in it, not even what it exported itself. Whoever steals them can add commits, and can tell whether a block that he knows is in the archive.
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--write-only", &path("laptop")]), @r#"
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Read [size], 0 B known from before; 0 B new, stored in [size]; the archive has [size]
+        Parity: [size] of what was written
+        --- stderr
+        --- exit 0
+    "#);
+    insta::assert_snapshot!(run(&["list", archive, "--identity", &path("laptop")]), @r#"
+        --- stderr
+        error: `[folder]/laptop` holds no identity: one begins with AGE-SECRET-KEY-1
+        --- exit 2
+    "#);
+    let newest = std::fs::read(archive).unwrap();
+    std::fs::write(archive, older).unwrap();
+    insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, &with("two")]), @r#"
+        --- stderr
+        error: `[folder]/a.vmfold`: it ends with commit 1, and this host has seen commit 2 (if you put it there yourself, say so with --accept-rollback)
+        --- exit 1
+    "#);
+    std::fs::write(archive, newest).unwrap();
     insta::assert_snapshot!(run(&["list", archive, &with("one")]), @r#"
         --- stderr
         error: the key is wrong: `[folder]/a.vmfold` opens by a passphrase, and by none of what was given (check what was given; vmfold key list tells who holds a key)
@@ -1142,7 +1172,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, &with("two")]), @r#"
-        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Commit 3 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
         Read [size], 0 B known from before; 0 B new, stored in [size]; the archive has [size]
         Parity: [size] of what was written
         --- stderr
@@ -1154,7 +1184,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     insta::assert_snapshot!(run(&["verify", archive]), @r#"
         Damaged: bytes [range]: a record does not match its hash
         Parity of 10 % for [size], none for [size]: [size] are lost, and would heal by vmfold repair; [size] more would still heal, at any place
-        2 commits in [size], encrypted: damaged. What is in them was not verified, because no key was given
+        3 commits in [size], encrypted: damaged. What is in them was not verified, because no key was given
         --- stderr
         --- exit 4
     "#);
@@ -1167,7 +1197,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     "#);
     let to = &path("to");
     insta::assert_snapshot!(run(&["import", healed, "--to", to, "--index", index, &with("two")]), @r#"
-        Commit 2 ([name]) of `[folder]/healed.vmfold`: 1 images, [size] of data in [size]
+        Commit 3 ([name]) of `[folder]/healed.vmfold`: 1 images, [size] of data in [size]
         [size] distinct: [size] new, 0 B on this disk already; takes up to [size], [size] free
         Restored 1 images to `[folder]/to`: [size] written, 0 B shared with what was there
         --- stderr

@@ -11,6 +11,7 @@ blocks() { python3 -c 'import sys; [sys.stdout.write((f"block {n}\n" * 600)[:409
 noise() { python3 -c 'import random,sys; sys.stdout.buffer.write(random.Random(int(sys.argv[2])).randbytes(int(sys.argv[1])))' "$@"; }
 { blocks 1 4; head -c 8192 /dev/zero; noise 8192 1; blocks 3 5; } > "$pool/vms/one.img"; truncate -s 100001 "$pool/vms/one.img"
 { blocks 4 6; head -c 900 /dev/zero | tr '\0' x; } > "$pool/vms/two.img"
+export VMFOLD_STATE=$work/state
 vmfold=${VMFOLD:-${CARGO_TARGET_DIR:-target}/release/vmfold}
 export_pool() { find "$pool" -exec touch -h -d "$2" {} +; sync -f "$pool"; "$vmfold" export "$out" --index "$work/index" --label "$1" "${@:3}" "$pool"; }
 export_pool first 2026-01-02T03:04:05Z --encrypt --passphrase-file "$keys/passphrase" --recipient "$(age-keygen -y "$keys/identity")"

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use scene::{Placed, Scene, Way, records, restore_with};
 use vmfold::archive::index;
-use vmfold::archive::keys::ArchiveKeys;
+use vmfold::archive::keys::{ArchiveKeys, Remember};
 use vmfold::archive::record::{Hash, RecordHeader, RecordKind};
 use vmfold::archive::seal::{self, EpochKeys, KeySlot, Salts, Seal, SealedPlace, SecretKey};
 use vmfold::error::Error;
@@ -27,6 +27,7 @@ use vmfold::ops::export::{ExportOptions, Sealing, export_on};
 use vmfold::ops::key::{self, ArchiveKeyring, UserKeys};
 use vmfold::ops::verify::verify_sealed;
 use vmfold::report::Exported;
+use vmfold::seen::{SeenArchives, Strictness};
 use vmfold::store::{FileStore, MemoryStore};
 use vmfold::testing::simulated::INCOMPRESSIBLE;
 
@@ -40,6 +41,7 @@ const RECIPIENT: &str = "age1gk80dnzgk88k8m2uqk2qj5amj6mxcyh0ugdz44u3ms0c6nvwygu
 struct Host {
     folder: tempfile::TempDir,
     scene: Scene,
+    remembers: bool,
 }
 
 impl Host {
@@ -47,6 +49,28 @@ impl Host {
         Self {
             folder: scene::scratch(),
             scene: Scene::new(),
+            remembers: false,
+        }
+    }
+
+    /// One that remembers the archives that it has seen.
+    fn that_remembers() -> Self {
+        Self {
+            remembers: true,
+            ..Self::new()
+        }
+    }
+
+    fn memory(&self, strictness: Strictness) -> Option<Arc<dyn Remember>> {
+        let monitor = Arc::new(Silent::default());
+        let memory = SeenArchives::new(self.folder.path().join("state"), strictness, NOW, monitor);
+        self.remembers.then(|| Arc::new(memory) as _)
+    }
+
+    fn remembering(&self, strictness: Strictness) -> Sealing {
+        Sealing {
+            memory: self.memory(strictness),
+            ..Sealing::default()
         }
     }
 
@@ -100,7 +124,7 @@ impl Host {
         let sealing = Sealing {
             unlock: Some(Arc::clone(&keys) as _),
             new: (!archive.exists()).then_some(keys as _),
-            host: None,
+            ..self.remembering(Strictness::Refuse)
         };
         self.scene.grow();
         self.export_sealed(archive, sealing).map(drop)
@@ -134,7 +158,7 @@ impl Host {
     fn export_as(&self, credentials: &Path) -> Result<Exported, Error> {
         let sealing = Sealing {
             host: Some(key::host_of(credentials)?),
-            ..Sealing::default()
+            ..self.remembering(Strictness::Refuse)
         };
         self.export_sealed(&self.archive(), sealing)
     }
@@ -151,12 +175,14 @@ impl Host {
             passphrase_file: Some(self.file(passphrase, passphrase)),
             ..NewKeys::default()
         };
-        let mut place = ArchiveKeyring::open_to_change(&self.archive())?;
+        let place = ArchiveKeyring::open_to_change(&self.archive())?;
+        let mut place = place.remembered_by(self.memory(Strictness::Refuse));
         manage::add(&mut place, &new, access, NOW, &Silent::default()).map(drop)
     }
 
     fn rotate(&self, access: &KeyAccess) {
-        let mut place = ArchiveKeyring::open_to_change(&self.archive()).unwrap();
+        let place = ArchiveKeyring::open_to_change(&self.archive()).unwrap();
+        let mut place = place.remembered_by(self.memory(Strictness::Refuse));
         manage::rotate(&mut place, access, &Silent::default()).unwrap();
     }
 
@@ -424,4 +450,92 @@ fn credentials_do_for_their_archive_until_its_keys_are_rotated() {
     );
     other.export(other.who("owner"), &[]).unwrap();
     assert!(other.export_as(&after).is_err(), "it is another archive");
+}
+
+fn is_rolled_back(result: &Result<(), Error>) -> bool {
+    matches!(result, Err(Error::RolledBack { .. }))
+}
+
+#[test]
+fn an_older_copy_is_not_written_to() {
+    let host = Host::that_remembers();
+    let owner = || host.who("owner");
+    host.export(owner(), &[]).unwrap();
+    let credentials = host.add_host(&owner(), "host");
+    let first = host.bytes();
+    host.add_image(1);
+    host.export(owner(), &[]).unwrap();
+    let second = host.bytes();
+    std::fs::write(host.archive(), &first).unwrap();
+    assert!(is_rolled_back(&host.export(owner(), &[])));
+    assert!(is_rolled_back(&host.add(&owner(), "new")));
+    assert!(is_rolled_back(&host.export_as(&credentials).map(drop)));
+    assert!(host.bytes() == first);
+    // Who goes on with it all the same has another second commit then.
+    let keys = host.keys(owner(), &[]);
+    let sealing = Sealing {
+        unlock: Some(keys as _),
+        ..host.remembering(Strictness::Accept)
+    };
+    host.add_image(2);
+    host.export_sealed(&host.archive(), sealing).unwrap();
+    host.export(owner(), &[]).unwrap();
+    std::fs::write(host.archive(), &second).unwrap();
+    assert!(is_rolled_back(&host.export(owner(), &[])));
+}
+
+#[test]
+fn keys_that_were_removed_do_not_come_back_with_an_older_copy() {
+    let host = Host::that_remembers();
+    let owner = || host.who("owner");
+    host.export(owner(), &[]).unwrap();
+    host.add(&owner(), "former").unwrap();
+    let before = host.bytes();
+    host.rotate(&owner());
+    std::fs::write(host.archive(), &before).unwrap();
+    assert!(is_rolled_back(&host.export(owner(), &[])));
+    assert!(is_rolled_back(&host.add(&owner(), "new")));
+}
+
+#[test]
+fn another_archive_in_the_place_of_one_is_not_written_to() {
+    let host = Host::that_remembers();
+    let owner = || host.who_has_the_identity();
+    host.export(owner(), &[RECIPIENT]).unwrap();
+    let other = Host::new();
+    other.export(other.who("attacker"), &[RECIPIENT]).unwrap();
+    std::fs::write(host.archive(), other.bytes()).unwrap();
+    assert!(is_rolled_back(&host.export(owner(), &[])));
+    assert!(is_rolled_back(&host.add(&owner(), "new")));
+    // A new archive may take its place.
+    std::fs::remove_file(host.archive()).unwrap();
+    host.export(owner(), &[RECIPIENT]).unwrap();
+    host.export(owner(), &[]).unwrap();
+}
+
+#[test]
+fn who_reads_an_older_copy_is_told_and_gets_it() {
+    let host = Host::that_remembers();
+    host.export(host.who("owner"), &[]).unwrap();
+    let (first, content) = (host.bytes(), host.scene.content());
+    host.export(host.who("owner"), &[]).unwrap();
+    let listening = Arc::new(scene::Listening::default());
+    let folder = host.folder.path().join("state");
+    let memory = SeenArchives::new(folder.clone(), Strictness::Tell, NOW, Arc::clone(&listening) as _);
+    std::fs::write(host.archive(), &first).unwrap();
+    let access = BackupAccess {
+        unlock: Some(host.keys(host.who("owner"), &[]) as _),
+        memory: Some(Arc::new(memory)),
+        ..BackupAccess::default()
+    };
+    let restored = restore_with(&first, Way::File, (None, false), access);
+    assert!(restored.content == content);
+    assert!(
+        listening.notes().iter().any(|note| note.contains("has seen commit 2")),
+        "{:?}",
+        listening.notes()
+    );
+    // A memory that is damaged is none.
+    std::fs::write(folder.join("seen.json"), "{").unwrap();
+    host.export(host.who("owner"), &[]).unwrap();
 }

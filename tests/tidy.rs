@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 31] = [
+const ORDER: [&str; 32] = [
     "sys",
     "numbers",
     "block",
@@ -26,6 +26,7 @@ const ORDER: [&str; 31] = [
     "parity",
     "keys",
     "archive",
+    "seen",
     "foreign",
     "qubes",
     "pool",

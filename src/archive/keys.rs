@@ -80,6 +80,30 @@ pub trait Unlock: std::fmt::Debug + Send + Sync {
     fn unlock(&self, archive: &Path, keyring: &[u8]) -> Result<KeyringSecrets>;
 }
 
+/// What tells a sealed archive that was opened, or written, from earlier states of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArchiveState {
+    /// The archive.
+    pub archive: LaneId,
+    /// What tells its keyring from others, and says nothing else of it.
+    pub keyring: [u8; 16],
+    /// The number of its keyring.
+    pub keyring_number: u32,
+    /// Numbers and hashes of commits, ascending, the last one among them.
+    pub commits: Vec<(u32, Hash)>,
+    /// Whether it was made just now.
+    pub is_new: bool,
+}
+
+/// Remembers sealed archives.
+pub trait Remember: std::fmt::Debug + Send + Sync {
+    /// Is told of each archive that is opened with a key, and of each commit that is made.
+    ///
+    /// # Errors
+    /// [`Error::RolledBack`] if the archive is older than it was, or another one, and must not be.
+    fn met(&self, archive: &Path, state: &ArchiveState) -> Result<()>;
+}
+
 /// A keyring that was opened.
 pub struct Ring {
     number: u32,
@@ -204,6 +228,13 @@ impl Ring {
     /// Returns the key that those sign with who have the ring.
     pub fn signer(&self) -> [u8; 32] {
         self.signing.verifying_key().to_bytes()
+    }
+
+    /// Returns what tells it from others, and says nothing else of it: the first bytes of the hash of nothing under its id key.
+    pub fn mark(&self) -> [u8; 16] {
+        let mut mark = [0; 16];
+        mark.copy_from_slice(&self.hasher.of(b"")[..16]);
+        mark
     }
 
     /// Returns its number.
@@ -484,6 +515,7 @@ fn signed(place: &[u8], stored: &[u8]) -> [u8; 32] {
 #[derive(Debug, Default)]
 pub struct ArchiveKeys {
     unlock: Option<Arc<dyn Unlock>>,
+    memory: Option<Arc<dyn Remember>>,
     state: Mutex<State>,
 }
 
@@ -500,18 +532,51 @@ impl ArchiveKeys {
     pub fn opened_by(unlock: Arc<dyn Unlock>) -> Self {
         Self {
             unlock: Some(unlock),
-            state: Mutex::default(),
+            ..Self::default()
         }
+    }
+
+    /// Tells something of each archive that is opened with these keys.
+    #[must_use]
+    pub fn remembered_by(self, memory: Option<Arc<dyn Remember>>) -> Self {
+        Self { memory, ..self }
+    }
+
+    /// Tells what remembers archives of commits of a lane, ascending, the last one among them; of the number of the keyring that the archive has, if it is not
+    /// the one that is open; and whether the archive is new.
+    ///
+    /// # Errors
+    /// Those of [`Remember::met`].
+    pub fn met(
+        &self,
+        archive: &Path,
+        commits: &[super::reader::Committed],
+        (number, is_new): (Option<u32>, bool),
+    ) -> Result<()> {
+        let (Some(memory), Some(ring), Some(last)) = (&self.memory, self.ring(), commits.last()) else {
+            return Ok(());
+        };
+        let commits = commits.iter();
+        let state = ArchiveState {
+            archive: last.lane,
+            keyring: ring.mark(),
+            keyring_number: number.unwrap_or(ring.number),
+            commits: commits
+                .map(|one| (one.commit.number.0, one.location.body_hash))
+                .collect(),
+            is_new,
+        };
+        memory.met(archive, &state)
     }
 
     /// Makes keys of a keyring that is open.
     pub fn of_ring(ring: Arc<Ring>) -> Self {
         Self {
-            unlock: None,
             state: Mutex::new(State {
                 ring: Some(ring),
                 ..State::default()
             }),
+            ..Self::default()
         }
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, decode_tail};
 use super::index;
-use super::keys::{ArchiveKeys, KeyRecord, Ring};
+use super::keys::{ArchiveKeys, KeyRecord, Remember, Ring};
 use super::lane::{LaneStore, ListedRecord};
 use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordLocation};
 use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
@@ -361,17 +361,33 @@ impl Archive {
             reader.keys.check_sealed(reader.path())?;
         }
         open::check_current(&reader, &opened.commits)?;
-        Self::of(reader, opened, searched)
+        let archive = Self::of(reader, opened, searched)?;
+        archive.remember()?;
+        Ok(archive)
+    }
+
+    /// Tells what remembers archives in which state this one is.
+    fn remember(&self) -> Result<()> {
+        let commits = self.main_commits();
+        self.keys().met(self.path(), commits, (None, false))
     }
 
     /// Opens a sealed archive with the ring of a host that may only write. Returns the newest KEY record as well.
     ///
     /// # Errors
     /// Those of [`write_only::open`].
-    pub fn open_to_add(store: Arc<dyn Store>, ring: &Arc<Ring>) -> Result<(Self, KeyRecord)> {
-        let reader = RecordReader::with_keys(store, Arc::new(ArchiveKeys::of_ring(Arc::clone(ring))))?;
+    pub fn open_to_add(
+        store: Arc<dyn Store>,
+        ring: &Arc<Ring>,
+        memory: Option<Arc<dyn Remember>>,
+    ) -> Result<(Self, KeyRecord)> {
+        let keys = ArchiveKeys::of_ring(Arc::clone(ring)).remembered_by(memory);
+        let reader = RecordReader::with_keys(store, Arc::new(keys))?;
         let OpenedToAdd { opened, keys } = write_only::open(&reader, ring)?;
-        Ok((Self::of(reader, opened, OnceLock::new())?, keys))
+        let archive = Self::of(reader, opened, OnceLock::new())?;
+        let number = (Some(keys.number), false);
+        archive.keys().met(archive.path(), archive.main_commits(), number)?;
+        Ok((archive, keys))
     }
 
     fn of(reader: RecordReader, mut opened: Opened, searched: OnceLock<Searched>) -> Result<Self> {

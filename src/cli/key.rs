@@ -16,7 +16,7 @@ use crate::ops::export::{MakeKeyring, Sealing};
 use crate::ops::key::{ArchiveKeyring, UserKeys, add_host, host_of};
 
 /// Seconds since 1970.
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
@@ -55,6 +55,7 @@ impl Export {
         if let Some(credentials) = &self.write_only {
             return Ok(Sealing {
                 host: Some(host_of(credentials)?),
+                memory: self.access.keys.memory.memory(true, now(), terminal),
                 ..Sealing::default()
             });
         }
@@ -70,15 +71,16 @@ impl Export {
             unlock: Some(Arc::clone(&keys) as _),
             new: new.map(|_| keys as Arc<dyn MakeKeyring>),
             host: None,
+            memory: self.access.keys.memory.memory(true, now(), terminal),
         })
     }
 }
 
 /// Runs a command of `key`.
-pub(super) fn run(command: &Key, json: bool, terminal: &Terminal) -> Result<Exit> {
+pub(super) fn run(command: &Key, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
     if let KeyCommand::List(of) = &command.command {
         let place = ArchiveKeyring::open(&of.archive)?;
-        let result = manage::list(&place, &of.keys.access(), terminal)?;
+        let result = manage::list(&place, &of.keys.access(), &**terminal)?;
         print("keys", &result, json)?;
         return Ok(Exit::Done);
     }
@@ -89,7 +91,9 @@ pub(super) fn run(command: &Key, json: bool, terminal: &Terminal) -> Result<Exit
         KeyCommand::Sheet(sheet) => &sheet.of,
         KeyCommand::Host(host) => &host.of,
     };
-    let mut place = ArchiveKeyring::open_to_change(&of.archive)?;
+    let memory = of.keys.memory.memory(true, now(), terminal);
+    let terminal: &Terminal = terminal;
+    let mut place = ArchiveKeyring::open_to_change(&of.archive)?.remembered_by(memory);
     let access = of.keys.access();
     let result = match &command.command {
         KeyCommand::Add(add) => {

@@ -1,10 +1,14 @@
 //! Options that give keys of encrypted archives, and options that make them.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use super::progress::Terminal;
 use super::prompt;
+use crate::archive::keys::Remember;
 use crate::keys::manage::NewKeys;
 use crate::keys::{GivenKeys, KeyAccess};
+use crate::seen::{SeenArchives, Strictness};
 
 /// What opens an encrypted archive, or a backup that needs a passphrase.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -33,6 +37,43 @@ pub(super) struct KeyArgs {
     /// program age-plugin-NAME in one of the folders of PATH.
     #[arg(long, value_name = "FILE")]
     pub(super) identity: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(super) memory: MemoryArgs,
+}
+
+/// How encrypted archives are remembered, so that an older copy is noticed.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(super) struct MemoryArgs {
+    /// Folder in which this host remembers what it has seen of encrypted archives
+    ///
+    /// An older copy of an archive opens as the newest does, and so does an archive that somebody else made for a recipient of
+    /// yours. Who reads one is told. Whatever would write to it is refused. Without this option it is
+    /// `/var/lib/vmfold` for root, and `vmfold` in the state folder of XDG for others.
+    #[arg(long, value_name = "DIR", env = "VMFOLD_STATE")]
+    pub(super) state: Option<PathBuf>,
+    /// Go on with an encrypted archive that is older than this host has seen it, or is another one in its place
+    ///
+    /// It is remembered as it is now.
+    #[arg(long)]
+    pub(super) accept_rollback: bool,
+}
+
+impl MemoryArgs {
+    /// What remembers archives; none if there is no place for it. `writes` says that what is older is refused.
+    pub(super) fn memory(&self, writes: bool, now: u64, terminal: &Arc<Terminal>) -> Option<Arc<dyn Remember>> {
+        let folder = self.state.clone().or_else(crate::seen::default_folder)?;
+        let strictness = match (self.accept_rollback, writes) {
+            (true, _) => Strictness::Accept,
+            (false, true) => Strictness::Refuse,
+            (false, false) => Strictness::Tell,
+        };
+        Some(Arc::new(SeenArchives::new(
+            folder,
+            strictness,
+            now,
+            Arc::clone(terminal) as _,
+        )))
+    }
 }
 
 impl KeyArgs {

@@ -510,6 +510,7 @@ impl args::Protect {
         ProtectOptions {
             sealing: Sealing {
                 unlock: Some(self.keys.unlock(&self.archive, false, terminal)),
+                memory: self.keys.memory.memory(true, key::now(), terminal),
                 ..Sealing::default()
             },
             archive: self.archive.clone(),
@@ -564,6 +565,7 @@ impl args::Access {
     fn access(&self, archive: &Path, is_for_backup: bool, terminal: &Arc<Terminal>) -> BackupAccess {
         BackupAccess {
             unlock: Some(self.keys.unlock(archive, is_for_backup, terminal)),
+            memory: self.keys.memory.memory(false, key::now(), terminal),
             given: Some(Arc::new(self.keys.access())),
             prompt: prompt::passphrase,
             limits: Limits {

@@ -342,7 +342,8 @@ impl Exporter<'_> {
         let commit = commit_of(label, root, outcome.hashes.end());
         let (base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;
         // The archive has the commit: an error that follows does not undo it.
-        let old_base = std::mem::replace(&mut opened.base, base);
+        let old_base = opened.base;
+        opened.committed(base, &committed, self.monitor);
         self.remember(index, (base.lane, &committed), &digests, &pieces);
         let parity = opened.protect(&mut writer, self.monitor);
         let bases = (old_base, opened.base);

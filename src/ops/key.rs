@@ -7,9 +7,9 @@ use zeroize::Zeroizing;
 
 use super::open_archive::{MakeKeyring, NewKeyring, random};
 use crate::archive::commit::Commit;
-use crate::archive::keys::{ArchiveKeys, HostKeys, KeyRecord, KeyringSecrets, PairSeeds, Ring, Unlock};
+use crate::archive::keys::{ArchiveKeys, HostKeys, KeyRecord, KeyringSecrets, PairSeeds, Remember, Ring, Unlock};
 use crate::archive::newest_keys;
-use crate::archive::reader::RecordReader;
+use crate::archive::reader::{Committed, RecordReader};
 use crate::archive::record::LaneId;
 use crate::archive::seal::SecretKey;
 use crate::archive::sealed_end::SealedEnd;
@@ -27,6 +27,7 @@ use crate::store::{FileStore, Store};
 pub struct ArchiveKeyring {
     store: Arc<FileStore>,
     path: PathBuf,
+    memory: Option<Arc<dyn Remember>>,
 }
 
 impl ArchiveKeyring {
@@ -52,7 +53,14 @@ impl ArchiveKeyring {
         Self {
             store: Arc::new(store),
             path: path.to_owned(),
+            memory: None,
         }
+    }
+
+    /// Tells something of the archive each time that its keys are changed.
+    #[must_use]
+    pub fn remembered_by(self, memory: Option<Arc<dyn Remember>>) -> Self {
+        Self { memory, ..self }
     }
 
     /// Returns the identity of the archive.
@@ -67,17 +75,26 @@ impl ArchiveKeyring {
         SealedEnd::read(Arc::clone(&self.store) as _)
     }
 
-    /// Checks that a changed keyring comes from one of this archive, and from none that is older than the last commit.
-    fn check(&self, end: &SealedEnd, keyring: &Keyring, ring: &Arc<Ring>) -> Result<()> {
+    /// Checks that a changed keyring comes from one of this archive, and from none that is older than the last commit, or than what was seen. Returns
+    /// that commit.
+    fn check(&self, end: &SealedEnd, keyring: &Keyring, keys: &ArchiveKeys) -> Result<Committed> {
         let (header, stored) = &end.commit;
-        let keys = ArchiveKeys::of_ring(Arc::clone(ring));
         let body = keys.open_body(&self.path, end.base.last.offset, header, stored.clone())?;
         let commit = Commit::decode_of(&body, header).map_err(|problem| self.malformed(&problem))?;
         if commit.keyring.is_none_or(|number| number >= keyring.number) {
             let problem = "its keyring is older than its last commit: the KEY record that was there then is gone";
             return Err(self.malformed(&problem.into()));
         }
-        Ok(())
+        let committed = Committed {
+            commit,
+            location: end.base.last,
+            lane: header.lane,
+            epoch: header.epoch,
+            ..Committed::default()
+        };
+        let before = keyring.number.saturating_sub(1);
+        keys.met(&self.path, std::slice::from_ref(&committed), (Some(before), false))?;
+        Ok(committed)
     }
 
     fn malformed(&self, problem: &Malformed) -> Error {
@@ -104,7 +121,8 @@ impl KeyringPlace for ArchiveKeyring {
         let end = self.end()?;
         let malformed = |problem| self.malformed(&problem);
         let ring = Arc::new(Ring::new(&secrets_of(keyring)).map_err(malformed)?);
-        self.check(&end, keyring, &ring)?;
+        let keys = ArchiveKeys::of_ring(Arc::clone(&ring)).remembered_by(self.memory.clone());
+        let committed = self.check(&end, keyring, &keys)?;
         // Whoever may only write sees by this which pair is the newest.
         let wraps = ring.wrap_anew((end.base.lane, end.epoch), &end.wraps, &Zeroizing::new(random()?));
         let record = KeyRecord {
@@ -118,7 +136,8 @@ impl KeyringPlace for ArchiveKeyring {
             let _ = self.store.truncate(end.base.length);
             return Err(Error::io("write to", &self.path)(error));
         }
-        Ok(())
+        // It was met before, as it had to be.
+        keys.met(&self.path, &[committed], (Some(keyring.number), true))
     }
 }
 

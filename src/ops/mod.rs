@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::archive::keys::{ArchiveKeys, Unlock};
+use crate::archive::keys::{ArchiveKeys, Remember, Unlock};
 use crate::block::{ByteRange, bytes};
 use crate::error::{Error, Result, describe};
 use crate::exec::fingerprints::{Fingerprinted, Unreadable, allocate, fingerprint};
@@ -76,6 +76,8 @@ pub enum ArchivePlace {
 pub struct BackupAccess {
     /// What opens the keyring of a sealed archive; none if no key was given.
     pub unlock: Option<Arc<dyn Unlock>>,
+    /// What remembers sealed archives, if anything does.
+    pub memory: Option<Arc<dyn Remember>>,
     /// What gives the passphrase of a backup, if it is given otherwise than by typing it.
     pub given: Option<Arc<KeyAccess>>,
     /// Asks the user for a passphrase where no file is named.
@@ -91,8 +93,10 @@ pub struct BackupAccess {
 impl BackupAccess {
     /// Returns the keys of an archive, which are opened once they are needed.
     pub fn keys(&self) -> Arc<ArchiveKeys> {
-        let unlock = self.unlock.clone();
-        unlock.map_or_else(Arc::default, |unlock| Arc::new(ArchiveKeys::opened_by(unlock)))
+        let Some(unlock) = self.unlock.clone() else {
+            return Arc::default();
+        };
+        Arc::new(ArchiveKeys::opened_by(unlock).remembered_by(self.memory.clone()))
     }
 
     /// Opens the backing files.
@@ -133,6 +137,7 @@ impl Default for BackupAccess {
     fn default() -> Self {
         Self {
             unlock: None,
+            memory: None,
             given: None,
             prompt: |_| {
                 Err(Error::Usage(

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use zeroize::Zeroizing;
 
 use crate::archive::head::Head;
-use crate::archive::keys::{ArchiveKeys, EpochSealer, KeyringSecrets, Ring, Unlock};
+use crate::archive::keys::{ArchiveKeys, EpochSealer, KeyringSecrets, Remember, Ring, Unlock};
 use crate::archive::lane::ListedRecord;
 use crate::archive::list::Listed;
 use crate::archive::parity::ParityMaker;
@@ -34,12 +34,16 @@ pub struct Sealing {
     pub new: Option<Arc<dyn MakeKeyring>>,
     /// What a host has that may only write, and to which archive. Then nothing else opens that.
     pub host: Option<(LaneId, Arc<Ring>)>,
+    /// What remembers archives, if anything does.
+    pub memory: Option<Arc<dyn Remember>>,
 }
 
 impl Sealing {
     fn keys(&self) -> Arc<ArchiveKeys> {
-        let unlock = self.unlock.clone();
-        unlock.map_or_else(Arc::default, |unlock| Arc::new(ArchiveKeys::opened_by(unlock)))
+        let Some(unlock) = self.unlock.clone() else {
+            return Arc::default();
+        };
+        Arc::new(ArchiveKeys::opened_by(unlock).remembered_by(self.memory.clone()))
     }
 }
 
@@ -79,6 +83,8 @@ pub(crate) struct OpenArchive {
     pub(crate) base: EpochBase,
     /// What opens and seals records.
     keys: Arc<ArchiveKeys>,
+    /// What remembers archives.
+    memory: Option<Arc<dyn Remember>>,
     /// What a sealed archive is sealed with.
     seals: Option<Seals>,
     /// Whether nothing that is sealed can be read, but what the index key seals.
@@ -97,6 +103,7 @@ impl OpenArchive {
             store: Arc::clone(&store),
             archive: None,
             keys: sealing.keys(),
+            memory: sealing.memory.clone(),
             seals: None,
             is_write_only: sealing.host.is_some(),
             base: EpochBase {
@@ -112,7 +119,7 @@ impl OpenArchive {
                 let problem = format!("`{}` is no archive yet: who has its key makes it", shown(&path));
                 return Err(Error::Usage(problem));
             }
-            let (archive, keys) = Archive::open_to_add(store, ring)?;
+            let (archive, keys) = Archive::open_to_add(store, ring, sealing.memory.clone())?;
             if archive.id() != *lane {
                 let problem = format!("the credentials of this host are not of `{}`", shown(&path));
                 return Err(Error::Usage(problem));
@@ -315,6 +322,18 @@ impl OpenArchive {
             known = archive.searched_parity()?;
         }
         Ok(Some(ParityMaker::new(percent, known.end)))
+    }
+
+    /// Takes a commit that was made, behind which another epoch would begin at `base`.
+    pub(crate) fn committed(&mut self, base: EpochBase, committed: &Committed, monitor: &dyn Monitor) {
+        self.base = base;
+        let Some(seals) = &self.seals else { return };
+        let keys = ArchiveKeys::of_ring(Arc::clone(&seals.ring)).remembered_by(self.memory.clone());
+        let number = (Some(seals.number), true);
+        if let Err(error) = keys.met(self.store.path(), std::slice::from_ref(committed), number) {
+            // It was met before, as it had to be.
+            monitor.note(&crate::error::describe(&error));
+        }
     }
 
     /// Writes the parity that is still missing once a commit is written. If that fails, what was written of it is cut off, and the commit stays.

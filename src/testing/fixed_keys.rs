@@ -39,7 +39,7 @@ impl FixedKeys {
         Sealing {
             unlock: Some(Arc::new(self)),
             new: Some(Arc::new(self)),
-            host: None,
+            ..Sealing::default()
         }
     }
 }

@@ -173,7 +173,7 @@ impl<'a> BackupExporter<'a> {
         commit.time = source.origin().time.or(self.time).unwrap_or(commit.time);
         let (new_base, committed) = writer.finish(commit, listed, &summaries).map_err(failed)?;
         drop(source);
-        opened.base = new_base;
+        opened.committed(new_base, &committed, self.monitor);
         let parity = opened.protect(&mut writer, self.monitor);
         let data_bytes = summaries.iter().map(|image| image.data_blocks * BLOCK_BYTES).sum();
         Ok(Exported {
