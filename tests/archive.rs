@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use common::{Mounted, Random, build_pool, can_mount, churn, population, reflink, sh};
+use common::{Mounted, Random, build_pool, can_mount, churn, population, reflink, sh, sha256_of};
 use serde_json::Value;
 
 /// Runs vmfold; the index is that of the scratch folder.
@@ -69,7 +69,7 @@ fn kept(folder: &Path) -> BTreeMap<PathBuf, String> {
             folder.display(),
             name.display()
         ));
-        let digest = sh(&format!("sha256sum < '{}'", path.display()));
+        let digest = sha256_of(path);
         found.insert(
             name,
             format!(

@@ -7,7 +7,6 @@ mod common;
 use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use vmfold::archive::reader::Archive;
@@ -62,9 +61,8 @@ fn hashes_of(folder: &Path) -> BTreeMap<PathBuf, String> {
     let is_image = |entry: &walkdir::DirEntry| !entry.path().to_string_lossy().contains("/.vmfold-");
     let images = files.filter(|entry| entry.file_type().is_file() && is_image(entry));
     let hashes = images.map(|entry| {
-        let output = Command::new("sha256sum").arg("-b").arg(entry.path()).output().unwrap();
-        let hash = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
-        (entry.path().strip_prefix(folder).unwrap().to_owned(), hash)
+        let name = entry.path().strip_prefix(folder).unwrap().to_owned();
+        (name, common::sha256_of(entry.path()))
     });
     hashes.collect()
 }
