@@ -86,6 +86,8 @@ struct Seen {
     keyring: String,
     /// The greatest number of its keyring.
     keyring_number: u32,
+    /// The name of its newest pair, in hexadecimal digits; empty where that is not known.
+    pair: String,
     /// The number of its last commit.
     commit: u32,
     /// The hash of that, in hexadecimal digits.
@@ -102,6 +104,7 @@ impl Seen {
             path: path.to_owned(),
             keyring: hex(&state.keyring),
             keyring_number: state.keyring_number,
+            pair: state.pairs.first().map(|pair| hex(pair)).unwrap_or_default(),
             commit,
             commit_hash: hex(&hash),
             met: now,
@@ -111,6 +114,9 @@ impl Seen {
     /// Says why a state cannot come after this one; none if it can.
     fn contradicts(&self, state: &ArchiveState) -> Option<String> {
         let last = state.commits.last().map_or(0, |(number, _)| *number);
+        // Pairs stay when others are added. Who had the keyring before a rotation can make a later one, and not with the pair that he does not have.
+        let lacks_pair = !self.pair.is_empty() && !state.pairs.is_empty();
+        let lacks_pair = lacks_pair && !state.pairs.iter().any(|pair| hex(pair) == self.pair);
         let same = state.commits.iter().find(|(number, _)| *number == self.commit);
         if self.keyring != hex(&state.keyring) {
             Some(
@@ -127,6 +133,8 @@ impl Seen {
                 "its commit {} is another than the one that this host has seen",
                 self.commit
             ))
+        } else if lacks_pair {
+            Some("its keyring does not come from the one that this host has seen: somebody who had an older one may have made it".into())
         } else if state.keyring_number < self.keyring_number {
             Some(
                 "its keyring is older than the one that this host has seen: keys that were removed since are back"
@@ -141,7 +149,7 @@ impl Seen {
 impl Memory {
     /// Takes a state of an archive. Returns what is wrong with it, and does not take it then unless it is accepted.
     fn meet(&mut self, path: &Path, state: &ArchiveState, (now, accepts): (u64, bool)) -> Option<String> {
-        let seen = Seen::of(path, state, now);
+        let mut seen = Seen::of(path, state, now);
         let known = self.archives.iter().position(|one| one.archive == seen.archive);
         let problem = match known {
             Some(place) => self.archives[place].contradicts(state),
@@ -152,6 +160,9 @@ impl Memory {
         };
         if problem.is_some() && !accepts {
             return problem;
+        }
+        if let Some(place) = known.filter(|_| seen.pair.is_empty()) {
+            seen.pair.clone_from(&self.archives[place].pair);
         }
         // What is in its place now is the archive of that path.
         self.archives

@@ -539,3 +539,29 @@ fn who_reads_an_older_copy_is_told_and_gets_it() {
     std::fs::write(folder.join("seen.json"), "{").unwrap();
     host.export(host.who("owner"), &[]).unwrap();
 }
+
+#[test]
+fn a_keyring_that_a_removed_reader_made_is_not_written_with() {
+    let host = Host::that_remembers();
+    let owner = || host.who_has_the_identity();
+    host.export(owner(), &[RECIPIENT]).unwrap();
+    host.add(&owner(), "former").unwrap();
+    // He changes the keys of a copy until their number is greater. The owner's recipient stays.
+    let copy = Host::new();
+    std::fs::write(copy.archive(), host.bytes()).unwrap();
+    copy.rotate(&copy.who("former"));
+    for more in ["a", "b"] {
+        copy.add(&copy.who("former"), more).unwrap();
+    }
+    host.rotate(&owner());
+    let newest = host.last_keys();
+    host.append_keys(&copy.last_keys());
+    // It counts wherever it stands.
+    for behind in [None, Some(newest)] {
+        behind.iter().for_each(|keys| host.append_keys(keys));
+        let length = host.bytes().len();
+        assert!(is_rolled_back(&host.export(owner(), &[])));
+        assert!(is_rolled_back(&host.add(&owner(), "new")));
+        assert_eq!(host.bytes().len(), length);
+    }
+}

@@ -89,6 +89,8 @@ pub struct ArchiveState {
     pub keyring: [u8; 16],
     /// The number of its keyring.
     pub keyring_number: u32,
+    /// The names of its pairs, the newest first; none where they are not known, as to a host that may only write.
+    pub pairs: Vec<PairId>,
     /// Numbers and hashes of commits, ascending, the last one among them.
     pub commits: Vec<(u32, Hash)>,
     /// Whether it was made just now.
@@ -561,6 +563,7 @@ impl ArchiveKeys {
             archive: last.lane,
             keyring: ring.mark(),
             keyring_number: number.unwrap_or(ring.number),
+            pairs: ring.pairs.iter().map(|pair| pair.id).collect(),
             commits: commits
                 .map(|one| (one.commit.number.0, one.location.body_hash))
                 .collect(),

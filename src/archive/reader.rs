@@ -433,7 +433,9 @@ impl Archive {
         let proved = keys.prove_commit(&header, &stored);
         proved.map_err(|problem| self.reader.malformed(newest.offset, problem))?;
         let current = keys.check_current(&last.commit);
-        current.map_err(|problem| self.reader.malformed(newest.offset, problem))
+        current.map_err(|problem| self.reader.malformed(newest.offset, problem))?;
+        // It may be another one than was open before.
+        self.remember()
     }
 
     /// Adds what can be told of exports whose COMMIT is lost: of those whose final images are all there. What an export left that did not end is
