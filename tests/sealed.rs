@@ -7,6 +7,8 @@ mod common;
 #[path = "format/scene.rs"]
 #[allow(dead_code, reason = "other tests use another part")]
 mod scene;
+#[path = "format/vectors.rs"]
+mod vectors;
 
 use std::ops::Range;
 use std::path::Path;
