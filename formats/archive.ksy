@@ -5,8 +5,8 @@ meta:
   license: MIT OR Apache-2.0
   endian: le
 doc: |
-  Specified in words in archive-v1.md. Payloads of PLAN, LIST and COMMIT stay bytes here: with encoding 1 they are one zstd frame.
-  Bodies with a mask, of sealed records and of unknown kinds stay bytes too.
+  Specified in words in archive-v1.md, and sealed ones in encryption-v1.md. Payloads of PLAN, LIST and COMMIT stay bytes here: with encoding 1 they
+  are one zstd frame. What is sealed, and bodies with a mask or of unknown kinds, stay bytes too.
 seq:
   - id: records
     type: record
@@ -39,10 +39,15 @@ types:
     seq:
       - id: header
         type: header
+      - id: sealed_body
+        size: header.body_length
+        type: sealed_body
+        if: is_sealed_body
       - id: body
         size: header.body_length
+        if: not is_sealed_body
         type:
-          switch-on: "header.mask == 0 and not header.sealed ? header.kind : kind::note"
+          switch-on: "header.mask == 0 ? header.kind : kind::note"
           cases:
             kind::head: head
             kind::plan: plan
@@ -52,6 +57,11 @@ types:
             kind::tail: tail
             kind::list: list
             kind::parity: parity
+            kind::key: key
+    instances:
+      is_sealed_body:
+        value: header.sealed and header.mask == 0 and header.kind != kind::commit
+        doc: Whether nothing of the body is clear but the salt.
   header:
     seq:
       - id: magic
@@ -69,11 +79,12 @@ types:
           max: 3
       - id: suite
         type: u1
-        doc: Of a sealed record, 1 AES-256-GCM, 2 ChaCha20-Poly1305.
+        doc: Of a sealed record, 1 AES-256-GCM, 2 ChaCha20-Poly1305 (reserved).
         valid:
           expr: "sealed or _ == 0"
       - id: key
         type: u1
+        doc: Of a sealed record, 1 data (PACK), 2 metadata (PLAN, LIST, COMMIT), 3 index (INDEX, PLAN that announces blocks).
         valid:
           expr: "sealed or _ == 0"
       - id: mask
@@ -264,14 +275,31 @@ types:
       - id: epoch
         size: 8
         valid: _parent.header.epoch
+      - id: seal
+        type: commit_seal
+        if: is_sealed
       - id: later_fields
-        size: len_clear - 104
+        size: "len_clear - (is_sealed ? 2524 : 104)"
+        doc: A sealed COMMIT has the index hash there, 32 bytes.
+      - id: sealed_payload
+        type: sealed_body
+        size-eos: true
+        if: is_sealed
+      - id: payload
+        type: commit_payload
+        size-eos: true
+        if: not is_sealed
+    instances:
+      is_sealed:
+        value: _parent.header.sealed
+  commit_payload:
+    seq:
       - id: encoding
         type: u1
         enum: encoding
         valid:
           in-enum: true
-      - id: reserved2
+      - id: reserved
         contents: [0, 0, 0]
       - id: plain_length
         type: u4
@@ -279,6 +307,107 @@ types:
           max: 98304
       - id: payload
         size-eos: true
+  commit_seal:
+    seq:
+      - id: version
+        type: u1
+        valid: 1
+      - id: kem
+        type: u1
+        doc: 1 X-Wing.
+        valid: 1
+      - id: reserved
+        contents: [0, 0]
+      - id: signer
+        size: 8
+        doc: First bytes of BLAKE3 of the public key.
+      - id: signature
+        size: 64
+      - id: keys
+        type: epoch_keys
+  sealed_body:
+    seq:
+      - id: salt
+        size: 16
+      - id: segments
+        size-eos: true
+        doc: Each is followed by its tag of 16 bytes. Their lengths are known to whoever has the key.
+  key:
+    seq:
+      - id: version
+        type: u1
+        valid: 1
+      - id: kem
+        type: u1
+        doc: 1 X-Wing.
+        valid: 1
+      - id: reserved
+        contents: [0, 0]
+      - id: number
+        type: u4
+        valid:
+          min: 1
+      - id: len_keyring
+        type: u4
+        valid:
+          max: 49152
+      - id: keys
+        type: epoch_keys
+      - id: keyring
+        size: len_keyring
+        type: sealed_keyring
+      - id: padding
+        size-eos: true
+        doc: Zeros.
+  epoch_keys:
+    seq:
+      - id: pair
+        size: 8
+        doc: First bytes of BLAKE3 of both public keys.
+      - id: data
+        type: wrapped_key
+      - id: metadata
+        type: wrapped_key
+  wrapped_key:
+    seq:
+      - id: ciphertext
+        size: 1120
+      - id: sealed
+        size: 32
+      - id: tag
+        size: 16
+  sealed_keyring:
+    seq:
+      - id: version
+        type: u1
+        valid: 1
+      - id: num_slots
+        type: u1
+        valid:
+          min: 1
+          max: 64
+      - id: slots
+        type: slot
+        repeat: expr
+        repeat-expr: num_slots
+      - id: salt
+        size: 16
+      - id: sealed
+        size: _io.size - _io.pos - 32
+      - id: tag
+        size: 16
+      - id: check
+        size: 16
+        doc: First bytes of BLAKE3 of all before.
+  slot:
+    seq:
+      - id: len_file
+        type: u2
+        valid:
+          max: 8192
+      - id: file
+        size: len_file
+        doc: A file of age, version 1.
   tail:
     seq:
       - id: copies

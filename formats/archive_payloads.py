@@ -191,7 +191,7 @@ class Commit:
         self.lists = [fields.get("Bvvvh") for _ in range(lists)]
         refuse(any(part > 1 for part, *_ in self.lists), "an unknown part of a LIST")
         numbers = [values[0] for tag, values, _ in fields.entries(SEALED if header.seal else {}, "an entry of a COMMIT", self.budget) if tag == 0x81]
-        must(numbers or not header.seal, "a sealed COMMIT does not tell the number of its keyring")
+        must(len(numbers) == bool(header.seal) and 0 not in numbers, "a sealed COMMIT does not tell the number of its keyring, or tells two")
         self.keyring = max(numbers, default=0)
 
     def listed(self, tag, values, fields):

@@ -14,7 +14,7 @@ try:
     from blake3 import blake3
 except ImportError as missing:
     sys.exit(f"read_archive.py needs {missing.name}: pip install blake3 zstandard")
-from archive_seals import DATA, INDEXES, METADATA, SALT, TAG, Keys, KeyRecord, Locked, Seals, associated, identities, open_keyring
+from archive_seals import DATA, INDEXES, METADATA, SALT, TAG, Keys, KeyRecord, Locked, Seals, Slot, associated, identities, open_keyring
 
 MAGIC, ZEROS = b"\x89vmfold\n", bytes(BLOCK)
 SEALED = {PLAN: METADATA, PACK: DATA, INDEX: INDEXES, COMMIT: METADATA, LIST: METADATA}  # the key that seals a kind
@@ -29,6 +29,7 @@ class Archive:
         self.file, self.size, self.end, self.latest, self.budget = file, file.seek(0, os.SEEK_END), 0, None, Budget()
         self.found, self.broken, self.refused, self.tails, self.gaps = {}, {}, {}, [], []
         self.damage, self.notes, self.loaded, self.commits, self.stores, self.spared = damage, notes, {}, [], {}, set()
+        self.newest = None
         self.keys, self.sealed, self.seals, self.unlocking, self.latest_at, self.block_hash = keys, None, None, {}, 0, lambda block: blake3(block).digest()
         self.zero_hash = self.block_hash(ZEROS)
         self.table, self.frame = functools.lru_cache(CACHED_TABLES)(self.table), functools.lru_cache(CACHED_FRAMES)(self.frame)
@@ -182,7 +183,7 @@ class Archive:
         must(newest, "no KEY is intact")
         if before and before.number < newest.number:
             self.harm("the KEY before the last COMMIT is older than another")
-        self.seals = Seals(open_keyring(newest, self.keys, self.harm))
+        self.newest, self.seals = newest, Seals(open_keyring(newest, self.keys, self.harm))
         self.block_hash = lambda block: blake3(block, key=self.seals.keyring.id_key).digest()
         self.zero_hash = self.block_hash(ZEROS)
 
@@ -482,12 +483,26 @@ class Archive:
                 self.harm("nothing leads to a COMMIT, or a TAIL to none")
 
     def verify_keys(self):
-        """Checks that each KEY has the keys of its epoch, and names the pair that they are wrapped for."""
+        """Checks that each KEY has the keys of its epoch, names the pair that they are wrapped for, and has a keyring that is intact."""
+        opened = {self.newest.sealed} if self.newest else set()
         for header in self.key_headers():
             with self.guard(f"KEY at byte {header.at}"), contextlib.suppress(Unsupported):
                 record, of = KeyRecord(self.part(header)), (header.lane, header.epoch)
                 must(record.number <= self.seals.keyring.number, "it has a greater number than the keyring")
+                if record.sealed not in opened:
+                    opened.add(record.sealed)
+                    self.check_keyring(record)
                 must(self.seals.unwrap(record.wrapped, *of) == self.seals.epochs.get(of), "it has other keys than the COMMIT of its epoch, or there is none")
+
+    def check_keyring(self, record):
+        """Checks the slots of a keyring. One with the number of the open one opens by the same key; an older one may be for others."""
+        for data in record.slots:
+            Slot(data)
+        try:
+            if record.number == self.seals.keyring.number:
+                open_keyring(record, self.keys, self.harm)
+        except Locked:
+            raise Damaged("its keyring does not open by the key that opens another one with its number") from None
 
 
 def place(archive, commit, root, image, digest):

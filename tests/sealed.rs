@@ -7,13 +7,20 @@ mod common;
 #[path = "format/scene.rs"]
 #[allow(dead_code, reason = "other tests use another part")]
 mod scene;
+#[path = "format/vectors.rs"]
+mod vectors;
 
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
+use ed25519_dalek::Signer as _;
 use scene::{Content, Placed, Restored, Scene, WAYS, Way, records, restore_with};
-use vmfold::archive::keys::ArchiveKeys;
+use vmfold::archive::keys::{ArchiveKeys, KeyringSecrets, Unlock};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{RecordHeader, RecordKind, find_magic};
+use vmfold::archive::seal::{KeySlot, Salts, Seal, SealedPlace, SecretKey, seal_behind};
+use vmfold::archive::sealed_end::SealedEnd;
 use vmfold::error::Error;
 use vmfold::monitor::Silent;
 use vmfold::ops::BackupAccess;
@@ -26,6 +33,8 @@ use vmfold::testing::fixed_keys::FixedKeys;
 use vmfold::testing::simulated::{INCOMPRESSIBLE, block_of};
 
 const KEYS: FixedKeys = FixedKeys { name: 1, number: 1 };
+/// Where a COMMIT has its signature.
+const SIGNATURE: Range<usize> = 116..180;
 const OTHER_KEYS: FixedKeys = FixedKeys { name: 2, number: 1 };
 
 fn keys_of(keys: FixedKeys) -> Arc<ArchiveKeys> {
@@ -401,4 +410,197 @@ fn a_keyring_that_is_older_than_the_last_commit_is_refused() {
     }
     let opened = Archive::open_with(Arc::new(MemoryStore::of(stale)), keys_of(newer));
     assert!(opened.unwrap_err().to_string().contains("older"));
+}
+
+/// An archive in which a record has another body, whose hash is right.
+fn with_body(bytes: &[u8], number: usize, change: &dyn Fn(&mut [u8])) -> Vec<u8> {
+    let record = &records(bytes)[number];
+    let (header, mut body) = (record.header, record.body.clone());
+    change(&mut body);
+    let kind = (header.kind, header.seal);
+    let made = RecordHeader::of_stored(kind, header.lane, header.epoch, header.sequence, &mut body).unwrap();
+    scene::with(bytes, record.range.clone(), &[&made.encode()[..], &body].concat())
+}
+
+/// An archive with one record more behind another one.
+fn with_record(bytes: &[u8], behind: &Placed, kind: (RecordKind, Option<Seal>), body: &[u8]) -> Vec<u8> {
+    let (header, mut body) = (behind.header, body.to_vec());
+    let made = RecordHeader::of_stored(kind, header.lane, header.epoch, header.sequence, &mut body).unwrap();
+    let end = behind.range.end;
+    scene::with(bytes, end..end, &[&made.encode()[..], &body].concat())
+}
+
+fn places_of(bytes: &[u8], kind: RecordKind) -> Vec<usize> {
+    let all = records(bytes).into_iter().enumerate();
+    let found = all.filter(|(_, record)| record.header.kind == kind);
+    found.map(|(place, _)| place).collect()
+}
+
+/// Keys that nobody named: what opens keyrings is known, and there is nothing to open them with.
+#[derive(Debug)]
+struct NotGiven;
+
+impl Unlock for NotGiven {
+    fn is_given(&self) -> bool {
+        false
+    }
+
+    fn check(&self, archive: &Path, keyring: &[u8]) -> Result<(), Error> {
+        KEYS.check(archive, keyring)
+    }
+
+    fn unlock(&self, archive: &Path, _: &[u8]) -> Result<KeyringSecrets, Error> {
+        Err(Error::NoKey {
+            path: archive.to_owned(),
+            slots: String::new(),
+        })
+    }
+}
+
+fn verify_without_key(bytes: &[u8]) -> Verified {
+    let keys = Arc::new(ArchiveKeys::opened_by(Arc::new(NotGiven)));
+    verify_sealed(Arc::new(MemoryStore::of(bytes.to_vec())), keys, &Silent::default()).unwrap()
+}
+
+fn has_problem(verified: &Verified, wanted: &str) -> bool {
+    verified.damage.iter().any(|damage| damage.problem.contains(wanted))
+}
+
+#[test]
+fn verify_looks_at_every_key_record() {
+    let (bytes, _) = two_commits();
+    assert!(is_intact(&verify_without_key(&bytes)));
+    let keys = places_of(&bytes, RecordKind::Key);
+    assert_eq!(keys.len(), 4);
+    let changes: [(&str, &dyn Fn(&mut [u8]), bool); 8] = [
+        ("padding", &|body| *body.last_mut().unwrap() = 1, true),
+        ("number 0", &|body| body[4] = 0, true),
+        ("greater number", &|body| body[4] = 9, false),
+        ("keyring", &|body| body[8] = 3, true),
+        ("keyring of others", &|body| body[2356] = 9, false),
+        ("pair", &|body| body[12] ^= 1, false),
+        ("data key", &|body| body[1170] ^= 1, false),
+        ("metadata key", &|body| body[1500] ^= 1, false),
+    ];
+    for place in keys {
+        for (what, change, is_told_without_key) in changes {
+            let bad = with_body(&bytes, place, change);
+            let verified = verify(&bad, Some(KEYS));
+            let is_told = verified.as_ref().map_or(true, |verified| !verified.damage.is_empty());
+            assert!(is_told, "{what} of {place}: {verified:?}");
+            let verified = verify_without_key(&bad);
+            assert!(!is_told_without_key || !verified.damage.is_empty(), "{what} of {place}");
+        }
+    }
+}
+
+#[test]
+fn a_keyring_with_number_0_is_malformed_for_everyone() {
+    let (bytes, contents) = two_commits();
+    let last = *places_of(&bytes, RecordKind::Key).last().unwrap();
+    let bad = with_body(&bytes, last, &|body| body[4..8].fill(0));
+    assert!(matches!(
+        SealedEnd::read(Arc::new(MemoryStore::of(bad.clone()))),
+        Err(Error::Damaged { .. })
+    ));
+    // A file has other KEY records; in a pipe it is damage where it stands.
+    let restored = restore(&bad, Way::File, None, Some(KEYS));
+    assert!(restored.is_whole() && restored.content == contents[1]);
+    let piped = restore(&bad, Way::Pipe, None, Some(KEYS));
+    assert!(matches!(piped.done, Err(Error::Damaged { .. })), "{:?}", piped.done);
+}
+
+#[test]
+fn what_stands_in_clear_or_is_sealed_and_should_not_is_damage() {
+    let (bytes, _) = two_commits();
+    let behind = &records(&bytes)[4];
+    for kind in [RecordKind::Plan, RecordKind::List, RecordKind::Pack, RecordKind::Index] {
+        let bad = with_record(&bytes, behind, (kind, None), &[1; 100]);
+        for verified in [verify(&bad, Some(KEYS)).unwrap(), verify_without_key(&bad)] {
+            assert!(has_problem(&verified, "not sealed"), "{kind:?}: {verified:?}");
+        }
+    }
+    let seal = Some(Seal::with(KeySlot::Metadata));
+    for kind in [RecordKind::Note, RecordKind::Key, RecordKind::Head, RecordKind::Parity] {
+        let bad = with_record(&bytes, behind, (kind, seal), &[1; 100]);
+        for verified in [verify(&bad, Some(KEYS)).unwrap(), verify_without_key(&bad)] {
+            assert!(has_problem(&verified, "whose kind never is"), "{kind:?}: {verified:?}");
+        }
+    }
+}
+
+/// The body of a COMMIT as a signer of the archive would make it, with another byte among the wrapped keys.
+fn resealed(keys: &ArchiveKeys, commit: &Placed, changed: usize) -> Vec<u8> {
+    let header = commit.header;
+    let mut clear = keys.open_body(Path::new("a"), 0, &header, commit.body.clone()).unwrap();
+    let length = u32::from_le_bytes(*clear[72..].first_chunk().unwrap());
+    let payload = clear.split_off(usize::try_from(length).unwrap());
+    clear[SIGNATURE].fill(0);
+    clear[changed] ^= 1;
+    let epoch = keys.epoch(header.lane, header.epoch).unwrap();
+    let (seal, place) = (header.seal.unwrap(), SealedPlace::of(&header));
+    let mut salts = Salts::new(SecretKey::new([7; 32]));
+    let mut body = seal_behind(&epoch, seal, place, &mut salts, &clear, &payload).unwrap();
+    let mut signed = blake3::Hasher::new_derive_key("vmfold 2026 commit v1");
+    signed.update(place.as_bytes()).update(&body);
+    let key = ed25519_dalek::SigningKey::from_bytes(&KEYS.secrets().signing_seed);
+    body[SIGNATURE].copy_from_slice(&key.sign(signed.finalize().as_bytes()).to_bytes());
+    body
+}
+
+#[test]
+fn wrapped_keys_of_a_commit_are_verified() {
+    let (bytes, contents) = two_commits();
+    let commit = scene::last_of(&bytes, RecordKind::Commit);
+    let copies = places_of(&bytes, RecordKind::Commit);
+    let copies = copies
+        .into_iter()
+        .filter(|place| records(&bytes)[*place].header.body_hash == commit.header.body_hash);
+    let copies: Vec<usize> = copies.collect();
+    let tail = *places_of(&bytes, RecordKind::Tail).last().unwrap();
+    let keys = keys_of(KEYS);
+    Archive::open_with(Arc::new(MemoryStore::of(bytes.clone())), Arc::clone(&keys)).unwrap();
+    // The name of the pair, the data key, the metadata key.
+    for changed in [180, 200, 1400] {
+        let body = resealed(&keys, &commit, changed);
+        let hash = *blake3::hash(&body).as_bytes();
+        let mut bad = bytes.clone();
+        for place in &copies {
+            bad = with_body(&bad, *place, &|stored| stored.copy_from_slice(&body));
+        }
+        bad = with_body(&bad, tail, &|stored| {
+            stored[16..48].copy_from_slice(&hash);
+            stored[64..96].copy_from_slice(&hash);
+        });
+        // The keys in the KEY records of the epoch serve.
+        let restored = restore(&bad, Way::File, None, Some(KEYS));
+        assert!(
+            restored.is_whole() && restored.content == contents[1],
+            "{:?}",
+            restored.done
+        );
+        let verified = verify(&bad, Some(KEYS)).unwrap();
+        assert!(has_problem(&verified, "COMMIT record: "), "{changed}: {verified:?}");
+    }
+}
+
+#[test]
+fn an_archive_without_key_records_says_that_they_are_lost() {
+    let (bytes, _) = two_commits();
+    let kept = records(&bytes)
+        .into_iter()
+        .filter(|record| record.header.kind != RecordKind::Key);
+    let bad: Vec<u8> = kept.flat_map(|record| bytes[record.range].to_vec()).collect();
+    for verified in [verify(&bad, Some(KEYS)).unwrap(), verify_without_key(&bad)] {
+        assert!(verified.has_lost_keys && verified.is_sealed);
+        assert!(has_problem(&verified, "KEY records are lost"), "{verified:?}");
+        assert!(verified.to_string().contains("KEY records are lost"));
+    }
+    for keys in [Some(KEYS), None] {
+        for way in WAYS {
+            let error = restore(&bad, way, None, keys).done.unwrap_err().to_string();
+            assert!(error.contains("KEY records are lost"), "{way:?}: {error}");
+        }
+    }
+    assert!(!verify_without_key(&bytes).has_lost_keys);
 }

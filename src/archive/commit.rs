@@ -226,6 +226,17 @@ impl Commit {
         Ok(body)
     }
 
+    /// Takes the number of the keyring, which a payload has once.
+    fn set_keyring(&mut self, number: u32) -> Decoded<()> {
+        if number == 0 {
+            return Err("a keyring has the number 0".into());
+        }
+        match self.keyring.replace(number) {
+            None => Ok(()),
+            Some(_) => Err("a COMMIT has two numbers of keyrings".into()),
+        }
+    }
+
     /// Decodes the body.
     ///
     /// # Errors
@@ -275,7 +286,7 @@ impl Commit {
         };
         while let Some((tag, mut entry)) = next_entry(&mut decoder)? {
             match tag {
-                TAG_KEYRING => commit.keyring = Some(entry.varint32()?),
+                TAG_KEYRING => commit.set_keyring(entry.varint32()?)?,
                 other => skip_entry(other)?,
             }
         }
@@ -367,7 +378,7 @@ mod tests {
                 previous: if numbers.0 <= 1 { CommitLocation::default() } else { CommitLocation { offset: numbers.2, length: 3, body_hash: [4; 32] } },
                 store_end: StoreBlock(100),
                 features_append: 0,
-                keyring: (lists % 2 == 1).then_some(numbers.0),
+                keyring: (lists % 2 == 1).then_some(numbers.0.max(1)),
                 lists: (0..lists).map(list).collect(),
             };
             prop_assert_eq!(Commit::decode(&commit.encode().unwrap()), Ok(commit));
@@ -382,6 +393,26 @@ mod tests {
             let _ = Commit::decode(&[clear, payload_body([0; 3], &payload).unwrap()].concat());
             let _ = decode_tail(&body);
         }
+    }
+
+    #[test]
+    fn a_payload_has_one_number_of_a_keyring_and_none_is_0() {
+        let commit = Commit {
+            number: CommitNumber::FIRST,
+            keyring: Some(3),
+            ..Commit::default()
+        };
+        let body = commit.encode().unwrap();
+        let (_, plain) = payload_of(&body[CLEAR_BYTES..], COMMIT_PAYLOAD_BYTES_MAX).unwrap();
+        assert_eq!(plain.last(), Some(&3));
+        let with = |plain: &[u8]| [&body[..CLEAR_BYTES], &payload_body([0; 3], plain).unwrap()].concat();
+        assert_eq!(Commit::decode(&with(&plain)), Ok(commit));
+        let mut twice = plain.clone();
+        put_entry(&mut twice, TAG_KEYRING, |entry| put_varint(entry, 3));
+        assert!(matches!(Commit::decode(&with(&twice)), Err(Malformed::Damaged(_))));
+        let mut none = plain;
+        *none.last_mut().unwrap() = 0;
+        assert!(matches!(Commit::decode(&with(&none)), Err(Malformed::Damaged(_))));
     }
 
     #[test]

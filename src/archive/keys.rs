@@ -23,6 +23,10 @@ const WRAP_BYTES: usize = x_wing::CIPHERTEXT_SIZE + 32 + TAG_BYTES;
 pub const WRAP_RANDOM_BYTES: usize = x_wing::ENCAPSULATION_RANDOMNESS_SIZE;
 /// What to say of a sealed record in an archive that is not sealed.
 pub(super) const SEALED_IN_PART: &str = "it has sealed records, and is not sealed as a whole";
+/// What to say of a record in clear that a sealed archive would have sealed.
+pub(super) const IS_CLEAR: &str = "a record of a sealed archive is not sealed";
+/// What to say of a sealed archive that has no KEY record which is intact.
+pub const KEYS_LOST: &str = "its KEY records are lost, so that no key opens it any more";
 /// What keys are derived for.
 const WRAP_CONTEXT: &str = "vmfold 2026 epoch key v1";
 const COMMIT_CONTEXT: &str = "vmfold 2026 commit v1";
@@ -72,6 +76,12 @@ pub struct PairSeeds {
 pub trait Unlock: std::fmt::Debug + Send + Sync {
     /// Returns whether the user named a key, so that an archive which is not sealed is not the one that he means.
     fn is_given(&self) -> bool;
+
+    /// Checks all of a keyring that can be checked without opening it.
+    ///
+    /// # Errors
+    /// [`Error::DamagedKeyring`]; [`Error::Unsupported`] if a newer version made it.
+    fn check(&self, archive: &Path, keyring: &[u8]) -> Result<()>;
 
     /// Opens the keyring of an archive.
     ///
@@ -419,7 +429,8 @@ impl KeyRecord {
     pub fn decode(body: &[u8]) -> Decoded<Self> {
         let mut decoder = Decoder::new(body);
         check_version(&mut decoder)?;
-        let number = decoder.u32()?;
+        let number = Some(decoder.u32()?).filter(|number| *number > 0);
+        let number = number.ok_or("a keyring has the number 0")?;
         let length = decoder.u32()? as usize;
         let wraps = Wraps::decode(&mut decoder)?;
         let keyring = decoder.take(length)?.to_vec();
@@ -656,9 +667,7 @@ impl ArchiveKeys {
             range: None,
             problem: problem.to_owned(),
         };
-        if secrets.number != record.number {
-            return Err(damaged("its keyring has another number than its KEY record says"));
-        }
+        check_number(archive, &secrets, record)?;
         let ring = Ring::new(&secrets).map_err(|malformed| damaged(malformed.problem()))?;
         let mut state = self.state();
         state.ring = Some(Arc::new(ring));
@@ -677,6 +686,40 @@ impl ArchiveKeys {
             self.state().epochs.insert((lane, epoch), Arc::new(keys));
         }
         Ok(())
+    }
+
+    /// Checks that the wrapped keys of an epoch open, and are those that its records open with.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn check_wraps(&self, lane: LaneId, epoch: EpochId, wraps: &Wraps) -> Decoded<()> {
+        let Some(ring) = self.ring() else { return Ok(()) };
+        let keys = ring.unwrap(lane, epoch, wraps)?;
+        match self.epoch(lane, epoch) {
+            Some(known) if known.data != keys.data || known.metadata != keys.metadata => {
+                Err("it has other keys than another record of its epoch".into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks all of a keyring that can be checked without opening it, if what opens keyrings is known.
+    ///
+    /// # Errors
+    /// Those of [`Unlock::check`].
+    pub fn check_closed(&self, archive: &Path, record: &KeyRecord) -> Result<()> {
+        let unlock = self.unlock.as_ref();
+        unlock.map_or(Ok(()), |unlock| unlock.check(archive, &record.keyring))
+    }
+
+    /// Checks that a keyring opens as well as the open one, which has the same number.
+    ///
+    /// # Errors
+    /// Those of [`Unlock::unlock`]; [`Error::Damaged`] where it has another number.
+    pub fn check_opens(&self, archive: &Path, record: &KeyRecord) -> Result<()> {
+        let Some(unlock) = &self.unlock else { return Ok(()) };
+        let secrets = unlock.unlock(archive, &record.keyring)?;
+        check_number(archive, &secrets, record)
     }
 
     /// Returns the keys of an epoch, if they are known.
@@ -716,7 +759,7 @@ impl ArchiveKeys {
         let Some(seal) = header.seal else {
             let is_forged = KeySlot::of(header.kind).is_some() && self.ring().is_some();
             return if is_forged {
-                Err(damaged("a record of a sealed archive is not sealed".into()))
+                Err(damaged(IS_CLEAR.into()))
             } else {
                 Ok(stored)
             };
@@ -724,7 +767,7 @@ impl ArchiveKeys {
         if self.ring().is_none() {
             // Whoever meets a sealed COMMIT has looked for KEY records, and had the first that there was opened.
             return Err(if header.kind == RecordKind::Commit {
-                damaged("its KEY records are lost".into())
+                damaged(KEYS_LOST.into())
             } else {
                 Error::Unsupported {
                     path: archive.to_owned(),
@@ -742,6 +785,17 @@ impl ArchiveKeys {
         let keys = keys.ok_or_else(|| damaged("the keys of its epoch are lost".into()))?;
         super::seal::open_body(&keys, header, seal, stored).map_err(damaged)
     }
+}
+
+fn check_number(archive: &Path, secrets: &KeyringSecrets, record: &KeyRecord) -> Result<()> {
+    if secrets.number == record.number {
+        return Ok(());
+    }
+    Err(Error::Damaged {
+        path: archive.to_owned(),
+        range: None,
+        problem: "its keyring has another number than its KEY record says".to_owned(),
+    })
 }
 
 fn no_key(archive: &Path) -> Error {

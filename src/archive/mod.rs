@@ -4,7 +4,8 @@
 //! `limits` has the limits of what records hold, and `record` those of records. `record`, `head`, `manifest` with `attributes` and `announced`, `pack`, `index`, `list` and `commit`
 //! are the records, and `parity` what heals them; `writer` puts them one after the other; `stream` reads them in that order, from a pipe too, and gets over damage,
 //! and `epoch` keeps what they say;
-//! `open`, `salvage` and `reader` find them in a store, `lane` says which of them hold which blocks, and `protected` how much has parity.
+//! `open`, `salvage` and `reader` find them in a store, `lane` says which of them hold which blocks, and `protected` how much has parity; `key_check`
+//! looks at all that opens a sealed one.
 
 pub mod announced;
 pub mod attributes;
@@ -12,6 +13,7 @@ pub mod commit;
 pub mod epoch;
 pub mod head;
 pub mod index;
+pub mod key_check;
 pub mod keys;
 pub mod lane;
 pub mod limits;

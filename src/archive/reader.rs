@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use super::announced::AnnouncedBlocks;
 use super::commit::{Commit, CommitLocation, ListLocation, decode_tail};
 use super::index;
-use super::keys::{ArchiveKeys, KeyRecord, Remember, Ring};
+use super::keys::{ArchiveKeys, KEYS_LOST, KeyRecord, Remember, Ring};
 use super::lane::{LaneStore, ListedRecord};
 use super::list::{self, ImageSummary, Listed, PART_IMAGES, PART_RECORDS, RecordLocation};
 use super::manifest::{Manifest, ManifestBuilder, PlanPart, PlanRecord};
@@ -323,7 +323,9 @@ impl Archive {
         let archive = Self::open_any_with(store, keys)?;
         if archive.commits().is_empty() {
             archive.searched()?.check_any_supported(&archive.reader)?;
-            let problem = if archive.damage().is_empty() {
+            let problem = if archive.keys().ring().is_none() && archive.has_sealed_commits()? {
+                KEYS_LOST
+            } else if archive.damage().is_empty() {
                 "it has no commit: the export that wrote it did not end"
             } else {
                 "none of its commits is intact"
@@ -488,6 +490,12 @@ impl Archive {
     /// Whether the archive was searched from its beginning.
     pub fn was_searched(&self) -> bool {
         self.searched.get().is_some()
+    }
+
+    /// Returns whether any COMMIT that a search from the beginning finds is sealed.
+    fn has_sealed_commits(&self) -> Result<bool> {
+        let mut records = self.searched()?.records.iter();
+        Ok(records.any(|(header, _)| header.kind == RecordKind::Commit && header.seal.is_some()))
     }
 
     /// Returns the whole records that a search from the beginning finds, in the order they stand.

@@ -351,6 +351,9 @@ impl RecordHeader {
         if let Some(problem) = header.unsupported(version, flags, sealed_with) {
             return Ok(DecodedHeader::Unsupported(UnsupportedRecord { header, problem }));
         }
+        if (flags & FLAG_SEALED != 0) != header.seal.is_some() {
+            return Err("a record is sealed whose kind never is".into());
+        }
         if sealed_with
             != header
                 .seal
@@ -370,6 +373,11 @@ impl RecordHeader {
         Ok(DecodedHeader::Known(header))
     }
 
+    /// Whether nothing is known of how records of its kind are sealed.
+    fn has_unknown_seal(&self) -> bool {
+        self.seal.is_none() && matches!(self.kind, RecordKind::Other(_))
+    }
+
     /// Returns why a record must not be used.
     fn unsupported(&self, version: u8, flags: u16, sealed_with: [u8; 2]) -> Option<&'static str> {
         /// A cipher that the format knows and this version does not.
@@ -377,7 +385,7 @@ impl RecordHeader {
         let is_sealed = flags & FLAG_SEALED != 0;
         if version != VERSION {
             Some("it has another version of the format")
-        } else if is_sealed && (self.seal.is_none() || sealed_with[0] == CHACHA20_POLY1305) {
+        } else if is_sealed && (self.has_unknown_seal() || sealed_with[0] == CHACHA20_POLY1305) {
             Some("it is sealed in a way that this version cannot read")
         } else if flags & !(FLAG_CRITICAL | FLAG_SEALED) != 0 {
             Some("it has records with flags that this version does not know")

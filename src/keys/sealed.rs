@@ -209,6 +209,17 @@ impl SealedKeyring {
         self.slots.iter().map(|slot| age::kind_of(slot))
     }
 
+    /// Checks that every slot can be parsed.
+    ///
+    /// # Errors
+    /// [`Error::DamagedKeyring`] names the first that cannot.
+    pub fn check_slots(&self) -> Result<()> {
+        for (number, kind) in (1..).zip(self.kinds()) {
+            kind.map_err(|failure| damaged(&self.path, &format!("its slot {number} is damaged: {failure}")))?;
+        }
+        Ok(())
+    }
+
     /// What kinds of keys open its slots, without opening it. A slot that is malformed is left out.
     pub fn slot_kinds(&self) -> impl Iterator<Item = SlotKind> + '_ {
         self.kinds().filter_map(|kind| {

@@ -395,6 +395,17 @@ fn forged(slots: &[&[u8]]) -> Vec<u8> {
 }
 
 #[test]
+fn slots_that_cannot_be_parsed_are_found_without_a_key() {
+    let files = Files::new();
+    let (_, recipient) = files.identity("alice");
+    let (place, _) = create(&to(&[&recipient]), &files.passphrase("owner"));
+    let sealed = SealedKeyring::decode(place.path(), &place.read().unwrap()).unwrap();
+    sealed.check_slots().unwrap();
+    let bad = SealedKeyring::decode(Path::new("a"), &forged(&[b"no file of age"])).unwrap();
+    assert!(matches!(bad.check_slots(), Err(Error::DamagedKeyring { .. })));
+}
+
+#[test]
 fn a_hostile_keyring_costs_little() {
     let files = Files::new();
     let slow = |work: u8| {

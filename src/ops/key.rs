@@ -230,6 +230,10 @@ impl Unlock for UserKeys {
         self.access.gives_passphrase() || !self.access.given().identities.is_empty()
     }
 
+    fn check(&self, archive: &Path, keyring: &[u8]) -> Result<()> {
+        SealedKeyring::decode(archive, keyring)?.check_slots()
+    }
+
     fn unlock(&self, archive: &Path, keyring: &[u8]) -> Result<KeyringSecrets> {
         let sealed = SealedKeyring::decode(archive, keyring)?;
         let unlocked = sealed.unlock(&self.access, &*self.monitor)?;

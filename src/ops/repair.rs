@@ -94,7 +94,8 @@ fn repair_in_place(path: &Path, second: Option<Arc<dyn Store>>, monitor: &dyn Mo
     let (view, healing) = Healer::new(in_place.store(), second, in_place.cells()?, monitor)?.heal()?;
     let mut report = report_of(path, healing);
     report.damage = left_in(Arc::clone(&view) as _, monitor)?;
-    report.in_place = in_place.write(&view)?;
+    let was_pending = in_place.was_pending();
+    report.in_place = in_place.write(&view)? || was_pending;
     Ok(report)
 }
 

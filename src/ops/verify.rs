@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::archive::head::Head;
 use crate::archive::index;
+use crate::archive::key_check;
 use crate::archive::keys::ArchiveKeys;
 use crate::archive::lane::ListedRecord;
 use crate::archive::list::{ImageSummary, RecordLocation, by_path};
@@ -79,14 +80,17 @@ fn is_sealed(store: &dyn Store) -> Result<bool> {
 /// Those of [`verify`].
 pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dyn Monitor) -> Result<Verified> {
     if keys.is_missing() && is_sealed(&*store)? {
-        return without_key::verify_records(&store, monitor);
+        return without_key::verify_records(&store, &keys, monitor);
     }
     monitor.phase("Reading records", 0);
     let path = store.path().to_owned();
     let mut archive = Archive::open_any_with(Arc::clone(&store), keys)?;
+    if archive.keys().ring().is_none() && is_sealed(&*store)? {
+        // Its KEY records are lost, so that the key is of no use.
+        return without_key::verify_records(&store, archive.keys(), monitor);
+    }
     archive.check_listed_supported()?;
-    let mut damage: Vec<Damage> = archive.look_for_damage()?;
-    damage.append(&mut archive.stray_commits()?);
+    let mut damage = damage_found(&archive)?;
     let end = archive.base().length;
     // Records behind the last commit that an export left which did not end are not part of the archive.
     let leftover_bytes = archive.length() - end;
@@ -131,18 +135,30 @@ pub fn verify_sealed(store: Arc<dyn Store>, keys: Arc<ArchiveKeys>, monitor: &dy
         verifier.damage.append(&mut damage);
     }
     verifier.damage.append(&mut archive.stray_commits()?);
-    if archive.commits().is_empty() {
-        let all = ByteRange {
-            start: 0,
-            length: archive.length(),
-        };
-        verifier.damage.push(Damage::at(all, "none of its commits is intact"));
-    }
+    verifier.damage.extend(nothing_intact(&archive));
     result.damage = places_of(verifier.damage);
     if archive.has_parity()? {
         result.parity = parity_of(store, monitor)?;
     }
     Ok(result)
+}
+
+/// The damage of an archive of which no commit is intact.
+fn nothing_intact(archive: &Archive) -> Option<Damage> {
+    let all = ByteRange {
+        start: 0,
+        length: archive.length(),
+    };
+    let is_lost = archive.commits().is_empty();
+    is_lost.then(|| Damage::at(all, "none of its commits is intact"))
+}
+
+/// What a search finds, before records are decoded.
+fn damage_found(archive: &Archive) -> Result<Vec<Damage>> {
+    let mut damage = archive.look_for_damage()?;
+    damage.append(&mut archive.stray_commits()?);
+    damage.append(&mut key_check::check(archive)?);
+    Ok(damage)
 }
 
 /// What the parity of an archive can do.

@@ -514,6 +514,8 @@ pub struct Verified {
     pub is_sealed: bool,
     /// Whether its records were verified without a key, and what is in them was not.
     pub is_without_key: bool,
+    /// Whether it is encrypted, and none of its KEY records is intact, so that no key opens it.
+    pub has_lost_keys: bool,
     /// The damaged places.
     pub damage: Vec<DamagedPlace>,
     /// Images that cannot be restored as a whole for it.

@@ -330,13 +330,18 @@ impl Display for Verified {
         if self.is_without_key {
             return writeln!(
                 f,
-                "{} commits in {}, encrypted: {}. What is in them was not verified, because no key was given",
+                "{} commits in {}, encrypted: {}. What is in them was not verified, because {}",
                 self.commits,
                 size(self.archive_bytes),
                 if self.damage.is_empty() {
                     "every record is intact"
                 } else {
                     "damaged"
+                },
+                if self.has_lost_keys {
+                    crate::archive::keys::KEYS_LOST
+                } else {
+                    "no key was given"
                 }
             );
         }

@@ -49,6 +49,16 @@ impl Unlock for FixedKeys {
         true
     }
 
+    fn check(&self, archive: &Path, keyring: &[u8]) -> Result<()> {
+        if keyring.len() == 2 {
+            return Ok(());
+        }
+        Err(Error::DamagedKeyring {
+            path: archive.to_owned(),
+            problem: "it has not two bytes".to_owned(),
+        })
+    }
+
     fn unlock(&self, archive: &Path, keyring: &[u8]) -> Result<KeyringSecrets> {
         match keyring {
             [name, number] if *name == self.name => Ok(Self {

@@ -38,15 +38,16 @@ fn install() -> Result<Readers, String> {
         (true, _) => Ok(()),
         (false, text) => Err(format!("{command:?}: {text}")),
     };
-    let imports = ["-c", "import blake3, zstandard"];
+    let imports = ["-c", "import blake3, zstandard, cryptography"];
     if !run(Command::new(&python).args(imports)).0 {
         step(
             Command::new("python3")
                 .args(["-m", "venv", "--clear"])
                 .arg(folder.join("venv")),
         )?;
-        let packages = ["-m", "pip", "install", "--quiet", "blake3==1.0.11", "zstandard==0.25.0"];
-        step(Command::new(&python).args(packages))?;
+        let packages = ["blake3==1.0.11", "zstandard==0.25.0", "cryptography==50.0.2"];
+        let install = ["-m", "pip", "install", "--quiet"];
+        step(Command::new(&python).args(install).args(packages))?;
     }
     std::fs::create_dir_all(&ksy).unwrap();
     let names = ["package.json", "package-lock.json", "check.js"];

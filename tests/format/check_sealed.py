@@ -196,7 +196,7 @@ def forgeries(sample):
     for at, what in ((0, "whether it is sealed"), (106, "clear part"), (180, "pair"), (190, "does not open"), (1180, "does not open"), (1300, "does not open"), (2520, "does not open")):
         yield f"signed with another byte {at}", replaced(sample, COMMIT, last, lambda header, body: sign_anew(header, body, at)), what
     number = b"\x81\1" + bytes([sample.keyring.number])
-    for new, what in ((number[:2] + b"\x7f", "older"), (b"", "number of its keyring")):
+    for new, what in ((number[:2] + b"\x7f", "older"), (b"", "number of its keyring"), (2 * number, "tells two"), (number[:2] + b"\0", "tells two")):
         change_payload = lambda payload: repacked(payload, number, new)
         yield f"a keyring's number {new.hex()}", replaced(sample, COMMIT, last, lambda header, body: (header, resealed(sample, header, body, change_payload, signer=own))), what
     old = [one for one in sample.records if one[0][8] != KEY or seals.KeyRecord(one[1]).number < sample.key.number]

@@ -43,7 +43,8 @@ function check(Archive, path) {
   const sequences = {};
   let offset = 0;
   records.forEach((record, n) => {
-    const { header, body } = record;
+    const { header } = record;
+    const body = record.sealedBody || record.body;
     const name = Archive.Kind[header.kind] || header.kind;
     const length = HEADER_BYTES + header.bodyLength;
     const lane = Buffer.from(header.archive).toString('hex');
@@ -53,7 +54,8 @@ function check(Archive, path) {
     sequences[lane] = header.sequence;
     if (name === 'COMMIT') commits.push({ length, hash: Buffer.from(header.bodyHash) });
     if (parsed && name !== 'HEAD') must(body._io.isEof(), `record ${n} has bytes behind its content`);
-    if (parsed && name === 'PACK') checkPack(body, n);
+    if (parsed && name === 'PACK' && !header.sealed) checkPack(body, n);
+    if (parsed && name === 'KEY') must(body.padding.every((byte) => byte === 0), `the padding of record ${n} is not zeros`);
     if (name === 'TAIL') {
       const last = commits[commits.length - 1];
       for (const copy of body.copies) {

@@ -188,7 +188,7 @@ impl InPlace {
         self.was_pending
     }
 
-    /// Writes the healed archive in the place of the damaged one. Returns whether anything was written.
+    /// Writes the healed archive in the place of the damaged one. Returns whether that changed it.
     ///
     /// # Errors
     /// [`Error::Usage`] if more is to be moved than a journal takes; [`Error::NoSpace`] or [`Error::Io`] if the journal or the archive cannot be
@@ -202,6 +202,9 @@ impl InPlace {
             return Err(Error::Usage(
                 "bytes are missing or stand twice, so that more than 16 GiB would move: repair it into a copy, with --to".into(),
             ));
+        }
+        if !view.changes_the_file().map_err(failed)? {
+            return Ok(false);
         }
         let pending = Pending {
             cells: view.cells_by_slot(),

@@ -189,6 +189,25 @@ impl View {
         Ok(self.with_slots(HashMap::len) <= cells_max)
     }
 
+    /// Returns whether the file becomes another one once it has the cells that were computed. Some may have come back to what they were.
+    pub(super) fn changes_the_file(&self) -> io::Result<bool> {
+        if self.length != self.file.length {
+            return Ok(true);
+        }
+        let (mut healed, mut stored) = ([0; CELL_BYTES], [0; CELL_BYTES]);
+        for cell in self.cells_by_slot() {
+            self.read_cell(cell, &mut healed)?;
+            let start = cell * CELL;
+            let left = usize::try_from(self.length.saturating_sub(start)).unwrap_or(usize::MAX);
+            let count = left.min(CELL_BYTES);
+            self.file.store.read_exact_at(start, &mut stored[..count])?;
+            if healed[..count] != stored[..count] {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     fn with_slots<T>(&self, read: impl FnOnce(&HashMap<u64, u32>) -> T) -> T {
         read(&self.slots.read().unwrap_or_else(PoisonError::into_inner))
     }

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
 use crate::archive::commit::{ChainPlace, CommitLocation, FOLLOWS_NOT};
 use crate::archive::epoch::{EndedEpoch, Epoch, ProvedBlocks};
-use crate::archive::keys::{ArchiveKeys, KeyRecord};
+use crate::archive::head::Head;
+use crate::archive::keys::{ArchiveKeys, KEYS_LOST, KeyRecord};
 use crate::archive::limits::FRAME_BLOCKS_MAX;
 use crate::archive::pack::{self, FrameInfo};
 use crate::archive::reader::{Committed, find_commit};
@@ -68,6 +69,8 @@ pub struct PipeSource<'a> {
     hashes: PipeHashes,
     /// The kind of the last record; none at the beginning, and once its end was noted.
     last_kind: Option<RecordKind>,
+    /// Whether a HEAD says that the archive is sealed.
+    is_sealed: bool,
     /// Whether anything was damaged.
     is_damaged: bool,
     /// The COMMIT that came last, if all that it lists came: 0 for none.
@@ -133,6 +136,7 @@ impl<'a> PipeSource<'a> {
             last_commit: [0; 32],
             last_place: ChainPlace::default(),
             has_unproved: false,
+            is_sealed: false,
             is_damaged: false,
             is_damaged_since: false,
             options,
@@ -215,7 +219,13 @@ impl<'a> PipeSource<'a> {
             let learned = self.options.keys.learn(header.lane, header.epoch, &record.wraps);
             learned.map_err(malformed)?;
         }
+        if header.kind == RecordKind::Head {
+            self.is_sealed |= Head::decode(&body).is_ok_and(|head| head.is_sealed);
+        }
         if !matches!(header.kind, RecordKind::Head | RecordKind::Key) {
+            if self.is_sealed && self.options.keys.ring().is_none() {
+                return Err(Error::damaged(&self.path, offset, header.body_bytes, KEYS_LOST));
+            }
             self.options.keys.check_sealed(&self.path)?;
         }
         match self.options.keys.open_body(&self.path, offset, header, body) {

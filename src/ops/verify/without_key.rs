@@ -2,12 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::archive::commit::{ClearCommit, decode_tail};
+use crate::archive::key_check;
+use crate::archive::keys::ArchiveKeys;
 use crate::archive::limits::RECORDS_MAX;
 use crate::archive::open::{self, End};
-use crate::archive::reader::{Damage, RecordReader};
+use crate::archive::reader::{Damage, RecordReader, note_damage};
 use crate::archive::record::{HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind};
 use crate::archive::stream::{Stream, StreamEvent};
 use crate::block::ByteRange;
@@ -22,12 +25,50 @@ use super::{parity_of, places_of};
 ///
 /// # Errors
 /// [`Error::Unsupported`]; the error of reading; [`Error::Interrupted`]. Damage is not an error.
-pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> Result<Verified> {
+pub(super) fn verify_records(store: &Arc<dyn Store>, keys: &ArchiveKeys, monitor: &dyn Monitor) -> Result<Verified> {
     let path = store.path().to_owned();
     let failed = |error: std::io::Error| Error::io("read", &path)(error);
     let length = store.length().map_err(failed)?.unwrap_or_default();
     monitor.phase("Reading records", length);
-    let mut stream = Stream::new(StoreReader::new(&**store, 0).take(length), 0);
+    let mut found = read_all(&**store, length, keys, monitor)?;
+    found.check_chains();
+    let end = found.end;
+    let leftover_bytes = length.saturating_sub(end);
+    let reader = RecordReader::new(Arc::clone(store))?;
+    let tells_end = End {
+        offset: end,
+        ..End::default()
+    };
+    let has_leftovers_only = open::ends_in_leftovers_only(&reader, tells_end)?;
+    // What an export left that did not end is no damage.
+    found
+        .damage
+        .retain(|damage| damage.range.start < end || !has_leftovers_only);
+    found.check_keys(if has_leftovers_only { end } else { length });
+    Ok(Verified {
+        archive: path.clone(),
+        archive_bytes: length,
+        commits: found.commits.len() as u64,
+        is_sealed: true,
+        is_without_key: true,
+        has_lost_keys: found.keys.is_empty(),
+        is_ended: leftover_bytes == 0,
+        leftover_bytes: if has_leftovers_only { leftover_bytes } else { 0 },
+        parity: if found.has_parity {
+            parity_of(Arc::clone(store), monitor)?
+        } else {
+            None
+        },
+        damage: places_of(found.damage),
+        ..Verified::default()
+    })
+}
+
+/// Reads all records of a sealed archive of so many bytes.
+fn read_all(store: &dyn Store, length: u64, keys: &ArchiveKeys, monitor: &dyn Monitor) -> Result<FoundRecords> {
+    let path = store.path().to_owned();
+    let failed = |error: std::io::Error| Error::io("read", &path)(error);
+    let mut stream = Stream::new(StoreReader::new(store, 0).take(length), 0);
     let mut found = FoundRecords::default();
     let mut before = 0;
     while let Some(event) = stream.next_event().map_err(failed)? {
@@ -38,6 +79,8 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
         before = stream.offset();
         match event {
             StreamEvent::Record { header, offset, body } => {
+                // Of several problems in one place, the first is told.
+                found.check(keys, &path, (&header, offset), &body)?;
                 found.add(&header, offset, &body);
                 if found.records > RECORDS_MAX {
                     return Err(Error::damaged(
@@ -60,35 +103,7 @@ pub(super) fn verify_records(store: &Arc<dyn Store>, monitor: &dyn Monitor) -> R
             }
         }
     }
-    found.check_chains();
-    let end = found.end;
-    let leftover_bytes = length.saturating_sub(end);
-    let reader = RecordReader::new(Arc::clone(store))?;
-    let tells_end = End {
-        offset: end,
-        ..End::default()
-    };
-    let has_leftovers_only = open::ends_in_leftovers_only(&reader, tells_end)?;
-    // What an export left that did not end is no damage.
-    found
-        .damage
-        .retain(|damage| damage.range.start < end || !has_leftovers_only);
-    Ok(Verified {
-        archive: path.clone(),
-        archive_bytes: length,
-        commits: found.commits.len() as u64,
-        is_sealed: true,
-        is_without_key: true,
-        is_ended: leftover_bytes == 0,
-        leftover_bytes: if has_leftovers_only { leftover_bytes } else { 0 },
-        parity: if found.has_parity {
-            parity_of(Arc::clone(store), monitor)?
-        } else {
-            None
-        },
-        damage: places_of(found.damage),
-        ..Verified::default()
-    })
+    Ok(found)
 }
 
 /// What was found of the records of an archive.
@@ -101,6 +116,8 @@ struct FoundRecords {
     /// Where the last COMMIT or TAIL ends.
     end: u64,
     has_parity: bool,
+    /// The numbers of the KEY records that are intact, and where these stand.
+    keys: Vec<(u32, ByteRange)>,
     /// Whether what came last was damage.
     is_behind_damage: bool,
     records: usize,
@@ -154,6 +171,42 @@ impl FoundRecords {
             }
             RecordKind::Parity => self.has_parity = true,
             _ => {}
+        }
+    }
+
+    /// Checks what a sealed archive must have in each record, as far as that can be told without a key.
+    fn check(
+        &mut self,
+        keys: &ArchiveKeys,
+        archive: &Path,
+        (header, offset): (&RecordHeader, u64),
+        body: &[u8],
+    ) -> Result<()> {
+        let range = ByteRange {
+            start: offset,
+            length: HEADER_BYTES as u64 + header.body_bytes,
+        };
+        let mut damage = Vec::new();
+        note_damage(key_check::check_is_sealed(archive, header, offset), range, &mut damage)?;
+        if header.kind == RecordKind::Key {
+            let decoded = key_check::closed(keys, archive, (header, offset), body);
+            let noted = decoded.map(|record| self.keys.push((record.number, range)));
+            note_damage(noted, range, &mut damage)?;
+        }
+        damage.into_iter().for_each(|damage| self.note(damage));
+        Ok(())
+    }
+
+    /// Checks that there is a KEY record, and that the last one before an end is the newest.
+    fn check_keys(&mut self, end: u64) {
+        self.keys.retain(|(_, range)| range.start < end);
+        match self.keys.last().copied() {
+            None => self.note(key_check::all_lost(end)),
+            Some((last, _)) => {
+                let newer = self.keys.iter().filter(|(number, _)| *number > last);
+                let newer: Vec<Damage> = newer.map(|(_, range)| Damage::at(*range, key_check::NEWER)).collect();
+                newer.into_iter().for_each(|damage| self.note(damage));
+            }
         }
     }
 
