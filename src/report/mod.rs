@@ -494,6 +494,7 @@ pub struct LostIn {
 
 /// The report of `verify`.
 #[derive(Debug, Default, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Verified {
     /// The archive.
     #[serde(serialize_with = "crate::shown::serialize")]

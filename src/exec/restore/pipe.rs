@@ -52,6 +52,7 @@ pub struct PipeOptions {
 }
 
 /// An archive that comes through a pipe.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct PipeSource<'a> {
     stream: Stream<StoreReader<'a>>,
     path: PathBuf,

@@ -193,7 +193,9 @@ impl FoundRecords {
             let noted = decoded.map(|record| self.keys.push((record.number, range)));
             note_damage(noted, range, &mut damage)?;
         }
-        damage.into_iter().for_each(|damage| self.note(damage));
+        for one in damage {
+            self.note(one);
+        }
         Ok(())
     }
 
@@ -205,7 +207,9 @@ impl FoundRecords {
             Some((last, _)) => {
                 let newer = self.keys.iter().filter(|(number, _)| *number > last);
                 let newer: Vec<Damage> = newer.map(|(_, range)| Damage::at(*range, key_check::NEWER)).collect();
-                newer.into_iter().for_each(|damage| self.note(damage));
+                for one in newer {
+                    self.note(one);
+                }
             }
         }
     }
