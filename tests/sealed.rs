@@ -472,7 +472,8 @@ fn verify_looks_at_every_key_record() {
     assert!(is_intact(&verify_without_key(&bytes)));
     let keys = places_of(&bytes, RecordKind::Key);
     assert_eq!(keys.len(), 4);
-    let changes: [(&str, &dyn Fn(&mut [u8]), bool); 8] = [
+    type Change<'a> = &'a dyn Fn(&mut [u8]);
+    let changes: [(&str, Change, bool); 8] = [
         ("padding", &|body| *body.last_mut().unwrap() = 1, true),
         ("number 0", &|body| body[4] = 0, true),
         ("greater number", &|body| body[4] = 9, false),
