@@ -45,15 +45,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::Random;
 use harness::{Harness, Verb};
 use vmfold::archive::commit::{Commit, CommitLocation};
+use vmfold::archive::keys::ArchiveKeys;
 use vmfold::archive::list::{self, ImageSummary, Listed, OtherLane, RecordLocation};
 use vmfold::archive::manifest::{self, ImageRuns, ManifestBuilder, PlanContents, PlanPart, PlanRecord};
 use vmfold::archive::reader::Archive;
 use vmfold::archive::record::{EpochId, LaneId, RecordKind, hash_of};
 use vmfold::block::bytes;
 use vmfold::content::{Content, Run};
+use vmfold::keys::manage::NewKeys;
+use vmfold::keys::{GivenKeys, KeyAccess};
 use vmfold::monitor::Silent;
 use vmfold::numbers::{CommitNumber, StoreBlock};
 use vmfold::ops::import::import_in_order;
+use vmfold::ops::key::UserKeys;
 use vmfold::ops::verify::verify_store;
 use vmfold::spill::Budget;
 use vmfold::store::MemoryStore;
@@ -191,6 +195,31 @@ fn mutated(bases: &[Base], others: &[RawArchive], random: &mut Random) -> Vec<u8
     }
 }
 
+/// Does everything with the archive of each round that `VMFOLD_FUZZ_VERBS` names, and fails if anything is wrong with what came of it.
+fn run_rounds(harness: &mut Harness<'_>, rounds: std::ops::Range<u64>, make: impl Fn(u64) -> Vec<u8>) {
+    let (verbs, mut failed) = (verbs(), 0);
+    for round in rounds {
+        let bytes = make(round);
+        let problems = harness.check(&bytes, &verbs);
+        if !problems.is_empty() {
+            failed += 1;
+            println!("round {round}: {problems:#?}");
+            if let Some(kept) = std::env::var_os("VMFOLD_FUZZ_KEEP") {
+                let kept = std::path::Path::new(&kept);
+                std::fs::write(kept.join(format!("{round}.vmfold")), &bytes).unwrap();
+                let exported = harness.folder.join("exported.vmfold");
+                let _ = std::fs::copy(&exported, kept.join(format!("{round}-exported.vmfold")));
+                let _ = std::fs::remove_file(exported);
+            }
+            assert!(failed < 20, "too many rounds failed");
+        }
+    }
+    for (verb, (runs, successes, longest)) in &harness.counts {
+        println!("{verb:?}: {runs} runs, {successes} without an error, the longest took {longest:?}");
+    }
+    assert_eq!(failed, 0);
+}
+
 #[test]
 fn hostile_archives_end_in_errors() {
     let _turn = TURN.lock();
@@ -211,28 +240,51 @@ fn hostile_archives_end_in_errors() {
     }
     let bases: Vec<Base> = goldens.into_iter().map(Base::new).collect();
     let others: Vec<RawArchive> = bases.iter().map(|base| base.archive.clone()).collect();
-    let (verbs, mut failed) = (verbs(), 0);
-    for round in first..first + rounds {
-        // Each round can be run alone.
-        let bytes = mutated(&bases, &others, &mut Random(round.wrapping_mul(0x9e37)));
-        let problems = harness.check(&bytes, &verbs);
-        if !problems.is_empty() {
-            failed += 1;
-            println!("round {round}: {problems:#?}");
-            if let Some(kept) = std::env::var_os("VMFOLD_FUZZ_KEEP") {
-                let kept = std::path::Path::new(&kept);
-                std::fs::write(kept.join(format!("{round}.vmfold")), &bytes).unwrap();
-                let exported = folder.path().join("exported.vmfold");
-                let _ = std::fs::copy(&exported, kept.join(format!("{round}-exported.vmfold")));
-                let _ = std::fs::remove_file(exported);
-            }
-            assert!(failed < 20, "too many rounds failed");
+    // Each round can be run alone.
+    run_rounds(&mut harness, first..first + rounds, |round| {
+        mutated(&bases, &others, &mut Random(round.wrapping_mul(0x9e37)))
+    });
+}
+
+/// The golden sealed archive with its key at hand: damaged, and changed by somebody who has no key and makes all hashes right.
+#[test]
+fn hostile_sealed_archives_end_in_errors() {
+    let _turn = TURN.lock();
+    let folder = tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap();
+    let (rounds, first) = (
+        from_environment("VMFOLD_FUZZ_ROUNDS", 15),
+        from_environment("VMFOLD_FUZZ_FIRST", 1),
+    );
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/encryption-v1");
+    let bytes = std::fs::read(golden.join("archive.vmfold")).unwrap();
+    let access = KeyAccess::new(GivenKeys {
+        identities: vec![golden.join("identity")],
+        ..GivenKeys::default()
+    });
+    let monitor = Arc::new(Silent::default());
+    let user = Arc::new(UserKeys::new(access, NewKeys::default(), ("a".into(), 0), monitor));
+    let keys = Arc::new(ArchiveKeys::opened_by(Arc::clone(&user) as _));
+    let archive = Archive::open_with(Arc::new(MemoryStore::of(bytes.clone())), keys).unwrap();
+    let mut harness = Harness::new(folder.path(), &peak_bytes);
+    harness.unlock = Some(user);
+    harness.hasher = archive.hasher();
+    harness.trust(&bytes);
+    assert_eq!(harness.genuine.len(), 3);
+    let problems = harness.check(&bytes, &harness::ALL);
+    assert!(problems.is_empty(), "{problems:?}");
+    run_rounds(&mut harness, first..first + rounds, |round| {
+        let mut random = Random(round.wrapping_mul(0x9e37));
+        let mut bad = match random.below(4) {
+            0 => bytes.clone(),
+            _ => mutate::stored_records(&bytes, &mut random),
+        };
+        if random.below(3) == 0 || bad == bytes {
+            mutate::damage(&mut bad, &mut random);
         }
-    }
-    for (verb, (runs, successes, longest)) in &harness.counts {
-        println!("{verb:?}: {runs} runs, {successes} without an error, the longest took {longest:?}");
-    }
-    assert_eq!(failed, 0);
+        bad
+    });
 }
 
 #[test]

@@ -24,7 +24,7 @@ use vmfold::archive::sealed_end::SealedEnd;
 use vmfold::error::Error;
 use vmfold::monitor::Silent;
 use vmfold::ops::BackupAccess;
-use vmfold::ops::export::{ExportOptions, export_on};
+use vmfold::ops::export::{ExportOptions, Sealing, export_on};
 use vmfold::ops::repair::{RepairOptions, RepairTo, repair};
 use vmfold::ops::verify::verify_sealed;
 use vmfold::report::Verified;
@@ -227,6 +227,34 @@ fn an_archive_that_is_not_sealed_is_not_taken_for_one() {
         assert!(restored.content.is_empty());
     }
     assert!(matches!(export(&scene, KEYS, &plain), Err(Error::NotSealed { .. })));
+}
+
+#[test]
+fn an_archive_that_was_cut_off_does_not_get_an_export_in_clear() {
+    let scene = Scene::new();
+    let bytes = export(&scene, KEYS, &[]).unwrap();
+    let ends = records(&bytes).into_iter().map(|record| record.range.end);
+    for end in [0, 50, 96].into_iter().chain(ends.take(3)) {
+        let store = Arc::new(MemoryStore::of(bytes[..end].to_vec()));
+        let options = ExportOptions {
+            sealing: Sealing {
+                unlock: Some(Arc::new(KEYS)),
+                ..Sealing::default()
+            },
+            ..scene.options()
+        };
+        let done = export_on(scene.pool(false), &options, Arc::clone(&store) as _, &Silent::default());
+        if done.is_ok() {
+            // Where the keyring is left, it goes on with that.
+            assert!(
+                restore(&store.to_vec(), Way::File, None, Some(KEYS)).is_whole(),
+                "{end}"
+            );
+        } else {
+            assert!(matches!(done, Err(Error::Usage(_))), "{end}: {done:?}");
+            assert!(bytes.starts_with(&store.to_vec()), "{end}");
+        }
+    }
 }
 
 /// The bytes of a record with another header, whose hashes are right.

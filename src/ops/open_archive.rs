@@ -193,7 +193,16 @@ impl OpenArchive {
 
     /// Makes the keyring of an archive that is to be sealed, and has no commit yet.
     fn seal_new(&mut self, sealing: &Sealing) -> Result<()> {
-        let Some(new) = &sealing.new else { return Ok(()) };
+        let Some(new) = &sealing.new else {
+            // Whoever can cut the archive off could otherwise have the next export written in clear.
+            return match &sealing.unlock {
+                Some(unlock) if unlock.is_given() => Err(Error::Usage(format!(
+                    "`{}` has no commit yet, and would not be encrypted though a key was given: add --encrypt, or leave the key out",
+                    shown(self.store.path())
+                ))),
+                _ => Ok(()),
+            };
+        };
         let NewKeyring { secrets, keyring } = new.make()?;
         let ring = Ring::new(&secrets).map_err(|problem| Error::Usage(problem.problem().into()))?;
         self.seals = Some(Seals {

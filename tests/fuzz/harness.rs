@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use vmfold::archive::attributes;
 use vmfold::archive::commit::{Commit, decode_tail};
 use vmfold::archive::head::Head;
+use vmfold::archive::keys::Unlock;
 use vmfold::archive::list::{self, ImageSummary, Listed};
 use vmfold::archive::manifest;
 use vmfold::archive::parity::geometry_in;
 use vmfold::archive::reader::Archive;
-use vmfold::archive::record::{HEADER_BYTES, Hash, LaneId, RecordHeader, hash_of};
+use vmfold::archive::record::{BlockHasher, HEADER_BYTES, Hash, LaneId, RecordHeader};
 use vmfold::archive::stream::{Stream, StreamEvent};
 use vmfold::archive::{index, pack};
 use vmfold::block::BLOCK_LEN;
@@ -28,8 +29,8 @@ use vmfold::numbers::StoreBlock;
 use vmfold::ops::diff::{ComparedWith, diff};
 use vmfold::ops::export::{ExportOptions, Revisions, Sealing, export_on};
 use vmfold::ops::import::{ImportOptions, import_from, import_in_order};
-use vmfold::ops::list::list;
-use vmfold::ops::verify::verify_store;
+use vmfold::ops::list::list_with;
+use vmfold::ops::verify::{verify_sealed, verify_store};
 use vmfold::ops::{ArchivePlace, BackupAccess, OpenPool, Scope};
 use vmfold::report::{Change, Imported, Verified};
 use vmfold::spill::Budget;
@@ -123,6 +124,10 @@ pub(crate) struct Harness<'a> {
     pub(crate) peak_bytes: &'a dyn Fn() -> usize,
     /// How often each verb was run, how often it succeeded, and the longest time it took.
     pub(crate) counts: BTreeMap<Verb, (u64, u64, Duration)>,
+    /// What opens archives, if they are sealed.
+    pub(crate) unlock: Option<Arc<dyn Unlock>>,
+    /// What hashes blocks in these archives.
+    pub(crate) hasher: BlockHasher,
     /// What is wrong with the archive that is worked on.
     problems: Vec<String>,
     pool: Pool,
@@ -174,9 +179,17 @@ impl Pool {
         }
     }
 
-    fn export(&self, store: Arc<dyn Store>, folder: &Path) -> Result<vmfold::report::Exported, Error> {
+    fn export(
+        &self,
+        store: Arc<dyn Store>,
+        folder: &Path,
+        unlock: Option<Arc<dyn Unlock>>,
+    ) -> Result<vmfold::report::Exported, Error> {
         let options = ExportOptions {
-            sealing: Sealing::default(),
+            sealing: Sealing {
+                unlock,
+                ..Sealing::default()
+            },
             scope: scope(folder),
             only: Vec::new(),
             revisions: Revisions::All,
@@ -195,7 +208,7 @@ impl Pool {
 pub(crate) fn simulated_archive(folder: &Path) -> Vec<u8> {
     let store = Arc::new(MemoryStore::default());
     for own_from in [5000, 6000] {
-        Pool::new(own_from).export(store.clone(), folder).unwrap();
+        Pool::new(own_from).export(store.clone(), folder, None).unwrap();
     }
     store.to_vec()
 }
@@ -208,11 +221,13 @@ impl<'a> Harness<'a> {
             genuine: HashMap::new(),
             peak_bytes,
             counts: BTreeMap::new(),
+            unlock: None,
+            hasher: BlockHasher::default(),
             problems: Vec::new(),
             pool: Pool::new(6000),
         };
         let store = Arc::new(MemoryStore::default());
-        harness.pool.export(store.clone(), folder).unwrap();
+        harness.pool.export(store.clone(), folder, None).unwrap();
         let imported = import_from(store, &harness.options(None, false), &Silent::default()).unwrap();
         assert!(imported.lost.is_empty());
         harness.pool.files = harness.take_files();
@@ -222,7 +237,9 @@ impl<'a> Harness<'a> {
     /// Notes what the commits of an archive hold that is what was written.
     pub(crate) fn trust(&mut self, bytes: &[u8]) {
         let store = || Arc::new(MemoryStore::of(bytes.to_vec()));
-        let Ok(archive) = Archive::open(store()) else { return };
+        let Ok(archive) = Archive::open_with(store(), self.access().keys()) else {
+            return;
+        };
         for committed in archive.commits() {
             let options = self.options(Some(committed.id()), false);
             let imported = match import_from(store(), &options, &Silent::default()) {
@@ -249,12 +266,16 @@ impl<'a> Harness<'a> {
         let store = || Arc::new(MemoryStore::of(bytes.to_vec()));
         if has(Verb::List) {
             for commit in [None, Some("1"), Some("latest"), Some("previous")] {
-                self.run(Verb::List, || list(&path, commit));
+                let keys = self.access().keys();
+                self.run(Verb::List, || list_with(&path, commit, keys));
             }
         }
         let mut verified = None;
         if has(Verb::Verify) || has(Verb::Import) || has(Verb::Export) {
-            verified = self.run(Verb::Verify, || verify_store(store(), &Silent::default()));
+            verified = self.verify(store());
+            if self.unlock.is_some() {
+                self.run(Verb::Verify, || verify_store(store(), &Silent::default()));
+            }
         }
         let is_intact = verified.as_ref().is_some_and(is_intact);
         if has(Verb::Import) {
@@ -270,9 +291,8 @@ impl<'a> Harness<'a> {
         if has(Verb::Diff) {
             for (first, second) in [(None, Some("1")), (Some("1"), None), (Some("previous"), None)] {
                 let with = ComparedWith::Commit(second.map(str::to_owned));
-                self.run(Verb::Diff, || {
-                    diff(&path, first, &with, &BackupAccess::default(), &Silent::default())
-                });
+                let access = self.access();
+                self.run(Verb::Diff, || diff(&path, first, &with, &access, &Silent::default()));
             }
         }
         if has(Verb::Export) {
@@ -281,9 +301,22 @@ impl<'a> Harness<'a> {
         std::mem::take(&mut self.problems)
     }
 
+    fn access(&self) -> BackupAccess {
+        BackupAccess {
+            unlock: self.unlock.clone(),
+            ..BackupAccess::default()
+        }
+    }
+
+    fn verify(&mut self, store: Arc<dyn Store>) -> Option<Verified> {
+        let keys = self.access().keys();
+        self.run(Verb::Verify, || verify_sealed(store, keys, &Silent::default()))
+    }
+
     fn options(&self, commit: Option<String>, partial: bool) -> ImportOptions {
         ImportOptions {
             commit,
+            access: self.access(),
             ..import_options(&self.folder.join("to"), self.folder, partial)
         }
     }
@@ -333,8 +366,9 @@ impl<'a> Harness<'a> {
     fn read(&mut self, bytes: &[u8]) -> Option<Vec<Promised>> {
         let store = Arc::new(MemoryStore::of(bytes.to_vec()));
         let mut promised = Vec::new();
+        let keys = self.access().keys();
         let read = || {
-            let mut archive = Archive::open_any(store)?;
+            let mut archive = Archive::open_any_with(store, keys)?;
             archive.salvage()?;
             for committed in archive.commits() {
                 let (summaries, lost_lists) = archive.images(committed)?;
@@ -402,7 +436,7 @@ impl<'a> Harness<'a> {
                 }
                 if let Some(done) = done.as_ref().filter(|done| !partial && done.done.is_some()) {
                     let (path, with) = (self.folder.join("a.vmfold"), ComparedWith::Pool(scope(self.folder)));
-                    let access = BackupAccess::default();
+                    let access = self.access();
                     let compared = self.run(Verb::Diff, || {
                         diff(&path, Some(&done.id), &with, &access, &Silent::default())
                     });
@@ -419,6 +453,7 @@ impl<'a> Harness<'a> {
     /// Checks that what was restored is what the commit promises, and removes it.
     fn check_restored(&mut self, from: &str, done: Option<&Imported>, promised: &[Promised], partial: bool) {
         let files = self.take_files();
+        let hasher = self.hasher.clone();
         let mut note = |problem: String| self.problems.push(format!("{from}, partial {partial}: {problem}"));
         let Some(done) = done else {
             if !files.is_empty() {
@@ -444,7 +479,9 @@ impl<'a> Harness<'a> {
                     // What a hostile archive has in the last block behind the image's end is in the digest, and is not restored.
                     Some(summary)
                         if !content.len().is_multiple_of(BLOCK_LEN) && summary.size == content.len() as u64 => {}
-                    Some(summary) if summary.digest != digest_of(content) || summary.size != content.len() as u64 => {
+                    Some(summary)
+                        if summary.digest != digest_of(content, &hasher) || summary.size != content.len() as u64 =>
+                    {
                         note(format!("{}: `{}` is not what its digest says", done.id, name.display()));
                     }
                     Some(_) => {}
@@ -488,7 +525,8 @@ impl<'a> Harness<'a> {
         let before = self.problems.len();
         let pool = std::mem::replace(&mut self.pool, Pool::new(0));
         let folder = self.folder;
-        let done = self.run(Verb::Export, || pool.export(store.clone(), folder));
+        let unlock = self.unlock.clone();
+        let done = self.run(Verb::Export, || pool.export(store.clone(), folder, unlock));
         self.pool = pool;
         let after = store.to_vec();
         let Some(done) = done else {
@@ -498,7 +536,7 @@ impl<'a> Harness<'a> {
             return;
         };
         let store = || Arc::new(MemoryStore::of(after.clone()));
-        let verified = self.run(Verb::Verify, || verify_store(store(), &Silent::default()));
+        let verified = self.verify(store());
         if was_intact && !verified.as_ref().is_some_and(is_intact) {
             self.problems
                 .push(format!("it is not intact after an export: {verified:?}"));
@@ -577,14 +615,14 @@ fn excuses(error: &Error) -> bool {
 }
 
 /// The digest of a file, by the words of the format.
-fn digest_of(content: &[u8]) -> Hash {
+fn digest_of(content: &[u8], hasher: &BlockHasher) -> Hash {
     let monitor = Silent::default();
     let mut digest = Digest::new(&monitor);
     let mut block = [0; BLOCK_LEN];
     for part in content.chunks(BLOCK_LEN) {
         block.fill(0);
         block[..part.len()].copy_from_slice(part);
-        digest.update(&[hash_of(&block)]).unwrap();
+        digest.update(&[hasher.of(&block)]).unwrap();
     }
     digest.finish(content.len() as u64)
 }

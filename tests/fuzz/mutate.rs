@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use vmfold::archive::commit::Commit;
+use vmfold::archive::commit::{Commit, CommitLocation, encode_tail};
 use vmfold::archive::list::{self, ImageSummary, Listed, RecordLocation};
 use vmfold::archive::pack::{self, Frame, PlacedFrame};
 use vmfold::archive::reader::Archive;
-use vmfold::archive::record::{BlockHasher, EpochId, Hash, LaneId, RecordKind, hash_of};
+use vmfold::archive::record::{BlockHasher, EpochId, HEADER_BYTES, Hash, LaneId, RecordHeader, RecordKind, hash_of};
+use vmfold::archive::seal::{KeySlot, Seal};
 use vmfold::block::BLOCK_LEN;
 use vmfold::codec::{Decoder, payload_body, payload_of, put_varint};
 use vmfold::exec::hashes::digest;
@@ -678,5 +679,82 @@ pub(crate) fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
             bytes.splice(to..to, piece);
         }
         _ => (0..=random.below(3)).for_each(|_| change_bytes(bytes, random)),
+    }
+}
+
+/// Changes the records of an archive as they are stored, without a key, and makes the hashes of headers and bodies right again.
+pub(crate) fn stored_records(bytes: &[u8], random: &mut Random) -> Vec<u8> {
+    let mut records = take_apart(bytes);
+    for _ in 0..=random.below(3) {
+        change_stored(&mut records, random);
+    }
+    let leads_right = random.below(2) == 0;
+    let (mut out, mut last) = (Vec::new(), CommitLocation::default());
+    for (mut header, mut body) in records {
+        if header.kind == RecordKind::Tail && leads_right {
+            body = encode_tail(&last);
+        }
+        let kind = (header.kind, header.seal);
+        let Ok(made) = RecordHeader::of_stored(kind, header.lane, header.epoch, header.sequence, &mut body) else {
+            continue;
+        };
+        header = made;
+        if header.kind == RecordKind::Commit {
+            last = CommitLocation {
+                offset: out.len() as u64,
+                length: (HEADER_BYTES + body.len()) as u64,
+                body_hash: header.body_hash,
+            };
+        }
+        out.extend(header.encode());
+        out.extend(body);
+    }
+    out
+}
+
+type Stored = (RecordHeader, Vec<u8>);
+
+/// The records of an archive, their bodies without masks.
+fn take_apart(bytes: &[u8]) -> Vec<Stored> {
+    let (mut records, mut at) = (Vec::new(), 0);
+    while let Some(header) = bytes[at..]
+        .first_chunk()
+        .and_then(|header| RecordHeader::decode(header).ok())
+    {
+        let start = at + HEADER_BYTES;
+        at = start + usize::try_from(header.body_bytes).unwrap();
+        let mut body = bytes[start..at].to_vec();
+        header.apply_mask(0, &mut body);
+        records.push((header, body));
+    }
+    records
+}
+
+fn change_stored(records: &mut Vec<Stored>, random: &mut Random) {
+    let (one, other) = (below(random, records.len()), below(random, records.len()));
+    // What opens an archive is small, and chance would rarely meet it.
+    let opens = |(header, _): &Stored| matches!(header.kind, RecordKind::Key | RecordKind::Commit | RecordKind::Tail);
+    let chosen: Vec<usize> = (0..records.len()).filter(|place| opens(&records[*place])).collect();
+    let one = match pick(&chosen, random) {
+        Some(place) if random.below(2) == 0 => *place,
+        _ => one,
+    };
+    match random.below(9) {
+        0 | 1 => change_bytes(&mut records[one].1, random),
+        2 => drop(records.remove(one)),
+        3 => records.insert(other, records[one].clone()),
+        4 => records.swap(one, other),
+        5 => records[one].1 = records[other].1.clone(),
+        6 => records[one].0.epoch = records[other].0.epoch,
+        7 => records[one].0.kind = records[other].0.kind,
+        _ => {
+            let header = &mut records[one].0;
+            match random.below(4) {
+                0 => header.seal = None,
+                1 => header.seal = Some(Seal::with(KeySlot::Metadata)),
+                2 => header.lane.0[0] ^= 1,
+                _ => header.sequence = instead_of(header.sequence, random) >> 1,
+            }
+        }
     }
 }
