@@ -237,8 +237,21 @@ impl SeenArchives {
 }
 
 impl Remember for SeenArchives {
+    fn met_in_clear(&self, path: &Path) -> Result<()> {
+        let path = place_of(path);
+        let is_known = |one: &Seen| one.path == path;
+        if self.strictness != Strictness::Refuse || !self.read().archives.iter().any(is_known) {
+            return Ok(());
+        }
+        let problem = "this host has seen an encrypted archive in its place, and this one is not encrypted";
+        Err(Error::RolledBack {
+            path,
+            problem: problem.into(),
+        })
+    }
+
     fn met(&self, path: &Path, state: &ArchiveState) -> Result<()> {
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let path = place_of(path);
         let lock = self.locked();
         let mut memory = self.read();
         let before = memory.archives.clone();
@@ -262,6 +275,11 @@ impl Remember for SeenArchives {
         }
         Ok(())
     }
+}
+
+/// The path by which an archive is remembered: without links and dots.
+fn place_of(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -507,6 +507,14 @@ fn another_archive_in_the_place_of_one_is_not_written_to() {
     std::fs::write(host.archive(), other.bytes()).unwrap();
     assert!(is_rolled_back(&host.export(owner(), &[])));
     assert!(is_rolled_back(&host.add(&owner(), "new")));
+    // Nor is one in clear, which anybody can make, nor is one begun there in clear.
+    let clear = host.scene.export(&[]);
+    for bytes in [&clear[..], &[]] {
+        std::fs::write(host.archive(), bytes).unwrap();
+        let exported = host.export_sealed(&host.archive(), host.remembering(Strictness::Refuse));
+        assert!(is_rolled_back(&exported.map(drop)));
+        assert!(host.bytes() == bytes);
+    }
     // A new archive may take its place.
     std::fs::remove_file(host.archive()).unwrap();
     host.export(owner(), &[RECIPIENT]).unwrap();

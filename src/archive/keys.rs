@@ -114,6 +114,12 @@ pub trait Remember: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Error::RolledBack`] if the archive is older than it was, or another one, and must not be.
     fn met(&self, archive: &Path, state: &ArchiveState) -> Result<()>;
+
+    /// Is told of an archive that is not sealed, before it is written to.
+    ///
+    /// # Errors
+    /// [`Error::RolledBack`] if a sealed one was in its place, and the user does not accept it.
+    fn met_in_clear(&self, archive: &Path) -> Result<()>;
 }
 
 /// A keyring that was opened.

@@ -98,6 +98,15 @@ pub(crate) struct OpenArchive {
 impl OpenArchive {
     /// Opens the archive in a store, and removes from its end what an export that did not end left there.
     pub(crate) fn new(store: Arc<dyn Store>, sealing: &Sealing) -> Result<Self> {
+        let opened = Self::open(store, sealing)?;
+        match &opened.memory {
+            Some(memory) if opened.seals.is_none() => memory.met_in_clear(opened.store.path())?,
+            _ => {}
+        }
+        Ok(opened)
+    }
+
+    fn open(store: Arc<dyn Store>, sealing: &Sealing) -> Result<Self> {
         let path = store.path().to_owned();
         let mut opened = Self {
             store: Arc::clone(&store),
