@@ -494,13 +494,15 @@ fn has_problem(verified: &Verified, wanted: &str) -> bool {
     verified.damage.iter().any(|damage| damage.problem.contains(wanted))
 }
 
+/// What is changed in the body of a record.
+type Change<'a> = &'a dyn Fn(&mut [u8]);
+
 #[test]
 fn verify_looks_at_every_key_record() {
     let (bytes, _) = two_commits();
     assert!(is_intact(&verify_without_key(&bytes)));
     let keys = places_of(&bytes, RecordKind::Key);
     assert_eq!(keys.len(), 4);
-    type Change<'a> = &'a dyn Fn(&mut [u8]);
     let changes: [(&str, Change, bool); 8] = [
         ("padding", &|body| *body.last_mut().unwrap() = 1, true),
         ("number 0", &|body| body[4] = 0, true),

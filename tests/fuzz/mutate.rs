@@ -744,7 +744,10 @@ fn change_stored(records: &mut Vec<Stored>, random: &mut Random) {
         2 => drop(records.remove(one)),
         3 => records.insert(other, records[one].clone()),
         4 => records.swap(one, other),
-        5 => records[one].1 = records[other].1.clone(),
+        5 => {
+            let body = records[other].1.clone();
+            records[one].1 = body;
+        }
         6 => records[one].0.epoch = records[other].0.epoch,
         7 => records[one].0.kind = records[other].0.kind,
         _ => {
