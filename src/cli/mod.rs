@@ -35,12 +35,13 @@ use crate::ops::list::list_with;
 use crate::ops::protect::{ProtectOptions, protect};
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
 use crate::ops::repair::{RepairOptions, RepairTo, repair};
-use crate::ops::report::report;
+use crate::ops::report::{ReportOptions, report};
 use crate::ops::scan::scan;
 use crate::ops::verify::verify_sealed;
 use crate::ops::{self, ArchivePlace, BackupAccess};
+use crate::pool::Covering;
 use crate::qubes::{SocketQubesd, Timeouts};
-use crate::report::Change;
+use crate::report::{Change, ReportView};
 use crate::shown::shown;
 use crate::store::FileStore;
 use crate::sys::priority::give_way;
@@ -148,8 +149,8 @@ fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
     let json = args.json;
     match &args.command {
         Command::Reclaim(command) => run_reclaim(command, json, terminal),
-        Command::Report(command) => for_each_filesystem(command.scopes()?, |scope| {
-            let result = report(&scope, &**terminal)?;
+        Command::Report(command) => for_each_filesystem(command.options()?, |options| {
+            let result = report(&options, &**terminal)?;
             terminal.finish();
             print("report", &result, json)?;
             Ok(exit_of_pool(terminal.interrupted(), !result.skipped.is_empty()))
@@ -419,6 +420,31 @@ fn print_to<T: Serialize + std::fmt::Display>(format: ReportFormat, kind: &str, 
         // The program that reads the report has read enough of it.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(Error::io("write to", Path::new("stdout"))),
+    }
+}
+
+impl args::Report {
+    /// The options for each filesystem.
+    fn options(&self) -> Result<Vec<ReportOptions>> {
+        let filter: Vec<Covering> = self
+            .filter
+            .iter()
+            .map(|one| Covering::new(one))
+            .collect::<Result<_>>()?;
+        let options = |scope| ReportOptions {
+            reclaim_command: self.scope.reclaim_command(&scope),
+            scope,
+            plans: !self.no_plan,
+            if_deleted: self.if_deleted.clone(),
+            qubes_root: self.scope.qubes_root.clone(),
+            view: ReportView {
+                images: self.images,
+                order: self.sort,
+                top: (self.top > 0).then_some(self.top),
+                filter: filter.clone(),
+            },
+        };
+        Ok(self.scope.scopes()?.into_iter().map(options).collect())
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{
     Change, Diffed, Done, Exported, FilledVolume, Imported, Listed, ListedBackup, LostImage, ParityState, Planned,
-    PoolBytes, Protected, QubesImport, Reclaimed, Repaired, Reported, Scanned, Verified, WrittenSkeleton,
+    PoolBytes, Protected, QubesImport, Reclaimed, Repaired, Scanned, Verified, WrittenSkeleton,
 };
 use crate::block::ByteRange;
 use crate::facts::PinReason;
@@ -16,7 +16,7 @@ use crate::pool::{Skip, Skipped};
 use crate::shown::{shown, size};
 
 /// The name of a reason in the text.
-fn reason_name(reason: EliminationReason) -> &'static str {
+pub(super) fn reason_name(reason: EliminationReason) -> &'static str {
     match reason {
         EliminationReason::Duplicate => "duplicates",
         EliminationReason::Zeros => "zeros",
@@ -233,7 +233,7 @@ impl Display for WrittenSkeleton {
 }
 
 /// A word as a shell takes it.
-fn quoted(word: &str) -> String {
+pub(super) fn quoted(word: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./+@:".contains(&byte);
     if !word.is_empty() && word.bytes().all(is_plain) {
         return word.to_owned();
@@ -616,34 +616,6 @@ impl Display for Scanned {
             size(sources.from_index),
             size(sources.read)
         )?;
-        write_skipped(f, &self.skipped)
-    }
-}
-
-impl Display for Reported {
-    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        writeln!(
-            f,
-            "{:>11} {:>11} {:>11} {:>11} {:>11} {:>12} {:>11}  Image",
-            "Size", "Data", "Exclusive", "Shared", "Compressed", "Uncompressed", "Unreachable"
-        )?;
-        for image in &self.images {
-            writeln!(
-                f,
-                "{:>11} {:>11} {:>11} {:>11} {:>11} {:>12} {:>11}  {}",
-                size(image.size),
-                size(image.data_bytes),
-                size(image.exclusive_bytes),
-                size(image.shared_bytes),
-                size(image.compressed_bytes),
-                size(image.uncompressed_bytes),
-                size(image.unreachable_bytes),
-                shown(&image.path)
-            )?;
-        }
-        writeln!(f, "{} images: {}", self.images.len(), self.pool)?;
-        writeln!(f, "Unreachable parts of extents: {}", size(self.unreachable_bytes))?;
-        write_holders(f, &self.held_by)?;
         write_skipped(f, &self.skipped)
     }
 }
