@@ -53,6 +53,11 @@ pub(super) struct Args {
     /// Twice: also each range that is not shared or cannot be read, with the reason, and each extent that goes.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(super) verbose: u8,
+    /// Print only the first line of a report, and neither notes nor progress
+    ///
+    /// Errors are printed all the same. It is for timers, which mail what is printed. It changes no JSON document.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(super) quiet: bool,
     /// Append a log of all decisions to a file
     ///
     /// The file gets what -vv says, with times, and the notes. It is made if it does not exist, for its user alone. A
@@ -149,6 +154,11 @@ pub(super) enum Command {
     /// Pages that are there already are replaced. It prints the paths of the pages.
     #[command(hide = true)]
     Man(Man),
+    /// Print the version
+    ///
+    /// It is what `--version` prints.
+    #[command(hide = true)]
+    Version,
 }
 
 #[derive(Debug, clap::Args)]
@@ -457,6 +467,11 @@ pub(super) struct Reclaim {
     /// The call that is going on ends first. The exit code is then 3.
     #[arg(long, value_name = "N")]
     pub(super) max_seconds: Option<u64>,
+    /// End with 0 if nothing but images in use was left alone
+    ///
+    /// It is for timers, to which a running machine is no failure. The images are told all the same.
+    #[arg(long)]
+    pub(super) ok_if_in_use: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -522,6 +537,12 @@ pub(super) struct Export {
     /// damaged, the new commit is too, and `verify` tells.
     #[arg(long)]
     pub(super) trust_archive: bool,
+    /// End with 0 if nothing but images in use was left out
+    ///
+    /// It is for timers, to which a running machine is no failure. The images are told all the same, and they are not in the
+    /// commit.
+    #[arg(long)]
+    pub(super) ok_if_in_use: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -839,8 +860,9 @@ pub(super) struct Import {
     pub(super) dry_run: bool,
     /// Restore images as revisions of Qubes OS, with the next free number
     ///
-    /// `private.img` becomes `private.img.N@TIME`, which `qvm-volume revert` accepts. It works beside a machine that
-    /// has only a `-dirty.img`.
+    /// `private.img` becomes `private.img.N@TIME`, which `qvm-volume revert` accepts; the names are told, and the commands
+    /// that go back to them. Without a GLOB, revisions that the archive has are left out. It works beside a machine
+    /// that has only a `-dirty.img`.
     #[arg(long)]
     pub(super) as_revision: bool,
     /// Take owners by number even where their names are known here

@@ -8,7 +8,7 @@ use crate::fs::{Filesystem, ImageInfo, images, prove_slots};
 use crate::monitor::Monitor;
 use crate::numbers::{ExtentId, Slot};
 use crate::plan::{self, ReclaimPlan, plan_proved};
-use crate::shown::size;
+use crate::shown::{counted, size};
 
 /// Bytes that stay free on the filesystem if the user does not say otherwise.
 pub const RESERVE_BYTES: u64 = 128 << 20;
@@ -49,15 +49,16 @@ fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: 
         let notes = [
             (
                 count(|image| image.stays_uncompressed),
-                "are marked not to be compressed (property `compression=none`)",
+                "marked not to be compressed (property `compression=none`)",
             ),
             (
                 count(|image| !image.checksummed),
-                "have no checksums (nodatacow), without which btrfs compresses nothing",
+                "without checksums (nodatacow), which btrfs does not compress",
             ),
         ];
         for (images, reason) in notes.into_iter().filter(|(images, _)| *images > 0) {
-            monitor.note(&format!("{images} images {reason}: they stay as they are"));
+            let images = counted(images as u64, "image");
+            monitor.note(&format!("Not compressed: {images} {reason}"));
         }
         if !fs.takes_frames() {
             monitor.note(

@@ -200,6 +200,14 @@ impl Skip {
         }
     }
 
+    /// Whether an image is left alone because its machine runs, or because someone has it open.
+    pub fn is_in_use(self) -> bool {
+        matches!(
+            self,
+            Self::InUse | Self::MachineInUse | Self::Dirty | Self::Running | Self::OpenedMeanwhile
+        )
+    }
+
     /// Returns the reason as a text for the user.
     pub fn reason(self) -> &'static str {
         match self {

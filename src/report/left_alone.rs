@@ -23,18 +23,10 @@ pub(super) struct InUse<'a> {
     pub(super) is_machine: bool,
 }
 
-/// Whether an image is left alone because its machine runs, or because someone has it open.
-pub(super) fn is_in_use(reason: Skip) -> bool {
-    matches!(
-        reason,
-        Skip::InUse | Skip::MachineInUse | Skip::Dirty | Skip::Running | Skip::OpenedMeanwhile
-    )
-}
-
 /// The machines that are in use, by name.
 pub(super) fn in_use(skipped: &[Skipped]) -> Vec<InUse<'_>> {
     let mut by_machine: BTreeMap<PathBuf, Vec<&Skipped>> = BTreeMap::new();
-    for image in skipped.iter().filter(|image| is_in_use(image.reason)) {
+    for image in skipped.iter().filter(|image| image.reason.is_in_use()) {
         by_machine.entry(machine_of(&image.path)).or_default().push(image);
     }
     let machines = by_machine.into_iter().filter_map(|(machine, images)| {
@@ -92,7 +84,7 @@ pub(super) fn write(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
         }
     }
     let mut by_reason: BTreeMap<Skip, Vec<&Skipped>> = BTreeMap::new();
-    for image in skipped.iter().filter(|image| !is_in_use(image.reason)) {
+    for image in skipped.iter().filter(|image| !image.reason.is_in_use()) {
         by_reason.entry(image.reason).or_default().push(image);
     }
     for (reason, images) in by_reason {

@@ -238,7 +238,8 @@ pub struct Reported {
     pub filesystem: &'static str,
     /// The pool.
     pub pool: PoolBytes,
-    /// The number of images.
+    /// The number of images. The document has it as every other.
+    #[serde(skip)]
     pub image_count: u64,
     /// The number of machines.
     pub machine_count: u64,
@@ -326,6 +327,19 @@ pub struct Protected {
     pub archive_bytes: u64,
 }
 
+/// An image that was restored as a revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RestoredRevision {
+    /// The name it is called by in the archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub path: PathBuf,
+    /// The name that it has, relative to the folder that was restored to.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub name: PathBuf,
+    /// The command by which Qubes OS makes it current, word by word; empty if it is not in a pool of Qubes OS.
+    pub command: Vec<String>,
+}
+
 /// The report of `import`.
 #[derive(Debug, Default, Serialize)]
 pub struct Imported {
@@ -353,6 +367,9 @@ pub struct Imported {
     pub done: Option<Restored>,
     /// Images that cannot be restored as a whole.
     pub lost: Vec<LostImage>,
+    /// Images that became revisions, or would.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub revisions: Vec<RestoredRevision>,
     /// Whether the archive is damaged behind this commit, so that a later one may be lost.
     pub later_damage: bool,
     /// Images that were not restored for lack of space, as far as they are known.
@@ -382,6 +399,7 @@ impl Imported {
             plan: None,
             done: outcome.restored,
             lost: outcome.lost,
+            revisions: Vec::new(),
             later_damage: outcome.later_damage,
             failed: stopped.0,
             left_out: stopped.1.unwrap_or_default(),
@@ -484,6 +502,8 @@ pub struct ListedCommit {
     pub added_bytes: u64,
     /// Bytes of the archive that its records take.
     pub stored_bytes: u64,
+    /// The number of its images.
+    pub image_count: u64,
     /// Its images.
     pub images: Vec<ListedImage>,
 }
@@ -496,6 +516,10 @@ pub struct Listed {
     pub archive: PathBuf,
     /// Its length in bytes.
     pub archive_bytes: u64,
+    /// The number of its commits.
+    pub commit_count: u64,
+    /// Whether something of it cannot be read, or stands behind the last commit.
+    pub is_damaged: bool,
     /// Whether the text shows the images of commits as well.
     #[serde(skip)]
     pub shows_images: bool,

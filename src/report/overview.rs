@@ -56,9 +56,11 @@ impl Reported {
                 used => format!(", {used} in use"),
             };
         }
-        let rest = format!(" ({})   {on_disk}   {counts}", self.filesystem);
         let root = shown(&self.root).to_string();
-        let room = COLUMNS.saturating_sub(columns(&rest)).max(16);
+        let rest = |gap: &str| format!(" ({}){gap}{on_disk}{gap}{counts}", self.filesystem);
+        let fits = |rest: &String| columns(rest) + columns(&root) <= COLUMNS;
+        let rest = Some(rest("   ")).filter(fits).unwrap_or_else(|| rest("  "));
+        let room = COLUMNS.saturating_sub(columns(&rest)).max(8);
         writeln!(f, "{}{rest}", shortened(&root, room))?;
         if self.pool.compressed_bytes > 0 {
             writeln!(
@@ -271,10 +273,7 @@ impl Reported {
         }
         let used: BTreeSet<&PathBuf> = used.iter().map(|one| &one.shows.path).collect();
         let others = self.left_alone.iter().filter(|image| !used.contains(&image.path));
-        let others: Vec<_> = others
-            .filter(|image| !left_alone::is_in_use(image.reason))
-            .cloned()
-            .collect();
+        let others: Vec<_> = others.filter(|image| !image.reason.is_in_use()).cloned().collect();
         left_alone::write(f, &others)
     }
 
@@ -554,7 +553,7 @@ mod tests {
         assert!(begin.elapsed().as_secs() < SECONDS_MAX, "{:?}", begin.elapsed());
         let wide: Vec<&str> = text.lines().filter(|line| columns(line) > COLUMNS).collect();
         assert!(wide.is_empty(), "{wide:#?}");
-        assert!(text.starts_with("/var/lib/qubes (btrfs)   1024.0 GiB on disk   500 images, 50 machines, none in use"));
+        assert!(text.starts_with("/var/lib/qubes (btrfs)  1024.0 GiB on disk  500 images, 50 machines, none in use"));
         assert!(text.contains("and 460 more images"), "{text}");
     }
 
