@@ -156,10 +156,8 @@ fn names_of_machine(machine: &Value, pool: &Path) -> Vec<PathBuf> {
 
 /// What the report says that deleting a set frees, now and after a reclaim.
 fn told(fs: &Mounted, set: &[PathBuf]) -> (i64, i64) {
-    let options: String = set
-        .iter()
-        .map(|name| format!(" --if-deleted {}", name.display()))
-        .collect();
+    let options = set.iter().map(|name| format!(" --if-deleted {}", name.display()));
+    let options = options.collect::<Vec<_>>().concat();
     let report = fs.vmfold_json(&format!("report{options}"));
     let told = report["if_deleted"].as_array().unwrap().last().unwrap();
     let number = |name: &str| told[name].as_i64().unwrap();

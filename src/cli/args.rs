@@ -33,6 +33,7 @@ use crate::shown::shown;
 /// depth. Quote patterns, or the shell expands them.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, propagate_version = true)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Args {
     /// Print one JSON document instead of text
     ///
@@ -250,6 +251,10 @@ impl Named {
         }
         if self.qubes {
             add(Path::new("--qubes"));
+        }
+        if self.qubes_root != Path::new("/") {
+            add(Path::new("--qubes-root"));
+            add(&self.qubes_root);
         }
         match &self.files_from {
             Some(list) => {

@@ -239,9 +239,10 @@ fn restore(
     } else {
         restore.execute()?
     };
-    let revisions = match options.restore.as_revision {
-        true => restored_revisions(&outcome.plan.images, &to),
-        false => Vec::new(),
+    let revisions = if options.restore.as_revision {
+        restored_revisions(&outcome.plan.images, &to)
+    } else {
+        Vec::new()
     };
     let imported = if options.dry_run {
         Imported::planned(archive, to, outcome)

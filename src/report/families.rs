@@ -291,9 +291,12 @@ pub(crate) fn families(
         let families: BTreeSet<Machine> = machines.machines_of(image).iter().map(|one| family_of[*one]).collect();
         families.into_iter().collect()
     });
-    let by_revisions = views.deleted_by(|image| match machines.is_revision(image) {
-        true => machines.machines_of(image).to_vec(),
-        false => Vec::new(),
+    let by_revisions = views.deleted_by(|image| {
+        if machines.is_revision(image) {
+            machines.machines_of(image).to_vec()
+        } else {
+            Vec::new()
+        }
     });
     let mut counts: BTreeMap<Machine, (u64, u64)> = BTreeMap::new();
     for image in machines.images() {

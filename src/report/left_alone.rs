@@ -49,11 +49,11 @@ fn name_of(path: &Path) -> String {
 
 /// Names with commas between them; those beyond [`NAMES_MAX`] are counted.
 fn listed(names: &[String]) -> String {
-    let mut text = names.iter().take(NAMES_MAX).cloned().collect::<Vec<_>>().join(", ");
-    if names.len() > NAMES_MAX {
-        text += &format!(" and {} more", names.len() - NAMES_MAX);
+    let text = names.iter().take(NAMES_MAX).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().checked_sub(NAMES_MAX) {
+        Some(more @ 1..) => format!("{text} and {more} more"),
+        _ => text,
     }
-    text
 }
 
 /// Writes which images are left alone: a line for those of running machines, one for single images in use, and one for each other reason.

@@ -45,17 +45,16 @@ impl Reported {
     /// How much is on disk, and of what.
     fn write_head(&self, f: &mut Formatter<'_>, unit: SizeUnit) -> Result {
         let on_disk = format!("{} on disk", unit.size(self.pool.physical_bytes));
-        let mut counts = format!(
-            "{}, {}",
+        let used = match in_use(&self.left_alone).len() {
+            _ if self.planned.is_none() => String::new(),
+            0 => ", none in use".to_owned(),
+            used => format!(", {used} in use"),
+        };
+        let (images, machines) = (
             counted(self.image_count, "image"),
-            counted(self.machine_count, "machine")
+            counted(self.machine_count, "machine"),
         );
-        if self.planned.is_some() {
-            counts += &match in_use(&self.left_alone).len() {
-                0 => ", none in use".to_owned(),
-                used => format!(", {used} in use"),
-            };
-        }
+        let counts = format!("{images}, {machines}{used}");
         let root = shown(&self.root).to_string();
         let rest = |gap: &str| format!(" ({}){gap}{on_disk}{gap}{counts}", self.filesystem);
         let fits = |rest: &String| columns(rest) + columns(&root) <= COLUMNS;
@@ -218,10 +217,11 @@ impl Reported {
             if is_compressed {
                 numbers.extend([image.compressed_bytes, image.uncompressed_bytes]);
             }
-            let row: String = numbers
+            let cells: Vec<String> = numbers
                 .iter()
                 .map(|bytes| format!("{:>9}", unit.number(*bytes)))
                 .collect();
+            let row = cells.concat();
             let path = image.path.strip_prefix(&self.root).unwrap_or(&image.path);
             let room = COLUMNS.saturating_sub(columns(&row) + 2);
             writeln!(f, "{row}  {}", shortened(&shown(path).to_string(), room))?;
@@ -265,9 +265,10 @@ impl Reported {
             let image = shown(one.shows.path.file_name().map_or(&one.shows.path, Path::new)).to_string();
             let why = one.shows.detail.as_deref().unwrap_or_else(|| one.shows.reason.name());
             let images = counted(one.images, "image");
-            let line = match one.is_machine {
-                true => format!("  {:20} {images:>10}   {image}: {why}", shortened(&one.name, 20)),
-                false => format!("  {image}: {why}"),
+            let line = if one.is_machine {
+                format!("  {:20} {images:>10}   {image}: {why}", shortened(&one.name, 20))
+            } else {
+                format!("  {image}: {why}")
             };
             writeln!(f, "{}", shortened(&line, COLUMNS))?;
         }

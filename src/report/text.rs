@@ -520,12 +520,11 @@ fn write_plan(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result
     let reasons = reasons.collect::<Vec<_>>().join(", ");
     if !reasons.is_empty() {
         let in_extents = counted(planned.extents, "extent");
-        match dry_run {
-            true => writeln!(f, "In {in_extents}: {reasons}")?,
-            false => {
-                let planned = freed_or_taken(planned.freed_bytes, "Planned", "Planned to take more:");
-                writeln!(f, "{planned} in {in_extents}: {reasons}")?;
-            }
+        if dry_run {
+            writeln!(f, "In {in_extents}: {reasons}")?;
+        } else {
+            let planned = freed_or_taken(planned.freed_bytes, "Planned", "Planned to take more:");
+            writeln!(f, "{planned} in {in_extents}: {reasons}")?;
         }
     }
     if planned.extents > 0 {
