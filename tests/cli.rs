@@ -99,30 +99,30 @@ fn reclaim_report_scan_and_status() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run("scan"), @r#"
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        3 images: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
         Fingerprints: 10.0 MiB from the filesystem's checksums, 0 B from the index, 0 B read
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
         Would free 6.0 MiB. Nothing was changed
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        3 images: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
         In 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB
         To do so: 15.0 MiB compared, 4.0 MiB rewritten, about 768 B of metadata, up to 4.0 MiB of extra space on the way
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim"), @r#"
-        Freed 6.0 MiB: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extent, 3 references)
-        3 images, before: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Freed 6.0 MiB: now 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
+        3 images, before: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
         Planned 6.0 MiB in 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB
         To do so: 15.0 MiB compared, 4.0 MiB rewritten, about 768 B of metadata, up to 4.0 MiB of extra space on the way
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim"), @r#"
-        Freed 0 B: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extent, 3 references)
-        3 images, before: 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extent, 3 references)
+        Freed 0 B: now 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
+        3 images, before: 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
         --- stderr
         --- exit 0
     "#);
@@ -158,7 +158,7 @@ fn reclaim_report_scan_and_status() {
     let open = File::open(fs.pool().join("one.img")).unwrap();
     insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
         Would free 0 B. Nothing was changed
-        2 images: 4.0 MiB on disk for 8.0 MiB of data in 10.0 MiB of images (1 extent, 2 references)
+        2 images: 4.0 MiB on disk for 8.0 MiB mapped, 10.0 MiB with holes (1 extent, 2 references)
         1 image in use left alone (one.img): open in [process]
         --- stderr
         --- exit 3
@@ -175,7 +175,7 @@ fn compression() {
     let run = |command: &str| outcome(&fs.vmfold(command), &fs.mount);
     insta::assert_snapshot!(run("reclaim --compress zstd --dry-run"), @r#"
         Would free 7.9 MiB. Nothing was changed
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        3 images: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
         In 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB
         To do so: 15.0 MiB compared, 2.1 MiB rewritten, about 24.0 KiB of metadata, up to 2.1 MiB of extra space on the way
         Of what is rewritten, 4.0 MiB of data are compressed to about 2.1 MiB
@@ -183,8 +183,8 @@ fn compression() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress zstd"), @r#"
-        Freed 7.9 MiB: now 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
-        3 images, before: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        Freed 7.9 MiB: now 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        3 images, before: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
         Planned 7.9 MiB in 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB
         To do so: 15.0 MiB compared, 2.1 MiB rewritten, about 24.0 KiB of metadata, up to 2.1 MiB of extra space on the way
         Of what is rewritten, 4.0 MiB of data are compressed to about 2.1 MiB
@@ -192,8 +192,8 @@ fn compression() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress zstd"), @r#"
-        Freed 0 B: now 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
-        3 images, before: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Freed 0 B: now 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        3 images, before: 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         --- stderr
         --- exit 0
     "#);
@@ -216,14 +216,14 @@ fn compression() {
     "#);
     insta::assert_snapshot!(run("reclaim --compress none --dry-run"), @r#"
         Would take more: 1.9 MiB. Nothing was changed
-        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        3 images: 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         To do so: 12.0 MiB compared, 4.0 MiB rewritten, about 0 B of metadata, up to 4.0 MiB of extra space on the way
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress none"), @r#"
-        Took more: 1.9 MiB: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extent, 3 references)
-        3 images, before: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Took more: 1.9 MiB: now 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
+        3 images, before: 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         To do so: 12.0 MiB compared, 4.0 MiB rewritten, about 0 B of metadata, up to 4.0 MiB of extra space on the way
         --- stderr
         --- exit 0

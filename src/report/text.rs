@@ -30,7 +30,7 @@ impl Display for PoolBytes {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         write!(
             f,
-            "{} on disk for {} of data in {} of images ({}, {})",
+            "{} on disk for {} mapped, {} with holes ({}, {})",
             size(self.physical_bytes),
             size(self.referenced_bytes),
             size(self.logical_bytes),
