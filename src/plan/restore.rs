@@ -643,7 +643,7 @@ mod tests {
         assert_eq!(names(&select(&["b/"]).unwrap()), ["b/root.img"]);
         assert_eq!(select(&["a"]).unwrap().images.len(), 2);
         assert_eq!(names(&select(&["c.img"]).unwrap()), ["c.img"]);
-        assert!(matches!(select(&["d"]), Err(Error::Usage(_))));
+        assert!(matches!(select(&["d"]), Err(Error::NoMatch { .. })));
         assert!(matches!(select(&["["]), Err(Error::Usage(_))));
     }
 

@@ -41,6 +41,17 @@ pub(super) fn in_use(skipped: &[Skipped]) -> Vec<InUse<'_>> {
     machines.collect()
 }
 
+impl InUse<'_> {
+    /// Its name in a list: if only one of its images is left alone, that one is named.
+    fn listed_name(&self) -> String {
+        if self.is_machine && self.images == 1 {
+            format!("{}/{}", self.name, name_of(&self.shows.path))
+        } else {
+            self.name.clone()
+        }
+    }
+}
+
 /// The last part of a path, on one line.
 fn name_of(path: &Path) -> String {
     let name = path.file_name().map_or(path, Path::new);
@@ -64,7 +75,7 @@ pub(super) fn write(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
             continue;
         }
         let images = of.iter().map(|one| one.images).sum();
-        let names: Vec<String> = of.iter().map(|one| one.name.clone()).collect();
+        let names: Vec<String> = of.iter().map(InUse::listed_name).collect();
         match what {
             "image in use" => write!(f, "{} left alone ({}", counted_in_use(images), listed(&names))?,
             _ => write!(
@@ -136,6 +147,10 @@ mod tests {
         assert_eq!(
             Written(&skipped).to_string(),
             "12 images of 3 running machines left alone (personal, vault, work)\n"
+        );
+        assert_eq!(
+            Written(&skipped[1..2]).to_string(),
+            "1 image of 1 running machine left alone (personal/1.img): /run/x\n"
         );
         let open = |name: &str| Skipped::new(Path::new(name), Skip::InUse).because(Some("open in qemu (5)".into()));
         assert_eq!(
