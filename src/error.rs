@@ -379,6 +379,14 @@ pub enum Error {
         /// The images.
         paths: Vec<PathBuf>,
     },
+    /// No image of a commit or a backup matches what was asked for.
+    #[error("no image of {whole} matches{}", in_others(others))]
+    NoMatch {
+        /// The commit or the backup, in words.
+        whole: String,
+        /// Other commits of the archive that have such an image, in words.
+        others: Vec<String>,
+    },
     /// There is too little free space to restore the images.
     #[error(
         "restoring takes {} at `{}`, with {} that stay free, and {} are free",
@@ -570,6 +578,7 @@ impl Error {
             | Self::NoKey { .. }
             | Self::NotAFile { .. }
             | Self::NoSuchCommit { .. }
+            | Self::NoMatch { .. }
             | Self::Exists { .. }
             | Self::FolderInTheWay { .. } => ErrorKind::Usage,
             Self::InUse { .. } | Self::Appending { .. } => ErrorKind::InUse,
@@ -652,7 +661,8 @@ impl Error {
             Self::WrongKey { .. } => "check what was given; vmfold key list tells who holds a key",
             Self::NotSealed { .. } => "if it is, leave the key out",
             Self::DamagedKeyring { .. } => "no key opens it as it is: take another copy of the archive",
-            Self::NoSuchCommit { .. } => "vmfold list shows what there is",
+            Self::NoMatch { others, .. } if !others.is_empty() => "name the commit by --commit",
+            Self::NoSuchCommit { .. } | Self::NoMatch { .. } => "vmfold list shows what there is",
             Self::ChangedMeanwhile { .. } => "nothing was added to the archive; shut the machine down and run it again",
             Self::WorkSpace { .. } => "allow more, or choose fewer images",
             Self::DoesNotFit { .. } => {
@@ -668,6 +678,15 @@ impl Error {
             Self::DamagedBackup { .. } => "vmfold import --partial restores what came before the damage",
             Self::Interrupted | Self::Usage(_) | Self::RefusedBackup { .. } | Self::KeyProgram { .. } => return None,
         })
+    }
+}
+
+/// Which other commits have an image, as the end of a message.
+fn in_others(others: &[String]) -> String {
+    match others {
+        [] => String::new(),
+        [one] => format!(", but one of {one} does"),
+        [.., last] => format!(", but one of {last} does, and of {} more", others.len() - 1),
     }
 }
 
@@ -711,6 +730,10 @@ mod tests {
             with(|path| Error::NoSuchCommit {
                 path,
                 commit: String::new(),
+            }),
+            with(|_| Error::NoMatch {
+                whole: "commit 2".into(),
+                others: Vec::new(),
             }),
             with(|path| Error::Exists { paths: vec![path] }),
             with(|path| Error::FolderInTheWay { path }),

@@ -574,7 +574,7 @@ fn an_image_in_use_is_left_out_and_one_that_changes_fails_the_export() {
     let output = scratch.run(&["export", "a.vmfold", as_str(&pool)]);
     assert_eq!(output.status.code(), Some(3), "{}", text(&output));
     assert!(
-        text(&output).contains("appvms/work/private.img: in use"),
+        text(&output).contains("1 image of 1 running machine left alone (work/private.img): open in "),
         "{}",
         text(&output)
     );

@@ -442,15 +442,21 @@ fn images_in_use_are_left_alone() {
         "filefrag -v {0}/appvms/work/* {0}/vm-templates/b/root.img",
         fs.pool().display()
     ));
-    let output = fs.vmfold("reclaim");
+    let output = fs.vmfold("-v reclaim");
     sh(&format!("losetup -d {device}"));
     drop(open);
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(
-        text.contains("private-precache.img: in use") && text.contains("b/root.img: in use"),
+        text.ends_with("7 images of 2 running machines left alone (work, b)\n"),
         "{text}"
     );
+    // The log names each of them.
+    let text = String::from_utf8(output.stderr).unwrap();
+    for name in ["private-precache.img", "b/root.img"] {
+        let is_named = |line: &str| line.contains(name) && line.contains("in use: shut the machine down");
+        assert!(text.lines().any(is_named), "{text}");
+    }
     assert_eq!(
         text.matches("another image of its machine is in use").count(),
         5,

@@ -21,11 +21,21 @@ fn outcome(output: &Output, folder: &Path) -> String {
     let me = format!("({})", std::process::id());
     let text = |bytes: &[u8]| {
         let text = String::from_utf8_lossy(bytes).replace(&folder.display().to_string(), "[folder]");
+        // A report begins with the folder, which is shortened where it is long, as are the gaps.
+        let text = match text.split_once(" (btrfs)  ") {
+            Some((path, rest)) if !path.contains('\n') => {
+                let (line, rest) = rest.split_once('\n').unwrap_or((rest, ""));
+                format!("[pool] (btrfs)  {}\n{rest}", line.trim_start().replace("   ", "  "))
+            }
+            _ => text,
+        };
+        let index = folder.with_file_name("index").display().to_string();
+        let text = text.replace(&index, "[index]");
         // Who holds an image in these tests is the test itself.
         let lines = text
             .split_inclusive('\n')
             .map(|line| match line.split_once("open in ") {
-                Some((before, after)) if after.contains(&me) => format!("{before}open in [process])\n"),
+                Some((before, after)) if after.contains(&me) => format!("{before}open in [process]\n"),
                 _ => line.to_owned(),
             });
         lines.collect::<String>()
@@ -71,50 +81,64 @@ fn reclaim_report_scan_and_status() {
     let fs = small_pool();
     let run = |command: &str| outcome(&fs.vmfold(command), &fs.mount);
     insta::assert_snapshot!(run("report"), @r#"
-               Size        Data   Exclusive      Shared  Compressed Uncompressed Unreachable  Image
-            5.0 MiB     5.0 MiB     5.0 MiB         0 B         0 B          0 B         0 B  [folder]/pool/one.img
-            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img
-            5.0 MiB     5.0 MiB         0 B     5.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
-        Unreachable parts of extents: 0 B
+        [pool] (btrfs)  10.0 MiB on disk  3 images, 2 machines, none in use
+
+        Reclaim would free 6.0 MiB (60 %), leaving 4.0. Deletes nothing.
+          duplicates        4.0 ███████████████████▏
+          zeros             2.0 █████████▌
+
+                                                                    Deleting it frees
+        Family / machine, MiB                      On disk          now   after reclaim
+        one.img family                                10.0         10.0             4.0
+          one.img                                      5.0          5.0               0
+          two.img                                      5.0          5.0               0
+            1 revision                                 5.0            0               0
+        Deleting revisions gains nothing: keep them.
+        Next: sudo vmfold reclaim --index [index] [folder]/pool
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("scan"), @r#"
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
+        3 images: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
         Fingerprints: 10.0 MiB from the filesystem's checksums, 0 B from the index, 0 B read
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
-        Would free 6.0 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB)
+        Would free 6.0 MiB. Nothing was changed
+        3 images: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
+        In 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB
         To do so: 15.0 MiB compared, 4.0 MiB rewritten, about 768 B of metadata, up to 4.0 MiB of extra space on the way
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim"), @r#"
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
-        Planned 6.0 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB)
+        Freed 6.0 MiB: now 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
+        3 images, before: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
+        Planned 6.0 MiB in 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB
         To do so: 15.0 MiB compared, 4.0 MiB rewritten, about 768 B of metadata, up to 4.0 MiB of extra space on the way
-        Freed 6.0 MiB: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim"), @r#"
-        3 images: 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
-        Planned 0 B in 0 extents
-        Freed 0 B: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
+        Freed 0 B: now 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
+        3 images, before: 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("report"), @r#"
-               Size        Data   Exclusive      Shared  Compressed Uncompressed Unreachable  Image
-            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B          0 B         0 B  [folder]/pool/one.img
-            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img
-            5.0 MiB     4.0 MiB         0 B     4.0 MiB         0 B          0 B         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
-        3 images: 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
-        Unreachable parts of extents: 0 B
+        [pool] (btrfs)  4.0 MiB on disk  3 images, 2 machines, none in use
+
+        Reclaim would free nothing: what is equal is shared already.
+
+                                                                    Deleting it frees
+        Family / machine, MiB                      On disk          now   after reclaim
+        one.img family                                 4.0          4.0             4.0
+          one.img                                      4.0            0               0
+          two.img                                      4.0            0               0
+            1 revision                                 4.0            0               0
+        Deleting revisions gains nothing: keep them.
+        Next, after updates of the machines: sudo vmfold reclaim --index [index] [folder]/pool
         --- stderr
         --- exit 0
     "#);
@@ -133,10 +157,9 @@ fn reclaim_report_scan_and_status() {
     });
     let open = File::open(fs.pool().join("one.img")).unwrap();
     insta::assert_snapshot!(run("reclaim --dry-run"), @r#"
-        2 images: 4.0 MiB on disk for 8.0 MiB of data in 10.0 MiB of images (1 extents, 2 references)
-        Would free 0 B in 0 extents
-        1 machines are running, or were when their host stopped: their images are left alone
-        Left alone: [folder]/pool/one.img: in use: shut the machine down, detach the loop device, or turn swapping off (open in [process])
+        Would free 0 B. Nothing was changed
+        2 images: 4.0 MiB on disk for 8.0 MiB mapped, 10.0 MiB with holes (1 extent, 2 references)
+        1 image in use left alone (one.img): open in [process]
         --- stderr
         --- exit 3
     "#);
@@ -151,51 +174,57 @@ fn compression() {
     let fs = small_pool();
     let run = |command: &str| outcome(&fs.vmfold(command), &fs.mount);
     insta::assert_snapshot!(run("reclaim --compress zstd --dry-run"), @r#"
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
-        Would free 7.9 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB)
+        Would free 7.9 MiB. Nothing was changed
+        3 images: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
+        In 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB
         To do so: 15.0 MiB compared, 2.1 MiB rewritten, about 24.0 KiB of metadata, up to 2.1 MiB of extra space on the way
         Of what is rewritten, 4.0 MiB of data are compressed to about 2.1 MiB
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress zstd"), @r#"
-        3 images: 10.0 MiB on disk for 15.0 MiB of data in 15.0 MiB of images (2 extents, 3 references)
-        Planned 7.9 MiB in 2 extents (duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB)
+        Freed 7.9 MiB: now 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        3 images, before: 10.0 MiB on disk for 15.0 MiB mapped, 15.0 MiB with holes (2 extents, 3 references)
+        Planned 7.9 MiB in 2 extents: duplicates 4.0 MiB, zeros 2.0 MiB, compression 1.9 MiB
         To do so: 15.0 MiB compared, 2.1 MiB rewritten, about 24.0 KiB of metadata, up to 2.1 MiB of extra space on the way
         Of what is rewritten, 4.0 MiB of data are compressed to about 2.1 MiB
-        Freed 7.9 MiB: now 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress zstd"), @r#"
-        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
-        Planned 0 B in 0 extents
-        Freed 0 B: now 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        Freed 0 B: now 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
+        3 images, before: 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("report"), @r#"
-               Size        Data   Exclusive      Shared  Compressed Uncompressed Unreachable  Image
-            5.0 MiB     4.0 MiB         0 B     2.1 MiB     2.1 MiB      4.0 MiB         0 B  [folder]/pool/one.img
-            5.0 MiB     4.0 MiB         0 B     2.1 MiB     2.1 MiB      4.0 MiB         0 B  [folder]/pool/two.img
-            5.0 MiB     4.0 MiB         0 B     2.1 MiB     2.1 MiB      4.0 MiB         0 B  [folder]/pool/two.img.1@2026-01-01T00:00:00Z
-        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
-        Unreachable parts of extents: 0 B
+        [pool] (btrfs)  2.1 MiB on disk  3 images, 2 machines, none in use
+        Compressed: 2.1 MiB on disk for 4.0 MiB
+
+        Reclaim would free nothing: what is equal is shared already.
+
+                                                                    Deleting it frees
+        Family / machine, MiB                      On disk          now   after reclaim
+        one.img family                                 2.1          2.1             2.1
+          one.img                                      2.1            0               0
+          two.img                                      2.1            0               0
+            1 revision                                 2.1            0               0
+        Deleting revisions gains nothing: keep them.
+        Next, after updates of the machines: sudo vmfold reclaim --index [index] [folder]/pool
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress none --dry-run"), @r#"
-        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
-        Would take more: 1.9 MiB in 32 extents
+        Would take more: 1.9 MiB. Nothing was changed
+        3 images: 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         To do so: 12.0 MiB compared, 4.0 MiB rewritten, about 0 B of metadata, up to 4.0 MiB of extra space on the way
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run("reclaim --compress none"), @r#"
-        3 images: 2.1 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
-        Planned to take more: 1.9 MiB in 32 extents
+        Took more: 1.9 MiB: now 4.0 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (1 extent, 3 references)
+        3 images, before: 2.1 MiB on disk for 12.0 MiB mapped, 15.0 MiB with holes (32 extents, 96 references), 2.1 MiB of it compressed from 4.0 MiB
         To do so: 12.0 MiB compared, 4.0 MiB rewritten, about 0 B of metadata, up to 4.0 MiB of extra space on the way
-        Took more: 1.9 MiB: now 4.0 MiB on disk for 12.0 MiB of data in 15.0 MiB of images (1 extents, 3 references)
         --- stderr
         --- exit 0
     "#);
@@ -218,6 +247,7 @@ fn reclaim_json() {
         {
           "type": "reclaim",
           "version": 1,
+          "image_count": 3,
           "images": 3,
           "skipped": [],
           "machines_in_use": 0,
@@ -325,6 +355,7 @@ fn export_list_verify_diff_and_import() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["list", archive]), @r#"
+        `[folder]/a.vmfold`: 2 commits in 2.1 MiB
         Commit  Name      Time                     Images         Size        Added       Stored  Label
              1  [name]    [time]                        3     15.0 MiB      4.0 MiB      2.1 MiB  first
              2  [name]    [time]                        3     15.0 MiB          0 B      [few] KiB  
@@ -332,6 +363,7 @@ fn export_list_verify_diff_and_import() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["list", archive, "first"]), @r#"
+        `[folder]/a.vmfold`: 2 commits in 2.1 MiB
         Commit  Name      Time                     Images         Size        Added       Stored  Label
              1  [name]    [time]                        3     15.0 MiB      4.0 MiB      2.1 MiB  first
 
@@ -353,15 +385,16 @@ fn export_list_verify_diff_and_import() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["import", archive, "--to", to, "--dry-run"]), @r#"
+        Would restore 3 images to `[folder]/to`: 4.0 MiB written, 0 B shared with what is there
         Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
         4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["import", archive, "two.img", "--to", to]), @r#"
-        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 images, 4.0 MiB of data in 5.0 MiB
+        Restored 1 image to `[folder]/to`: 4.0 MiB written, 0 B shared with what was there
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 image, 4.0 MiB of data in 5.0 MiB
         4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
-        Restored 1 images to `[folder]/to`: 4.0 MiB written, 0 B shared with what was there
         --- stderr
         --- exit 0
     "#);
@@ -372,7 +405,7 @@ fn export_list_verify_diff_and_import() {
     "#);
     insta::assert_snapshot!(run(&["import", archive, "none.img", "--to", to]), @r#"
         --- stderr
-        error: no image of this commit matches: vmfold list shows what there is
+        error: no image of commit 2 ([name]) matches (vmfold list shows what there is)
         --- exit 2
     "#);
     std::fs::write(fs.pool().join("one.img"), vec![7; 5000]).unwrap();
@@ -382,8 +415,8 @@ fn export_list_verify_diff_and_import() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["diff", archive, "--pool", pool]), @r#"
-        Differs in 5.0 MiB: one.img: bytes 0..5242880
         2 of 3 images are the same in commit 2 ([name]) and the images on disk
+        Differs in 5.0 MiB: one.img: bytes 0..5242880
         --- stderr
         --- exit 5
     "#);
@@ -392,6 +425,7 @@ fn export_list_verify_diff_and_import() {
     bytes[at] ^= 1;
     std::fs::write(archive, bytes).unwrap();
     insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        2 commits with 6 images, 3.0 MiB of blocks in 2.1 MiB: damaged
         Damaged: [range]: a record does not match its hash
         Damaged: [range]: a frame does not match its hash
         Commit 1: Lost: one.img: bytes 2129920..3186688
@@ -400,29 +434,28 @@ fn export_list_verify_diff_and_import() {
         Commit 2: Lost: one.img: bytes 2129920..3186688
         Commit 2: Lost: two.img: bytes 2129920..3186688
         Commit 2: Lost: two.img.1@2026-01-01T00:00:00Z: bytes 2129920..3186688
-        2 commits with 6 images, 3.0 MiB of blocks in 2.1 MiB: damaged
         --- stderr
         --- exit 4
     "#);
     let whole = fs.mount.join("whole");
     insta::assert_snapshot!(run(&["import", archive, "--to", whole.to_str().unwrap()]), @r#"
+        Nothing was restored: --partial restores what is intact
         Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
         4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
         Lost: one.img: bytes 2129920..3186688
         Lost: two.img: bytes 2129920..3186688
         Lost: two.img.1@2026-01-01T00:00:00Z: bytes 2129920..3186688
-        Nothing was restored: --partial restores what is intact
         --- stderr
         note: the archive `[folder]/a.vmfold` is damaged at [range]: a frame does not match its hash
         --- exit 4
     "#);
     insta::assert_snapshot!(run(&["import", archive, "--to", whole.to_str().unwrap(), "--partial"]), @r#"
+        Restored 0 images to `[folder]/whole`: 3.0 MiB written, 0 B shared with what was there
         Commit 2 ([name]) of `[folder]/a.vmfold`: 3 images, 12.0 MiB of data in 15.0 MiB
         4.0 MiB distinct: 4.0 MiB new, 0 B on this disk already; takes up to 4.0 MiB, [size] free
         Lost: one.img: bytes 2129920..3186688; the rest of it is `one.img.vmfold-partial`
         Lost: two.img: bytes 2129920..3186688; the rest of it is `two.img.vmfold-partial`
         Lost: two.img.1@2026-01-01T00:00:00Z: bytes 2129920..3186688; the rest of it is `two.img.1@2026-01-01T00:00:00Z.vmfold-partial`
-        Restored 0 images to `[folder]/whole`: 3.0 MiB written, 0 B shared with what was there
         --- stderr
         note: The archive is damaged at [range]: a record does not match its hash
         note: the archive `[folder]/a.vmfold` is damaged at [range]: a frame does not match its hash
@@ -613,7 +646,7 @@ fn help_and_usage() {
 
         Commands:
           reclaim  Share what images have in common, and free the rest
-          report   Show what each image holds, and what deleting it would free
+          report   Tell what takes space, what a reclaim would free, and what deleting would free
           export   Write images and revisions to an archive, each distinct block once
           import   Restore images from an archive or another backup, sharing what they have in common
           list     Show the commits and images of an archive
@@ -646,6 +679,12 @@ fn help_and_usage() {
                   Once: which images are worked on, which are left alone and why, what is planned, what
                   names restored images get. Twice: also each range that is not shared or cannot be read,
                   with the reason, and each extent that goes.
+
+          -q, --quiet
+                  Print only the first line of a report, and neither notes nor progress
+
+                  Errors are printed all the same. It is for timers, which mail what is printed. It changes
+                  no JSON document.
 
               --log-file <FILE>
                   Append a log of all decisions to a file
@@ -757,296 +796,310 @@ fn man_pages_name_every_option() {
 
 #[test]
 fn short_help_of_reclaim() {
-    insta::assert_snapshot!(help(&["reclaim", "-h"]), @"
-    Share what images have in common, and free the rest
+    insta::assert_snapshot!(help(&["reclaim", "-h"]), @r#"
+        Share what images have in common, and free the rest
 
-    Usage: vmfold reclaim [OPTIONS] [PATH]...
+        Usage: vmfold reclaim [OPTIONS] [PATH]...
 
-    Arguments:
-      [PATH]...  Image files, and folders to search for images, all on one filesystem; or a whole
-                 filesystem, by device or UUID
+        Arguments:
+          [PATH]...  Image files, and folders to search for images, all on one filesystem; or a whole
+                     filesystem, by device or UUID
 
-    Options:
-          --files-from <FILE>   Read more paths from a file, one a line or ended by NUL; `-` for
-                                standard input
-          --json                Print one JSON document instead of text
-          --nice                Give way to all other work on the processor and the disk
-          --qubes               All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
-          --qubes-root <DIR>    Where dom0's root filesystem is mounted, in a rescue system [default: /]
-      -v, --verbose...          Say on standard error what is decided about each image, and with -vv
-                                about each range
-          --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
-          --log-file <FILE>     Append a log of all decisions to a file
-          --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
-          --log-json            Write the lines of -v and --log-file as JSON
-          --memory <SIZE>       Memory for tables of blocks, and as much again for lists; 32 MiB, and 48
-                                MiB more for each TiB of extents, if not said
-      -n, --dry-run             Only say what would be done
-          --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
-                                more fragments [default: 8KiB]
-          --compress <HOW>      Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if
-                                not said), sharing it all the same; `none` undoes it
-          --min-gain <PERCENT>  What must be gained to compress something, in hundredths of its size
-                                [default: 10]
-          --recompress          Compress what is compressed already once more where that gains as much
-                                again
-          --keep-zeros          Leave blocks of zeros as data instead of making them holes
-          --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
-          --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]
-          --group <GLOB>        Keep images that match this pattern among themselves; may be given more
-                                than once
-          --max-references <N>  References that one extent may get [default: 16384]
-          --max-extents <N>     References to extents that an image may get for each GiB of its data
-                                [default: 32768]
-          --reserve <SIZE>      Disk space that stays free whatever happens [default: 128MiB]
-          --max-seconds <N>     Stop in order after so many seconds; the next run goes on from there
-      -h, --help                Print help (see more with '--help')
-      -V, --version             Print version
-    --- stderr
-    --- exit 0
-    ");
+        Options:
+              --files-from <FILE>   Read more paths from a file, one a line or ended by NUL; `-` for
+                                    standard input
+              --json                Print one JSON document instead of text
+              --nice                Give way to all other work on the processor and the disk
+              --qubes               All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+              --qubes-root <DIR>    Where dom0's root filesystem is mounted, in a rescue system [default: /]
+          -v, --verbose...          Say on standard error what is decided about each image, and with -vv
+                                    about each range
+              --exclude <GLOB>      Leave out what matches this pattern; may be given more than once
+          -q, --quiet               Print only the first line of a report, and neither notes nor progress
+              --index <DIR>         Folder for the index, which is only a cache [default: /var/cache/vmfold]
+              --log-file <FILE>     Append a log of all decisions to a file
+              --log-json            Write the lines of -v and --log-file as JSON
+              --memory <SIZE>       Memory for tables of blocks, and as much again for lists; 32 MiB, and 48
+                                    MiB more for each TiB of extents, if not said
+          -n, --dry-run             Only say what would be done
+              --min-run <SIZE>      Shortest run of equal data worth sharing: less frees more, and makes
+                                    more fragments [default: 8KiB]
+              --compress <HOW>      Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if
+                                    not said), sharing it all the same; `none` undoes it
+              --min-gain <PERCENT>  What must be gained to compress something, in hundredths of its size
+                                    [default: 10]
+              --recompress          Compress what is compressed already once more where that gains as much
+                                    again
+              --keep-zeros          Leave blocks of zeros as data instead of making them holes
+              --keep-prealloc       Leave preallocated ranges allocated instead of making them holes
+              --work-space <SIZE>   Extra disk space that may be used on the way [default: 1GiB]
+              --group <GLOB>        Keep images that match this pattern among themselves; may be given more
+                                    than once
+              --max-references <N>  References that one extent may get [default: 16384]
+              --max-extents <N>     References to extents that an image may get for each GiB of its data
+                                    [default: 32768]
+              --reserve <SIZE>      Disk space that stays free whatever happens [default: 128MiB]
+              --max-seconds <N>     Stop in order after so many seconds; the next run goes on from there
+              --ok-if-in-use        End with 0 if nothing but images in use was left alone
+          -h, --help                Print help (see more with '--help')
+          -V, --version             Print version
+        --- stderr
+        --- exit 0
+    "#);
 }
 
 #[test]
 #[expect(clippy::too_many_lines, reason = "the help is the reference")]
 fn help_of_reclaim() {
-    insta::assert_snapshot!(help(&["reclaim", "--help"]), @"
-    Share what images have in common, and free the rest
+    insta::assert_snapshot!(help(&["reclaim", "--help"]), @r#"
+        Share what images have in common, and free the rest
 
-    It frees blocks that are equal anywhere in any image, zeros, space that was allocated and never
-    written, and parts of extents that nothing can reach. The kernel compares the bytes of both sides,
-    under lock, before it shares them; nothing else touches an image. No image and no revision is
-    deleted. vmfold counts extents before and after, and reports the difference as freed.
+        It frees blocks that are equal anywhere in any image, zeros, space that was allocated and never
+        written, and parts of extents that nothing can reach. The kernel compares the bytes of both sides,
+        under lock, before it shares them; nothing else touches an image. No image and no revision is
+        deleted. vmfold counts extents before and after, and reports the difference as freed.
 
-    Shut the machines down first, and name what is to share: images, folders, or a whole filesystem.
-    Extents that snapshots or files outside these paths use too stay; vmfold says how much that is, and
-    who holds them. It can be killed at any moment: images stay as they are, and the next run goes on
-    from there.
+        Shut the machines down first, and name what is to share: images, folders, or a whole filesystem.
+        Extents that snapshots or files outside these paths use too stay; vmfold says how much that is, and
+        who holds them. It can be killed at any moment: images stay as they are, and the next run goes on
+        from there.
 
-    Usage: vmfold reclaim [OPTIONS] [PATH]...
+        Usage: vmfold reclaim [OPTIONS] [PATH]...
 
-    Arguments:
-      [PATH]...
-              Image files, and folders to search for images, all on one filesystem; or a whole
-              filesystem, by device or UUID
+        Arguments:
+          [PATH]...
+                  Image files, and folders to search for images, all on one filesystem; or a whole
+                  filesystem, by device or UUID
 
-              A folder is searched at all depths, without following symbolic links. Images on other
-              filesystems that are mounted below it are left alone. In a folder, those files count whose
-              names say that they are images (.img, .raw, .qcow2, .qcow, .vmdk, .vdi, .vhd, .vhdx, .hdd,
-              .iso) or revisions of one, and files of 16 MiB and more without an extension. A file that
-              is named itself always counts. A whole filesystem with all its subvolumes is named by its
-              mount point, its device, or its UUID. Images share blocks only with others that are named
-              in the same run.
+                  A folder is searched at all depths, without following symbolic links. Images on other
+                  filesystems that are mounted below it are left alone. In a folder, those files count whose
+                  names say that they are images (.img, .raw, .qcow2, .qcow, .vmdk, .vdi, .vhd, .vhdx, .hdd,
+                  .iso) or revisions of one, and files of 16 MiB and more without an extension. A file that
+                  is named itself always counts. A whole filesystem with all its subvolumes is named by its
+                  mount point, its device, or its UUID. Images share blocks only with others that are named
+                  in the same run.
 
-    Options:
-          --files-from <FILE>
-              Read more paths from a file, one a line or ended by NUL; `-` for standard input
+        Options:
+              --files-from <FILE>
+                  Read more paths from a file, one a line or ended by NUL; `-` for standard input
 
-              If there is a NUL in the file, each path ends with one; otherwise each line is a path.
-              Empty ones are skipped. A list may have 16 MiB.
+                  If there is a NUL in the file, each path ends with one; otherwise each line is a path.
+                  Empty ones are skipped. A list may have 16 MiB.
 
-          --json
-              Print one JSON document instead of text
+              --json
+                  Print one JSON document instead of text
 
-              The document goes to standard output when the command has ended, and has the form of
-              `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
-              goes to standard output. `--qubes` prints one document for each filesystem.
+                  The document goes to standard output when the command has ended, and has the form of
+                  `formats/report-v1.schema.json`. `export -` prints it to standard error, since the archive
+                  goes to standard output. `--qubes` prints one document for each filesystem.
 
-          --nice
-              Give way to all other work on the processor and the disk
+              --nice
+                  Give way to all other work on the processor and the disk
 
-              vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
-              long as somebody waits for an image it holds.
+                  vmfold runs in the idle classes of the scheduler and of the disk. It leaves them for as
+                  long as somebody waits for an image it holds.
 
-          --qubes
-              All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
+              --qubes
+                  All file-reflink pools of Qubes OS, by qubes.xml or qvm-pool
 
-              It takes the folders `appvms`, `vm-templates` and `vm-kernels` of each pool whose driver
-              is file-reflink. `reclaim` and `report` work on pools on different filesystems one after
-              the other; other commands refuse them.
+                  It takes the folders `appvms`, `vm-templates` and `vm-kernels` of each pool whose driver
+                  is file-reflink. `reclaim` and `report` work on pools on different filesystems one after
+                  the other; other commands refuse them.
 
-          --qubes-root <DIR>
-              Where dom0's root filesystem is mounted, in a rescue system
+              --qubes-root <DIR>
+                  Where dom0's root filesystem is mounted, in a rescue system
 
-              qubes.xml and the folders of the pools are looked for below this folder.
+                  qubes.xml and the folders of the pools are looked for below this folder.
 
-              [default: /]
+                  [default: /]
 
-      -v, --verbose...
-              Say on standard error what is decided about each image, and with -vv about each range
+          -v, --verbose...
+                  Say on standard error what is decided about each image, and with -vv about each range
 
-              Once: which images are worked on, which are left alone and why, what is planned, what
-              names restored images get. Twice: also each range that is not shared or cannot be read,
-              with the reason, and each extent that goes.
+                  Once: which images are worked on, which are left alone and why, what is planned, what
+                  names restored images get. Twice: also each range that is not shared or cannot be read,
+                  with the reason, and each extent that goes.
 
-          --exclude <GLOB>
-              Leave out what matches this pattern; may be given more than once
+              --exclude <GLOB>
+                  Leave out what matches this pattern; may be given more than once
 
-              It holds for what is found in folders, by the path below the folder that was named or by
-              the full path. A folder that matches is not searched. A pattern without a slash holds at
-              any depth.
+                  It holds for what is found in folders, by the path below the folder that was named or by
+                  the full path. A folder that matches is not searched. A pattern without a slash holds at
+                  any depth.
 
-          --log-file <FILE>
-              Append a log of all decisions to a file
+          -q, --quiet
+                  Print only the first line of a report, and neither notes nor progress
 
-              The file gets what -vv says, with times, and the notes. It is made if it does not exist,
-              for its user alone. A file that belongs to another user, and a link, are refused.
+                  Errors are printed all the same. It is for timers, which mail what is printed. It changes
+                  no JSON document.
 
-          --index <DIR>
-              Folder for the index, which is only a cache
+              --index <DIR>
+                  Folder for the index, which is only a cache
 
-              It remembers what was read. Delete it at any time: the next run then reads more. What of a
-              large pool does not fit into memory lies in unnamed files here while vmfold runs. Nobody
-              else may be able to write to the folder. Where it cannot be used, the run goes on without
-              an index and says so.
+                  It remembers what was read. Delete it at any time: the next run then reads more. What of a
+                  large pool does not fit into memory lies in unnamed files here while vmfold runs. Nobody
+                  else may be able to write to the folder. Where it cannot be used, the run goes on without
+                  an index and says so.
 
-              [default: /var/cache/vmfold]
+                  [default: /var/cache/vmfold]
 
-          --log-json
-              Write the lines of -v and --log-file as JSON
+              --log-file <FILE>
+                  Append a log of all decisions to a file
 
-              Each line is one object, with the level, the message, and what it is about.
+                  The file gets what -vv says, with times, and the notes. It is made if it does not exist,
+                  for its user alone. A file that belongs to another user, and a link, are refused.
 
-          --memory <SIZE>
-              Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each
-              TiB of extents, if not said
+              --log-json
+                  Write the lines of -v and --log-file as JSON
 
-              In all, vmfold takes at most twice this, 48 MiB more, and 32 MiB more for each TiB of
-              extents, whatever is in the pool.
+                  Each line is one object, with the level, the message, and what it is about.
 
-              A pool with more blocks keeps their fingerprints in a file beside the index. One with more
-              still looks up a sample of its blocks, from which matches grow in both directions; vmfold
-              says so, and names the sample. The rest of long lists lies in unnamed files beside the
-              index, which take a quarter of what is free there at most. The kernel keeps pages of these
-              files in memory while nobody else needs it.
+              --memory <SIZE>
+                  Memory for tables of blocks, and as much again for lists; 32 MiB, and 48 MiB more for each
+                  TiB of extents, if not said
 
-      -n, --dry-run
-              Only say what would be done
+                  In all, vmfold takes at most twice this, 48 MiB more, and 32 MiB more for each TiB of
+                  extents, whatever is in the pool.
 
-              It makes the whole plan and changes no image. Where the filesystem has checksums, that
-              takes seconds. It works on a filesystem that is mounted read-only, too. It also fills the
-              index.
+                  A pool with more blocks keeps their fingerprints in a file beside the index. One with more
+                  still looks up a sample of its blocks, from which matches grow in both directions; vmfold
+                  says so, and names the sample. The rest of long lists lies in unnamed files beside the
+                  index, which take a quarter of what is free there at most. The kernel keeps pages of these
+                  files in memory while nobody else needs it.
 
-          --min-run <SIZE>
-              Shortest run of equal data worth sharing: less frees more, and makes more fragments
+          -n, --dry-run
+                  Only say what would be done
 
-              The size holds where two revisions have the place. Half of it is enough where no revision
-              shares the place, and half as much again is needed where three or more do. 4K shares
-              whatever frees more than it takes of metadata, and makes most fragments. 64K or more makes
-              the fewest: reading, `cp --reflink` and `btrfs send` then cost the least, and somewhat
-              less is freed. It is 4K at least and 4G at most.
+                  It makes the whole plan and changes no image. Where the filesystem has checksums, that
+                  takes seconds. It works on a filesystem that is mounted read-only, too. It also fills the
+                  index.
 
-              [default: 8KiB]
+              --min-run <SIZE>
+                  Shortest run of equal data worth sharing: less frees more, and makes more fragments
 
-          --compress <HOW>
-              Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing
-              it all the same; `none` undoes it
+                  The size holds where two revisions have the place. Half of it is enough where no revision
+                  shares the place, and half as much again is needed where three or more do. 4K shares
+                  whatever frees more than it takes of metadata, and makes most fragments. 64K or more makes
+                  the fewest: reading, `cp --reflink` and `btrfs send` then cost the least, and somewhat
+                  less is freed. It is 4K at least and 4G at most.
 
-              Each distinct extent is rewritten once, as zstd frames of up to 128 KiB that are made on
-              all cores. The kernel then moves every reference there, after it has compared the bytes.
-              `btrfs filesystem defragment -czstd` would copy the data of each image and each revision
-              for itself, and so undo all sharing on the way.
+                  [default: 8KiB]
 
-              What does not shrink by --min-gain stays where it is: in each extent one part in eight is
-              tried before anything is rewritten, then each frame on its own. What is compressed already
-              stays too, unless --recompress is given. What guests write later is not compressed, unless
-              the filesystem is mounted so; the next run does it. `none` undoes all compression, if
-              there is room for that.
+              --compress <HOW>
+                  Compress what gains by it, with `zstd` or `zstd:LEVEL` (1 to 19, 3 if not said), sharing
+                  it all the same; `none` undoes it
 
-              `btrfs property set IMAGE compression none` keeps an image as it is, and with it what it
-              shares. `chattr +m` does not: btrfs sets the same mark by itself on any file of which one
-              part did not shrink. Images without checksums (nodatacow) cannot be compressed, and
-              neither can any on XFS. Linux before 5.18 takes no frames: there btrfs compresses itself,
-              at its own level.
+                  Each distinct extent is rewritten once, as zstd frames of up to 128 KiB that are made on
+                  all cores. The kernel then moves every reference there, after it has compared the bytes.
+                  `btrfs filesystem defragment -czstd` would copy the data of each image and each revision
+                  for itself, and so undo all sharing on the way.
 
-              Use it for what is kept rather than run: revisions, templates, machines that are seldom
-              up, a disk that is too small. Leave it for machines that read at random a lot: to read 4
-              KiB, up to 128 KiB are decompressed. Levels cost time to compress, and none to read.
+                  What does not shrink by --min-gain stays where it is: in each extent one part in eight is
+                  tried before anything is rewritten, then each frame on its own. What is compressed already
+                  stays too, unless --recompress is given. What guests write later is not compressed, unless
+                  the filesystem is mounted so; the next run does it. `none` undoes all compression, if
+                  there is room for that.
 
-          --min-gain <PERCENT>
-              What must be gained to compress something, in hundredths of its size
+                  `btrfs property set IMAGE compression none` keeps an image as it is, and with it what it
+                  shares. `chattr +m` does not: btrfs sets the same mark by itself on any file of which one
+                  part did not shrink. Images without checksums (nodatacow) cannot be compressed, and
+                  neither can any on XFS. Linux before 5.18 takes no frames: there btrfs compresses itself,
+                  at its own level.
 
-              Higher values leave more data uncompressed, which reads faster.
+                  Use it for what is kept rather than run: revisions, templates, machines that are seldom
+                  up, a disk that is too small. Leave it for machines that read at random a lot: to read 4
+                  KiB, up to 128 KiB are decompressed. Levels cost time to compress, and none to read.
 
-              [default: 10]
+              --min-gain <PERCENT>
+                  What must be gained to compress something, in hundredths of its size
 
-          --recompress
-              Compress what is compressed already once more where that gains as much again
+                  Higher values leave more data uncompressed, which reads faster.
 
-              btrfs does not keep the level that something was compressed with. So it is tried, and goes
-              by what is gained: --min-gain, once more.
+                  [default: 10]
 
-          --keep-zeros
-              Leave blocks of zeros as data instead of making them holes
+              --recompress
+                  Compress what is compressed already once more where that gains as much again
 
-              A hole takes no space until the guest writes there again. With this option zeros stay as
-              data.
+                  btrfs does not keep the level that something was compressed with. So it is tried, and goes
+                  by what is gained: --min-gain, once more.
 
-          --keep-prealloc
-              Leave preallocated ranges allocated instead of making them holes
+              --keep-zeros
+                  Leave blocks of zeros as data instead of making them holes
 
-              A preallocated range is space that was reserved, as by `fallocate`, and never written.
+                  A hole takes no space until the guest writes there again. With this option zeros stay as
+                  data.
 
-          --work-space <SIZE>
-              Extra disk space that may be used on the way
+              --keep-prealloc
+                  Leave preallocated ranges allocated instead of making them holes
 
-              Donors take it: files without names that blocks are copied to before what they replace is
-              freed. It rarely takes more than 256 MiB. With --compress, what less than that leaves may
-              take more than one run.
+                  A preallocated range is space that was reserved, as by `fallocate`, and never written.
 
-              [default: 1GiB]
+              --work-space <SIZE>
+                  Extra disk space that may be used on the way
 
-          --group <GLOB>
-              Keep images that match this pattern among themselves; may be given more than once
+                  Donors take it: files without names that blocks are copied to before what they replace is
+                  freed. It rarely takes more than 256 MiB. With --compress, what less than that leaves may
+                  take more than one run.
 
-              They share blocks with no others. Images that match no pattern share with each other. The
-              first pattern that matches an image, or a folder it lies in, counts; there may be 31
-              patterns. Extents that groups share already stay shared.
+                  [default: 1GiB]
 
-              Sharing reveals something: a guest can in principle tell by the time a write takes that
-              one of its blocks was shared, and so that another guest has the same block. Groups keep
-              trust domains apart.
+              --group <GLOB>
+                  Keep images that match this pattern among themselves; may be given more than once
 
-          --max-references <N>
-              References that one extent may get
+                  They share blocks with no others. Images that match no pattern share with each other. The
+                  first pattern that matches an image, or a folder it lies in, counts; there may be 31
+                  patterns. Extents that groups share already stay shared.
 
-              `btrfs send` clones only extents that have 1024 references at most, counted over all
-              snapshots. Where each image lies in two snapshots, say 400 if you send them. With a lower
-              limit less is freed, and what is left may take more than one run.
+                  Sharing reveals something: a guest can in principle tell by the time a write takes that
+                  one of its blocks was shared, and so that another guest has the same block. Groups keep
+                  trust domains apart.
 
-              [default: 16384]
+              --max-references <N>
+                  References that one extent may get
 
-          --max-extents <N>
-              References to extents that an image may get for each GiB of its data
+                  `btrfs send` clones only extents that have 1024 references at most, counted over all
+                  snapshots. Where each image lies in two snapshots, say 400 if you send them. With a lower
+                  limit less is freed, and what is left may take more than one run.
 
-              The default is one for each 32 KiB on average. The limit keeps reading in order and `cp
-              --reflink` fast. Metadata is limited besides: no extent goes that would free less than its
-              new references take. Compressed extents are 128 KiB at most, so that there are 8192 to the
-              GiB at least, whatever this says. With --compress, what this limit leaves may take more
-              than one run.
+                  [default: 16384]
 
-              [default: 32768]
+              --max-extents <N>
+                  References to extents that an image may get for each GiB of its data
 
-          --reserve <SIZE>
-              Disk space that stays free whatever happens
+                  The default is one for each 32 KiB on average. The limit keeps reading in order and `cp
+                  --reflink` fast. Metadata is limited besides: no extent goes that would free less than its
+                  new references take. Compressed extents are 128 KiB at most, so that there are 8192 to the
+                  GiB at least, whatever this says. With --compress, what this limit leaves may take more
+                  than one run.
 
-              No donor is written that would leave less. What would take more waits for the next run.
+                  [default: 32768]
 
-              [default: 128MiB]
+              --reserve <SIZE>
+                  Disk space that stays free whatever happens
 
-          --max-seconds <N>
-              Stop in order after so many seconds; the next run goes on from there
+                  No donor is written that would leave less. What would take more waits for the next run.
 
-              The call that is going on ends first. The exit code is then 3.
+                  [default: 128MiB]
 
-      -h, --help
-              Print help (see a summary with '-h')
+              --max-seconds <N>
+                  Stop in order after so many seconds; the next run goes on from there
 
-      -V, --version
-              Print version
-    --- stderr
-    --- exit 0
-    ");
+                  The call that is going on ends first. The exit code is then 3.
+
+              --ok-if-in-use
+                  End with 0 if nothing but images in use was left alone
+
+                  It is for timers, to which a running machine is no failure. The images are told all the
+                  same.
+
+          -h, --help
+                  Print help (see a summary with '-h')
+
+          -V, --version
+                  Print version
+        --- stderr
+        --- exit 0
+    "#);
 }
 
 #[test]
@@ -1078,7 +1131,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     let _bound = settings.bind_to_scope();
     let pool = &path("pool");
     insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--encrypt", "--parity", "10", &with("one")]), @r#"
-        Commit 1 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Commit 1 ([name]) of `[folder]/a.vmfold`: 1 image, [size] of data in [size]
         Read [size], 0 B known from before; [size] new, stored in [size]; the archive has [size]
         Parity: [size] of what was written
         --- stderr
@@ -1096,14 +1149,14 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
         --- exit 1
     "#);
     insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        1 commit in [size], encrypted: every record is intact. What is in them was not verified, because no key was given
         Parity of 10 % for [size], none for [size]: nothing is lost there; [size] more would still heal, at any place
-        1 commits in [size], encrypted: every record is intact. What is in them was not verified, because no key was given
         --- stderr
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["verify", archive, &with("one")]), @r#"
+        1 commit with 1 image, [size] of blocks in [size]: all intact
         Parity of 10 % for [size], none for [size]: nothing is lost there; [size] more would still heal, at any place
-        1 commits with 1 images, [size] of blocks in [size]: all intact
         --- stderr
         --- exit 0
     "#);
@@ -1141,7 +1194,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, "--write-only", &path("laptop")]), @r#"
-        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Commit 2 ([name]) of `[folder]/a.vmfold`: 1 image, [size] of data in [size]
         Read [size], 0 B known from before; 0 B new, stored in [size]; the archive has [size]
         Parity: [size] of what was written
         --- stderr
@@ -1172,7 +1225,7 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
         --- exit 0
     "#);
     insta::assert_snapshot!(run(&["export", archive, pool, "--index", index, &with("two")]), @r#"
-        Commit 3 ([name]) of `[folder]/a.vmfold`: 1 images, [size] of data in [size]
+        Commit 3 ([name]) of `[folder]/a.vmfold`: 1 image, [size] of data in [size]
         Read [size], 0 B known from before; 0 B new, stored in [size]; the archive has [size]
         Parity: [size] of what was written
         --- stderr
@@ -1182,24 +1235,24 @@ fn an_encrypted_archive_opens_by_its_keys_and_heals_without() {
     bytes[500_000..520_000].fill(0);
     std::fs::write(archive, &bytes).unwrap();
     insta::assert_snapshot!(run(&["verify", archive]), @r#"
+        3 commits in [size], encrypted: damaged. What is in them was not verified, because no key was given
         Damaged: bytes [range]: a record does not match its hash
         Parity of 10 % for [size], none for [size]: [size] are lost, and would heal by vmfold repair; [size] more would still heal, at any place
-        3 commits in [size], encrypted: damaged. What is in them was not verified, because no key was given
         --- stderr
         --- exit 4
     "#);
     let healed = &path("healed.vmfold");
     insta::assert_snapshot!(run(&["repair", archive, "--to", healed]), @r#"
-        Parity of 10 % for [size]: [size] lost, [size] computed, 0 B moved
         `[folder]/healed.vmfold`, [size]: all intact
+        Parity of 10 % for [size]: [size] lost, [size] computed, 0 B moved
         --- stderr
         --- exit 0
     "#);
     let to = &path("to");
     insta::assert_snapshot!(run(&["import", healed, "--to", to, "--index", index, &with("two")]), @r#"
-        Commit 3 ([name]) of `[folder]/healed.vmfold`: 1 images, [size] of data in [size]
+        Restored 1 image to `[folder]/to`: [size] written, 0 B shared with what was there
+        Commit 3 ([name]) of `[folder]/healed.vmfold`: 1 image, [size] of data in [size]
         [size] distinct: [size] new, 0 B on this disk already; takes up to [size], [size] free
-        Restored 1 images to `[folder]/to`: [size] written, 0 B shared with what was there
         --- stderr
         note: The filesystem cannot share extents: images are restored as plain sparse files, each with its own blocks
         --- exit 0

@@ -150,8 +150,14 @@ fn marks_of_the_owner_count_and_those_of_the_filesystem_do_not() {
     sh(&format!("sync -f {}", fs.pool().display()));
     let output = fs.vmfold("reclaim --compress zstd --json");
     let notes = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(notes.contains("1 images are marked not to be compressed"), "{notes}");
-    assert!(notes.contains("1 images have no checksums (nodatacow)"), "{notes}");
+    assert!(
+        notes.contains("Not compressed: 1 image marked not to be compressed"),
+        "{notes}"
+    );
+    assert!(
+        notes.contains("Not compressed: 1 image without checksums (nodatacow)"),
+        "{notes}"
+    );
     let report = fs.vmfold_json("report");
     for image in report["images"].as_array().unwrap() {
         let is_compressed = image["compressed_bytes"].as_u64().unwrap() > 0;

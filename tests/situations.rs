@@ -595,7 +595,7 @@ fn pools_of_qubes() {
     assert_eq!(output.status.code(), Some(3), "{text_of}");
     assert!(text_of.contains("Freed 4.0 MiB"), "the second pool: {text_of}");
     assert!(
-        text_of.contains("1 machines are running, or were when their host stopped"),
+        text_of.contains("3 images of 1 running machine left alone (w)"),
         "{text_of}"
     );
     assert_eq!(none.status.code(), Some(2));

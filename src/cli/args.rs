@@ -15,6 +15,7 @@ use crate::ops::export::Revisions;
 use crate::plan::{REFERENCES_MAX, REFERENCES_PER_GIB_MAX};
 use crate::pool::{by_filesystem, named_folders, qubes_folders};
 use crate::qubes::SOCKETS;
+use crate::report::ReportOrder;
 use crate::shown::shown;
 
 /// Gives virtual machine images their disk back: what images and revisions have in common becomes shared extents
@@ -32,6 +33,7 @@ use crate::shown::shown;
 /// depth. Quote patterns, or the shell expands them.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, propagate_version = true)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(super) struct Args {
     /// Print one JSON document instead of text
     ///
@@ -52,6 +54,11 @@ pub(super) struct Args {
     /// Twice: also each range that is not shared or cannot be read, with the reason, and each extent that goes.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(super) verbose: u8,
+    /// Print only the first line of a report, and neither notes nor progress
+    ///
+    /// Errors are printed all the same. It is for timers, which mail what is printed. It changes no JSON document.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(super) quiet: bool,
     /// Append a log of all decisions to a file
     ///
     /// The file gets what -vv says, with times, and the notes. It is made if it does not exist, for its user alone. A
@@ -80,12 +87,13 @@ pub(super) enum Command {
     /// snapshots or files outside these paths use too stay; vmfold says how much that is, and who holds them. It can be
     /// killed at any moment: images stay as they are, and the next run goes on from there.
     Reclaim(Reclaim),
-    /// Show what each image holds, and what deleting it would free
+    /// Tell what takes space, what a reclaim would free, and what deleting would free
     ///
-    /// For each image: its size, its data, what is exclusive to it (which deleting it would free), what it shares, how
-    /// much of both is compressed and from how much, and what of its extents nothing can reach. Totals of the pool come
-    /// last. It changes no image.
-    Report(Named),
+    /// It tells how much is on disk; what `reclaim` would free, as its dry run says, and why; what deleting each machine,
+    /// its revisions, and each family of machines would free, now and after a reclaim; what is in use or held by
+    /// snapshots; and the next command. A family is a template and what derives from it, or machines that have most of
+    /// their data in common. It changes no image. On XFS the first report reads all data, as the first reclaim does.
+    Report(Report),
     /// Write images and revisions to an archive, each distinct block once
     ///
     /// An export adds a commit to an archive, which is made if it does not exist. It stores each distinct block once,
@@ -147,6 +155,11 @@ pub(super) enum Command {
     /// Pages that are there already are replaced. It prints the paths of the pages.
     #[command(hide = true)]
     Man(Man),
+    /// Print the version
+    ///
+    /// It is what `--version` prints.
+    #[command(hide = true)]
+    Version,
 }
 
 #[derive(Debug, clap::Args)]
@@ -177,7 +190,7 @@ pub(super) struct Named {
     ///
     /// qubes.xml and the folders of the pools are looked for below this folder.
     #[arg(long, value_name = "DIR", default_value = "/", requires = "qubes")]
-    qubes_root: PathBuf,
+    pub(super) qubes_root: PathBuf,
     /// Leave out what matches this pattern; may be given more than once
     ///
     /// It holds for what is found in folders, by the path below the folder that was named or by the full path. A folder
@@ -219,6 +232,40 @@ impl Named {
         }
         let groups = by_filesystem(paths).into_iter();
         Ok(groups.map(|paths| self.scope_of(paths)).collect())
+    }
+
+    /// The command that reclaims the paths of a scope, word by word.
+    pub(super) fn reclaim_command(&self, scope: &Scope) -> Vec<String> {
+        let mut words: Vec<String> = Vec::new();
+        if rustix::process::geteuid().is_root() {
+            words.push("sudo".into());
+        }
+        words.extend(["vmfold", "reclaim"].map(str::to_owned));
+        for pattern in &self.exclude {
+            words.extend(["--exclude".to_owned(), pattern.clone()]);
+        }
+        let mut add = |path: &Path| words.push(path.to_string_lossy().into_owned());
+        if self.index.as_os_str() != DEFAULT_FOLDER {
+            add(Path::new("--index"));
+            add(&self.index);
+        }
+        if self.qubes {
+            add(Path::new("--qubes"));
+        }
+        if self.qubes_root != Path::new("/") {
+            add(Path::new("--qubes-root"));
+            add(&self.qubes_root);
+        }
+        match &self.files_from {
+            Some(list) => {
+                add(Path::new("--files-from"));
+                add(list);
+                self.paths.iter().for_each(|path| add(path));
+            }
+            None if self.qubes => self.paths.iter().for_each(|path| add(path)),
+            None => scope.paths.iter().for_each(|path| add(path)),
+        }
+        words
     }
 
     fn scope_of(&self, paths: Vec<PathBuf>) -> Scope {
@@ -269,6 +316,57 @@ fn read_list(list: &Path) -> Result<Vec<PathBuf>> {
     Ok(names
         .map(|name| PathBuf::from(OsString::from_vec(name.to_vec())))
         .collect())
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Report {
+    #[command(flatten)]
+    pub(super) scope: Named,
+    /// Tell what deleting the images would free that match this pattern; may be given more than once
+    ///
+    /// A pattern stands for what it matches, and a folder for all that is in it: `appvms/work`, `*.img.*@2025*`. With
+    /// several, it also tells what deleting all of them would free. That is exact, and more than the sum, since what
+    /// two images share is freed with the second one.
+    #[arg(long, value_name = "GLOB")]
+    pub(super) if_deleted: Vec<String>,
+    /// Show a row for each image instead of families and machines
+    ///
+    /// For each image: its size; what it maps, each block as often as it does; what it takes on disk, shared or not; and
+    /// what deleting it would free.
+    #[arg(long)]
+    pub(super) images: bool,
+    /// What comes first: what takes most on disk, what frees most now or after a reclaim, or by name
+    ///
+    /// `disk` is what takes most on disk, `now` and `after` are what deleting frees.
+    #[arg(long, value_name = "ORDER", default_value = "disk", value_parser = parse_order)]
+    pub(super) sort: ReportOrder,
+    /// Show so many rows, machines of a family and families each; 0 for all
+    ///
+    /// How many more there are is told. It does not change the JSON document.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(super) top: usize,
+    /// Show only what matches this pattern; may be given more than once
+    ///
+    /// It is compared with names of machines, and with paths of machines and images. Sizes of families stay those of all
+    /// their machines. It does not change the JSON document.
+    #[arg(long, value_name = "GLOB")]
+    pub(super) filter: Vec<String>,
+    /// Do not plan a reclaim
+    ///
+    /// Then it only reads extent maps. It does not tell what a reclaim would free, nor what deleting would free after one.
+    #[arg(long)]
+    pub(super) no_plan: bool,
+}
+
+/// Parses the value of `--sort`.
+fn parse_order(text: &str) -> std::result::Result<ReportOrder, String> {
+    match text {
+        "disk" => Ok(ReportOrder::Disk),
+        "now" => Ok(ReportOrder::Now),
+        "after" => Ok(ReportOrder::After),
+        "name" => Ok(ReportOrder::Name),
+        _ => Err("it is `disk`, `now`, `after` or `name`".into()),
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -374,6 +472,11 @@ pub(super) struct Reclaim {
     /// The call that is going on ends first. The exit code is then 3.
     #[arg(long, value_name = "N")]
     pub(super) max_seconds: Option<u64>,
+    /// End with 0 if nothing but images in use was left alone
+    ///
+    /// It is for timers, to which a running machine is no failure. The images are told all the same.
+    #[arg(long)]
+    pub(super) ok_if_in_use: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -439,6 +542,12 @@ pub(super) struct Export {
     /// damaged, the new commit is too, and `verify` tells.
     #[arg(long)]
     pub(super) trust_archive: bool,
+    /// End with 0 if nothing but images in use was left out
+    ///
+    /// It is for timers, to which a running machine is no failure. The images are told all the same, and they are not in the
+    /// commit.
+    #[arg(long)]
+    pub(super) ok_if_in_use: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -756,8 +865,9 @@ pub(super) struct Import {
     pub(super) dry_run: bool,
     /// Restore images as revisions of Qubes OS, with the next free number
     ///
-    /// `private.img` becomes `private.img.N@TIME`, which `qvm-volume revert` accepts. It works beside a machine that
-    /// has only a `-dirty.img`.
+    /// `private.img` becomes `private.img.N@TIME`, which `qvm-volume revert` accepts; the names are told, and the commands
+    /// that go back to them. Without a GLOB, revisions that the archive has are left out. It works beside a machine
+    /// that has only a `-dirty.img`.
     #[arg(long)]
     pub(super) as_revision: bool,
     /// Take owners by number even where their names are known here

@@ -77,7 +77,7 @@ impl Export {
 }
 
 /// Runs a command of `key`.
-pub(super) fn run(command: &Key, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+pub(super) fn run(command: &Key, json: super::OutputFormat, terminal: &Arc<Terminal>) -> Result<Exit> {
     if let KeyCommand::List(of) = &command.command {
         let place = ArchiveKeyring::open(&of.archive)?;
         let result = manage::list(&place, &of.keys.access(), &**terminal)?;

@@ -8,7 +8,7 @@ mod man;
 mod progress;
 mod prompt;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,19 +28,20 @@ use crate::frame::Packer;
 use crate::index;
 use crate::monitor::Monitor;
 use crate::ops::diff::{ComparedWith, diff};
-use crate::ops::export::{BackupExportOptions, ExportOptions, Sealing, export, export_backup};
+use crate::ops::export::{BackupExportOptions, ExportOptions, Revisions, Sealing, export, export_backup};
 use crate::ops::import::qubes::{QubesOptions, import as import_into_qubes, write_skeleton};
 use crate::ops::import::{ImportOptions, import};
 use crate::ops::list::list_with;
 use crate::ops::protect::{ProtectOptions, protect};
 use crate::ops::reclaim::{ReclaimOptions, reclaim};
 use crate::ops::repair::{RepairOptions, RepairTo, repair};
-use crate::ops::report::report;
+use crate::ops::report::{ReportOptions, report};
 use crate::ops::scan::scan;
 use crate::ops::verify::verify_sealed;
 use crate::ops::{self, ArchivePlace, BackupAccess};
+use crate::pool::{Covering, Skipped};
 use crate::qubes::{SocketQubesd, Timeouts};
-use crate::report::Change;
+use crate::report::{Change, ReportView};
 use crate::shown::shown;
 use crate::store::FileStore;
 use crate::sys::priority::give_way;
@@ -75,7 +76,11 @@ impl From<Exit> for ExitCode {
 pub fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
-        Err(error) => {
+        Err(mut error) => {
+            if error.kind() == clap::error::ErrorKind::UnknownArgument {
+                // It would recommend to pass the option as a path.
+                let _ = error.remove(clap::error::ContextKind::Suggested);
+            }
             let printed = error.print().and_then(|()| std::io::stdout().flush());
             return match u8::try_from(error.exit_code()) {
                 Ok(0) if printed.is_err() || stdout::was_closed() => Exit::Failed.into(),
@@ -92,7 +97,7 @@ pub fn main() -> ExitCode {
     crate::sys::signals::ignore_sigio();
     // Only the user who runs vmfold may read the files that it makes: indexes, archives and donors hold the content of machines.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
-    let terminal = Arc::new(Terminal::new());
+    let terminal = Arc::new(Terminal::new(args.quiet));
     let outcome = check_stdout()
         .and_then(|()| log::begin(&args, &terminal))
         .and_then(|()| run(&args, &terminal));
@@ -101,7 +106,7 @@ pub fn main() -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) => {
             if error.kind() != ErrorKind::Interrupted {
-                print_error(&error);
+                print_error(&error, &args.command);
             }
             Exit::of(error.kind()).into()
         }
@@ -129,10 +134,22 @@ fn check_stdout() -> Result<()> {
 }
 
 /// Prints an error with its causes and a hint.
-fn print_error(error: &Error) {
-    let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
+fn print_error(error: &Error, command: &Command) {
+    let hint = hint(error, command)
+        .map(|hint| format!(" ({hint})"))
+        .unwrap_or_default();
     // If stderr cannot be written either, only the exit code is left to tell.
     let _ = writeln!(std::io::stderr(), "error: {}{hint}", describe(error));
+}
+
+/// What the user can do about an error of a command, if there is something. It does not recommend what was done.
+fn hint(error: &Error, command: &Command) -> Option<&'static str> {
+    match (error, command) {
+        (Error::Damaged { range: None, .. }, Command::Import(import)) if import.partial => None,
+        (Error::Damaged { .. }, Command::Import(import)) if import.partial => Some("vmfold verify tells what is lost"),
+        (Error::DamagedBackup { .. }, Command::Import(import)) if import.partial => None,
+        _ => error.hint(),
+    }
 }
 
 /// Runs the command, and prints its report.
@@ -145,11 +162,15 @@ fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
             std::io::Error::from(errno)
         ));
     }
-    let json = args.json;
+    check_archive(&args.command)?;
+    let json = OutputFormat {
+        json: args.json,
+        is_short: args.quiet,
+    };
     match &args.command {
         Command::Reclaim(command) => run_reclaim(command, json, terminal),
-        Command::Report(command) => for_each_filesystem(command.scopes()?, |scope| {
-            let result = report(&scope, &**terminal)?;
+        Command::Report(command) => for_each_filesystem(command.options()?, |options| {
+            let result = report(&options, &**terminal)?;
             terminal.finish();
             print("report", &result, json)?;
             Ok(exit_of_pool(terminal.interrupted(), !result.skipped.is_empty()))
@@ -171,22 +192,7 @@ fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
             print("repair", &result, json)?;
             Ok(exit_of_archive(result.damage.is_empty()))
         }
-        Command::Diff(command) => {
-            let (first, with) = command.sides();
-            let result = diff(
-                &command.archive,
-                first.as_deref(),
-                &with,
-                &command
-                    .access
-                    .access(&command.archive, command.backup.is_some(), terminal),
-                &**terminal,
-            )?;
-            terminal.finish();
-            print("diff", &result, json)?;
-            let same = result.images.iter().all(|image| image.change == Change::Same);
-            Ok(if same { Exit::Done } else { Exit::Differs })
-        }
+        Command::Diff(command) => run_diff(command, json, terminal),
         Command::Scan(command) => {
             let result = scan(&command.scope()?, &**terminal)?;
             terminal.finish();
@@ -194,6 +200,11 @@ fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
             Ok(exit_of_pool(result.interrupted, !result.skipped.is_empty()))
         }
         Command::Status(command) => run_status(command, json, terminal),
+        Command::Version => {
+            let text = <Args as clap::CommandFactory>::command().render_version();
+            write_stdout(&text)?;
+            Ok(Exit::Done)
+        }
         Command::Man(command) => {
             print("man", &man::write_man_pages(&command.folder)?, json)?;
             Ok(Exit::Done)
@@ -201,7 +212,18 @@ fn run(args: &Args, terminal: &Arc<Terminal>) -> Result<Exit> {
     }
 }
 
-fn run_import(command: &args::Import, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+fn run_diff(command: &args::Diff, json: OutputFormat, terminal: &Arc<Terminal>) -> Result<Exit> {
+    let (first, with) = command.sides();
+    let has_backup = command.backup.is_some();
+    let access = command.access.access(&command.archive, has_backup, terminal);
+    let result = diff(&command.archive, first.as_deref(), &with, &access, &**terminal)?;
+    terminal.finish();
+    print("diff", &result, json)?;
+    let same = result.images.iter().all(|image| image.change == Change::Same);
+    Ok(if same { Exit::Done } else { Exit::Differs })
+}
+
+fn run_import(command: &args::Import, json: OutputFormat, terminal: &Arc<Terminal>) -> Result<Exit> {
     let options = command.options(terminal);
     if let Some(file) = &command.qubes.skeleton {
         let result = write_skeleton(&options, file, &**terminal)?;
@@ -221,7 +243,12 @@ fn run_import(command: &args::Import, json: bool, terminal: &Arc<Terminal>) -> R
     Ok(exit_of_archive(result.lost.is_empty() && !result.later_damage))
 }
 
-fn run_import_qubes(command: &args::Import, import: ImportOptions, json: bool, terminal: &Terminal) -> Result<Exit> {
+fn run_import_qubes(
+    command: &args::Import,
+    import: ImportOptions,
+    json: OutputFormat,
+    terminal: &Terminal,
+) -> Result<Exit> {
     let options = QubesOptions {
         import,
         renamed: command.qubes.renamed.clone(),
@@ -239,7 +266,7 @@ fn run_import_qubes(command: &args::Import, import: ImportOptions, json: bool, t
     })))
 }
 
-fn run_list(command: &args::List, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+fn run_list(command: &args::List, json: OutputFormat, terminal: &Arc<Terminal>) -> Result<Exit> {
     if let Some(result) = ops::backup::list(
         &command.archive,
         &command.access.access(&command.archive, false, terminal),
@@ -259,7 +286,7 @@ fn run_list(command: &args::List, json: bool, terminal: &Arc<Terminal>) -> Resul
     Ok(Exit::Done)
 }
 
-fn run_verify(command: &args::Verify, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+fn run_verify(command: &args::Verify, json: OutputFormat, terminal: &Arc<Terminal>) -> Result<Exit> {
     if let Some(result) = ops::backup::verify(
         &command.archive,
         &command.access.access(&command.archive, false, terminal),
@@ -287,7 +314,7 @@ fn check_no_commit(commit: Option<&str>) -> Result<()> {
     }
 }
 
-fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Result<Exit> {
+fn run_reclaim(command: &args::Reclaim, json: OutputFormat, terminal: &Terminal) -> Result<Exit> {
     for_each_filesystem(command.options()?, |options| {
         let mut result = reclaim(&options, terminal)?;
         terminal.finish();
@@ -297,29 +324,62 @@ fn run_reclaim(command: &args::Reclaim, json: bool, terminal: &Terminal) -> Resu
         }
         let done = result.done.as_ref();
         let held = done.is_some_and(|done| done.counts.extents_still_held > 0);
-        let some_left = !result.skipped.is_empty() || held || result.out_of_time;
+        let some_left = counts(&result.skipped, command.ok_if_in_use) || held || result.out_of_time;
         Ok(exit_of_pool(result.interrupted, some_left))
     })
 }
 
-fn run_export(command: &args::Export, json: bool, terminal: &Arc<Terminal>) -> Result<Exit> {
+fn run_export(command: &args::Export, json: OutputFormat, terminal: &Arc<Terminal>) -> Result<Exit> {
     let archive = archive_place(&command.archive);
     let mut result = match &command.from {
         Some(from) => export_backup(&command.backup_options(from, terminal)?, &**terminal),
         None => export(&command.options(terminal)?, &**terminal),
-    }?;
+    }
+    .map_err(|error| command.nothing_chosen(error))?;
     terminal.finish();
     let to_stderr = archive == ArchivePlace::Pipe;
-    print_to(ReportFormat { json, to_stderr }, "export", &result)?;
+    print_to(json, to_stderr, "export", &result)?;
     if let Some(error) = result.failed.take() {
         return Err(error);
     }
-    Ok(exit_of_pool(false, !result.skipped.is_empty()))
+    Ok(exit_of_pool(false, counts(&result.skipped, command.ok_if_in_use)))
 }
 
-fn run_status(command: &args::Status, json: bool, terminal: &Terminal) -> Result<Exit> {
+/// Refuses what no archive can be: standard input where a file is read at any place, and a terminal where an archive is written.
+///
+/// # Errors
+/// [`Error::Usage`].
+fn check_archive(command: &Command) -> Result<()> {
+    let is_pipe = |path: &Path| path.as_os_str() == "-";
+    let (verb, archive) = match command {
+        Command::Export(export) if is_pipe(&export.archive) && std::io::stdout().is_terminal() => {
+            return Err(Error::Usage(
+                "an archive is nothing for a terminal: send it to a program or a file, as by `> FILE`".into(),
+            ));
+        }
+        Command::List(list) => ("list", &list.archive),
+        Command::Verify(verify) => ("verify", &verify.archive),
+        Command::Diff(diff) => ("diff", &diff.archive),
+        Command::Protect(protect) => ("protect", &protect.archive),
+        Command::Repair(repair) => ("repair", &repair.archive),
+        _ => return Ok(()),
+    };
+    if is_pipe(archive) {
+        return Err(Error::Usage(format!(
+            "`{verb}` reads a file, and no pipe: save the archive first; `vmfold import - --dry-run` reads a pipe"
+        )));
+    }
+    Ok(())
+}
+
+/// Whether any of the images that were left alone makes a command end with [`Exit::SomeSkipped`].
+fn counts(skipped: &[Skipped], ok_if_in_use: bool) -> bool {
+    skipped.iter().any(|image| !(ok_if_in_use && image.reason.is_in_use()))
+}
+
+fn run_status(command: &args::Status, json: OutputFormat, terminal: &Terminal) -> Result<Exit> {
     let indexes = index::all_in(&command.index, terminal)?;
-    if indexes.is_empty() && !json {
+    if indexes.is_empty() && !json.json {
         terminal.note(&format!(
             "There is no index in `{}` yet: run vmfold scan or reclaim",
             shown(&command.index)
@@ -374,38 +434,57 @@ struct Document<'a, T> {
     #[serde(rename = "type")]
     kind: &'a str,
     version: u32,
+    /// How many images it is about. Of some reports `images` is that number, and of others a list of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image_count: Option<u64>,
     #[serde(flatten)]
     content: &'a T,
 }
 
-/// How and where a report is printed.
+impl<'a, T: Serialize> Document<'a, T> {
+    fn of(kind: &'a str, content: &'a T) -> serde_json::Result<Self> {
+        let images = serde_json::to_value(content)?.get("images").cloned();
+        let image_count = images.and_then(|images| match images {
+            serde_json::Value::Array(images) => Some(images.len() as u64),
+            other => other.as_u64(),
+        });
+        Ok(Self {
+            kind,
+            version: 1,
+            image_count,
+            content,
+        })
+    }
+}
+
+/// How a report is printed.
 #[derive(Clone, Copy)]
-struct ReportFormat {
+struct OutputFormat {
     /// Whether it is printed as JSON.
     json: bool,
-    /// Whether it goes to stderr, because the archive goes to stdout.
-    to_stderr: bool,
+    /// Whether only its first line is printed, if it is text.
+    is_short: bool,
 }
 
 /// Prints a report to stdout.
-fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, json: bool) -> Result<()> {
-    let format = ReportFormat { json, to_stderr: false };
-    print_to(format, kind, content)
+fn print<T: Serialize + std::fmt::Display>(kind: &str, content: &T, format: OutputFormat) -> Result<()> {
+    print_to(format, false, kind, content)
 }
 
-/// Prints a report.
-fn print_to<T: Serialize + std::fmt::Display>(format: ReportFormat, kind: &str, content: &T) -> Result<()> {
-    let ReportFormat { json, to_stderr } = format;
-    let text = if json {
-        let document = serde_json::to_string_pretty(&Document {
-            kind,
-            version: 1,
-            content,
-        });
-        format!(
-            "{}\n",
-            document.map_err(Error::io("write JSON to", Path::new("stdout")))?
-        )
+/// Prints a report, to stderr if the archive goes to stdout.
+fn print_to<T: Serialize + std::fmt::Display>(
+    format: OutputFormat,
+    to_stderr: bool,
+    kind: &str,
+    content: &T,
+) -> Result<()> {
+    let text = if format.json {
+        let failed = Error::io("write JSON to", Path::new("stdout"));
+        let document = Document::of(kind, content).and_then(|document| serde_json::to_string_pretty(&document));
+        format!("{}\n", document.map_err(failed)?)
+    } else if format.is_short {
+        let text = content.to_string();
+        text.lines().next().map(|line| format!("{line}\n")).unwrap_or_default()
     } else {
         content.to_string()
     };
@@ -414,11 +493,41 @@ fn print_to<T: Serialize + std::fmt::Display>(format: ReportFormat, kind: &str, 
             .write_all(text.as_bytes())
             .map_err(Error::io("write to", Path::new("stderr")));
     }
+    write_stdout(&text)
+}
+
+/// Writes a text to stdout.
+fn write_stdout(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         // The program that reads the report has read enough of it.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(Error::io("write to", Path::new("stdout"))),
+    }
+}
+
+impl args::Report {
+    /// The options for each filesystem.
+    fn options(&self) -> Result<Vec<ReportOptions>> {
+        let filter: Vec<Covering> = self
+            .filter
+            .iter()
+            .map(|one| Covering::new(one))
+            .collect::<Result<_>>()?;
+        let options = |scope| ReportOptions {
+            reclaim_command: self.scope.reclaim_command(&scope),
+            scope,
+            plans: !self.no_plan,
+            if_deleted: self.if_deleted.clone(),
+            qubes_root: self.scope.qubes_root.clone(),
+            view: ReportView {
+                images: self.images,
+                order: self.sort,
+                top: (self.top > 0).then_some(self.top),
+                filter: filter.clone(),
+            },
+        };
+        Ok(self.scope.scopes()?.into_iter().map(options).collect())
     }
 }
 
@@ -472,6 +581,26 @@ fn archive_place(named: &Path) -> ArchivePlace {
 }
 
 impl args::Export {
+    /// The error for a choice that leaves no image, in the place of the one for folders without images.
+    fn nothing_chosen(&self, error: Error) -> Error {
+        let Error::NoImages { paths } = &error else {
+            return error;
+        };
+        let mut choice: Vec<String> = self.only.iter().map(|only| format!("--only `{only}`")).collect();
+        if self.revisions != Revisions::All {
+            choice.push("--revisions".into());
+        }
+        if choice.is_empty() {
+            return error;
+        }
+        let paths: Vec<String> = paths.iter().map(|path| format!("`{}`", shown(path))).collect();
+        Error::Usage(format!(
+            "no image in {} matches {}: vmfold report --images shows what there is",
+            paths.join(", "),
+            choice.join(" and ")
+        ))
+    }
+
     fn options(&self, terminal: &Arc<Terminal>) -> Result<ExportOptions> {
         Ok(ExportOptions {
             sealing: self.sealing(terminal)?,

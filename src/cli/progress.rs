@@ -22,10 +22,13 @@ pub(super) struct Terminal {
     interrupted: Arc<AtomicBool>,
     /// Whether progress is shown, which it is if stderr is a terminal.
     shows_progress: bool,
+    /// Whether notes are printed.
+    shows_notes: bool,
 }
 
 impl Terminal {
-    pub(super) fn new() -> Self {
+    /// `is_quiet` leaves notes and progress out.
+    pub(super) fn new(is_quiet: bool) -> Self {
         let interrupted = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
             // The order matters: handlers run in it, so only the second signal finds the flag set. If a handler cannot be installed, the
@@ -36,7 +39,8 @@ impl Terminal {
         Self {
             bar: Mutex::new(None),
             interrupted,
-            shows_progress: std::io::stderr().is_terminal(),
+            shows_progress: !is_quiet && std::io::stderr().is_terminal(),
+            shows_notes: !is_quiet,
         }
     }
 
@@ -91,7 +95,9 @@ impl Monitor for Terminal {
 
     fn note(&self, message: &str) {
         tracing::info!(target: NOTES, "{message}");
-        self.print(&format!("note: {message}\n"));
+        if self.shows_notes {
+            self.print(&format!("note: {message}\n"));
+        }
     }
 
     fn interrupted(&self) -> bool {

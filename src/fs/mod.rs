@@ -171,6 +171,11 @@ pub trait Filesystem: std::fmt::Debug + Send + Sync {
     /// Returns the UUID of the filesystem.
     fn uuid(&self) -> [u8; 16];
 
+    /// Returns the name of its kind, for messages.
+    fn kind_name(&self) -> &'static str {
+        "filesystem"
+    }
+
     /// Returns the function that fingerprints are made with.
     fn function(&self) -> FingerprintFunction {
         FingerprintFunction::Crc32c

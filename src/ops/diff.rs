@@ -184,9 +184,20 @@ fn side_by_side<'a>(first: &'a [Run], second: &'a [Run]) -> impl Iterator<Item =
 
 /// Compares the images of a side with those on disk.
 fn diff_pool(mut side: Side<'_>, scope: &Scope, monitor: &dyn Monitor) -> Result<Vec<DiffedImage>> {
-    let manifest = std::mem::take(&mut side.images);
+    let mut manifest = std::mem::take(&mut side.images);
     let found = pool::discover(&scope.paths, &scope.exclude)?;
-    let root = common_folder(found.named.iter().map(|named| named.root.as_path()));
+    let named = common_folder(found.named.iter().map(|named| named.root.as_path()));
+    let root = base_of(&named, &found.images, &manifest).to_owned();
+    if let Ok(below) = named.strip_prefix(&root)
+        && root != named
+    {
+        manifest.retain(|path, _| path.starts_with(below));
+        monitor.note(&format!(
+            "`{}` is `{}` of what was exported: only that is compared",
+            shown(&named),
+            shown(below)
+        ));
+    }
     let mut on_disk = by_relative_name(found.images, &root);
     // A backup has files that do not look like images, such as a configuration. A file that is named counts whatever it looks like.
     let is_file = |path: &PathBuf| path.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
@@ -211,6 +222,19 @@ fn diff_pool(mut side: Side<'_>, scope: &Scope, monitor: &dyn Monitor) -> Result
     }
     images.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(images)
+}
+
+/// The folder that names of a side are relative to: the one that was named, or, where that is a part of what was exported, one around it.
+fn base_of<'a>(named: &'a Path, found: &[FoundImage], manifest: &BTreeMap<PathBuf, ImageRuns>) -> &'a Path {
+    let known: BTreeSet<&Path> = manifest
+        .values()
+        .flat_map(|image| image.image.names.iter().map(PathBuf::as_path))
+        .collect();
+    let is_base = |base: &&Path| {
+        let mut names = found.iter().flat_map(|image| &image.names);
+        names.any(|name| name.strip_prefix(base).is_ok_and(|name| known.contains(name)))
+    };
+    named.ancestors().find(is_base).unwrap_or(named)
 }
 
 /// Images by all of their names, relative to a folder.

@@ -19,8 +19,9 @@ use crate::exec::restore::source::BlockSource;
 use crate::exec::restore::{Restore, RestoreOptions};
 use crate::foreign::Backup;
 use crate::monitor::Monitor;
-use crate::plan::restore::chooser;
-use crate::report::Imported;
+use crate::plan::restore::{RestoredImage, chooser};
+use crate::pool::{machine_of, revision_of};
+use crate::report::{Imported, RestoredRevision};
 use crate::store::{FileStore, InputPipe, PeekedStore, Store};
 
 /// What is imported, where to, and how.
@@ -147,7 +148,26 @@ pub fn import_from(store: Arc<dyn Store>, options: &ImportOptions, monitor: &dyn
     let announces = seeds::are_possible(options);
     let budget = super::runs_budget(Some(&options.index));
     let mut source = ArchiveSource::open(&archive, options.commit.as_deref(), announces, &budget, monitor)?;
-    restore(&mut source, &[], options, monitor)
+    match restore(&mut source, &[], options, monitor) {
+        Err(Error::NoMatch { whole, .. }) => {
+            let others = commits_with(&archive, &options.restore.only)?;
+            Err(Error::NoMatch { whole, others })
+        }
+        result => result,
+    }
+}
+
+/// The commits of an archive that have images which patterns choose, in words.
+fn commits_with(archive: &Archive, only: &[String]) -> Result<Vec<String>> {
+    let takes = chooser(only)?;
+    let mut found = Vec::new();
+    for committed in archive.commits() {
+        let (summaries, _) = archive.images(committed)?;
+        if summaries.iter().any(|image| takes(&image.path)) {
+            found.push(format!("commit {} ({})", committed.commit.number, committed.id()));
+        }
+    }
+    Ok(found)
 }
 
 /// Imports from a store that is read once and in order. [`ImportOptions::archive`] is not used.
@@ -170,6 +190,35 @@ pub fn import_in_order(store: &dyn Store, options: &ImportOptions, monitor: &dyn
     Ok(imported)
 }
 
+/// The names that images get which become revisions, and how Qubes OS makes them current.
+fn restored_revisions(images: &[RestoredImage], to: &Path) -> Vec<RestoredRevision> {
+    let revisions = images.iter().filter_map(|image| {
+        let name = image.names.first()?.clone();
+        let path = to.join(&name);
+        let command = revision_of(&path).and_then(|revision| {
+            let machine = machine_of(&revision.image);
+            let is_of_qubes = ["appvms", "vm-templates"]
+                .iter()
+                .any(|folder| machine.parent().is_some_and(|above| above.ends_with(folder)));
+            let volume = revision.image.file_stem()?.to_string_lossy().into_owned();
+            let machine = machine.file_name()?.to_string_lossy().into_owned();
+            let words = [
+                "qvm-volume".into(),
+                "revert".into(),
+                format!("{machine}:{volume}"),
+                revision.number?.to_string(),
+            ];
+            is_of_qubes.then(|| words.to_vec())
+        });
+        Some(RestoredRevision {
+            path: image.path.clone(),
+            name,
+            command: command.unwrap_or_default(),
+        })
+    });
+    revisions.collect()
+}
+
 /// Plans a restore, and carries it out unless it is a dry run. `in_place` are the files that hold blocks of the source as they are.
 fn restore(
     source: &mut dyn BlockSource,
@@ -185,8 +234,20 @@ fn restore(
     let open_seed = seeds::opener(options, in_place, monitor);
     let mut restore = Restore::new(&options.restore, root, source, &*open_seed, monitor);
     restore.plan()?;
-    if options.dry_run {
-        return Ok(Imported::planned(archive, to, restore.into_plan()?));
-    }
-    Ok(Imported::of(archive, to, restore.execute()?))
+    let outcome = if options.dry_run {
+        restore.into_plan()?
+    } else {
+        restore.execute()?
+    };
+    let revisions = if options.restore.as_revision {
+        restored_revisions(&outcome.plan.images, &to)
+    } else {
+        Vec::new()
+    };
+    let imported = if options.dry_run {
+        Imported::planned(archive, to, outcome)
+    } else {
+        Imported::of(archive, to, outcome)
+    };
+    Ok(Imported { revisions, ..imported })
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::archive::keys::ArchiveKeys;
-use crate::archive::reader::{Archive, Committed, Damage};
+use crate::archive::reader::{Archive, Committed, Damage, RecordReader};
 use crate::archive::writer::COPIES_BYTES;
 use crate::block::BLOCK_BYTES;
 use crate::content::FileTime;
@@ -26,7 +26,8 @@ pub fn list(path: &Path, commit: Option<&str>) -> Result<Listed> {
 /// # Errors
 /// Those of [`list`] and [`Archive::open_with`].
 pub fn list_with(path: &Path, commit: Option<&str>, keys: Arc<ArchiveKeys>) -> Result<Listed> {
-    let archive = Archive::open_with(Arc::new(FileStore::open(path)?), keys)?;
+    let store = Arc::new(FileStore::open(path)?);
+    let archive = Archive::open_with(Arc::clone(&store) as _, keys)?;
     let all = archive.commits();
     let places = match commit {
         Some(name) => {
@@ -39,12 +40,24 @@ pub fn list_with(path: &Path, commit: Option<&str>, keys: Arc<ArchiveKeys>) -> R
     Ok(Listed {
         archive: path.to_owned(),
         archive_bytes: archive.length(),
+        commit_count: all.len() as u64,
+        is_damaged: !archive.damage().is_empty() || !archive.is_ended() || begins_with_another(&archive, store)?,
         shows_images: places.len() == 1,
         // Commits are ordered by lane and number.
         commits: places
             .map(|place| listed(&archive, &all[place], place.checked_sub(1).map(|before| &all[before])))
             .collect::<Result<_>>()?,
     })
+}
+
+/// Whether the file begins with an archive that none of these commits is of: someone appended one to another.
+fn begins_with_another(archive: &Archive, store: Arc<FileStore>) -> Result<bool> {
+    let first = match RecordReader::new(store)?.header_at(0) {
+        Err(Error::Damaged { .. } | Error::NotAnArchive { .. }) => return Ok(true),
+        first => first?,
+    };
+    let mut commits = archive.commits().iter().chain(archive.forgotten());
+    Ok(!commits.any(|one| one.lane == first.lane))
 }
 
 /// What a commit holds, and what it added to the archive.
@@ -73,6 +86,7 @@ fn listed(archive: &Archive, committed: &Committed, before: Option<&Committed>) 
         logical_bytes: summaries.iter().map(|image| image.size).fold(0, u64::saturating_add),
         added_bytes: u64::from(commit.store_end.saturating_sub(first_new)) * BLOCK_BYTES,
         stored_bytes: stored_bytes(committed),
+        image_count: summaries.len() as u64,
         images: images.collect(),
     })
 }

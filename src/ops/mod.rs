@@ -7,6 +7,7 @@ pub mod import;
 pub mod key;
 pub mod list;
 mod open_archive;
+pub mod planning;
 pub mod protect;
 pub mod reclaim;
 pub mod repair;

@@ -3,22 +3,22 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use super::planning::{PlanSettings, make_plan};
 use super::{OpenPool, Scope, Survey, discover, log_skipped, open_pool, survey, unreadable_image, without_empty};
 use crate::block::bytes;
 use crate::error::{Error, Result};
-use crate::exec::compression::{CompressionRequest, plan_compressing};
+use crate::exec::compression::CompressionRequest;
 use crate::exec::fingerprints::remember;
 use crate::exec::reclaim::{ReclaimOutcome, ReclaimSettings, run};
 use crate::facts::Facts;
 use crate::frame::Packer;
-use crate::fs::{Filesystem, ImageInfo, Purpose, freed_bytes, images, prove_slots};
+use crate::fs::{Filesystem, Purpose, freed_bytes, images};
 use crate::index::ChunkIndex;
 use crate::monitor::{Deadline, Monitor};
-use crate::numbers::{ExtentId, ImageId, Slot};
-use crate::plan::{self, ReclaimPlan, plan_proved};
+use crate::numbers::ImageId;
+use crate::plan::{self, ReclaimPlan};
 use crate::pool::{self, Skip, Skipped, machine_of};
 use crate::report::{Done, Planned, PoolBytes, Reclaimed};
-use crate::shown::size;
 
 /// What is reclaimed, and how.
 #[derive(Debug, Clone)]
@@ -37,6 +37,17 @@ pub struct ReclaimOptions {
     pub reserve_bytes: u64,
     /// The time after which the run stops in order. The next run goes on from there.
     pub time: Option<Duration>,
+}
+
+impl ReclaimOptions {
+    /// What the plan follows from, beside the pool.
+    fn settings(&self) -> PlanSettings {
+        PlanSettings {
+            plan: self.plan,
+            compress: self.compress,
+            reserve_bytes: self.reserve_bytes,
+        }
+    }
 }
 
 /// The shortest runs, in blocks, with which sending and copying images takes about twice as long as before at most: 64 KiB.
@@ -93,6 +104,7 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
         fingerprinted,
         inline,
         index,
+        ..
     } = survey(pool, &options.scope, true, monitor)?;
     let free_before = fs.free_bytes()?;
     let unchecksummed = images(fs).filter(|image| !image.checksummed).count() as u64;
@@ -115,7 +127,7 @@ fn reclaim_until(pool: OpenPool<'_>, options: &ReclaimOptions, monitor: &Deadlin
     fs.shortcomings()
         .iter()
         .for_each(|shortcoming| monitor.note(shortcoming));
-    let (plan, proved_bytes) = match make_plan(options, fs, &mut facts, monitor) {
+    let (plan, proved_bytes) = match make_plan(&options.settings(), fs, &mut facts, monitor) {
         Err(Error::Interrupted) => {
             result.interrupted = true;
             return Ok(result);
@@ -225,121 +237,6 @@ fn threads(cores: usize) -> usize {
     /// Threads at most. All calls lock the same trees of the filesystem, so many more threads would mostly wait.
     const THREADS_MAX: usize = 8;
     if cores <= 2 { 1 } else { (cores - 1).min(THREADS_MAX) }
-}
-
-/// Checks that the filesystem compresses, and notes how many images cannot be compressed.
-///
-/// # Errors
-/// [`Error::NoCompression`].
-fn check_compression(request: CompressionRequest, fs: &dyn Filesystem, monitor: &dyn Monitor) -> Result<()> {
-    if !fs.compresses() {
-        return Err(Error::NoCompression {
-            path: fs.folder().to_owned(),
-        });
-    }
-    let count = |matches: fn(&ImageInfo) -> bool| images(fs).filter(|image| matches(image)).count();
-    if matches!(request, CompressionRequest::Zstd { .. }) {
-        let notes = [
-            (
-                count(|image| image.stays_uncompressed),
-                "are marked not to be compressed (property `compression=none`)",
-            ),
-            (
-                count(|image| !image.checksummed),
-                "have no checksums (nodatacow), without which btrfs compresses nothing",
-            ),
-        ];
-        for (images, reason) in notes.into_iter().filter(|(images, _)| *images > 0) {
-            monitor.note(&format!("{images} images {reason}: they stay as they are"));
-        }
-        if !fs.takes_frames() {
-            monitor.note(
-                "This kernel does not take extents that were compressed beforehand (Linux 5.18): the filesystem compresses them \
-                 itself, at its own level",
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Returns [`Error::Interrupted`] once the user has asked to stop.
-fn go_on(monitor: &dyn Monitor) -> Result<()> {
-    if monitor.interrupted() {
-        Err(Error::Interrupted)
-    } else {
-        Ok(())
-    }
-}
-
-/// Makes a plan that fits into the free space, and returns how many bytes were read to prove that blocks are equal.
-///
-/// # Errors
-/// [`Error::NoCompression`]; [`Error::Grows`] if undoing compression takes more than is free; [`Error::Interrupted`]; [`Error::Io`].
-fn make_plan(
-    options: &ReclaimOptions,
-    fs: &dyn Filesystem,
-    facts: &mut Facts,
-    monitor: &dyn Monitor,
-) -> Result<(ReclaimPlan, u64)> {
-    if let Some(request) = options.compress {
-        check_compression(request, fs, monitor)?;
-    }
-    let mut proved_bytes = 0;
-    let mut prove = |facts: &Facts, slots: &[Slot]| {
-        proved_bytes += bytes(u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        prove_slots(fs, facts, slots, monitor)
-    };
-    let go_on = || go_on(monitor);
-    let is_candidate = |facts: &Facts, extent: ExtentId| {
-        let mut references = facts.references_to(extent);
-        references.all(|reference| !fs.image(reference.image).stays_uncompressed)
-    };
-    let mut plan = plan_compressing(
-        options.compress,
-        facts,
-        &options.plan,
-        &go_on,
-        &mut prove,
-        is_candidate,
-        (fs, monitor),
-    )?;
-    let free_bytes = fs.free_bytes()?;
-    let usable_bytes = free_bytes.saturating_sub(options.reserve_bytes);
-    // If less is free than the reserve, the first bytes that are freed go to the reserve.
-    let is_short = |plan: &ReclaimPlan| {
-        plan.needed_bytes > usable_bytes || (free_bytes < options.reserve_bytes && plan.rewritten_bytes() > 0)
-    };
-    let grows_bytes = u64::try_from(-plan.freed_bytes()).unwrap_or(0);
-    if grows_bytes > usable_bytes {
-        return Err(Error::Grows {
-            path: fs.folder().to_owned(),
-            grows_bytes,
-            free_bytes: usable_bytes,
-        });
-    }
-    if is_short(&plan) {
-        // With small batches, each frees space for the next one.
-        let small_batches = plan::PlanOptions {
-            batch_bytes: usable_bytes / 2,
-            ..options.plan
-        };
-        plan = plan_proved(facts, &small_batches, &go_on, &mut prove)?;
-        if is_short(&plan) {
-            monitor.note(&format!(
-                "Only {} are free beyond the reserve of {}: what would take more on the way waits for the next run",
-                size(usable_bytes),
-                size(options.reserve_bytes)
-            ));
-            let little_space = plan::PlanOptions {
-                work_space_bytes: usable_bytes,
-                ..small_batches
-            };
-            plan = plan_proved(facts, &little_space, &go_on, &mut prove)?;
-        }
-    }
-    // This removes the file of these fingerprints, so that its space counts as free.
-    facts.planned_fingerprints = None;
-    Ok((plan, proved_bytes))
 }
 
 /// Logs the plan, extent by extent.

@@ -1,30 +1,182 @@
-//! `report`: shows what each image holds. It reads extent maps, and no data of images.
+//! `report`: tells what takes space, what a reclaim would free, and what deleting would free. On btrfs it reads no data of images.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
-use super::{OpenPool, Scope, discover, open_pool};
+use super::planning::{PlanSettings, make_plan};
+use super::{OpenPool, Scope, common_folder, discover, open_pool, survey, without_empty};
 use crate::block::bytes;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::facts::{Compression, Facts, PinReason};
-use crate::fs::{Purpose, images};
+use crate::fs::{Filesystem, PoolMap, Purpose, images};
 use crate::monitor::Monitor;
-use crate::numbers::{ExtentId, ImageId, Slot};
-use crate::report::{ImageBytes, PoolBytes, Reported};
+use crate::numbers::{ExtentId, ImageId};
+use crate::plan::{Holdings, Layers, apply};
+use crate::pool::{self, Covering, FoundImage, Pool, Skipped};
+use crate::report::families::{Machines, Views, all_revisions, families, if_deleted};
+use crate::report::{ImageBytes, Planned, PoolBytes, ReportView, Reported};
+
+/// What is reported, and how.
+#[derive(Debug, Clone)]
+pub struct ReportOptions {
+    /// The images, and the index.
+    pub scope: Scope,
+    /// Whether a reclaim is planned.
+    pub plans: bool,
+    /// Patterns of images; it is told what deleting them would free.
+    pub if_deleted: Vec<String>,
+    /// Where dom0's root filesystem is mounted.
+    pub qubes_root: PathBuf,
+    /// What the text shows.
+    pub view: ReportView,
+    /// The command that reclaims these images, word by word.
+    pub reclaim_command: Vec<String>,
+}
 
 /// Reports on a pool.
 ///
 /// # Errors
-/// Those of finding and opening images; those of [`report_on`].
-pub fn report(scope: &Scope, monitor: &dyn Monitor) -> Result<Reported> {
-    let (fs, skipped) = open_pool(discover(scope, monitor)?, Purpose::Look, monitor)?;
-    report_on(OpenPool::of(&*fs, skipped, scope, monitor))
+/// Those of finding and opening images; those of planning, as [`super::reclaim::reclaim`] has them; those of [`report_on`];
+/// [`Error::Interrupted`].
+pub fn report(options: &ReportOptions, monitor: &dyn Monitor) -> Result<Reported> {
+    let patterns = options.if_deleted.iter();
+    let patterns = patterns.map(|pattern| Ok((pattern.clone(), Covering::new(pattern)?)));
+    let patterns: Vec<(String, Covering)> = patterns.collect::<Result<_>>()?;
+    let found = discover(&options.scope, monitor)?;
+    let planned = if options.plans {
+        plan_reclaim(&found, &options.scope, monitor)?
+    } else {
+        None
+    };
+    let looked_at = found.clone();
+    let (fs, skipped) = open_pool(looked_at, Purpose::Look, monitor)?;
+    let pool = OpenPool::of(&*fs, skipped, &options.scope, monitor);
+    let Looked {
+        mut reported,
+        mapped,
+        now,
+        skipped,
+    } = look(pool, &found.images)?;
+    let mut after = planned.as_ref().map(|planned| planned.after(&*fs, &mapped.facts));
+    if let Some(after) = &mut after {
+        add_beyond(after, &mapped);
+        after.keep(&images_with_names_elsewhere(&*fs, &found.images));
+        let shares = after.shares(|image| vec![image]);
+        for (number, image) in ImageId::numbered(&mut reported.images) {
+            image.exclusive_after_reclaim_bytes = Some(shares.get(&number).map_or(0, |share| share.freed_bytes));
+        }
+    }
+    let machines = Machines::of(names_of(&*fs, &found.images));
+    let views = Views {
+        now: &now,
+        after: after.as_ref(),
+    };
+    let templates = pool::templates(&options.qubes_root);
+    reported.root = common_folder(found.named.iter().map(|named| named.root.as_path()));
+    reported.families = families(&machines, views, &reported.root, &templates);
+    reported.machine_count = machines.count();
+    reported.revisions = all_revisions(&machines, views);
+    reported.if_deleted = if_deleted(&machines, views, &patterns);
+    if let Some(planned) = planned {
+        let left_out: BTreeSet<&PathBuf> = skipped.iter().map(|image| &image.path).collect();
+        let more = planned
+            .skipped
+            .into_iter()
+            .filter(|image| !left_out.contains(&image.path));
+        reported.left_alone = more.collect();
+        reported.planned = Some(planned.summary);
+    }
+    reported.skipped = skipped;
+    reported.view = options.view.clone();
+    reported.reclaim_command.clone_from(&options.reclaim_command);
+    Ok(reported)
 }
 
-/// Reports on a pool that is open. It needs no index.
+/// Reports on a pool that is open, image by image, without a plan. It needs no index.
 ///
 /// # Errors
-/// [`crate::error::Error::Io`] if metadata cannot be read.
+/// [`Error::Io`] if metadata cannot be read.
 pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
+    let looked = look(pool, &[])?;
+    Ok(Reported {
+        skipped: looked.skipped,
+        ..looked.reported
+    })
+}
+
+/// A reclaim that was planned and is not carried out.
+struct PlannedReclaim {
+    summary: Planned,
+    /// What the images of the plan hold after it.
+    layers: Layers,
+    /// The paths of these images, by their numbers in the plan.
+    paths: Vec<PathBuf>,
+    /// The images that it would leave alone.
+    skipped: Vec<Skipped>,
+}
+
+impl PlannedReclaim {
+    /// What all images hold after it. `fs` and `facts` are those of all images.
+    fn after(&self, fs: &dyn Filesystem, facts: &Facts) -> Holdings {
+        let numbers: BTreeMap<&Path, ImageId> = ImageId::numbered(images(fs))
+            .map(|(number, image)| (image.path.as_path(), number))
+            .collect();
+        let numbers: Vec<Option<ImageId>> = self
+            .paths
+            .iter()
+            .map(|path| numbers.get(path.as_path()).copied())
+            .collect();
+        self.layers.beside(&numbers, &Layers::of(facts))
+    }
+}
+
+/// Plans a reclaim as a dry run does. It is `None` if another run works on the filesystem or on its index.
+fn plan_reclaim(found: &Pool, scope: &Scope, monitor: &dyn Monitor) -> Result<Option<PlannedReclaim>> {
+    match try_plan(found, scope, monitor) {
+        Ok(planned) => Ok(Some(planned)),
+        Err(Error::Busy { .. }) => {
+            monitor.note("Another vmfold works on this filesystem, so that it is not told what a reclaim would free");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn try_plan(found: &Pool, scope: &Scope, monitor: &dyn Monitor) -> Result<PlannedReclaim> {
+    let (fs, skipped) = open_pool(without_empty(found.clone()), Purpose::Plan, monitor)?;
+    let survey = survey(OpenPool::of(&*fs, skipped, scope, monitor), scope, true, monitor)?;
+    if monitor.interrupted() {
+        return Err(Error::Interrupted);
+    }
+    fs.shortcomings()
+        .iter()
+        .for_each(|shortcoming| monitor.note(shortcoming));
+    let mut facts = survey.facts;
+    monitor.phase("Planning", 0);
+    let (plan, proved_bytes) = make_plan(&PlanSettings::default(), &*fs, &mut facts, monitor)?;
+    let summary = Planned::of(&plan, proved_bytes);
+    let applied = apply(&mut facts, &plan.layout);
+    Ok(PlannedReclaim {
+        summary,
+        layers: Layers::of(&applied.facts),
+        paths: images(&*fs).map(|image| image.path.clone()).collect(),
+        skipped: survey.skipped,
+    })
+}
+
+/// What looking at a pool tells.
+struct Looked {
+    /// What is told of the pool and of each image.
+    reported: Reported,
+    mapped: PoolMap,
+    /// What sets of images hold.
+    now: Holdings,
+    /// Images that were left out.
+    skipped: Vec<Skipped>,
+}
+
+/// Looks at a pool that is open.
+fn look(pool: OpenPool<'_>, found: &[FoundImage]) -> Result<Looked> {
     let OpenPool {
         fs, skipped, budget, ..
     } = pool;
@@ -49,84 +201,61 @@ pub fn report_on(pool: OpenPool<'_>) -> Result<Reported> {
                 image.uncompressed_bytes += bytes(extent.blocks);
             }
         }
-        let held = held_blocks(&mapped.facts, number, fs.frees_blocks());
-        for (image, blocks) in held.exclusive {
-            report[image.index()].exclusive_bytes += extent.disk_share(blocks);
-        }
-        for (image, blocks) in held.shared {
-            report[image.index()].shared_bytes += extent.disk_share(blocks);
-        }
     }
-    for beyond in &mapped.beyond {
-        report[beyond.image.index()].exclusive_bytes += beyond.disk_bytes;
+    let mut now = Holdings::of(&mapped.facts);
+    add_beyond(&mut now, &mapped);
+    let held_bytes = now.held_bytes();
+    now.keep(&images_with_names_elsewhere(fs, found));
+    for (image, share) in now.shares(|image| vec![image]) {
+        let image = &mut report[image.index()];
+        image.exclusive_bytes = share.freed_bytes;
+        image.shared_bytes = share.on_disk_bytes - share.freed_bytes;
     }
-    Ok(Reported {
+    let reported = Reported {
         pool: PoolBytes::of(fs, &mapped.facts),
+        filesystem: fs.kind_name(),
+        image_count: report.len() as u64,
         unreachable_bytes,
         inline_bytes: mapped.inline_bytes,
+        held_bytes,
         held_by: fs.names_of_holders(&mapped.facts)?,
         images: report,
+        ..Reported::default()
+    };
+    Ok(Looked {
+        reported,
+        mapped,
+        now,
         skipped,
     })
 }
 
-/// The blocks of an extent that images hold.
-#[derive(Default)]
-struct HeldBlocks {
-    /// How many blocks the deletion of each image would free.
-    exclusive: BTreeMap<ImageId, u32>,
-    /// How many blocks each image has in common with others.
-    shared: BTreeMap<ImageId, u32>,
+/// Adds the space beyond the ends of images that only they use.
+fn add_beyond(holdings: &mut Holdings, mapped: &PoolMap) {
+    for beyond in &mapped.beyond {
+        holdings.add(&[beyond.image], beyond.disk_bytes, false);
+    }
 }
 
-/// The blocks of an extent that images hold. Without `frees_blocks`, all of its blocks are held by each image that maps any of them.
-fn held_blocks(facts: &Facts, number: ExtentId, frees_blocks: bool) -> HeldBlocks {
-    let extent = &facts.extents[number.index()];
-    let is_held_by_others = extent.pinned == Some(PinReason::HeldByOthers);
-    let mut held = HeldBlocks::default();
-    let mut hold = |images: &BTreeSet<ImageId>, blocks: u32| {
-        let is_exclusive = images.len() == 1 && !is_held_by_others;
-        let counts = if is_exclusive {
-            &mut held.exclusive
-        } else {
-            &mut held.shared
-        };
-        for image in images {
-            *counts.entry(*image).or_default() += blocks;
-        }
-    };
-    if !frees_blocks {
-        let images: BTreeSet<_> = facts
-            .mappings_to(number)
-            .flat_map(|(_, images)| images.to_vec())
-            .collect();
-        hold(&images, extent.blocks);
-        return held;
-    }
-    // The images of which a mapping begins or ends at a slot, in the order of slots.
-    let mut events: BTreeMap<Slot, (Vec<ImageId>, Vec<ImageId>)> = BTreeMap::new();
-    for (mapping, images) in facts.mappings_to(number) {
-        let slots = mapping.slots();
-        events.entry(slots.start).or_default().0.extend(images);
-        events.entry(slots.end).or_default().1.extend(images);
-    }
-    let (mut references, mut from): (BTreeMap<ImageId, u32>, Slot) = (BTreeMap::new(), Slot(0));
-    for (at, (begin, end)) in events {
-        hold(&references.keys().copied().collect(), at - from);
-        for image in begin {
-            *references.entry(image).or_default() += 1;
-        }
-        for image in end {
-            // An image may refer to a block several times.
-            let count = references.entry(image).or_default();
-            *count -= 1;
-            if *count == 0 {
-                references.remove(&image);
-            }
-        }
-        from = at;
-    }
-    held
+/// The names of each image below the named paths.
+fn names_of(fs: &dyn Filesystem, found: &[FoundImage]) -> Vec<BTreeSet<PathBuf>> {
+    let names: BTreeMap<&Path, &BTreeSet<PathBuf>> =
+        found.iter().map(|image| (image.path.as_path(), &image.names)).collect();
+    let names_of = |path: &PathBuf| names.get(path.as_path()).copied().cloned();
+    images(fs)
+        .map(|image| names_of(&image.path).unwrap_or_else(|| BTreeSet::from([image.path.clone()])))
+        .collect()
+}
+
+/// The images that stay when all their names below the named paths are deleted.
+fn images_with_names_elsewhere(fs: &dyn Filesystem, found: &[FoundImage]) -> BTreeSet<ImageId> {
+    let elsewhere = found.iter().filter(|image| image.has_names_elsewhere());
+    let elsewhere: BTreeSet<&PathBuf> = elsewhere.map(|image| &image.path).collect();
+    let numbered = ImageId::numbered(images(fs));
+    numbered
+        .filter(|(_, image)| elsewhere.contains(&image.path))
+        .map(|(number, _)| number)
+        .collect()
 }
 
 /// The number of blocks of an extent that each image maps, each reference counted.

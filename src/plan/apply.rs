@@ -167,7 +167,7 @@ impl PlannedExtents {
             let written = Extent {
                 address,
                 disk_bytes,
-                generation: u64::MAX,
+                generation: super::PLANNED_GENERATION,
                 first_slot: slot,
                 blocks: donor.blocks,
                 class: donor.class,

@@ -9,6 +9,7 @@
 mod apply;
 pub mod export;
 mod greedy;
+mod holdings;
 mod layout;
 mod memory;
 mod ops;
@@ -20,6 +21,7 @@ mod table;
 use std::collections::BTreeMap;
 
 pub use apply::{Origins, PlannedPool, apply};
+pub use holdings::{HeldBytes, Holdings, Layers, Share};
 pub use layout::{BlockDestination, COMPRESSED_BLOCKS_MAX, DonorExtent, Layout};
 pub use memory::{fingerprints_fit, lists_bytes, memory_bytes, table_slots_max};
 pub use ops::{Batch, DonorFile, Op, ShareSource};
@@ -51,6 +53,9 @@ pub const REFERENCES_PER_GIB_MAX: u32 = 32 << 10;
 /// Rounds of looking again at the pool as it would be. Each frees more than the one before left. Three are usual, and six with
 /// compression; extents of one block each that lie side by side, and whose home is at its limit of references, go one in a round.
 const ROUNDS_MAX: usize = 256;
+
+/// The generation of donors that exist only in a plan.
+const PLANNED_GENERATION: u64 = u64::MAX;
 
 /// Usual size of a batch of donors: little enough that they are still in memory when they are compared, and that little extra space
 /// is needed.

@@ -129,7 +129,7 @@ pub struct Selected {
 /// are restored that match.
 ///
 /// # Errors
-/// [`Error::Usage`] if a pattern makes no sense, or no image matches.
+/// [`Error::Usage`] if a pattern makes no sense; [`Error::NoMatch`].
 pub fn select(contents: &Contents, only: &[String]) -> Result<Selected> {
     let takes = chooser(only)?;
     let images = &contents.manifest.images;
@@ -151,12 +151,27 @@ pub fn select(contents: &Contents, only: &[String]) -> Result<Selected> {
         missing: missing.map(Path::to_owned).collect(),
     };
     if selected.images.is_empty() && selected.missing.is_empty() && !contents.grows {
-        let whole = if contents.kind.is_some() { "backup" } else { "commit" };
-        return Err(Error::Usage(format!(
-            "no image of this {whole} matches: vmfold list shows what there is"
-        )));
+        let whole = match (&contents.kind, &contents.commit) {
+            (Some(_), _) => "this backup".to_owned(),
+            (None, Some(commit)) => format!("commit {} ({})", commit.number, commit.id),
+            (None, None) => "this commit".to_owned(),
+        };
+        return Err(Error::NoMatch {
+            whole,
+            others: Vec::new(),
+        });
     }
     Ok(selected)
+}
+
+impl Selected {
+    /// Leaves out images that are revisions already, unless all are.
+    pub fn leave_revisions_out(&mut self) {
+        let is_revision = |image: &RestoredImage| revision_of(&image.path).is_some();
+        if !self.images.iter().all(is_revision) {
+            self.images.retain(|image| !is_revision(image));
+        }
+    }
 }
 
 /// What tells whether patterns choose a path, as [`select`] does.
@@ -628,7 +643,7 @@ mod tests {
         assert_eq!(names(&select(&["b/"]).unwrap()), ["b/root.img"]);
         assert_eq!(select(&["a"]).unwrap().images.len(), 2);
         assert_eq!(names(&select(&["c.img"]).unwrap()), ["c.img"]);
-        assert!(matches!(select(&["d"]), Err(Error::Usage(_))));
+        assert!(matches!(select(&["d"]), Err(Error::NoMatch { .. })));
         assert!(matches!(select(&["["]), Err(Error::Usage(_))));
     }
 

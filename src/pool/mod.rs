@@ -18,8 +18,8 @@ use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 pub use mounts::{MountedAt, mounted_at};
-pub use naming::{FileKind, Revision, kind_of, looks_like_image, machine_of, revision_of};
-pub use qubes::qubes_folders;
+pub use naming::{FileKind, Revision, kind_of, looks_like_image, machine_of, owner_of, revision_of};
+pub use qubes::{qubes_folders, templates};
 
 use crate::error::{Error, Result};
 use crate::sys::beneath::{Folder, reopen};
@@ -34,6 +34,8 @@ pub struct FoundImage {
     pub names: BTreeSet<PathBuf>,
     /// Its device and inode number.
     pub id: FileId,
+    /// The number of its hard links, wherever they are.
+    pub links: u64,
     /// Its size in bytes, holes included.
     pub size: u64,
     /// The machines that it belongs to, by its names: a running machine of Qubes OS has a hard link to its template's image. While one
@@ -62,6 +64,11 @@ impl FoundImage {
             return Err(Errno::STALE);
         }
         reopen(&path_only, flags)
+    }
+
+    /// Whether it has names that are not below the named paths, so that it stays when all others are deleted.
+    pub fn has_names_elsewhere(&self) -> bool {
+        self.links > self.names.len() as u64
     }
 
     /// Opens the folder that the image lies in.
@@ -191,6 +198,14 @@ impl Skip {
             Self::TooFragmented => "too fragmented",
             Self::Unreadable => "unreadable",
         }
+    }
+
+    /// Whether an image is left alone because its machine runs, or because someone has it open.
+    pub fn is_in_use(self) -> bool {
+        matches!(
+            self,
+            Self::InUse | Self::MachineInUse | Self::Dirty | Self::Running | Self::OpenedMeanwhile
+        )
     }
 
     /// Returns the reason as a text for the user.
@@ -452,6 +467,7 @@ impl Search {
                     path: path.clone(),
                     names: BTreeSet::new(),
                     id,
+                    links: stat.st_nlink,
                     size: size_of(stat),
                     machines: BTreeSet::new(),
                     group: 0,
@@ -527,17 +543,34 @@ pub fn group(images: &mut [FoundImage], groups: &[String]) -> Result<()> {
         return Err(Error::Usage(format!("--group can be given {GROUPS_MAX} times at most")));
     }
     for (number, pattern) in (1..).zip(groups) {
-        // A relative pattern such as `appvms/vault-*` matches at any depth, whatever folder was named.
-        let set = patterns(&[pattern.clone(), format!("**/{pattern}")])?;
+        let covering = Covering::new(pattern)?;
         for image in images.iter_mut().filter(|image| image.group == 0) {
-            // A folder's name matches everything in it.
-            let is_in = |name: &PathBuf| name.ancestors().any(|part| set.is_match(part));
-            if image.names.iter().any(is_in) {
+            if image.names.iter().any(|name| covering.has(name)) {
                 image.group = number;
             }
         }
     }
     Ok(())
+}
+
+/// A pattern that stands for what it matches and, where that is a folder, for all that is in it. A relative pattern such as `appvms/vault-*`
+/// matches at any depth, whatever folder was named.
+#[derive(Debug, Clone)]
+pub struct Covering(GlobSet);
+
+impl Covering {
+    /// Compiles a pattern.
+    ///
+    /// # Errors
+    /// Returns [`Error::Usage`] if it is invalid.
+    pub fn new(pattern: &str) -> Result<Self> {
+        Ok(Self(patterns(&[pattern.to_owned(), format!("**/{pattern}")])?))
+    }
+
+    /// Whether it stands for a file.
+    pub fn has(&self, path: &Path) -> bool {
+        path.ancestors().any(|part| self.0.is_match(part))
+    }
 }
 
 /// Compiles patterns of paths.

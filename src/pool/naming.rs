@@ -155,6 +155,16 @@ pub fn machine_of(path: &Path) -> PathBuf {
     path.to_owned()
 }
 
+/// Returns what an image is counted with: its machine, as [`machine_of`] has it, and for a revision of an image that is a machine of its own,
+/// that image.
+pub fn owner_of(path: &Path) -> PathBuf {
+    let machine = machine_of(path);
+    match revision_of(path) {
+        Some(revision) if machine == path => revision.image,
+        _ => machine,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,6 +187,17 @@ mod tests {
         assert_eq!(
             machine("/var/lib/libvirt/images/debian.qcow2"),
             "/var/lib/libvirt/images/debian.qcow2"
+        );
+    }
+
+    #[test]
+    fn a_revision_belongs_to_its_image() {
+        let owner = |path: &str| owner_of(Path::new(path)).display().to_string();
+        assert_eq!(owner("/i/a.img.2@2026-01-02T03:04:05Z"), "/i/a.img");
+        assert_eq!(owner("/i/a.img"), "/i/a.img");
+        assert_eq!(
+            owner("/p/appvms/work/private.img.2@2026-01-02T03:04:05Z"),
+            "/p/appvms/work"
         );
     }
 

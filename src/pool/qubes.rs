@@ -83,6 +83,37 @@ fn pools_in(text: &str) -> std::result::Result<Vec<(Option<String>, PathBuf)>, r
         .collect())
 }
 
+/// Returns the template of each machine of Qubes OS that has one, by name, as far as `qubes.xml` below `root` tells.
+pub fn templates(root: &Path) -> BTreeMap<String, String> {
+    let path = root.join(XML);
+    let is_short = path.metadata().is_ok_and(|metadata| metadata.len() <= XML_BYTES_MAX);
+    let text = is_short.then(|| std::fs::read_to_string(&path).ok()).flatten();
+    text.and_then(|text| templates_in(&text).ok()).unwrap_or_default()
+}
+
+/// Returns the template of each machine in `<domain id="domain-5">`, by name. A property refers to its machine by `ref`, with the name, or in
+/// some versions with the id (qubes-core-admin, `qubes/vm/__init__.py`).
+fn templates_in(text: &str) -> std::result::Result<BTreeMap<String, String>, roxmltree::Error> {
+    let document = roxmltree::Document::parse(text)?;
+    let domains = || document.descendants().filter(|node| node.has_tag_name("domain"));
+    let property = |domain: roxmltree::Node<'_, '_>, name: &str| {
+        let is_it =
+            |node: &roxmltree::Node<'_, '_>| node.has_tag_name("property") && node.attribute("name") == Some(name);
+        let found = domain.descendants().find(is_it)?;
+        let value = found.attribute("ref").or_else(|| found.text())?;
+        Some(value.trim().to_owned())
+    };
+    let names: BTreeMap<&str, String> = domains()
+        .filter_map(|domain| Some((domain.attribute("id")?, property(domain, "name")?)))
+        .collect();
+    let templates = domains().filter_map(|domain| {
+        let template = property(domain, "template")?;
+        let template = names.get(template.as_str()).cloned().unwrap_or(template);
+        Some((property(domain, "name")?, template))
+    });
+    Ok(templates.filter(|(_, template)| !template.is_empty()).collect())
+}
+
 /// Returns the folders that `qvm-pool` lists; `None` if it cannot be run.
 fn pools_of_command() -> Option<Vec<PathBuf>> {
     let output = |arguments: &[&str]| {
@@ -119,6 +150,20 @@ fn folder_in(info: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn templates_by_name() {
+        let text = r#"<qubes><domains>
+            <domain id="domain-1" class="TemplateVM"><properties><property name="name">debian-12</property></properties></domain>
+            <domain id="domain-2" class="AppVM"><properties>
+                <property name="name">work</property><property name="template" ref="domain-1"/></properties></domain>
+            <domain id="domain-3" class="AppVM"><properties>
+                <property name="name">vault</property><property name="template" ref="debian-12"/></properties></domain>
+            </domains></qubes>"#;
+        let pairs = ["vault", "work"].map(|machine| (machine.to_owned(), "debian-12".to_owned()));
+        assert_eq!(templates_in(text).unwrap(), BTreeMap::from(pairs));
+        assert!(templates_in("<qubes").is_err());
+    }
 
     const DOCUMENT: &str = r#"<?xml version="1.0" encoding="utf-8"?>
         <qubes version="3.0"><pools>

@@ -1,5 +1,8 @@
 //! The reports of the verbs: as data, which programs get as JSON (`formats/report-v1.schema.json`), and as text for people.
 
+pub mod families;
+mod left_alone;
+mod overview;
 mod text;
 
 use std::collections::BTreeMap;
@@ -19,7 +22,9 @@ use crate::numbers::CommitNumber;
 use crate::plan::restore::RestorePlan;
 pub use crate::plan::restore::{LostImage, RestoreBytes};
 use crate::plan::{BytesByReason, ReclaimPlan};
-use crate::pool::Skipped;
+pub use families::{DeletedBytes, FamilyBytes, IfDeleted, MachineBytes, RevisionBytes};
+
+use crate::pool::{Covering, Skipped};
 
 /// The totals of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -184,6 +189,8 @@ pub struct ImageBytes {
     pub data_bytes: u64,
     /// Bytes on disk that its deletion would free.
     pub exclusive_bytes: u64,
+    /// Bytes on disk that its deletion would free after a reclaim. It is `None` if no reclaim was planned.
+    pub exclusive_after_reclaim_bytes: Option<u64>,
     /// Bytes on disk that it has in common with others.
     pub shared_bytes: u64,
     /// Bytes that its compressed extents take on disk, exclusive and shared ones.
@@ -194,21 +201,75 @@ pub struct ImageBytes {
     pub unreachable_bytes: u64,
 }
 
+/// The order of what `report` shows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ReportOrder {
+    /// What takes most on disk comes first.
+    #[default]
+    Disk,
+    /// What frees most now comes first.
+    Now,
+    /// What frees most after a reclaim comes first.
+    After,
+    /// By name.
+    Name,
+}
+
+/// What the text of `report` shows. The JSON has everything.
+#[derive(Debug, Clone, Default)]
+pub struct ReportView {
+    /// Images instead of families and machines.
+    pub images: bool,
+    /// Their order.
+    pub order: ReportOrder,
+    /// How many are shown; all if it is `None`.
+    pub top: Option<usize>,
+    /// Only what matches one of these, if there are any.
+    pub filter: Vec<Covering>,
+}
+
 /// The report of `report`.
 #[derive(Debug, Default, Serialize)]
 pub struct Reported {
+    /// The deepest folder that all named paths lie in.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub root: PathBuf,
+    /// The kind of the filesystem.
+    pub filesystem: &'static str,
     /// The pool.
     pub pool: PoolBytes,
+    /// The number of images. The document has it as every other.
+    #[serde(skip)]
+    pub image_count: u64,
+    /// The number of machines.
+    pub machine_count: u64,
     /// Bytes on disk of those parts of extents that nothing maps.
     pub unreachable_bytes: u64,
     /// Bytes of data that lie in metadata.
     pub inline_bytes: u64,
+    /// What a reclaim would free, as its dry run says. It is `None` if none was planned.
+    pub planned: Option<Planned>,
+    /// Families of machines, the largest first.
+    pub families: Vec<FamilyBytes>,
+    /// All revisions.
+    pub revisions: RevisionBytes,
+    /// What deleting the images would free that the user asked for.
+    pub if_deleted: Vec<IfDeleted>,
     /// The part of each image.
     pub images: Vec<ImageBytes>,
     /// Images that were left out.
     pub skipped: Vec<Skipped>,
+    /// Images that are told of, and that a reclaim would leave alone.
+    pub left_alone: Vec<Skipped>,
+    /// Bytes on disk that files outside the pool hold, too.
+    pub held_bytes: u64,
     /// Files outside the pool that hold extents of it, with the bytes that they hold.
     pub held_by: BTreeMap<String, u64>,
+    /// The command that reclaims, word by word.
+    pub reclaim_command: Vec<String>,
+    /// What the text shows.
+    #[serde(skip)]
+    pub view: ReportView,
 }
 
 /// The report of `export`.
@@ -266,6 +327,19 @@ pub struct Protected {
     pub archive_bytes: u64,
 }
 
+/// An image that was restored as a revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RestoredRevision {
+    /// The name it is called by in the archive.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub path: PathBuf,
+    /// The name that it has, relative to the folder that was restored to.
+    #[serde(serialize_with = "crate::shown::serialize")]
+    pub name: PathBuf,
+    /// The command by which Qubes OS makes it current, word by word; empty if it is not in a pool of Qubes OS.
+    pub command: Vec<String>,
+}
+
 /// The report of `import`.
 #[derive(Debug, Default, Serialize)]
 pub struct Imported {
@@ -293,6 +367,9 @@ pub struct Imported {
     pub done: Option<Restored>,
     /// Images that cannot be restored as a whole.
     pub lost: Vec<LostImage>,
+    /// Images that became revisions, or would.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub revisions: Vec<RestoredRevision>,
     /// Whether the archive is damaged behind this commit, so that a later one may be lost.
     pub later_damage: bool,
     /// Images that were not restored for lack of space, as far as they are known.
@@ -322,6 +399,7 @@ impl Imported {
             plan: None,
             done: outcome.restored,
             lost: outcome.lost,
+            revisions: Vec::new(),
             later_damage: outcome.later_damage,
             failed: stopped.0,
             left_out: stopped.1.unwrap_or_default(),
@@ -424,6 +502,8 @@ pub struct ListedCommit {
     pub added_bytes: u64,
     /// Bytes of the archive that its records take.
     pub stored_bytes: u64,
+    /// The number of its images.
+    pub image_count: u64,
     /// Its images.
     pub images: Vec<ListedImage>,
 }
@@ -436,6 +516,10 @@ pub struct Listed {
     pub archive: PathBuf,
     /// Its length in bytes.
     pub archive_bytes: u64,
+    /// The number of its commits.
+    pub commit_count: u64,
+    /// Whether something of it cannot be read, or stands behind the last commit.
+    pub is_damaged: bool,
     /// Whether the text shows the images of commits as well.
     #[serde(skip)]
     pub shows_images: bool,

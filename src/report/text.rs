@@ -4,19 +4,19 @@ use std::collections::BTreeMap;
 use std::fmt::{Display, Formatter, Result};
 use std::path::Path;
 
+use super::left_alone;
 use super::{
     Change, Diffed, Done, Exported, FilledVolume, Imported, Listed, ListedBackup, LostImage, ParityState, Planned,
-    PoolBytes, Protected, QubesImport, Reclaimed, Repaired, Reported, Scanned, Verified, WrittenSkeleton,
+    PoolBytes, Protected, QubesImport, Reclaimed, Repaired, Scanned, Verified, WrittenSkeleton,
 };
 use crate::block::ByteRange;
 use crate::facts::PinReason;
 use crate::index::IndexStatus;
 use crate::plan::EliminationReason;
-use crate::pool::{Skip, Skipped};
-use crate::shown::{shown, size};
+use crate::shown::{counted, shown, size};
 
 /// The name of a reason in the text.
-fn reason_name(reason: EliminationReason) -> &'static str {
+pub(super) fn reason_name(reason: EliminationReason) -> &'static str {
     match reason {
         EliminationReason::Duplicate => "duplicates",
         EliminationReason::Zeros => "zeros",
@@ -30,12 +30,12 @@ impl Display for PoolBytes {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         write!(
             f,
-            "{} on disk for {} of data in {} of images ({} extents, {} references)",
+            "{} on disk for {} mapped, {} with holes ({}, {})",
             size(self.physical_bytes),
             size(self.referenced_bytes),
             size(self.logical_bytes),
-            self.extents,
-            self.references
+            counted(self.extents, "extent"),
+            counted(self.references, "reference")
         )?;
         if self.compressed_bytes > 0 {
             write!(
@@ -49,36 +49,15 @@ impl Display for PoolBytes {
     }
 }
 
-/// Writes the images that were left alone, and how many there are for each reason.
-fn write_skipped(f: &mut Formatter<'_>, skipped: &[Skipped]) -> Result {
-    skipped
-        .iter()
-        .try_for_each(|image| writeln!(f, "Left alone: {image}"))?;
-    if skipped.len() < 2 {
-        return Ok(());
-    }
-    let mut counts: BTreeMap<Skip, usize> = BTreeMap::new();
-    for image in skipped {
-        *counts.entry(image.reason).or_default() += 1;
-    }
-    write!(f, "Left alone in all: ")?;
-    let counts: Vec<String> = counts
-        .iter()
-        .map(|(reason, count)| format!("{count} {}", reason.name()))
-        .collect();
-    writeln!(f, "{}", counts.join(", "))
-}
-
 impl Display for Exported {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        write_skipped(f, &self.skipped)?;
         writeln!(
             f,
-            "Commit {} ({}) of `{}`: {} images, {} of data in {}",
+            "Commit {} ({}) of `{}`: {}, {} of data in {}",
             self.commit,
             self.id,
             shown(&self.archive),
-            self.images,
+            counted(self.images, "image"),
             size(self.data_bytes),
             size(self.logical_bytes)
         )?;
@@ -94,7 +73,7 @@ impl Display for Exported {
         if self.parity_bytes > 0 {
             writeln!(f, "Parity: {} of what was written", size(self.parity_bytes))?;
         }
-        Ok(())
+        left_alone::write(f, &self.skipped)
     }
 }
 
@@ -137,31 +116,8 @@ impl Display for LostImage {
 
 impl Display for Imported {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        let planned = &self.planned;
-        match self.kind {
-            Some(kind) => write!(f, "`{}`, {kind}", shown(&self.archive))?,
-            None => write!(f, "Commit {} ({}) of `{}`", self.commit, self.id, shown(&self.archive))?,
-        }
-        writeln!(
-            f,
-            ": {} images, {} of data in {}",
-            planned.images,
-            size(planned.data_bytes),
-            size(planned.logical_bytes)
-        )?;
-        write!(
-            f,
-            "{} distinct: {} new, {} on this disk already",
-            size(planned.distinct_bytes),
-            size(planned.new_bytes),
-            size(planned.seeded_bytes)
-        )?;
-        // What an image that was left out took is not in the plan.
-        if self.failed.is_none() {
-            let (needed, free) = (size(planned.needed_bytes), size(planned.free_bytes));
-            write!(f, "; takes up to {needed}, {free} free")?;
-        }
-        writeln!(f)?;
+        self.write_result(f)?;
+        self.write_content(f)?;
         if self.later_damage {
             f.write_str(match self.kind {
                 Some(_) => "The backup is damaged: what came behind the damage is lost\n",
@@ -177,24 +133,83 @@ impl Display for Imported {
                 "Left out as well: what comes behind that in the backup, if anything does"
             )?;
         }
-        if self.done.is_none() && !self.lost.is_empty() {
-            writeln!(f, "Nothing was restored: --partial restores what is intact")?;
-        }
-        if let Some(done) = &self.done {
-            writeln!(
+        self.revisions.iter().try_for_each(|revision| {
+            write!(
                 f,
-                "Restored {} images to `{}`: {} written, {} shared with what was there{}",
-                done.images,
-                shown(&self.to),
-                size(done.written_bytes + done.copied_bytes),
-                size(done.seeded_bytes),
-                match done.resumed_bytes {
-                    0 => String::new(),
-                    resumed => format!(", {} from the interrupted import", size(resumed)),
-                }
+                "{} {} `{}`",
+                shown(&revision.path),
+                if self.dry_run { "would become" } else { "is now" },
+                shown(&revision.name)
             )?;
+            if revision.command.is_empty() {
+                return writeln!(f);
+            }
+            let words: Vec<String> = revision.command.iter().map(|word| quoted(word)).collect();
+            writeln!(f, "; to go back to it: {}", words.join(" "))
+        })
+    }
+}
+
+impl Imported {
+    /// Writes what was done, or would be.
+    fn write_result(&self, f: &mut Formatter<'_>) -> Result {
+        let to = shown(&self.to);
+        let Some(done) = &self.done else {
+            if self.dry_run {
+                return writeln!(
+                    f,
+                    "Would restore {} to `{to}`: {} written, {} shared with what is there",
+                    counted(self.planned.images, "image"),
+                    size(self.planned.new_bytes),
+                    size(self.planned.seeded_bytes)
+                );
+            }
+            if !self.lost.is_empty() {
+                writeln!(f, "Nothing was restored: --partial restores what is intact")?;
+            }
+            return Ok(());
+        };
+        writeln!(
+            f,
+            "Restored {} to `{to}`: {} written, {} shared with what was there{}",
+            counted(done.images, "image"),
+            size(done.written_bytes + done.copied_bytes),
+            size(done.seeded_bytes),
+            match done.resumed_bytes {
+                0 => String::new(),
+                resumed => format!(", {} from the interrupted import", size(resumed)),
+            }
+        )
+    }
+
+    /// Writes what it came from, and what that holds.
+    fn write_content(&self, f: &mut Formatter<'_>) -> Result {
+        let planned = &self.planned;
+        match self.kind {
+            Some(kind) => write!(f, "`{}`, {kind}", shown(&self.archive))?,
+            None if self.id.is_empty() => write!(f, "What is left of `{}`", shown(&self.archive))?,
+            None => write!(f, "Commit {} ({}) of `{}`", self.commit, self.id, shown(&self.archive))?,
         }
-        Ok(())
+        writeln!(
+            f,
+            ": {}, {} of data in {}",
+            counted(planned.images, "image"),
+            size(planned.data_bytes),
+            size(planned.logical_bytes)
+        )?;
+        write!(
+            f,
+            "{} distinct: {} new, {} on this disk already",
+            size(planned.distinct_bytes),
+            size(planned.new_bytes),
+            size(planned.seeded_bytes)
+        )?;
+        // What an image that was left out took is not in the plan.
+        if self.failed.is_none() {
+            let (needed, free) = (size(planned.needed_bytes), size(planned.free_bytes));
+            write!(f, "; takes up to {needed}, {free} free")?;
+        }
+        writeln!(f)
     }
 }
 
@@ -233,7 +248,7 @@ impl Display for WrittenSkeleton {
 }
 
 /// A word as a shell takes it.
-fn quoted(word: &str) -> String {
+pub(super) fn quoted(word: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./+@:".contains(&byte);
     if !word.is_empty() && word.bytes().all(is_plain) {
         return word.to_owned();
@@ -243,6 +258,16 @@ fn quoted(word: &str) -> String {
 
 impl Display for Listed {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        writeln!(
+            f,
+            "`{}`: {} in {}",
+            shown(&self.archive),
+            counted(self.commit_count, "commit"),
+            size(self.archive_bytes)
+        )?;
+        if self.is_damaged {
+            writeln!(f, "It is damaged, or holds more than these: vmfold verify tells what")?;
+        }
         writeln!(
             f,
             "{:>6}  {:8}  {:23}  {:>6}  {:>11}  {:>11}  {:>11}  Label",
@@ -283,29 +308,31 @@ impl Display for Listed {
 
 impl Display for ListedBackup {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        write!(
+            f,
+            "`{}`, {}: {} in {}",
+            shown(&self.archive),
+            self.kind,
+            counted(self.volumes.len() as u64, "image"),
+            size(self.archive_bytes)
+        )?;
+        match self.distinct_bytes.filter(|_| self.is_verified) {
+            Some(distinct) => writeln!(f, ", {} distinct: whole, as far as its format tells", size(distinct))?,
+            None => writeln!(f)?,
+        }
         let told = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), size);
         writeln!(f, "{:>11}  {:>11}  Image", "Size", "Data")?;
         for volume in &self.volumes {
             let (size, data) = (told(volume.size), told(volume.data_bytes));
             writeln!(f, "{size:>11}  {data:>11}  {}", shown(&volume.path))?;
         }
-        write!(
-            f,
-            "`{}`, {}: {} images in {}",
-            shown(&self.archive),
-            self.kind,
-            self.volumes.len(),
-            size(self.archive_bytes)
-        )?;
-        match self.distinct_bytes.filter(|_| self.is_verified) {
-            Some(distinct) => writeln!(f, ", {} distinct: whole, as far as its format tells", size(distinct)),
-            None => writeln!(f),
-        }
+        Ok(())
     }
 }
 
 impl Display for Verified {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        self.write_result(f)?;
         for place in &self.damage {
             writeln!(f, "Damaged: {}: {}", place.range, place.problem)?;
         }
@@ -324,14 +351,21 @@ impl Display for Verified {
                 "It does not end with its last commit: an export did not end, or it was cut off"
             )?;
         }
-        if let Some(parity) = &self.parity {
-            parity.fmt(f)?;
+        match &self.parity {
+            Some(parity) => parity.fmt(f),
+            None => Ok(()),
         }
+    }
+}
+
+impl Verified {
+    /// Writes what was verified, and whether it is intact.
+    fn write_result(&self, f: &mut Formatter<'_>) -> Result {
         if self.is_without_key {
             return writeln!(
                 f,
-                "{} commits in {}, encrypted: {}. What is in them was not verified, because {}",
-                self.commits,
+                "{} in {}, encrypted: {}. What is in them was not verified, because {}",
+                counted(self.commits, "commit"),
                 size(self.archive_bytes),
                 if self.damage.is_empty() {
                     "every record is intact"
@@ -347,9 +381,9 @@ impl Display for Verified {
         }
         writeln!(
             f,
-            "{} commits with {} images, {} of blocks in {}: {}",
-            self.commits,
-            self.images,
+            "{} with {}, {} of blocks in {}: {}",
+            counted(self.commits, "commit"),
+            counted(self.images, "image"),
             size(self.verified_bytes),
             size(self.archive_bytes),
             match (self.damage.is_empty(), self.lost.is_empty()) {
@@ -383,6 +417,7 @@ impl Display for ParityState {
 
 impl Display for Repaired {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        self.write_result(f)?;
         for place in &self.damage {
             writeln!(f, "Damaged: {}: {}", place.range, place.problem)?;
         }
@@ -400,6 +435,13 @@ impl Display for Repaired {
         if self.taken_bytes > 0 {
             writeln!(f, "Taken from the other copy: {}", size(self.taken_bytes))?;
         }
+        Ok(())
+    }
+}
+
+impl Repaired {
+    /// Writes what was written, and whether all of it is intact.
+    fn write_result(&self, f: &mut Formatter<'_>) -> Result {
         let state = match self.damage.len() {
             0 => "all intact".to_owned(),
             1 => "one place is still damaged".to_owned(),
@@ -418,6 +460,15 @@ impl Display for Diffed {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         /// Ranges that are shown. The JSON has all of them.
         const RANGES_MAX: usize = 8;
+        let same = self.images.iter().filter(|image| image.change == Change::Same).count();
+        writeln!(
+            f,
+            "{same} of {} {} the same in {} and {}",
+            counted(self.images.len() as u64, "image"),
+            if self.images.len() == 1 { "is" } else { "are" },
+            self.first,
+            self.second
+        )?;
         for image in &self.images {
             match image.change {
                 Change::Same => {}
@@ -438,14 +489,7 @@ impl Display for Diffed {
                 }
             }
         }
-        let same = self.images.iter().filter(|image| image.change == Change::Same).count();
-        writeln!(
-            f,
-            "{same} of {} images are the same in {} and {}",
-            self.images.len(),
-            self.first,
-            self.second
-        )
+        Ok(())
     }
 }
 
@@ -461,34 +505,28 @@ fn write_holders(f: &mut Formatter<'_>, held_by: &BTreeMap<String, u64>) -> Resu
         .try_for_each(|(name, bytes)| writeln!(f, "Held by: {}: {}", shown(std::path::Path::new(name)), size(**bytes)))
 }
 
-/// Writes how much a plan frees, and what it takes.
+/// Bytes that a plan or a run frees, or takes more, in words.
+fn freed_or_taken(bytes: i64, frees: &str, takes: &str) -> String {
+    let verb = if bytes < 0 { takes } else { frees };
+    format!("{verb} {}", size(bytes.unsigned_abs()))
+}
+
+/// Writes what a plan frees by reason, and what it takes.
 fn write_plan(f: &mut Formatter<'_>, planned: &Planned, dry_run: bool) -> Result {
-    let verb = match (planned.freed_bytes < 0, dry_run) {
-        (false, true) => "Would free",
-        (false, false) => "Planned",
-        (true, true) => "Would take more:",
-        (true, false) => "Planned to take more:",
-    };
-    write!(
-        f,
-        "{verb} {} in {} extents",
-        size(planned.freed_bytes.unsigned_abs()),
-        planned.extents
-    )?;
     let reasons = planned
         .freed_by_reason
         .iter()
         .map(|(reason, bytes)| format!("{} {}", reason_name(*reason), size(*bytes)));
     let reasons = reasons.collect::<Vec<_>>().join(", ");
-    writeln!(
-        f,
-        "{}",
-        if reasons.is_empty() {
-            String::new()
+    if !reasons.is_empty() {
+        let in_extents = counted(planned.extents, "extent");
+        if dry_run {
+            writeln!(f, "In {in_extents}: {reasons}")?;
         } else {
-            format!(" ({reasons})")
+            let planned = freed_or_taken(planned.freed_bytes, "Planned", "Planned to take more:");
+            writeln!(f, "{planned} in {in_extents}: {reasons}")?;
         }
-    )?;
+    }
     if planned.extents > 0 {
         writeln!(
             f,
@@ -534,15 +572,8 @@ fn write_pinned(f: &mut Formatter<'_>, pinned: &BTreeMap<PinReason, u64>) -> Res
     Ok(())
 }
 
-/// Writes how much a run freed, and what it could not share.
+/// Writes what a run could not share.
 fn write_done(f: &mut Formatter<'_>, done: &Done) -> Result {
-    let verb = if done.freed_bytes < 0 { "Took more:" } else { "Freed" };
-    writeln!(
-        f,
-        "{verb} {}: now {}",
-        size(done.freed_bytes.unsigned_abs()),
-        done.after
-    )?;
     let counts = &done.counts;
     if counts.differing_bytes > 0 {
         writeln!(
@@ -557,43 +588,64 @@ fn write_done(f: &mut Formatter<'_>, done: &Done) -> Result {
     if counts.extents_still_held > 0 {
         writeln!(
             f,
-            "{} extents could not be freed; run it again later",
-            counts.extents_still_held
+            "{} could not be freed; run it again later",
+            counted(counts.extents_still_held, "extent")
         )?;
     }
     Ok(())
 }
 
+impl Reclaimed {
+    /// Writes what was freed, or would be.
+    fn write_result(&self, f: &mut Formatter<'_>) -> Result {
+        if let Some(done) = &self.done {
+            let freed = freed_or_taken(done.freed_bytes, "Freed", "Took more:");
+            return writeln!(f, "{freed}: now {}", done.after);
+        }
+        if self.dry_run {
+            let freed = freed_or_taken(self.planned.freed_bytes, "Would free", "Would take more:");
+            return writeln!(f, "{freed}. Nothing was changed");
+        }
+        Ok(())
+    }
+
+    /// Writes how many images are not as others, and how.
+    fn write_kinds(&self, f: &mut Formatter<'_>) -> Result {
+        if self.inline_images > 0 {
+            writeln!(
+                f,
+                "{} so small that all data lies in metadata, which cannot be shared",
+                is_or_are(self.inline_images, "image")
+            )?;
+        }
+        if self.unchecksummed_images > 0 {
+            writeln!(
+                f,
+                "{} without checksums (nodatacow): such images share among themselves only",
+                is_or_are(self.unchecksummed_images, "image")
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A number of things, and the verb for them.
+fn is_or_are(count: u64, thing: &str) -> String {
+    format!("{} {}", counted(count, thing), if count == 1 { "is" } else { "are" })
+}
+
 impl Display for Reclaimed {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        writeln!(f, "{} images: {}", self.images, self.pool)?;
+        self.write_result(f)?;
+        let before = if self.done.is_some() { ", before" } else { "" };
+        writeln!(f, "{}{before}: {}", counted(self.images, "image"), self.pool)?;
         write_plan(f, &self.planned, self.dry_run)?;
         write_pinned(f, &self.planned.pinned)?;
         write_holders(f, &self.held_by)?;
         if let Some(done) = &self.done {
             write_done(f, done)?;
         }
-        if self.inline_images > 0 {
-            writeln!(
-                f,
-                "{} images are so small that they lie in metadata, which cannot be shared",
-                self.inline_images
-            )?;
-        }
-        if self.unchecksummed_images > 0 {
-            writeln!(
-                f,
-                "{} images without checksums (nodatacow) share among themselves only",
-                self.unchecksummed_images
-            )?;
-        }
-        if self.machines_in_use > 0 {
-            writeln!(
-                f,
-                "{} machines are running, or were when their host stopped: their images are left alone",
-                self.machines_in_use
-            )?;
-        }
+        self.write_kinds(f)?;
         if self.interrupted || self.out_of_time {
             writeln!(
                 f,
@@ -601,13 +653,13 @@ impl Display for Reclaimed {
                 if self.out_of_time { ", the time being over" } else { "" }
             )?;
         }
-        write_skipped(f, &self.skipped)
+        left_alone::write(f, &self.skipped)
     }
 }
 
 impl Display for Scanned {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        writeln!(f, "{} images: {}", self.images, self.pool)?;
+        writeln!(f, "{}: {}", counted(self.images, "image"), self.pool)?;
         let sources = &self.fingerprinted;
         writeln!(
             f,
@@ -616,35 +668,7 @@ impl Display for Scanned {
             size(sources.from_index),
             size(sources.read)
         )?;
-        write_skipped(f, &self.skipped)
-    }
-}
-
-impl Display for Reported {
-    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
-        writeln!(
-            f,
-            "{:>11} {:>11} {:>11} {:>11} {:>11} {:>12} {:>11}  Image",
-            "Size", "Data", "Exclusive", "Shared", "Compressed", "Uncompressed", "Unreachable"
-        )?;
-        for image in &self.images {
-            writeln!(
-                f,
-                "{:>11} {:>11} {:>11} {:>11} {:>11} {:>12} {:>11}  {}",
-                size(image.size),
-                size(image.data_bytes),
-                size(image.exclusive_bytes),
-                size(image.shared_bytes),
-                size(image.compressed_bytes),
-                size(image.uncompressed_bytes),
-                size(image.unreachable_bytes),
-                shown(&image.path)
-            )?;
-        }
-        writeln!(f, "{} images: {}", self.images.len(), self.pool)?;
-        writeln!(f, "Unreachable parts of extents: {}", size(self.unreachable_bytes))?;
-        write_holders(f, &self.held_by)?;
-        write_skipped(f, &self.skipped)
+        left_alone::write(f, &self.skipped)
     }
 }
 
@@ -653,12 +677,17 @@ impl Display for IndexStatus {
         writeln!(f, "{}", shown(&self.folder))?;
         writeln!(
             f,
-            "  {} extents, {} of blocks, {} of them with fingerprints that had to be read",
-            self.extents,
+            "  {}, {} of blocks, {} of them with fingerprints that had to be read",
+            counted(self.extents, "extent"),
             size(self.bytes),
             size(self.fingerprint_bytes)
         )?;
-        writeln!(f, "  {} chunks, about {} different", self.chunks, self.distinct_chunks)?;
+        writeln!(
+            f,
+            "  {}, about {} different",
+            counted(self.chunks, "chunk"),
+            self.distinct_chunks
+        )?;
         writeln!(f, "  {} on disk ({})", size(self.disk_bytes), self.name)
     }
 }

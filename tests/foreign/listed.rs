@@ -25,24 +25,24 @@ fn backups_are_listed_and_verified() {
         )
     };
     insta::assert_snapshot!(run("list q --passphrase-file pass"), @r#"
-           Size         Data  Image
-              -            -  vm-templates/debian-12/private.img
-              -            -  vm-templates/debian-12/root.img
-              -            -  appvms/work/firewall.xml
-              -            -  appvms/work/private.img
-    `q`, a backup of Qubes OS: 4 images in 180.0 KiB
-    --- stderr
-    --- exit 0
+        `q`, a backup of Qubes OS: 4 images in 180.0 KiB
+               Size         Data  Image
+                  -            -  vm-templates/debian-12/private.img
+                  -            -  vm-templates/debian-12/root.img
+                  -            -  appvms/work/firewall.xml
+                  -            -  appvms/work/private.img
+        --- stderr
+        --- exit 0
     "#);
     insta::assert_snapshot!(run("verify q --passphrase-file pass"), @r#"
-           Size         Data  Image
-       48.8 KiB          0 B  vm-templates/debian-12/private.img
-      390.6 KiB    356.0 KiB  vm-templates/debian-12/root.img
-           11 B      4.0 KiB  appvms/work/firewall.xml
-      683.6 KiB     92.0 KiB  appvms/work/private.img
-    `q`, a backup of Qubes OS: 4 images in 180.0 KiB, 444.0 KiB distinct: whole, as far as its format tells
-    --- stderr
-    --- exit 0
+        `q`, a backup of Qubes OS: 4 images in 180.0 KiB, 444.0 KiB distinct: whole, as far as its format tells
+               Size         Data  Image
+           48.8 KiB          0 B  vm-templates/debian-12/private.img
+          390.6 KiB    356.0 KiB  vm-templates/debian-12/root.img
+               11 B      4.0 KiB  appvms/work/firewall.xml
+          683.6 KiB     92.0 KiB  appvms/work/private.img
+        --- stderr
+        --- exit 0
     "#);
     insta::assert_snapshot!(run("verify q --passphrase-file wrong"), @r#"
     --- stderr
@@ -55,31 +55,31 @@ fn backups_are_listed_and_verified() {
     --- exit 2
     "#);
     insta::assert_snapshot!(run("list v"), @r#"
-           Size         Data  Image
-      488.3 KiB            -  drive-scsi0.raw
-      528.0 KiB            -  drive-efidisk0.raw
-           17 B            -  drive-tpmstate0-backup.raw
-           11 B            -  qemu-server.conf
-    `v`, an archive of Proxmox VE: 4 images in 1.0 MiB
-    --- stderr
-    --- exit 0
+        `v`, an archive of Proxmox VE: 4 images in 1.0 MiB
+               Size         Data  Image
+          488.3 KiB            -  drive-scsi0.raw
+          528.0 KiB            -  drive-efidisk0.raw
+               17 B            -  drive-tpmstate0-backup.raw
+               11 B            -  qemu-server.conf
+        --- stderr
+        --- exit 0
     "#);
     insta::assert_snapshot!(run("verify v"), @r#"
-           Size         Data  Image
-      488.3 KiB    432.0 KiB  drive-scsi0.raw
-      528.0 KiB    508.0 KiB  drive-efidisk0.raw
-           17 B      4.0 KiB  drive-tpmstate0-backup.raw
-           11 B      4.0 KiB  qemu-server.conf
-    `v`, an archive of Proxmox VE: 4 images in 1.0 MiB, 944.0 KiB distinct: whole, as far as its format tells
-    --- stderr
-    --- exit 0
+        `v`, an archive of Proxmox VE: 4 images in 1.0 MiB, 944.0 KiB distinct: whole, as far as its format tells
+               Size         Data  Image
+          488.3 KiB    432.0 KiB  drive-scsi0.raw
+          528.0 KiB    508.0 KiB  drive-efidisk0.raw
+               17 B      4.0 KiB  drive-tpmstate0-backup.raw
+               11 B      4.0 KiB  qemu-server.conf
+        --- stderr
+        --- exit 0
     "#);
     insta::assert_snapshot!(run("verify i"), @r#"
-           Size         Data  Image
-      293.0 KiB    280.0 KiB  i.img
-    `i`, a compressed raw image: 1 images in 48.4 KiB, 280.0 KiB distinct: whole, as far as its format tells
-    --- stderr
-    --- exit 0
+        `i`, a compressed raw image: 1 image in 48.4 KiB, 280.0 KiB distinct: whole, as far as its format tells
+               Size         Data  Image
+          293.0 KiB    280.0 KiB  i.img
+        --- stderr
+        --- exit 0
     "#);
     insta::assert_snapshot!(run("list v 1"), @r#"
     --- stderr

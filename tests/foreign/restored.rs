@@ -204,7 +204,7 @@ fn on_a_disk_that_is_too_small_what_came_whole_is_kept() {
     assert_eq!(names(&small), ["qemu-server.conf"], "{text}");
     for part in [
         "Left out for lack of space: `drive-scsi0.raw`",
-        "Restored 1 images",
+        "Restored 1 image to",
         "Restored as a whole: `qemu-server.conf`. Another run does not go on from there",
         "no space is left",
     ] {

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::source::{BlockHashes, BlockSink, BlockSource, Delivered, Offer, SourceFrame};
@@ -53,7 +53,12 @@ impl<'a> ArchiveSource<'a> {
         budget: &Budget,
         monitor: &'a dyn Monitor,
     ) -> Result<Self> {
-        let committed = archive.commit(commit)?;
+        let committed = archive.commit(commit).map_err(|error| match error {
+            Error::NoSuchCommit { path, .. } | Error::Damaged { path, .. } if archive.commits().is_empty() => {
+                nothing_committed(path)
+            }
+            other => other,
+        })?;
         if committed.salvaged {
             monitor.note("The COMMIT of what is restored is lost: its images are as the rest of the archive has them");
         }
@@ -297,10 +302,7 @@ impl BlockSource for ArchiveSource<'_> {
     }
 
     fn nothing_committed(&self) -> Error {
-        Error::NoSuchCommit {
-            path: self.path().to_owned(),
-            commit: "latest".into(),
-        }
+        nothing_committed(self.path().to_owned())
     }
 
     fn has_unproved_blocks(&self) -> bool {
@@ -314,6 +316,15 @@ impl BlockSource for ArchiveSource<'_> {
             && self.archive.damage().iter().any(is_later)
             // What cannot be read may be anything.
             && !self.archive.ends_in_leftovers_only().unwrap_or(false)
+    }
+}
+
+/// The error for an archive without any commit.
+fn nothing_committed(path: PathBuf) -> Error {
+    Error::Damaged {
+        path,
+        range: None,
+        problem: "it ends before its first COMMIT, and nothing of it can be restored".into(),
     }
 }
 

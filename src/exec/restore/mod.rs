@@ -347,6 +347,9 @@ impl<'a> Restore<'a> {
     fn select(&self, contents: &Contents, journal: Option<&Journal>) -> Result<Selected> {
         let mut selected = select(contents, &self.options.only)?;
         if self.options.as_revision {
+            if self.options.only.is_empty() {
+                selected.leave_revisions_out();
+            }
             let order = revisions_to_name(contents, &selected.images)?;
             let journal = journal.filter(|_| self.options.resume);
             let revisions = destination::revisions(&self.root, &order, &selected.images, journal)?;

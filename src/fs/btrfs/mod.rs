@@ -121,6 +121,10 @@ impl Filesystem for Btrfs {
 
     shares_opened!();
 
+    fn kind_name(&self) -> &'static str {
+        "btrfs"
+    }
+
     fn uuid(&self) -> [u8; 16] {
         self.info.uuid
     }

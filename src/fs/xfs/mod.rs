@@ -69,6 +69,10 @@ impl Filesystem for Xfs {
 
     shares_opened!();
 
+    fn kind_name(&self) -> &'static str {
+        "XFS"
+    }
+
     fn uuid(&self) -> [u8; 16] {
         self.info.uuid
     }

@@ -10,6 +10,7 @@
 //! Words behind an extent say what is special about it: `nodatacow`, `held` (by a snapshot), `zstd` (it takes half its blocks on
 //! disk), `group=N`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::fmt::Write;
 use std::ops::Range;
@@ -39,6 +40,15 @@ fn proof(content: char) -> Proof {
     } else {
         u64::from(u32::from(content)).to_le_bytes()
     }
+}
+
+/// The fingerprints of blocks.
+fn fingerprints_of(content: &[char]) -> Vec<u32> {
+    let fingerprint = |content: &char| match content {
+        '0' => 0,
+        content => u32::from(content.to_ascii_lowercase()),
+    };
+    content.iter().map(fingerprint).collect()
 }
 
 /// A part of an image, as it is written down.
@@ -144,12 +154,72 @@ impl Pool {
             images.push((*name).to_owned());
         }
         let mut facts = Facts::new(extents.into_iter().collect(), references.into_iter().collect(), 0);
-        let fingerprint = |content: &char| match content {
-            '0' => 0,
-            content => u32::from(content.to_ascii_lowercase()),
-        };
-        facts.fingerprints = content.iter().map(fingerprint).collect::<Vec<_>>().into();
+        facts.fingerprints = fingerprints_of(&content).into();
         Self { facts, content, images }
+    }
+
+    /// Makes some images something outside the pool: extents that only they hold are unknown, and those that they hold as well are pinned.
+    pub(in crate::plan) fn leave_out(&mut self, is_left: impl Fn(ImageId) -> bool) {
+        let mut numbers = BTreeMap::new();
+        for image in self.images().filter(|image| !is_left(*image)) {
+            numbers.insert(image, ImageId::at(numbers.len()));
+        }
+        let mut references: Vec<Reference> = self.facts.references().collect();
+        let held: BTreeSet<(ExtentId, u32)> = references
+            .iter()
+            .filter(|one| is_left(one.image))
+            .flat_map(|one| range::each(one.slots()).map(|slot| (one.extent, slot.0)))
+            .collect();
+        references.retain(|one| !is_left(one.image));
+        let (mut extents, mut content, mut moved) = (Vec::new(), Vec::new(), BTreeMap::new());
+        for (number, extent) in ExtentId::numbered(&self.facts.extents) {
+            let is_known = |slot: Slot| references.iter().any(|one| one.slots().contains(&slot));
+            let is_held = |slot: Slot| held.contains(&(number, slot.0));
+            let whole = vec![extent.slots()];
+            // Where blocks are freed one by one, what others hold of an extent is one of its own.
+            let parts = if self.facts.frees_blocks {
+                range::each(extent.slots()).map(|slot| slot..slot + 1).collect()
+            } else {
+                whole
+            };
+            for part in parts.into_iter().filter(|part| range::each(part.clone()).any(is_known)) {
+                let first_slot = Slot(u32::try_from(content.len()).unwrap());
+                for slot in range::each(part.clone()) {
+                    moved.insert(
+                        slot,
+                        (ExtentId::at(extents.len()), Slot(u32::try_from(content.len()).unwrap())),
+                    );
+                    content.push(self.content[slot.index()]);
+                }
+                let pinned = range::each(part.clone())
+                    .any(is_held)
+                    .then_some(PinReason::HeldByOthers);
+                extents.push(Extent {
+                    address: extent.address + bytes(part.start - extent.first_slot),
+                    disk_bytes: extent.disk_share(range::length(&part)),
+                    first_slot,
+                    blocks: range::length(&part),
+                    pinned: extent.pinned.or(pinned),
+                    ..extent.clone()
+                });
+            }
+        }
+        let single = references.iter().flat_map(|one| {
+            range::each(one.slots())
+                .zip(one.file_block..)
+                .map(|(slot, file_block)| Reference {
+                    image: numbers[&one.image],
+                    file_block,
+                    slot: moved[&slot].1,
+                    blocks: 1,
+                    extent: moved[&slot].0,
+                    preallocated: one.preallocated,
+                })
+        });
+        let mut facts = Facts::new(extents.into_iter().collect(), single.collect(), 0);
+        facts.frees_blocks = self.facts.frees_blocks;
+        facts.fingerprints = fingerprints_of(&content).into();
+        (self.facts, self.content) = (facts, content);
     }
 
     /// Plans, and reads what is asked for.
