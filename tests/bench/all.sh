@@ -33,5 +33,6 @@ table reclaim bash tests/bench/reclaim.sh "$pool"
 table cost bash tests/bench/cost.sh "$pool"
 table cost-compressed bash tests/bench/cost.sh "$pool" --compress zstd
 table archive bash tests/bench/archive.sh "$pool"
+table sealed bash tests/bench/sealed.sh "$pool"
 table parity bash tests/bench/parity.sh
 table growth bash tests/bench/growth.sh testdata/growth.svg
