@@ -448,7 +448,7 @@ fn images_in_use_are_left_alone() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(
-        text.ends_with("7 images of 2 running machines left alone (work, b)\n"),
+        text.ends_with("7 images of 2 running machines left alone (work, b/root.img)\n"),
         "{text}"
     );
     // The log names each of them.

@@ -61,7 +61,7 @@ impl Default for GivenKeys {
             prompt: |_, _| Ok(None),
             plugin_folders: std::env::var_os("PATH")
                 .map_or_else(Vec::new, |path| std::env::split_paths(&path).collect()),
-            work_factor: WorkFactor::DEFAULT,
+            work_factor: WorkFactor::OF_NEW,
             work_factor_max: WorkFactor::DEFAULT,
         }
     }

@@ -72,7 +72,9 @@ pub(super) enum Failure {
 pub struct WorkFactor(u8);
 
 impl WorkFactor {
-    /// What new files ask for, and the most that is accepted where nothing else is said: 256 MiB.
+    /// What new files ask for: 128 MiB. With what age asks for, exports and imports would take more than 256 MiB while a key is derived.
+    pub const OF_NEW: Self = Self(17);
+    /// The most that is accepted where nothing else is said, which is what age asks for: 256 MiB.
     pub const DEFAULT: Self = Self(18);
     /// The most that is ever accepted: 1 GiB.
     pub const MAX: Self = Self(20);
