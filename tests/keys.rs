@@ -448,6 +448,7 @@ fn credentials_do_for_their_archive_until_its_keys_are_rotated() {
         matches!(other.export_as(&after), Err(Error::Usage(_))),
         "there is no archive"
     );
+    std::fs::remove_file(other.archive()).unwrap();
     other.export(other.who("owner"), &[]).unwrap();
     assert!(other.export_as(&after).is_err(), "it is another archive");
 }
