@@ -28,7 +28,8 @@ path, kind = sys.argv[1:]
 size, draw = os.path.getsize(path), random.Random(7)
 with open(path, "r+b") as file:
     if kind == "stretch":
-        length = size * 5 // 105
+        # What has parity is less than the whole: a twentieth of that.
+        length = size * 5 // 106
         file.seek(draw.randrange(size - length)); file.write(bytes(length))
     else:
         for sector in draw.sample(range(size // 4096), 6000 * size // (1 << 29)):
