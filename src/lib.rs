@@ -25,6 +25,7 @@
 //! chunk       content-defined chunks
 //! fingerprint fingerprints of blocks
 //! named_folder  folders that the user named, without links of others on the way
+//! new_file    new files that only this user can read
 //! own_folder  folders that nobody else can write to
 //! monitor     the caller's progress and interruption, as a trait
 //! error       every error, with its kind and its hint
@@ -61,6 +62,7 @@ pub mod index;
 pub mod keys;
 pub mod monitor;
 pub mod named_folder;
+pub mod new_file;
 pub mod numbers;
 pub mod ops;
 pub mod own_folder;

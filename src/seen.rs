@@ -6,18 +6,23 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::archive::keys::{ArchiveState, Remember};
 use crate::error::{Error, Result, describe};
 use crate::monitor::Monitor;
+use crate::named_folder::NamedFolder;
 use crate::own_folder::own_folder;
-use crate::shown::shown;
+use crate::shown::{hex, shown};
+use crate::sys::beneath::Folder;
 
 /// The folder of root's memory, unless the user names another one.
 const DEFAULT_FOLDER: &str = "/var/lib/vmfold";
 /// The file in it.
 const FILE: &str = "seen.json";
+/// The file that takes its place.
+const NEW_FILE: &str = "seen.json.new";
 /// The file that is locked while the other is changed.
 const LOCK: &str = "seen.lock";
 /// The most archives that are remembered. Beyond, the one that was not met for the longest time is forgotten.
@@ -187,11 +192,18 @@ impl SeenArchives {
         }
     }
 
+    /// Opens the folder, if it is there.
+    fn folder(&self) -> Result<Option<Folder>> {
+        if !NamedFolder::look(&self.folder)?.exists() {
+            return Ok(None);
+        }
+        own_folder(&self.folder).map(Some)
+    }
+
     /// Reads the memory. One that is damaged is none: it is no more than a help.
-    fn read(&self) -> Memory {
-        let path = self.folder.join(FILE);
+    fn read(&self, folder: &Folder) -> Memory {
         let read = || -> std::io::Result<Memory> {
-            let file = File::open(&path)?;
+            let file = folder.open_file(Path::new(FILE), OFlags::RDONLY | OFlags::NONBLOCK)?;
             let bytes = std::io::Read::take(file, FILE_BYTES_MAX);
             Ok(serde_json::from_reader(std::io::BufReader::new(bytes))?)
         };
@@ -201,46 +213,70 @@ impl SeenArchives {
             Err(error) => {
                 self.monitor.note(&format!(
                     "What this host has seen of archives cannot be read: `{}`: {error}",
-                    shown(&path)
+                    shown(&self.folder.join(FILE))
                 ));
                 Memory::default()
             }
         }
     }
 
-    fn write(&self, memory: &Memory) -> Result<()> {
+    /// Puts another memory in the place of the one that is there.
+    fn write(&self, folder: &Folder, memory: &Memory) -> Result<()> {
         let path = self.folder.join(FILE);
         let failed = |error: std::io::Error| Error::writing("write to", &path)(error);
-        let mut file = tempfile::NamedTempFile::new_in(&self.folder).map_err(failed)?;
+        let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // The lock keeps other runs off it, and a run that was killed may have left it.
+        let new = rustix::fs::openat(folder, NEW_FILE, flags, Mode::RUSR | Mode::WUSR);
+        let mut new = File::from(new.map_err(|errno| failed(errno.into()))?);
         let text = serde_json::to_vec_pretty(memory).map_err(|error| failed(error.into()))?;
-        file.write_all(&text).map_err(failed)?;
-        file.as_file().sync_all().map_err(failed)?;
-        file.persist(&path).map_err(|error| failed(error.error))?;
-        File::open(&self.folder)
-            .and_then(|folder| folder.sync_all())
-            .map_err(failed)
+        new.write_all(&text).and_then(|()| new.sync_all()).map_err(failed)?;
+        let named = rustix::fs::renameat(folder, NEW_FILE, folder, FILE);
+        named
+            .and_then(|()| rustix::fs::fsync(folder))
+            .map_err(|errno| failed(errno.into()))
     }
 
-    /// Opens the folder, and keeps other runs off it until the result is dropped.
-    fn locked(&self) -> Result<File> {
+    /// Makes the folder if it is not there, and keeps other runs off it until the file is dropped.
+    fn locked(&self) -> Result<(Folder, File)> {
         if let Some(parent) = self.folder.parent() {
-            std::fs::create_dir_all(parent).map_err(Error::io("make the folder", parent))?;
+            NamedFolder::look(parent)?.make(Mode::RWXU, |_, _| {})?;
         }
-        own_folder(&self.folder)?;
+        let folder = own_folder(&self.folder)?;
         let path = self.folder.join(LOCK);
-        let failed = |error: std::io::Error| Error::io("lock", &path)(error);
-        let lock = File::options().create(true).truncate(false).write(true).open(&path);
-        let lock = lock.map_err(failed)?;
-        lock.lock().map_err(failed)?;
-        Ok(lock)
+        let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let lock = rustix::fs::openat(&folder, LOCK, flags, Mode::RUSR | Mode::WUSR);
+        let lock = File::from(lock.map_err(Error::io("open", &path))?);
+        lock.lock().map_err(Error::io("lock", &path))?;
+        Ok((folder, lock))
+    }
+
+    /// Says that nothing can be remembered. Where others can write to the folder, whoever writes to an archive is refused: they could have made this
+    /// host forget it.
+    fn forgets(&self, error: Error) -> Result<()> {
+        let is_of_others = matches!(
+            error,
+            Error::NotOurs { .. } | Error::OfAnother { .. } | Error::SharedLink { .. }
+        );
+        if is_of_others && self.strictness == Strictness::Refuse {
+            return Err(error);
+        }
+        self.monitor.note(&format!(
+            "This host will not notice if an older copy of the archive takes its place: {}",
+            describe(&error)
+        ));
+        Ok(())
     }
 }
 
 impl Remember for SeenArchives {
     fn met_in_clear(&self, path: &Path) -> Result<()> {
         let path = place_of(path);
-        let is_known = |one: &Seen| one.path == path;
-        if self.strictness != Strictness::Refuse || !self.read().archives.iter().any(is_known) {
+        let memory = match self.folder() {
+            Ok(Some(folder)) => self.read(&folder),
+            Ok(None) => return Ok(()),
+            Err(error) => return self.forgets(error),
+        };
+        if self.strictness != Strictness::Refuse || !memory.archives.iter().any(|one| one.path == path) {
             return Ok(());
         }
         let problem = "this host has seen an encrypted archive in its place, and this one is not encrypted";
@@ -252,8 +288,11 @@ impl Remember for SeenArchives {
 
     fn met(&self, path: &Path, state: &ArchiveState) -> Result<()> {
         let path = place_of(path);
-        let lock = self.locked();
-        let mut memory = self.read();
+        let (folder, _lock) = match self.locked() {
+            Ok(locked) => locked,
+            Err(error) => return self.forgets(error),
+        };
+        let mut memory = self.read(&folder);
         let before = memory.archives.clone();
         let accepts = self.strictness == Strictness::Accept;
         if let Some(problem) = memory.meet(&path, state, (self.now, accepts)) {
@@ -263,29 +302,15 @@ impl Remember for SeenArchives {
             self.monitor.note(&format!("`{}`: {problem}", shown(&path)));
             return Ok(());
         }
-        let is_news = before != memory.archives;
-        memory.version = 1;
-        let remembered = lock.and_then(|_lock| if is_news { self.write(&memory) } else { Ok(()) });
-        if let Err(error) = remembered {
-            // Who cannot remember can still read and write.
-            self.monitor.note(&format!(
-                "This host will not notice if an older copy of the archive takes its place: {}",
-                describe(&error)
-            ));
+        if before == memory.archives {
+            return Ok(());
         }
-        Ok(())
+        memory.version = 1;
+        self.write(&folder, &memory).or_else(|error| self.forgets(error))
     }
 }
 
 /// The path by which an archive is remembered: without links and dots.
 fn place_of(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

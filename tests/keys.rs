@@ -576,3 +576,28 @@ fn a_keyring_that_a_removed_reader_made_is_not_written_with() {
         assert_eq!(host.bytes().len(), length);
     }
 }
+
+#[test]
+fn what_others_can_write_to_is_no_memory() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let host = Host::that_remembers();
+    host.export(host.who("owner"), &[]).unwrap();
+    let length = host.bytes().len();
+    let state = host.folder.path().join("state");
+    std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o777)).unwrap();
+    assert!(matches!(
+        host.export(host.who("owner"), &[]),
+        Err(Error::NotOurs { .. })
+    ));
+    assert!(matches!(
+        host.add(&host.who("owner"), "new"),
+        Err(Error::NotOurs { .. })
+    ));
+    assert_eq!(host.bytes().len(), length);
+    // What it holds stays where it is, wherever its name leads.
+    std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::remove_file(state.join("seen.json")).unwrap();
+    std::os::unix::fs::symlink(host.file("other", "other"), state.join("seen.json.new")).unwrap();
+    host.export(host.who("owner"), &[]).unwrap();
+    assert_eq!(std::fs::read(host.folder.path().join("other")).unwrap(), b"other");
+}

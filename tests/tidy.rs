@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Files and folders of `src`, the lowest first: each may use those before it, and nothing else.
-const ORDER: [&str; 32] = [
+const ORDER: [&str; 33] = [
     "sys",
     "numbers",
     "block",
@@ -16,6 +16,7 @@ const ORDER: [&str; 32] = [
     "content",
     "error",
     "named_folder",
+    "new_file",
     "own_folder",
     "monitor",
     "fingerprint",

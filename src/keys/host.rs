@@ -1,6 +1,5 @@
 //! The credentials of a host that adds to a sealed archive, and cannot read it. `formats/encryption-v1.md` specifies them.
 
-use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -8,11 +7,11 @@ use zeroize::Zeroizing;
 
 use super::age::base64;
 use super::keyring::LABEL_BYTES_MAX;
-use super::new_file;
 use super::secret::Secret;
 use crate::codec::{Decoded, Decoder, Malformed, put_string};
 use crate::error::{Error, Result};
-use crate::shown::shown;
+use crate::new_file::NewFile;
+use crate::shown::{hex, shown};
 
 /// With what the line begins that holds them.
 const PREFIX: &str = "VMFOLD-WRITE-ONLY-";
@@ -67,9 +66,9 @@ impl HostCredentials {
     /// Writes them to a new file that only its owner can read.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the file exists; [`Error::NoSpace`]; [`Error::Io`].
-    pub fn write(&self, path: &Path) -> Result<()> {
-        new_file::write(path, self.text().as_bytes(), "a file of credentials")
+    /// Those of [`NewFile::write`].
+    pub fn write(&self, path: &Path) -> Result<NewFile> {
+        NewFile::write(path, self.text().as_bytes())
     }
 
     fn text(&self) -> Zeroizing<String> {
@@ -79,9 +78,7 @@ impl HostCredentials {
         text.push_str("# Credentials of a host that adds to an archive of vmfold, and cannot read it.\n# Host: ");
         text.push_str(&shown(Path::new(&self.name)).to_string());
         text.push_str("\n# Archive: ");
-        for byte in self.archive {
-            let _ = write!(text, "{byte:02x}");
-        }
+        text.push_str(&hex(&self.archive));
         text.push_str("\n#\n# Use:  vmfold export ARCHIVE FOLDER --write-only THIS-FILE\n");
         text.push_str(PREFIX);
         text.push_str("1 ");

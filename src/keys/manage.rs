@@ -17,6 +17,7 @@ use super::secret::Secret;
 use super::sheet::{SHEET_LABEL, Sheet, SheetPlace, date_of};
 use crate::error::{Error, Result};
 use crate::monitor::Monitor;
+use crate::new_file::NewFile;
 use crate::shown::shown;
 
 /// Keys that are to be made, as the user named them.
@@ -448,7 +449,7 @@ pub fn add_host(
         let problem = format!("a host has a name of at most {LABEL_BYTES_MAX} bytes");
         return Err(Error::Usage(problem));
     }
-    let mut written = false;
+    let mut written = None;
     let changed = change(place, access, monitor, |sealed, unlocked| {
         let seed = Secret::<32>::random()?;
         unlocked.keyring.signers.push(Signer {
@@ -458,16 +459,15 @@ pub fn add_host(
                 .to_bytes(),
         });
         sealed.reseal(unlocked)?;
-        make(&unlocked.keyring, seed)?.write(to)?;
-        written = true;
+        written = Some(make(&unlocked.keyring, seed)?.write(to)?);
         Ok(KeyChange {
             host: Some(name.to_owned()),
             ..KeyChange::default()
         })
     });
-    if changed.is_err() && written {
+    if changed.is_err() {
         // The archive does not trust it.
-        drop(std::fs::remove_file(to));
+        written.into_iter().for_each(NewFile::remove);
     }
     changed
 }
@@ -486,7 +486,7 @@ pub fn sheet(
     monitor: &dyn Monitor,
 ) -> Result<KeyChange> {
     let sheet = Sheet::new(place.path(), about, now)?;
-    let mut written = false;
+    let mut written = None;
     let changed = change(place, access, monitor, |sealed, unlocked| {
         let slot = NewSlot {
             label: SHEET_LABEL.into(),
@@ -495,16 +495,16 @@ pub fn sheet(
         };
         let mut changed = KeyChange::default();
         add_slot(sealed, unlocked, &slot, access, monitor, &mut changed)?;
-        sheet.write(to)?;
-        written = true;
+        written = Some(sheet.write(to)?);
         Ok(changed)
     });
-    if changed.is_err() && written {
-        match to {
-            SheetPlace::Terminal => monitor.note("the sheet that was printed is of no use: its key was not added"),
-            // It opens nothing, and whoever found it would believe that it does.
-            SheetPlace::File(path) => drop(std::fs::remove_file(path)),
+    match written {
+        Some(None) if changed.is_err() => {
+            monitor.note("the sheet that was printed is of no use: its key was not added");
         }
+        // It opens nothing, and whoever found it would believe that it does.
+        Some(Some(file)) if changed.is_err() => file.remove(),
+        _ => {}
     }
     changed
 }

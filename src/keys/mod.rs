@@ -7,7 +7,6 @@ mod age;
 mod host;
 mod keyring;
 pub mod manage;
-mod new_file;
 mod passphrase;
 mod program;
 mod sealed;

@@ -9,8 +9,8 @@ use qrcode::{Color, EcLevel, QrCode};
 use zeroize::Zeroizing;
 
 use super::age::{Recipient, generate};
-use super::new_file;
 use crate::error::{Error, Result};
+use crate::new_file::NewFile;
 use crate::shown::shown;
 
 /// What people call the slot of a sheet, where they say nothing else.
@@ -130,11 +130,11 @@ impl Sheet {
         }
     }
 
-    /// Writes the sheet. If this fails, a file that was begun is removed.
+    /// Writes the sheet. If this fails, a file that was begun is removed. Returns the file, if it is one.
     ///
     /// # Errors
     /// [`Error::Usage`] if there is no terminal, or the file exists; [`Error::NoSpace`]; [`Error::Io`].
-    pub fn write(&self, place: &SheetPlace) -> Result<()> {
+    pub fn write(&self, place: &SheetPlace) -> Result<Option<NewFile>> {
         let text = self.text(place);
         let SheetPlace::File(path) = place else {
             let path = Path::new(TERMINAL);
@@ -142,9 +142,10 @@ impl Sheet {
             let mut terminal = terminal.map_err(|_| {
                 Error::Usage("there is no terminal to print the sheet on: name a new file for it".into())
             })?;
-            return terminal.write_all(text.as_bytes()).map_err(Error::io("write to", path));
+            let printed = terminal.write_all(text.as_bytes());
+            return printed.map(|()| None).map_err(Error::io("write to", path));
         };
-        new_file::write(path, text.as_bytes(), "a sheet")
+        NewFile::write(path, text.as_bytes()).map(Some)
     }
 }
 

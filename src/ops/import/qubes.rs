@@ -8,12 +8,7 @@ mod targets;
 mod work;
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-
-use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
 
 use self::fill::Filling;
 use self::targets::Target;
@@ -24,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::exec::restore::RestoreOptions;
 use crate::foreign::{self, Machine};
 use crate::monitor::Monitor;
-use crate::named_folder::open_parent;
+use crate::new_file::{NewFile, already_there};
 use crate::ops::{ArchivePlace, BackupAccess, is_backup, open_backup, open_options};
 use crate::plan::restore::chooser;
 use crate::qubes::Qubesd;
@@ -127,7 +122,7 @@ fn without_images(mut report: QubesImport, monitor: &dyn Monitor) -> QubesImport
 pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monitor) -> Result<WrittenSkeleton> {
     // What exists is found out before a long time is spent.
     if file.symlink_metadata().is_ok() {
-        return Err(exists(file));
+        return Err(already_there(file));
     }
     with_backup(&options.archive, &options.access, monitor, |store| {
         let ask_passphrase = || options.access.passphrase(store.path(), monitor);
@@ -141,7 +136,7 @@ pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monito
         if chosen.is_empty() {
             return Err(none_chosen());
         }
-        write_new(file, &skeleton.bytes)?;
+        NewFile::write(file, &skeleton.bytes)?;
         let mut command = vec!["qvm-backup-restore".to_owned(), "--ignore-missing".to_owned()];
         if skeleton.lacks_home {
             command.push("--skip-dom0-home".into());
@@ -156,27 +151,6 @@ pub fn write_skeleton(options: &ImportOptions, file: &Path, monitor: &dyn Monito
             machines: chosen.into_iter().collect(),
             command,
         })
-    })
-}
-
-fn exists(file: &Path) -> Error {
-    Error::Usage(format!("`{}` exists already: name a new file", shown(file)))
-}
-
-/// Writes a new file that only the user can read, all of it or none.
-fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
-    let name = path.file_name().ok_or(Errno::ISDIR).map_err(Error::io("make", path))?;
-    let folder = open_parent(path)?;
-    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut file = match rustix::fs::openat(&folder, name, flags, Mode::RUSR | Mode::WUSR) {
-        Err(Errno::EXIST) => return Err(exists(path)),
-        other => File::from(other.map_err(Error::io("make", path))?),
-    };
-    let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    written.map_err(|error| {
-        // It is the file that was made above, and nothing else is lost with it.
-        let _ = rustix::fs::unlinkat(&folder, name, AtFlags::empty());
-        Error::writing("write", path)(error)
     })
 }
 
